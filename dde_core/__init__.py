@@ -1,0 +1,1 @@
+"""Preference alignment of diffusion models by Denoised Distribution Estimation: the algorithm, without Ray or HTTP."""

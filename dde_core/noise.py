@@ -1,0 +1,60 @@
+"""Counter-based random draws: every number is a function of what it is for, never of rank, batch or call order.
+
+A key (seed, what, pair id, ...) is hashed by blake2b to the 128-bit key of a Philox generator of its own. So a pair's
+timestep, noise and caption dropout are the same on one worker or forty, in whatever order pairs are visited, and
+again after a resume; and errors of a frozen reference that were computed for a draw can be stored beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+Side = Literal["w", "l", "shared"]
+"""Whose noise: the winner's, the loser's, or one for both."""
+
+
+def draw_timestep(seed: int, pair_id: str, draw: int, t_min: int, t_max: int) -> int:
+    """The timestep of a pair's n-th draw, uniform over t_min..t_max, both included. Winner and loser share it."""
+    return t_min + (_word(seed, "timestep", pair_id, draw) * (t_max - t_min + 1) >> 64)
+
+
+def draw_noise(seed: int, pair_id: str, side: Side, draw: int, shape: tuple[int, ...]) -> Float32[Tensor, "*shape"]:
+    """Standard normal noise for one side of a pair's n-th draw."""
+    return _normal(shape, seed, f"noise/{side}", pair_id, draw)
+
+
+def draw_dropped(seed: int, pair_id: str, draw: int, probability: float) -> bool:
+    """Whether the caption of a pair's n-th draw is left empty. Winner and loser share it."""
+    return _word(seed, "dropout", pair_id, draw) < probability * 2.0**64
+
+
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order in which an epoch visits n pairs: int64 [n]."""
+    return np.random.Generator(_philox(seed, "permutation", epoch)).permutation(n)
+
+
+def initial_latents(seed: int, shape: tuple[int, ...]) -> Float32[Tensor, "*shape"]:
+    """Standard normal latents from which one picture is sampled; ``shape`` is that of one picture, [c h w]."""
+    return _normal(shape, seed, "initial_latents")
+
+
+def _philox(*key: int | str) -> np.random.Philox:
+    """A generator that belongs to this key alone. JSON keeps ("1", 2) and (1, "2") apart."""
+    digest = blake2b(json.dumps(key).encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little"))
+
+
+def _word(*key: int | str) -> int:
+    """One uniform 64-bit word."""
+    return int(_philox(*key).random_raw())
+
+
+def _normal(shape: tuple[int, ...], *key: int | str) -> Float32[Tensor, "*shape"]:
+    return torch.from_numpy(np.random.Generator(_philox(*key)).standard_normal(shape, dtype=np.float32))

@@ -1,0 +1,256 @@
+"""What the processes say to one another: API bodies, stage specs and results, and where things lie in storage.
+
+A job is a chain of stages, each one Ray job that is told what to do by a spec file and answers with a marker file:
+
+    {storage}/jobs/{job}/{stage}/a{attempt}/spec.json       written by the control plane, read by the stage
+                                           /journal/*.json  append-only events and metrics, written by the stage
+                                           /done.json       the stage's result, written last
+                                           /failed.json     or why it could not
+    {storage}/datasets/{key}/manifest.json                  latent shards; no manifest: no shards
+    {storage}/models/{model}.json, aliases/{name}.json      what Serve can load, written by the control plane
+    {storage}/models/{model}/                               weights of an aligned model: a diffusers folder
+
+Imports no torch and no Ray.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Uri = Annotated[str, Field(min_length=1, max_length=2048)]
+Scorer = Literal["match", "taste", "fidelity"]
+Stage = Literal["encode", "train", "evaluate"]
+Family = Literal["sd15", "sdxl"]
+JobStatus = Literal["validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled"]
+
+ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
+MAX_IMAGES = 16
+
+
+class Strict(BaseModel):
+    """Refuses unknown fields, silent conversions and non-finite numbers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# ---- API bodies --------------------------------------------------------------------------------------------------
+
+
+class DatasetCreate(Strict):
+    """Register preference pairs: Parquet (a file or a folder of files) with Pick-a-Pic columns."""
+
+    name: Name
+    uri: Uri
+
+
+class DatasetCounts(Strict):
+    """Rows seen, pairs with a decided label, ties, and rows without a label."""
+
+    rows: int
+    pairs: int
+    ties: int
+    missing: int
+
+
+class ModelCreate(Strict):
+    """Register a base model: a diffusers folder."""
+
+    name: Name
+    uri: Uri
+    family: Family = "sd15"
+
+
+class EvaluationConfig(Strict):
+    """Held-out evaluation: one prompt a line in the file at ``prompts_uri``; the same prompt and seed for both models."""
+
+    prompts_uri: Uri
+    num_prompts: Annotated[int, Field(gt=0, le=100_000)] = 200
+    seed: Annotated[int, Field(ge=0)] = 0
+    scorers: Annotated[list[Scorer], Field(min_length=1)] = list(ALL_SCORERS)
+    sample: SampleConfig = SampleConfig()
+
+
+class AlignmentJobCreate(Strict):
+    """POST one of these, get back an aligned, evaluated, served model.
+
+    ``model`` is the name or id of a registered model, ``dataset`` the id of a registered dataset, ``name`` what the
+    aligned model will be called when it is served (default: made from the base's name, the method and the job's id).
+    """
+
+    model: str
+    dataset: str
+    name: Name | None = None
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainConfig = TrainConfig()
+    workers: Annotated[int, Field(gt=0, le=1024)] = 1
+    evaluation: EvaluationConfig
+    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+
+
+class EvaluationCreate(EvaluationConfig):
+    """Compare a registered model with another on held-out prompts."""
+
+    model: str
+    base: str
+
+
+class ImageRequest(Strict):
+    """POST /v1/images/generations. Picture i of a request is drawn from seed + i. ``size`` is WIDTHxHEIGHT or "auto"."""
+
+    model: str
+    prompt: Annotated[str, Field(min_length=1, max_length=4000)]
+    n: Annotated[int, Field(gt=0, le=MAX_IMAGES)] = 1
+    size: Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$")] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    steps: Annotated[int, Field(gt=0, le=1000)] = 25
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
+    response_format: Literal["b64_json"] = "b64_json"
+
+    def sample(self) -> SampleConfig:
+        """The sampling settings. Raises ConfigError for a size that is not a multiple of 8."""
+        width, height = (0, 0) if self.size == "auto" else map(int, self.size.split("x"))
+        return SampleConfig(steps=self.steps, guidance_scale=self.guidance_scale, height=height, width=width)
+
+
+class ScoreRequest(Strict):
+    """POST /v1/scores. Pictures as base64 PNG or JPEG, one prompt each."""
+
+    images: Annotated[list[str], Field(min_length=1, max_length=256)]
+    prompts: Annotated[list[str], Field(min_length=1, max_length=256)]
+    scorers: Annotated[list[Scorer], Field(min_length=1)] = list(ALL_SCORERS)
+
+
+# ---- models in storage -------------------------------------------------------------------------------------------
+
+
+class ModelRecord(Strict):
+    """``models/{id}.json``: a model that can be aligned, evaluated and served. ``lineage`` is empty for a base."""
+
+    id: str
+    name: str
+    uri: Uri
+    family: Family
+    digest: str
+    base: str | None = None
+    job: str | None = None
+    lineage: dict[str, Any] = {}
+    created_at: int
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------
+
+
+class StageSpec(Strict):
+    """What every stage is told. ``prefix`` is the folder of this attempt: spec, journal and markers lie there."""
+
+    job: str
+    attempt: int
+    prefix: Uri
+
+
+class EncodeSpec(StageSpec):
+    """Encode a dataset's pairs with a model's VAE and tokenizer; ``output`` is the folder under which datasets lie."""
+
+    dataset_uri: Uri
+    dataset_digest: str
+    model: ModelRecord
+    output: Uri
+    actors: int = 1
+    use_gpu: bool = False
+
+
+class EncodeResult(Strict):
+    """``reused`` says that shards with these settings were there already."""
+
+    dataset: Uri
+    digest: str
+    counts: dict[str, int]
+    reused: bool
+    seconds: float
+
+
+class TrainSpec(StageSpec):
+    """Fine-tune ``model`` on the shards at ``dataset``; ``run`` keeps checkpoints, ``output`` receives the weights."""
+
+    dataset: Uri
+    model: ModelRecord
+    model_id: str
+    name: str
+    objective: ObjectiveConfig
+    training: TrainConfig
+    workers: int
+    run: Uri
+    output: Uri
+    use_gpu: bool = False
+
+
+class TrainResult(Strict):
+    """The aligned model's record, the last step's metrics."""
+
+    model: ModelRecord
+    metrics: dict[str, float]
+    seconds: float
+
+
+class EvaluateSpec(StageSpec):
+    """Compare ``candidate`` with ``base``; report and picture grid are written under ``output``."""
+
+    candidate: ModelRecord
+    base: ModelRecord
+    evaluation: EvaluationConfig
+    output: Uri
+    actors: int = 1
+    use_gpu: bool = False
+
+
+class Interval(Strict):
+    """An estimate with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ScorerReport(Strict):
+    """One scorer: means, the paired difference (candidate - base) and the beat ratio (ties count half)."""
+
+    base: float
+    candidate: float
+    difference: Interval
+    beat_ratio: Interval
+
+
+class EvaluateResult(Strict):
+    report: Uri
+    grid: Uri
+    num_prompts: int
+    scores: dict[str, ScorerReport]
+    seconds: float
+
+
+class StageFailure(Strict):
+    """``failed.json``: ``code`` is the error's class, ``param`` the field that it is about, where there is one."""
+
+    message: str
+    code: str
+    param: str | None = None
+
+
+class JournalEvent(Strict):
+    """One line of a stage's journal: a message for people, or metrics of a step for programs (or both)."""
+
+    at: float
+    level: Literal["info", "warning", "error"] = "info"
+    message: str | None = None
+    step: int | None = None
+    metrics: dict[str, float] | None = None
+
+
+SPECS: dict[Stage, type[StageSpec]] = {"encode": EncodeSpec, "train": TrainSpec, "evaluate": EvaluateSpec}
+RESULTS: dict[Stage, type[Strict]] = {"encode": EncodeResult, "train": TrainResult, "evaluate": EvaluateResult}
+ENTRY_MODULES: dict[Stage, str] = {"encode": "services.ingest", "train": "services.training", "evaluate": "services.evaluation"}

@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from jaxtyping import TypeCheckError
+
+from dde_core.errors import ConfigError
+from dde_core.schedule import Schedule, add_noise, epsilon_from, x0_from
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+        {"num_train_timesteps": 100},
+        {"trained_betas": np.linspace(0.001, 0.02, 1000).tolist()},
+    ],
+)
+def test_alpha_bar_at_t_is_diffusers_alphas_cumprod_at_t_minus_1(sd_config, change):
+    config = sd_config | change
+    theirs = DDIMScheduler(**config)
+    ours = Schedule.from_config(config)
+    assert ours.T == config["num_train_timesteps"] and ours.alpha_bar.dtype == torch.float64
+    assert ours.alpha_bar[0] == 1
+    torch.testing.assert_close(ours.alpha_bar[1:], theirs.alphas_cumprod.double(), rtol=2e-6, atol=0)
+    assert ours.final_alpha_bar == pytest.approx(theirs.final_alpha_cumprod.item(), rel=1e-6)
+
+
+def test_stable_diffusions_table_equals_diffusers_to_one_part_in_a_million(schedule, sd_config):
+    theirs = DDIMScheduler(**sd_config).alphas_cumprod.double()
+    torch.testing.assert_close(schedule.alpha_bar[1:], theirs, rtol=1e-6, atol=0)
+
+
+def test_a_saved_scheduler_config_is_read_as_it_stands(sd_config):
+    ours = Schedule.from_config(DDIMScheduler(**sd_config, prediction_type="v_prediction").config)
+    assert (ours.prediction_type, ours.steps_offset) == ("v_prediction", 1)
+
+
+def test_noised_samples_equal_diffusers(schedule, sd_config):
+    x0, noise = randn(4, 4, 8, 8, dtype=torch.float32), randn(4, 4, 8, 8, seed=1, dtype=torch.float32)
+    t = torch.tensor([1, 2, 500, 1000])
+    theirs = DDIMScheduler(**sd_config).add_noise(x0, noise, t - 1)
+    torch.testing.assert_close(add_noise(schedule, x0, noise, t), theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_snr_and_kappa_are_infinite_only_where_there_is_no_noise_and_no_variance(schedule):
+    assert schedule.snr[0] == float("inf") and schedule.kappa[1] == float("inf") and schedule.kappa[0].isnan()
+    assert schedule.snr[1:].isfinite().all() and schedule.kappa[2:].isfinite().all()
+    assert (schedule.kappa[2:] > 0).all() and (schedule.snr.diff() < 0).all()
+    assert (1 / schedule.snr)[1000].item() == pytest.approx(213.588, abs=1e-3)
+
+
+@pytest.mark.parametrize("t", [2, 50, 500, 999, 1000])
+def test_kappa_times_the_error_is_the_textbook_gaussian_kl(schedule, t):
+    x0, eps, eps_hat = (randn(1, 4, 8, 8, seed=seed) for seed in range(3))
+    when = torch.tensor([t])
+    x_t = add_noise(schedule, x0, eps, when)
+    x0_hat = x0_from(schedule, eps_hat, x_t, when)
+    now, before = schedule.alpha_bar[t], schedule.alpha_bar[t - 1]
+    alpha, beta = now / before, 1 - now / before
+
+    def posterior_mean(x0):
+        return before.sqrt() * beta / (1 - now) * x0 + alpha.sqrt() * (1 - before) / (1 - now) * x_t
+
+    q = torch.distributions.Normal(posterior_mean(x0), ((1 - before) / (1 - now) * beta).sqrt())
+    p = torch.distributions.Normal(posterior_mean(x0_hat), q.scale)
+    kl = torch.distributions.kl_divergence(q, p).mean()
+    error = (eps - eps_hat).square().mean()
+    torch.testing.assert_close(schedule.kappa[t] * error, kl, rtol=1e-10, atol=0)
+    in_x0 = (schedule.snr[t - 1] - schedule.snr[t]) / 2 * (x0 - x0_hat).square().mean()
+    torch.testing.assert_close(in_x0, kl, rtol=1e-10, atol=0)
+
+
+def test_the_single_shot_error_of_x0_is_the_error_of_the_noise_over_snr(schedule):
+    x0, eps, eps_hat = (randn(3, 4, 8, 8, seed=seed) for seed in range(3))
+    t = torch.tensor([1, 400, 1000])
+    x0_hat = x0_from(schedule, eps_hat, add_noise(schedule, x0, eps, t), t)
+    error = (eps - eps_hat).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close((x0 - x0_hat).square().mean(dim=(1, 2, 3)), error / schedule.snr[t], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_true_output_converts_to_the_true_noise_and_the_true_sample(sd_config, prediction_type):
+    schedule = Schedule.from_config(sd_config | {"prediction_type": prediction_type})
+    theirs = DDIMScheduler(**sd_config, prediction_type=prediction_type)
+    x0, eps = randn(3, 4, 8, 8), randn(3, 4, 8, 8, seed=1)
+    t = torch.tensor([1, 400, 1000])
+    x_t = add_noise(schedule, x0, eps, t)
+    output = eps if prediction_type == "epsilon" else theirs.get_velocity(x0, eps, t - 1)
+    torch.testing.assert_close(epsilon_from(schedule, output, x_t, t), eps, rtol=0, atol=1e-5)
+    torch.testing.assert_close(x0_from(schedule, output, x_t, t), x0, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("beta_schedule", "squaredcos_cap_v2"),
+        ("beta_start", None),
+        ("num_train_timesteps", None),
+        ("prediction_type", "sample"),
+        ("rescale_betas_zero_snr", True),
+        ("thresholding", True),
+        ("clip_sample", True),
+        ("timestep_spacing", "trailing"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_field_and_value(sd_config, field, value):
+    with pytest.raises(ConfigError, match=field) as refusal:
+        Schedule.from_config(sd_config | {field: value})
+    assert (refusal.value.field, refusal.value.value) == (field, value)
+
+
+def test_trained_betas_must_match_the_timesteps_and_lie_between_0_and_1(sd_config):
+    with pytest.raises(ConfigError, match="trained_betas must hold num_train_timesteps = 1000 values, got 3"):
+        Schedule.from_config(sd_config | {"trained_betas": [0.1, 0.2, 0.3]})
+    with pytest.raises(ConfigError, match="betas must lie between 0 and 1, got 1.0"):
+        Schedule.from_config(sd_config | {"num_train_timesteps": 3, "trained_betas": [0.1, 0.2, 1.0]})
+
+
+def test_shapes_in_annotations_are_checked(schedule):
+    with pytest.raises(TypeCheckError):
+        add_noise(schedule, randn(2, 4, 8, 8), randn(2, 4, 8, 8), torch.tensor([1, 2, 3]))
