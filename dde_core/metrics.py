@@ -1,8 +1,8 @@
 """Numbers that are logged in training and reported in evaluation. Imports no torch.
 
 ``margin`` is (e_ref^w - e_theta^w) - (e_ref^l - e_theta^l): by how much the policy has moved towards the winner and
-away from the loser, as against the reference. A loss that falls while ``winner_error_diff`` rises is a model that gets worse
-at the winner, and gains only because it gets worse at the loser faster.
+away from the loser, as against the reference. A loss that falls while ``winner_error_diff`` rises is a model that gets
+worse at the winner, and gains only because it gets worse at the loser faster.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dde_core.errors import DataError
 if TYPE_CHECKING:
     from dde_core.train_step import PairErrors, StepTerms
 
+Scores = Sequence[float] | np.ndarray
+
 BUCKETS = 10
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -27,8 +29,8 @@ Z95 = NormalDist().inv_cdf(0.975)
 def step_metrics(t: Any, theta: PairErrors, ref: PairErrors, terms: StepTerms, timesteps: int) -> dict[str, float]:
     """Means over the GLOBAL batch, and over those of its pairs whose t lies in one tenth of 1..``timesteps``.
 
-    A tenth is named by its last timestep: ``margin_t0100`` is the mean over t = 1..100 of 1000. Where a tenth has no pair
-    its names are absent.
+    A tenth is named by its last timestep: ``margin_t0100`` is the mean over t = 1..100 of 1000. Where a tenth has no
+    pair its names are absent.
     ``implicit_accuracy`` is the share of pairs with a positive margin, a margin of 0 counting half.
     """
     margin = _array(terms.margin)
@@ -48,7 +50,7 @@ def step_metrics(t: Any, theta: PairErrors, ref: PairErrors, terms: StepTerms, t
     return metrics
 
 
-def beat_ratio(candidate: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+def beat_ratio(candidate: Scores, base: Scores) -> tuple[float, float, float]:
     """The share of scores in which the candidate beats the base, ties counting half, and its 95% Wilson interval."""
     difference = _differences(candidate, base)
     n, ratio = len(difference), float(((np.sign(difference) + 1) / 2).mean())
@@ -57,7 +59,7 @@ def beat_ratio(candidate: Sequence[float], base: Sequence[float]) -> tuple[float
     return ratio, max(0.0, centre - half), min(1.0, centre + half)
 
 
-def paired_difference(candidate: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+def paired_difference(candidate: Scores, base: Scores) -> tuple[float, float, float]:
     """The mean of candidate - base and its 95% normal interval (mean +- 1.96 standard errors).
 
     The interval takes the pairs as independent, and is too narrow for a few (15% at n = 10, 1% at n = 150).
@@ -70,7 +72,7 @@ def paired_difference(candidate: Sequence[float], base: Sequence[float]) -> tupl
     return mean, mean - half, mean + half
 
 
-def _differences(candidate: Sequence[float], base: Sequence[float]) -> np.ndarray:
+def _differences(candidate: Scores, base: Scores) -> np.ndarray:
     """Candidate minus base, score by score. Raises DataError unless both are as many, and finite."""
     candidate, base = np.asarray(candidate, dtype=np.float64), np.asarray(base, dtype=np.float64)
     if candidate.shape != base.shape or candidate.ndim != 1 or not len(candidate):

@@ -1,0 +1,7 @@
+"""The embedded default: a small text-to-image world with its own model, preference pairs and ground-truth scorers."""
+
+from pathlib import Path
+
+MODEL_DIR = Path(__file__).parent / "model"
+PAIRS_FILE = Path(__file__).parent / "data" / "pairs.parquet"
+PROMPTS_FILE = Path(__file__).parent / "data" / "prompts.txt"

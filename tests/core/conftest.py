@@ -1,21 +1,11 @@
-"""One thread, and shapes in annotations are checked: the maths modules are imported under jaxtyping and beartype."""
+"""One thread; and shapes in annotations are checked: the maths modules are imported under jaxtyping and beartype."""
 
+import hypothesis
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
-torch.set_num_threads(1)
-
 CHECKED = ("schedule", "noise", "calibration", "objectives", "train_step", "sampling", "metrics")
-with install_import_hook([f"dde_core.{name}" for name in CHECKED], "beartype.beartype"):
-    import dde_core.calibration
-    import dde_core.metrics
-    import dde_core.noise
-    import dde_core.objectives
-    import dde_core.sampling
-    import dde_core.schedule
-    import dde_core.train_step  # noqa: F401
-
-import pytest
 
 SD = {
     "num_train_timesteps": 1000,
@@ -28,6 +18,11 @@ SD = {
 }
 """What Stable Diffusion's scheduler_config.json says."""
 
+torch.set_num_threads(1)
+install_import_hook([f"dde_core.{name}" for name in CHECKED], "beartype.beartype")
+hypothesis.settings.register_profile("core", deadline=None, database=None)
+hypothesis.settings.load_profile("core")
+
 
 @pytest.fixture
 def sd_config() -> dict:
@@ -35,5 +30,7 @@ def sd_config() -> dict:
 
 
 @pytest.fixture(scope="session")
-def schedule() -> dde_core.schedule.Schedule:
-    return dde_core.schedule.Schedule.from_config(SD)
+def schedule():
+    from dde_core.schedule import Schedule  # after the hook
+
+    return Schedule.from_config(SD)

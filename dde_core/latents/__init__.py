@@ -1,0 +1,1 @@
+"""Latent shards: what ingest writes and training reads. Parquet files that plain pyarrow reads, and a manifest."""

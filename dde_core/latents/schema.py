@@ -1,0 +1,82 @@
+"""The columns of a latent shard, one row a decided pair, and the manifest that makes shards exist."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from dde_core.errors import DataError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+def shard_schema(latent_shape: tuple[int, int, int], num_tokens: int) -> pa.Schema:
+    """Columns of a shard. Latents [c h w] are float16 posterior means times scaling_factor, flat in C order.
+
+    ``size_*`` is the original (height, width) of a side's picture in pixels, ``crop_*`` the (top, left) of what was cut.
+    """
+    channels, height, width = latent_shape
+    latents = pa.list_(pa.float16(), channels * height * width)
+    pair = pa.list_(pa.int32(), 2)
+    columns = [("pair_id", pa.string()), ("token_ids", pa.list_(pa.int32(), num_tokens)), ("label", pa.float32())]
+    for side in "wl":
+        columns += [(f"uid_{side}", pa.string()), (f"latents_{side}", latents), (f"size_{side}", pair), (f"crop_{side}", pair)]
+    return pa.schema(columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of a dataset."""
+
+    name: str
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Written last: shards without a manifest do not exist.
+
+    ``digest`` names the content (settings, encoder, pairs), whatever way rows fell into shards. ``counts`` holds rows,
+    pairs, ties, missing (no label), corrupt (rows quarantined), duplicates (rows that repeat a pair) and images.
+    """
+
+    digest: str
+    encoder_digest: str
+    settings: dict[str, Any]
+    latent_shape: tuple[int, int, int]
+    num_tokens: int
+    counts: dict[str, int]
+    shards: tuple[Shard, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Raises DataError for a manifest of another schema version."""
+        values = json.loads(data)
+        if values.get("schema_version") != SCHEMA_VERSION:
+            raise DataError(f"manifest has schema_version {values.get('schema_version')!r}, this code reads {SCHEMA_VERSION}")
+        shards = tuple(Shard(**shard) for shard in values.pop("shards"))
+        return cls(shards=shards, latent_shape=tuple(values.pop("latent_shape")), **values)
+
+
+def dataset_digest(settings: Mapping[str, Any], encoder_digest: str, pairs: Iterable[tuple[str, str, str, float]]) -> str:
+    """sha256 over settings, encoder and the sorted (pair id, winner's image sha256, loser's image sha256, label)."""
+    digest = hashlib.sha256(json.dumps([dict(settings), encoder_digest], sort_keys=True).encode())
+    for pair in sorted(pairs):
+        digest.update(json.dumps(pair).encode())
+    return digest.hexdigest()
+
+
+def pair_id(uid_0: str, uid_1: str, caption: str, row_key: str) -> str:
+    """The first 16 bytes of sha256 over what identifies a row, in hex."""
+    return hashlib.sha256(json.dumps([uid_0, uid_1, caption, row_key]).encode()).hexdigest()[:32]

@@ -1,0 +1,27 @@
+"""Write latent shards: files named by their content first, the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dde_core.latents.schema import Shard
+
+
+def write_shard(number: int, table: pa.Table, write: Callable[[str, bytes], None]) -> Shard:
+    """Write one shard through ``write(name, data)``, which makes the file appear whole. The name holds the content's hash."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_statistics=False)
+    data = sink.getvalue().to_pybytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    name = f"shard-{number:05d}-{sha256[:12]}.parquet"
+    write(name, data)
+    return Shard(name=name, rows=len(table), sha256=sha256)
+
+
+def shard_table(columns: Mapping[str, list], schema: pa.Schema) -> pa.Table:
+    """A table of the schema from columns of Python or numpy values (latents as flat float16 arrays)."""
+    return pa.table({field.name: pa.array(columns[field.name], type=field.type) for field in schema}, schema=schema)

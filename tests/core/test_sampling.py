@@ -1,0 +1,168 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from dde_core.config import SampleConfig
+from dde_core.errors import ConfigError
+from dde_core.noise import initial_latents
+from dde_core.sampling import decode, sample_latents, timesteps
+from dde_core.schedule import Schedule
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Tiny random U-Net, VAE (f = 4) and text encoder of the real classes, and embeddings of two captions."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(vocab_size=99, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4)
+    )
+    unet, vae, text = (part.eval().requires_grad_(False) for part in (unet, vae, text))
+    embeds = text(torch.randint(0, 99, (3, 77)))[0]
+    latents = torch.stack([initial_latents(seed, (4, 8, 8)) for seed in (11, 12)])
+    return SimpleNamespace(
+        unet=unet, vae=vae, text=text, cond=embeds[:2], uncond=embeds[2:].repeat(2, 1, 1), latents=latents
+    )
+
+
+def theirs(parts, config, sample, output_type="latent"):
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text,
+        tokenizer=None,
+        unet=parts.unet,
+        scheduler=DDIMScheduler(**config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt_embeds=parts.cond,
+        negative_prompt_embeds=parts.uncond,
+        latents=parts.latents,
+        height=32,
+        width=32,
+        num_inference_steps=sample.steps,
+        guidance_scale=sample.guidance_scale,
+        output_type=output_type,
+    ).images
+
+
+def ours(parts, config, sample, **more):
+    cond, uncond = {"encoder_hidden_states": parts.cond}, {"encoder_hidden_states": parts.uncond}
+    return sample_latents(parts.unet, Schedule.from_config(config), parts.latents, cond, uncond, sample, **more)
+
+
+@pytest.mark.parametrize(
+    ("steps", "guidance", "change"),
+    [
+        (10, 5.0, {}),
+        (7, 1.5, {}),  # 1000 is no multiple of 7
+        (5, 1.0, {}),
+        (5, 0.0, {}),
+        (5, 5.0, {"set_alpha_to_one": True}),
+        (5, 5.0, {"prediction_type": "v_prediction"}),
+        (5, 5.0, {"num_train_timesteps": 100, "beta_end": 0.1}),
+    ],
+)
+def test_latents_equal_the_stable_diffusion_pipelines(parts, sd_config, steps, guidance, change):
+    config, sample = sd_config | change, SampleConfig(steps=steps, guidance_scale=guidance)
+    expected = theirs(parts, config, sample)
+    assert (expected - parts.latents).abs().max() > 0.1
+    torch.testing.assert_close(
+        ours(parts, config, sample), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+    )
+
+
+def test_pictures_equal_the_stable_diffusion_pipelines(parts, sd_config):
+    sample = SampleConfig(steps=4, guidance_scale=3.0)
+    expected = np.stack([np.asarray(image) for image in theirs(parts, sd_config, sample, output_type="pil")])
+    pictures = decode(parts.vae, ours(parts, sd_config, sample))
+    assert pictures.shape == (2, 32, 32, 3) and pictures.dtype == np.uint8
+    assert expected.std() > 5
+    off = np.abs(pictures.astype(int) - expected.astype(int))
+    assert off.max() <= 1 and (off > 0).mean() < 0.01
+
+
+def test_values_outside_of_the_picture_range_are_clamped_and_channels_come_last():
+    pixels = torch.tensor([-3.0, 0.0, 3.0]).view(1, 3, 1, 1).expand(1, 3, 2, 4)
+    seen = []
+    vae = SimpleNamespace(
+        config=SimpleNamespace(scaling_factor=0.5),
+        dtype=torch.float32,
+        decode=lambda z: (seen.append(z), SimpleNamespace(sample=pixels))[1],
+    )
+    pictures = decode(vae, torch.ones(1, 4, 2, 4))
+    assert pictures.shape == (1, 2, 4, 3) and (pictures == [0, 128, 255]).all()
+    assert (seen[0] == 2).all()
+
+
+def test_guidance_of_at_most_1_runs_the_conditional_pass_alone(parts, sd_config):
+    sizes = []
+
+    def unet(x, t, **conditioning):
+        sizes.append(len(x))
+        return parts.unet(x, t, **conditioning)
+
+    cond, uncond = {"encoder_hidden_states": parts.cond}, {"encoder_hidden_states": parts.uncond}
+    for guidance in (0.0, 1.0, 1.01):
+        sample = SampleConfig(steps=1, guidance_scale=guidance)
+        sample_latents(unet, Schedule.from_config(sd_config), parts.latents, cond, uncond, sample)
+    assert sizes == [2, 2, 4]
+
+
+def test_a_picture_does_not_depend_on_the_pictures_beside_it(parts, sd_config):
+    sample, schedule = SampleConfig(steps=4), Schedule.from_config(sd_config)
+    together = ours(parts, sd_config, sample)
+    for i in range(2):
+        cond, uncond = ({"encoder_hidden_states": rows[i : i + 1]} for rows in (parts.cond, parts.uncond))
+        alone = sample_latents(parts.unet, schedule, parts.latents[i : i + 1], cond, uncond, sample)
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-4 * together.abs().max().item())
+
+
+def test_the_hook_is_called_before_each_step_and_can_stop_the_sampling(parts, sd_config):
+    calls = []
+
+    def stop_at_2(i, n):
+        calls.append((i, n))
+        if i == 2:
+            raise ConnectionAbortedError("the client left")
+
+    with pytest.raises(ConnectionAbortedError):
+        ours(parts, sd_config, SampleConfig(steps=4), on_step=stop_at_2)
+    assert calls == [(0, 4), (1, 4), (2, 4)]
+
+
+def test_steps_descend_by_equal_strides_from_the_schedulers_offset(schedule, sd_config):
+    assert timesteps(schedule, 4) == [752, 502, 252, 2]
+    theirs = DDIMScheduler(**sd_config)
+    for steps in (1, 7, 25, 50, 333, 999):
+        theirs.set_timesteps(steps)
+        assert timesteps(schedule, steps) == (theirs.timesteps + 1).tolist()
+
+
+def test_steps_that_do_not_fit_the_schedule_are_refused(schedule, sd_config):
+    with pytest.raises(ConfigError, match="steps must fit T = 1000 with steps_offset = 1, got 1000"):
+        timesteps(schedule, 1000)
+    with pytest.raises(ConfigError, match="steps must fit T = 10"):
+        timesteps(Schedule.from_config(sd_config | {"num_train_timesteps": 10}), 11)
+    assert timesteps(Schedule.from_config(sd_config | {"steps_offset": 0}), 1000) == list(range(1000, 0, -1))
