@@ -29,7 +29,10 @@ NAMES = ("theta_w", "ref_w", "theta_l", "ref_l")
 
 
 class Calibration:
-    """Four float64 arrays on the CPU, of length T, or of the number of bins. Every worker holds identical ones."""
+    """Four float64 arrays on the CPU, of length T, or of the number of bins. Every worker holds identical ones.
+
+    An update replaces the arrays and never changes one in place, so a state dict stays what it was.
+    """
 
     theta_w: Float[Tensor, " n"]
     ref_w: Float[Tensor, " n"]
@@ -76,7 +79,7 @@ class Calibration:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The four arrays, as plain tensors."""
-        return {name: getattr(self, name).clone() for name in NAMES}
+        return {name: getattr(self, name) for name in NAMES}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the arrays of ``state_dict``. Raises DataError, and changes nothing, where they do not fit."""
@@ -86,7 +89,7 @@ class Calibration:
             if state[name].shape != getattr(self, name).shape:
                 raise DataError(f"{name} must have {len(getattr(self, name))} entries, got {list(state[name].shape)}")
         for name in NAMES:
-            setattr(self, name, state[name].detach().cpu().double().clone())
+            setattr(self, name, state[name].detach().cpu().double())
         self._table = None
 
 

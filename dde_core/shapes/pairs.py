@@ -21,9 +21,8 @@ import torch
 from PIL import Image
 
 from dde_core.config import SampleConfig
-from dde_core.models import ModelFolder, encode_text, tokenize
-from dde_core.noise import initial_latents
-from dde_core.sampling import decode, sample_latents
+from dde_core.generation import TextToImage
+from dde_core.models import ModelFolder
 from dde_core.shapes import MODEL_DIR
 from dde_core.shapes.scenes import all_captions
 from dde_core.shapes.scorers import score
@@ -34,18 +33,12 @@ TIE_BELOW = 0.02
 SAMPLE = SampleConfig(steps=20, guidance_scale=3.0)
 
 
-def sample(folder: ModelFolder, captions: list[str], seeds: list[int], config: SampleConfig) -> np.ndarray:
-    """One picture for each caption and seed: uint8 [n, 32, 32, 3]."""
-    tokenizer, text_encoder, unet = folder.tokenizer(), folder.text_encoder(), folder.unet()
-    vae, schedule, pictures = folder.vae(), folder.schedule(), []
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+def sample(model: TextToImage, captions: list[str], seeds: list[int], config: SampleConfig) -> np.ndarray:
+    """One picture for each caption and seed, 64 at a time: uint8 [n, 32, 32, 3]."""
+    pictures = []
     for start in range(0, len(captions), 64):
-        texts = captions[start : start + 64]
-        latents = torch.stack([initial_latents(seed, shape) for seed in seeds[start : start + 64]])
-        cond = encode_text(text_encoder, tokenize(tokenizer, texts))
-        uncond = encode_text(text_encoder, tokenize(tokenizer, [""] * len(texts)))
-        pictures.append(decode(vae, sample_latents(unet, schedule, latents, cond, uncond, config)))
-        print(f"{start + len(texts)}/{len(captions)} pictures", flush=True)
+        pictures.append(model(captions[start : start + 64], seeds[start : start + 64], config))
+        print(f"{start + len(pictures[-1])}/{len(captions)} pictures", flush=True)
     return np.concatenate(pictures)
 
 
@@ -96,9 +89,9 @@ def main() -> None:
     held_out, captions = shuffled[: options.prompts], shuffled[options.prompts : options.prompts + options.pairs]
     seeds = [int(seed) for seed in rng.integers(2**62, size=len(captions) * PICTURES_EACH)]
     repeated = [text for text in captions for _ in range(PICTURES_EACH)]
-    pictures = sample(ModelFolder(options.model), repeated, seeds, SAMPLE)
+    pictures = sample(TextToImage(ModelFolder(options.model)), repeated, seeds, SAMPLE)
     options.out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(label_pairs(captions, pictures, rng), options.out / "pairs.parquet", compression="zstd")
+    pq.write_table(label_pairs(captions, pictures, rng), options.out / "pairs.parquet", compression="zstd", row_group_size=250)
     (options.out / "prompts.txt").write_text("\n".join(held_out) + "\n")
 
 

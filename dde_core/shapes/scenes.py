@@ -29,7 +29,13 @@ COLOURS = {
 }
 RADII_PX = {"small": 3.6, "medium": 6.0, "large": 9.0}
 PLACES = {"left": (9.0, 16.0), "right": (23.0, 16.0), "top": (16.0, 9.0), "bottom": (16.0, 23.0), "centre": (16.0, 16.0)}
-BACKGROUNDS = {"black": (14, 14, 18), "white": (246, 246, 244), "grey": (128, 130, 134), "navy": (16, 30, 92), "pink": (248, 172, 196)}
+BACKGROUNDS = {
+    "black": (14, 14, 18),
+    "white": (246, 246, 244),
+    "grey": (128, 130, 134),
+    "navy": (16, 30, 92),
+    "pink": (248, 172, 196),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +96,9 @@ def parse(text: str) -> Scene:
 
 def leave_unsaid(scene: Scene, rng: np.random.Generator, probability: float = 0.5) -> Scene:
     """Drop size, place and background from a scene, each with ``probability``."""
-    keep = {n: getattr(scene, n) for n, u in zip(("size", "place", "background"), rng.random(3), strict=True) if u >= probability}
+    keep = {
+        n: getattr(scene, n) for n, u in zip(("size", "place", "background"), rng.random(3), strict=True) if u >= probability
+    }
     return Scene(shape=scene.shape, colour=scene.colour, **keep)
 
 

@@ -34,7 +34,9 @@ def score(pictures: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray
     Raises DataError where sizes disagree or a caption is outside the world's grammar.
     """
     if pictures.dtype != np.uint8 or pictures.shape != (len(captions), SIZE_PX, SIZE_PX, 3):
-        raise DataError(f"pictures must be uint8 [{len(captions)}, {SIZE_PX}, {SIZE_PX}, 3], got {pictures.dtype} {list(pictures.shape)}")
+        raise DataError(
+            f"pictures must be uint8 [{len(captions)}, {SIZE_PX}, {SIZE_PX}, 3], got {pictures.dtype} {list(pictures.shape)}"
+        )
     mse = _distances(pictures)
     nearest = mse.min(axis=1)
     probability = np.exp(-(mse - nearest[:, None]) / SOFTMAX_MSE)

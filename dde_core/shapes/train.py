@@ -193,7 +193,12 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     tokenizer = build_tokenizer(options.out / "tokenizer")
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     vae = train_vae(options.vae_steps, rng)
     latents = encode_scenes(vae, rng)

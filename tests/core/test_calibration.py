@@ -32,7 +32,8 @@ def test_c_of_a_constant_margin_has_the_known_values(schedule):
     torch.testing.assert_close(
         c, torch.tensor([6.528, 4.203, 3.259, 2.214, 1.065, 0.0], dtype=torch.float64), rtol=0, atol=5e-4
     )
-    assert c[-1] == 0 and c.dtype == torch.float64
+    assert c[-1] == 0
+    assert c.dtype == torch.float64
     assert (converged.correction(EVERY_T).diff() < 0).all()
 
 
@@ -55,7 +56,9 @@ def test_one_update_moves_the_entry_of_its_timestep_by_the_rate_times_minus_kapp
     for name, e in zip(NAMES, (0.1, 0.2, 0.3, 0.4), strict=True):
         array = getattr(r, name)
         assert array[39].item() == pytest.approx(-0.19 * schedule.kappa[40].item() * e, rel=1e-6)
-        assert array.count_nonzero() == 1 and array.shape == (1000,) and array.dtype == torch.float64
+        assert array.count_nonzero() == 1
+        assert array.shape == (1000,)
+        assert array.dtype == torch.float64
 
 
 def test_several_samples_at_one_timestep_are_one_update_of_their_mean(schedule):

@@ -50,7 +50,8 @@ def test_golden_draws_so_that_stored_errors_stay_valid():
 
 def test_noise_is_standard_normal_in_float32():
     noise = draw_noise(0, "pair", "l", 3, (4, 256, 256))
-    assert noise.dtype == torch.float32 and noise.shape == (4, 256, 256)
+    assert noise.dtype == torch.float32
+    assert noise.shape == (4, 256, 256)
     assert noise.mean().item() == pytest.approx(0, abs=0.01)  # standard error 0.002
     assert noise.var().item() == pytest.approx(1, abs=0.014)  # standard error 0.003
     assert noise.pow(4).mean().item() == pytest.approx(3, abs=0.1)  # standard error 0.02
@@ -59,7 +60,8 @@ def test_noise_is_standard_normal_in_float32():
 def test_timesteps_are_uniform_over_the_range_with_both_ends():
     drawn = np.array([draw_timestep(0, pair, 0, 11, 20) for pair in PAIRS])
     counts = np.bincount(drawn, minlength=21)
-    assert counts[:11].sum() == 0 and len(counts) == 21
+    assert counts[:11].sum() == 0
+    assert len(counts) == 21
     assert ((counts[11:] - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees of freedom, p = .001
 
 
@@ -90,5 +92,6 @@ def test_timestep_and_dropout_of_a_draw_are_independent():
 def test_each_epoch_visits_every_pair_once_in_an_order_of_its_own():
     first, second = permutation(3, 0, 100), permutation(3, 1, 100)
     assert sorted(first) == sorted(second) == list(range(100))
-    assert (first != second).any() and (first == permutation(3, 0, 100)).all()
+    assert (first != second).any()
+    assert (first == permutation(3, 0, 100)).all()
     assert (first != permutation(4, 0, 100)).any()

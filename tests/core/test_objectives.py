@@ -35,14 +35,18 @@ def test_the_table_holds_exactly_the_methods_of_the_config():
 def test_weights_are_one_over_snr_and_one_half(schedule):
     dde, uniform = (weights(ObjectiveConfig(method=method), schedule) for method in ("dde", "uniform"))
     torch.testing.assert_close(dde[1:] * schedule.snr[1:], torch.ones(1000, dtype=torch.float64), rtol=1e-12, atol=0)
-    assert dde[0] == 0 and dde[1000].item() == pytest.approx(213.588, abs=1e-3)
-    assert (uniform == 0.5).all() and uniform.shape == dde.shape == (1001,) and uniform.dtype == torch.float64
+    assert dde[0] == 0
+    assert dde[1000].item() == pytest.approx(213.588, abs=1e-3)
+    assert (uniform == 0.5).all()
+    assert uniform.shape == dde.shape == (1001,)
+    assert uniform.dtype == torch.float64
 
 
 def test_a_cap_holds_the_weights_above_it_and_no_others(schedule):
     free = weights(ObjectiveConfig(), schedule)
     capped = weights(ObjectiveConfig(max_weight=10.0), schedule)
-    assert (capped[free > 10] == 10).all() and (free > 10).sum() > 0
+    assert (capped[free > 10] == 10).all()
+    assert (free > 10).sum() > 0
     assert torch.equal(capped[free <= 10], free[free <= 10])
 
 
@@ -60,7 +64,8 @@ def test_the_gradient_weight_of_dde_is_small_at_both_ends(schedule):
 def test_without_the_correction_the_peak_is_at_497_and_uniform_is_flat(schedule):
     assert credit(schedule, "dde", 1e-4, corrected=False).argmax().item() + 1 == 497
     flat = credit(schedule, "uniform", 1e-4, corrected=False)
-    assert (flat == flat[0]).all() and flat[0] > 0
+    assert (flat == flat[0]).all()
+    assert flat[0] > 0
 
 
 def test_the_correction_moves_credit_towards_late_timesteps_by_the_known_ratio(schedule):
@@ -76,7 +81,9 @@ def test_at_t_1_and_at_t_T_nothing_is_infinite_even_for_absurd_margins(schedule)
     logit = preference_logit(BETA, w, margin, torch.zeros_like(w))
     loss = preference_loss(logit)
     loss.sum().backward()
-    assert loss.isfinite().all() and margin.grad.isfinite().all() and gradient_weight(w, logit).isfinite().all()
+    assert loss.isfinite().all()
+    assert margin.grad.isfinite().all()
+    assert gradient_weight(w, logit).isfinite().all()
     assert loss[3].item() == pytest.approx(BETA * 213.588, rel=1e-4)
 
 

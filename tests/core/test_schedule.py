@@ -25,7 +25,8 @@ def test_alpha_bar_at_t_is_diffusers_alphas_cumprod_at_t_minus_1(sd_config, chan
     config = sd_config | change
     theirs = DDIMScheduler(**config)
     ours = Schedule.from_config(config)
-    assert config["num_train_timesteps"] == ours.T and ours.alpha_bar.dtype == torch.float64
+    assert config["num_train_timesteps"] == ours.T
+    assert ours.alpha_bar.dtype == torch.float64
     assert ours.alpha_bar[0].item() == 1
     torch.testing.assert_close(ours.alpha_bar[1:], theirs.alphas_cumprod.double(), rtol=2e-6, atol=0)
     assert ours.final_alpha_bar == pytest.approx(theirs.final_alpha_cumprod.item(), rel=1e-6)
@@ -49,9 +50,13 @@ def test_noised_samples_equal_diffusers(schedule, sd_config):
 
 
 def test_snr_and_kappa_are_infinite_only_where_there_is_no_noise_and_no_variance(schedule):
-    assert schedule.snr[0] == float("inf") and schedule.kappa[1] == float("inf") and schedule.kappa[0].isnan()
-    assert schedule.snr[1:].isfinite().all() and schedule.kappa[2:].isfinite().all()
-    assert (schedule.kappa[2:] > 0).all() and (schedule.snr.diff() < 0).all()
+    assert schedule.snr[0] == float("inf")
+    assert schedule.kappa[1] == float("inf")
+    assert schedule.kappa[0].isnan()
+    assert schedule.snr[1:].isfinite().all()
+    assert schedule.kappa[2:].isfinite().all()
+    assert (schedule.kappa[2:] > 0).all()
+    assert (schedule.snr.diff() < 0).all()
     assert (1 / schedule.snr)[1000].item() == pytest.approx(213.588, abs=1e-3)
 
 

@@ -1,0 +1,51 @@
+"""Prompts and seeds in, pictures out: the parts of a model folder, loaded and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from dde_core.config import SampleConfig
+from dde_core.errors import ConfigError
+from dde_core.models import ModelFolder, encode_text, tokenize
+from dde_core.noise import initial_latents
+from dde_core.sampling import decode, sample_latents
+
+
+class TextToImage:
+    """A text-to-image model ready to draw. A picture is a function of prompt, seed and settings."""
+
+    def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu") -> None:
+        self._tokenizer, self._schedule = folder.tokenizer(), folder.schedule()
+        self._text_encoder = folder.text_encoder().to(device)
+        self._unet = folder.unet().requires_grad_(False).to(device)
+        self._vae = folder.vae().to(device)
+        self._device = device
+        self._factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        self.size_px = int(self._unet.config.sample_size) * self._factor
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        config: SampleConfig,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Draw one picture for each prompt and seed: uint8 [n, height, width, 3].
+
+        Raises ConfigError for a size that the U-Net cannot halve as often as it has to.
+        """
+        height, width = config.height or self.size_px, config.width or self.size_px
+        halvings = self._factor * 2 ** (len(self._unet.config.block_out_channels) - 1)
+        for name, value in (("height", height), ("width", width)):
+            if value % halvings:
+                raise ConfigError(name, value, f"must be a multiple of {halvings} for this model")
+        shape = (int(self._unet.config.in_channels), height // self._factor, width // self._factor)
+        latents = torch.stack([initial_latents(seed, shape) for seed in seeds]).to(self._device)
+        cond, uncond = self._encode(prompts), self._encode([""] * len(prompts))
+        return decode(self._vae, sample_latents(self._unet, self._schedule, latents, cond, uncond, config, on_step))
+
+    def _encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        return encode_text(self._text_encoder, tokenize(self._tokenizer, prompts))
