@@ -22,7 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-Uri = Annotated[str, Field(min_length=1, max_length=2048)]
+Uri = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[^\x00-\x1f]+$")]
+MetadataKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
+MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 Scorer = Literal["match", "taste", "fidelity"]
 Stage = Literal["encode", "train", "evaluate"]
 Family = Literal["sd15", "sdxl"]
@@ -89,7 +91,7 @@ class AlignmentJobCreate(Strict):
     training: TrainConfig = TrainConfig()
     workers: Annotated[int, Field(gt=0, le=1024)] = 1
     evaluation: EvaluationConfig
-    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
 
 
 class EvaluationCreate(EvaluationConfig):

@@ -2,6 +2,7 @@
 
     ServiceError                       carries what an API error body shows: message, param, code
     ├── BadRequest (ValueError)        the caller's mistake; 400
+    │   └── TooLarge                   a body longer than the limit; 413
     ├── NotFound (LookupError)         an id or name that is not there; 404
     ├── Unauthorized                   no key or a wrong one; 401
     ├── Conflict                       a state that forbids the request; 409 (never on a create)
@@ -34,6 +35,10 @@ class ServiceError(Exception):
 
 class BadRequest(ServiceError, ValueError):
     status, type, default_code = 400, "invalid_request_error", "invalid_value"
+
+
+class TooLarge(BadRequest):
+    status, default_code = 413, "request_too_large"
 
 
 class NotFound(ServiceError, LookupError):

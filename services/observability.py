@@ -21,12 +21,12 @@ _ENTRIES = TypeAdapter(list[JournalEvent])
 
 
 class Journal:
-    """The writer's side. One journal has one writer: the stage's driver."""
+    """The writer's side. One process writes at a time: a stage's driver hands over to its first worker, and back."""
 
     def __init__(self, prefix: str, flush_every_s: float = 1.0) -> None:
         self._folder, self._flush_every_s = storage.join(prefix, "journal"), flush_every_s
         self._pending: list[dict] = []
-        self._number, self._flushed_at = len(storage.list_files(self._folder)), 0.0
+        self._flushed_at = 0.0
 
     def event(self, message: str, level: Literal["info", "warning", "error"] = "info") -> None:
         """Tell people something."""
@@ -45,8 +45,9 @@ class Journal:
     def flush(self) -> None:
         """Write what is gathered."""
         if self._pending:
-            storage.write_bytes(storage.join(self._folder, f"{self._number:08d}.json"), json.dumps(self._pending).encode())
-            self._number, self._pending = self._number + 1, []
+            number = len(storage.list_files(self._folder))
+            storage.write_bytes(storage.join(self._folder, f"{number:08d}.json"), json.dumps(self._pending).encode())
+            self._pending = []
         self._flushed_at = time.monotonic()
 
 

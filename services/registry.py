@@ -36,6 +36,16 @@ def point(root: str, name: str, model_id: str) -> None:
     storage.write_json(storage.join(root, "aliases", f"{name}.json"), {"model": model_id})
 
 
+def retract(root: str, record: ModelRecord) -> None:
+    """Undo publish and point: Serve forgets the model. Weights that a job made are deleted, a base's files stay."""
+    alias = storage.join(root, "aliases", f"{record.name}.json")
+    if storage.exists(alias) and storage.read_json(alias)["model"] == record.id:
+        storage.delete_file(alias)
+    storage.delete_file(storage.join(root, "models", f"{record.id}.json"))
+    if record.job is not None:
+        storage.delete_folder(model_uri(root, record.id))
+
+
 def find(root: str, name_or_id: str) -> ModelRecord:
     """The model of an id or a name. Raises NotFound, naming it."""
     if "/" not in name_or_id:
@@ -58,7 +68,9 @@ def check_components(uri: str, family: Family) -> None:
         raise BadRequest(f"uri {uri!r} is not a diffusers folder: model_index.json cannot be read", param="uri") from error
     missing = [name for name in COMPONENTS[family] if not index.get(name) or index[name][0] is None]
     if missing:
-        raise BadRequest(f"uri {uri!r} is not of family {family!r}: model_index.json lacks {', '.join(missing)}", param="family")
+        raise BadRequest(
+            f"uri {uri!r} is not of family {family!r}: model_index.json lacks {', '.join(missing)}", param="family"
+        )
 
 
 def folder_digest(uri: str) -> str:

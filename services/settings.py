@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.errors import BadRequest
 
 
 class Settings(BaseSettings):
@@ -27,3 +31,34 @@ class Settings(BaseSettings):
     """How long a marker is waited for after Ray says that a driver has ended."""
     unreachable_s: float = 300.0
     """How long Ray may be out of reach before a job that runs there is failed."""
+
+
+class ClientSettings(BaseSettings):
+    """Where the ``dde`` command and scripts find a control plane, and with which key.
+
+    ``home`` is the state folder of ``dde up``; it keeps the address and the key of the system that runs there, and
+    these are taken where ``url`` and ``api_key`` are not given.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
+
+    url: str | None = None
+    api_key: SecretStr | None = None
+    home: Path = Path(".dde")
+
+    @property
+    def base_url(self) -> str:
+        """``DDE_URL``, else the address that `dde up` left, else http://127.0.0.1:8080."""
+        return self.url or _first_line(self.home / "url") or "http://127.0.0.1:8080"
+
+    @property
+    def key(self) -> str:
+        """``DDE_API_KEY``, else the key file of `dde up`. Raises BadRequest where there is neither."""
+        key = self.api_key.get_secret_value() if self.api_key else _first_line(self.home / "key")
+        if not key:
+            raise BadRequest(f"no key: DDE_API_KEY is not set and there is no key file {self.home / 'key'}", param="api_key")
+        return key
+
+
+def _first_line(path: Path) -> str | None:
+    return path.read_text().strip() if path.is_file() else None

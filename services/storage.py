@@ -89,6 +89,13 @@ def copy_folder(source_uri: str, target_uri: str) -> None:
     fs.copy_files(source_path, target_path, source_filesystem=source, destination_filesystem=target)
 
 
+def delete_file(uri: str) -> None:
+    """Delete a file; nothing where there is none."""
+    filesystem, path = resolve(uri)
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        filesystem.delete_file(path)
+
+
 def delete_folder(uri: str) -> None:
     """Delete a folder and all below it; nothing where there is none."""
     filesystem, path = resolve(uri)

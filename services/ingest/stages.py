@@ -1,0 +1,65 @@
+"""The Ray Data pipeline: read and decode on CPU, VAE-encode in an actor pool. Every image uid goes through once.
+
+A block is one unit of images from one row group, and the encoder works through it in fixed slices, so what a picture is
+encoded beside does not depend on scheduling.
+
+    {uri, file, row_group, wanted}  --decode_unit-->  {uid, pixels, sha256, size, crop, error}
+                                    --Encoder------>  {uid, latents, sha256, size, crop, error}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+
+from dde_core.models import ModelFolder, encode_images
+from services.contracts import ModelRecord
+from services.ingest.decoding import decode_unit
+from services.registry import fetch
+
+IMAGES_PER_UNIT = 256
+IMAGES_PER_FORWARD = 32
+DECODERS_PER_ENCODER = 2
+
+Unit = dict[str, Any]
+"""``wanted`` lists what to read from a row group: (row, column of the picture, uid)."""
+
+
+def encode_dataset(
+    units: list[Unit], model: ModelRecord, size: int, actors: int, use_gpu: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """Stream the encoded images of all units, a block at a time."""
+    blocks = ray.data.from_items(units, override_num_blocks=len(units))
+    decoded = blocks.map_batches(
+        decode_unit,
+        fn_kwargs={"size": size},
+        batch_size=None,
+        compute=ray.data.TaskPoolStrategy(size=DECODERS_PER_ENCODER * actors),
+        num_cpus=1,
+    )
+    encoded = decoded.map_batches(
+        Encoder,
+        fn_constructor_args=(model,),
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=0.5,
+        num_gpus=1 if use_gpu else 0,
+    )
+    yield from encoded.iter_batches(batch_size=None, prefetch_batches=1)
+
+
+class Encoder:
+    """One VAE, on a GPU where the actor has one."""
+
+    def __init__(self, model: ModelRecord) -> None:
+        torch.set_num_threads(1)
+        self._vae = ModelFolder(fetch(model)).vae().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, images: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        pixels = images.pop("pixels")
+        slices = [pixels[i : i + IMAGES_PER_FORWARD] for i in range(0, len(pixels), IMAGES_PER_FORWARD)]
+        return {**images, "latents": np.concatenate([encode_images(self._vae, part) for part in slices])}

@@ -1,0 +1,11 @@
+"""``python -m services.training --spec URI``: the train stage of a job."""
+
+import ray
+
+from services.contracts import TrainSpec
+from services.stage import run_stage
+from services.training.train import train
+
+if __name__ == "__main__":
+    ray.init()
+    run_stage(TrainSpec, train)

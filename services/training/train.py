@@ -1,0 +1,107 @@
+"""The train stage: a Ray Train run over the loop, then the model version that it made."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+import dde_core
+from dde_core.errors import ConfigError
+from dde_core.latents.schema import MANIFEST, Manifest
+from dde_core.models import save_aligned
+from services import registry, storage
+from services.contracts import ModelRecord, TrainResult, TrainSpec
+from services.errors import Unavailable
+from services.observability import Journal
+from services.training.loop import train_loop
+
+MAX_WORKER_FAILURES = 3
+CPUS_PER_WORKER = 1
+
+
+def train(spec: TrainSpec, journal: Journal) -> TrainResult:
+    """Fine-tune, resuming from the run's last checkpoint where there is one, and write the aligned model."""
+    began = time.monotonic()
+    manifest = Manifest.from_json(storage.read_bytes(storage.join(spec.dataset, MANIFEST)))
+    _check(spec, manifest)
+    steps, batch_size = spec.training.steps, spec.training.batch_size
+    journal.event(f"{steps} steps of {batch_size} pairs with {spec.objective.method} on {spec.workers} workers")
+    journal.flush()
+    filesystem, path = storage.resolve(spec.run)
+    storage_path, name = path.rsplit("/", 1)
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"spec": spec.model_dump_json()},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=spec.workers, use_gpu=spec.use_gpu, resources_per_worker={"CPU": CPUS_PER_WORKER}
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    result = trainer.fit()
+    if result.error is not None:
+        raise result.error
+    record = _model_record(spec, manifest)
+    with tempfile.TemporaryDirectory() as scratch, result.checkpoint.as_directory() as last:
+        folder = Path(scratch) / "model"
+        save_aligned(registry.fetch(spec.model), Path(last) / "unet", folder)
+        (folder / "README.md").write_text(_model_card(record))
+        (folder / "lineage.json").write_text(json.dumps(record.lineage, indent=1, sort_keys=True))
+        storage.copy_folder(storage.as_uri(folder), spec.output)
+    record = record.model_copy(update={"digest": registry.folder_digest(spec.output)})
+    metrics = {name: float(value) for name, value in (result.metrics or {}).items() if isinstance(value, (int, float))}
+    return TrainResult(model=record, metrics=metrics, seconds=time.monotonic() - began)
+
+
+def _check(spec: TrainSpec, manifest: Manifest) -> None:
+    """Refuse what cannot work before a worker starts."""
+    pairs, training = manifest.counts["pairs"], spec.training
+    if training.batch_size > pairs:
+        raise ConfigError("training.batch_size", training.batch_size, f"must be at most the dataset's {pairs} pairs")
+    if spec.workers > training.batch_size:
+        raise ConfigError("workers", spec.workers, f"must be at most training.batch_size = {training.batch_size}")
+    needed = {"CPU": spec.workers * CPUS_PER_WORKER, "GPU": spec.workers if spec.use_gpu else 0}
+    for resource, amount in needed.items():
+        there = ray.cluster_resources().get(resource, 0)
+        if amount > there:
+            raise Unavailable(f"workers = {spec.workers} need {amount} {resource}, the cluster has {there:g}", param="workers")
+
+
+def _model_record(spec: TrainSpec, manifest: Manifest) -> ModelRecord:
+    lineage = {
+        "job": spec.job,
+        "dataset_digest": manifest.digest,
+        "base": spec.model.id,
+        "base_digest": spec.model.digest,
+        "objective": spec.model_dump(mode="json")["objective"] | {"noise": spec.objective.noise_mode},
+        "training": spec.model_dump(mode="json")["training"],
+        "conventions": "beta multiplies mean squared errors over latent elements; AdamW; linear warm-up to a constant rate",
+        "code_version": dde_core.__version__,
+    }
+    return ModelRecord(
+        id=spec.model_id,
+        name=spec.name,
+        uri=spec.output,
+        family=spec.model.family,
+        digest="",
+        base=spec.model.id,
+        job=spec.job,
+        lineage=lineage,
+        created_at=int(time.time()),
+    )
+
+
+def _model_card(record: ModelRecord) -> str:
+    lines = [f"- {name}: `{json.dumps(value, sort_keys=True)}`" for name, value in record.lineage.items()]
+    return "\n".join([f"# {record.name}", "", f"{record.base} aligned with preference pairs. How it was made:", "", *lines, ""])
