@@ -1,0 +1,28 @@
+# One image for the head and the workers of every Ray cluster: ingest, training, evaluation, serving, the shapes model.
+# Its tag names its Ray version, which is the pin in constraints.txt and rayVersion in k8s/.
+#
+#   docker build -f docker/ray.Dockerfile -t dde-ray:0.1.0-ray2.60.0 .
+#
+# PyPI's torch for Linux on x86-64 is built for CUDA. A build for CPUs, or for another CUDA, comes from PyTorch's own
+# index: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
+FROM python:3.11-slim
+
+ARG TORCH_INDEX=https://pypi.org/simple
+
+# KubeRay's readiness probe for Serve workers runs wget inside the container.
+RUN apt-get update && apt-get install -y --no-install-recommends wget && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 1000 --create-home dde
+
+WORKDIR /src
+COPY constraints.txt ./
+# The large packages in a layer of their own, so that a change of our code does not fetch them again.
+RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" -c constraints.txt torch 'ray[default,train,data,serve]'
+COPY pyproject.toml README.md ./
+COPY dde_core dde_core
+COPY services services
+RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" -c constraints.txt '.[ray]'
+
+# No entry point: KubeRay writes the `ray start` command.
+ENV PYTHONUNBUFFERED=1
+USER 1000:1000
+WORKDIR /home/dde
