@@ -1,0 +1,40 @@
+# What people and CI run. Every target sets up .venv first and adds nothing where that is in place.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+export RAY_AUTH_MODE := disabled
+
+.PHONY: demo up test test-slow check format clean
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/installed   ## the main job, end to end, then everything is shut down
+	$(BIN)/dde demo
+
+up: .venv/installed     ## the same system, left running until Ctrl-C
+	$(BIN)/dde up
+
+test: .venv/installed   ## everything but the slow tests
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: .venv/installed  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .dde build *.egg-info
