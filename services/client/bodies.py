@@ -1,0 +1,72 @@
+"""Job bodies from a file and from options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from services.contracts import AlignmentJobCreate
+from services.errors import BadRequest
+
+PLACES = {
+    "method": ("objective", "method"),
+    "beta": ("objective", "beta"),
+    "steps": ("training", "steps"),
+    "batch_size": ("training", "batch_size"),
+    "learning_rate": ("training", "learning_rate"),
+    "checkpoint_every": ("training", "checkpoint_every"),
+    "seed": ("training", "seed"),
+    "prompts": ("evaluation", "prompts_uri"),
+    "num_prompts": ("evaluation", "num_prompts"),
+}
+"""Where an option stands in a job's body; those that are not here stand at the top."""
+
+
+def job_body(file: Path | None, options: Mapping[str, Any]) -> AlignmentJobCreate:
+    """The body of a job: what the file says, and above it every option that is not None."""
+    body = read_body(file) if file else {}
+    for option, value in options.items():
+        if value is not None:
+            *sections, key = PLACES.get(option, (option,))
+            section = body
+            for each in sections:
+                section = section.setdefault(each, {})
+            section[key] = value
+    evaluation = body.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("prompts_uri"), str):
+        evaluation["prompts_uri"] = as_uri(evaluation["prompts_uri"])
+    return AlignmentJobCreate.model_validate_json(json.dumps(body))
+
+
+def read_body(file: Path) -> dict[str, Any]:
+    """The object in a JSON or YAML file. Raises BadRequest, naming the file."""
+    text = file.read_text()
+    try:
+        body = json.loads(text)
+    except json.JSONDecodeError:
+        try:
+            body = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise BadRequest(f"{file} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(body, dict):
+        raise BadRequest(f"{file} must hold an object, got {type(body).__name__}")
+    return body
+
+
+def as_uri(place: str) -> str:
+    """A URI as it is, a path as file://."""
+    return place if "://" in place else Path(place).expanduser().resolve().as_uri()
+
+
+def validation_line(error: ValidationError) -> str:
+    """Every wrong field with its value: ``training.steps: Input should be greater than 0, got -5``."""
+    return "; ".join(
+        f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}"
+        + ("" if each["type"] == "missing" else f", got {each['input']!r}")
+        for each in error.errors()
+    )

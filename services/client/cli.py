@@ -1,0 +1,236 @@
+"""The ``dde`` command. Where it finds the system: DDE_URL and DDE_API_KEY, else what `dde up` left in DDE_HOME (``.dde``)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from typer.core import TyperGroup
+
+from services.client import tables
+from services.client.api import Client
+from services.client.bodies import as_uri, job_body, validation_line
+from services.client.watch import watch
+from services.contracts import EvaluationCreate, ImageRequest
+from services.errors import ServiceError
+from services.settings import ClientSettings
+
+
+class Commands(TyperGroup):
+    """Says what went wrong in one line on stderr, exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValidationError as error:
+            complain(validation_line(error))
+        except (ServiceError, OSError) as error:
+            param = getattr(error, "param", None)
+            complain(str(error) if not param or param in str(error) else f"{param}: {error}")
+        raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, help="Preference alignment of diffusion models."
+)
+datasets = typer.Typer(no_args_is_help=True, help="Preference pairs.")
+models = typer.Typer(no_args_is_help=True, help="Base models and aligned ones.")
+jobs = typer.Typer(no_args_is_help=True, help="Alignment jobs.")
+app.add_typer(datasets, name="datasets")
+app.add_typer(models, name="models")
+app.add_typer(jobs, name="jobs")
+
+Cpus = Annotated[int, typer.Option(min=1, help="What Ray may hand out: workers and replicas ask for one each.")]
+
+
+def complain(line: str) -> None:
+    """One line on stderr."""
+    typer.echo(f"error: {line}", err=True)
+
+
+def connect() -> Client:
+    """A client of the system that the environment names."""
+    settings = ClientSettings()
+    return Client(settings.base_url, settings.key)
+
+
+# ---- the system on this machine
+
+
+@app.command()
+def up(
+    state: Annotated[Path | None, typer.Option(help="Folder for key, database, models and logs; default DDE_HOME.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the API; 0: 8080 where that is free.")] = 0,
+    num_cpus: Cpus = 8,
+    gpu: Annotated[bool, typer.Option(help="Give each worker a GPU.")] = False,
+) -> None:
+    """Start everything on this machine, with a small base model to try, until Ctrl-C."""
+    from services.client.up import run_up
+
+    run_up(Console(), state or ClientSettings().home, port=port, num_cpus=num_cpus, use_gpu=gpu)
+
+
+@app.command()
+def demo(
+    state: Annotated[Path | None, typer.Option(help="Folder for all of it, emptied first; default DDE_HOME/demo.")] = None,
+    job: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Another job than deploy/demo.json.")] = None,
+    num_cpus: Cpus = 8,
+    keep: Annotated[bool, typer.Option(help="Go on serving until Ctrl-C.")] = False,
+) -> None:
+    """Align, evaluate and serve a small model on this machine, and show what it brought."""
+    from services.client.demo import run_demo
+
+    run_demo(Console(), state or ClientSettings().home / "demo", job_file=job, num_cpus=num_cpus, keep=keep)
+
+
+# ---- what is registered
+
+
+@datasets.command("create")
+def create_dataset(name: str, uri: Annotated[str, typer.Argument(help="Parquet: a file or folder, path or URI.")]) -> None:
+    """Register preference pairs."""
+    with connect() as client:
+        typer.echo(client.create_dataset(name, as_uri(uri)).id)
+
+
+@datasets.command("list")
+def list_datasets() -> None:
+    """Every dataset."""
+    with connect() as client:
+        rows = [
+            (d.id, d.name, d.counts.pairs if d.counts else "", d.uri, tables.moment(d.created_at)) for d in client.datasets()
+        ]
+    tables.print_list(Console(), ("id", "name", "pairs", "uri", "created"), rows)
+
+
+@models.command("create")
+def create_model(
+    name: str,
+    uri: Annotated[str, typer.Argument(help="A diffusers folder: path or URI.")],
+    family: Annotated[str, typer.Option(help="sd15 or sdxl.")] = "sd15",
+) -> None:
+    """Register a base model."""
+    with connect() as client:
+        typer.echo(client.create_model(name, as_uri(uri), family).id)
+
+
+@models.command("list")
+def list_models() -> None:
+    """Every model."""
+    with connect() as client:
+        rows = [(m.id, m.name, m.family, m.base or "", m.job or "", tables.moment(m.created_at)) for m in client.models()]
+    tables.print_list(Console(), ("id", "name", "family", "base", "job", "created"), rows)
+
+
+# ---- jobs
+
+
+@jobs.command("create")
+def create_job(
+    ctx: typer.Context,
+    file: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, help="The body as JSON or YAML.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name or id of the base model.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Id of the dataset.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the aligned model.")] = None,
+    method: Annotated[str | None, typer.Option(help="dde or uniform.")] = None,
+    beta: float | None = None,
+    steps: int | None = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs of the global batch.")] = None,
+    learning_rate: float | None = None,
+    checkpoint_every: int | None = None,
+    seed: int | None = None,
+    workers: int | None = None,
+    prompts: Annotated[str | None, typer.Option(help="Held-out prompts, one a line: path or URI.")] = None,
+    num_prompts: int | None = None,
+    follow: Annotated[bool, typer.Option("--watch", help="Watch the job until it ends.")] = False,
+) -> None:
+    """Start a job. Options go before what the file says."""
+    options = {key: value for key, value in ctx.params.items() if key not in ("file", "follow")}
+    with connect() as client:
+        job = client.create_job(job_body(file, options))
+        typer.echo(job.id)
+        if follow:
+            _follow(client, job.id)
+
+
+@jobs.command("list")
+def list_jobs(status: Annotated[str | None, typer.Option(help="Only those that stand so.")] = None) -> None:
+    """Every job."""
+    with connect() as client:
+        rows = [(j.id, j.status, j.stage or "", j.name or "", tables.moment(j.created_at)) for j in client.jobs(status)]
+    tables.print_list(Console(), ("id", "status", "stage", "name", "created"), rows)
+
+
+@jobs.command("watch")
+def watch_job(job: str) -> None:
+    """Show progress until the job ends; exit code 1 unless it succeeded. Ctrl-C ends the watching, not the job."""
+    with connect() as client:
+        _follow(client, job)
+
+
+@jobs.command("cancel")
+def cancel_job(job: str) -> None:
+    """Stop a job."""
+    with connect() as client:
+        typer.echo(client.cancel_job(job).status)
+
+
+def _follow(client: Client, job_id: str) -> None:
+    console = Console()
+    job = watch(client, job_id, console)
+    if job.result and job.result.evaluate:
+        console.print(tables.comparison(job.result.evaluate, "base", job.name or "aligned"))
+    if job.status != "succeeded":
+        raise ServiceError(f"{job.id} {job.status}" + (f": {job.reason}" if job.reason else ""))
+
+
+# ---- pictures
+
+
+@app.command()
+def generate(
+    model: str,
+    prompt: str,
+    n: Annotated[int, typer.Option("-n", min=1, max=16, help="How many pictures.")] = 1,
+    seed: int = 0,
+    steps: int = 25,
+    guidance_scale: float = 5.0,
+    size: Annotated[str, typer.Option(help='WIDTHxHEIGHT, or "auto": the model\'s own.')] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path(),
+) -> None:
+    """Draw pictures; the one of seed S is written to MODEL-S.png."""
+    request = ImageRequest(model=model, prompt=prompt, n=n, size=size, seed=seed, steps=steps, guidance_scale=guidance_scale)
+    with connect() as client:
+        pictures = client.generate(request)
+    out.mkdir(parents=True, exist_ok=True)
+    for offset, picture in enumerate(pictures):
+        path = out / f"{model}-{seed + offset}.png"
+        path.write_bytes(picture)
+        typer.echo(path)
+
+
+@app.command()
+def evaluate(
+    model: str,
+    base: str,
+    prompts: Annotated[str, typer.Option(help="Held-out prompts, one a line: path or URI.")],
+    num_prompts: int = 200,
+    seed: int = 0,
+    steps: int = 25,
+    guidance_scale: float = 5.0,
+) -> None:
+    """Compare two models on held-out prompts."""
+    sample = {"steps": steps, "guidance_scale": guidance_scale}
+    body = {"model": model, "base": base, "num_prompts": num_prompts, "seed": seed, "sample": sample}
+    request = EvaluationCreate.model_validate_json(json.dumps({**body, "prompts_uri": as_uri(prompts)}))
+    with connect() as client:
+        evaluation = client.wait_evaluation(client.create_evaluation(request).id)
+    if evaluation.result is None or evaluation.status != "succeeded":
+        raise ServiceError(f"{evaluation.id} {evaluation.status}" + (f": {evaluation.reason}" if evaluation.reason else ""))
+    console = Console()
+    console.print(tables.comparison(evaluation.result, base, model))
+    console.print(f"report {evaluation.result.report}\npictures {evaluation.result.grid}", soft_wrap=True, highlight=False)

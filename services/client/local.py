@@ -1,0 +1,179 @@
+"""The whole system on one machine: Ray, Serve and the control plane on 127.0.0.1, for as long as a ``with`` block runs.
+
+    with LocalSystem(Path(".dde")) as system, system.client() as client:
+        client.create_model("shapes", MODEL_DIR.as_uri())
+
+What has to last lies in the state folder: ``key``, ``dde.db``, ``storage/``, and ``logs/`` of the last run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from services.client.api import Client
+from services.client.processes import Child, StartFailed, end_marked, environment, free_ports, port_is_free, wait_until
+from services.client.ray_head import RayHead
+
+SERVE_CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
+CONTROL_PATIENCE_S = 10.0
+
+
+class LocalSystem:
+    """Starts everything on ``__enter__`` and leaves no process behind on ``__exit__``, nor where starting fails.
+
+    ``fresh`` drops what an earlier run has stored. ``port`` 0 takes a free port for the API. ``num_cpus`` is what Ray
+    may hand out, not what the machine has: on two cores a job's workers and Serve's replicas share them. ``say`` is told
+    what is being waited for.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        *,
+        fresh: bool = False,
+        port: int = 0,
+        num_cpus: int = 8,
+        use_gpu: bool = False,
+        serve_config: Path = SERVE_CONFIG,
+        timeout_s: float = 180.0,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.state = state.resolve()
+        self.logs, self.key_file, self.storage_uri = self.state / "logs", self.state / "key", (self.state / "storage").as_uri()
+        self._fresh, self._port, self._num_cpus, self._use_gpu = fresh, port, num_cpus, use_gpu
+        self._timeout_s, self._say = timeout_s, say
+        self._serve_config = read_serve_config(serve_config)
+
+    @property
+    def key(self) -> str:
+        """The API key."""
+        return self.key_file.read_text().strip()
+
+    def client(self) -> Client:
+        """An SDK client of this system."""
+        return Client(self.url, self.key)
+
+    def __enter__(self) -> LocalSystem:
+        with ExitStack() as undo:
+            self._take_state(undo)
+            self._take_ports()
+            self._say("starting Ray")
+            self.ray = undo.enter_context(RayHead(self.logs, str(self.state), num_cpus=self._num_cpus))
+            self.control = self._start_control(undo)
+            self._wait(self.ray.answers, "Ray's dashboard does not answer", self.ray.child)
+            self._say("starting Serve")
+            self._start_serve()
+            self._say("waiting for the control plane")
+            with self.client() as client:
+                self._wait(client.ready, "the control plane is not ready", self.control)
+            write_private(self.state / "url", self.url)
+            undo.callback((self.state / "url").unlink, missing_ok=True)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._undo.close()
+
+    def check(self) -> None:
+        """Raises StartFailed where Ray or the control plane has ended by itself."""
+        self.ray.child.check()
+        self.control.check()
+
+    def _take_state(self, undo: ExitStack) -> None:
+        """Make the state folder this process's own, with a key, and end what a killed predecessor has left."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        undo.enter_context(locked(self.state / "lock"))
+        end_marked(str(self.state))
+        undo.callback(end_marked, str(self.state))
+        if self._fresh:
+            shutil.rmtree(self.state / "storage", ignore_errors=True)
+            for database in self.state.glob("dde.db*"):
+                database.unlink()
+        if not self.key_file.exists():
+            write_private(self.key_file, f"dde-{secrets.token_urlsafe(32)}")
+
+    def _take_ports(self) -> None:
+        serve, control = free_ports(2)
+        if self._port and not port_is_free(self._port):
+            raise StartFailed(f"port {self._port} is in use", param="port")
+        self.serve_port, self.port = serve, self._port or control
+        self.serve_url, self.url = f"http://127.0.0.1:{self.serve_port}", f"http://127.0.0.1:{self.port}"
+
+    def _start_control(self, undo: ExitStack) -> Child:
+        settings = {
+            "DDE_API_KEY": self.key,
+            "DDE_STORAGE_URI": self.storage_uri,
+            "DDE_DATABASE_URL": f"sqlite:///{self.state / 'dde.db'}",
+            "DDE_RAY_URL": self.ray.url,
+            "DDE_SERVE_URL": self.serve_url,
+            "DDE_HOST": "127.0.0.1",
+            "DDE_PORT": str(self.port),
+            "DDE_USE_GPU": str(self._use_gpu).lower(),
+        }
+        env = environment(str(self.state), {**settings, **self.ray.auth})
+        control = Child("control", [sys.executable, "-m", "services.control"], self.logs / "control.log", env)
+        undo.callback(control.stop, CONTROL_PATIENCE_S)
+        return control
+
+    def _start_serve(self) -> None:
+        config = fill_serve_config(self._serve_config, self.serve_port, self.storage_uri)
+        self.ray.deploy(config)
+        for name in [application["name"] for application in config["applications"]]:
+            runs = partial(self.ray.serving, name)
+            self._wait(runs, f"Serve application {name!r} does not run", self.ray.child)
+        self._wait(self._serve_answers, "Serve does not answer /healthz", self.ray.child)
+
+    def _wait(self, ready: Callable[[], bool], what: str, who: Child) -> None:
+        wait_until(ready, what, [who, self.ray.child, self.control], self._timeout_s)
+
+    def _serve_answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.serve_url}/healthz", timeout=5.0, trust_env=False).is_success
+        except httpx.TransportError:
+            return False
+
+
+def read_serve_config(path: Path) -> dict[str, Any]:
+    """The Serve config. Raises StartFailed, naming the path, where it cannot be used."""
+    try:
+        config = yaml.safe_load(path.read_text())
+        if config["applications"]:
+            return config
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise StartFailed(f"serve config {path} cannot be read: {error}", param="serve_config") from error
+    raise StartFailed(f"serve config {path} has no applications", param="serve_config")
+
+
+def fill_serve_config(config: dict[str, Any], port: int, storage_uri: str) -> dict[str, Any]:
+    """The config with this system's port on the loopback interface and its storage in the arguments of every application."""
+    applications = [{**each, "args": {**each.get("args", {}), "storage_uri": storage_uri}} for each in config["applications"]]
+    http_options = {**config.get("http_options", {}), "host": "127.0.0.1", "port": port}
+    return {**config, "http_options": http_options, "applications": applications}
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only this user can read."""
+    path.touch(mode=0o600)
+    path.write_text(text + "\n")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a state folder. Raises StartFailed where another process has it. The kernel drops it with its holder."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StartFailed(f"another system is running in {path.parent}", param="state") from error
+        yield

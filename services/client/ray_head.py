@@ -1,0 +1,146 @@
+"""A one-machine Ray cluster for as long as a ``with`` block runs, and as much of its REST API as is needed here.
+
+Ray's own processes listen on every interface and run whatever they are sent, so this cluster has a token: Ray reads it
+at every call, in every process, from a file that only the user can read.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from services.client.processes import Child, StartFailed, environment, executables, free_ports
+
+OBJECT_STORE_BYTES = 500_000_000
+PATIENCE_S = 20.0
+APPLICATIONS = "/api/serve/applications/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayPorts:
+    """Every port that would otherwise be a fixed one, so that two clusters fit on one machine."""
+
+    gcs: int
+    dashboard: int
+    client: int
+    agent: int
+    autoscaler_metrics: int
+    dashboard_metrics: int
+
+    @classmethod
+    def free(cls) -> RayPorts:
+        names = [field.name for field in fields(cls)]
+        return cls(**dict(zip(names, free_ports(len(names)), strict=True)))
+
+
+class RayHead:
+    """Starts ``ray start`` on ``__enter__`` without waiting for it; ends all its processes and keeps its logs on ``__exit__``.
+
+    ``num_cpus`` is what Ray may hand out, not what the machine has. ``mark`` marks the processes.
+    """
+
+    def __init__(self, logs: Path, mark: str, *, num_cpus: int = 8) -> None:
+        self.ports, self.token = RayPorts.free(), secrets.token_hex(32)
+        self.url = f"http://127.0.0.1:{self.ports.dashboard}"
+        self._logs, self._mark, self._num_cpus = logs, mark, num_cpus
+        headers = {"Authorization": f"Bearer {self.token}"}
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=60.0, trust_env=False)
+
+    def __enter__(self) -> RayHead:
+        with ExitStack() as undo:
+            undo.enter_context(self._http)
+            self._folder = Path(tempfile.mkdtemp(prefix="dde-", dir="/tmp"))  # short: unix sockets lie below it
+            undo.callback(self._clear)
+            token_file = self._folder / "token"
+            token_file.touch(mode=0o600)
+            token_file.write_text(self.token)
+            self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+            env = environment(self._mark, {**ray_environment(self.ports), **self.auth})
+            self.child = Child(
+                "ray", start_command(self.ports, self._num_cpus, self._folder / "ray"), self._logs / "ray.log", env
+            )
+            undo.callback(self.child.stop, PATIENCE_S)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._undo.close()
+
+    def answers(self) -> bool:
+        """Does the cluster take requests?"""
+        try:
+            return self._http.get(APPLICATIONS, timeout=10.0).is_success
+        except httpx.TransportError:
+            return False
+
+    def deploy(self, config: Mapping[str, Any]) -> None:
+        """Ask Serve to run the applications of ``config``. Raises StartFailed with what it refused."""
+        response = self._http.put(APPLICATIONS, json=config)
+        if not response.is_success:
+            raise StartFailed(f"Serve refused its config: {response.text.strip()[-2000:]}")
+
+    def serving(self, application: str) -> bool:
+        """Does the application run? Raises StartFailed with Serve's own message where it cannot."""
+        try:
+            response = self._http.get(APPLICATIONS).raise_for_status()
+        except httpx.HTTPError:
+            return False
+        found = response.json()["applications"].get(application)
+        if found and found["status"] == "DEPLOY_FAILED":
+            raise StartFailed(f"Serve application {application!r} could not be deployed: {_messages(found)}")
+        return bool(found) and found["status"] == "RUNNING"
+
+    def _clear(self) -> None:
+        """Keep the logs of the session in place of those of the last one, drop the rest."""
+        kept = self._logs / "ray"
+        shutil.rmtree(kept, ignore_errors=True)
+        for logs in (self._folder / "ray").glob("session_2*/logs"):
+            shutil.copytree(logs, kept, symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def start_command(ports: RayPorts, num_cpus: int, folder: Path) -> list[str]:
+    """``ray start`` in the foreground."""
+    return [
+        *(str(executables() / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
+        f"--num-cpus={num_cpus}",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+        f"--temp-dir={folder}",
+        f"--port={ports.gcs}",
+        f"--ray-client-server-port={ports.client}",
+        f"--dashboard-agent-listen-port={ports.agent}",
+        *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports.dashboard}"),
+    ]
+
+
+def ray_environment(ports: RayPorts) -> dict[str, str]:
+    """What Ray's processes need to see. One thread each: two-thread torch on busy cores is many times slower."""
+    return {
+        "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
+        "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _messages(application: Mapping[str, Any]) -> str:
+    """What Serve says of the application and of its deployments."""
+    said = [application.get("message", ""), *(each.get("message", "") for each in application["deployments"].values())]
+    return "\n".join(dict.fromkeys(text.strip()[-3000:] for text in said if text.strip()))

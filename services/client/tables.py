@@ -1,0 +1,65 @@
+"""What the commands print: lists, and the comparison of two models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from services.contracts import ALL_SCORERS, EvaluateResult, Interval
+
+
+def print_list(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table in a terminal, tab-separated values anywhere else."""
+    if not console.is_terminal:
+        for row in [columns, *rows]:
+            console.file.write("\t".join(map(str, row)) + "\n")  # console.print turns tabs into spaces
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table, markup=False)
+
+
+def comparison(result: EvaluateResult, base: str, candidate: str) -> Table:
+    """Every scorer: the mean of both models, the paired difference and the beat ratio with their 95% intervals.
+
+    Narrow enough for 80 columns with names of up to 14 letters.
+    """
+    table = Table(
+        "scorer",
+        base,
+        candidate,
+        "difference [95%]",
+        "beat ratio [95%]",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        title=f"{candidate} against {base}, {result.num_prompts} held-out prompts, the same seed for both",
+    )
+    for name in [name for name in ALL_SCORERS if name in result.scores]:
+        scores = result.scores[name]
+        ratio, difference = interval(scores.beat_ratio), interval(scores.difference, signed=True)
+        table.add_row(name, f"{scores.base:.3f}", f"{scores.candidate:.3f}", difference, ratio)
+    return table
+
+
+def durations(seconds: Mapping[str, float]) -> Table:
+    """Seconds of each stage, one column each."""
+    table = Table(*seconds, title="seconds", box=SIMPLE_HEAD, show_edge=False)
+    table.add_row(*(f"{value:.1f}" for value in seconds.values()))
+    return table
+
+
+def interval(interval: Interval, *, signed: bool = False) -> str:
+    """``0.640 [0.571, 0.703]``."""
+    form = "+.3f" if signed else ".3f"
+    return f"{interval.value:{form}} \\[{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def moment(created_at: float) -> str:
+    """A time of creation for people."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created_at))

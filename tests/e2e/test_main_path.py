@@ -1,0 +1,282 @@
+"""The demo's path: pairs in, an aligned, evaluated, served model out, over HTTP on real Ray and real Serve."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
+from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
+from services import storage
+from services.client.api import ApiError, Client
+from services.client.local import LocalSystem
+from services.client.types import Job
+from services.contracts import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ImageRequest
+from tests.pairs_file import pair_rows, write_pairs
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def base(client: Client) -> str:
+    return client.create_model("shapes", MODEL_DIR.as_uri()).name
+
+
+@pytest.fixture(scope="module")
+def dataset(client: Client, pairs_file: Path) -> str:
+    return client.create_dataset("scenes", pairs_file.as_uri()).id
+
+
+def job_request(base: str, dataset: str, **changes) -> AlignmentJobCreate:
+    fields = {
+        "model": base,
+        "dataset": dataset,
+        "objective": ObjectiveConfig(beta=2000.0, calibration_bins=50),
+        "training": TrainConfig(steps=STEPS, batch_size=32, learning_rate=1e-4, checkpoint_every=6),
+        "workers": 2,
+        "evaluation": EvaluationConfig(
+            prompts_uri=PROMPTS_FILE.as_uri(), num_prompts=20, sample=SampleConfig(steps=5, guidance_scale=3.0)
+        ),
+    }
+    return AlignmentJobCreate(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(client: Client, base: str, dataset: str) -> Job:
+    """One job, followed to its end."""
+    return client.wait(client.create_job(job_request(base, dataset, name="aligned")).id, timeout_s=240)
+
+
+def test_a_posted_job_ends_as_an_aligned_and_evaluated_model(finished: Job):
+    assert finished.status == "succeeded", finished.reason
+    assert finished.result.encode.counts == {
+        "rows": 200, "pairs": 179, "ties": 20, "missing": 0, "corrupt": 1, "duplicates": 0, "images": 359
+    }  # fmt: skip
+    assert finished.result.train.metrics["step"] == STEPS
+    assert set(finished.result.evaluate.scores) == {"match", "taste", "fidelity"}
+    assert all(finished.stage_seconds[stage] > 0 for stage in ("encode", "train", "evaluate"))
+
+
+def test_a_corrupt_picture_is_quarantined_with_its_row(finished: Job):
+    lines = storage.read_bytes(storage.join(finished.result.encode.dataset, "quarantine.jsonl")).decode().splitlines()
+    assert [json.loads(line)["causes"] for line in lines] == [{"0-3-0": "not an image"}]
+
+
+def test_every_step_reports_finite_metrics_of_winner_and_loser(client: Client, finished: Job):
+    rows = list(client.metrics(finished.id, "train"))
+    assert [row.step for row in rows] == list(range(1, STEPS + 1))
+    for name in ("loss", "implicit_accuracy", "winner_error_diff", "loser_error_diff", "gradient_weight", "pairs_per_s"):
+        assert all(np.isfinite(row.metrics[name]) for row in rows), name
+    assert rows[0].metrics["loss"] == pytest.approx(np.log(2), abs=1e-6), "policy and reference begin as the same model"
+    assert rows[-1].metrics["winner_error_diff"] != 0.0
+
+
+def test_events_tell_the_way_in_order(client: Client, finished: Job):
+    messages = [event.message for event in client.events(finished.id)]
+    moves = [message.split(":")[0] for message in messages if " -> " in message]
+    assert moves == [
+        "validating -> queued",
+        "queued -> preparing",
+        "preparing -> running",
+        "running -> evaluating",
+        "evaluating -> succeeded",
+    ]
+
+
+def test_serve_draws_from_the_aligned_model_by_name_without_being_redeployed(client: Client, finished: Job):
+    def draw(model: str, seed: int) -> np.ndarray:
+        wanted = ImageRequest(model=model, prompt="a large red circle", seed=seed, steps=5, guidance_scale=3.0)
+        return np.asarray(Image.open(io.BytesIO(client.generate(wanted)[0])))
+
+    aligned, base = draw("aligned", 0), draw("shapes", 0)
+    assert aligned.shape == (32, 32, 3)
+    assert (draw("aligned", 0) == aligned).all(), "a picture is a function of prompt and seed"
+    assert (aligned != base).any(), "the aligned model is not the base"
+    assert (draw("aligned", 1) != aligned).any()
+
+
+def test_the_report_holds_every_prompt_and_its_grid_is_a_picture(finished: Job):
+    report = storage.read_json(finished.result.evaluate.report)
+    assert len(report["prompts"]) == 20
+    taste = [prompt["candidate_taste"] for prompt in report["prompts"]]
+    assert finished.result.evaluate.scores["taste"].candidate == pytest.approx(np.mean(taste))
+    grid = Image.open(io.BytesIO(storage.read_bytes(finished.result.evaluate.grid)))
+    assert grid.format == "PNG"
+    assert min(grid.size) > 100
+
+
+def test_diffusers_alone_loads_the_aligned_model(client: Client, finished: Job):
+    folder = storage.resolve(client.model(finished.aligned_model).uri)[1]
+    code = (
+        "import sys; from diffusers import StableDiffusionPipeline as P; p = P.from_pretrained(sys.argv[1]);"
+        "p.set_progress_bar_config(disable=True); print(p('a red circle', num_inference_steps=2).images[0].size);"
+        "assert not {'services', 'dde_core'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "(32, 32)", done.stderr
+
+
+def test_an_encoded_dataset_is_reused_and_a_model_can_be_evaluated_again(client: Client, finished: Job):
+    request = EvaluationCreate(
+        model="aligned",
+        base="shapes",
+        prompts_uri=PROMPTS_FILE.as_uri(),
+        num_prompts=20,
+        sample=SampleConfig(steps=5, guidance_scale=3.0),
+    )
+    done = client.wait_evaluation(client.create_evaluation(request).id, timeout_s=120)
+    assert done.status == "succeeded", done.reason
+    assert done.result.scores == finished.result.evaluate.scores, "the same models, prompts and seeds give the same scores"
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 120.0):
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+    return found
+
+
+def processes(system: LocalSystem, *words: str) -> list[psutil.Process]:
+    """This cluster's processes whose command line holds all words."""
+    found = []
+    for process in psutil.Process(system.ray.child.pid).children(recursive=True):
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if all(word in line for word in words):
+            found.append(process)
+    return found
+
+
+def test_a_job_whose_driver_dies_ends_as_failed_with_a_reason(client: Client, system: LocalSystem, base: str, dataset: str):
+    training = TrainConfig(steps=5000, batch_size=32, checkpoint_every=5000)
+    job = client.create_job(job_request(base, dataset, training=training))
+    wait_for(lambda: list(client.metrics(job.id, "train")))
+    drivers = [each for each in processes(system, "-m services.training", job.id) if each.name().startswith("python")]
+    assert drivers
+    for driver in drivers:
+        os.kill(driver.pid, signal.SIGKILL)
+    ended = client.wait(job.id, timeout_s=60)
+    assert ended.status == "failed"
+    assert ended.reason.code == "driver_died"
+    assert "stage train" in ended.reason.message
+    wait_for(lambda: not processes(system, "RayTrainWorker"), timeout_s=60)
+
+
+def test_a_cancelled_job_stops_and_frees_its_workers(client: Client, system: LocalSystem, base: str, dataset: str):
+    training = TrainConfig(steps=5000, batch_size=32, checkpoint_every=5000)
+    job = client.create_job(job_request(base, dataset, training=training))
+    wait_for(lambda: list(client.metrics(job.id, "train")))
+    client.cancel_job(job.id)
+    assert client.wait(job.id, timeout_s=60).status == "cancelled"
+    wait_for(lambda: not processes(system, "RayTrainWorker"), timeout_s=60)
+
+
+def test_a_dataset_of_broken_pictures_fails_the_job_and_leaves_nothing(
+    client: Client, system: LocalSystem, base: str, tmp_path: Path
+):
+    rows = pair_rows(20)
+    for row in rows:
+        row["jpg_0"] = b"broken"
+    broken = client.create_dataset("broken", write_pairs(tmp_path / "broken.parquet", rows).as_uri())
+    training = TrainConfig(steps=1, batch_size=4)
+    ended = client.wait(client.create_job(job_request(base, broken.id, training=training)).id, timeout_s=120)
+    assert ended.status == "failed"
+    assert "has no pair left" in ended.reason.message
+    files = storage.list_files(storage.join(system.storage_uri, "datasets"), recursive=True)
+    shards = {name.split("/")[0] for name in files if name.endswith(".parquet")}
+    assert shards == {name.split("/")[0] for name in files if name.endswith("manifest.json")}, "no shards without a manifest"
+
+
+BAD_JOBS = {
+    "unknown model": ({"model": "nope"}, "model", "nope"),
+    "unknown dataset": ({"dataset": "ds_nope"}, "dataset", "ds_nope"),
+    "unknown method": ({"objective": {"method": "ppo"}}, "objective.method", "ppo"),
+    "beta of zero": ({"objective": {"beta": 0}}, "objective.beta", "0"),
+    "negative beta": ({"objective": {"beta": -1}}, "objective.beta", "-1"),
+    "no steps": ({"training": {"steps": 0}}, "training.steps", "0"),
+    "negative steps": ({"training": {"steps": -5}}, "training.steps", "-5"),
+    "unknown field": ({"colour": "red"}, "colour", "red"),
+    "unknown nested field": ({"training": {"epochs": 3}}, "training.epochs", "3"),
+    "odd size": ({"evaluation": {"height": 33}}, "evaluation.sample.height", "33"),
+    "batch larger than the dataset": ({"training": {"steps": 1, "batch_size": 500}}, "training.batch_size", "500"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_JOBS)
+def test_a_bad_job_is_refused_with_field_and_value(system: LocalSystem, base: str, dataset: str, name: str):
+    changes, field, value = BAD_JOBS[name]
+    body = job_request(base, dataset).model_dump(mode="json") | changes
+    if "evaluation" in changes:
+        body["evaluation"] = job_request(base, dataset).evaluation.model_dump(mode="json") | {"sample": changes["evaluation"]}
+    answer = post(system, "/v1/alignment/jobs", body)
+    assert answer.status_code in (400, 404)
+    error = answer.json()["error"]
+    assert error["param"] == field
+    assert value in error["message"]
+
+
+BAD_IMAGES = {
+    "size": ({"size": "33x32"}, "33x32"),
+    "n": ({"n": 1000}, "1000"),
+    "model": ({"model": "nope"}, "nope"),
+    "prompt": ({"prompt": ""}, "prompt"),
+}
+
+
+@pytest.mark.parametrize("field", BAD_IMAGES)
+def test_a_bad_picture_request_is_refused_with_field_and_value(system: LocalSystem, base: str, field: str):
+    changes, value = BAD_IMAGES[field]
+    answer = post(system, "/v1/images/generations", {"model": base, "prompt": "a red circle", **changes})
+    assert answer.status_code in (400, 404)
+    assert answer.json()["error"]["param"] == field
+    assert value in answer.json()["error"]["message"]
+
+
+def bad_dataset(tmp_path: Path, name: str) -> tuple[Path, str]:
+    """A file that is no dataset, and what its refusal has to say."""
+    path, rows = tmp_path / "pairs.parquet", pair_rows(10)
+    if name == "no Parquet":
+        path.write_bytes(b"PAR1 but not really")
+        return path, "not a Parquet file"
+    if name == "missing columns":
+        return write_pairs(path, [{key: row[key] for key in ("jpg_0", "caption")} for row in rows]), "jpg_1, label_0, label_1"
+    if name == "no decided pair":
+        return write_pairs(path, [{**row, "label_0": 0.5, "label_1": 0.5} for row in rows]), "no decided pair: 10 rows, 10 ties"
+    return path, "does not exist"
+
+
+@pytest.mark.parametrize("name", ["no Parquet", "missing columns", "no decided pair", "no file"])
+def test_a_bad_dataset_is_refused_with_its_uri(client: Client, tmp_path: Path, name: str):
+    path, words = bad_dataset(tmp_path, name)
+    with pytest.raises(ApiError) as refused:
+        client.create_dataset("bad", path.as_uri())
+    assert refused.value.status == 400
+    assert refused.value.param == "uri"
+    assert words in refused.value.message
+    assert str(path) in refused.value.message
+
+
+def test_a_wrong_key_is_refused(system: LocalSystem):
+    answer = httpx.get(f"{system.url}/v1/models", headers={"Authorization": "Bearer wrong"})
+    assert answer.status_code == 401
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+def post(system: LocalSystem, path: str, body: dict) -> httpx.Response:
+    return httpx.post(f"{system.url}{path}", json=body, headers={"Authorization": f"Bearer {system.key}"}, timeout=60)

@@ -1,0 +1,192 @@
+"""What training keeps, on real Ray Train: the number of workers does not matter, nor does a killed worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.shapes import MODEL_DIR, PAIRS_FILE
+from services import pairs, registry, storage
+from services.client.local import LocalSystem
+from services.client.processes import environment
+from services.contracts import EncodeSpec, ModelRecord, TrainResult, TrainSpec
+from services.observability import read_journal
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "loss_100.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TWENTY_STEPS = TrainConfig(steps=20, batch_size=64, learning_rate=1e-4, checkpoint_every=5)
+
+
+class Runs:
+    """Training runs on the session's cluster, each by the entry point that a job uses."""
+
+    def __init__(self, system: LocalSystem, folder: Path) -> None:
+        self.system, self.root = system, storage.as_uri(folder)
+        uri = MODEL_DIR.as_uri()
+        self.base = ModelRecord(
+            id="model_base", name="shapes", uri=uri, family="sd15", digest=registry.folder_digest(uri), created_at=0
+        )
+        self.run = cache(self._run)
+
+    @property
+    def dataset(self) -> str:
+        return self._encoded()["dataset"]
+
+    def prefix(self, name: str) -> str:
+        return storage.join(self.root, name)
+
+    def _encoded(self) -> dict:
+        marker = storage.join(self.prefix("encode"), "done.json")
+        if not storage.exists(marker):
+            digest = pairs.inspect(PAIRS_FILE.as_uri())[1]
+            frame = {"job": "encode", "attempt": 1, "prefix": self.prefix("encode")}
+            self.start(
+                "ingest",
+                EncodeSpec(
+                    **frame,
+                    dataset_uri=PAIRS_FILE.as_uri(),
+                    dataset_digest=digest,
+                    model=self.base,
+                    output=storage.join(self.root, "datasets"),
+                ),
+            ).finish()
+        return storage.read_json(marker)
+
+    def start(self, module: str, spec) -> Stage:
+        uri = storage.join(spec.prefix, "spec.json")
+        storage.write_json(uri, spec.model_dump(mode="json"))
+        address = f"127.0.0.1:{self.system.ray.ports.gcs}"
+        env = environment(str(self.system.state), {"RAY_ADDRESS": address, "RAY_TRAIN_V2_ENABLED": "1", **self.system.ray.auth})
+        return Stage(subprocess.Popen([sys.executable, "-m", f"services.{module}", "--spec", uri], env=env), spec.prefix)
+
+    def train(self, name: str, workers: int, training: TrainConfig) -> Stage:
+        spec = TrainSpec(
+            job=name,
+            attempt=1,
+            prefix=self.prefix(name),
+            dataset=self.dataset,
+            model=self.base,
+            model_id=name,
+            name=name,
+            objective=ObjectiveConfig(beta=500.0, calibration_bins=50),
+            training=training,
+            workers=workers,
+            run=storage.join(self.prefix(name), "run"),
+            output=storage.join(self.prefix(name), "model"),
+        )
+        return self.start("training", spec)
+
+    def _run(self, name: str, workers: int, training: TrainConfig) -> dict[str, np.ndarray]:
+        self.train(name, workers, training).finish()
+        return self.weights(name)
+
+    def weights(self, name: str) -> dict[str, np.ndarray]:
+        done = TrainResult.model_validate_json(storage.read_bytes(storage.join(self.prefix(name), "done.json")))
+        return load_file(f"{storage.resolve(done.model.uri)[1]}/unet/{WEIGHTS}")
+
+    def metrics(self, name: str, metric: str) -> dict[int, float]:
+        """The last value of each step."""
+        entries = [entry for _, some in read_journal(self.prefix(name), 0) for entry in some if entry.metrics]
+        return {entry.step: entry.metrics[metric] for entry in entries}
+
+    def events(self, name: str) -> list[str]:
+        return [entry.message for _, some in read_journal(self.prefix(name), 0) for entry in some if entry.message]
+
+
+class Stage:
+    """A stage's driver, running."""
+
+    def __init__(self, process: subprocess.Popen, prefix: str) -> None:
+        self.process, self.prefix = process, prefix
+
+    def finish(self, timeout_s: float = 240.0) -> None:
+        assert self.process.wait(timeout_s) == 0, storage.read_bytes(storage.join(self.prefix, "failed.json"))
+
+
+@pytest.fixture(scope="module")
+def runs(system: LocalSystem, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(system, tmp_path_factory.mktemp("runs"))
+
+
+def base_weights() -> dict[str, np.ndarray]:
+    return load_file(MODEL_DIR / "unet" / WEIGHTS)
+
+
+def update_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """Relative L2 distance between two weight updates."""
+    start = base_weights()
+    apart = sum(float(((a[n].astype(np.float64) - b[n]) ** 2).sum()) for n in start)
+    length = sum(float(((a[n].astype(np.float64) - start[n]) ** 2).sum()) for n in start)
+    assert length > 0
+    return (apart / length) ** 0.5
+
+
+def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def test_one_and_two_workers_make_the_same_update_up_to_the_order_of_additions(runs: Runs):
+    distance = update_distance(runs.run("two", 2, TWENTY_STEPS), runs.run("one", 1, TWENTY_STEPS))
+    print(f"relative L2 distance of the update, 1 against 2 workers, 20 steps: {distance:.2e}")
+    assert distance < 1e-3
+
+
+def test_the_same_number_of_workers_twice_is_the_same_to_the_bit(runs: Runs):
+    assert same_bits(runs.run("two", 2, TWENTY_STEPS), runs.run("two-again", 2, TWENTY_STEPS))
+    assert runs.metrics("two", "loss") == runs.metrics("two-again", "loss")
+
+
+def test_a_killed_worker_changes_nothing(runs: Runs):
+    undisturbed = runs.run("two", 2, TWENTY_STEPS)
+    stage = runs.train("killed", 2, TWENTY_STEPS)
+    deadline = time.monotonic() + 120
+    while max(runs.metrics("killed", "loss"), default=0) < 8:  # the first checkpoint is at step 5
+        assert time.monotonic() < deadline, runs.events("killed")
+        time.sleep(0.1)
+    os.kill(training_workers(runs.system)[0].pid, signal.SIGKILL)
+    stage.finish()
+    starts = [event for event in runs.events("killed") if "workers from step" in event]
+    assert len(starts) == 2, starts
+    assert int(starts[1].rsplit(" ", 1)[1]) in (5, 10, 15), "it went on from a checkpoint"
+    assert same_bits(undisturbed, runs.weights("killed"))
+    assert runs.metrics("killed", "loss") == runs.metrics("two", "loss")
+
+
+def training_workers(system: LocalSystem) -> list[psutil.Process]:
+    children = psutil.Process(system.ray.child.pid).children(recursive=True)
+    found = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+    assert len(found) == 2, [child.cmdline() for child in children]
+    return found
+
+
+def test_the_loss_curve_of_100_steps_is_the_golden_one(runs: Runs):
+    """Written by ``make golden`` after a change that is meant to change it."""
+    runs.run("golden", 1, TrainConfig(steps=100, batch_size=16, learning_rate=2e-5, checkpoint_every=100))
+    losses = runs.metrics("golden", "loss")
+    assert len(losses) == 100
+    if os.environ.get("DDE_WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(list(losses.values())))
+    assert list(losses.values()) == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
+
+
+def test_the_model_version_says_where_it_came_from(runs: Runs):
+    runs.run("one", 1, TWENTY_STEPS)
+    done = TrainResult.model_validate_json(storage.read_bytes(storage.join(runs.prefix("one"), "done.json")))
+    assert done.model.lineage["base_digest"] == runs.base.digest
+    assert done.model.lineage["objective"]["noise"] == "independent"
+    assert done.model.digest == registry.folder_digest(done.model.uri)
+    names = storage.list_files(done.model.uri, recursive=True)
+    assert {"README.md", "lineage.json", "model_index.json", f"unet/{WEIGHTS}"} <= set(names)
+    assert not [name for name in names if name.endswith((".pt", ".pkl", ".bin"))]

@@ -1,0 +1,170 @@
+"""The `dde` command against a real HTTP server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from services.client.cli import app
+from services.client.processes import free_ports
+from services.contracts import AlignmentJobCreate
+from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, job
+
+ROOT = Path(__file__).parents[3]
+JOBS = "/v1/alignment/jobs"
+
+
+@pytest.fixture
+def dde(server, tmp_path):
+    """Run the command against the server."""
+
+    def run(*arguments: object, **env: str) -> Result:
+        told = {"DDE_URL": server.url, "DDE_API_KEY": KEY, "DDE_HOME": str(tmp_path / "home"), "COLUMNS": "200", **env}
+        return CliRunner().invoke(app, list(map(str, arguments)), env=told)
+
+    return run
+
+
+def the_body(server: ScriptedServer, path: str = JOBS) -> dict:
+    ((_, _, body),) = server.sent("POST", path)
+    return body
+
+
+def test_an_error_of_the_server_is_one_line_with_field_and_value(server, dde) -> None:
+    server.fail(400, "uri 'file:///m' is not a diffusers folder", param="uri")
+    result = dde("models", "create", "shapes", "/m")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == "error: uri 'file:///m' is not a diffusers folder\n"
+
+
+def test_an_error_that_does_not_name_its_field_is_led_by_it(server, dde) -> None:
+    server.fail(400, "is taken", param="name")
+    assert dde("models", "create", "shapes", "/m").stderr == "error: name: is taken\n"
+
+
+def test_a_wrong_value_is_refused_before_anything_is_sent(server, dde) -> None:
+    result = dde("jobs", "create", "--model", "m", "--dataset", "d", "--prompts", "p.txt", "--steps", -5, "--beta", 0)
+    assert result.exit_code == 1
+    assert "training.steps: Input should be greater than 0, got -5" in result.stderr
+    assert "objective.beta: Input should be greater than 0, got 0.0" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert server.requests == []
+
+
+def test_wrong_usage_has_exit_code_2(dde) -> None:
+    assert dde("generate", "model").exit_code == 2
+    assert dde("generate", "model", "prompt", "-n", 99).exit_code == 2
+    assert dde("jobs", "create", "no-such-file.json").exit_code == 2
+
+
+def test_without_a_key_the_key_file_is_named(dde, tmp_path) -> None:
+    result = dde("jobs", "list", DDE_API_KEY="")
+    assert result.exit_code == 1
+    assert f"there is no key file {tmp_path / 'home' / 'key'}" in result.stderr
+
+
+def test_the_state_folder_tells_address_and_key(server, dde, tmp_path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "key").write_text(KEY + "\n")
+    (home / "url").write_text(server.url + "\n")
+    result = dde("jobs", "list", DDE_API_KEY="", DDE_URL="")
+    assert result.exit_code == 0, result.stderr
+    assert server.sent("GET", JOBS)[0][0]["authorization"] == f"Bearer {KEY}"
+
+
+def test_a_server_that_is_not_there_is_one_line(dde, monkeypatch) -> None:
+    monkeypatch.setattr("services.client.api.LONGEST_PAUSE_S", 0.0)
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
+    result = dde("models", "list", DDE_URL=url)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: url: {url} does not answer") or f"{url} does not answer" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_job_comes_from_a_file_and_options_go_before_it(server, dde, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = dde("jobs", "create", ROOT / "deploy" / "demo.json", "--dataset", "ds_1", "--prompts", "p.txt", "--steps", 7)
+    assert (result.exit_code, result.stdout) == (0, "new_1\n"), result.stderr
+    body, told = the_body(server), json.loads((ROOT / "deploy" / "demo.json").read_text())
+    AlignmentJobCreate.model_validate_json(json.dumps(body))
+    assert body["training"]["steps"] == 7
+    assert body["training"]["batch_size"] == told["training"]["batch_size"]
+    assert body["evaluation"]["prompts_uri"] == (tmp_path / "p.txt").as_uri()
+    assert body["evaluation"]["sample"] | told["evaluation"]["sample"] == body["evaluation"]["sample"]
+    assert body["workers"] == told["workers"]
+
+
+def test_a_job_file_may_be_yaml(server, dde, tmp_path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("model: m\ndataset: d\nobjective: {beta: 500}\nevaluation: {prompts_uri: 's3://b/p.txt', num_prompts: 5}\n")
+    assert dde("jobs", "create", file).exit_code == 0
+    body = the_body(server)
+    assert (body["objective"]["beta"], body["evaluation"]["prompts_uri"]) == (500, "s3://b/p.txt")
+
+
+@pytest.mark.parametrize(("text", "said"), [("[1]", "must hold an object, got list"), ("a: [", "is neither JSON nor YAML")])
+def test_a_file_that_holds_no_job_is_named(dde, tmp_path, text, said) -> None:
+    file = tmp_path / "job.json"
+    file.write_text(text)
+    result = dde("jobs", "create", file)
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert str(file) in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_lists_are_tab_separated_where_stdout_is_no_terminal(server, dde) -> None:
+    server.items[JOBS] = [job("succeeded"), job("failed", stage="train")]
+    result = dde("jobs", "list", "--status", "failed")
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [line[:4] for line in lines[1:]] == [["ajob_1", "succeeded", "", "better"], ["ajob_1", "failed", "train", "better"]]
+    assert server.sent("GET", JOBS)[0][1]["status"] == "failed"
+
+
+def test_a_dataset_is_registered_by_path(server, dde, tmp_path) -> None:
+    assert dde("datasets", "create", "pairs", tmp_path / "pairs.parquet").stdout == "new_1\n"
+    assert the_body(server, "/v1/datasets") == {"name": "pairs", "uri": (tmp_path / "pairs.parquet").as_uri()}
+
+
+def test_pictures_are_written_as_files_named_by_seed(server, dde, tmp_path) -> None:
+    result = dde("generate", "better", "a red star", "-n", 2, "--seed", 5, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["better-5.png", "better-6.png"]
+    assert (tmp_path / "out" / "better-6.png").read_bytes() == PNG
+
+
+def test_an_evaluation_ends_in_a_table(server, dde) -> None:
+    evaluation = {"id": "new_1", "model": "better", "base": "shapes", "created_at": 1}
+    server.single["/v1/evaluations/new_1"] = deque([{**evaluation, "status": "succeeded", "result": EVALUATED}])
+    result = dde("evaluate", "better", "shapes", "--prompts", "s3://b/p.txt", "--num-prompts", 200)
+    assert result.exit_code == 0, result.stderr
+    assert "0.640 [0.571, 0.703]" in result.stdout
+    assert "+0.100 [+0.050, +0.150]" in result.stdout
+    assert the_body(server, "/v1/evaluations")["num_prompts"] == 200
+
+
+def test_an_evaluation_that_fails_says_why(server, dde) -> None:
+    reason = {"code": "DataError", "message": "12 prompts, 200 asked for", "param": "num_prompts"}
+    evaluation = {"id": "new_1", "model": "better", "base": "shapes", "created_at": 1, "status": "failed", "reason": reason}
+    server.single["/v1/evaluations/new_1"] = deque([evaluation])
+    result = dde("evaluate", "better", "shapes", "--prompts", "s3://b/p.txt")
+    assert (result.exit_code, result.stderr) == (1, "error: new_1 failed: num_prompts: 12 prompts, 200 asked for\n")
+
+
+def test_importing_the_command_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, services.client.cli; print(sorted({'torch', 'ray', 'pyarrow', 'diffusers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_installed_command_answers() -> None:
+    done = subprocess.run([Path(sys.executable).parent / "dde", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in ("up", "demo", "datasets", "models", "jobs", "generate", "evaluate"))

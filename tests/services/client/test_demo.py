@@ -1,0 +1,71 @@
+"""What the demo prepares and what it leaves behind; the whole of it runs in tests/e2e."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
+from services.client import tables
+from services.client.demo import JOB_FILE, finished, keep_grid, prepare, write_summary
+from services.client.types import Job, parse
+from services.client.up import first_prompt, picture_command, register_base
+from services.contracts import EvaluateResult, ImageRequest
+from services.errors import ServiceError
+from tests.services.client.conftest import EVALUATED, job
+
+
+def test_the_demo_registers_what_is_shipped_and_fills_in_the_job(server, client) -> None:
+    request = prepare(client, JOB_FILE)
+    assert server.sent("POST", "/v1/models")[0][2]["name"] == request.model == "shapes"
+    assert server.sent("POST", "/v1/datasets")[0][2]["uri"] == PAIRS_FILE.as_uri()
+    assert (request.dataset, request.evaluation.prompts_uri) == ("new_1", PROMPTS_FILE.as_uri())
+
+
+def test_the_base_model_is_registered_once(server, client) -> None:
+    server.items["/v1/models"] = [{"id": "model_1", "name": "shapes", "uri": "file:///m", "family": "sd15", "created_at": 1}]
+    register_base(client)
+    assert server.sent("POST", "/v1/models") == []
+
+
+def test_a_job_that_did_not_succeed_is_an_error_with_its_reason() -> None:
+    reason = {"code": "NonFiniteError", "message": "the loss is nan at step 3", "param": None}
+    with pytest.raises(ServiceError, match="ajob_1 failed: the loss is nan at step 3"):
+        finished(parse(Job, job("failed", reason=reason)))
+    with pytest.raises(ServiceError, match="ajob_1 cancelled"):
+        finished(parse(Job, job("cancelled")))
+
+
+def test_the_summary_holds_every_number_of_the_tables(tmp_path) -> None:
+    done = parse(Job, job("succeeded", result={"evaluate": EVALUATED}))
+    write_summary(tmp_path / "summary.json", done, finished(done), {"train": 20.5})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["scores"] == EVALUATED["scores"]
+    assert (summary["model"], summary["num_prompts"], summary["seconds"]) == ("better", 200, {"train": 20.5})
+
+
+def test_the_grid_is_copied_from_storage(tmp_path) -> None:
+    (tmp_path / "a folder").mkdir()
+    source = tmp_path / "a folder" / "grid.png"
+    source.write_bytes(b"picture")
+    result = parse(Job, job("succeeded", result={"evaluate": {**EVALUATED, "grid": source.as_uri()}})).result.evaluate
+    assert keep_grid(result, tmp_path) == tmp_path / "grid.png"
+    assert (tmp_path / "grid.png").read_bytes() == b"picture"
+
+
+def test_the_comparison_fits_eighty_columns_and_keeps_the_order_of_scorers() -> None:
+    scores = dict.fromkeys(("fidelity", "match", "taste"), EVALUATED["scores"]["match"])
+    result = EvaluateResult.model_validate({**EVALUATED, "scores": scores})
+    out = io.StringIO()
+    Console(file=out, width=80).print(tables.comparison(result, "shapes", "shapes-aligned"))
+    lines = [line for line in out.getvalue().splitlines() if "[0.571, 0.703]" in line]
+    assert [line.split()[0] for line in lines] == ["match", "taste", "fidelity"]
+    assert all("+0.100 [+0.050, +0.150]" in line for line in lines)
+
+
+def test_the_curl_line_carries_a_request_that_the_api_takes() -> None:
+    body = picture_command("shapes-aligned").split(" -d '")[1].removesuffix("'")
+    assert ImageRequest.model_validate_json(body).prompt == first_prompt() != ""

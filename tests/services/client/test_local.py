@@ -1,0 +1,255 @@
+"""The local system's parts: its state folder, its Serve config, and a real Ray that leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from services.client.bodies import job_body
+from services.client.local import SERVE_CONFIG, LocalSystem, fill_serve_config, locked, read_serve_config, write_private
+from services.client.processes import MARK, StartFailed, free_ports, wait_until
+from services.client.ray_head import RayHead
+from services.settings import ClientSettings
+
+ROOT = Path(__file__).parents[3]
+APPS = Path(__file__).parent / "apps"
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory, monkeypatch) -> None:
+    """Ray looks for tokens in the home folder, and for its mode in the environment."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
+def family(pid: int) -> list[psutil.Process]:
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
+def alive(processes: list[psutil.Process]) -> list[str]:
+    left = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(" ".join(process.cmdline()[:4]))
+    return left
+
+
+def wait_ready(ray: RayHead) -> None:
+    wait_until(ray.answers, "Ray does not answer", [ray.child], 90)
+
+
+def marked(mark: str) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                found.append(process.pid)
+    return found
+
+
+# ---- state folder and configs
+
+
+def test_a_private_file_can_be_read_by_its_owner_alone(tmp_path) -> None:
+    write_private(tmp_path / "key", "secret")
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    assert (tmp_path / "key").read_text() == "secret\n"
+
+
+def test_a_state_folder_has_one_owner(tmp_path) -> None:
+    with locked(tmp_path / "lock"), pytest.raises(StartFailed, match=f"another system is running in {tmp_path}"):
+        locked(tmp_path / "lock").__enter__()
+    with locked(tmp_path / "lock"):
+        pass
+
+
+def test_a_second_system_in_a_state_folder_is_refused_before_anything_starts(tmp_path) -> None:
+    (tmp_path / "key").write_text("kept")
+    with locked(tmp_path / "lock"), pytest.raises(StartFailed, match="another system is running"):
+        LocalSystem(tmp_path).__enter__()
+    assert (tmp_path / "key").read_text() == "kept"
+    assert not (tmp_path / "logs" / "ray.log").exists()
+
+
+def test_a_port_that_is_taken_is_named(tmp_path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StartFailed, match=f"port {port} is in use"):
+            LocalSystem(tmp_path, port=port).__enter__()
+    with locked(tmp_path / "lock"):
+        pass
+
+
+def test_the_serve_config_gets_port_and_storage_and_serve_takes_it() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = fill_serve_config(read_serve_config(SERVE_CONFIG), 1234, "file:///state/storage")
+    schema = ServeDeploySchema.model_validate(config)
+    assert (schema.http_options.host, schema.http_options.port) == ("127.0.0.1", 1234)
+    (application,) = schema.applications
+    assert application.import_path == "services.serving.app:build_app"
+    assert application.args["storage_uri"] == "file:///state/storage"
+    assert "file:///state" not in SERVE_CONFIG.read_text()
+
+
+@pytest.mark.parametrize("text", ["applications: []", "a: [", "[]", "http_options: {}"])
+def test_a_serve_config_that_cannot_be_used_is_named(tmp_path, text) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(StartFailed, match=str(path)):
+        LocalSystem(tmp_path / "state", serve_config=path)
+    assert not (tmp_path / "state").exists()
+
+
+def test_the_demos_job_needs_only_dataset_and_prompts() -> None:
+    request = job_body(ROOT / "deploy" / "demo.json", {"dataset": "ds_1", "prompts": "/p.txt"})
+    told = json.loads((ROOT / "deploy" / "demo.json").read_text())
+    assert request.training.steps == told["training"]["steps"]
+    assert request.evaluation.prompts_uri == "file:///p.txt"
+
+
+def test_the_client_finds_what_the_state_folder_says(tmp_path, monkeypatch) -> None:
+    for name in ("DDE_URL", "DDE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DDE_HOME", str(tmp_path))
+    assert ClientSettings().base_url == "http://127.0.0.1:8080"
+    write_private(tmp_path / "url", "http://127.0.0.1:5")
+    write_private(tmp_path / "key", "from-file")
+    assert (ClientSettings().base_url, ClientSettings().key) == ("http://127.0.0.1:5", "from-file")
+    monkeypatch.setenv("DDE_URL", "http://other")
+    monkeypatch.setenv("DDE_API_KEY", "from-env")
+    assert (ClientSettings().base_url, ClientSettings().key) == ("http://other", "from-env")
+
+
+# ---- a real Ray
+
+
+@pytest.fixture(scope="module")
+def ray_head(tmp_path_factory) -> Iterator[RayHead]:
+    logs = tmp_path_factory.mktemp("logs")
+    with RayHead(logs, mark=str(logs)) as ray:
+        wait_ready(ray)
+        yield ray
+        processes = family(ray.child.pid)
+    assert len(processes) > 5
+    assert alive(processes) == []
+    assert marked(str(logs)) == []
+    assert list((logs / "ray").glob("gcs_server*")), "the session's logs are kept"
+    assert not Path(ray.auth["RAY_AUTH_TOKEN_PATH"]).parent.exists()
+
+
+def test_nobody_without_the_token_submits_a_job(ray_head) -> None:
+    job = {"entrypoint": "echo hello", "submission_id": "intruder"}
+    assert httpx.post(f"{ray_head.url}/api/jobs/", json=job).status_code == 401
+    wrong = {"Authorization": f"Bearer {'0' * 64}"}
+    assert httpx.post(f"{ray_head.url}/api/jobs/", json=job, headers=wrong).status_code == 403
+    assert stat.S_IMODE(Path(ray_head.auth["RAY_AUTH_TOKEN_PATH"]).stat().st_mode) == 0o600
+
+
+def test_a_job_sees_the_token_file_and_the_threads_and_reaches_the_cluster(ray_head) -> None:
+    code = "import os, ray; ray.init(); print('cpus', ray.cluster_resources()['CPU'], os.environ['OMP_NUM_THREADS'])"
+    headers = {"Authorization": f"Bearer {ray_head.token}"}
+    with httpx.Client(base_url=ray_head.url, headers=headers, timeout=30) as http:
+        job = {"entrypoint": f'python -c "{code}"', "submission_id": "friend"}
+        assert http.post("/api/jobs/", json=job).status_code == 200
+        deadline = time.monotonic() + 90
+        while (status := http.get("/api/jobs/friend").json()["status"]) in ("PENDING", "RUNNING"):
+            assert time.monotonic() < deadline
+            time.sleep(0.3)
+        assert status == "SUCCEEDED"
+        assert "cpus 8.0 1" in http.get("/api/jobs/friend/logs").json()["logs"]
+
+
+def serve_config(tmp_path: Path, import_path: str) -> tuple[dict, int]:
+    port = free_ports(1)[0]
+    environment = {"env_vars": {"PYTHONPATH": str(APPS)}}
+    application = {"name": "small", "route_prefix": "/", "import_path": import_path, "runtime_env": environment}
+    return fill_serve_config({"proxy_location": "HeadOnly", "applications": [application]}, port, "file:///s"), port
+
+
+def wait_serving(ray: RayHead, name: str) -> None:
+    deadline = time.monotonic() + 90
+    while not ray.serving(name):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_an_application_is_deployed_and_one_that_cannot_be_says_why(ray_head, tmp_path) -> None:
+    config, port = serve_config(tmp_path, "small_app:build_app")
+    ray_head.deploy(config)
+    wait_serving(ray_head, "small")
+    assert httpx.get(f"http://127.0.0.1:{port}/healthz").json() == {"storage_uri": "file:///s"}
+
+    broken, _ = serve_config(tmp_path, "small_app:broken_app")
+    broken["applications"][0] |= {"name": "broken", "route_prefix": "/broken"}
+    ray_head.deploy(broken)
+    with pytest.raises(StartFailed, match=r"'broken' could not be deployed[\s\S]*storage is not there"):
+        wait_serving(ray_head, "broken")
+    with pytest.raises(StartFailed, match="refused its config"):
+        ray_head.deploy({"applications": [{"name": "", "import_path": "nothing"}]})
+
+
+def test_sigterm_leaves_no_process(tmp_path) -> None:
+    script = f"""
+import sys, time
+from pathlib import Path
+from services.client.ray_head import RayHead
+from services.client.processes import wait_until
+from services.client.up import signals_interrupt
+with signals_interrupt(), RayHead(Path({str(tmp_path)!r}), {str(tmp_path)!r}) as ray:
+    wait_until(ray.answers, "Ray does not answer", [ray.child], 90)
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+    started = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert started.stdout.readline() == "ready\n"
+    processes = family(started.pid)
+    assert len(processes) > 5
+    started.send_signal(signal.SIGTERM)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    assert alive(processes) == []
+    assert marked(str(tmp_path)) == []
+
+
+def test_a_ray_that_cannot_start_says_so_and_is_gone(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("services.client.ray_head.OBJECT_STORE_BYTES", -5)
+    with (
+        pytest.raises(StartFailed, match=r"ray ended with exit code [1-9][\s\S]*ray\.log"),
+        RayHead(tmp_path, str(tmp_path)) as ray,
+    ):
+        wait_ready(ray)
+    assert marked(str(tmp_path)) == []
+
+
+def test_the_shipped_serve_config_is_yaml_that_a_reader_can_use() -> None:
+    assert yaml.safe_load(SERVE_CONFIG.read_text())["applications"][0]["route_prefix"] == "/"
+
+
+def test_a_control_plane_that_cannot_start_is_reported_and_everything_is_ended(tmp_path) -> None:
+    (tmp_path / "dde.db").write_text("this is no database " * 100)
+    with pytest.raises(StartFailed, match=r"control ended with exit code [1-9][\s\S]*control\.log[\s\S]*database"):
+        LocalSystem(tmp_path).__enter__()
+    assert marked(str(tmp_path)) == []
+    assert not (tmp_path / "url").exists()
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    with locked(tmp_path / "lock"):
+        pass

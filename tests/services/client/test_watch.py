@@ -1,0 +1,124 @@
+"""Watching a job: plain lines for pipes, bars for terminals."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+
+import pytest
+from rich.console import Console
+
+from services.client.progress import JobProgress, describe
+from services.client.types import Job, MetricRow, parse
+from services.client.watch import watch
+from tests.services.client.conftest import EVALUATED, job
+
+PATH = "/v1/alignment/jobs/ajob_1"
+
+
+def train_rows(first: int, last: int) -> list[dict]:
+    numbers = {"loss": 0.5, "implicit_accuracy": 0.75, "winner_error_diff": -0.001, "loser_error_diff": 0.002, "margin": 9.0}
+    return [{"stage": "train", "step": n, "at": 100.0 + 0.5 * n, "metrics": numbers} for n in range(first, last + 1)]
+
+
+def encode_rows(*done: int) -> list[dict]:
+    return [{"stage": "encode", "step": n, "at": float(n), "metrics": {"images": n, "images_total": 80}} for n in done]
+
+
+def read(rows: list[dict]) -> list[MetricRow]:
+    return [parse(MetricRow, row) for row in rows]
+
+
+def progress_of(status: str, stage: str, rows: list[dict], **other) -> JobProgress:
+    progress, now = JobProgress(), parse(Job, job(status, stage=stage, **other))
+    progress.update(now, stage, read(rows))
+    return progress
+
+
+def test_training_counts_steps_of_those_that_were_asked_for_with_rate_and_time_left() -> None:
+    train = progress_of("running", "train", train_rows(1, 10)).stages["train"]
+    assert (train.done, train.total, train.rate, train.eta_s) == (10, 40, 2.0, 15.0)
+    expected = "train    10/40 steps (25%), 2/s, 15 s left, loss 0.5000, implicit accuracy 0.7500, winner error -0.00100"
+    assert describe(train) == f"{expected}, loser error +0.00200"
+
+
+def test_encoding_counts_images() -> None:
+    encode = progress_of("preparing", "encode", encode_rows(16, 32)).stages["encode"]
+    assert (encode.done, encode.total, encode.rate, encode.eta_s) == (32, 80, 1.0, 48.0)
+
+
+def test_the_rate_is_that_of_the_last_seconds() -> None:
+    slow = [{**row, "at": row["step"] * 10.0} for row in train_rows(1, 10)]
+    fast = [{**row, "at": 100.0 + (row["step"] - 10)} for row in train_rows(11, 40)]
+    assert progress_of("running", "train", slow + fast).stages["train"].rate == pytest.approx(1.0)
+
+
+def test_the_rate_of_a_stage_that_is_over_is_that_of_all_its_steps() -> None:
+    slow = [{**row, "at": row["step"] * 10.0} for row in train_rows(1, 10)]
+    fast = [{**row, "at": 100.0 + (row["step"] - 10)} for row in train_rows(11, 40)]
+    progress = progress_of("succeeded", "train", slow + fast, stage_seconds={"train": 500.0})
+    assert progress.stages["train"].rate == pytest.approx(39 / 120)
+
+
+def test_rows_that_were_seen_change_nothing() -> None:
+    progress = progress_of("running", "train", train_rows(1, 10))
+    progress.update(parse(Job, job("running", stage="train")), "train", read(train_rows(4, 6)))
+    assert progress.stages["train"].done == progress.cursor("train") == 10
+
+
+def test_a_stage_is_read_once_more_after_it_is_over_and_then_left_alone() -> None:
+    progress = progress_of("running", "train", train_rows(1, 10))
+    now = parse(Job, job("evaluating", stage="evaluate", stage_seconds={"encode": 1.0, "train": 20.0}))
+    assert progress.unread(now) == ["encode", "train", "evaluate"]
+    for stage in progress.unread(now):
+        progress.update(now, stage, [])
+    assert progress.unread(now) == ["evaluate"]
+    assert "done in 20.0 s" in describe(progress.stages["train"])
+
+
+def test_a_stage_that_has_said_nothing_yet_has_no_rate() -> None:
+    train = progress_of("running", "train", []).stages["train"]
+    assert (train.rate, train.eta_s, describe(train)) == (None, None, "train    0/40 steps (0%)")
+
+
+@pytest.fixture
+def scripted(server):
+    """A job that encodes, trains and succeeds within three looks."""
+    seconds = {"encode": 4.0, "train": 20.0}
+    done = job("succeeded", stage_seconds={**seconds, "evaluate": 9.5}, result={"evaluate": EVALUATED})
+    states = [job("preparing", stage="encode"), job("running", stage="train", stage_seconds={"encode": 4.0}), done]
+    server.single[PATH] = deque(states)
+    events = [{"id": "event_1", "level": "info", "message": "encoding", "created_at": 1}]
+    events.append({"id": "event_2", "level": "warning", "message": "one picture is broken [1/80]", "created_at": 2})
+    server.items |= {f"{PATH}/events": events, f"{PATH}/metrics": [*encode_rows(40, 80), *train_rows(1, 40)]}
+    return server
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_watching_shows_events_and_every_stage_and_ends_with_the_job(scripted, client, terminal) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=200, color_system=None)
+    assert watch(client, "ajob_1", console, poll_s=0.01, line_every_s=0.0).status == "succeeded"
+    text = out.getvalue()
+    assert text.count("encoding") == 1
+    assert "warning: one picture is broken [1/80]" in text
+    for said in ("80/80 images", "40/40 steps", "loss 0.5000", "implicit accuracy 0.7500", "winner error -0.00100"):
+        assert said in text
+    assert ("\x1b[" in text) is terminal
+
+
+def test_plain_lines_say_each_stage_once_when_it_is_over_and_how_the_job_ended(scripted, client) -> None:
+    out = io.StringIO()
+    watch(client, "ajob_1", Console(file=out, width=60), poll_s=0.01, line_every_s=60.0)
+    lines = out.getvalue().splitlines()
+    assert sum("done in 4.0 s" in line for line in lines) == 1
+    assert sum(line.startswith("train ") and "done in 20.0 s" in line for line in lines) == 1
+    assert lines[-1] == "ajob_1 is succeeded"
+
+
+def test_a_failed_job_ends_with_its_reason(server, client) -> None:
+    reason = {"code": "DataError", "message": "no decided pairs", "param": "dataset"}
+    server.single[PATH] = deque([job("failed", stage="encode", reason=reason)])
+    out = io.StringIO()
+    watch(client, "ajob_1", Console(file=out, width=60), poll_s=0.01)
+    assert out.getvalue().splitlines()[-1] == "ajob_1 is failed: dataset: no decided pairs"

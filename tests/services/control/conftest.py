@@ -1,0 +1,201 @@
+"""A control plane in a temporary folder, on SQLite and on a real PostgreSQL where its binaries are installed."""
+
+from __future__ import annotations
+
+import glob
+import json
+import shutil
+import socket
+import subprocess
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psycopg
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import SecretStr
+from starlette.testclient import TestClient
+
+from services import storage
+from services.control.app import build_app
+from services.control.reconciler import Reconciler
+from services.settings import Settings
+from tests.services.control.fakes import FakeLauncher
+
+KEY = "sk-test"
+POSTGRES = sorted(glob.glob("/usr/lib/postgresql/*/bin"))
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """A throwaway PostgreSQL server: its URL without a database. Skips where there are no binaries."""
+    if not POSTGRES or shutil.which("runuser") is None:
+        pytest.skip("PostgreSQL's server binaries are not installed (apt-get install postgresql)")
+    folder = Path(f"/tmp/dde-postgres-{uuid.uuid4().hex[:8]}")
+    folder.mkdir()
+    shutil.chown(folder, "postgres", "postgres")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = ["runuser", "-u", "postgres", "--"]
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=200"
+    subprocess.run(
+        [*run, f"{POSTGRES[-1]}/initdb", "-D", folder / "data", "-A", "trust", "-N"], check=True, capture_output=True, cwd="/"
+    )
+    start = [*run, f"{POSTGRES[-1]}/pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", options, "start"]
+    subprocess.run(start, check=True, capture_output=True, cwd="/")
+    try:
+        yield f"postgresql://postgres@127.0.0.1:{port}"
+    finally:
+        subprocess.run([*run, f"{POSTGRES[-1]}/pg_ctl", "-D", folder / "data", "-m", "immediate", "stop"], check=False, cwd="/")
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request, tmp_path):
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/dde.db"
+    server, name = request.getfixturevalue("postgres"), f"t{uuid.uuid4().hex}"
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{server}/{name}"
+
+
+@pytest.fixture
+def sqlite_url(tmp_path):
+    return f"sqlite:///{tmp_path}/dde.db"
+
+
+class Clock:
+    """A time that tests set."""
+
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Plane:
+    """A control plane whose reconciler runs only when a test says so."""
+
+    root: Path
+    settings: Settings
+    launcher: FakeLauncher
+    http: TestClient = field(init=False)
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def database(self):
+        return self.http.app.state.database
+
+    @property
+    def app_settings(self) -> Settings:
+        """The settings as the app made them absolute."""
+        return self.http.app.state.settings
+
+    def reconciler(self) -> Reconciler:
+        return Reconciler(self.database, self.settings, self.launcher, self.clock)
+
+    def settle(self, looks: int = 30) -> None:
+        """Look at every job until nothing is due any more; each look moves the clock by one poll."""
+        reconciler = self.reconciler()
+        self.clock.now = max(self.clock.now, time.time())
+        for _ in range(looks):
+            if not reconciler.once():
+                self.clock.now += self.settings.poll_interval_s
+
+    def job(self, **overrides) -> dict:
+        """POST an alignment job with small, valid settings."""
+        return self.post("/v1/alignment/jobs", self.job_body(**overrides))
+
+    def job_body(self, **overrides) -> dict:
+        body = {
+            "model": "shapes",
+            "dataset": self.dataset["id"],
+            "training": {"steps": 2, "batch_size": 4},
+            "evaluation": {"prompts_uri": str(self.root / "prompts.txt"), "num_prompts": 3},
+        }
+        return body | overrides
+
+    def post(self, path: str, body, status: int = 200, **kwargs) -> dict:
+        answer = self.http.post(path, json=body, **kwargs)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    def get(self, path: str, status: int = 200, **kwargs) -> dict:
+        answer = self.http.get(path, **kwargs)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    def error(self, path: str, body, status: int = 400) -> dict:
+        return self.post(path, body, status)["error"]
+
+    def events(self, job_id: str) -> list[str]:
+        return [event["message"] for event in self.get(f"/v1/alignment/jobs/{job_id}/events?limit=1000")["data"]]
+
+    @property
+    def dataset(self) -> dict:
+        found = self.get("/v1/datasets")["data"]
+        return found[0] if found else self.post("/v1/datasets", {"name": "pairs", "uri": write_pairs(self.root / "pairs")})
+
+
+@pytest.fixture
+def plane(tmp_path, sqlite_url):
+    yield from make_plane(tmp_path, sqlite_url)
+
+
+@pytest.fixture
+def any_plane(tmp_path, database_url):
+    """The same on each kind of database."""
+    yield from make_plane(tmp_path, database_url)
+
+
+def make_plane(tmp_path: Path, url: str):
+    settings = Settings(
+        api_key=SecretStr(KEY),
+        storage_uri=storage.as_uri(tmp_path / "store"),
+        database_url=url,
+        ray_url="http://127.0.0.1:1",
+        serve_url="http://127.0.0.1:1",
+        poll_interval_s=1.0,
+    )
+    plane = Plane(tmp_path, settings, FakeLauncher())
+    app = build_app(settings, plane.launcher, reconcile=False)
+    (tmp_path / "prompts.txt").write_text("a red star\n\na small blue circle\na green square\n")
+    plane_client = TestClient(app, headers={"authorization": f"Bearer {KEY}"}, raise_server_exceptions=False)
+    with plane_client as plane.http:
+        plane.post("/v1/models", {"name": "shapes", "uri": write_base(tmp_path / "base")})
+        yield plane
+
+
+def write_base(folder: Path) -> str:
+    """A folder that says it is a diffusers pipeline."""
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    folder.mkdir(exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps({part: ["diffusers", "X"] for part in parts}))
+    (folder / "weights.bin").write_bytes(b"1234")
+    return str(folder)
+
+
+def write_pairs(path: Path, rows: list[dict] | None = None, **columns) -> str:
+    """Parquet with Pick-a-Pic's columns: eight decided pairs, a tie and a row without a label."""
+    labels = [(1.0, 0.0)] * 5 + [(0.0, 1.0)] * 3 + [(0.5, 0.5), (None, None)]
+    table = {
+        "jpg_0": pa.array([b"0"] * 10, pa.binary()),
+        "jpg_1": pa.array([b"1"] * 10, pa.binary()),
+        "label_0": pa.array([label[0] for label in labels], pa.float64()),
+        "label_1": pa.array([label[1] for label in labels], pa.float64()),
+        "caption": pa.array([f"caption {i}" for i in range(10)]),
+        "image_0_uid": pa.array([f"l{i}" for i in range(10)]),
+        "image_1_uid": pa.array([f"r{i}" for i in range(10)]),
+        **columns,
+    }
+    path.mkdir(exist_ok=True)
+    pq.write_table(pa.table({name: column for name, column in table.items() if column is not None}), path / "0.parquet")
+    return str(path)

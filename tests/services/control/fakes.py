@@ -1,0 +1,126 @@
+"""A launcher that runs nothing: what a stage would do is a function of its spec, called at submit."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+
+from services import storage
+from services.contracts import (
+    SPECS,
+    EncodeResult,
+    EvaluateResult,
+    Interval,
+    ScorerReport,
+    Stage,
+    StageFailure,
+    StageSpec,
+    Strict,
+    TrainResult,
+)
+from services.control.launcher import RunState
+from services.control.stages import ENTRY_MODULES
+from services.errors import Unavailable
+from services.observability import Journal
+
+Play = Callable[[StageSpec], RunState]
+STAGE_OF = {module: stage for stage, module in ENTRY_MODULES.items()}
+
+
+class FakeLauncher:
+    """Keeps what was submitted and stopped. ``plays`` says what each stage does; ``down`` makes Ray silent."""
+
+    def __init__(self, **plays: Play) -> None:
+        self.plays: dict[Stage, Play] = {"encode": encode, "train": train, "evaluate": evaluate, **plays}
+        self.states: dict[str, RunState] = {}
+        self.submitted: list[str] = []
+        self.stopped: list[str] = []
+        self.specs: dict[str, StageSpec] = {}
+        self.entrypoints: dict[str, str] = {}
+        self.down = False
+
+    def submit(self, submission_id: str, entrypoint: str, metadata: dict[str, str]) -> None:
+        self._answer()
+        if submission_id in self.states:
+            return
+        self.submitted.append(submission_id)
+        _, _, module, _, uri = shlex.split(entrypoint)
+        spec = SPECS[STAGE_OF[module]].model_validate_json(storage.read_bytes(uri))
+        self.specs[submission_id], self.entrypoints[submission_id] = spec, entrypoint
+        self.states[submission_id] = self.plays[STAGE_OF[module]](spec)
+
+    def state(self, submission_id: str) -> RunState:
+        self._answer()
+        return self.states.get(submission_id, "unknown")
+
+    def stop(self, submission_id: str) -> None:
+        self._answer()
+        self.stopped.append(submission_id)
+        if self.states.get(submission_id) in ("pending", "running"):
+            self.states[submission_id] = "stopped"
+
+    def log_tail(self, submission_id: str) -> str:
+        self._answer()
+        return f"last words of {submission_id}"
+
+    def _answer(self) -> None:
+        if self.down:
+            raise Unavailable("Ray at http://nowhere does not answer: connection refused")
+
+
+def encode(spec) -> RunState:
+    """Does what the encode stage leaves in storage."""
+    journal(spec, 3)
+    return done(spec, EncodeResult(dataset=f"{spec.output}/key", digest="d1", counts={"pairs": 8}, reused=False, seconds=0.5))
+
+
+def train(spec) -> RunState:
+    journal(spec, 5)
+    storage.write_bytes(storage.join(spec.output, "model_index.json"), b"{}")
+    lineage = {"job": spec.job, "dataset": "d1", "base": spec.model.digest}
+    model = spec.model.model_copy(
+        update={"id": spec.model_id, "name": spec.name, "uri": spec.output, "digest": "d2", "lineage": lineage}
+    )
+    return done(spec, TrainResult(model=model, metrics={"loss": 0.5}, seconds=1))
+
+
+def evaluate(spec) -> RunState:
+    journal(spec, 1)
+    half = Interval(value=0.5, low=0.4, high=0.6)
+    scores = {name: ScorerReport(base=0.1, candidate=0.2, difference=half, beat_ratio=half) for name in spec.evaluation.scorers}
+    report = EvaluateResult(
+        report=f"{spec.output}/report.json", grid=f"{spec.output}/grid.png", num_prompts=2, scores=scores, seconds=0.1
+    )
+    return done(spec, report)
+
+
+def runs(spec) -> RunState:
+    """A stage that goes on."""
+    journal(spec, 1)
+    return "running"
+
+
+def dies(spec) -> RunState:
+    """A driver that leaves no marker."""
+    return "failed"
+
+
+def fails(spec) -> RunState:
+    journal(spec, 1)
+    failure = StageFailure(message="beta must be positive, got -1", code="ConfigError", param="beta")
+    storage.write_json(storage.join(spec.prefix, "failed.json"), failure.model_dump())
+    return "failed"
+
+
+def journal(spec: StageSpec, steps: int) -> None:
+    """As many files as steps, each an event and numbers."""
+    writer = Journal(spec.prefix, flush_every_s=0.0)
+    for step in range(1, steps + 1):
+        writer.event(f"step {step}")
+        writer.metrics(step, {"loss": 1.0 / step})
+    writer.flush()
+
+
+def done(spec: StageSpec, result: Strict) -> RunState:
+    storage.write_json(storage.join(spec.prefix, "done.json"), result.model_dump(mode="json"))
+    return "succeeded"

@@ -1,0 +1,230 @@
+"""Every refusal: status, the field it names, the value it repeats."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pytest
+from pydantic import TypeAdapter
+
+from services.control.dependencies import BODY_BYTES
+from services.control.views import ErrorView
+from tests.services.control.conftest import write_base, write_pairs
+
+JOBS = "/v1/alignment/jobs"
+TABLE = [
+    ({"objective": {"beta": -1}}, "objective.beta", "objective.beta: Input should be greater than 0, got -1"),
+    ({"objective": {"beta": "1"}}, "objective.beta", 'objective.beta: Input should be a valid number, got "1"'),
+    ({"objective": {"beta": True}}, "objective.beta", "objective.beta: Input should be a valid number, got true"),
+    ({"objective": {"beta": float("nan")}}, "objective.beta", "objective.beta: Input should be a finite number, got NaN"),
+    ({"objective": {"beta": float("inf")}}, "objective.beta", "objective.beta: Input should be a finite number, got Infinity"),
+    ({"objective": {"bta": 1}}, "objective.bta", "objective.bta: Unexpected keyword argument, got 1"),
+    ({"objective": {"method": "dpo"}}, "objective.method", "objective.method: Input should be 'dde' or 'uniform', got \"dpo\""),
+    ({"objective": {"t_min": 9, "t_max": 3}}, "objective.t_max", "objective.t_max: must be 0 or at least t_min = 9, got 3"),
+    ({"objective": 3}, "objective", "objective: Input should be an object, got 3"),
+    ({"training": {"steps": 0}}, "training.steps", "training.steps: Input should be greater than 0, got 0"),
+    ({"training": {"steps": 1.5}}, "training.steps", "training.steps: Input should be a valid integer, got 1.5"),
+    ({"workers": 0}, "workers", "workers: Input should be greater than 0, got 0"),
+    ({"workers": 5}, "workers", "workers: must be at most training.batch_size, got 5"),
+    ({"name": "a b"}, "name", "name: String should match pattern"),
+    ({"name": "shapes"}, "name", "name: belongs to the base model"),
+    ({"name": "model_" + "0" * 24}, "name", "name: must not have the form of an id"),
+    ({"modle": "x"}, "modle", 'modle: Extra inputs are not permitted, got "x"'),
+    ({"model": None}, "model", "model: Input should be a valid string, got null"),
+    ({"metadata": {"a": 1}}, "metadata.a", "metadata.a: Input should be a valid string, got 1"),
+    ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "metadata: Dictionary should have at most 16 items"),
+    ({"metadata": {"a": "x" * 513}}, "metadata.a", "metadata.a: String should have at most 512 characters"),
+    ({"metadata": {"a": "\0"}}, "metadata.a", "metadata.a: String should match pattern"),
+    ({"evaluation": {}}, "evaluation.prompts_uri", "evaluation.prompts_uri: Field required"),
+    ({"training": {"batch_size": 9}}, "training.batch_size", "training.batch_size: must be at most the 8 pairs of dataset ds_"),
+]
+
+
+def refused(plane, path: str, body, status: int, param: str | None, message: str) -> dict:
+    """The error of a POST, after it was held against what was expected."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = plane.http.post(path, content=content)
+    assert answer.status_code == status, answer.text
+    TypeAdapter(ErrorView).validate_python(answer.json())
+    error = answer.json()["error"]
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert error["message"].startswith(message), error["message"]
+    return error
+
+
+@pytest.mark.parametrize(("overrides", "param", "message"), TABLE, ids=[message[:48] for _, _, message in TABLE])
+def test_a_job_is_refused_by_field_and_value(plane, overrides, param, message):
+    refused(plane, JOBS, plane.job_body(**overrides), 400, param, message)
+    assert plane.get(JOBS)["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"model=shapes", "the request body is not JSON: expected"),
+        (b"", "the request body is not JSON: EOF"),
+        (b"\xff\xfe", "the request body is not JSON:"),
+        (b"[" * 9000, "the request body is not JSON: recursion limit exceeded"),
+        (b'{"model": "\\ud800"}', "the request body is not JSON:"),
+        (b"[1]", "the request body: Input should be an object, got [1]"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(plane, raw, message):
+    refused(plane, JOBS, raw, 400, None, message)
+
+
+def test_a_body_beyond_the_limit_is_refused_with_413_declared_or_not(plane):
+    refused(plane, JOBS, b" " * (BODY_BYTES + 1), 413, None, f"the request body is longer than {BODY_BYTES} bytes")
+    chunks = (b" " * 65536 for _ in range(BODY_BYTES // 65536 + 1))
+    answer = plane.http.post(JOBS, content=chunks)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_long_value_is_shortened_in_the_message(plane):
+    error = refused(
+        plane, JOBS, plane.job_body(workers="9" * 5000), 400, "workers", 'workers: Input should be a valid integer, got "999'
+    )
+    assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize("model", ["nobody", "model_" + "0" * 24, "a/b", "\0", "ds_" + "0" * 24])
+def test_an_unknown_model_is_a_404_that_names_it(plane, model):
+    error = refused(plane, JOBS, plane.job_body(model=model), 404, "model", f"model: model {json.dumps(model)} does not exist")
+    assert error["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("dataset", ["nothing", "ds_" + "0" * 24, "\0"])
+def test_an_unknown_dataset_is_a_404_that_names_it(plane, dataset):
+    message = f"dataset: dataset {json.dumps(dataset)} does not exist"
+    assert refused(plane, JOBS, plane.job_body(dataset=dataset), 404, "dataset", message)["code"] == "dataset_not_found"
+
+
+@pytest.mark.parametrize(("prefix", "path"), [("evaluation.", JOBS), ("", "/v1/evaluations")])
+def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(plane, prefix, path):
+    def post(message, **config):
+        body = plane.job_body(evaluation=config) if prefix else {"model": "shapes", "base": "shapes", **config}
+        refused(plane, path, body, 400, f"{prefix}{next(iter(config))}", message)
+
+    (plane.root / "binary").write_bytes(b"\xff\xfe\xfd")
+    for uri in (plane.root / "nowhere.txt", plane.root, "gopher://x/y", plane.root / "binary"):
+        post(f"{prefix}prompts_uri: cannot be read, got '{uri}'", prompts_uri=str(uri))
+    uri = str(plane.root / "prompts.txt")
+    post(f"{prefix}prompts_uri: '{uri}' holds 3 prompts, {prefix}num_prompts asks for 4", prompts_uri=uri, num_prompts=4)
+    post(f"{prefix}scorers: must not repeat", scorers=["match", "match"], prompts_uri=uri, num_prompts=1)
+
+
+def test_an_evaluation_of_an_unknown_model_or_base_names_which(plane):
+    body = {"model": "shapes", "base": "shapes", "prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 1}
+    for param in ("model", "base"):
+        refused(plane, "/v1/evaluations", body | {param: "nobody"}, 404, param, f'{param}: model "nobody" does not exist')
+
+
+# ---- datasets
+
+
+def test_datasets_that_are_not_there_or_not_parquet_are_refused(plane):
+    def post(uri, message):
+        return refused(plane, "/v1/datasets", {"name": "d", "uri": str(uri)}, 400, "uri", message)
+
+    (plane.root / "empty").mkdir()
+    (plane.root / "text.parquet").write_text("not parquet at all")
+    post(plane.root / "nowhere", f"uri '{plane.root}/nowhere' does not exist")
+    post(plane.root / "empty", f"uri '{plane.root}/empty' holds no .parquet file")
+    post(plane.root / "text.parquet", f"uri '{plane.root}/text.parquet' is not a Parquet file")
+    post("gopher://x", "uri 'gopher://x' cannot be opened")
+    refused(plane, "/v1/datasets", {"name": "d", "uri": "a\0b"}, 400, "uri", "uri: String should match pattern")
+
+
+def test_a_parquet_file_that_breaks_half_way_is_refused(plane):
+    folder = write_pairs(plane.root / "torn")
+    path = plane.root / "torn" / "0.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * (len(content) - 4000) + content[len(content) - 3996 :])
+    answer = plane.http.post("/v1/datasets", json={"name": "d", "uri": folder})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "uri")
+
+
+def test_missing_columns_are_all_named_and_wrong_types_too(plane):
+    missing = write_pairs(plane.root / "missing", caption=None, label_1=None)
+    message = f"uri '{missing}/0.parquet' lacks the columns label_1, caption"
+    refused(plane, "/v1/datasets", {"name": "d", "uri": missing}, 400, "uri", message)
+    wrong = write_pairs(plane.root / "wrong", label_0=pa.array(["1"] * 10))
+    message = f"column label_0 of '{wrong}/0.parquet' has type string"
+    refused(plane, "/v1/datasets", {"name": "d", "uri": wrong}, 400, "uri", message)
+
+
+def test_a_dataset_without_a_decided_pair_is_refused(plane):
+    ties = write_pairs(plane.root / "ties", has_label=pa.array([False] * 10))
+    message = f"uri '{ties}' has no decided pair: 10 rows, 0 ties, 10 without a label"
+    refused(plane, "/v1/datasets", {"name": "d", "uri": ties}, 400, "uri", message)
+
+
+# ---- models
+
+
+def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
+    def post(param, message, **body):
+        refused(plane, "/v1/models", {"name": "other", "uri": base} | body, 400, param, message)
+
+    base = write_base(plane.root / "base")
+    message = f"uri '{base}' is not of family 'sdxl': model_index.json lacks text_encoder_2, tokenizer_2"
+    post("family", message, family="sdxl")
+    post("uri", f"uri '{plane.root}' is not a diffusers folder: model_index.json cannot be read", uri=str(plane.root))
+    post("name", "name: is taken by model_", name="shapes")
+    post("name", "name: must not have the form of an id", name="model_" + "a" * 24)
+    plane.job(name="later")
+    post("name", "name: is taken by ajob_", name="later")
+    for content in ("[]", "3", "nonsense", '{"unet": 3}'):
+        (plane.root / "base" / "model_index.json").write_text(content)
+        assert plane.error("/v1/models", {"name": "other", "uri": base})["param"] in ("uri", "family")
+
+
+# ---- paths, queries and what nobody expected
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/datasets/x", "/v1/models/ds_" + "0" * 24, JOBS + "/%00", JOBS + "/ajob_" + "0" * 24 + "/events", "/v1/evaluations/x"],
+)
+def test_an_id_that_is_not_there_is_a_404(plane, path):
+    assert plane.get(path, 404)["error"]["code"].endswith("_not_found")
+
+
+def test_an_id_of_another_kind_is_a_404(plane):
+    plane.get(f"/v1/evaluations/{plane.job()['id']}", 404)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("limit=0", 'limit: Input should be greater than or equal to 1, got "0"'),
+        ("limit=101", 'limit: Input should be less than or equal to 100, got "101"'),
+        ("limit=ten", "limit: Input should be a valid integer"),
+        ("status=done", "status: Input should be 'validating',"),
+        ("after=x", 'after: no such job, got "x"'),
+        ("after=ajob_" + "0" * 24, "after: no such job"),
+        ("metadata[a]=%00", "metadata[a]: must not hold a NUL character"),
+    ],
+)
+def test_bad_queries_are_refused(any_plane, query, message):
+    assert any_plane.get(f"{JOBS}?{query}", 400)["error"]["message"].startswith(message)
+
+
+def test_unknown_urls_and_methods_have_the_error_body_too(plane):
+    assert plane.get("/v1/nothing", 404)["error"]["message"] == "Not Found: GET /v1/nothing"
+    answer = plane.http.put("/v1/datasets")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+
+
+def test_an_unexpected_error_is_a_500_without_a_traceback(plane, monkeypatch):
+    monkeypatch.setattr(plane.http.app.state.database, "read", lambda: 1 / 0)
+    answer = plane.http.get("/v1/models", headers={"x-request-id": "mine"})
+    assert answer.status_code == 500
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.json()["error"] == {
+        "message": "something broke on our side; ask for mine in the log",
+        "type": "server_error",
+        "param": None,
+        "code": "server_error",
+    }

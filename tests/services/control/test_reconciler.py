@@ -1,0 +1,373 @@
+"""Jobs from creation to their end. Stages leave real files in a temporary storage; Ray is a fake launcher."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from sqlalchemy import select, update
+
+from services import registry, storage
+from services.control import progress
+from services.control.progress import Change
+from services.control.reconciler import StaleToken
+from services.control.tables import Event, Job, Metric, Model
+from tests.services.control import fakes
+
+JOBS = "/v1/alignment/jobs"
+
+
+def test_a_job_goes_through_every_stage_to_a_served_model(any_plane):
+    plane = any_plane
+    job = plane.job(name="aligned")
+    assert (job["status"], job["aligned_model"], job["result"], job["started_at"]) == ("validating", None, {}, None)
+    plane.settle()
+    ended = plane.get(f"{JOBS}/{job['id']}")
+    assert (ended["status"], ended["reason"], ended["stage"]) == ("succeeded", None, None)
+    assert plane.launcher.submitted == [f"{job['id']}-{stage}-a1" for stage in ("encode", "train", "evaluate")]
+    assert set(ended["stage_seconds"]) == set(ended["result"]) == {"encode", "train", "evaluate"}
+    assert ended["created_at"] <= ended["started_at"] <= ended["finished_at"]
+
+    record = registry.find(plane.settings.storage_uri, "aligned")
+    base = plane.get("/v1/models/shapes")
+    assert record.id == ended["aligned_model"] == plane.get("/v1/models/aligned")["id"]
+    assert (record.base, record.job) == (base["id"], job["id"])
+    assert record.lineage == {"job": job["id"], "dataset": "d1", "base": base["digest"]}
+    assert ended["result"]["train"]["model"] == record.model_dump()
+
+
+def test_every_stage_is_told_where_its_input_and_output_lie(plane):
+    job = plane.job(objective={"beta": 7.0})
+    plane.settle()
+    root = plane.app_settings.storage_uri
+    encode, train, evaluate = (plane.launcher.specs[f"{job['id']}-{stage}-a1"] for stage in ("encode", "train", "evaluate"))
+    assert encode.prefix == f"{root}/jobs/{job['id']}/encode/a1"
+    assert (encode.output, encode.dataset_uri) == (f"{root}/datasets", plane.dataset["uri"])
+    assert encode.dataset_digest == plane.dataset["digest"]
+    assert (train.dataset, train.objective.beta, train.training.steps) == (f"{root}/datasets/key", 7.0, 2)
+    assert (train.run, train.output) == (f"{root}/jobs/{job['id']}/train/run", f"{root}/models/{train.model_id}")
+    assert (evaluate.base.name, evaluate.candidate.uri) == ("shapes", train.output)
+    assert evaluate.output == f"{root}/jobs/{job['id']}/evaluate/a1"
+    assert evaluate.evaluation.prompts_uri == storage.as_uri(plane.root / "prompts.txt")
+    assert plane.launcher.entrypoints[f"{job['id']}-encode-a1"] == f"python -m services.ingest --spec {encode.prefix}/spec.json"
+
+
+def test_events_and_metrics_of_the_journal_are_recorded_once_and_in_order(any_plane):
+    plane = any_plane
+    job = plane.job()
+    plane.settle()
+    said = plane.events(job["id"])
+    assert said[:3] == [
+        "created: dde on shapes with dataset pairs",
+        "validating -> queued: the job is valid",
+        "queued -> preparing: stage encode",
+    ]
+    assert [text for text in said if text.startswith("step")] == [f"step {i}" for i in (1, 2, 3, 1, 2, 3, 4, 5, 1)]
+    assert said[-1] == "evaluating -> succeeded: the job is done"
+    rows = plane.get(f"{JOBS}/{job['id']}/metrics?stage=train")["data"]
+    assert [(row["step"], row["metrics"]) for row in rows] == [(i, {"loss": 1.0 / i}) for i in range(1, 6)]
+    assert [row["step"] for row in plane.get(f"{JOBS}/{job['id']}/metrics?stage=train&after=3")["data"]] == [4, 5]
+
+
+def test_a_step_that_is_trained_again_replaces_its_numbers(plane):
+    plane.launcher.plays["encode"] = fakes.runs
+    job = plane.job()
+    plane.settle(10)
+    fakes.journal(plane.launcher.specs[f"{job['id']}-encode-a1"], 2)
+    plane.settle(3)
+    assert [row["step"] for row in plane.get(f"{JOBS}/{job['id']}/metrics")["data"]] == [1, 2]
+
+
+def test_a_long_journal_is_read_in_parts_before_its_stage_ends(plane, monkeypatch):
+    monkeypatch.setattr(progress, "JOURNAL_FILES", 2)
+    job = plane.job()
+    plane.settle(60)
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "succeeded"
+    assert sum(text.startswith("step") for text in plane.events(job["id"])) == 9
+
+
+def test_an_evaluation_runs_its_one_stage(any_plane):
+    plane = any_plane
+    body = {"model": "shapes", "base": "shapes", "prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2}
+    made = plane.post("/v1/evaluations", body)
+    assert (made["status"], made["result"], made["scorers"]) == ("queued", None, ["match", "taste", "fidelity"])
+    plane.settle()
+    ended = plane.get(f"/v1/evaluations/{made['id']}")
+    assert ended["status"] == "succeeded"
+    assert set(ended["result"]["scores"]) == {"match", "taste", "fidelity"}
+    assert plane.launcher.submitted == [f"{made['id']}-evaluate-a1"]
+    assert "stage evaluate done" in [event["message"] for event in plane.get(f"/v1/evaluations/{made['id']}/events")["data"]]
+
+
+def test_a_stage_that_fails_fails_the_job_with_its_message(plane):
+    plane.launcher.plays["train"] = fakes.fails
+    job = plane.job()
+    plane.settle()
+    ended = plane.get(f"{JOBS}/{job['id']}")
+    assert (ended["status"], ended["stage"], ended["aligned_model"]) == ("failed", "train", None)
+    assert ended["reason"] == {"code": "ConfigError", "message": "beta must be positive, got -1", "param": "beta"}
+    assert ended["finished_at"] is not None
+
+
+def test_a_driver_that_dies_without_a_marker_fails_the_job_after_the_grace(any_plane):
+    plane = any_plane
+    plane.launcher.plays["encode"] = fakes.dies
+    job = plane.job()
+    plane.settle(8)
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "preparing"
+    plane.clock.now += plane.settings.driver_grace_s
+    plane.settle(2)
+    ended = plane.get(f"{JOBS}/{job['id']}")
+    assert (ended["status"], ended["reason"]["code"]) == ("failed", "driver_died")
+    assert ended["reason"]["message"] == "the driver of stage encode ended without a result; Ray says failed"
+    assert f"last words of {job['id']}-encode-a1" in plane.events(job["id"])
+
+
+def test_a_submission_that_ray_forgot_fails_the_job(plane):
+    plane.launcher.plays["encode"] = fakes.runs
+    job = plane.job()
+    plane.settle(5)
+    plane.launcher.states.clear()
+    plane.settle(5)
+    plane.clock.now += plane.settings.driver_grace_s
+    plane.settle(2)
+    assert "Ray says unknown" in plane.get(f"{JOBS}/{job['id']}")["reason"]["message"]
+
+
+def test_a_marker_within_the_grace_counts_whatever_ray_says(plane):
+    plane.launcher.plays["encode"] = fakes.dies
+    job = plane.job()
+    plane.settle(6)
+    fakes.encode(plane.launcher.specs[f"{job['id']}-encode-a1"])
+    plane.settle()
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "succeeded"
+
+
+def test_a_driver_that_ray_calls_dead_but_that_still_writes_is_not_given_up(plane):
+    plane.launcher.plays["encode"] = fakes.dies
+    job = plane.job()
+    plane.settle(6)
+    for _ in range(3):
+        fakes.journal(plane.launcher.specs[f"{job['id']}-encode-a1"], 1)
+        plane.clock.now += plane.settings.driver_grace_s
+        plane.settle(2)
+        assert plane.get(f"{JOBS}/{job['id']}")["status"] == "preparing"
+
+
+def test_a_result_that_cannot_be_read_fails_the_job(plane):
+    def nonsense(spec):
+        storage.write_json(f"{spec.prefix}/done.json", {"dataset": 3})
+        return "succeeded"
+
+    plane.launcher.plays["encode"] = nonsense
+    job = plane.job()
+    plane.settle()
+    reason = plane.get(f"{JOBS}/{job['id']}")["reason"]
+    assert reason["code"] == "bad_result"
+    assert reason["message"].startswith("done.json of stage encode cannot be read:")
+
+
+@pytest.mark.parametrize("before", [0, 6])
+def test_ray_out_of_reach_fails_the_job_after_a_while_and_not_before(plane, before):
+    plane.launcher.plays["encode"] = fakes.runs
+    job = plane.job()
+    plane.settle(before)
+    plane.launcher.down = True
+    plane.settle(8)
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "preparing"
+    assert any(text.startswith("waiting for Ray:") for text in plane.events(job["id"]))
+    plane.clock.now += plane.settings.unreachable_s
+    plane.settle(2)
+    ended = plane.get(f"{JOBS}/{job['id']}")
+    assert (ended["status"], ended["reason"]["code"]) == ("failed", "cluster_unreachable")
+
+
+def test_ray_that_comes_back_in_time_lets_the_job_go_on(plane):
+    plane.launcher.down = True
+    job = plane.job()
+    plane.settle(8)
+    plane.launcher.down = False
+    plane.settle()
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "succeeded"
+
+
+def test_cancel_stops_the_run_and_ends_as_cancelled(any_plane):
+    plane = any_plane
+    plane.launcher.plays["train"] = fakes.runs
+    job = plane.job()
+    plane.settle()
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "running"
+    assert plane.post(f"{JOBS}/{job['id']}/cancel", None)["status"] == "running"
+    plane.settle()
+    ended = plane.get(f"{JOBS}/{job['id']}")
+    assert (ended["status"], ended["reason"]["code"], ended["stage"]) == ("cancelled", "cancelled", "train")
+    assert plane.launcher.stopped == [f"{job['id']}-train-a1"]
+    assert plane.events(job["id"]).count("cancel requested") == 1
+    assert plane.post(f"{JOBS}/{job['id']}/cancel", None) == ended
+
+
+def test_cancel_before_anything_ran_starts_nothing(plane):
+    job = plane.job()
+    plane.post(f"{JOBS}/{job['id']}/cancel", None)
+    plane.settle()
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "cancelled"
+    assert plane.launcher.submitted == plane.launcher.stopped == []
+
+
+def test_cancel_with_ray_out_of_reach_ends_after_a_while_and_says_so(plane):
+    plane.launcher.plays["encode"] = fakes.runs
+    job = plane.job()
+    plane.settle(6)
+    plane.launcher.down = True
+    plane.post(f"{JOBS}/{job['id']}/cancel", None)
+    plane.settle(5)
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "preparing"
+    plane.clock.now += plane.settings.unreachable_s
+    plane.settle(2)
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "cancelled"
+    assert "Ray did not say that the run has ended; it may go on" in plane.events(job["id"])
+
+
+@pytest.mark.parametrize(("play", "status"), [(fakes.evaluate, "succeeded"), (fakes.fails, "failed")])
+def test_cancel_of_a_job_that_has_ended_is_a_conflict_that_names_its_status(plane, play, status):
+    plane.launcher.plays["evaluate"] = play
+    job = plane.job()
+    plane.settle()
+    error = plane.error(f"{JOBS}/{job['id']}/cancel", None, 409)
+    assert error["message"] == f"job {job['id']} has {status} already"
+
+
+def test_a_model_whose_evaluation_failed_is_kept_without_its_name(plane):
+    plane.launcher.plays["evaluate"] = fakes.fails
+    job = plane.job(name="aligned")
+    plane.settle()
+    ended = plane.get(f"{JOBS}/{job['id']}")
+    assert not plane.get(f"/v1/models/{ended['aligned_model']}")["current"]
+    plane.get("/v1/models/aligned", 404)
+    assert not storage.exists(f"{plane.settings.storage_uri}/aliases/aligned.json")
+
+
+def test_a_name_means_the_model_that_got_it_last(any_plane):
+    plane = any_plane
+    first, second = (plane.job(name="aligned")["id"] for _ in range(2))
+    plane.settle(60)
+    models = [plane.get(f"{JOBS}/{job}")["aligned_model"] for job in (first, second)]
+    current = plane.get("/v1/models/aligned")["id"]
+    assert current in models
+    assert registry.find(plane.settings.storage_uri, "aligned").id == current
+    assert [plane.get(f"/v1/models/{model}")["current"] for model in models].count(True) == 1
+
+
+def test_what_is_found_under_a_stale_token_changes_nothing(any_plane):
+    plane = any_plane
+    job = plane.job(name="aligned")
+    slow, fast = plane.reconciler(), plane.reconciler()
+    plane.clock.now = time.time()
+    taken = slow.take()
+    assert taken.id == job["id"]
+    assert fast.take() is None
+    plane.clock.now += plane.settings.lock_s + 1
+    assert fast.take().id == job["id"]
+    change = Change(values={"status": "succeeded"}, point=True)
+    change.say(0.0, "too late")
+    change.publish = registry.find(plane.settings.storage_uri, "shapes").model_copy(update={"id": "model_" + "0" * 24})
+    with pytest.raises(StaleToken):
+        slow.apply(taken, change)
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "validating"
+    assert "too late" not in plane.events(job["id"])
+    assert not storage.exists(f"{plane.settings.storage_uri}/aliases/aligned.json")
+    assert not storage.exists(f"{plane.settings.storage_uri}/models/model_{'0' * 24}.json")
+
+
+def test_two_reconcilers_on_one_database_submit_each_stage_once(any_plane):
+    plane = any_plane
+    jobs = [plane.job()["id"] for _ in range(4)]
+    failures: list[Exception] = []
+
+    def work() -> None:
+        reconciler = plane.reconciler()
+        try:
+            for _ in range(60):
+                if not reconciler.once():
+                    plane.clock.now += plane.settings.poll_interval_s
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert {plane.get(f"{JOBS}/{job}")["status"] for job in jobs} == {"succeeded"}
+    assert len(plane.launcher.submitted) == len(set(plane.launcher.submitted)) == 12
+    with plane.database.read() as session:
+        events, metrics = (list(session.scalars(select(table.job))) for table in (Event, Metric))
+    assert {events.count(job) for job in jobs} == {events.count(jobs[0])}
+    assert {metrics.count(job) for job in jobs} == {9}
+
+
+def test_a_crash_between_submit_and_its_record_submits_nothing_twice(plane):
+    job = plane.job()
+    reconciler = plane.reconciler()
+    for _ in range(3):
+        reconciler.once()
+    with plane.database.write() as session:
+        session.execute(update(Job).values(submitted_at=None, lock_token=None, lock_expires_at=None))
+    plane.settle()
+    assert plane.launcher.submitted.count(f"{job['id']}-encode-a1") == 1
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "succeeded"
+
+
+def test_an_unexpected_error_is_told_once_retried_with_growing_pauses_and_stops_no_other_job(plane):
+    def broken(spec):
+        raise ZeroDivisionError("a bug")
+
+    plane.launcher.plays["encode"] = broken
+    bad = plane.job()
+    plane.settle(8)
+    plane.launcher.plays["encode"] = fakes.encode
+    body = {"model": "shapes", "base": "shapes", "prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2}
+    good = plane.post("/v1/evaluations", body)
+    with plane.database.read() as session:
+        row = session.scalar(select(Job).where(Job.id == bad["id"]))
+    assert row.failures >= 2
+    assert row.next_at - plane.clock.now > plane.settings.poll_interval_s
+    plane.settle(10)
+    assert plane.get(f"/v1/evaluations/{good['id']}")["status"] == "succeeded"
+    assert plane.events(bad["id"]).count("will be tried again: ZeroDivisionError: a bug") == 1
+    plane.clock.now += 60
+    plane.settle(40)
+    assert plane.get(f"{JOBS}/{bad['id']}")["status"] == "succeeded"
+
+
+def test_jobs_beyond_the_limit_wait_as_queued_the_oldest_first(plane):
+    plane.settings.max_active_jobs = 1
+    plane.launcher.plays["encode"] = fakes.runs
+    first, second, third = (plane.job()["id"] for _ in range(3))
+    plane.settle()
+    assert [plane.get(f"{JOBS}/{job}")["status"] for job in (first, second, third)] == ["preparing", "queued", "queued"]
+    plane.post(f"{JOBS}/{first}/cancel", None)
+    plane.settle()
+    assert [plane.get(f"{JOBS}/{job}")["status"] for job in (second, third)] == ["preparing", "queued"]
+
+
+def test_a_dataset_whose_files_went_after_it_was_registered_fails_the_job_at_once(plane):
+    dataset = plane.dataset
+    job = plane.job()
+    storage.delete_folder(dataset["uri"])
+    plane.settle()
+    reason = plane.get(f"{JOBS}/{job['id']}")["reason"]
+    assert (reason["code"], reason["param"]) == ("dataset_not_found", "dataset")
+    assert plane.launcher.submitted == []
+
+
+def test_an_aligned_model_can_be_aligned_again(plane):
+    plane.job(name="once")
+    plane.settle()
+    again = plane.job(model="once", name="twice")
+    plane.settle()
+    assert plane.get("/v1/models/twice")["base"] == again["model"] == plane.get("/v1/models/once")["id"]
+    with plane.database.read() as session:
+        assert len(list(session.scalars(select(Model)))) == 3

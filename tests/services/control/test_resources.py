@@ -1,0 +1,215 @@
+"""What is registered: counts, digests, names, lists, deletion, repeats."""
+
+from __future__ import annotations
+
+import threading
+
+import pyarrow as pa
+import pytest
+from pydantic import TypeAdapter
+
+from services import registry, storage
+from services.control import views
+from tests.services.control import fakes
+from tests.services.control.conftest import write_base, write_pairs
+
+JOBS = "/v1/alignment/jobs"
+
+
+def test_a_dataset_is_counted_and_digested_when_it_is_registered(any_plane):
+    dataset = any_plane.dataset
+    assert dataset["counts"] == {"rows": 10, "pairs": 8, "ties": 1, "missing": 1}
+    assert len(dataset["digest"]) == 64
+    assert dataset["uri"] == storage.as_uri(any_plane.root / "pairs")
+    assert any_plane.get(f"/v1/datasets/{dataset['id']}") == dataset
+
+
+def test_the_digest_does_not_depend_on_how_rows_fell_into_files_nor_on_extra_columns(plane):
+    whole = plane.dataset
+    parts = plane.root / "parts"
+    write_pairs(parts, extra=pa.array(range(10)))
+    table = pa.parquet.read_table(parts / "0.parquet")
+    pa.parquet.write_table(table.slice(6), parts / "0.parquet")
+    pa.parquet.write_table(table.slice(0, 6), parts / "1.parquet")
+    again = plane.post("/v1/datasets", {"name": "parts", "uri": str(parts)})
+    assert (again["digest"], again["counts"]) == (whole["digest"], whole["counts"])
+    one = plane.post("/v1/datasets", {"name": "one", "uri": str(parts / "1.parquet")})
+    assert one["counts"]["rows"] == 6
+    assert one["digest"] != whole["digest"]
+
+
+def test_a_dataset_in_use_is_not_deleted_and_afterwards_it_is(any_plane):
+    plane, dataset = any_plane, any_plane.dataset
+    job = plane.job()
+    answer = plane.http.delete(f"/v1/datasets/{dataset['id']}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "in_use")
+    assert job["id"] in answer.json()["error"]["message"]
+    plane.settle()
+    assert plane.http.delete(f"/v1/datasets/{dataset['id']}").json() == {
+        "id": dataset["id"],
+        "object": "dataset",
+        "deleted": True,
+    }
+    plane.get(f"/v1/datasets/{dataset['id']}", 404)
+    assert storage.exists(dataset["uri"])
+
+
+def test_a_base_model_is_published_for_serve_and_deleted_without_its_files(any_plane):
+    plane = any_plane
+    root = plane.settings.storage_uri
+    base = plane.get("/v1/models/shapes")
+    assert (base["base"], base["job"], base["lineage"], base["current"]) == (None, None, {}, True)
+    assert base["digest"] == registry.folder_digest(base["uri"])
+    assert registry.find(root, "shapes").id == base["id"]
+    assert plane.http.delete(f"/v1/models/{base['id']}").json()["deleted"] is True
+    assert storage.list_files(root, recursive=True) == []
+    assert storage.exists(base["uri"])
+    plane.post("/v1/models", {"name": "shapes", "uri": write_base(plane.root / "base")})
+
+
+def test_a_model_in_use_is_not_deleted_and_an_aligned_one_loses_its_weights(plane):
+    plane.launcher.plays["evaluate"] = fakes.runs
+    job = plane.job(name="aligned")
+    plane.settle()
+    aligned = plane.get(f"{JOBS}/{job['id']}")["aligned_model"]
+    for model in (job["model"], aligned):
+        assert plane.http.delete(f"/v1/models/{model}").status_code == 409
+    plane.post(f"{JOBS}/{job['id']}/cancel", None)
+    plane.settle()
+    root = plane.settings.storage_uri
+    assert storage.exists(registry.model_uri(root, aligned))
+    assert plane.http.delete(f"/v1/models/{aligned}").status_code == 200
+    assert not storage.exists(registry.model_uri(root, aligned))
+    assert not storage.exists(f"{root}/models/{aligned}.json")
+
+
+def test_the_default_name_is_made_from_base_method_and_job(plane):
+    job = plane.job(objective={"method": "uniform"})
+    assert job["name"] == f"shapes-uniform-{job['id'][-6:]}"
+
+
+def test_an_answer_repeats_the_request_with_every_default(plane):
+    job = plane.job(metadata={"team": "a"}, objective={"beta": 3})
+    assert job["objective"]["beta"] == 3.0
+    assert job["objective"]["method"] == "dde"
+    assert (job["training"]["steps"], job["training"]["max_grad_norm"], job["workers"]) == (2, 1.0, 1)
+    assert job["metadata"] == {"team": "a"}
+    assert (job["model"], job["dataset"]) == (plane.get("/v1/models/shapes")["id"], plane.dataset["id"])
+
+
+def test_lists_are_newest_first_in_pages(any_plane):
+    plane = any_plane
+    made = [plane.job()["id"] for _ in range(5)][::-1]
+    first = plane.get(f"{JOBS}?limit=2")
+    assert ([job["id"] for job in first["data"]], first["has_more"]) == (made[:2], True)
+    last = plane.get(f"{JOBS}?limit=3&after={made[1]}")
+    assert ([job["id"] for job in last["data"]], last["has_more"], last["object"]) == (made[2:], False, "list")
+
+
+def test_jobs_are_filtered_by_status_and_metadata_together(any_plane):
+    plane = any_plane
+    a = plane.job(metadata={"team": "a", "run": "1"})["id"]
+    b = plane.job(metadata={"team": "a", "run": "2"})["id"]
+    plane.job(metadata={"team": "b"})
+    plane.post(f"{JOBS}/{b}/cancel", None)
+    plane.settle(60)
+
+    def ids(query: str) -> list[str]:
+        return [job["id"] for job in plane.get(f"{JOBS}?{query}")["data"]]
+
+    assert ids("metadata[team]=a") == [b, a]
+    assert ids("metadata[team]=a&metadata[run]=1") == [a]
+    assert ids("metadata[team]=a&status=cancelled") == [b]
+    assert ids("metadata[team]=a&limit=1") == [b]
+    assert ids(f"metadata[team]=a&after={b}") == [a]
+    assert ids("metadata[team]=c") == ids("status=failed") == []
+
+
+def test_the_same_key_and_body_get_the_same_answer_and_make_one_thing(any_plane):
+    plane = any_plane
+    plane.dataset  # noqa: B018
+    bodies = {
+        JOBS: plane.job_body(),
+        "/v1/evaluations": {
+            "model": "shapes",
+            "base": "shapes",
+            "prompts_uri": str(plane.root / "prompts.txt"),
+            "num_prompts": 1,
+        },
+        "/v1/models": {"name": "other", "uri": str(plane.root / "base")},
+        "/v1/datasets": {"name": "again", "uri": str(plane.root / "pairs")},
+    }
+    for path, body in bodies.items():
+        before = len(plane.get(path)["data"])
+        headers = {"Idempotency-Key": f"key of {path}"}
+        first, second = (plane.post(path, body, headers=headers) for _ in range(2))
+        assert first == second
+        assert len(plane.get(path)["data"]) == before + 1
+
+
+def test_the_same_key_with_another_body_or_path_is_refused(plane):
+    headers = {"Idempotency-Key": "k"}
+    plane.post(JOBS, plane.job_body(), headers=headers)
+    error = plane.post(JOBS, plane.job_body(workers=2), 400, headers=headers)["error"]
+    assert (error["param"], error["code"]) == ("Idempotency-Key", "idempotency_key_reused")
+    assert error["message"] == "Idempotency-Key: was used for another request, got 'k'"
+    plane.post("/v1/datasets", {"name": "d", "uri": str(plane.root / "pairs")}, 400, headers=headers)
+    plane.post(JOBS, plane.job_body(), 400, headers={"Idempotency-Key": "k" * 256})
+
+
+def test_a_refused_create_does_not_use_up_its_key(plane):
+    headers = {"Idempotency-Key": "k"}
+    plane.post(JOBS, plane.job_body(model="later"), 404, headers=headers)
+    plane.post("/v1/models", {"name": "later", "uri": str(plane.root / "base")})
+    plane.post(JOBS, plane.job_body(model="later"), headers=headers)
+
+
+def test_requests_at_once_under_one_key_make_one_job_and_none_is_a_conflict(any_plane):
+    plane = any_plane
+    body, answers = plane.job_body(), []
+
+    def send() -> None:
+        answers.append(plane.http.post(JOBS, json=body, headers={"Idempotency-Key": "k"}))
+
+    threads = [threading.Thread(target=send) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert len(plane.get(JOBS)["data"]) == 1
+
+
+def test_answers_have_the_shapes_that_the_openapi_document_promises(plane):
+    job = plane.job()
+    evaluation = {"model": "shapes", "base": "shapes", "prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 1}
+    evaluated = plane.post("/v1/evaluations", evaluation)
+    plane.settle(60)
+    promised = {
+        JOBS: views.ListView[views.JobView],
+        f"{JOBS}/{job['id']}": views.JobView,
+        f"{JOBS}/{job['id']}/events": views.ListView[views.EventView],
+        f"{JOBS}/{job['id']}/metrics": views.ListView[views.MetricView],
+        f"/v1/evaluations/{evaluated['id']}": views.EvaluationView,
+        "/v1/models": views.ListView[views.ModelView],
+        "/v1/datasets": views.ListView[views.DatasetView],
+    }
+    for path, view in promised.items():
+        body = plane.get(path)
+        parsed = TypeAdapter(view).validate_python(body)
+        assert parsed.model_dump(mode="json") == body
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer ", "Basic c2stdGVzdA==", "sk-test"])
+def test_every_v1_route_wants_the_key_and_health_does_not(plane, header):
+    plane.http.headers.pop("authorization")
+    headers = {} if header is None else {"authorization": header}
+    for path, operations in plane.http.app.openapi()["paths"].items():
+        for method in operations:
+            answer = plane.http.request(method, path, headers=headers, content=b"{}")
+            assert answer.headers["x-request-id"]
+            if path.startswith("/v1"):
+                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), (method, path)
+            else:
+                assert answer.status_code == 200, (method, path)
