@@ -107,9 +107,7 @@ def bin_of_timestep(timesteps: int, config: ObjectiveConfig) -> Int[Tensor, " ti
     return torch.where((t >= first) & (t <= last), entry, -1)
 
 
-def ema(
-    array: Float[Tensor, " n"], bins: Int[Tensor, " b"], value: Float[Tensor, " b"], rate: float
-) -> Float[Tensor, " n"]:
+def ema(array: Float[Tensor, " n"], bins: Int[Tensor, " b"], value: Float[Tensor, " b"], rate: float) -> Float[Tensor, " n"]:
     """(1 - mu) r + mu mean(value), for the entries that have values. Sorted first: then the sum has one order."""
     value, order = value.sort()
     bins = bins[order]

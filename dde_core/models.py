@@ -47,7 +47,7 @@ class ModelFolder:
 
     def _load(self, kind, part: str):
         try:
-            model = kind.from_pretrained(str(self.path / part), torch_dtype=torch.float32, local_files_only=True)
+            model = kind.from_pretrained(str(self.path / part), dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ModelError(f"{part} of {str(self.path)!r} cannot be loaded: {error}") from error
         return model.eval()

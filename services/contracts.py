@@ -231,7 +231,7 @@ class EvaluateResult(Strict):
     report: Uri
     grid: Uri
     num_prompts: int
-    scores: dict[str, ScorerReport]
+    scores: dict[Scorer, ScorerReport]
     seconds: float
 
 

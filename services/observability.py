@@ -51,12 +51,11 @@ class Journal:
         self._flushed_at = time.monotonic()
 
 
-def read_journal(prefix: str, start: int) -> list[tuple[int, list[JournalEvent]]]:
-    """The journal's files from number ``start`` on, each with its entries, in order."""
+def read_journal(prefix: str, start: int, limit: int | None = None) -> list[tuple[int, list[JournalEvent]]]:
+    """The journal's files from number ``start`` on (at most ``limit``), each with its entries, in order."""
     folder = storage.join(prefix, "journal")
-    numbers = [int(name.removesuffix(".json")) for name in storage.list_files(folder)]
+    numbers = [number for name in storage.list_files(folder) if (number := int(name.removesuffix(".json"))) >= start]
     return [
         (number, _ENTRIES.validate_json(storage.read_bytes(storage.join(folder, f"{number:08d}.json"))))
-        for number in numbers
-        if number >= start
+        for number in numbers[:limit]
     ]

@@ -47,12 +47,18 @@ class PairRow:
     @property
     def kind(self) -> str:
         """ "pair", "tie" or "missing"."""
-        labels = (self.label_0, self.label_1)
-        if not self.has_label or any(label is None or math.isnan(label) for label in labels):
+        labels = [label for label in (self.label_0, self.label_1) if label is not None and not math.isnan(label)]
+        if not self.has_label or len(labels) < 2:
             return "missing"
-        if self.label_0 == self.label_1:
+        if labels[0] == labels[1]:
             return "tie"
         return "pair" if math.isclose(sum(labels), 1.0, abs_tol=1e-6) and min(labels) >= 0 else "missing"
+
+    @property
+    def winner_first(self) -> tuple[str, str, float]:
+        """(the winner's uid, the loser's uid, the winner's label) of a decided pair."""
+        label_0, label_1 = float(self.label_0 or 0), float(self.label_1 or 0)
+        return (self.uid_0, self.uid_1, label_0) if label_0 > label_1 else (self.uid_1, self.uid_0, label_1)
 
     @property
     def key(self) -> str:

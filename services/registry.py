@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 import uuid
 from pathlib import Path
@@ -64,9 +63,10 @@ def check_components(uri: str, family: Family) -> None:
     """Refuse a folder that is not a diffusers pipeline of this family, before anything is spent."""
     try:
         index = storage.read_json(storage.join(uri, "model_index.json"))
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+        parts = {name: part for name, part in index.items() if isinstance(part, list) and part and part[0] is not None}
+    except (OSError, ValueError, AttributeError) as error:
         raise BadRequest(f"uri {uri!r} is not a diffusers folder: model_index.json cannot be read", param="uri") from error
-    missing = [name for name in COMPONENTS[family] if not index.get(name) or index[name][0] is None]
+    missing = [name for name in COMPONENTS[family] if name not in parts]
     if missing:
         raise BadRequest(
             f"uri {uri!r} is not of family {family!r}: model_index.json lacks {', '.join(missing)}", param="family"

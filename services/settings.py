@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import SecretStr
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.errors import BadRequest
@@ -15,7 +16,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
 
-    api_key: SecretStr
+    api_key: Annotated[SecretStr, Field(min_length=1)]
     storage_uri: str
     database_url: str = "sqlite:///dde.db"
     ray_url: str = "http://127.0.0.1:8265"
@@ -27,6 +28,8 @@ class Settings(BaseSettings):
     evaluate_actors: int = 1
     poll_interval_s: float = 0.5
     lock_s: float = 60.0
+    max_active_jobs: int = 8
+    """How many jobs may have a stage on the cluster at once; the others wait as queued, the oldest first."""
     driver_grace_s: float = 10.0
     """How long a marker is waited for after Ray says that a driver has ended."""
     unreachable_s: float = 300.0

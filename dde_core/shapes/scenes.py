@@ -40,17 +40,17 @@ BACKGROUNDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One drawable scene, or (with None for what is left unsaid) what a caption states."""
+    """One drawable scene, or (with "" for what is left unsaid) what a caption states."""
 
     shape: str
     colour: str
-    size: str | None = None
-    place: str | None = None
-    background: str | None = None
+    size: str = ""
+    place: str = ""
+    background: str = ""
 
     def stated(self) -> dict[str, str]:
         """The attributes that are said, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
 
 
 @cache
@@ -65,7 +65,7 @@ def all_scenes() -> tuple[Scene, ...]:
 @cache
 def all_captions() -> tuple[str, ...]:
     """Every caption of the world, in a fixed order (3,456 of them)."""
-    parts = product(SHAPES, COLOURS, (None, *RADII_PX), (None, *PLACES), (None, *BACKGROUNDS))
+    parts = product(SHAPES, COLOURS, ("", *RADII_PX), ("", *PLACES), ("", *BACKGROUNDS))
     return tuple(caption(Scene(shape=s, colour=c, size=r, place=p, background=b)) for s, c, r, p, b in parts)
 
 
@@ -91,7 +91,7 @@ def parse(text: str) -> Scene:
     match = _CAPTION.fullmatch(text)
     if match is None:
         raise DataError(f"caption {text!r} is not a sentence of the shapes world, such as {all_captions()[-1]!r}")
-    return Scene(**match.groupdict())
+    return Scene(**match.groupdict(default=""))
 
 
 def leave_unsaid(scene: Scene, rng: np.random.Generator, probability: float = 0.5) -> Scene:
@@ -110,7 +110,9 @@ def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
     axis = np.arange(SIZE_PX) + 0.5
     distance = _signed_distance(scene.shape, axis[None, :] - x0 - 0.6 * dx, axis[:, None] - y0 - 0.6 * dy, radius)
     inside = np.clip(0.5 - distance, 0, 1)[..., None]
-    picture = inside * np.array(COLOURS[scene.colour]) + (1 - inside) * np.array(BACKGROUNDS[scene.background])
+    picture = inside * np.asarray(COLOURS[scene.colour], float) + (1 - inside) * np.asarray(
+        BACKGROUNDS[scene.background], float
+    )
     return np.round(picture).astype(np.uint8)
 
 

@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """
     words = sorted({word for text in all_captions() for word in text.split()})
     letters = sorted({letter for word in words for letter in word})
-    vocabulary, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
+    merges: list[tuple[str, str]] = []
     for word in words:
         parts = _byte_pairs([*word[:-1], f"{word[-1]}</w>"], merges)
         while len(parts) > 1:
@@ -52,9 +54,9 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def _byte_pairs(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """What the merges so far make of a word."""
-    while pairs := [pair for pair in zip(parts, parts[1:]) if pair in merges]:
+    while pairs := [pair for pair in pairwise(parts) if pair in merges]:
         best = min(pairs, key=merges.index)
-        at = list(zip(parts, parts[1:])).index(best)
+        at = list(pairwise(parts)).index(best)
         parts = [*parts[:at], "".join(best), *parts[at + 2 :]]
     return parts
 

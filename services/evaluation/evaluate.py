@@ -8,7 +8,7 @@ import numpy as np
 
 from dde_core.metrics import beat_ratio, paired_difference
 from services import storage
-from services.contracts import EvaluateResult, EvaluateSpec, Interval, ScorerReport
+from services.contracts import EvaluateResult, EvaluateSpec, Interval, Scorer, ScorerReport
 from services.errors import BadRequest
 from services.evaluation.compare import SIDES, compare
 from services.evaluation.grid import draw_grid
@@ -32,8 +32,8 @@ def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
     shown = ordered[:GRID_PROMPTS]
     grid_uri, report_uri = storage.join(spec.output, "grid.png"), storage.join(spec.output, "report.json")
     names = (spec.base.name, spec.candidate.name)
-    pictures = [[row[side] for row in shown] for side in SIDES]
-    storage.write_bytes(grid_uri, draw_grid([row["prompt"] for row in shown], *pictures, names))
+    base, candidate = ([row[side] for row in shown] for side in SIDES)
+    storage.write_bytes(grid_uri, draw_grid([row["prompt"] for row in shown], base, candidate, names))
     storage.write_json(report_uri, _report(spec, ordered, scores))
     return EvaluateResult(
         report=report_uri, grid=grid_uri, num_prompts=len(prompts), scores=scores, seconds=time.monotonic() - began
@@ -63,7 +63,7 @@ def _interval(numbers: tuple[float, float, float]) -> Interval:
     return Interval(value=value, low=low, high=high)
 
 
-def _report(spec: EvaluateSpec, rows: list[dict], scores: dict[str, ScorerReport]) -> dict:
+def _report(spec: EvaluateSpec, rows: list[dict], scores: dict[Scorer, ScorerReport]) -> dict:
     """Everything that is needed to repeat the comparison, and every number it came from."""
     columns = [f"{side}_{name}" for side in SIDES for name in spec.evaluation.scorers]
     return {

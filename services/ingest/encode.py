@@ -98,18 +98,12 @@ def plan_units(uri: str, decided: list[PairRow]) -> list[Unit]:
     ]
 
 
-def _winner_first(row: PairRow) -> tuple[str, str, float]:
-    """(winner's uid, loser's uid, the winner's label)."""
-    first = row.label_0 > row.label_1
-    return (row.uid_0, row.uid_1, row.label_0) if first else (row.uid_1, row.uid_0, row.label_1)
-
-
 def _pair_id(row: PairRow) -> str:
     return pair_id(row.uid_0, row.uid_1, row.caption, row.key)
 
 
 def _identity(row: PairRow, images: Images) -> tuple[str, str, str, float]:
-    uid_w, uid_l, label = _winner_first(row)
+    uid_w, uid_l, label = row.winner_first
     return _pair_id(row), str(images[uid_w]["sha256"]), str(images[uid_l]["sha256"]), label
 
 
@@ -119,15 +113,15 @@ def _write_shards(
     schema = shard_schema(latent_shape, tokenizer.model_max_length)
     for number, start in enumerate(range(0, len(usable), PAIRS_PER_SHARD)):
         rows = usable[start : start + PAIRS_PER_SHARD]
-        chosen = [_winner_first(row) for row in rows]
+        chosen = [row.winner_first for row in rows]
         columns: dict[str, list] = {
             "pair_id": [_pair_id(row) for row in rows],
             "token_ids": list(tokenize(tokenizer, [row.caption for row in rows])),
             "label": [label for *_, label in chosen],
         }
-        for place, side in enumerate("wl"):
-            of_side = [images[uids[place]] for uids in chosen]
-            columns[f"uid_{side}"] = [uids[place] for uids in chosen]
+        for side, uids in (("w", [uid for uid, _, _ in chosen]), ("l", [uid for _, uid, _ in chosen])):
+            of_side = [images[uid] for uid in uids]
+            columns[f"uid_{side}"] = uids
             columns[f"latents_{side}"] = [image["latents"].ravel() for image in of_side]
             columns[f"size_{side}"] = [image["size"] for image in of_side]
             columns[f"crop_{side}"] = [image["crop"] for image in of_side]

@@ -83,4 +83,4 @@ class Pictures:
 
 def build_app(args: dict) -> Application:
     """The application, unstarted. ``args`` come from the Serve config and are those of ``ServeArgs``."""
-    return Pictures.bind(ServeArgs.model_validate(args))
+    return Pictures.bind(ServeArgs.model_validate(args))  # type: ignore[attr-defined]

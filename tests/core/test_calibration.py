@@ -157,9 +157,7 @@ def test_bins_that_saw_every_timestep_keep_the_whole_sum_and_c_at_their_edges(sc
     for r in (plain, binned):
         r.update(EVERY_T, *with_margin(1e-4))
     assert binned.theta_w.shape == (bins,)
-    edges = torch.tensor(
-        [t for t in range(1, 1001) if t == 1 or t == 1000 or (t - 1) * bins // 999 != (t - 2) * bins // 999]
-    )
+    edges = torch.tensor([t for t in range(1, 1001) if t == 1 or t == 1000 or (t - 1) * bins // 999 != (t - 2) * bins // 999])
     assert len(edges) == bins + 1
     torch.testing.assert_close(binned.correction(edges), plain.correction(edges), rtol=1e-9, atol=1e-14)
 

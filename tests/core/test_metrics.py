@@ -58,9 +58,7 @@ def test_every_timestep_has_a_tenth_named_by_the_last_timestep_in_it(timesteps):
         one = column(1.0)
         pair = PairErrors(one, one)
         named = [
-            n
-            for n in step_metrics(torch.tensor([t]), pair, pair, StepTerms(one, one, one, one), timesteps)
-            if "loss_t" in n
+            n for n in step_metrics(torch.tensor([t]), pair, pair, StepTerms(one, one, one, one), timesteps) if "loss_t" in n
         ]
         (name,) = named
         last[name] = t

@@ -47,9 +47,7 @@ def parts():
     unet, vae, text = (part.eval().requires_grad_(False) for part in (unet, vae, text))
     embeds = text(torch.randint(0, 99, (3, 77)))[0]
     latents = torch.stack([initial_latents(seed, (4, 8, 8)) for seed in (11, 12)])
-    return SimpleNamespace(
-        unet=unet, vae=vae, text=text, cond=embeds[:2], uncond=embeds[2:].repeat(2, 1, 1), latents=latents
-    )
+    return SimpleNamespace(unet=unet, vae=vae, text=text, cond=embeds[:2], uncond=embeds[2:].repeat(2, 1, 1), latents=latents)
 
 
 def theirs(parts, config, sample, output_type="latent"):

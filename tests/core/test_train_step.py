@@ -169,9 +169,7 @@ def test_a_real_unet_gives_each_pair_the_same_errors_alone_and_in_a_batch(schedu
 def test_a_policy_wrapped_for_distributed_training_gets_the_gradient_of_the_bare_one(schedule, tmp_path):
     bare, wrapped, reference, batch = real_unet(), real_unet(), TinyUnet(2), pairs()
     config = ObjectiveConfig(method="uniform", beta=5.0)
-    distributed.init_process_group(
-        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
+    distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         policy = nn.parallel.DistributedDataParallel(wrapped)
         (run(policy, reference, schedule, batch, config).loss.sum() / 4 * distributed.get_world_size()).backward()

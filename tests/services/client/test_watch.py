@@ -47,6 +47,12 @@ def test_encoding_counts_images() -> None:
     assert (encode.done, encode.total, encode.rate, encode.eta_s) == (32, 80, 1.0, 48.0)
 
 
+def test_the_rate_is_what_the_stage_says_where_it_does() -> None:
+    rows = [{**row, "metrics": {**row["metrics"], "images_per_s": 8.0}} for row in encode_rows(16, 32)]
+    encode = progress_of("preparing", "encode", rows).stages["encode"]
+    assert (encode.rate, encode.eta_s) == (8.0, 6.0)
+
+
 def test_the_rate_is_that_of_the_last_seconds() -> None:
     slow = [{**row, "at": row["step"] * 10.0} for row in train_rows(1, 10)]
     fast = [{**row, "at": 100.0 + (row["step"] - 10)} for row in train_rows(11, 40)]

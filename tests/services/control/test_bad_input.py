@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from services.control.dependencies import BODY_BYTES
 from services.control.views import ErrorView
-from tests.services.control.conftest import write_base, write_pairs
+from tests.services.control.conftest import make_plane, write_base, write_pairs
 
 JOBS = "/v1/alignment/jobs"
 TABLE = [
@@ -41,6 +41,13 @@ TABLE = [
 ]
 
 
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory):
+    """One plane for every refusal that leaves nothing behind."""
+    folder = tmp_path_factory.mktemp("steady")
+    yield from make_plane(folder, f"sqlite:///{folder}/dde.db")
+
+
 def refused(plane, path: str, body, status: int, param: str | None, message: str) -> dict:
     """The error of a POST, after it was held against what was expected."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -54,9 +61,9 @@ def refused(plane, path: str, body, status: int, param: str | None, message: str
 
 
 @pytest.mark.parametrize(("overrides", "param", "message"), TABLE, ids=[message[:48] for _, _, message in TABLE])
-def test_a_job_is_refused_by_field_and_value(plane, overrides, param, message):
-    refused(plane, JOBS, plane.job_body(**overrides), 400, param, message)
-    assert plane.get(JOBS)["data"] == []
+def test_a_job_is_refused_by_field_and_value(steady, overrides, param, message):
+    refused(steady, JOBS, steady.job_body(**overrides), 400, param, message)
+    assert steady.get(JOBS)["data"] == []
 
 
 @pytest.mark.parametrize(
@@ -70,94 +77,96 @@ def test_a_job_is_refused_by_field_and_value(plane, overrides, param, message):
         (b"[1]", "the request body: Input should be an object, got [1]"),
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused(plane, raw, message):
-    refused(plane, JOBS, raw, 400, None, message)
+def test_a_body_that_is_no_json_object_is_refused(steady, raw, message):
+    refused(steady, JOBS, raw, 400, None, message)
 
 
-def test_a_body_beyond_the_limit_is_refused_with_413_declared_or_not(plane):
-    refused(plane, JOBS, b" " * (BODY_BYTES + 1), 413, None, f"the request body is longer than {BODY_BYTES} bytes")
+def test_a_body_beyond_the_limit_is_refused_with_413_declared_or_not(steady):
+    refused(steady, JOBS, b" " * (BODY_BYTES + 1), 413, None, f"the request body is longer than {BODY_BYTES} bytes")
     chunks = (b" " * 65536 for _ in range(BODY_BYTES // 65536 + 1))
-    answer = plane.http.post(JOBS, content=chunks)
+    answer = steady.http.post(JOBS, content=chunks)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
-def test_a_long_value_is_shortened_in_the_message(plane):
+def test_a_long_value_is_shortened_in_the_message(steady):
     error = refused(
-        plane, JOBS, plane.job_body(workers="9" * 5000), 400, "workers", 'workers: Input should be a valid integer, got "999'
+        steady, JOBS, steady.job_body(workers="9" * 5000), 400, "workers", 'workers: Input should be a valid integer, got "999'
     )
     assert len(error["message"]) < 300
 
 
 @pytest.mark.parametrize("model", ["nobody", "model_" + "0" * 24, "a/b", "\0", "ds_" + "0" * 24])
-def test_an_unknown_model_is_a_404_that_names_it(plane, model):
-    error = refused(plane, JOBS, plane.job_body(model=model), 404, "model", f"model: model {json.dumps(model)} does not exist")
+def test_an_unknown_model_is_a_404_that_names_it(steady, model):
+    error = refused(
+        steady, JOBS, steady.job_body(model=model), 404, "model", f"model: model {json.dumps(model)} does not exist"
+    )
     assert error["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("dataset", ["nothing", "ds_" + "0" * 24, "\0"])
-def test_an_unknown_dataset_is_a_404_that_names_it(plane, dataset):
+def test_an_unknown_dataset_is_a_404_that_names_it(steady, dataset):
     message = f"dataset: dataset {json.dumps(dataset)} does not exist"
-    assert refused(plane, JOBS, plane.job_body(dataset=dataset), 404, "dataset", message)["code"] == "dataset_not_found"
+    assert refused(steady, JOBS, steady.job_body(dataset=dataset), 404, "dataset", message)["code"] == "dataset_not_found"
 
 
 @pytest.mark.parametrize(("prefix", "path"), [("evaluation.", JOBS), ("", "/v1/evaluations")])
-def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(plane, prefix, path):
+def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(steady, prefix, path):
     def post(message, **config):
-        body = plane.job_body(evaluation=config) if prefix else {"model": "shapes", "base": "shapes", **config}
-        refused(plane, path, body, 400, f"{prefix}{next(iter(config))}", message)
+        body = steady.job_body(evaluation=config) if prefix else {"model": "shapes", "base": "shapes", **config}
+        refused(steady, path, body, 400, f"{prefix}{next(iter(config))}", message)
 
-    (plane.root / "binary").write_bytes(b"\xff\xfe\xfd")
-    for uri in (plane.root / "nowhere.txt", plane.root, "gopher://x/y", plane.root / "binary"):
+    (steady.root / "binary").write_bytes(b"\xff\xfe\xfd")
+    for uri in (steady.root / "nowhere.txt", steady.root, "gopher://x/y", steady.root / "binary"):
         post(f"{prefix}prompts_uri: cannot be read, got '{uri}'", prompts_uri=str(uri))
-    uri = str(plane.root / "prompts.txt")
+    uri = str(steady.root / "prompts.txt")
     post(f"{prefix}prompts_uri: '{uri}' holds 3 prompts, {prefix}num_prompts asks for 4", prompts_uri=uri, num_prompts=4)
     post(f"{prefix}scorers: must not repeat", scorers=["match", "match"], prompts_uri=uri, num_prompts=1)
 
 
-def test_an_evaluation_of_an_unknown_model_or_base_names_which(plane):
-    body = {"model": "shapes", "base": "shapes", "prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 1}
+def test_an_evaluation_of_an_unknown_model_or_base_names_which(steady):
+    body = {"model": "shapes", "base": "shapes", "prompts_uri": str(steady.root / "prompts.txt"), "num_prompts": 1}
     for param in ("model", "base"):
-        refused(plane, "/v1/evaluations", body | {param: "nobody"}, 404, param, f'{param}: model "nobody" does not exist')
+        refused(steady, "/v1/evaluations", body | {param: "nobody"}, 404, param, f'{param}: model "nobody" does not exist')
 
 
 # ---- datasets
 
 
-def test_datasets_that_are_not_there_or_not_parquet_are_refused(plane):
+def test_datasets_that_are_not_there_or_not_parquet_are_refused(steady):
     def post(uri, message):
-        return refused(plane, "/v1/datasets", {"name": "d", "uri": str(uri)}, 400, "uri", message)
+        return refused(steady, "/v1/datasets", {"name": "d", "uri": str(uri)}, 400, "uri", message)
 
-    (plane.root / "empty").mkdir()
-    (plane.root / "text.parquet").write_text("not parquet at all")
-    post(plane.root / "nowhere", f"uri '{plane.root}/nowhere' does not exist")
-    post(plane.root / "empty", f"uri '{plane.root}/empty' holds no .parquet file")
-    post(plane.root / "text.parquet", f"uri '{plane.root}/text.parquet' is not a Parquet file")
+    (steady.root / "empty").mkdir()
+    (steady.root / "text.parquet").write_text("not parquet at all")
+    post(steady.root / "nowhere", f"uri '{steady.root}/nowhere' does not exist")
+    post(steady.root / "empty", f"uri '{steady.root}/empty' holds no .parquet file")
+    post(steady.root / "text.parquet", f"uri '{steady.root}/text.parquet' is not a Parquet file")
     post("gopher://x", "uri 'gopher://x' cannot be opened")
-    refused(plane, "/v1/datasets", {"name": "d", "uri": "a\0b"}, 400, "uri", "uri: String should match pattern")
+    refused(steady, "/v1/datasets", {"name": "d", "uri": "a\0b"}, 400, "uri", "uri: String should match pattern")
 
 
-def test_a_parquet_file_that_breaks_half_way_is_refused(plane):
-    folder = write_pairs(plane.root / "torn")
-    path = plane.root / "torn" / "0.parquet"
+def test_a_parquet_file_that_breaks_half_way_is_refused(steady):
+    folder = write_pairs(steady.root / "torn")
+    path = steady.root / "torn" / "0.parquet"
     content = path.read_bytes()
     path.write_bytes(content[:4] + b"\xff" * (len(content) - 4000) + content[len(content) - 3996 :])
-    answer = plane.http.post("/v1/datasets", json={"name": "d", "uri": folder})
+    answer = steady.http.post("/v1/datasets", json={"name": "d", "uri": folder})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "uri")
 
 
-def test_missing_columns_are_all_named_and_wrong_types_too(plane):
-    missing = write_pairs(plane.root / "missing", caption=None, label_1=None)
+def test_missing_columns_are_all_named_and_wrong_types_too(steady):
+    missing = write_pairs(steady.root / "missing", caption=None, label_1=None)
     message = f"uri '{missing}/0.parquet' lacks the columns label_1, caption"
-    refused(plane, "/v1/datasets", {"name": "d", "uri": missing}, 400, "uri", message)
-    wrong = write_pairs(plane.root / "wrong", label_0=pa.array(["1"] * 10))
-    message = f"column label_0 of '{wrong}/0.parquet' has type string"
-    refused(plane, "/v1/datasets", {"name": "d", "uri": wrong}, 400, "uri", message)
+    refused(steady, "/v1/datasets", {"name": "d", "uri": missing}, 400, "uri", message)
+    wrong = write_pairs(steady.root / "wrong", label_0=pa.array(["1"] * 10))
+    message = f"column label_0 of '{wrong}/0.parquet' has the wrong type string"
+    refused(steady, "/v1/datasets", {"name": "d", "uri": wrong}, 400, "uri", message)
 
 
-def test_a_dataset_without_a_decided_pair_is_refused(plane):
-    ties = write_pairs(plane.root / "ties", has_label=pa.array([False] * 10))
+def test_a_dataset_without_a_decided_pair_is_refused(steady):
+    ties = write_pairs(steady.root / "ties", has_label=pa.array([False] * 10))
     message = f"uri '{ties}' has no decided pair: 10 rows, 0 ties, 10 without a label"
-    refused(plane, "/v1/datasets", {"name": "d", "uri": ties}, 400, "uri", message)
+    refused(steady, "/v1/datasets", {"name": "d", "uri": ties}, 400, "uri", message)
 
 
 # ---- models
@@ -187,8 +196,8 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     "path",
     ["/v1/datasets/x", "/v1/models/ds_" + "0" * 24, JOBS + "/%00", JOBS + "/ajob_" + "0" * 24 + "/events", "/v1/evaluations/x"],
 )
-def test_an_id_that_is_not_there_is_a_404(plane, path):
-    assert plane.get(path, 404)["error"]["code"].endswith("_not_found")
+def test_an_id_that_is_not_there_is_a_404(steady, path):
+    assert steady.get(path, 404)["error"]["code"].endswith("_not_found")
 
 
 def test_an_id_of_another_kind_is_a_404(plane):
@@ -207,13 +216,22 @@ def test_an_id_of_another_kind_is_a_404(plane):
         ("metadata[a]=%00", "metadata[a]: must not hold a NUL character"),
     ],
 )
-def test_bad_queries_are_refused(any_plane, query, message):
-    assert any_plane.get(f"{JOBS}?{query}", 400)["error"]["message"].startswith(message)
+def test_bad_queries_are_refused(steady, query, message):
+    assert steady.get(f"{JOBS}?{query}", 400)["error"]["message"].startswith(message)
 
 
-def test_unknown_urls_and_methods_have_the_error_body_too(plane):
-    assert plane.get("/v1/nothing", 404)["error"]["message"] == "Not Found: GET /v1/nothing"
-    answer = plane.http.put("/v1/datasets")
+def test_text_that_no_database_keeps_is_refused_and_not_looked_up(any_plane):
+    plane = any_plane
+    plane.get(f"{JOBS}?metadata[a]=%00", 400)
+    plane.get(f"{JOBS}/%00", 404)
+    plane.get("/v1/models/%00", 404)
+    for body in (plane.job_body(model="\0"), plane.job_body(dataset="\0")):
+        plane.post(JOBS, body, 404)
+
+
+def test_unknown_urls_and_methods_have_the_error_body_too(steady):
+    assert steady.get("/v1/nothing", 404)["error"]["message"] == "Not Found: GET /v1/nothing"
+    answer = steady.http.put("/v1/datasets")
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
 
 

@@ -1,0 +1,114 @@
+"""Our own generation equals the diffusers pipeline on the shipped folder, and checkpoints lose nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from dde_core import checkpoint
+from dde_core.calibration import Calibration
+from dde_core.checkpoint import Progress
+from dde_core.config import ObjectiveConfig, SampleConfig
+from dde_core.errors import ConfigError, DataError, ModelError
+from dde_core.generation import TextToImage
+from dde_core.models import ModelFolder, encode_images, picture_size
+from dde_core.noise import initial_latents
+from dde_core.shapes import MODEL_DIR
+from dde_core.shapes.scenes import all_scenes, render
+
+PROMPTS, SEEDS = ["a small red circle at the left", "a large blue cross on a white background"], [3, 4]
+
+
+@pytest.fixture(scope="module")
+def model() -> TextToImage:
+    return TextToImage(ModelFolder(MODEL_DIR))
+
+
+def test_diffusers_loads_the_shipped_folder_as_it_is_and_draws_the_same_pictures(model: TextToImage):
+    pipeline = StableDiffusionPipeline.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.stack([initial_latents(seed, (4, 8, 8)) for seed in SEEDS])
+    theirs = pipeline(PROMPTS, latents=latents, num_inference_steps=10, guidance_scale=3.0, output_type="np").images
+    ours = model(PROMPTS, SEEDS, SampleConfig(steps=10, guidance_scale=3.0))
+    assert ours.shape == (2, 32, 32, 3)
+    assert np.abs(ours - theirs * 255).max() <= 1.0, "equal but for rounding"
+
+
+def test_a_picture_is_a_function_of_prompt_and_seed(model: TextToImage):
+    sample = SampleConfig(steps=5, guidance_scale=3.0)
+    alone = model(PROMPTS[:1], SEEDS[:1], sample)
+    assert np.abs(alone[0].astype(int) - model(PROMPTS, SEEDS, sample)[0]).max() <= 1
+    assert (model(PROMPTS[:1], SEEDS[1:], sample) != alone).any()
+
+
+def test_a_size_that_the_unet_cannot_halve_is_refused(model: TextToImage):
+    assert model(PROMPTS[:1], [0], SampleConfig(steps=1, height=40, width=24)).shape == (1, 40, 24, 3)
+    tall = TextToImage.__new__(TextToImage)
+    tall.__dict__.update(model.__dict__, _factor=8)
+    with pytest.raises(ConfigError, match="height must be a multiple of 16 for this model, got 40"):
+        tall(PROMPTS[:1], [0], SampleConfig(steps=1, height=40))
+
+
+def test_pictures_survive_the_vae():
+    folder = ModelFolder(MODEL_DIR)
+    pictures = np.stack([render(scene) for scene in all_scenes()[::300]])
+    vae = folder.vae()
+    latents = encode_images(vae, pictures)
+    assert latents.dtype == np.float16
+    assert 0.3 < latents.std() < 3.0, "scaled to about unit deviation"
+    restored = vae.decode(torch.from_numpy(latents).float() / vae.config.scaling_factor).sample
+    error = (restored - (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)).abs().mean()
+    assert error < 0.05
+    assert picture_size(folder) == 32
+
+
+def test_a_folder_that_is_no_model_is_refused_with_its_path(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"no model_index\.json"):
+        ModelFolder(tmp_path)
+
+
+def stepped(seed: int):
+    folder = ModelFolder(MODEL_DIR)
+    unet, config = folder.unet(), ObjectiveConfig()
+    optimizer, calibration = torch.optim.AdamW(unet.parameters(), lr=1e-3), Calibration(folder.schedule(), config)
+    torch.manual_seed(seed)
+    train_a_little(unet, optimizer)
+    errors = torch.rand(4, 8)
+    calibration.update(torch.arange(100, 900, 100), *errors)
+    return unet, optimizer, calibration
+
+
+def train_a_little(unet, optimizer) -> None:
+    latents, text = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8), torch.ones(1, 16, 64)
+    unet(latents, torch.tensor([5]), text).sample.square().mean().backward()
+    optimizer.step()
+
+
+def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path):
+    unet, optimizer, calibration = stepped(0)
+    checkpoint.save(tmp_path, unet, optimizer, calibration, Progress(step=1, pairs_seen=64))
+    other, other_optimizer, other_calibration = stepped(1)
+    train_a_little(other, other_optimizer)
+    assert checkpoint.load(tmp_path, other, other_optimizer, other_calibration) == Progress(step=1, pairs_seen=64)
+    optimizer.zero_grad()
+    other_optimizer.zero_grad()
+    train_a_little(unet, optimizer)
+    train_a_little(other, other_optimizer)
+    ours, theirs = unet.state_dict(), other.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    t = torch.tensor([1, 150, 999])
+    assert torch.equal(calibration.correction(t), other_calibration.correction(t))
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+
+
+def test_a_checkpoint_of_another_unet_is_refused(tmp_path: Path):
+    unet, optimizer, calibration = stepped(0)
+    checkpoint.save(tmp_path, unet, optimizer, calibration, Progress(step=1, pairs_seen=64))
+    unet.conv_out = torch.nn.Conv2d(64, 8, 3)
+    with pytest.raises(DataError, match="another U-Net"):
+        checkpoint.load(tmp_path, unet, optimizer, calibration)

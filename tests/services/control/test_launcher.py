@@ -1,0 +1,109 @@
+"""Ray's own client against a small server that answers as Ray's Jobs API does."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from services.control import launcher
+from services.control.launcher import RayJobsLauncher
+from services.errors import Unavailable
+from tests.services.control.test_streams import listening
+
+
+@pytest.fixture
+def jobs():
+    """What the server knows: submission id -> status."""
+    return {}
+
+
+@pytest.fixture
+def ray_url(jobs, monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    app = FastAPI()
+
+    @app.get("/api/version")
+    def version():
+        return {"version": "4", "ray_version": "2.60.0", "ray_commit": "x"}
+
+    @app.post("/api/jobs/")
+    async def submit(request: Request):
+        body = await request.json()
+        if body["submission_id"] in jobs:
+            return PlainTextResponse("ValueError: Job with submission_id already exists.", 500)
+        if body["entrypoint"] == "refuse":
+            return PlainTextResponse("no", 400)
+        jobs[body["submission_id"]] = "PENDING"
+        return {"job_id": body["submission_id"], "submission_id": body["submission_id"]}
+
+    @app.get("/api/jobs/{name}")
+    def info(name: str):
+        if name == "broken":
+            return PlainTextResponse("the head is gone", 500)
+        if name not in jobs:
+            return PlainTextResponse(f"Job {name} does not exist", 404)
+        return {"type": "SUBMISSION", "submission_id": name, "status": jobs[name], "entrypoint": "x"}
+
+    @app.post("/api/jobs/{name}/stop")
+    def stop(name: str):
+        if name not in jobs:
+            return JSONResponse("no", 404)
+        jobs[name] = "STOPPED"
+        return {"stopped": True}
+
+    @app.get("/api/jobs/{name}/logs")
+    def logs(name: str):
+        return {"logs": "\n".join(f"line {i}" for i in range(100))}
+
+    with listening(app) as url:
+        yield url
+
+
+def test_a_run_is_submitted_watched_and_stopped(ray_url, jobs):
+    ray = RayJobsLauncher(ray_url)
+    ray.submit("j-encode-a1", "python -m services.ingest --spec x", {"job": "j"})
+    assert ray.state("j-encode-a1") == "pending"
+    for status in ("RUNNING", "SUCCEEDED", "FAILED"):
+        jobs["j-encode-a1"] = status
+        assert ray.state("j-encode-a1") == status.lower()
+    ray.stop("j-encode-a1")
+    assert ray.state("j-encode-a1") == "stopped"
+    assert ray.log_tail("j-encode-a1").splitlines() == [f"line {i}" for i in range(60, 100)]
+
+
+def test_a_second_submit_of_the_same_id_does_nothing(ray_url, jobs):
+    ray = RayJobsLauncher(ray_url)
+    for _ in range(2):
+        ray.submit("j", "python", {})
+    assert jobs == {"j": "PENDING"}
+
+
+def test_what_ray_does_not_know_is_unknown_and_can_be_stopped(ray_url):
+    ray = RayJobsLauncher(ray_url)
+    assert ray.state("nobody") == "unknown"
+    ray.stop("nobody")
+
+
+def test_a_submit_that_ray_refuses_says_why(ray_url):
+    with pytest.raises(Unavailable, match=r"did not take j: .*status code 400"):
+        RayJobsLauncher(ray_url).submit("j", "refuse", {})
+
+
+def test_a_server_error_is_no_answer_about_the_run(ray_url):
+    with pytest.raises(Unavailable, match="the head is gone"):
+        RayJobsLauncher(ray_url).state("broken")
+
+
+def test_a_silent_or_absent_ray_is_unavailable_and_tried_again_afresh(ray_url, monkeypatch):
+    ray = RayJobsLauncher("http://127.0.0.1:1")
+    for call in (lambda: ray.state("j"), lambda: ray.submit("j", "x", {}), lambda: ray.stop("j"), lambda: ray.log_tail("j")):
+        with pytest.raises(Unavailable, match=r"http://127\.0\.0\.1:1"):
+            call()
+    ray._url = ray_url
+    assert ray.state("j") == "unknown"
+    monkeypatch.setattr(launcher, "TIMEOUT_S", 0.001)
+    with pytest.raises(Unavailable):
+        RayJobsLauncher("http://10.255.255.1:8265").state("j")

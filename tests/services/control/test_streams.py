@@ -1,0 +1,181 @@
+"""Events and pass-through over real sockets: the app under uvicorn, and a small server in Serve's place."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import SecretStr
+
+from services import storage
+from services.control.app import build_app
+from services.settings import Settings
+from tests.services.control import fakes
+from tests.services.control.conftest import KEY, write_base, write_pairs
+
+JOBS = "/v1/alignment/jobs"
+IMAGE = {"model": "shapes", "prompt": "a red star"}
+
+
+@contextmanager
+def listening(app):
+    """The app's address on a free port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def parse(text: str) -> list[tuple[str, str]]:
+    """(id, message) of each server-sent event."""
+    events = [dict(line.split(": ", 1) for line in block.splitlines()) for block in text.split("\n\n") if "data: " in block]
+    return [(event["id"], json.loads(event["data"])["message"]) for event in events]
+
+
+def test_a_stream_tells_a_whole_job_and_ends_with_it_and_resumes_after_the_last_id(tmp_path):
+    launcher = fakes.FakeLauncher(train=fakes.runs)
+    settings = Settings(
+        api_key=SecretStr(KEY),
+        storage_uri=storage.as_uri(tmp_path / "store"),
+        database_url=f"sqlite:///{tmp_path}/dde.db",
+        poll_interval_s=0.02,
+    )
+    (tmp_path / "prompts.txt").write_text("a star\n")
+    with (
+        listening(build_app(settings, launcher)) as url,
+        httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}) as http,
+    ):
+        http.post("/v1/models", json={"name": "shapes", "uri": write_base(tmp_path / "base")}).raise_for_status()
+        dataset = http.post("/v1/datasets", json={"name": "d", "uri": write_pairs(tmp_path / "pairs")}).json()["id"]
+        evaluation = {"prompts_uri": str(tmp_path / "prompts.txt"), "num_prompts": 1}
+        body = {"model": "shapes", "dataset": dataset, "training": {"batch_size": 2}, "evaluation": evaluation}
+        job = http.post(JOBS, json=body).json()["id"]
+        path, accept = f"{JOBS}/{job}/events", {"accept": "text/event-stream"}
+        with http.stream("GET", path, headers=accept) as stream:
+            assert stream.headers["content-type"].startswith("text/event-stream")
+            live = ""
+            for chunk in stream.iter_text():
+                live += chunk
+                if f"submitted {job}-train-a1" in live and launcher.states.get(f"{job}-train-a1") == "running":
+                    fakes.train(launcher.specs[f"{job}-train-a1"])
+                    launcher.states[f"{job}-train-a1"] = "succeeded"
+        events = parse(live)
+        assert events[-1][1] == "evaluating -> succeeded: the job is done"
+        page = http.get(path, params={"limit": 1000}).json()["data"]
+        assert events == [(event["id"], event["message"]) for event in page]
+
+        rest = http.get(path, headers={**accept, "last-event-id": events[-3][0]})
+        assert parse(rest.text) == events[-2:]
+        assert http.get(path, headers={**accept, "last-event-id": events[-1][0]}).status_code == 204
+        assert http.get(path, headers={**accept, "last-event-id": "x"}).json()["error"]["param"] == "after"
+        after = http.get(path, params={"after": events[1][0], "limit": 2}).json()
+        assert ([event["id"] for event in after["data"]], after["has_more"]) == ([events[2][0], events[3][0]], True)
+
+        figures = http.get("/metrics").text
+        assert 'dde_jobs{kind="alignment",status="succeeded"} 1.0' in figures
+        assert 'dde_http_requests_total{method="POST",route="/v1/alignment/jobs",status="200"} 1.0' in figures
+        assert 'route="/v1/alignment/jobs/{job_id}/events"' in figures
+
+
+@pytest.fixture
+def serve():
+    """In Serve's place: repeats what came, or fails as asked."""
+    app = FastAPI()
+
+    async def answer(request: Request):
+        body = await request.json()
+        if body.get("prompt") == "busy":
+            return JSONResponse(
+                {"error": {"message": "too many", "type": "x", "param": None, "code": "busy"}}, 429, {"retry-after": "3"}
+            )
+        if body.get("prompt") == "broken":
+            return PlainTextResponse("Internal Server Error", 500)
+        return {"path": request.url.path, "body": body, "id": request.headers["x-request-id"]}
+
+    app.add_api_route("/v1/images/generations", answer, methods=["POST"])
+    app.add_api_route("/v1/scores", answer, methods=["POST"])
+    with listening(app) as url:
+        yield url
+
+
+@pytest.fixture
+def front(plane, serve):
+    """A plane whose Serve answers."""
+    plane.http.app.state.serve._base_url = httpx.URL(serve)
+    return plane
+
+
+def test_requests_for_pictures_and_scores_reach_serve_as_they_came(front):
+    sent = {**IMAGE, "n": 2, "size": "64x32"}
+    answer = front.http.post("/v1/images/generations", json=sent, headers={"x-request-id": "abc"})
+    assert answer.json() == {"path": "/v1/images/generations", "body": sent, "id": "abc"}
+    assert answer.headers["x-request-id"] == "abc"
+    scores = {"images": ["aa"], "prompts": ["p"]}
+    assert front.post("/v1/scores", scores)["body"] == scores
+
+
+def test_what_serve_refuses_keeps_its_status_and_body(front):
+    answer = front.http.post("/v1/images/generations", json={**IMAGE, "prompt": "busy"})
+    assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (429, "3", "busy")
+
+
+def test_an_error_of_serves_proxy_is_put_into_our_shape(front):
+    answer = front.http.post("/v1/images/generations", json={**IMAGE, "prompt": "broken"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "Serve answered 500: Internal Server Error"
+
+
+def test_serve_out_of_reach_is_a_503(plane):
+    error = plane.error("/v1/images/generations", IMAGE, 503)
+    assert error["code"] == "unavailable"
+    assert error["message"].startswith("Serve does not answer:")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("/v1/images/generations", {**IMAGE, "size": "64x63"}, "size", "size: height must be a multiple of 8, got '64x63'"),
+        ("/v1/images/generations", {**IMAGE, "size": "big"}, "size", "size: String should match pattern"),
+        ("/v1/images/generations", {**IMAGE, "n": 17}, "n", "n: Input should be less than or equal to 16, got 17"),
+        ("/v1/images/generations", {**IMAGE, "prompt": ""}, "prompt", "prompt: String should have at least 1 character"),
+        ("/v1/scores", {"images": ["a"], "prompts": ["p", "q"]}, "prompts", "prompts: must be as many as the 1 images, got 2"),
+        ("/v1/scores", {"images": [], "prompts": []}, "images", "images: List should have at least 1 item"),
+        (
+            "/v1/scores",
+            {"images": ["a"], "prompts": ["p"], "scorers": ["clip"]},
+            "scorers.0",
+            "scorers.0: Input should be 'match',",
+        ),
+    ],
+)
+def test_requests_that_serve_would_refuse_do_not_reach_it(plane, path, body, param, message):
+    error = plane.error(path, body)
+    assert error["param"] == param
+    assert error["message"].startswith(message)
+
+
+def test_readiness_says_which_part_is_missing(plane):
+    assert plane.get("/readyz") == {
+        "status": "ready",
+        "checks": {name: {"ok": True, "detail": None} for name in ("database", "storage", "ray")},
+    }
+    plane.launcher.down = True
+    (plane.root / "store" / ".writable").unlink()
+    (plane.root / "store" / ".writable").mkdir()
+    answer = plane.get("/readyz", 503)
+    assert [name for name, check in answer["checks"].items() if not check["ok"]] == ["storage", "ray"]
+    assert "connection refused" in answer["checks"]["ray"]["detail"]
+    assert plane.get("/healthz") == {"status": "ok"}

@@ -1,0 +1,99 @@
+"""The engine without Serve: names are looked up at every call, a caller that leaves stops its generation."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dde_core.errors import ConfigError
+from dde_core.shapes import MODEL_DIR
+from dde_core.shapes.scenes import parse, render
+from services import registry, storage
+from services.contracts import ImageRequest, ModelRecord, ScoreRequest
+from services.errors import BadRequest, NotFound
+from services.serving.engine import Engine, Stopped
+from tests.pairs_file import png
+
+TEXT = "a large red circle at the centre on a black background"
+
+
+def publish(root: str, model_id: str) -> ModelRecord:
+    record = ModelRecord(id=model_id, name="m", uri=MODEL_DIR.as_uri(), family="sd15", digest=model_id, created_at=0)
+    registry.publish(root, record)
+    return record
+
+
+@pytest.fixture
+def root(tmp_path) -> str:
+    uri = storage.as_uri(tmp_path)
+    publish(uri, "model_a")
+    registry.point(uri, "named", "model_a")
+    return uri
+
+
+def asked(**changes) -> ImageRequest:
+    return ImageRequest(**{"model": "named", "prompt": "a red circle", "steps": 2, **changes})
+
+
+def test_pictures_follow_prompt_and_seed(root: str):
+    engine = Engine(root)
+    first, second = engine.generate(asked(n=2, seed=5))
+    assert engine.generate(asked(seed=6)) == [second]
+    assert first != second
+    assert np.asarray(Image.open(io.BytesIO(first))).shape == (32, 32, 3)
+
+
+def test_a_name_means_another_model_as_soon_as_it_is_pointed_there(root: str):
+    engine = Engine(root, max_models=1)
+    engine.generate(asked())
+    publish(root, "model_b")
+    registry.point(root, "named", "model_b")
+    engine.generate(asked())
+    assert list(engine._models) == ["model_b"], "the last one used is kept, the other is dropped"
+
+
+@pytest.mark.parametrize("name", ["nope", "../secrets", "model_zzz"])
+def test_an_unknown_model_is_refused_by_name(root: str, name: str):
+    with pytest.raises(NotFound) as refused:
+        Engine(root).generate(asked(model=name))
+    assert repr(name) in str(refused.value)
+
+
+def test_a_size_that_cannot_be_drawn_is_refused(root: str):
+    with pytest.raises(ConfigError, match="width must be a multiple of 8, got 33"):
+        Engine(root).generate(asked(size="33x32"))
+
+
+def test_a_caller_that_leaves_stops_its_generation(root: str):
+    engine, calls = Engine(root), []
+
+    def leaves_after_three_looks() -> bool:
+        calls.append(1)
+        return len(calls) > 3
+
+    with pytest.raises(Stopped):
+        engine.generate(asked(steps=50), leaves_after_three_looks)
+    assert len(calls) == 4
+    assert engine.generate(asked()), "and the engine goes on"
+
+
+def test_scores_are_those_of_the_pictures(root: str):
+    image = base64.b64encode(png(render(parse(TEXT)))).decode()
+    scores = Engine(root).score(ScoreRequest(images=[image, image], prompts=[TEXT, "a blue cross"]))
+    assert scores["match"][0] > 0.99
+    assert scores["match"][1] < 0.01
+    assert set(scores) == {"match", "taste", "fidelity"}
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "field"),
+    [(["@@"], [TEXT], "images[0]"), (["eA=="], [TEXT], "images[0]"), (["eA=="], [TEXT, TEXT], "prompts")],
+)
+def test_bad_score_requests_name_the_entry(root: str, images, prompts, field):
+    with pytest.raises(BadRequest) as refused:
+        Engine(root).score(ScoreRequest(images=images, prompts=prompts))
+    assert refused.value.param == field
