@@ -12,7 +12,7 @@ import fcntl
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import yaml
 
 from services.client.api import Client
 from services.client.processes import Child, StartFailed, end_marked, environment, free_ports, port_is_free, wait_until
-from services.client.ray_head import RayHead
+from services.client.ray_head import RayHead, clear_folders
 
 SERVE_CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
 CONTROL_PATIENCE_S = 10.0
@@ -32,9 +32,9 @@ CONTROL_PATIENCE_S = 10.0
 class LocalSystem:
     """Starts everything on ``__enter__`` and leaves no process behind on ``__exit__``, nor where starting fails.
 
-    ``fresh`` drops what an earlier run has stored. ``port`` 0 takes a free port for the API. ``num_cpus`` is what Ray
-    may hand out, not what the machine has: on two cores a job's workers and Serve's replicas share them. ``say`` is told
-    what is being waited for.
+    ``fresh`` drops what an earlier run has stored. The API gets the first of ``ports`` that is free; 0 is any
+    free one. ``num_cpus`` is what Ray may hand out, not what the machine has: on two cores a job's workers and Serve's
+    replicas share them. ``say`` is told what is being waited for.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LocalSystem:
         state: Path,
         *,
         fresh: bool = False,
-        port: int = 0,
+        ports: Sequence[int] = (0,),
         num_cpus: int = 8,
         use_gpu: bool = False,
         serve_config: Path = SERVE_CONFIG,
@@ -51,7 +51,7 @@ class LocalSystem:
     ) -> None:
         self.state = state.resolve()
         self.logs, self.key_file, self.storage_uri = self.state / "logs", self.state / "key", (self.state / "storage").as_uri()
-        self._fresh, self._port, self._num_cpus, self._use_gpu = fresh, port, num_cpus, use_gpu
+        self._fresh, self._ports, self._num_cpus, self._use_gpu = fresh, ports, num_cpus, use_gpu
         self._timeout_s, self._say = timeout_s, say
         self._serve_config = read_serve_config(serve_config)
 
@@ -95,6 +95,7 @@ class LocalSystem:
         self.logs.mkdir(parents=True, exist_ok=True)
         undo.enter_context(locked(self.state / "lock"))
         end_marked(str(self.state))
+        clear_folders(str(self.state))
         undo.callback(end_marked, str(self.state))
         if self._fresh:
             shutil.rmtree(self.state / "storage", ignore_errors=True)
@@ -105,9 +106,10 @@ class LocalSystem:
 
     def _take_ports(self) -> None:
         serve, control = free_ports(2)
-        if self._port and not port_is_free(self._port):
-            raise StartFailed(f"port {self._port} is in use", param="port")
-        self.serve_port, self.port = serve, self._port or control
+        possible = [port for port in self._ports if port_is_free(port)]
+        if not possible:
+            raise StartFailed(f"port {', '.join(map(str, self._ports))} is in use", param="port")
+        self.serve_port, self.port = serve, possible[0] or control
         self.serve_url, self.url = f"http://127.0.0.1:{self.serve_port}", f"http://127.0.0.1:{self.port}"
 
     def _start_control(self, undo: ExitStack) -> Child:

@@ -32,6 +32,7 @@ class StageProgress:
     seconds: float | None = None
     numbers: dict[str, float] = field(default_factory=dict)
     cursor: int | None = None
+    _told: float | None = None
     _first: tuple[float, int] | None = None
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
 
@@ -43,6 +44,7 @@ class StageProgress:
         self.done = int(row.metrics.get(self.unit, row.step))
         self.total = int(row.metrics.get(f"{self.unit}_total", self.total))
         self.numbers = {words: row.metrics[name] for name, words in NUMBERS.items() if name in row.metrics}
+        self._told = row.metrics.get(f"{self.unit}_per_s")
         self._first = self._first or (row.at, self.done)
         self._recent.append((row.at, self.done))
         while row.at - self._recent[0][0] > WINDOW_S and len(self._recent) > 2:
@@ -50,7 +52,9 @@ class StageProgress:
 
     @property
     def rate(self) -> float | None:
-        """Units a second, lately; over the whole stage, without its start-up, once it is over."""
+        """Units a second: as the stage says, else lately, and once it is over of all of it without its start-up."""
+        if self._told is not None:
+            return self._told
         if self._first is None or len(self._recent) < 2:
             return None
         (began, first), (ended, last) = self._recent[0] if self.seconds is None else self._first, self._recent[-1]
@@ -92,13 +96,17 @@ def describe(stage: StageProgress) -> str:
     count = f"{stage.done}/{stage.total}" if stage.total else f"{stage.done}"
     share = f" ({100 * stage.done // stage.total}%)" if stage.total else ""
     said = [f"{stage.stage:<8} {count} {stage.unit}{share}"]
-    if stage.rate is not None:
-        said.append(f"{stage.rate:.3g}/s")
+    return ", ".join([*said, *pace(stage), *numbers(stage)])
+
+
+def pace(stage: StageProgress) -> list[str]:
+    """The rate, and the time that is left or was taken, as words."""
+    said = [] if stage.rate is None else [f"{stage.rate:,.0f}/s" if stage.rate >= 100 else f"{stage.rate:.3g}/s"]
     if stage.seconds is not None:
         said.append(f"done in {stage.seconds:.1f} s")
     elif stage.eta_s is not None:
         said.append(f"{stage.eta_s:.0f} s left")
-    return ", ".join([*said, *numbers(stage)])
+    return said
 
 
 def numbers(stage: StageProgress) -> list[str]:

@@ -6,6 +6,7 @@ at every call, in every process, from a file that only the user can read.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import shutil
 import tempfile
@@ -19,6 +20,8 @@ import httpx
 
 from services.client.processes import Child, StartFailed, environment, executables, free_ports
 
+TEMPORARY = "/tmp"
+"""Short, whatever TMPDIR says: unix sockets lie below."""
 OBJECT_STORE_BYTES = 500_000_000
 PATIENCE_S = 20.0
 APPLICATIONS = "/api/serve/applications/"
@@ -57,7 +60,7 @@ class RayHead:
     def __enter__(self) -> RayHead:
         with ExitStack() as undo:
             undo.enter_context(self._http)
-            self._folder = Path(tempfile.mkdtemp(prefix="dde-", dir="/tmp"))  # short: unix sockets lie below it
+            self._folder = Path(tempfile.mkdtemp(prefix=_prefix(self._mark), dir=TEMPORARY))
             undo.callback(self._clear)
             token_file = self._folder / "token"
             token_file.touch(mode=0o600)
@@ -105,6 +108,16 @@ class RayHead:
         for logs in (self._folder / "ray").glob("session_2*/logs"):
             shutil.copytree(logs, kept, symlinks=True, dirs_exist_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def clear_folders(mark: str) -> None:
+    """Drop the temporary folders of clusters with this mark. None of them may be running."""
+    for folder in Path(TEMPORARY).glob(f"{_prefix(mark)}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prefix(mark: str) -> str:
+    return f"dde-{hashlib.sha256(mark.encode()).hexdigest()[:8]}-"
 
 
 def start_command(ports: RayPorts, num_cpus: int, folder: Path) -> list[str]:

@@ -15,7 +15,6 @@ from rich.console import Console
 from dde_core.shapes import MODEL_DIR, PAIRS_FILE, PROMPTS_FILE
 from services.client.api import Client
 from services.client.local import LocalSystem
-from services.client.processes import port_is_free
 
 USUAL_PORT = 8080
 BASE_MODEL = "shapes"
@@ -23,10 +22,10 @@ BASE_MODEL = "shapes"
 
 def run_up(console: Console, state: Path, *, port: int, num_cpus: int, use_gpu: bool) -> None:
     """Start, register the base model, say how to use it, and stay until Ctrl-C or SIGTERM."""
-    port = port or (USUAL_PORT if port_is_free(USUAL_PORT) else 0)
+    ports = (port,) if port else (USUAL_PORT, 0)
     with signals_interrupt():
         try:
-            with LocalSystem(state, port=port, num_cpus=num_cpus, use_gpu=use_gpu, say=console.print) as system:
+            with LocalSystem(state, ports=ports, num_cpus=num_cpus, use_gpu=use_gpu, say=console.print) as system:
                 with system.client() as client:
                     register_base(client)
                 console.print(guide(system), markup=False, highlight=False, soft_wrap=True)
@@ -50,12 +49,15 @@ def stay(system: LocalSystem) -> None:
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP do what Ctrl-C does, so that everything is cleaned up."""
+    """Inside, SIGTERM and SIGHUP do what Ctrl-C does, so that everything is cleaned up.
+
+    SIGINT itself too: a shell starts what it puts into the background with that one ignored.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from services.client.api import Client
-from services.client.progress import JobProgress, describe, numbers
+from services.client.progress import JobProgress, describe, numbers, pace
 from services.client.types import Event, Job
 
 
@@ -113,17 +113,12 @@ class Bars:
                 self._tasks[name] = self._progress.add_task(name, total=None, stage=name, count="", pace="", numbers="")
             over = stage.seconds is not None
             total = stage.total or (max(stage.done, 1) if over else None)
-            pace = [] if stage.rate is None else [f"{stage.rate:.3g}/s"]
-            if over:
-                pace.append(f"{stage.seconds:.1f} s")
-            elif stage.eta_s is not None:
-                pace.append(f"{stage.eta_s:.0f} s left")
             self._progress.update(
                 self._tasks[name],
                 total=total,
                 completed=total if over else stage.done,
                 count=f"{stage.done}/{stage.total or '?'} {stage.unit}",
-                pace=", ".join(pace),
+                pace=", ".join(pace(stage)),
                 numbers="  ".join(numbers(stage)),
             )
 

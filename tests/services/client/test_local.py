@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -15,11 +16,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-import yaml
 
 from services.client.bodies import job_body
 from services.client.local import SERVE_CONFIG, LocalSystem, fill_serve_config, locked, read_serve_config, write_private
-from services.client.processes import MARK, StartFailed, free_ports, wait_until
+from services.client.processes import MARK, StartFailed, end_marked, free_ports, wait_until
 from services.client.ray_head import RayHead
 from services.settings import ClientSettings
 
@@ -85,14 +85,12 @@ def test_a_second_system_in_a_state_folder_is_refused_before_anything_starts(tmp
 
 
 def test_a_port_that_is_taken_is_named(tmp_path) -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(StartFailed, match=f"port {port} is in use"):
-            LocalSystem(tmp_path, port=port).__enter__()
+            LocalSystem(tmp_path, ports=[port]).__enter__()
     with locked(tmp_path / "lock"):
         pass
 
@@ -206,28 +204,53 @@ def test_an_application_is_deployed_and_one_that_cannot_be_says_why(ray_head, tm
         ray_head.deploy({"applications": [{"name": "", "import_path": "nothing"}]})
 
 
-def test_sigterm_leaves_no_process(tmp_path) -> None:
-    script = f"""
+SCRIPT = """
 import sys, time
 from pathlib import Path
-from services.client.ray_head import RayHead
 from services.client.processes import wait_until
+from services.client.ray_head import RayHead
 from services.client.up import signals_interrupt
-with signals_interrupt(), RayHead(Path({str(tmp_path)!r}), {str(tmp_path)!r}) as ray:
+with signals_interrupt(), RayHead(Path(sys.argv[1]), sys.argv[1]) as ray:
     wait_until(ray.answers, "Ray does not answer", [ray.child], 90)
     print("ready", flush=True)
     time.sleep(600)
 """
-    started = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert started.stdout.readline() == "ready\n"
-    processes = family(started.pid)
+
+
+@pytest.fixture
+def script(tmp_path) -> Iterator[subprocess.Popen]:
+    """A process that has started Ray."""
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stdout.readline() == "ready\n"
+        yield started
+        started.kill()
+    end_marked(str(tmp_path))
+
+
+def test_sigterm_leaves_no_process(script, tmp_path) -> None:
+    processes = family(script.pid)
     assert len(processes) > 5
-    started.send_signal(signal.SIGTERM)
-    _, errors = started.communicate(timeout=60)
-    assert started.returncode != 0
+    script.send_signal(signal.SIGTERM)
+    _, errors = script.communicate(timeout=60)
+    assert script.returncode != 0
     assert "KeyboardInterrupt" in errors
     assert alive(processes) == []
     assert marked(str(tmp_path)) == []
+
+
+def test_what_a_killed_system_leaves_is_ended_by_the_next_one_in_its_folder(script, tmp_path) -> None:
+    _, *processes = family(script.pid)
+    script.kill()
+    script.communicate(timeout=60)
+    assert len(alive(processes)) > 5
+    folder = next(Path(word.split("=")[1]).parent for word in processes[0].cmdline() if word.startswith("--temp-dir="))
+    assert folder.is_dir()
+    (tmp_path / "dde.db").write_text("this is no database " * 100)
+    with pytest.raises(StartFailed, match="control ended"):
+        LocalSystem(tmp_path).__enter__()
+    assert alive(processes) == []
+    assert not folder.exists()
 
 
 def test_a_ray_that_cannot_start_says_so_and_is_gone(tmp_path, monkeypatch) -> None:
@@ -238,10 +261,6 @@ def test_a_ray_that_cannot_start_says_so_and_is_gone(tmp_path, monkeypatch) -> N
     ):
         wait_ready(ray)
     assert marked(str(tmp_path)) == []
-
-
-def test_the_shipped_serve_config_is_yaml_that_a_reader_can_use() -> None:
-    assert yaml.safe_load(SERVE_CONFIG.read_text())["applications"][0]["route_prefix"] == "/"
 
 
 def test_a_control_plane_that_cannot_start_is_reported_and_everything_is_ended(tmp_path) -> None:
