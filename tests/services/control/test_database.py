@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, select
 
-from services.control.database import Database
+from services.control.database import MIGRATIONS, Database
 from services.control.tables import Base, Dataset
 from services.control.transitions import STAGE_STATUS, STAGES, TRANSITIONS, UNFINISHED, IllegalTransition, check, next_stage
 
@@ -29,6 +33,20 @@ def test_the_migrations_make_the_tables_that_the_code_declares(database):
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         assert compare_metadata(context, Base.metadata) == []
         assert set(inspect(connection).get_table_names()) == {*Base.metadata.tables, "alembic_version"}
+
+
+def test_alembic_from_the_command_line_finds_nothing_to_add(tmp_path, sqlite_url, monkeypatch):
+    for name, value in {"API_KEY": "k", "STORAGE_URI": str(tmp_path), "DATABASE_URL": sqlite_url}.items():
+        monkeypatch.setenv(f"DDE_{name}", value)
+    config = Config(MIGRATIONS.parent / "alembic.ini")
+    shutil.copytree(MIGRATIONS, tmp_path / "migrations")
+    config.set_main_option("script_location", str(tmp_path / "migrations"))
+    command.upgrade(config, "head")
+    written = command.revision(config, "nothing new", autogenerate=True, rev_id="0002")
+    text = Path(written.path).read_text()
+    assert text.startswith('"""nothing new')
+    assert text.count("    pass") == 2
+    command.downgrade(config, "base")
 
 
 def test_replicas_that_start_at_once_migrate_once(database_url):

@@ -1,0 +1,30 @@
+"""``python -m services.control`` serves; ``python -m services.control openapi`` prints the OpenAPI document."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import uvicorn
+from pydantic import SecretStr
+
+from services.control.app import build_app
+from services.settings import Settings
+
+
+def main(arguments: list[str]) -> None:
+    if arguments == ["openapi"]:
+        nowhere = Settings(api_key=SecretStr("-"), storage_uri="file:///nowhere")
+        print(json.dumps(build_app(nowhere).openapi(), indent=1))
+    elif arguments:
+        raise SystemExit("usage: python -m services.control [openapi]")
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        settings = Settings()  # type: ignore[call-arg]
+        app = build_app(settings)
+        uvicorn.run(app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=5)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,78 @@
+"""The app: what it is built from, and what starts and ends with it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from pydantic.json_schema import models_json_schema
+from starlette.concurrency import run_in_threadpool
+
+from services import storage
+from services.contracts import AlignmentJobCreate, DatasetCreate, EvaluationCreate, ImageRequest, ModelCreate, ScoreRequest
+from services.control import inference, problems
+from services.control.database import Database
+from services.control.dependencies import require_key
+from services.control.launcher import Launcher, RayJobsLauncher
+from services.control.middleware import Observed
+from services.control.reconciler import Reconciler
+from services.control.routers import datasets, evaluations, health, images, jobs, models
+from services.control.telemetry import Telemetry
+from services.control.views import ErrorView
+from services.settings import Settings
+
+BODIES = (DatasetCreate, ModelCreate, AlignmentJobCreate, EvaluationCreate, ImageRequest, ScoreRequest)
+
+
+def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile: bool = True) -> FastAPI:
+    """The control plane, not yet started: nothing is opened before its lifespan begins.
+
+    ``reconcile=False`` makes a replica that answers requests and leaves the jobs to others.
+    """
+    app = FastAPI(title="dde", version="1", lifespan=_lifespan, docs_url=None, redoc_url=None)
+    app.state.settings = settings = settings.model_copy(update={"storage_uri": storage.as_uri(settings.storage_uri)})
+    app.state.launcher = launcher or RayJobsLauncher(settings.ray_url)
+    app.state.database = Database(settings.database_url)
+    app.state.reconcile = reconcile
+    app.state.telemetry = Telemetry(app.state.database)
+    app.add_middleware(Observed, telemetry=app.state.telemetry)
+    problems.install(app)
+    app.include_router(health.router)
+    for router in (datasets.router, models.router, jobs.router, evaluations.router, images.router):
+        app.include_router(router, dependencies=[Depends(require_key)], responses={"4XX": {"model": ErrorView}})
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state = app.state
+    await run_in_threadpool(state.database.migrate)
+    reconciler = Reconciler(state.database, state.settings, state.launcher)
+    if state.reconcile:
+        reconciler.start()
+    try:
+        async with inference.make_client(state.settings.serve_url) as state.serve:
+            yield
+    finally:
+        await run_in_threadpool(reconciler.stop)
+        state.database.close()
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document and the bodies, which our own dependency reads."""
+    if not app.openapi_schema:
+        document = FastAPI.openapi(app)
+        _, bodies = models_json_schema([(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}")
+        document["components"]["schemas"] |= bodies["$defs"]
+        document["paths"] = {path: _without_422(item) for path, item in document["paths"].items()}
+    return app.openapi_schema or {}
+
+
+def _without_422(item: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI lists a 422 of its own; every refusal here is a 4XX with our body."""
+    for operation in item.values():
+        operation["responses"].pop("422", None)
+    return item

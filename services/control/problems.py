@@ -1,0 +1,77 @@
+"""Errors as the API's error bodies: ``{"error": {"message", "type", "param", "code"}}``. A validation error is a 400."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from dde_core.errors import ConfigError
+from services.errors import BadRequest, ServiceError
+
+MAX_SHOWN = 200
+_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "unexpected_keyword_argument": "unknown_parameter",
+    "json_invalid": "invalid_json",
+}
+_HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
+_PLACES = {"query", "path", "header", "body"}
+
+
+def from_validation(errors: Sequence[Any]) -> BadRequest:
+    """The first of pydantic's errors, with the field and the value that it is about."""
+    first = errors[0]
+    path, message, value = [str(part) for part in first["loc"]], first["msg"], first.get("input")
+    cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, ConfigError):
+        path, message, value = [*path, cause.field], cause.reason, cause.value
+    code = _CODES.get(first["type"], "invalid_value")
+    if code == "invalid_json":
+        return BadRequest(f"the request body is not JSON: {message.removeprefix('Invalid JSON: ')}", code=code)
+    param = ".".join(path) or None
+    got = "" if first["type"] == "missing" else f", got {show(value)}"
+    return BadRequest(f"{param or 'the request body'}: {message}{got}", param=param, code=code)
+
+
+def show(value: Any) -> str:
+    """A value as it was sent, shortened."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers. What nobody expected is answered by the middleware, see middleware.py."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _parameters)
+    app.add_exception_handler(HTTPException, _http_error)
+
+
+def _service_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def _parameters(request: Request, error: Exception) -> JSONResponse:
+    """Query and path parameters: the place where they stood is no part of their name."""
+    assert isinstance(error, RequestValidationError)
+    found = [{**each, "loc": [part for part in each["loc"] if part not in _PLACES]} for each in error.errors()]
+    return _service_error(request, from_validation(found))
+
+
+def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "http_error")
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    content = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+    return JSONResponse(content, error.status_code, error.headers)

@@ -1,0 +1,97 @@
+"""What a stage of a job is told, and under which names it runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from services import registry, storage
+from services.contracts import (
+    AlignmentJobCreate,
+    EncodeSpec,
+    EvaluateSpec,
+    EvaluationConfig,
+    ModelRecord,
+    Stage,
+    StageSpec,
+    TrainSpec,
+)
+from services.control.tables import Job
+from services.settings import Settings
+
+ENTRY_MODULES: dict[Stage, str] = {"encode": "services.ingest", "train": "services.training", "evaluate": "services.evaluation"}
+
+
+def prefix(job: Job, root: str) -> str:
+    """The folder of the job's current attempt: spec, journal and markers."""
+    return storage.join(root, "jobs", job.id, str(job.stage), f"a{job.attempt}")
+
+
+def submission_id(job: Job) -> str:
+    """The same for the same attempt, so that a repeated submit starts nothing twice."""
+    return f"{job.id}-{job.stage}-a{job.attempt}"
+
+
+def entrypoint(job: Job, root: str) -> str:
+    """The command of the job's current stage."""
+    uri = storage.join(prefix(job, root), "spec.json")
+    return f"python -m {ENTRY_MODULES[job.stage]} --spec {shlex.quote(uri)}"  # type: ignore[index]
+
+
+def spec(job: Job, settings: Settings) -> StageSpec:
+    """What the job's current stage is told."""
+    root = settings.storage_uri
+    frame = {"job": job.id, "attempt": job.attempt, "prefix": prefix(job, root), "use_gpu": settings.use_gpu}
+    return _BUILDERS[job.stage](job, settings, frame)  # type: ignore[index]
+
+
+def aligned_record(job: Job, record: ModelRecord) -> ModelRecord:
+    """The record of what training made, under the id and name that the job was given."""
+    return record.model_copy(update={"id": job.output_model, "name": job.name, "base": job.model, "job": job.id})
+
+
+def _encode(job: Job, settings: Settings, frame: dict[str, Any]) -> EncodeSpec:
+    return EncodeSpec(
+        **frame,
+        dataset_uri=job.inputs["dataset"]["uri"],
+        dataset_digest=job.inputs["dataset"]["digest"],
+        model=ModelRecord(**job.inputs["model"]),
+        output=storage.join(settings.storage_uri, "datasets"),
+        actors=settings.encode_actors,
+    )
+
+
+def _train(job: Job, settings: Settings, frame: dict[str, Any]) -> TrainSpec:
+    root, asked = settings.storage_uri, AlignmentJobCreate.model_validate_json(json.dumps(job.request))
+    return TrainSpec(
+        **frame,
+        dataset=job.results["encode"]["dataset"],
+        model=ModelRecord(**job.inputs["model"]),
+        model_id=str(job.output_model),
+        name=str(job.name),
+        objective=asked.objective,
+        training=asked.training,
+        workers=asked.workers,
+        run=storage.join(root, "jobs", job.id, "train", "run"),
+        output=registry.model_uri(root, str(job.output_model)),
+    )
+
+
+def _evaluate(job: Job, settings: Settings, frame: dict[str, Any]) -> EvaluateSpec:
+    if job.kind == "alignment":
+        candidate, base, evaluation = job.results["train"]["model"], job.inputs["model"], job.request["evaluation"]
+    else:
+        candidate, base = job.inputs["model"], job.inputs["base"]
+        evaluation = {name: job.request[name] for name in EvaluationConfig.model_fields}
+    return EvaluateSpec(
+        **frame,
+        candidate=ModelRecord(**candidate),
+        base=ModelRecord(**base),
+        evaluation=EvaluationConfig.model_validate_json(json.dumps(evaluation)),
+        output=storage.join(settings.storage_uri, "jobs", job.id, "evaluate", f"a{job.attempt}"),
+        actors=settings.evaluate_actors,
+    )
+
+
+_BUILDERS = {"encode": _encode, "train": _train, "evaluate": _evaluate}

@@ -1,0 +1,172 @@
+"""The tables. They are made by the migrations alone; a test holds the two against each other."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    false,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+BigInt = BigInteger().with_variant(Integer, "sqlite")
+"""SQLite numbers rows by itself only where the key is INTEGER."""
+
+CURRENT: dict[str, Any] = {"sqlite_where": text('"current"'), "postgresql_where": text('"current"')}
+
+
+def new_id(prefix: str) -> str:
+    """``prefix_`` and 24 hex digits."""
+    return f"{prefix}_{secrets.token_hex(12)}"
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {dict[str, Any]: JSON(none_as_null=True), float: Double, int: BigInteger}  # noqa: RUF012
+
+
+class Resource(Base):
+    """What has an id and stands in lists. ``seq`` is the order of creation."""
+
+    __abstract__ = True
+
+    seq: Mapped[int] = mapped_column(BigInt, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    created_at: Mapped[float]
+
+
+class Dataset(Resource):
+    __tablename__ = "datasets"
+
+    name: Mapped[str] = mapped_column(String(64))
+    uri: Mapped[str] = mapped_column(Text)
+    digest: Mapped[str] = mapped_column(String(64))
+    counts: Mapped[dict[str, Any]]
+
+
+class Model(Resource):
+    """A base (``base`` and ``job`` are null) or an aligned model. ``current``: its name means this one."""
+
+    __tablename__ = "models"
+
+    name: Mapped[str] = mapped_column(String(64), index=True)
+    uri: Mapped[str] = mapped_column(Text)
+    family: Mapped[str] = mapped_column(String(16))
+    digest: Mapped[str] = mapped_column(String(64))
+    base: Mapped[str | None] = mapped_column(String(40))
+    job: Mapped[str | None] = mapped_column(String(40))
+    lineage: Mapped[dict[str, Any]]
+    current: Mapped[bool] = mapped_column(server_default=false())
+
+    __table_args__ = (Index("uq_models_current_name", "name", unique=True, **CURRENT),)
+
+
+class Job(Resource):
+    """A chain of stages. ``kind`` is alignment or evaluation; ``inputs`` holds the records that it was created with.
+
+    ``ended_at`` is when Ray was first seen to say that the stage's driver is over, ``unreachable_at`` when Ray was
+    first out of reach. A row is worked on by whoever holds ``lock_token`` until ``lock_expires_at``.
+    """
+
+    __tablename__ = "jobs"
+
+    kind: Mapped[str] = mapped_column(String(16))
+    status: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[dict[str, Any] | None]
+    name: Mapped[str | None] = mapped_column(String(64), index=True)
+    model: Mapped[str] = mapped_column(String(40), index=True)
+    base: Mapped[str | None] = mapped_column(String(40), index=True)
+    dataset: Mapped[str | None] = mapped_column(String(40), index=True)
+    output_model: Mapped[str | None] = mapped_column(String(40), index=True)
+    request: Mapped[dict[str, Any]]
+    inputs: Mapped[dict[str, Any]]
+    results: Mapped[dict[str, Any]]
+    stage_seconds: Mapped[dict[str, Any]]
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    cancel_requested_at: Mapped[float | None]
+
+    stage: Mapped[str | None] = mapped_column(String(16))
+    attempt: Mapped[int] = mapped_column(Integer)
+    stage_started_at: Mapped[float | None]
+    submitted_at: Mapped[float | None]
+    journal_cursor: Mapped[int] = mapped_column(Integer)
+    ended_at: Mapped[float | None]
+    unreachable_at: Mapped[float | None]
+
+    next_at: Mapped[float]
+    failures: Mapped[int] = mapped_column(Integer)
+    last_error: Mapped[str | None] = mapped_column(Text)
+    lock_token: Mapped[str | None] = mapped_column(String(32))
+    lock_expires_at: Mapped[float | None]
+
+    __table_args__ = (Index(None, "kind", "seq"), Index(None, "kind", "status", "seq"), Index(None, "status", "next_at"))
+
+
+class JobMetadata(Base):
+    """A job's metadata again, one row a key, for filters: the index is read in the order of lists."""
+
+    __tablename__ = "job_metadata"
+
+    job_seq: Mapped[int] = mapped_column(ForeignKey("jobs.seq"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(String(512))
+
+    __table_args__ = (Index(None, "key", "value", "job_seq"),)
+
+
+class Event(Base):
+    __tablename__ = "events"
+
+    seq: Mapped[int] = mapped_column(BigInt, primary_key=True, autoincrement=True)
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[float]
+    level: Mapped[str] = mapped_column(String(16))
+    message: Mapped[str] = mapped_column(Text)
+
+    __table_args__ = (Index(None, "job", "seq"),)
+
+
+class Metric(Base):
+    """The numbers of one step of one stage."""
+
+    __tablename__ = "metrics"
+
+    seq: Mapped[int] = mapped_column(BigInt, primary_key=True, autoincrement=True)
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    stage: Mapped[str] = mapped_column(String(16))
+    step: Mapped[int]
+    at: Mapped[float]
+    values: Mapped[dict[str, Any]]
+
+    __table_args__ = (UniqueConstraint("job", "stage", "step"), Index(None, "job", "seq"))
+
+
+class IdempotencyKey(Base):
+    """What a create under this key was asked and answered."""
+
+    __tablename__ = "idempotency_keys"
+
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    answer: Mapped[dict[str, Any]]
+    created_at: Mapped[float] = mapped_column(index=True)

@@ -1,0 +1,212 @@
+"""What the API answers: the shapes, for the OpenAPI document, and rows turned into them."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel
+
+from services.contracts import DatasetCounts, EncodeResult, EvaluateResult, Family, JobStatus, Scorer, Stage, TrainResult
+from services.control.tables import Dataset, Event, Job, Metric, Model
+
+Item = TypeVar("Item")
+
+
+class ListView(BaseModel, Generic[Item]):
+    object: Literal["list"]
+    data: list[Item]
+    has_more: bool
+
+
+class DeletedView(BaseModel):
+    id: str
+    object: str
+    deleted: Literal[True]
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorView(BaseModel):
+    error: ErrorBody
+
+
+class DatasetView(BaseModel):
+    id: str
+    object: Literal["dataset"]
+    name: str
+    uri: str
+    digest: str
+    counts: DatasetCounts
+    created_at: int
+
+
+class ModelView(BaseModel):
+    """``current``: the name means this model. ``base``, ``job`` and ``lineage`` say where an aligned model is from."""
+
+    id: str
+    object: Literal["model"]
+    name: str
+    uri: str
+    family: Family
+    digest: str
+    base: str | None
+    job: str | None
+    lineage: dict[str, Any]
+    current: bool
+    created_at: int
+
+
+class ReasonView(BaseModel):
+    code: str
+    message: str
+    param: str | None
+
+
+class ResultView(BaseModel):
+    """The result of each stage that is done."""
+
+    encode: EncodeResult | None = None
+    train: TrainResult | None = None
+    evaluate: EvaluateResult | None = None
+
+
+class RunView(BaseModel):
+    """What alignment jobs and evaluations share. ``stage`` is where the job is, or where it failed."""
+
+    id: str
+    status: JobStatus
+    reason: ReasonView | None
+    stage: Stage | None
+    stage_seconds: dict[Stage, float]
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+
+
+class JobView(RunView):
+    """``model`` is an id, whatever name was given; ``aligned_model`` is there once training is done."""
+
+    object: Literal["alignment.job"]
+    model: str
+    dataset: str
+    name: str
+    objective: dict[str, Any]
+    training: dict[str, Any]
+    workers: int
+    evaluation: dict[str, Any]
+    metadata: dict[str, str]
+    aligned_model: str | None
+    result: ResultView
+
+
+class EvaluationView(RunView):
+    object: Literal["evaluation"]
+    model: str
+    base: str
+    prompts_uri: str
+    num_prompts: int
+    seed: int
+    scorers: list[Scorer]
+    sample: dict[str, Any]
+    result: EvaluateResult | None
+
+
+class EventView(BaseModel):
+    id: str
+    object: Literal["alignment.job.event"]
+    created_at: int
+    level: str
+    message: str
+
+
+class MetricView(BaseModel):
+    object: Literal["alignment.job.metrics"]
+    stage: Stage
+    step: int
+    at: float
+    metrics: dict[str, float]
+
+
+def dataset_view(row: Dataset) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "dataset",
+        "name": row.name,
+        "uri": row.uri,
+        "digest": row.digest,
+        "counts": row.counts,
+        "created_at": int(row.created_at),
+    }
+
+
+def model_view(row: Model) -> dict[str, Any]:
+    plain = ("name", "uri", "family", "digest", "base", "job", "lineage", "current")
+    return {
+        "id": row.id,
+        "object": "model",
+        **{name: getattr(row, name) for name in plain},
+        "created_at": int(row.created_at),
+    }
+
+
+def _run_view(row: Job) -> dict[str, Any]:
+    return {
+        "status": row.status,
+        "reason": row.reason,
+        "stage": row.stage,
+        "stage_seconds": row.stage_seconds,
+        "created_at": int(row.created_at),
+        "started_at": _seconds(row.started_at),
+        "finished_at": _seconds(row.finished_at),
+    }
+
+
+def job_view(row: Job) -> dict[str, Any]:
+    asked = ("objective", "training", "workers", "evaluation", "metadata")
+    return {
+        "id": row.id,
+        "object": "alignment.job",
+        **_run_view(row),
+        "model": row.model,
+        "dataset": row.dataset,
+        "name": row.name,
+        **{name: row.request[name] for name in asked},
+        "aligned_model": row.output_model if "train" in row.results else None,
+        "result": row.results,
+    }
+
+
+def evaluation_view(row: Job) -> dict[str, Any]:
+    asked = ("prompts_uri", "num_prompts", "seed", "scorers", "sample")
+    return {
+        "id": row.id,
+        "object": "evaluation",
+        **_run_view(row),
+        "model": row.model,
+        "base": row.base,
+        **{name: row.request[name] for name in asked},
+        "result": row.results.get("evaluate"),
+    }
+
+
+def event_view(row: Event) -> dict[str, Any]:
+    return {
+        "id": f"event_{row.seq:024x}",
+        "object": "alignment.job.event",
+        "created_at": int(row.created_at),
+        "level": row.level,
+        "message": row.message,
+    }
+
+
+def metric_view(row: Metric) -> dict[str, Any]:
+    return {"object": "alignment.job.metrics", "stage": row.stage, "step": row.step, "at": row.at, "metrics": row.values}
+
+
+def _seconds(at: float | None) -> int | None:
+    return None if at is None else int(at)
