@@ -20,6 +20,9 @@ NoiseMode = Literal["independent", "shared"]
 DEFAULT_NOISE: dict[str, NoiseMode] = {"dde": "independent", "uniform": "shared"}
 """Each method's own source: DDE's Algorithm 1 line 3 draws two noises, Diffusion-DPO draws one for both sides."""
 
+MAX_SIZE_PX = 2048
+"""Pictures are at most this high and wide."""
+
 _SAYS = {
     Gt: ("must be greater than", lambda v, c: v > c.gt, "gt"),
     Ge: ("must be at least", lambda v, c: v >= c.ge, "ge"),
@@ -90,7 +93,7 @@ class TrainConfig:
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     caption_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     checkpoint_every: Annotated[int, Gt(0)] = 50
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
 
     def __post_init__(self) -> None:
         check(self)
@@ -102,8 +105,8 @@ class SampleConfig:
 
     steps: Annotated[int, Gt(0), Le(1000)] = 25
     guidance_scale: Annotated[float, Ge(0)] = 5.0
-    height: Annotated[int, Ge(0), MultipleOf(8)] = 0
-    width: Annotated[int, Ge(0), MultipleOf(8)] = 0
+    height: Annotated[int, Ge(0), Le(MAX_SIZE_PX), MultipleOf(8)] = 0
+    width: Annotated[int, Ge(0), Le(MAX_SIZE_PX), MultipleOf(8)] = 0
 
     def __post_init__(self) -> None:
         check(self)

@@ -35,13 +35,12 @@ class TextToImage:
     ) -> np.ndarray:
         """Draw one picture for each prompt and seed: uint8 [n, height, width, 3].
 
-        Raises ConfigError for a size that the U-Net cannot halve as often as it has to.
+        Raises ConfigError for a size that the VAE's factor does not divide.
         """
         height, width = config.height or self.size_px, config.width or self.size_px
-        halvings = self._factor * 2 ** (len(self._unet.config.block_out_channels) - 1)
         for name, value in (("height", height), ("width", width)):
-            if value % halvings:
-                raise ConfigError(name, value, f"must be a multiple of {halvings} for this model")
+            if value % self._factor:
+                raise ConfigError(name, value, f"must be a multiple of {self._factor} for this model")
         shape = (int(self._unet.config.in_channels), height // self._factor, width // self._factor)
         latents = torch.stack([initial_latents(seed, shape) for seed in seeds]).to(self._device)
         cond, uncond = self._encode(prompts), self._encode([""] * len(prompts))

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dde_core.errors import ModelError
 from dde_core.schedule import Schedule
+
+WEIGHTS = {"dtype": torch.float32, "use_safetensors": True}
+"""How weights are loaded: whatever precision the file has, and never from a pickle."""
 
 
 class ModelFolder:
@@ -28,29 +31,31 @@ class ModelFolder:
 
     def schedule(self) -> Schedule:
         """The noise schedule and prediction type of the folder's scheduler."""
-        return Schedule.from_config(json.loads((self.path / "scheduler" / "scheduler_config.json").read_text()))
+        path = self.path / "scheduler" / "scheduler_config.json"
+        if not path.is_file():
+            raise ModelError(f"scheduler of {str(self.path)!r} cannot be loaded: it has no {path.name}")
+        return Schedule.from_config(json.loads(path.read_text()))
 
     def unet(self) -> UNet2DConditionModel:
         """A new copy of the U-Net, in evaluation mode (no dropout anywhere in this family)."""
-        return self._load(UNet2DConditionModel, "unet")
+        return self._load(UNet2DConditionModel, "unet", **WEIGHTS).eval()
 
     def vae(self) -> AutoencoderKL:
         """The VAE, frozen."""
-        return self._load(AutoencoderKL, "vae").requires_grad_(False)
+        return self._load(AutoencoderKL, "vae", **WEIGHTS).eval().requires_grad_(False)
 
     def text_encoder(self) -> CLIPTextModel:
         """The text encoder, frozen."""
-        return self._load(CLIPTextModel, "text_encoder").requires_grad_(False)
+        return self._load(CLIPTextModel, "text_encoder", **WEIGHTS).eval().requires_grad_(False)
 
     def tokenizer(self) -> CLIPTokenizer:
-        return CLIPTokenizer.from_pretrained(str(self.path / "tokenizer"), local_files_only=True)
+        return self._load(CLIPTokenizer, "tokenizer")
 
-    def _load(self, kind, part: str):
+    def _load(self, kind, part: str, **options):
         try:
-            model = kind.from_pretrained(str(self.path / part), dtype=torch.float32, local_files_only=True)
+            return kind.from_pretrained(str(self.path / part), local_files_only=True, **options)
         except (OSError, ValueError) as error:
             raise ModelError(f"{part} of {str(self.path)!r} cannot be loaded: {error}") from error
-        return model.eval()
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Int[np.ndarray, "b s"]:
@@ -67,7 +72,7 @@ def encode_text(text_encoder: CLIPTextModel, token_ids: Int[np.ndarray, "b s"]) 
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pictures: Int[np.ndarray, "b height width 3"]) -> Float[np.ndarray, "b c h w"]:
+def encode_images(vae: AutoencoderKL, pictures: UInt8[np.ndarray, "b height width 3"]) -> Float[np.ndarray, "b c h w"]:
     """uint8 pictures to latents: the posterior's mean times scaling_factor, as float16."""
     pixels = torch.from_numpy(pictures).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
     latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
@@ -82,6 +87,13 @@ def picture_size(folder: ModelFolder) -> int:
 
 
 def save_aligned(base: Path, unet: Path, target: Path) -> None:
-    """A folder like ``base`` with another U-Net, which ``StableDiffusionPipeline.from_pretrained`` loads unchanged."""
-    shutil.copytree(base, target, ignore=shutil.ignore_patterns("unet"))
-    shutil.copytree(unet, target / "unet")
+    """A folder like ``base`` with another U-Net, which ``StableDiffusionPipeline.from_pretrained`` loads unchanged.
+
+    Taken over are the parts that model_index.json names, as safetensors, JSON and text: no pickle.
+    """
+    index = json.loads((base / "model_index.json").read_text())
+    target.mkdir(parents=True)
+    shutil.copyfile(base / "model_index.json", target / "model_index.json")
+    ignored = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+    for part in (name for name, kind in index.items() if isinstance(kind, list) and kind[0]):
+        shutil.copytree(unet if part == "unet" else base / part, target / part, ignore=ignored)

@@ -3,11 +3,11 @@
 #
 #   docker build -f docker/ray.Dockerfile -t dde-ray:0.1.0-ray2.60.0 .
 #
-# PyPI's torch for Linux on x86-64 is built for CUDA. A build for CPUs, or for another CUDA, comes from PyTorch's own
-# index: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# The torch that pip takes by default on x86-64 Linux is built for CUDA. For a build for CPUs, or for another CUDA, give pip
+# the index that PyTorch's own installation page names: --build-arg PIP_ARGS="--extra-index-url ..."
 FROM python:3.11-slim
 
-ARG TORCH_INDEX=https://pypi.org/simple
+ARG PIP_ARGS=""
 
 # KubeRay's readiness probe for Serve workers runs wget inside the container.
 RUN apt-get update && apt-get install -y --no-install-recommends wget && rm -rf /var/lib/apt/lists/* \
@@ -16,11 +16,11 @@ RUN apt-get update && apt-get install -y --no-install-recommends wget && rm -rf 
 WORKDIR /src
 COPY constraints.txt ./
 # The large packages in a layer of their own, so that a change of our code does not fetch them again.
-RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" -c constraints.txt torch 'ray[default,train,data,serve]'
+RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt torch 'ray[default,train,data,serve]'
 COPY pyproject.toml README.md ./
 COPY dde_core dde_core
 COPY services services
-RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" -c constraints.txt '.[ray]'
+RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt '.[ray]'
 
 # No entry point: KubeRay writes the `ray start` command.
 ENV PYTHONUNBUFFERED=1

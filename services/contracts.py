@@ -20,14 +20,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
+from dde_core.errors import ConfigError
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Uri = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[^\x00-\x1f]+$")]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 Scorer = Literal["match", "taste", "fidelity"]
 Stage = Literal["encode", "train", "evaluate"]
-Family = Literal["sd15", "sdxl"]
+Family = Literal["sd15"]
 JobStatus = Literal["validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled"]
 
 ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
@@ -71,8 +73,8 @@ class EvaluationConfig(Strict):
     """Held-out evaluation: one prompt a line in the file at ``prompts_uri``; the same prompt and seed for both models."""
 
     prompts_uri: Uri
-    num_prompts: Annotated[int, Field(gt=0, le=100_000)] = 200
-    seed: Annotated[int, Field(ge=0)] = 0
+    num_prompts: Annotated[int, Field(ge=2, le=100_000)] = 200
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     scorers: Annotated[list[Scorer], Field(min_length=1)] = list(ALL_SCORERS)
     sample: SampleConfig = SampleConfig()
 
@@ -107,16 +109,19 @@ class ImageRequest(Strict):
     model: str
     prompt: Annotated[str, Field(min_length=1, max_length=4000)]
     n: Annotated[int, Field(gt=0, le=MAX_IMAGES)] = 1
-    size: Annotated[str, Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$")] = "auto"
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Annotated[int, Field(gt=0, le=1000)] = 25
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
     response_format: Literal["b64_json"] = "b64_json"
 
     def sample(self) -> SampleConfig:
-        """The sampling settings. Raises ConfigError for a size that is not a multiple of 8."""
+        """The sampling settings. Raises ConfigError for a size that is too large or not a multiple of 8."""
         width, height = (0, 0) if self.size == "auto" else map(int, self.size.split("x"))
-        return SampleConfig(steps=self.steps, guidance_scale=self.guidance_scale, height=height, width=width)
+        try:
+            return SampleConfig(steps=self.steps, guidance_scale=self.guidance_scale, height=height, width=width)
+        except ConfigError as error:
+            raise ConfigError("size", self.size, f"{error.field} {error.reason}") from error
 
 
 class ScoreRequest(Strict):

@@ -128,9 +128,10 @@ def _pair_row(file: str, group: int, row: int, values: dict) -> PairRow:
 
 
 def inspect(uri: str) -> tuple[DatasetCounts, str]:
-    """Count a dataset's rows and digest its content: sha256 over the sorted hashes of rows, whatever files hold them.
+    """Count a dataset's rows, and digest it: sha256 over the sorted hashes of rows and of the files' Parquet footers.
 
-    Raises BadRequest where a file cannot be used or no pair is decided.
+    The pictures are not read; a footer holds the size and place of every column chunk, so pictures that were replaced
+    show. Raises BadRequest where a file cannot be used or no pair is decided.
     """
     counts, hashes = {"pair": 0, "tie": 0, "missing": 0}, []
     for row in read_rows(uri):
@@ -143,5 +144,15 @@ def inspect(uri: str) -> tuple[DatasetCounts, str]:
             param="uri",
             code="no_decided_pair",
         )
-    found = DatasetCounts(rows=len(hashes), pairs=counts["pair"], ties=counts["tie"], missing=counts["missing"])
+    hashes += [hashlib.sha256(_footer(uri, file)).digest() for file in parquet_files(uri)]
+    found = DatasetCounts(rows=sum(counts.values()), pairs=counts["pair"], ties=counts["tie"], missing=counts["missing"])
     return found, hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
+
+
+def _footer(uri: str, file: str) -> bytes:
+    """A Parquet file's name, size and metadata."""
+    filesystem, path = storage.resolve(storage.join(uri, file) if file else uri)
+    with filesystem.open_input_file(path) as stream:
+        size = stream.size()
+        length = int.from_bytes(stream.read_at(4, size - 8), "little")
+        return f"{file}\0{size}\0".encode() + stream.read_at(length, size - 8 - length)

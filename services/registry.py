@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 import uuid
 from pathlib import Path
 
 from services import storage
-from services.contracts import Family, ModelRecord
+from services.contracts import NAME_PATTERN, Family, ModelRecord
 from services.errors import BadRequest, NotFound
 
 COMPONENTS: dict[Family, tuple[str, ...]] = {
     "sd15": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-    "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"),
 }
+WITH_WEIGHTS = ("unet", "vae", "text_encoder")
 
 
 def model_uri(root: str, model_id: str) -> str:
@@ -47,7 +48,7 @@ def retract(root: str, record: ModelRecord) -> None:
 
 def find(root: str, name_or_id: str) -> ModelRecord:
     """The model of an id or a name. Raises NotFound, naming it."""
-    if "/" not in name_or_id:
+    if re.fullmatch(NAME_PATTERN, name_or_id):
         try:
             model_id = storage.read_json(storage.join(root, "aliases", f"{name_or_id}.json"))["model"]
         except FileNotFoundError:
@@ -71,6 +72,15 @@ def check_components(uri: str, family: Family) -> None:
         raise BadRequest(
             f"uri {uri!r} is not of family {family!r}: model_index.json lacks {', '.join(missing)}", param="family"
         )
+    files = storage.list_files(uri, recursive=True)
+    lacking = [name for name in COMPONENTS[family] if not any(file.startswith(f"{name}/") for file in files)]
+    lacking += [f"{name}/*.safetensors" for name in WITH_WEIGHTS if not any(_is_weights(file, name) for file in files)]
+    if lacking:
+        raise BadRequest(f"uri {uri!r} lacks {', '.join(lacking)}", param="uri", code="missing_components")
+
+
+def _is_weights(file: str, part: str) -> bool:
+    return file.startswith(f"{part}/") and file.endswith(".safetensors")
 
 
 def folder_digest(uri: str) -> str:
@@ -90,8 +100,16 @@ def _file_digest(uri: str) -> str:
     return digest.hexdigest()
 
 
+def num_train_timesteps(record: ModelRecord) -> int:
+    """T of the model's noise schedule."""
+    return int(storage.read_json(storage.join(record.uri, "scheduler", "scheduler_config.json"))["num_train_timesteps"])
+
+
 def fetch(record: ModelRecord) -> Path:
-    """A local folder with the model's files: itself where it is local, else a copy kept by digest on this node."""
+    """A local folder with the model's files: itself where it is local, else a copy kept by digest on this node.
+
+    Raises BadRequest where the copy is not what was registered.
+    """
     filesystem, path = storage.resolve(record.uri)
     if filesystem.type_name == "local":
         return Path(path)
@@ -99,9 +117,22 @@ def fetch(record: ModelRecord) -> Path:
     target = cache / record.digest
     if not target.exists():
         beside = cache / f"{record.digest}.{uuid.uuid4().hex}.part"
-        storage.copy_folder(record.uri, storage.as_uri(beside))
         try:
+            storage.copy_folder(record.uri, storage.as_uri(beside))
+            check_digest(record, storage.as_uri(beside))
             beside.rename(target)
-        except OSError:  # another process on this node was faster
+        except OSError:
+            if not target.exists():  # else another process on this node was faster
+                raise
+        finally:
             storage.delete_folder(storage.as_uri(beside))
     return target
+
+
+def check_digest(record: ModelRecord, uri: str) -> None:
+    """Refuse files that are not those that were registered."""
+    if (found := folder_digest(uri)) != record.digest:
+        message = (
+            f"the files of model {record.name} at {record.uri!r} have changed: digest {found}, registered as {record.digest}"
+        )
+        raise BadRequest(message, param="model", code="model_changed")

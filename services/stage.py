@@ -25,14 +25,26 @@ def run_stage(spec_type: type[Spec], work: Callable[[Spec, Journal], Strict]) ->
     try:
         result = work(spec, journal)
     except BaseException as error:
-        journal.event(f"failed: {describe(error)}", "error")
+        cause = root_cause(error)
+        journal.event(f"failed: {describe(cause)}", "error")
         journal.flush()
-        failure = StageFailure(message=describe(error), code=type(error).__name__, param=_param(error))
+        failure = StageFailure(message=describe(cause), code=type(cause).__name__, param=_param(cause))
         storage.write_json(storage.join(spec.prefix, "failed.json"), failure.model_dump())
         raise
     journal.event(f"done in {time.monotonic() - began:.1f} s")
     journal.flush()
     storage.write_json(storage.join(spec.prefix, "done.json"), result.model_dump(mode="json"))
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error of ours inside what Ray wraps around it (workers' failures, a task's cause), else the error itself."""
+    if isinstance(error, (DdeError, ServiceError)) and not hasattr(error, "cause"):
+        return error
+    inside = [getattr(error, "cause", None), getattr(error, "controller_failure", None), error.__cause__]
+    for each in [*getattr(error, "worker_failures", {}).values(), *inside]:
+        if isinstance(each, BaseException) and isinstance(found := root_cause(each), (DdeError, ServiceError)):
+            return found
+    return error
 
 
 def describe(error: BaseException) -> str:

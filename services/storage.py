@@ -10,6 +10,7 @@ import json
 import uuid
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pyarrow import fs
 
@@ -27,8 +28,8 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def join(uri: str, *parts: str) -> str:
-    """``uri/part/part``."""
-    return "/".join([uri.rstrip("/"), *parts])
+    """``uri/part/part``; the parts are plain names, and are quoted where ``uri`` is a URI."""
+    return "/".join([uri.rstrip("/"), *(quote(part) if "://" in uri else part for part in parts)])
 
 
 def as_uri(path: Path | str) -> str:

@@ -28,6 +28,15 @@ FIDELITY_MSE = 0.02
 """Mean squared error (pixels in 0..1) to the nearest scene at which fidelity is 1/e."""
 
 
+def check(captions: Sequence[str], height: int, width: int) -> None:
+    """Can pictures of this size (in pixels; 0: the model's own) be scored against these captions? Raises DataError."""
+    for name, value in (("height", height), ("width", width)):
+        if value not in (0, SIZE_PX):
+            raise DataError(f"{name} must be {SIZE_PX} (or 0) for the scorers {', '.join(NAMES)}, got {value}")
+    for text in captions:
+        parse(text)
+
+
 def score(pictures: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
     """Score uint8 pictures [n, 32, 32, 3] against n captions: {"match", "taste", "fidelity"}, each float64 [n].
 

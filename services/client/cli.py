@@ -111,7 +111,7 @@ def list_datasets() -> None:
 def create_model(
     name: str,
     uri: Annotated[str, typer.Argument(help="A diffusers folder: path or URI.")],
-    family: Annotated[str, typer.Option(help="sd15 or sdxl.")] = "sd15",
+    family: Annotated[str, typer.Option(help="sd15.")] = "sd15",
 ) -> None:
     """Register a base model."""
     with connect() as client:

@@ -17,6 +17,7 @@ from services.client import tables
 from services.client.api import Client
 from services.client.bodies import job_body
 from services.client.local import LocalSystem
+from services.client.processes import executables
 from services.client.types import Job
 from services.client.up import BASE_MODEL, first_prompt, picture_command, register_base, signals_interrupt, stay
 from services.client.watch import watch
@@ -47,7 +48,7 @@ def run_demo(console: Console, state: Path, *, job_file: Path | None, num_cpus: 
         seconds["total"] = time.monotonic() - began
 
         grid = keep_grid(result, system.state)
-        show(console, job, result, seconds, [grid, picture])
+        show(console, job, result, seconds, [grid, picture], system.state)
         write_summary(system.state / "summary.json", job, result, seconds)
         if keep:
             key = f"export DDE_URL={system.url} DDE_API_KEY=$(cat {system.key_file})"
@@ -83,13 +84,16 @@ def keep_grid(result: EvaluateResult, folder: Path) -> Path:
     return Path(shutil.copyfile(url2pathname(urlsplit(result.grid).path), folder / "grid.png"))
 
 
-def show(console: Console, job: Job, result: EvaluateResult, seconds: dict[str, float], pictures: list[Path]) -> None:
+def show(
+    console: Console, job: Job, result: EvaluateResult, seconds: dict[str, float], pictures: list[Path], state: Path
+) -> None:
     """The tables, where the pictures are, and how to ask the served model for more."""
     name = job.name or "aligned"
     console.print(tables.comparison(result, BASE_MODEL, name))
     console.print()
     console.print(tables.durations(seconds))
-    lines = [*map(str, pictures), f"{name} is served like this:", f"  {picture_command(name)}"]
+    again = f"{name} is kept; to serve it again: {executables() / 'dde'} up --state {state}"
+    lines = [*map(str, pictures), again, "and to draw from it while it is served:", f"  {picture_command(name, state)}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -129,7 +129,7 @@ class LocalSystem:
         return control
 
     def _start_serve(self) -> None:
-        config = fill_serve_config(self._serve_config, self.serve_port, self.storage_uri)
+        config = fill_serve_config(self._serve_config, self.serve_port, self.storage_uri, self._use_gpu)
         self.ray.deploy(config)
         for name in [application["name"] for application in config["applications"]]:
             runs = partial(self.ray.serving, name)
@@ -157,9 +157,10 @@ def read_serve_config(path: Path) -> dict[str, Any]:
     raise StartFailed(f"serve config {path} has no applications", param="serve_config")
 
 
-def fill_serve_config(config: dict[str, Any], port: int, storage_uri: str) -> dict[str, Any]:
-    """The config with this system's port on the loopback interface and its storage in the arguments of every application."""
-    applications = [{**each, "args": {**each.get("args", {}), "storage_uri": storage_uri}} for each in config["applications"]]
+def fill_serve_config(config: dict[str, Any], port: int, storage_uri: str, use_gpu: bool = False) -> dict[str, Any]:
+    """The config with this system's port on the loopback interface, its storage and its device."""
+    own = {"storage_uri": storage_uri, "use_gpu": use_gpu}
+    applications = [{**each, "args": {**each.get("args", {}), **own}} for each in config["applications"]]
     http_options = {**config.get("http_options", {}), "host": "127.0.0.1", "port": port}
     return {**config, "http_options": http_options, "applications": applications}
 

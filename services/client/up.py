@@ -15,6 +15,7 @@ from rich.console import Console
 from dde_core.shapes import MODEL_DIR, PAIRS_FILE, PROMPTS_FILE
 from services.client.api import Client
 from services.client.local import LocalSystem
+from services.client.processes import executables
 
 USUAL_PORT = 8080
 BASE_MODEL = "shapes"
@@ -67,6 +68,7 @@ def signals_interrupt() -> Iterator[None]:
 
 def guide(system: LocalSystem) -> str:
     """What to type next."""
+    dde = executables() / "dde"
     return f"""
 API       {system.url}   (documentation: {system.url}/docs)
 key       {system.key_file}
@@ -74,18 +76,18 @@ logs      {system.logs}
 
   export DDE_URL={system.url} DDE_API_KEY=$(cat {system.key_file})
   curl $DDE_URL/v1/models -H "Authorization: Bearer $DDE_API_KEY"
-  {picture_command(BASE_MODEL)}
-  dde datasets create shapes-pairs {PAIRS_FILE}
-  dde jobs create deploy/demo.json --dataset DATASET_ID --prompts {PROMPTS_FILE} --watch
+  {picture_command(BASE_MODEL, system.state)}
+  {dde} datasets create shapes-pairs {PAIRS_FILE}
+  {dde} jobs create deploy/demo.json --dataset DATASET_ID --prompts {PROMPTS_FILE} --watch
 
 Ctrl-C stops everything; what is registered stays in {system.state}."""
 
 
-def picture_command(model: str) -> str:
-    """The curl line that draws a picture."""
+def picture_command(model: str, state: Path) -> str:
+    """The curl line that draws a picture from the system that runs in a state folder."""
     body = json.dumps({"model": model, "prompt": first_prompt()})
-    header = '-H "Authorization: Bearer $DDE_API_KEY" -H "Content-Type: application/json"'
-    return f"curl $DDE_URL/v1/images/generations {header} -d '{body}'"
+    header = f'-H "Authorization: Bearer $(cat {state}/key)" -H "Content-Type: application/json"'
+    return f"curl $(cat {state}/url)/v1/images/generations {header} -d '{body}'"
 
 
 def first_prompt() -> str:

@@ -26,7 +26,7 @@ def check_image(asked: ImageRequest) -> None:
     try:
         asked.sample()
     except ConfigError as error:
-        raise BadRequest(f"size: {error.field} {error.reason}, got {asked.size!r}", param="size") from error
+        raise BadRequest(f"size: {error.reason}, got {error.value!r}", param="size") from error
 
 
 def check_scores(asked: ScoreRequest) -> None:

@@ -9,8 +9,11 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session, aliased
 
-from services import storage
-from services.contracts import AlignmentJobCreate, EvaluationConfig, EvaluationCreate
+from dde_core.config import ObjectiveConfig
+from dde_core.errors import DataError
+from dde_core.shapes import scorers
+from services import registry, storage
+from services.contracts import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ModelRecord
 from services.control import journal, models
 from services.control.database import Database, update_one
 from services.control.idempotency import Once, create_once
@@ -34,6 +37,7 @@ def create_alignment(database: Database, once: Once, asked: AlignmentJobCreate) 
 
     def insert(session: Session, _: None) -> dict[str, Any]:
         base, dataset = models.find(session, asked.model, "model"), _dataset(session, asked)
+        _check_timesteps(models.record_of(base), asked.objective)
         job_id = new_id("ajob")
         name = asked.name or f"{base.name[:40]}-{asked.objective.method}-{job_id[-6:]}"
         _refuse_base_name(session, name)
@@ -125,6 +129,15 @@ def _dataset(session: Session, asked: AlignmentJobCreate) -> Dataset:
     return row
 
 
+def _check_timesteps(base: ModelRecord, objective: ObjectiveConfig) -> None:
+    """Refuse timesteps that the base's schedule does not have."""
+    last = registry.num_train_timesteps(base)
+    for field in ("t_min", "t_max", "calibration_bins"):
+        if getattr(objective, field) > last:
+            message = f"objective.{field}: must be at most the {last} timesteps of {base.name}, got {getattr(objective, field)}"
+            raise BadRequest(message, param=f"objective.{field}")
+
+
 def _refuse_base_name(session: Session, name: str) -> None:
     if is_id(name):
         raise BadRequest(f"name: must not have the form of an id, got {name!r}", param="name")
@@ -146,3 +159,7 @@ def _check_evaluation(config: EvaluationConfig, at: str) -> None:
     if found < config.num_prompts:
         message = f"{param}: {config.prompts_uri!r} holds {found} prompts, {at}num_prompts asks for {config.num_prompts}"
         raise BadRequest(message, param=param, code="too_few_prompts")
+    try:
+        scorers.check([line for line in lines if line.strip()][: config.num_prompts], config.sample.height, config.sample.width)
+    except DataError as error:
+        raise BadRequest(f"{at}scorers: {error}", param=f"{at}scorers") from error

@@ -8,19 +8,17 @@ from typing import Any
 
 from services import registry, storage
 from services.contracts import (
+    ENTRY_MODULES,
     AlignmentJobCreate,
     EncodeSpec,
     EvaluateSpec,
     EvaluationConfig,
     ModelRecord,
-    Stage,
     StageSpec,
     TrainSpec,
 )
 from services.control.tables import Job
 from services.settings import Settings
-
-ENTRY_MODULES: dict[Stage, str] = {"encode": "services.ingest", "train": "services.training", "evaluate": "services.evaluation"}
 
 
 def prefix(job: Job, root: str) -> str:

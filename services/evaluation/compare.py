@@ -15,7 +15,7 @@ import torch
 from dde_core.generation import TextToImage
 from dde_core.models import ModelFolder
 from dde_core.shapes.scorers import score
-from services.contracts import EvaluateSpec, ModelRecord
+from services.contracts import EvaluateSpec
 from services.registry import fetch
 
 PROMPTS_PER_CHUNK = 25
@@ -43,7 +43,10 @@ class Comparer:
     def __init__(self, spec: EvaluateSpec) -> None:
         torch.set_num_threads(1)
         self._evaluation = spec.evaluation
-        self._models = {side: _load(record) for side, record in zip(SIDES, (spec.base, spec.candidate), strict=True)}
+        self._models = {
+            side: TextToImage(ModelFolder(fetch(record)), "cuda" if spec.use_gpu else "cpu")
+            for side, record in zip(SIDES, (spec.base, spec.candidate), strict=True)
+        }
 
     def __call__(self, chunk: dict[str, np.ndarray]) -> dict[str, Any]:
         rows = [row for rows in chunk["rows"] for row in rows]
@@ -55,7 +58,3 @@ class Comparer:
             result[side] = pictures
             result |= {f"{side}_{name}": scores[name] for name in self._evaluation.scorers}
         return result
-
-
-def _load(record: ModelRecord) -> TextToImage:
-    return TextToImage(ModelFolder(fetch(record)), "cuda" if torch.cuda.is_available() else "cpu")

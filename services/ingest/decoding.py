@@ -14,6 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from services import pairs
 
+ROWS_AT_ONCE = 128
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -42,11 +44,18 @@ def decode(data: bytes | None, size: int) -> Decoded:
 
 
 def decode_unit(units: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Read a unit's pictures from its row group and decode them; a picture that cannot be used carries its cause."""
+    """Read what is wanted of a row group and decode it, a few rows at a time; what cannot be used carries its cause."""
     for uri, file, group, wanted in zip(units["uri"], units["file"], units["row_group"], units["wanted"], strict=True):
-        columns = sorted({want["column"] for want in wanted})
-        table = pairs.open_parquet(str(uri), str(file)).read_row_group(int(group), columns=columns)
-        yield _stack([_decode_row(table[want["column"]][want["row"]].as_py(), want["uid"], size) for want in wanted])
+        by_row: dict[int, list[dict]] = {}
+        for want in wanted:
+            by_row.setdefault(int(want["row"]), []).append(want)
+        parquet, start = pairs.open_parquet(str(uri), str(file)), 0
+        for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[int(group)], columns=list(pairs.IMAGE_COLUMNS)):
+            rows = [row for row in range(start, start + len(batch)) if row in by_row]
+            found = [(batch[want["column"]][row - start].as_py(), want["uid"]) for row in rows for want in by_row[row]]
+            start += len(batch)
+            if found:
+                yield _stack([_decode_row(data, uid, size) for data, uid in found])
 
 
 def _decode_row(data: bytes | None, uid: str, size: int) -> dict[str, Any]:

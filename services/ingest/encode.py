@@ -16,7 +16,8 @@ from dde_core.latents.writer import shard_table, write_shard
 from dde_core.models import ModelFolder, picture_size, tokenize
 from services import pairs, registry, storage
 from services.contracts import EncodeResult, EncodeSpec
-from services.ingest.stages import IMAGES_PER_UNIT, Unit, encode_dataset
+from services.errors import BadRequest
+from services.ingest.stages import Unit, encode_dataset
 from services.observability import Journal
 from services.pairs import PairRow
 
@@ -50,6 +51,9 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
 def _encode_new(
     spec: EncodeSpec, journal: Journal, folder: ModelFolder, settings: dict, encoder_digest: str, target: str
 ) -> Manifest:
+    if (found := pairs.inspect(spec.dataset_uri)[1]) != spec.dataset_digest:
+        message = f"dataset {spec.dataset_uri!r} has changed: digest {found}, registered as {spec.dataset_digest}"
+        raise BadRequest(message, param="dataset", code="dataset_changed")
     rows = list(pairs.read_rows(spec.dataset_uri))
     decided = [row for row in rows if row.kind == "pair"]
     units = plan_units(spec.dataset_uri, decided)
@@ -83,7 +87,7 @@ def _encode_new(
 
 
 def plan_units(uri: str, decided: list[PairRow]) -> list[Unit]:
-    """Units of work that together hold every image uid once, where it first stands."""
+    """One unit for each row group; together they hold every image uid once, where it first stands."""
     seen: set[str] = set()
     groups: dict[tuple[str, int], list[dict]] = {}
     for row in decided:
@@ -91,11 +95,7 @@ def plan_units(uri: str, decided: list[PairRow]) -> list[Unit]:
             if uid not in seen:
                 seen.add(uid)
                 groups.setdefault((row.file, row.row_group), []).append({"row": row.row, "column": column, "uid": uid})
-    return [
-        {"uri": uri, "file": file, "row_group": group, "wanted": wanted[i : i + IMAGES_PER_UNIT]}
-        for (file, group), wanted in groups.items()
-        for i in range(0, len(wanted), IMAGES_PER_UNIT)
-    ]
+    return [{"uri": uri, "file": file, "row_group": group, "wanted": wanted} for (file, group), wanted in groups.items()]
 
 
 def _pair_id(row: PairRow) -> str:

@@ -1,6 +1,6 @@
 """The Ray Data pipeline: read and decode on CPU, VAE-encode in an actor pool. Every image uid goes through once.
 
-A block is one unit of images from one row group, and the encoder works through it in fixed slices, so what a picture is
+A unit is what is wanted of one row group, and the encoder works through its pictures in fixed slices, so what a picture is
 encoded beside does not depend on scheduling.
 
     {uri, file, row_group, wanted}  --decode_unit-->  {uid, pixels, sha256, size, crop, error}
@@ -21,7 +21,6 @@ from services.contracts import ModelRecord
 from services.ingest.decoding import decode_unit
 from services.registry import fetch
 
-IMAGES_PER_UNIT = 256
 IMAGES_PER_FORWARD = 32
 DECODERS_PER_ENCODER = 2
 
@@ -43,7 +42,7 @@ def encode_dataset(
     )
     encoded = decoded.map_batches(
         Encoder,
-        fn_constructor_args=(model,),
+        fn_constructor_args=(model, "cuda" if use_gpu else "cpu"),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.5,
@@ -53,11 +52,11 @@ def encode_dataset(
 
 
 class Encoder:
-    """One VAE, on a GPU where the actor has one."""
+    """One VAE in each actor."""
 
-    def __init__(self, model: ModelRecord) -> None:
+    def __init__(self, model: ModelRecord, device: str) -> None:
         torch.set_num_threads(1)
-        self._vae = ModelFolder(fetch(model)).vae().to("cuda" if torch.cuda.is_available() else "cpu")
+        self._vae = ModelFolder(fetch(model)).vae().to(device)
 
     def __call__(self, images: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         pixels = images.pop("pixels")

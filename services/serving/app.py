@@ -29,6 +29,7 @@ class ServeArgs(BaseModel):
 
     storage_uri: str
     max_models: int = 4
+    use_gpu: bool = False
 
 
 @api.exception_handler(ServiceError)
@@ -49,9 +50,7 @@ async def validation_error(request: Request, error: RequestValidationError) -> J
     return JSONResponse(BadRequest(message, param=field).body(), status_code=400)
 
 
-@serve.deployment(
-    num_replicas=1, max_ongoing_requests=8, max_queued_requests=64, ray_actor_options={"num_cpus": 1}, health_check_period_s=10
-)
+@serve.deployment(num_replicas=1, max_ongoing_requests=8, max_queued_requests=64)
 @serve.ingress(api)
 class Pictures:
     """One engine; its calls run in a thread, so that health checks are answered meanwhile."""
@@ -59,7 +58,7 @@ class Pictures:
     def __init__(self, args: ServeArgs) -> None:
         from services.serving.engine import Engine  # torch is loaded in replicas alone
 
-        self._engine = Engine(args.storage_uri, args.max_models)
+        self._engine = Engine(args.storage_uri, args.max_models, "cuda" if args.use_gpu else "cpu")
 
     @api.post("/v1/images/generations")
     async def generate(self, body: ImageRequest) -> dict:
@@ -83,4 +82,6 @@ class Pictures:
 
 def build_app(args: dict) -> Application:
     """The application, unstarted. ``args`` come from the Serve config and are those of ``ServeArgs``."""
-    return Pictures.bind(ServeArgs.model_validate(args))  # type: ignore[attr-defined]
+    parsed = ServeArgs.model_validate(args)
+    resources = {"num_cpus": 1, "num_gpus": int(parsed.use_gpu)}
+    return Pictures.options(ray_actor_options=resources).bind(parsed)  # type: ignore[attr-defined]

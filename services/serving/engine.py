@@ -28,10 +28,9 @@ class Stopped(Exception):
 class Engine:
     """Models by name from the registry in storage, the ``max_models`` last used kept. Calls are made one at a time."""
 
-    def __init__(self, storage_uri: str, max_models: int = 4) -> None:
+    def __init__(self, storage_uri: str, max_models: int = 4, device: str = "cpu") -> None:
         torch.set_num_threads(1)
-        self._root, self._max_models = storage_uri, max_models
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._root, self._max_models, self._device = storage_uri, max_models, device
         self._models: OrderedDict[str, TextToImage] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -87,9 +87,9 @@ def train_loop(config: dict) -> None:
         if journal:
             journal.metrics(done.step, metrics)
         if done.step % training.checkpoint_every == 0 or done.step == training.steps:
+            if journal:  # a run that goes on from this checkpoint does not tell these steps again
+                journal.flush()
             report(metrics, policy, optimizer, calibration, done, rank)
-    if journal:
-        journal.flush()
 
 
 def learning_rate(training: TrainConfig, step: int) -> float:

@@ -22,6 +22,8 @@ from services.observability import Journal
 from services.training.loop import train_loop
 
 MAX_WORKER_FAILURES = 3
+MAX_START_FAILURES = 5
+"""Each is a minute of waiting for workers that the cluster does not give."""
 CPUS_PER_WORKER = 1
 
 
@@ -45,13 +47,17 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
             name=name,
             storage_path=storage_path,
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            failure_config=ray.train.FailureConfig(
+                max_failures=MAX_WORKER_FAILURES, controller_failure_limit=MAX_START_FAILURES
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    result = trainer.fit()
-    if result.error is not None:
-        raise result.error
+    try:
+        result = trainer.fit()
+    except ray.train.ControllerError as error:
+        message = f"workers = {spec.workers} could not be started: {error.controller_failure}"
+        raise Unavailable(message, param="workers") from error
     record = _model_record(spec, manifest)
     with tempfile.TemporaryDirectory() as scratch, result.checkpoint.as_directory() as last:
         folder = Path(scratch) / "model"
@@ -66,6 +72,7 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
 
 def _check(spec: TrainSpec, manifest: Manifest) -> None:
     """Refuse what cannot work before a worker starts."""
+    registry.check_digest(spec.model, spec.model.uri)
     pairs, training = manifest.counts["pairs"], spec.training
     if training.batch_size > pairs:
         raise ConfigError("training.batch_size", training.batch_size, f"must be at most the dataset's {pairs} pairs")

@@ -129,7 +129,15 @@ def test_diffusers_alone_loads_the_aligned_model(client: Client, finished: Job):
     assert done.stdout.strip() == "(32, 32)", done.stderr
 
 
-def test_an_encoded_dataset_is_reused_and_a_model_can_be_evaluated_again(client: Client, finished: Job):
+def test_an_encoded_dataset_is_reused_by_the_next_job(client: Client, base: str, dataset: str, finished: Job):
+    training = TrainConfig(steps=1, batch_size=32)
+    again = client.wait(client.create_job(job_request(base, dataset, training=training)).id, timeout_s=240)
+    assert again.status == "succeeded", again.reason
+    assert again.result.encode.reused
+    assert again.result.encode.digest == finished.result.encode.digest
+
+
+def test_a_model_can_be_evaluated_again_with_the_same_scores(client: Client, finished: Job):
     request = EvaluationCreate(
         model="aligned",
         base="shapes",
@@ -187,7 +195,7 @@ def test_a_cancelled_job_stops_and_frees_its_workers(client: Client, system: Loc
     wait_for(lambda: not processes(system, "RayTrainWorker"), timeout_s=60)
 
 
-def test_a_dataset_of_broken_pictures_fails_the_job_and_leaves_nothing(
+def test_a_dataset_of_broken_pictures_fails_the_job_and_leaves_no_shards(
     client: Client, system: LocalSystem, base: str, tmp_path: Path
 ):
     rows = pair_rows(20)
@@ -204,12 +212,13 @@ def test_a_dataset_of_broken_pictures_fails_the_job_and_leaves_nothing(
 
 
 BAD_JOBS = {
+    "timestep that the schedule does not have": ({"objective": {"t_max": 5000}}, "objective.t_max", "5000"),
     "unknown model": ({"model": "nope"}, "model", "nope"),
     "unknown dataset": ({"dataset": "ds_nope"}, "dataset", "ds_nope"),
     "unknown method": ({"objective": {"method": "ppo"}}, "objective.method", "ppo"),
-    "beta of zero": ({"objective": {"beta": 0}}, "objective.beta", "0"),
+    "beta of zero": ({"objective": {"beta": 0}}, "objective.beta", "got 0"),
     "negative beta": ({"objective": {"beta": -1}}, "objective.beta", "-1"),
-    "no steps": ({"training": {"steps": 0}}, "training.steps", "0"),
+    "no steps": ({"training": {"steps": 0}}, "training.steps", "got 0"),
     "negative steps": ({"training": {"steps": -5}}, "training.steps", "-5"),
     "unknown field": ({"colour": "red"}, "colour", "red"),
     "unknown nested field": ({"training": {"epochs": 3}}, "training.epochs", "3"),
@@ -235,7 +244,7 @@ BAD_IMAGES = {
     "size": ({"size": "33x32"}, "33x32"),
     "n": ({"n": 1000}, "1000"),
     "model": ({"model": "nope"}, "nope"),
-    "prompt": ({"prompt": ""}, "prompt"),
+    "prompt": ({"prompt": ""}, 'got ""'),
 }
 
 

@@ -533,10 +533,10 @@ def test_an_image_installs_the_extra_that_it_is_named_after(path: Path) -> None:
     assert f"'.[{extra}]'" in [rest for word, rest in instructions(path) if word == "RUN"][-1]
 
 
-def test_the_ray_image_has_what_kuberays_probes_run_and_a_build_argument_for_torchs_index() -> None:
+def test_the_ray_image_has_what_kuberays_probes_run_and_a_build_argument_for_pip() -> None:
     steps = instructions(ROOT / "docker" / "ray.Dockerfile")
     assert any(word == "RUN" and "apt-get install" in rest and "wget" in rest.split() for word, rest in steps)
-    assert [rest.split("=")[0] for word, rest in steps if word == "ARG"] == ["TORCH_INDEX"]
+    assert [rest.split("=")[0] for word, rest in steps if word == "ARG"] == ["PIP_ARGS"]
 
 
 def test_the_control_image_starts_the_control_plane_and_pods_do_not_override_it() -> None:

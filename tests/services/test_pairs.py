@@ -41,17 +41,32 @@ def test_the_winner_is_the_one_with_the_larger_label():
     assert row(0.2, 0.8).winner_first == ("b", "a", 0.8)
 
 
-def test_a_dataset_is_counted_and_its_digest_does_not_depend_on_files(tmp_path: Path):
+def test_a_dataset_is_counted_in_one_file_or_many(tmp_path: Path):
     rows = pair_rows(40)
     rows[1]["label_0"] = None
     one = write_pairs(tmp_path / "one" / "all.parquet", rows)
-    write_pairs(tmp_path / "two" / "b.parquet", rows[25:])
+    write_pairs(tmp_path / "two" / "with space" / "ä%.parquet", rows[25:])
     write_pairs(tmp_path / "two" / "deeper" / "a.parquet", rows[:25], row_group_size=7)
-    counts, digest = pairs.inspect(one.as_uri())
+    counts = pairs.inspect(one.as_uri())[0]
     assert counts.model_dump() == {"rows": 40, "pairs": 35, "ties": 4, "missing": 1}
-    assert pairs.inspect((tmp_path / "two").as_uri()) == (counts, digest)
-    rows[0]["caption"] += "!"
-    assert pairs.inspect(write_pairs(tmp_path / "other.parquet", rows).as_uri())[1] != digest
+    assert pairs.inspect((tmp_path / "two").as_uri())[0] == counts
+    assert pairs.inspect(str(tmp_path / "two"))[0] == counts
+
+
+def test_the_digest_changes_with_captions_labels_and_pictures(tmp_path: Path):
+    def digest(**changes) -> str:
+        rows = pair_rows(5)
+        rows[2] |= changes
+        return pairs.inspect(write_pairs(tmp_path / "pairs.parquet", rows).as_uri())[1]
+
+    unchanged = digest()
+    assert digest() == unchanged
+    changed = [
+        digest(caption="a red circle"),
+        digest(label_0=0.25, label_1=0.75),
+        digest(jpg_0=pair_rows(9, seed=5)[7]["jpg_1"]),
+    ]
+    assert len({unchanged, *changed}) == 4
 
 
 def test_a_column_of_the_wrong_type_is_refused_by_name(tmp_path: Path):

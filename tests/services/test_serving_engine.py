@@ -56,7 +56,7 @@ def test_a_name_means_another_model_as_soon_as_it_is_pointed_there(root: str):
     assert list(engine._models) == ["model_b"], "the last one used is kept, the other is dropped"
 
 
-@pytest.mark.parametrize("name", ["nope", "../secrets", "model_zzz"])
+@pytest.mark.parametrize("name", ["nope", "../secrets", "..%2Fsecrets", "my model", "50%", "a?b", "model_zzz"])
 def test_an_unknown_model_is_refused_by_name(root: str, name: str):
     with pytest.raises(NotFound) as refused:
         Engine(root).generate(asked(model=name))
@@ -64,7 +64,7 @@ def test_an_unknown_model_is_refused_by_name(root: str, name: str):
 
 
 def test_a_size_that_cannot_be_drawn_is_refused(root: str):
-    with pytest.raises(ConfigError, match="width must be a multiple of 8, got 33"):
+    with pytest.raises(ConfigError, match="size width must be a multiple of 8, got '33x32'"):
         Engine(root).generate(asked(size="33x32"))
 
 

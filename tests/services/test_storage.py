@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayTaskError
+from ray.train import WorkerGroupError
 
 from dde_core.errors import ConfigError
 from services import storage
 from services.contracts import EncodeResult, EncodeSpec, ModelRecord, StageFailure
 from services.errors import BadRequest
 from services.observability import Journal, read_journal
-from services.stage import run_stage
+from services.stage import root_cause, run_stage
 
 
 def test_a_file_replaces_the_one_before_and_no_part_of_it_is_listed(tmp_path: Path):
@@ -74,3 +76,14 @@ def test_a_stage_that_fails_leaves_why_with_the_field_and_fails(told: Path):
     failure = StageFailure.model_validate(json.loads((told / "failed.json").read_text()))
     assert failure == StageFailure(message="beta must be greater than 0, got -1", code="ConfigError", param="beta")
     assert not (told / "done.json").exists()
+
+
+def test_the_error_of_ours_is_found_inside_what_ray_wraps_around_it():
+    ours = ConfigError("beta", -1, "must be greater than 0")
+    task = RayTaskError("decode", "a long traceback", ours).as_instanceof_cause()
+    workers = WorkerGroupError("rank 1 failed", {1: task})
+    assert root_cause(task) is ours
+    assert root_cause(workers) is ours
+    assert root_cause(ours) is ours
+    other = ValueError("not ours")
+    assert root_cause(other) is other

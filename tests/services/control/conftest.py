@@ -167,7 +167,7 @@ def make_plane(tmp_path: Path, url: str):
     )
     plane = Plane(tmp_path, settings, FakeLauncher())
     app = build_app(settings, plane.launcher, reconcile=False)
-    (tmp_path / "prompts.txt").write_text("a red star\n\na small blue circle\na green square\n")
+    (tmp_path / "prompts.txt").write_text("a red cross\n\na small blue circle\na green square\n")
     plane_client = TestClient(app, headers={"authorization": f"Bearer {KEY}"}, raise_server_exceptions=False)
     with plane_client as plane.http:
         plane.post("/v1/models", {"name": "shapes", "uri": write_base(tmp_path / "base")})
@@ -175,11 +175,13 @@ def make_plane(tmp_path: Path, url: str):
 
 
 def write_base(folder: Path) -> str:
-    """A folder that says it is a diffusers pipeline."""
+    """A folder with the files of a diffusers pipeline; nobody here looks into the weights."""
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    folder.mkdir(exist_ok=True)
+    for part in parts:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "model.safetensors").write_bytes(b"1234")
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"num_train_timesteps": 1000}')
     (folder / "model_index.json").write_text(json.dumps({part: ["diffusers", "X"] for part in parts}))
-    (folder / "weights.bin").write_bytes(b"1234")
     return str(folder)
 
 

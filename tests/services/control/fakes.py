@@ -77,6 +77,7 @@ def encode(spec) -> RunState:
 def train(spec) -> RunState:
     journal(spec, 5)
     storage.write_bytes(storage.join(spec.output, "model_index.json"), b"{}")
+    storage.write_json(storage.join(spec.output, "scheduler", "scheduler_config.json"), {"num_train_timesteps": 1000})
     lineage = {"job": spec.job, "dataset": "d1", "base": spec.model.digest}
     model = spec.model.model_copy(
         update={"id": spec.model_id, "name": spec.name, "uri": spec.output, "digest": "d2", "lineage": lineage}

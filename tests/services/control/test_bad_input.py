@@ -120,11 +120,16 @@ def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(steady, pr
         post(f"{prefix}prompts_uri: cannot be read, got '{uri}'", prompts_uri=str(uri))
     uri = str(steady.root / "prompts.txt")
     post(f"{prefix}prompts_uri: '{uri}' holds 3 prompts, {prefix}num_prompts asks for 4", prompts_uri=uri, num_prompts=4)
-    post(f"{prefix}scorers: must not repeat", scorers=["match", "match"], prompts_uri=uri, num_prompts=1)
+    (steady.root / "other.txt").write_text("a red cross\na plaid sphere\n")
+    other = {"prompts_uri": str(steady.root / "other.txt"), "num_prompts": 2}
+    post(f"{prefix}scorers: caption 'a plaid sphere' is not a sentence", scorers=["match"], **other)
+    large = {"prompts_uri": uri, "num_prompts": 2, "sample": {"height": 64}}
+    post(f"{prefix}scorers: height must be 32 (or 0) for the scorers", scorers=["match"], **large)
+    post(f"{prefix}scorers: must not repeat", scorers=["match", "match"], prompts_uri=uri, num_prompts=2)
 
 
 def test_an_evaluation_of_an_unknown_model_or_base_names_which(steady):
-    body = {"model": "shapes", "base": "shapes", "prompts_uri": str(steady.root / "prompts.txt"), "num_prompts": 1}
+    body = {"model": "shapes", "base": "shapes", "prompts_uri": str(steady.root / "prompts.txt"), "num_prompts": 2}
     for param in ("model", "base"):
         refused(steady, "/v1/evaluations", body | {param: "nobody"}, 404, param, f'{param}: model "nobody" does not exist')
 
@@ -177,8 +182,10 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
         refused(plane, "/v1/models", {"name": "other", "uri": base} | body, 400, param, message)
 
     base = write_base(plane.root / "base")
-    message = f"uri '{base}' is not of family 'sdxl': model_index.json lacks text_encoder_2, tokenizer_2"
-    post("family", message, family="sdxl")
+    post("family", "family: Input should be 'sd15', got \"sdxl\"", family="sdxl")
+    (plane.root / "base" / "unet" / "model.safetensors").unlink()
+    post("uri", f"uri '{base}' lacks unet, unet/*.safetensors")
+    write_base(plane.root / "base")
     post("uri", f"uri '{plane.root}' is not a diffusers folder: model_index.json cannot be read", uri=str(plane.root))
     post("name", "name: is taken by model_", name="shapes")
     post("name", "name: must not have the form of an id", name="model_" + "a" * 24)

@@ -53,14 +53,14 @@ def test_a_stream_tells_a_whole_job_and_ends_with_it_and_resumes_after_the_last_
         database_url=f"sqlite:///{tmp_path}/dde.db",
         poll_interval_s=0.02,
     )
-    (tmp_path / "prompts.txt").write_text("a star\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue cross\n")
     with (
         listening(build_app(settings, launcher)) as url,
         httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}) as http,
     ):
         http.post("/v1/models", json={"name": "shapes", "uri": write_base(tmp_path / "base")}).raise_for_status()
         dataset = http.post("/v1/datasets", json={"name": "d", "uri": write_pairs(tmp_path / "pairs")}).json()["id"]
-        evaluation = {"prompts_uri": str(tmp_path / "prompts.txt"), "num_prompts": 1}
+        evaluation = {"prompts_uri": str(tmp_path / "prompts.txt"), "num_prompts": 2}
         body = {"model": "shapes", "dataset": dataset, "training": {"batch_size": 2}, "evaluation": evaluation}
         job = http.post(JOBS, json=body).json()["id"]
         path, accept = f"{JOBS}/{job}/events", {"accept": "text/event-stream"}
