@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -67,5 +68,5 @@ def test_the_comparison_fits_eighty_columns_and_keeps_the_order_of_scorers() -> 
 
 
 def test_the_curl_line_carries_a_request_that_the_api_takes() -> None:
-    body = picture_command("shapes-aligned").split(" -d '")[1].removesuffix("'")
+    body = picture_command("shapes-aligned", Path("state")).split(" -d '")[1].removesuffix("'")
     assert ImageRequest.model_validate_json(body).prompt == first_prompt() != ""
