@@ -193,7 +193,7 @@ def test_an_application_is_deployed_and_one_that_cannot_be_says_why(ray_head, tm
     config, port = serve_config(tmp_path, "small_app:build_app")
     ray_head.deploy(config)
     wait_serving(ray_head, "small")
-    assert httpx.get(f"http://127.0.0.1:{port}/healthz").json() == {"storage_uri": "file:///s"}
+    assert httpx.get(f"http://127.0.0.1:{port}/healthz").json() == {"storage_uri": "file:///s", "use_gpu": False}
 
     broken, _ = serve_config(tmp_path, "small_app:broken_app")
     broken["applications"][0] |= {"name": "broken", "route_prefix": "/broken"}
