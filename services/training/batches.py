@@ -46,8 +46,8 @@ class BatchMaker:
         noise_l = noise_w if shared else [draw_noise(seed, pair, "l", draw, shape) for pair, draw in visits]
         batch = PairBatch(
             pair_ids=rows.pair_ids,
-            latents_w=torch.from_numpy(rows.latents_w).float().to(self._device),
-            latents_l=torch.from_numpy(rows.latents_l).float().to(self._device),
+            latents_w=torch.tensor(rows.latents_w, dtype=torch.float32, device=self._device),
+            latents_l=torch.tensor(rows.latents_l, dtype=torch.float32, device=self._device),
             conditioning=encode_text(self._text_encoder, self._captions(rows, visits)),
             t=torch.tensor(t, device=self._device),
             noise_w=torch.stack(noise_w).to(self._device),
