@@ -24,7 +24,7 @@ from services.contracts import TrainSpec
 from services.observability import Journal
 from services.training.batches import BatchMaker, gather
 
-SAVE_EVERY_METRICS = ("loss", "implicit_accuracy", "margin")
+REPORTED = ("loss", "implicit_accuracy", "margin")
 
 
 def train_loop(config: dict) -> None:
@@ -54,42 +54,46 @@ def train_loop(config: dict) -> None:
         journal.event(f"training on {world_size} workers from step {done.step}")
     parallel = ray.train.torch.prepare_model(policy, move_to_device=False)
 
-    for step in range(done.step, training.steps):
-        began = time.monotonic()
-        batch, positions = batches.make(step, rank, world_size)
-        fetched = time.monotonic()
-        theta = pair_errors(parallel, schedule, batch)
-        with torch.no_grad():
-            ref = pair_errors(reference, schedule, batch)
-        terms = step_losses(theta, ref, batch.t, objective, schedule, calibration.correction(batch.t))
-        check_finite("loss", terms.loss)
+    try:
+        for step in range(done.step, training.steps):
+            began = time.monotonic()
+            batch, positions = batches.make(step, rank, world_size)
+            fetched = time.monotonic()
+            theta = pair_errors(parallel, schedule, batch)
+            with torch.no_grad():
+                ref = pair_errors(reference, schedule, batch)
+            terms = step_losses(theta, ref, batch.t, objective, schedule, calibration.correction(batch.t))
+            check_finite("loss", terms.loss)
 
-        optimizer.zero_grad(set_to_none=True)
-        (terms.loss.sum() / training.batch_size * world_size).backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), training.max_grad_norm)
-        check_finite("gradient", grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, step)
-        optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            (terms.loss.sum() / training.batch_size * world_size).backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), training.max_grad_norm)
+            check_finite("gradient", grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(training, step)
+            optimizer.step()
 
-        # Every worker sees the errors of the whole global batch, so all hold the same calibration arrays.
-        columns = gather([batch.t, theta.w, ref.w, theta.l, ref.l], positions, training.batch_size)
-        t, errors = columns[0].long(), [column.float() for column in columns[1:]]
-        whole = step_losses(PairErrors(errors[0], errors[2]), PairErrors(errors[1], errors[3]), t, objective, schedule,
-                            calibration.correction(t))  # fmt: skip
-        calibration.update(t, *errors)
-        done = Progress(step=step + 1, pairs_seen=done.pairs_seen + training.batch_size)
+            # Every worker sees the errors of the whole global batch, so all hold the same calibration arrays.
+            columns = gather([batch.t, theta.w, ref.w, theta.l, ref.l], positions, training.batch_size)
+            t, (theta_w, ref_w, theta_l, ref_l) = columns[0].long(), columns[1:].float()
+            theta_all, ref_all = PairErrors(theta_w, theta_l), PairErrors(ref_w, ref_l)
+            terms = step_losses(theta_all, ref_all, t, objective, schedule, calibration.correction(t))
+            calibration.update(t, theta_w, ref_w, theta_l, ref_l)
+            done = Progress(step=step + 1, pairs_seen=done.pairs_seen + training.batch_size)
 
-        metrics = step_metrics(t, PairErrors(errors[0], errors[2]), PairErrors(errors[1], errors[3]), whole, schedule.T)
-        seconds = time.monotonic() - began
-        metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate(training, step),
-                    "pairs_per_s": training.batch_size / seconds, "data_wait": (fetched - began) / seconds}  # fmt: skip
+            metrics = step_metrics(t, theta_all, ref_all, terms, schedule.T)
+            seconds = time.monotonic() - began
+            metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate(training, step),
+                        "pairs_per_s": training.batch_size / seconds, "data_wait": (fetched - began) / seconds}  # fmt: skip
+            if journal:
+                journal.metrics(done.step, metrics)
+            if done.step % training.checkpoint_every == 0 or done.step == training.steps:
+                if journal:  # a run that goes on from this checkpoint does not tell these steps again
+                    journal.flush()
+                report(metrics, policy, optimizer, calibration, done, rank)
+    finally:
         if journal:
-            journal.metrics(done.step, metrics)
-        if done.step % training.checkpoint_every == 0 or done.step == training.steps:
-            if journal:  # a run that goes on from this checkpoint does not tell these steps again
-                journal.flush()
-            report(metrics, policy, optimizer, calibration, done, rank)
+            journal.flush()
 
 
 def learning_rate(training: TrainConfig, step: int) -> float:
@@ -106,7 +110,7 @@ def report(
     rank: int,
 ) -> None:
     """Hand a checkpoint to Ray Train: rank 0 writes it, all wait for it."""
-    chosen: dict[str, Tensor | float] = {"step": done.step, **{name: metrics[name] for name in SAVE_EVERY_METRICS}}
+    chosen: dict[str, Tensor | float] = {"step": done.step, **{name: metrics[name] for name in REPORTED}}
     if rank != 0:
         ray.train.report(chosen)
         return

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dde_core.config import SampleConfig
@@ -11,22 +11,13 @@ from dde_core.errors import ConfigError
 from dde_core.noise import initial_latents
 from dde_core.sampling import decode, sample_latents, timesteps
 from dde_core.schedule import Schedule
+from tests.tiny_unet import tiny_unet
 
 
 @pytest.fixture(scope="module")
 def parts():
     """Tiny random U-Net, VAE (f = 4) and text encoder of the real classes, and embeddings of two captions."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        norm_num_groups=8,  # with one channel a group the timestep would be normalised away
-        attention_head_dim=8,
-    )
+    unet = tiny_unet()
     vae = AutoencoderKL(
         block_out_channels=(32, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 3,

@@ -2,7 +2,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import distributed, nn
 from torch.nn import functional as F
 
@@ -11,6 +10,7 @@ from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, NonFiniteError
 from dde_core.schedule import Schedule, add_noise
 from dde_core.train_step import PairBatch, PairErrors, check_finite, pair_errors, step_losses
+from tests.tiny_unet import tiny_unet
 
 DPO = ObjectiveConfig(method="uniform")
 DDE = ObjectiveConfig(method="dde")
@@ -141,22 +141,8 @@ def test_a_model_that_is_right_has_no_error_whatever_it_predicts(sd_config, pred
     assert torch.cat([errors.w, errors.l]).max() < 1e-10
 
 
-def real_unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        norm_num_groups=8,  # with one channel a group the timestep would be normalised away
-        attention_head_dim=8,
-    )
-
-
 def test_a_real_unet_gives_each_pair_the_same_errors_alone_and_in_a_batch(schedule):
-    unet, batch = real_unet(), pairs()
+    unet, batch = tiny_unet(), pairs()
     with torch.no_grad():
         whole = pair_errors(unet, schedule, batch)
         for i in range(4):
@@ -167,7 +153,7 @@ def test_a_real_unet_gives_each_pair_the_same_errors_alone_and_in_a_batch(schedu
 
 
 def test_a_policy_wrapped_for_distributed_training_gets_the_gradient_of_the_bare_one(schedule, tmp_path):
-    bare, wrapped, reference, batch = real_unet(), real_unet(), TinyUnet(2), pairs()
+    bare, wrapped, reference, batch = tiny_unet(), tiny_unet(), TinyUnet(2), pairs()
     config = ObjectiveConfig(method="uniform", beta=5.0)
     distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -18,24 +17,11 @@ from dde_core.noise import draw_noise, draw_timestep
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors, step_losses
 from services.training.batches import gather
+from tests.tiny_unet import TEXT_WIDTH, tiny_unet
 
 STEPS, BATCH, SHAPE = 20, 6, (4, 8, 8)
 CONFIG = ObjectiveConfig(beta=500.0, calibration_bins=20)
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def tiny_unet() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).double()
 
 
 def make_batch(step: int, places: np.ndarray) -> PairBatch:
@@ -44,7 +30,7 @@ def make_batch(step: int, places: np.ndarray) -> PairBatch:
     def draw(side: str, visit: int) -> torch.Tensor:
         return torch.stack([draw_noise(0, name, side, visit, SHAPE) for name in names]).double()
 
-    text = torch.stack([draw_noise(0, name, "shared", 2, (3, 8)) for name in names]).double()
+    text = torch.stack([draw_noise(0, name, "shared", 2, (3, TEXT_WIDTH)) for name in names]).double()
     t = torch.tensor([draw_timestep(0, name, 0, 1, 1000) for name in names])
     return PairBatch(tuple(names), draw("w", 1), draw("l", 1), {"encoder_hidden_states": text}, t, draw("w", 0), draw("l", 0))
 
@@ -55,7 +41,7 @@ def train(rank: int, world_size: int, folder: str) -> None:
         store = distributed.FileStore(f"{folder}/store", world_size)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     schedule = Schedule.from_config(SCHEDULE)
-    policy, reference = tiny_unet(), tiny_unet().requires_grad_(False)
+    policy, reference = tiny_unet().double(), tiny_unet().double().requires_grad_(False)
     parallel = DistributedDataParallel(policy) if world_size > 1 else policy
     optimizer, calibration = torch.optim.AdamW(policy.parameters(), lr=1e-4), Calibration(schedule, CONFIG)
     for step in range(STEPS):
@@ -81,7 +67,7 @@ def test_workers_do_not_change_the_update_in_float64(tmp_path: Path):
     train(0, 1, str(tmp_path))
     mp.spawn(train, args=(3, str(tmp_path)), nprocs=3)
     one, *three = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "3-0", "3-1", "3-2"))
-    start = torch.cat([value.flatten() for value in tiny_unet().state_dict().values()])
+    start = torch.cat([value.flatten() for value in tiny_unet().double().state_dict().values()])
     distance = (three[0]["weights"] - one["weights"]).norm() / (one["weights"] - start).norm()
     print(f"relative L2 distance of the update, 1 against 3 workers, float64: {distance:.1e}")
     assert distance < 1e-9
