@@ -70,12 +70,15 @@ class ModelCreate(Strict):
 
 
 class EvaluationConfig(Strict):
-    """Held-out evaluation: one prompt a line in the file at ``prompts_uri``; the same prompt and seed for both models."""
+    """Held-out evaluation: one prompt a line in the file at ``prompts_uri``; the same prompt and seed for both models.
+
+    The scorers know the shapes world alone. Other prompts and models take an empty list: pictures and grid, no scores.
+    """
 
     prompts_uri: Uri
     num_prompts: Annotated[int, Field(ge=2, le=100_000)] = 200
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    scorers: Annotated[list[Scorer], Field(min_length=1)] = list(ALL_SCORERS)
+    scorers: list[Scorer] = list(ALL_SCORERS)
     sample: SampleConfig = SampleConfig()
 
 
@@ -241,7 +244,7 @@ class EvaluateResult(Strict):
 
 
 class StageFailure(Strict):
-    """``failed.json``: ``code`` is the error's class, ``param`` the field that it is about, where there is one."""
+    """``failed.json``: ``code`` is for programs, ``param`` the field that it is about, where there is one."""
 
     message: str
     code: str

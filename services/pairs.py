@@ -1,7 +1,8 @@
 """Preference pairs as teams have them: Parquet with Pick-a-Pic's columns. What a row means is decided here, once.
 
 ``label_0``/``label_1`` say how much of the preference each picture got. A row is **decided** where they sum to one and
-differ, a **tie** where they are equal, **missing** where one is null or NaN or ``has_label`` is false. The control plane
+differ, a **tie** where they are equal or both pictures have one uid, **missing** where a label is null, NaN or no share, where
+``has_label`` is false, or where there is no caption. The control plane
 reads everything but the pictures to check and count a dataset; ingest reads the same, then the pictures.
 """
 
@@ -48,9 +49,9 @@ class PairRow:
     def kind(self) -> str:
         """ "pair", "tie" or "missing"."""
         labels = [label for label in (self.label_0, self.label_1) if label is not None and not math.isnan(label)]
-        if not self.has_label or len(labels) < 2:
+        if not self.has_label or len(labels) < 2 or not self.caption:
             return "missing"
-        if labels[0] == labels[1]:
+        if labels[0] == labels[1] or self.uid_0 == self.uid_1:
             return "tie"
         return "pair" if math.isclose(sum(labels), 1.0, abs_tol=1e-6) and min(labels) >= 0 else "missing"
 
@@ -94,7 +95,8 @@ def open_parquet(uri: str, file: str) -> pq.ParquetFile:
         raise BadRequest(f"uri {full!r} lacks the columns {', '.join(missing)}", param="uri", code="missing_columns")
     for name, allowed in _TYPES.items():
         if not any(check(schema.field(name).type) for check in allowed):
-            message = f"column {name} of {full!r} has the wrong type {schema.field(name).type}"
+            wanted = " or ".join(check.__name__.removeprefix("is_") for check in allowed if check is not pa.types.is_null)
+            message = f"column {name} of {full!r} has the wrong type {schema.field(name).type}, it must be {wanted}"
             raise BadRequest(message, param="uri", code="wrong_column_type")
     return parquet
 

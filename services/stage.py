@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,10 +26,9 @@ def run_stage(spec_type: type[Spec], work: Callable[[Spec, Journal], Strict]) ->
     try:
         result = work(spec, journal)
     except BaseException as error:
-        cause = root_cause(error)
-        journal.event(f"failed: {describe(cause)}", "error")
+        failure = failure_of(error)
+        journal.event(f"failed: {failure.message}", "error")
         journal.flush()
-        failure = StageFailure(message=describe(cause), code=type(cause).__name__, param=_param(cause))
         storage.write_json(storage.join(spec.prefix, "failed.json"), failure.model_dump())
         raise
     journal.event(f"done in {time.monotonic() - began:.1f} s")
@@ -47,12 +47,15 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def describe(error: BaseException) -> str:
-    """One line for people: an error of ours as it is, another with its class."""
-    return str(error) if isinstance(error, (DdeError, ServiceError)) else f"{type(error).__name__}: {error}"
-
-
-def _param(error: BaseException) -> str | None:
-    if isinstance(error, ConfigError):
-        return error.field
-    return error.param if isinstance(error, ServiceError) else None
+def failure_of(error: BaseException) -> StageFailure:
+    """What failed.json says: an error of ours as it is, another by its class and first line."""
+    if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        return StageFailure(message="the stage was stopped", code="stopped")
+    cause = root_cause(error)
+    if isinstance(cause, ServiceError):
+        return StageFailure(message=cause.message, code=cause.code, param=cause.param)
+    name = type(cause).__name__
+    code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    if isinstance(cause, DdeError):
+        return StageFailure(message=str(cause), code=code, param=cause.field if isinstance(cause, ConfigError) else None)
+    return StageFailure(message=f"{name}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}", code=code)

@@ -183,7 +183,7 @@ def _follow(client: Client, job_id: str) -> None:
     console = Console()
     job = watch(client, job_id, console)
     if job.result and job.result.evaluate:
-        console.print(tables.comparison(job.result.evaluate, "base", job.name or "aligned"))
+        console.print(tables.comparison(job.result.evaluate, "its base", job.name or "aligned"))
     if job.status != "succeeded":
         raise ServiceError(f"{job.id} {job.status}" + (f": {job.reason}" if job.reason else ""))
 

@@ -70,7 +70,7 @@ def guide(system: LocalSystem) -> str:
     """What to type next."""
     dde = executables() / "dde"
     return f"""
-API       {system.url}   (documentation: {system.url}/docs)
+API       {system.url}   (described in {system.url}/openapi.json)
 key       {system.key_file}
 logs      {system.logs}
 
@@ -80,7 +80,7 @@ logs      {system.logs}
   {dde} datasets create shapes-pairs {PAIRS_FILE}
   {dde} jobs create deploy/demo.json --dataset DATASET_ID --prompts {PROMPTS_FILE} --watch
 
-Ctrl-C stops everything; what is registered stays in {system.state}."""
+Ctrl-C stops everything. What is registered stays in {system.state}; a job that runs then fails, and is to be started again."""
 
 
 def picture_command(model: str, state: Path) -> str:

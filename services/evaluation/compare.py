@@ -54,7 +54,7 @@ class Comparer:
         result: dict[str, Any] = {"index": np.array([row["index"] for row in rows]), "prompt": np.array(prompts)}
         for side, model in self._models.items():
             pictures = model(prompts, seeds, self._evaluation.sample)
-            scores = score(pictures, prompts)
+            scores = score(pictures, prompts) if self._evaluation.scorers else {}
             result[side] = pictures
             result |= {f"{side}_{name}": scores[name] for name in self._evaluation.scorers}
         return result

@@ -150,6 +150,16 @@ def test_a_model_can_be_evaluated_again_with_the_same_scores(client: Client, fin
     assert done.result.scores == finished.result.evaluate.scores, "the same models, prompts and seeds give the same scores"
 
 
+def test_prompts_that_no_scorer_knows_are_drawn_without_scores(client: Client, finished: Job, tmp_path: Path):
+    prompts = tmp_path / "own.txt"
+    prompts.write_text("a photo of an astronaut\nan oil painting of a lighthouse\n")
+    request = EvaluationCreate(model="aligned", base="shapes", prompts_uri=prompts.as_uri(), num_prompts=2, scorers=[])
+    done = client.wait_evaluation(client.create_evaluation(request).id, timeout_s=120)
+    assert done.status == "succeeded", done.reason
+    assert done.result.scores == {}
+    assert Image.open(io.BytesIO(storage.read_bytes(done.result.grid))).format == "PNG"
+
+
 def wait_for(condition: Callable[[], object], timeout_s: float = 120.0):
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):

@@ -36,6 +36,11 @@ def test_a_row_is_a_pair_a_tie_or_missing(label_0, label_1, has_label, kind):
     assert row(label_0, label_1, has_label).kind == kind
 
 
+def test_a_row_without_a_caption_is_missing_and_a_picture_against_itself_is_a_tie():
+    assert PairRow("", 0, 0, "a", "b", "", 1.0, 0.0).kind == "missing"
+    assert PairRow("", 0, 0, "a", "a", "text", 1.0, 0.0).kind == "tie"
+
+
 def test_the_winner_is_the_one_with_the_larger_label():
     assert row(1.0, 0.0).winner_first == ("a", "b", 1.0)
     assert row(0.2, 0.8).winner_first == ("b", "a", 0.8)

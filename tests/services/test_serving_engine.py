@@ -89,6 +89,13 @@ def test_scores_are_those_of_the_pictures(root: str):
     assert set(scores) == {"match", "taste", "fidelity"}
 
 
+def test_pictures_that_the_scorers_do_not_know_are_refused_as_such(root: str):
+    large = base64.b64encode(png(np.zeros((64, 64, 3), np.uint8))).decode()
+    with pytest.raises(BadRequest, match="64, 64") as refused:
+        Engine(root).score(ScoreRequest(images=[large], prompts=[TEXT]))
+    assert refused.value.param == "images"
+
+
 @pytest.mark.parametrize(
     ("images", "prompts", "field"),
     [(["@@"], [TEXT], "images[0]"), (["eA=="], [TEXT], "images[0]"), (["eA=="], [TEXT, TEXT], "prompts")],

@@ -15,7 +15,7 @@ from services import storage
 from services.contracts import EncodeResult, EncodeSpec, ModelRecord, StageFailure
 from services.errors import BadRequest
 from services.observability import Journal, read_journal
-from services.stage import root_cause, run_stage
+from services.stage import failure_of, root_cause, run_stage
 
 
 def test_a_file_replaces_the_one_before_and_no_part_of_it_is_listed(tmp_path: Path):
@@ -74,7 +74,7 @@ def test_a_stage_that_fails_leaves_why_with_the_field_and_fails(told: Path):
     with pytest.raises(ConfigError):
         run_stage(EncodeSpec, work)
     failure = StageFailure.model_validate(json.loads((told / "failed.json").read_text()))
-    assert failure == StageFailure(message="beta must be greater than 0, got -1", code="ConfigError", param="beta")
+    assert failure == StageFailure(message="beta must be greater than 0, got -1", code="config_error", param="beta")
     assert not (told / "done.json").exists()
 
 
@@ -87,3 +87,10 @@ def test_the_error_of_ours_is_found_inside_what_ray_wraps_around_it():
     assert root_cause(ours) is ours
     other = ValueError("not ours")
     assert root_cause(other) is other
+
+
+def test_what_failed_is_one_line_and_a_stop_is_no_error_of_the_work():
+    assert failure_of(SystemExit(1)) == StageFailure(message="the stage was stopped", code="stopped")
+    assert failure_of(OSError("disk full\nand more")) == StageFailure(message="OSError: disk full", code="oserror")
+    refused = BadRequest("uri 'x' does not exist", param="uri", code="not_found")
+    assert failure_of(refused) == StageFailure(message="uri 'x' does not exist", code="not_found", param="uri")
