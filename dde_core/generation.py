@@ -9,7 +9,7 @@ import torch
 
 from dde_core.config import SampleConfig
 from dde_core.errors import ConfigError
-from dde_core.models import ModelFolder, encode_text, tokenize
+from dde_core.models import ModelFolder, encode_text, picture_size, tokenize
 from dde_core.noise import initial_latents
 from dde_core.sampling import decode, sample_latents
 
@@ -23,8 +23,8 @@ class TextToImage:
         self._unet = folder.unet().requires_grad_(False).to(device)
         self._vae = folder.vae().to(device)
         self._device = device
-        self._factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
-        self.size_px = int(self._unet.config.sample_size) * self._factor
+        self.size_px = picture_size(folder)
+        self._factor = self.size_px // int(self._unet.config.sample_size)
 
     def __call__(
         self,

@@ -261,6 +261,5 @@ class JournalEvent(Strict):
     metrics: dict[str, float] | None = None
 
 
-SPECS: dict[Stage, type[StageSpec]] = {"encode": EncodeSpec, "train": TrainSpec, "evaluate": EvaluateSpec}
 RESULTS: dict[Stage, type[Strict]] = {"encode": EncodeResult, "train": TrainResult, "evaluate": EvaluateResult}
 ENTRY_MODULES: dict[Stage, str] = {"encode": "services.ingest", "train": "services.training", "evaluate": "services.evaluation"}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -130,13 +130,18 @@ def _pair_row(file: str, group: int, row: int, values: dict) -> PairRow:
 
 
 def inspect(uri: str) -> tuple[DatasetCounts, str]:
+    """``summarise`` of every row of a dataset."""
+    return summarise(uri, read_rows(uri))
+
+
+def summarise(uri: str, rows: Iterable[PairRow]) -> tuple[DatasetCounts, str]:
     """Count a dataset's rows, and digest it: sha256 over the sorted hashes of rows and of the files' Parquet footers.
 
     The pictures are not read; a footer holds the size and place of every column chunk, so pictures that were replaced
     show. Raises BadRequest where a file cannot be used or no pair is decided.
     """
     counts, hashes = {"pair": 0, "tie": 0, "missing": 0}, []
-    for row in read_rows(uri):
+    for row in rows:
         counts[row.kind] += 1
         content = [row.uid_0, row.uid_1, row.caption, row.label_0, row.label_1, row.has_label]
         hashes.append(hashlib.sha256(json.dumps(content).encode()).digest())

@@ -110,9 +110,8 @@ def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
     axis = np.arange(SIZE_PX) + 0.5
     distance = _signed_distance(scene.shape, axis[None, :] - x0 - 0.6 * dx, axis[:, None] - y0 - 0.6 * dy, radius)
     inside = np.clip(0.5 - distance, 0, 1)[..., None]
-    picture = inside * np.asarray(COLOURS[scene.colour], float) + (1 - inside) * np.asarray(
-        BACKGROUNDS[scene.background], float
-    )
+    shape, ground = np.asarray(COLOURS[scene.colour], float), np.asarray(BACKGROUNDS[scene.background], float)
+    picture = inside * shape + (1 - inside) * ground
     return np.round(picture).astype(np.uint8)
 
 

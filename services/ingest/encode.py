@@ -51,10 +51,10 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
 def _encode_new(
     spec: EncodeSpec, journal: Journal, folder: ModelFolder, settings: dict, encoder_digest: str, target: str
 ) -> Manifest:
-    if (found := pairs.inspect(spec.dataset_uri)[1]) != spec.dataset_digest:
+    rows = list(pairs.read_rows(spec.dataset_uri))
+    if (found := pairs.summarise(spec.dataset_uri, rows)[1]) != spec.dataset_digest:
         message = f"dataset {spec.dataset_uri!r} has changed: digest {found}, registered as {spec.dataset_digest}"
         raise BadRequest(message, param="dataset", code="dataset_changed")
-    rows = list(pairs.read_rows(spec.dataset_uri))
     decided = [row for row in rows if row.kind == "pair"]
     units = plan_units(spec.dataset_uri, decided)
     images: Images = {}

@@ -72,7 +72,7 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
 
 def _check(spec: TrainSpec, manifest: Manifest) -> None:
     """Refuse what cannot work before a worker starts."""
-    registry.check_digest(spec.model, spec.model.uri)
+    registry.check_digest(spec.model, storage.as_uri(registry.fetch(spec.model)))
     pairs, training = manifest.counts["pairs"], spec.training
     if training.batch_size > pairs:
         raise ConfigError("training.batch_size", training.batch_size, f"must be at most the dataset's {pairs} pairs")

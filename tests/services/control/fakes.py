@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from services import storage
 from services.contracts import (
-    SPECS,
     EncodeResult,
+    EncodeSpec,
     EvaluateResult,
+    EvaluateSpec,
     Interval,
     ScorerReport,
     Stage,
@@ -17,6 +18,7 @@ from services.contracts import (
     StageSpec,
     Strict,
     TrainResult,
+    TrainSpec,
 )
 from services.control.launcher import RunState
 from services.control.stages import ENTRY_MODULES
@@ -25,6 +27,7 @@ from services.observability import Journal
 
 Play = Callable[[StageSpec], RunState]
 STAGE_OF = {module: stage for stage, module in ENTRY_MODULES.items()}
+SPECS: dict[Stage, type[StageSpec]] = {"encode": EncodeSpec, "train": TrainSpec, "evaluate": EvaluateSpec}
 
 
 class FakeLauncher:
