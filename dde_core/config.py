@@ -14,11 +14,23 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 
 from dde_core.errors import ConfigError
 
-Method = Literal["dde", "uniform"]
+Method = Literal["dde", "dde_single", "dde_step", "uniform", "discounted", "sft"]
 NoiseMode = Literal["independent", "shared"]
+CalibrationPoint = Literal["expected", "sampled", "mode"]
 
-DEFAULT_NOISE: dict[str, NoiseMode] = {"dde": "independent", "uniform": "shared"}
-"""Each method's own source: DDE's Algorithm 1 line 3 draws two noises, Diffusion-DPO draws one for both sides."""
+DEFAULT_NOISE: dict[str, NoiseMode] = {
+    "dde": "independent",
+    "dde_single": "independent",
+    "dde_step": "independent",
+    "uniform": "shared",
+    "discounted": "shared",
+    "sft": "independent",
+}
+"""Each method's own source: DDE's Algorithm 1 line 3 draws two noises, Diffusion-DPO, of which `discounted` is a
+variant, draws one for both sides. `sft` sees winners alone."""
+
+CALIBRATED: tuple[Method, ...] = ("dde", "dde_step")
+"""The methods whose loss has the correction C(t)."""
 
 MAX_SIZE_PX = 2048
 """Pictures are at most this high and wide."""
@@ -49,22 +61,32 @@ def check(config: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Which preference loss is minimised, and every convention that changes what its numbers mean.
+    """Which loss is minimised, and every convention that changes what its numbers mean.
 
-    ``beta`` multiplies MEAN squared errors over latent elements (as the published Diffusion-DPO code does).
-    ``t_min``/``t_max`` are timesteps of 1..T (DDE's numbering; the U-Net is called with t - 1); 0 for ``t_max`` means T.
-    ``ema_rate`` is mu of the calibration coefficients, ``calibration_bins`` shares them between neighbouring timesteps
-    (0: one bin for each t), ``max_weight`` caps w(t) (0: no cap).
+    ``beta`` multiplies errors reduced over latent elements by ``reduction`` (the mean, as the published Diffusion-DPO
+    code has it; a beta that was tuned for sums is too large by the number of elements). ``noise`` None: as the method's
+    own source has it. ``t_min``/``t_max`` are timesteps of 1..T (DDE's numbering; the U-Net is called with t - 1); 0 for
+    ``t_max`` means T. ``max_weight`` caps w(t) (0: no cap).
+
+    Calibration (`dde`, `dde_step`): ``ema_rate`` is mu, ``calibration_point`` where log p/q is evaluated,
+    ``calibration_bins`` shares coefficients between neighbouring timesteps (0: one for each t).
+
+    `discounted`: ``gamma`` for each of 50 DDIM steps. ``t_sampling`` "method" draws t from the method's own distribution,
+    "uniform" draws it uniformly and weights each pair's loss by the ratio of the two, which has the same expectation.
     """
 
     method: Method = "dde"
     beta: Annotated[float, Gt(0)] = 5000.0
+    reduction: Literal["mean"] = "mean"
     noise: NoiseMode | None = None
     t_min: Annotated[int, Ge(1)] = 1
     t_max: Annotated[int, Ge(0)] = 0
-    ema_rate: Annotated[float, Gt(0), Le(1)] = 0.1
-    calibration_bins: Annotated[int, Ge(0)] = 0
     max_weight: Annotated[float, Ge(0)] = 0.0
+    ema_rate: Annotated[float, Gt(0), Le(1)] = 0.1
+    calibration_point: CalibrationPoint = "expected"
+    calibration_bins: Annotated[int, Ge(0)] = 0
+    gamma: Annotated[float, Gt(0), Le(1)] = 0.9
+    t_sampling: Literal["method", "uniform"] = "method"
 
     def __post_init__(self) -> None:
         check(self)
@@ -76,6 +98,27 @@ class ObjectiveConfig:
         """The noise of winner and loser: as asked for, else as the method's own source has it."""
         return self.noise or DEFAULT_NOISE[self.method]
 
+    def ignored(self) -> dict[str, Any]:
+        """The settings that were changed from their defaults and that this method does not read."""
+        unread = [] if self.method in CALIBRATED else ["ema_rate", "calibration_point", "calibration_bins"]
+        unread += [] if self.method == "discounted" else ["gamma", "t_sampling"]
+        unread += ["beta", "noise", "max_weight"] if self.method == "sft" else []
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in unread and getattr(self, f.name) != f.default}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters instead of the whole U-Net. ``targets`` are suffixes of module names, ``alpha`` 0 means ``rank``."""
+
+    rank: Annotated[int, Gt(0), Le(1024)] = 16
+    alpha: Annotated[int, Ge(0)] = 0
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.targets or not all(self.targets):
+            raise ConfigError("targets", list(self.targets), "must name at least one module")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -83,15 +126,26 @@ class TrainConfig:
 
     ``learning_rate`` is constant after ``warmup_steps`` of linear warm-up. ``caption_dropout`` is the probability that
     a pair's caption is empty (the same for winner and loser). ``seed`` keys the order of pairs and every draw.
+    ``lora`` None trains the whole U-Net. A worker runs ``micro_batch_size`` pairs at a time (0: its whole share at once).
+    ``precision`` is that of the U-Net's arithmetic; weights, errors and losses are float32 or wider. ``ema_decay`` 0 keeps
+    no average of the weights; otherwise the average is what is saved as the model. ``held_out_pairs`` are kept out of
+    training, whole captions at a time, and the policy's implicit accuracy is measured on them at the end.
     """
 
     steps: Annotated[int, Gt(0)] = 2000
     batch_size: Annotated[int, Gt(0)] = 2048
+    micro_batch_size: Annotated[int, Ge(0)] = 0
     learning_rate: Annotated[float, Gt(0), Lt(1)] = 2.05e-5
     warmup_steps: Annotated[int, Ge(0)] = 0
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     weight_decay: Annotated[float, Ge(0)] = 0.01
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
+    lora: LoraConfig | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
     caption_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    held_out_pairs: Annotated[int, Ge(0)] = 0
     checkpoint_every: Annotated[int, Gt(0)] = 50
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
 

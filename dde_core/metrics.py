@@ -26,22 +26,19 @@ Z95 = NormalDist().inv_cdf(0.975)
 """1.95996: 95% of a normal distribution lie within so many standard deviations."""
 
 
-def step_metrics(t: Any, theta: PairErrors, ref: PairErrors, terms: StepTerms, timesteps: int) -> dict[str, float]:
+def step_metrics(t: Any, theta: PairErrors, ref: PairErrors | None, terms: StepTerms, timesteps: int) -> dict[str, float]:
     """Means over the GLOBAL batch, and over those of its pairs whose t lies in one tenth of 1..``timesteps``.
 
     A tenth is named by its last timestep: ``margin_t0100`` is the mean over t = 1..100 of 1000. Where a tenth has no
-    pair its names are absent.
+    pair its names are absent, as is what compares with a reference where there is none (`sft`).
     ``implicit_accuracy`` is the share of pairs with a positive margin, a margin of 0 counting half.
     """
-    margin = _array(terms.margin)
-    values = {
-        "loss": _array(terms.loss),
-        "implicit_accuracy": (np.sign(margin) + 1) / 2,
-        "margin": margin,
-        "winner_error_diff": _array(theta.w) - _array(ref.w),
-        "loser_error_diff": _array(theta.l) - _array(ref.l),
-        "gradient_weight": _array(terms.gradient_weight),
-    }
+    values = {"loss": _array(terms.loss), "gradient_weight": _array(terms.gradient_weight), "winner_error": _array(theta.w)}
+    if ref is not None:
+        values["margin"] = _array(terms.margin)
+        values["implicit_accuracy"] = (np.sign(values["margin"]) + 1) / 2
+        values["winner_error_diff"] = _array(theta.w) - _array(ref.w)
+        values["loser_error_diff"] = _array(theta.l) - _array(ref.l)
     metrics = {name: float(value.mean()) for name, value in values.items()}
     bucket = (_array(t).astype(np.int64) - 1) * BUCKETS // timesteps
     for j in np.unique(bucket):

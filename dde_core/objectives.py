@@ -1,4 +1,4 @@
-"""The preference losses as one table: a weight w(t), and whether the calibrated correction C(t) is added.
+"""The objectives as one table: a weight w(t), whether the calibrated correction C(t) is added, how t is drawn.
 
 With the errors e of policy (theta) and frozen reference (ref) on winner (w) and loser (l), each the MEAN over latent
 elements of the squared error of the noise,
@@ -8,28 +8,26 @@ elements of the squared error of the noise,
     loss   = -log sigmoid(logit)
 
 which is DDE's Eq. 10 with w = 1/SNR and Diffusion-DPO's loss (arXiv 2311.12908) with w = 1/2, C = 0. DDE's Eq. 15 drops
-1 / (2 sigma_t^2), so its single-shot term and C are in different units; it is implemented as printed.
+1 / (2 sigma_t^2), so its single-shot term and C are in different units; it is implemented as printed. `sft` alone has no
+preference in it: its loss is e_theta on winners.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dde_core.config import ObjectiveConfig
+from dde_core.errors import ConfigError
 from dde_core.schedule import Schedule
 
-
-@dataclass(frozen=True)
-class Objective:
-    """How a method assigns credit: ``weight`` gives w(t) for t = 0..T in float64, ``corrected`` says if C(t) counts."""
-
-    weight: Callable[[Schedule], Tensor]
-    corrected: bool
+DISCOUNT_STEPS = 50
+"""`discounted`: its gamma is that of one step of so many DDIM steps."""
 
 
 def single_shot(schedule: Schedule) -> Float[Tensor, " times"]:
@@ -37,21 +35,88 @@ def single_shot(schedule: Schedule) -> Float[Tensor, " times"]:
     return 1 / schedule.snr
 
 
-def uniform(schedule: Schedule) -> Float[Tensor, " times"]:
+def one_half(schedule: Schedule) -> Float[Tensor, " times"]:
     """w(t) = 1/2: -logsigmoid(-0.5 beta (model_diff - ref_diff)), as Diffusion-DPO's published code has it."""
     return torch.full_like(schedule.snr, 0.5)
 
 
+def one(schedule: Schedule) -> Float[Tensor, " times"]:
+    """w(t) = 1: the error itself."""
+    return torch.ones_like(schedule.snr)
+
+
+def every_t_alike(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+    """t uniform over its range (DDE Algorithm 1 line 2)."""
+    return torch.ones_like(schedule.snr)
+
+
+def early_first(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+    """In proportion to gamma_T^(T - t), gamma_T = gamma^(50/T): the discount of Dense Reward (arXiv 2402.08265), which is
+    given for 50 DDIM steps. Carrying it over to T timesteps is our reading."""
+    gamma = config.gamma ** (DISCOUNT_STEPS / schedule.T)
+    return gamma ** (schedule.T - torch.arange(schedule.T + 1, dtype=torch.float64, device=schedule.snr.device))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a method assigns credit: w(t) for t = 0..T, whether C(t) counts, how often each t is drawn (not normalised).
+
+    ``preference`` False: the loss is the policy's error on winners, without loser, reference and beta.
+    ``source`` says where the weight comes from.
+    """
+
+    weight: Callable[[Schedule], Tensor]
+    source: str
+    corrected: bool = False
+    density: Callable[[ObjectiveConfig, Schedule], Tensor] = every_t_alike
+    preference: bool = True
+
+
 OBJECTIVES: dict[str, Objective] = {
-    "dde": Objective(weight=single_shot, corrected=True),
-    "uniform": Objective(weight=uniform, corrected=False),
+    "dde": Objective(single_shot, "w = 1/SNR(t): DDE v3 Eq. 10, Algorithm 1", corrected=True),
+    "dde_single": Objective(single_shot, "w = 1/SNR(t): DDE v3 section 4.4"),
+    # The literal log-ratio of one step would have w = kappa(t), which is infinite at t = 1: `uniform` plus C is our reading.
+    "dde_step": Objective(one_half, "w = 1/2, as uniform, plus C(t): DDE v3 section 4.4", corrected=True),
+    "uniform": Objective(one_half, "w = 1/2: Diffusion-DPO"),
+    "discounted": Objective(one_half, "w = 1/2, early steps of sampling drawn more often: Dense Reward", density=early_first),
+    "sft": Objective(one, "the error on winners: named by DDE v3 without a definition; the usual one", preference=False),
 }
 
 
 def weights(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """w(t) of the configured method, at most ``max_weight`` where that is set (ours: the paper has no cap)."""
-    w = OBJECTIVES[config.method].weight(schedule)
-    return w.clamp(max=config.max_weight) if config.max_weight else w
+    objective = OBJECTIVES[config.method]
+    w = objective.weight(schedule)
+    return w.clamp(max=config.max_weight) if config.max_weight and objective.preference else w
+
+
+def t_distribution(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+    """p(t) for t = 0..T as the method has it: 0 outside of the configured range, 1 in sum.
+
+    Raises ConfigError for a range that the schedule does not have.
+    """
+    return _in_range(OBJECTIVES[config.method].density(config, schedule), config, schedule)
+
+
+def t_drawn(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+    """The distribution that t is drawn from: p(t), or the uniform one where ``t_sampling`` says so."""
+    density = every_t_alike if config.t_sampling == "uniform" else OBJECTIVES[config.method].density
+    return _in_range(density(config, schedule), config, schedule)
+
+
+def importance(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+    """p(t) over what t is drawn from: each pair's loss is weighted by it, so that the expectation is the method's."""
+    drawn = t_drawn(config, schedule)
+    return torch.where(drawn > 0, t_distribution(config, schedule) / drawn.clamp(min=torch.finfo(drawn.dtype).tiny), 0.0)
+
+
+def _in_range(density: Float[Tensor, " times"], config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+    for name in ("t_min", "t_max"):
+        if getattr(config, name) > schedule.T:
+            raise ConfigError(name, getattr(config, name), f"must be at most T = {schedule.T}")
+    t = torch.arange(schedule.T + 1, device=density.device)
+    inside = torch.where((t >= config.t_min) & (t <= (config.t_max or schedule.T)), density, 0.0)
+    return inside / inside.sum()
 
 
 def preference_logit(
@@ -69,3 +134,26 @@ def preference_loss(logit: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
 def gradient_weight(weight: Float[Tensor, " b"], logit: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """g(t) = w(t) sigmoid(-logit): what the gradient of a pair's margin is multiplied by, but for beta."""
     return weight * torch.sigmoid(-logit)
+
+
+def conventions(config: ObjectiveConfig, schedule: Schedule) -> dict[str, Any]:
+    """Everything that a number of this run means, resolved: for lineages and model cards."""
+    objective = OBJECTIVES[config.method]
+    said: dict[str, Any] = {
+        "loss": "-log sigmoid(beta (w(t) margin + C(t)))" if objective.preference else "e_theta of the winner",
+        "source": objective.source,
+        "error": f"{config.reduction} over latent elements of (eps - eps_model)^2, reduced in float32",
+        "timesteps": f"{config.t_min}..{config.t_max or schedule.T} of 1..{schedule.T}; the U-Net is called with t - 1",
+        "prediction_type": schedule.prediction_type,
+    }
+    if objective.preference:
+        said["noise"] = f"{config.noise_mode}; winner and loser share t"
+    if objective.corrected:
+        said["correction"] = (
+            f"C(t) = sum over k = t..T-1 of r_theta^w - r_ref^w - r_theta^l + r_ref^l; r[t-1] is the running mean of log p/q "
+            f"at the {config.calibration_point} point with mu = {config.ema_rate}"
+        )
+    if config.method == "discounted":
+        drawn = "drawn from p(t)" if config.t_sampling == "method" else "drawn uniformly, losses weighted by p(t) T"
+        said["t_distribution"] = f"p(t) ~ {config.gamma ** (DISCOUNT_STEPS / schedule.T):.6g}^(T-t), {drawn}"
+    return said

@@ -6,7 +6,7 @@ The same numbers as diffusers' ``StableDiffusionPipeline`` with a ``DDIMSchedule
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from dde_core.conditioning import Conditioning, predict, stacked
 from dde_core.config import SampleConfig
 from dde_core.errors import ConfigError
 from dde_core.schedule import Schedule, epsilon_from, x0_from
@@ -24,24 +25,24 @@ def sample_latents(
     unet: Callable[..., Any],
     schedule: Schedule,
     initial_latents: Float[Tensor, "b c h w"],
-    cond: Mapping[str, Tensor],
-    uncond: Mapping[str, Tensor],
+    cond: Conditioning,
+    uncond: Conditioning,
     config: SampleConfig,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """Denoise latents to clean ones. ``cond``/``uncond`` are the U-Net's keyword arguments, one row for each picture.
+    """Denoise latents to clean ones. ``cond``/``uncond`` have one row for each picture.
 
     Guidance of at most 1 runs the conditional pass alone and does not read ``uncond``, as diffusers does. ``on_step(i,
     n)`` is called before step i = 0..n-1; what it raises ends the sampling. Raises ConfigError for impossible steps.
     """
     guided = config.guidance_scale > 1
-    conditioning = {name: torch.cat([uncond[name], rows]) if guided else rows for name, rows in cond.items()}
+    conditioning = stacked(uncond, cond) if guided else cond
     latents, path = initial_latents, timesteps(schedule, config.steps)
     for i, t in enumerate(path):
         if on_step is not None:
             on_step(i, len(path))
         samples = torch.cat([latents, latents]) if guided else latents
-        output = unet(samples, torch.full((len(samples),), t - 1, device=samples.device), **conditioning).sample
+        output = predict(unet, samples, torch.full((len(samples),), t, device=samples.device), conditioning)
         if guided:
             without, with_text = output.chunk(2)
             output = without + config.guidance_scale * (with_text - without)

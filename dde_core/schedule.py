@@ -26,10 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dde_core.errors import ConfigError
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
-
-_REFUSED_WHEN_TRUE = ("rescale_betas_zero_snr", "thresholding", "clip_sample")
+from dde_core.family import check_scheduler
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,21 +57,13 @@ class Schedule:
         (the latent-diffusion convention: a DDIM config always states them). Refuses what would change the tables or
         the sampler and is not implemented. Raises ConfigError with field and value.
         """
-        for field in _REFUSED_WHEN_TRUE:
-            if config.get(field):
-                raise ConfigError(field, config[field], "is not supported and must be false")
-        prediction_type = config.get("prediction_type", "epsilon")
-        if prediction_type not in PREDICTION_TYPES:
-            raise ConfigError("prediction_type", prediction_type, f"must be one of {', '.join(PREDICTION_TYPES)}")
-        spacing = config.get("timestep_spacing", "leading")
-        if spacing != "leading":
-            raise ConfigError("timestep_spacing", spacing, "must be 'leading'")
+        check_scheduler(config)
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas(config), 0)])
         return cls(
             alpha_bar=alpha_bar,
             snr=snr(alpha_bar),
             kappa=kappa(snr(alpha_bar)),
-            prediction_type=prediction_type,
+            prediction_type=config.get("prediction_type", "epsilon"),
             steps_offset=config.get("steps_offset", 0),
             final_alpha_bar=1.0 if config.get("set_alpha_to_one") else alpha_bar[1].item(),
         )
@@ -115,6 +104,13 @@ def snr(alpha_bar: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 def kappa(snr: Float[Tensor, " times"]) -> Float[Tensor, " times"]:
     """1/2 (SNR(t-1) / SNR(t) - 1): the KL of one step (DDE Eq. 3) is kappa(t) times the error of the noise."""
     return torch.cat([snr.new_tensor([float("nan")]), (snr[:-1] / snr[1:] - 1) / 2])
+
+
+def mode_weight(alpha_bar: Float[Tensor, " times"]) -> Float[Tensor, " times"]:
+    """1/2 beta_t^2 / (alpha_t (1 - alpha_bar_t)): what 1/2 ||mu_m - mu||^2 is as a multiple of the error of the noise
+    (the means of DDE Eq. 3, without the variance). nan at t = 0."""
+    alpha = alpha_bar[1:] / alpha_bar[:-1]
+    return torch.cat([alpha_bar.new_tensor([float("nan")]), (1 - alpha) ** 2 / (alpha * (1 - alpha_bar[1:])) / 2])
 
 
 def add_noise(

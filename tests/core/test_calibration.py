@@ -6,12 +6,17 @@ from hypothesis import strategies as st
 from dde_core.calibration import NAMES, Calibration
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, DataError, NonFiniteError
+from dde_core.train_step import PairErrors
 
 EVERY_T = torch.arange(1, 1001)
 
 
 def calibration(schedule, **config):
     return Calibration(schedule, ObjectiveConfig(**config))
+
+
+def feed(calibration, t, theta_w, ref_w, theta_l, ref_l):
+    calibration.update(t, PairErrors(theta_w, theta_l), PairErrors(ref_w, ref_l))
 
 
 def errors(n, seed=0):
@@ -27,7 +32,7 @@ def with_margin(margin, n=1000):
 
 def test_c_of_a_constant_margin_has_the_known_values(schedule):
     converged = calibration(schedule, ema_rate=1.0)
-    converged.update(EVERY_T, *with_margin(1e-4))
+    feed(converged, EVERY_T, *with_margin(1e-4))
     c = converged.correction(torch.tensor([1, 50, 200, 500, 799, 1000])) / 1e-4
     torch.testing.assert_close(
         c, torch.tensor([6.528, 4.203, 3.259, 2.214, 1.065, 0.0], dtype=torch.float64), rtol=0, atol=5e-4
@@ -40,7 +45,7 @@ def test_c_of_a_constant_margin_has_the_known_values(schedule):
 def test_c_sums_what_was_recorded_at_t_plus_1_to_the_last_timestep_and_nothing_else(schedule):
     r = calibration(schedule, ema_rate=1.0)
     columns = errors(1000)
-    r.update(EVERY_T, *columns)
+    feed(r, EVERY_T, *columns)
     e_theta_w, e_ref_w, e_theta_l, e_ref_l = columns.double()
     step = schedule.kappa[1:] * ((e_ref_w - e_theta_w) - (e_ref_l - e_theta_l))  # step[k] was recorded at t = k + 1
     for t in (1, 2, 500, 998, 999):
@@ -52,7 +57,7 @@ def test_c_sums_what_was_recorded_at_t_plus_1_to_the_last_timestep_and_nothing_e
 def test_one_update_moves_the_entry_of_its_timestep_by_the_rate_times_minus_kappa_e(schedule):
     r = calibration(schedule)
     for _ in range(2):
-        r.update(torch.tensor([40]), *torch.tensor([[0.1], [0.2], [0.3], [0.4]]))
+        feed(r, torch.tensor([40]), *torch.tensor([[0.1], [0.2], [0.3], [0.4]]))
     for name, e in zip(NAMES, (0.1, 0.2, 0.3, 0.4), strict=True):
         array = getattr(r, name)
         assert array[39].item() == pytest.approx(-0.19 * schedule.kappa[40].item() * e, rel=1e-6)
@@ -64,17 +69,17 @@ def test_one_update_moves_the_entry_of_its_timestep_by_the_rate_times_minus_kapp
 def test_several_samples_at_one_timestep_are_one_update_of_their_mean(schedule):
     several, single = calibration(schedule), calibration(schedule)
     columns = errors(3)
-    several.update(torch.tensor([7, 7, 7]), *columns)
-    single.update(torch.tensor([7]), *columns.double().mean(dim=1, keepdim=True))
+    feed(several, torch.tensor([7, 7, 7]), *columns)
+    feed(single, torch.tensor([7]), *columns.double().mean(dim=1, keepdim=True))
     torch.testing.assert_close(several.theta_l, single.theta_l, rtol=1e-12, atol=0)
 
 
 def test_timestep_1_is_never_recorded_and_leaves_no_infinity(schedule):
     r = calibration(schedule, ema_rate=1.0)
-    r.update(torch.tensor([1, 1, 2]), *errors(3))
+    feed(r, torch.tensor([1, 1, 2]), *errors(3))
     assert all(getattr(r, name)[0] == 0 and getattr(r, name).isfinite().all() for name in NAMES)
     assert r.correction(EVERY_T).isfinite().all()
-    r.update(torch.tensor([1]), *errors(1))
+    feed(r, torch.tensor([1]), *errors(1))
     assert r.correction(torch.tensor([1])) == r.correction(torch.tensor([1, 1]))[0] != 0
 
 
@@ -82,7 +87,7 @@ def test_the_correction_follows_an_update_and_not_before(schedule):
     r = calibration(schedule)
     t = torch.tensor([10])
     assert r.correction(t) == 0
-    r.update(torch.tensor([20]), *with_margin(1e-3, n=1))
+    feed(r, torch.tensor([20]), *with_margin(1e-3, n=1))
     assert r.correction(t) > 0
     assert r.correction(torch.tensor([20])) == 0
 
@@ -90,7 +95,7 @@ def test_the_correction_follows_an_update_and_not_before(schedule):
 def test_a_policy_equal_to_its_reference_has_no_correction_at_all(schedule):
     r = calibration(schedule)
     e_w, e_l = errors(1000)[:2]
-    r.update(EVERY_T, e_w, e_w, e_l, e_l)
+    feed(r, EVERY_T, e_w, e_w, e_l, e_l)
     assert r.theta_w.count_nonzero() == 999
     assert (r.correction(EVERY_T) == 0).all()
 
@@ -103,39 +108,39 @@ def test_the_arrays_do_not_depend_on_the_order_in_which_workers_were_gathered_to
     shuffle = torch.randperm(256, generator=g)
     one, other = calibration(schedule, calibration_bins=bins), calibration(schedule, calibration_bins=bins)
     for _ in range(2):
-        one.update(t, *columns)
-        other.update(t[shuffle], *columns[:, shuffle])
+        feed(one, t, *columns)
+        feed(other, t[shuffle], *columns[:, shuffle])
     assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in NAMES)
     assert one.theta_w.count_nonzero() > 0
 
 
 def test_errors_that_are_not_finite_are_refused_and_change_nothing(schedule):
     r = calibration(schedule)
-    r.update(EVERY_T, *errors(1000))
+    feed(r, EVERY_T, *errors(1000))
     before = r.state_dict()
     bad = errors(1000, seed=1)
     bad[2, 5] = float("nan")
     with pytest.raises(NonFiniteError, match="calibration"):
-        r.update(EVERY_T, *bad)
+        feed(r, EVERY_T, *bad)
     assert all(torch.equal(before[name], r.state_dict()[name]) for name in NAMES)
 
 
 def test_a_restored_calibration_goes_on_to_the_bit(schedule):
     run, resumed = calibration(schedule), calibration(schedule)
-    run.update(EVERY_T, *errors(1000))
+    feed(run, EVERY_T, *errors(1000))
     saved = run.state_dict()
     resumed.correction(EVERY_T)
     resumed.load_state_dict(saved)
     assert torch.equal(run.correction(EVERY_T), resumed.correction(EVERY_T))
     for r in (run, resumed):
-        r.update(EVERY_T, *errors(1000, seed=1))
+        feed(r, EVERY_T, *errors(1000, seed=1))
     assert all(torch.equal(getattr(run, name), getattr(resumed, name)) for name in NAMES)
     assert not torch.equal(saved["theta_w"], run.theta_w)
 
 
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(schedule):
     r, binned = calibration(schedule), calibration(schedule, calibration_bins=10)
-    r.update(EVERY_T, *errors(1000))
+    feed(r, EVERY_T, *errors(1000))
     with pytest.raises(DataError, match=r"theta_w must have 10 entries, got \[1000\]"):
         binned.load_state_dict(r.state_dict())
     with pytest.raises(DataError, match="must hold theta_w, ref_w, theta_l, ref_l, got theta_w"):
@@ -146,7 +151,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(schedule):
 def test_as_many_bins_as_timesteps_are_the_same_as_no_bins(schedule):
     plain, binned = calibration(schedule), calibration(schedule, calibration_bins=1000)
     for r in (plain, binned):
-        r.update(EVERY_T, *errors(1000))
+        feed(r, EVERY_T, *errors(1000))
     assert torch.equal(plain.correction(EVERY_T), binned.correction(EVERY_T))
     assert plain.correction(EVERY_T).count_nonzero() == 999
 
@@ -155,7 +160,7 @@ def test_as_many_bins_as_timesteps_are_the_same_as_no_bins(schedule):
 def test_bins_that_saw_every_timestep_keep_the_whole_sum_and_c_at_their_edges(schedule, bins):
     plain, binned = calibration(schedule, ema_rate=1.0), calibration(schedule, ema_rate=1.0, calibration_bins=bins)
     for r in (plain, binned):
-        r.update(EVERY_T, *with_margin(1e-4))
+        feed(r, EVERY_T, *with_margin(1e-4))
     assert binned.theta_w.shape == (bins,)
     edges = torch.tensor([t for t in range(1, 1001) if t == 1 or t == 1000 or (t - 1) * bins // 999 != (t - 2) * bins // 999])
     assert len(edges) == bins + 1
@@ -164,7 +169,7 @@ def test_bins_that_saw_every_timestep_keep_the_whole_sum_and_c_at_their_edges(sc
 
 def test_one_sample_in_a_bin_speaks_for_all_of_its_timesteps(schedule):
     r = calibration(schedule, calibration_bins=9, ema_rate=1.0)  # 999 timesteps: bins of 111, the last 890..1000
-    r.update(torch.tensor([900]), *with_margin(1e-4, n=1))
+    feed(r, torch.tensor([900]), *with_margin(1e-4, n=1))
     value = schedule.kappa[900] * 1e-4
     c = r.correction(torch.tensor([1, 889, 890, 999, 1000]))
     torch.testing.assert_close(c, value * torch.tensor([111, 111, 110, 1, 0]), rtol=1e-9, atol=0)
@@ -172,7 +177,7 @@ def test_one_sample_in_a_bin_speaks_for_all_of_its_timesteps(schedule):
 
 def test_within_a_timestep_range_bins_cover_that_range_and_nothing_outside_counts(schedule):
     r = calibration(schedule, t_min=200, t_max=700, calibration_bins=5, ema_rate=1.0)
-    r.update(EVERY_T, *with_margin(1e-4))
+    feed(r, EVERY_T, *with_margin(1e-4))
     c = (r.correction(torch.tensor([1, 199, 200, 700, 1000])) / 1e-4).tolist()
     whole, first_bin = schedule.kappa[200:701].sum().item(), schedule.kappa[200:301].mean().item()
     assert c == pytest.approx([whole, whole, whole - first_bin, 0, 0], rel=1e-9)

@@ -13,7 +13,11 @@ from dde_core.errors import ConfigError
 BAD = [
     (ObjectiveConfig, {"beta": 0.0}, "beta must be greater than 0, got 0.0"),
     (ObjectiveConfig, {"beta": float("inf")}, "beta must be a finite number, got inf"),
-    (ObjectiveConfig, {"method": "ppo"}, "method must be one of 'dde', 'uniform', got 'ppo'"),
+    (
+        ObjectiveConfig,
+        {"method": "ppo"},
+        "method must be one of 'dde', 'dde_single', 'dde_step', 'uniform', 'discounted', 'sft', got 'ppo'",
+    ),
     (ObjectiveConfig, {"ema_rate": 1.5}, "ema_rate must be at most 1, got 1.5"),
     (ObjectiveConfig, {"t_min": 500, "t_max": 200}, "t_max must be 0 or at least t_min = 500, got 200"),
     (TrainConfig, {"steps": 0}, "steps must be greater than 0, got 0"),

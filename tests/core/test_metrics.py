@@ -35,6 +35,7 @@ def test_a_step_is_summed_up_by_means_over_the_global_batch(metrics):
             "loss": 3.0,
             "implicit_accuracy": 2.5 / 4,  # two wins, a tie, a loss
             "margin": 0.15,
+            "winner_error": 0.25,
             "winner_error_diff": 0.05,
             "loser_error_diff": 0.0,
             "gradient_weight": 25.0,

@@ -33,31 +33,22 @@ class TinyUnet(nn.Module):
 
 def pairs(b=4, seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
+    text = {"encoder_hidden_states": torch.randn(b, 7, 32, dtype=dtype)}
     return PairBatch(
         pair_ids=tuple(f"pair-{i}" for i in range(b)),
-        latents_w=torch.randn(b, 4, 8, 8, dtype=dtype),
-        latents_l=torch.randn(b, 4, 8, 8, dtype=dtype),
-        conditioning={"encoder_hidden_states": torch.randn(b, 7, 32, dtype=dtype)},
         t=torch.randint(1, 1001, (b,)),
-        noise_w=torch.randn(b, 4, 8, 8, dtype=dtype),
-        noise_l=torch.randn(b, 4, 8, 8, dtype=dtype),
-    )
-
-
-def rows(batch, keep):
-    """The batch of some of its pairs."""
-    return PairBatch(
-        pair_ids=tuple(batch.pair_ids[i] for i in keep),
-        conditioning={name: value[keep] for name, value in batch.conditioning.items()},
-        **{name: getattr(batch, name)[keep] for name in ("latents_w", "latents_l", "t", "noise_w", "noise_l")},
+        **{name: torch.randn(b, 4, 8, 8, dtype=dtype) for name in ("latents_w", "latents_l", "noise_w", "noise_l")},
+        conditioning_w=text,
+        conditioning_l=text,
     )
 
 
 def swapped(batch):
     """The same pairs with the preference turned round."""
-    return PairBatch(
-        batch.pair_ids, batch.latents_l, batch.latents_w, batch.conditioning, batch.t, batch.noise_l, batch.noise_w
-    )
+    turned = {
+        f"{name}_{a}": getattr(batch, f"{name}_{b}") for name in ("latents", "noise", "conditioning") for a, b in ("wl", "lw")
+    }
+    return PairBatch(batch.pair_ids, batch.t, **turned)
 
 
 def public_dpo_loss(policy, reference, schedule, batch, beta):
@@ -65,7 +56,7 @@ def public_dpo_loss(policy, reference, schedule, batch, beta):
     target = torch.cat([batch.noise_w, batch.noise_l])
     t = batch.t.repeat(2)
     noisy = add_noise(schedule, torch.cat([batch.latents_w, batch.latents_l]), target, t)
-    text = batch.conditioning["encoder_hidden_states"].repeat(2, 1, 1)
+    text = batch.conditioning_w["encoder_hidden_states"].repeat(2, 1, 1)
     model_pred = policy(noisy, t - 1, text).sample
     model_losses = (model_pred - target).pow(2).mean(dim=[1, 2, 3])
     model_losses_w, model_losses_l = model_losses.chunk(2)
@@ -105,7 +96,7 @@ def test_one_forward_sees_winners_then_losers_with_repeated_text_at_t_minus_1(sc
     assert torch.equal(sample[:3], add_noise(schedule, batch.latents_w, batch.noise_w, batch.t))
     assert torch.equal(sample[3:], add_noise(schedule, batch.latents_l, batch.noise_l, batch.t))
     assert torch.equal(timestep, torch.cat([batch.t, batch.t]) - 1)
-    assert torch.equal(text, batch.conditioning["encoder_hidden_states"].repeat(2, 1, 1))
+    assert torch.equal(text, batch.conditioning_w["encoder_hidden_states"].repeat(2, 1, 1))
 
 
 def test_errors_are_means_of_squares_over_latent_elements_and_carry_a_gradient(schedule):
@@ -146,7 +137,7 @@ def test_a_real_unet_gives_each_pair_the_same_errors_alone_and_in_a_batch(schedu
     with torch.no_grad():
         whole = pair_errors(unet, schedule, batch)
         for i in range(4):
-            alone = pair_errors(unet, schedule, rows(batch, [i]))
+            alone = pair_errors(unet, schedule, batch.rows(slice(i, i + 1)))
             got, expected = torch.cat([alone.w, alone.l]), torch.stack([whole.w[i], whole.l[i]])
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
     assert whole.w.std() > 1e-3
@@ -231,7 +222,7 @@ def test_at_t_1_a_whole_step_of_dde_is_finite(schedule):
             ref = pair_errors(TinyUnet(2), schedule, batch)
         terms = step_losses(theta, ref, batch.t, DDE, schedule, calibration.correction(batch.t))
         terms.loss.sum().backward()
-        calibration.update(batch.t, theta.w, ref.w, theta.l, ref.l)
+        calibration.update(batch.t, theta, ref)
     assert terms.loss.isfinite().all()
     assert policy.conv.weight.grad.isfinite().all()
     assert calibration.correction(batch.t)[0] != 0
@@ -243,8 +234,8 @@ def test_a_batch_in_two_halves_has_the_gradient_of_the_whole(schedule):
     whole, halves, reference = TinyUnet(1).double(), TinyUnet(1).double(), TinyUnet(2).double()
     config = ObjectiveConfig(method="dde", beta=5.0)
     (run(whole, reference, schedule, batch, config, c).loss.sum() / 8).backward()
-    for keep in ([0, 1, 2, 3], [4, 5, 6, 7]):
-        (run(halves, reference, schedule, rows(batch, keep), config, c[keep]).loss.sum() / 8).backward()
+    for keep in (slice(4), slice(4, 8)):
+        (run(halves, reference, schedule, batch.rows(keep), config, c[keep]).loss.sum() / 8).backward()
     assert whole.conv.weight.grad.norm() > 1e-3
     torch.testing.assert_close(halves.conv.weight.grad, whole.conv.weight.grad, rtol=1e-9, atol=1e-12)
 
