@@ -1,6 +1,7 @@
 """A training run's whole state as a folder: safetensors and JSON, never pickle.
 
-unet/                    the policy, as diffusers writes it
+weights/                 what is trained, as diffusers reads it: a U-Net folder, or a file of LoRA adapters
+ema/                     the running average in the same form, where one is kept
 optimizer.safetensors    Adam's moments and step counts, by parameter number
 calibration.safetensors  the four arrays
 state.json               steps done, pairs seen
@@ -12,13 +13,13 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.optim import Optimizer
 
 from dde_core.calibration import Calibration
-from dde_core.errors import DataError
+from dde_core.models.policy import Policy
+
+WEIGHTS, AVERAGE = "weights", "ema"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,12 @@ class Progress:
     pairs_seen: int
 
 
-def save(folder: Path, unet: UNet2DConditionModel, optimizer: Optimizer, calibration: Calibration, progress: Progress) -> None:
+def save(folder: Path, policy: Policy, optimizer: Optimizer, calibration: Calibration, progress: Progress) -> None:
     """Write the state into an existing folder."""
-    unet.save_pretrained(folder / "unet")
+    policy.save_weights(folder / WEIGHTS)
+    if policy.ema:
+        with policy.averaged():
+            policy.save_weights(folder / AVERAGE)
     states = optimizer.state_dict()["state"]
     moments = {f"{i}.{name}": value.contiguous() for i, state in states.items() for name, value in state.items()}
     save_file(moments, folder / "optimizer.safetensors")
@@ -39,20 +43,21 @@ def save(folder: Path, unet: UNet2DConditionModel, optimizer: Optimizer, calibra
     (folder / "state.json").write_text(json.dumps(asdict(progress)))
 
 
-def load(folder: Path, unet: UNet2DConditionModel, optimizer: Optimizer, calibration: Calibration) -> Progress:
+def load(folder: Path, policy: Policy, optimizer: Optimizer, calibration: Calibration) -> Progress:
     """Put the state back into freshly made objects. Raises DataError where the folder belongs to another model."""
-    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    if _shapes(weights) != _shapes(unet.state_dict()):
-        raise DataError(f"checkpoint {str(folder)!r} belongs to another U-Net")
-    unet.load_state_dict(weights)
+    progress = Progress(**json.loads((folder / "state.json").read_text()))
+    if policy.ema:
+        policy.load_average(folder / AVERAGE, progress.step)
+    policy.load_weights(folder / WEIGHTS)
     states: dict[int, dict] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
         number, name = key.split(".", 1)
         states.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     calibration.load_state_dict(load_file(folder / "calibration.safetensors"))
-    return Progress(**json.loads((folder / "state.json").read_text()))
+    return progress
 
 
-def _shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in weights.items()}
+def model_weights(folder: Path) -> Path:
+    """Where the weights lie that become the model: the average where one was kept, else the last ones."""
+    return folder / AVERAGE if (folder / AVERAGE).is_dir() else folder / WEIGHTS

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from dde_core.conditioning import Conditioning
 from dde_core.config import SampleConfig
 from dde_core.errors import ConfigError
-from dde_core.models import ModelFolder, encode_text, picture_size, tokenize
+from dde_core.models.folder import ModelFolder
+from dde_core.models.text import TextEncoders, tokenize
 from dde_core.noise import initial_latents
 from dde_core.sampling import decode, sample_latents
 
@@ -18,12 +20,12 @@ class TextToImage:
     """A text-to-image model ready to draw. A picture is a function of prompt, seed and settings."""
 
     def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu") -> None:
-        self._tokenizer, self._schedule = folder.tokenizer(), folder.schedule()
-        self._text_encoder = folder.text_encoder().to(device)
+        self._tokenizers, self._schedule = folder.tokenizers(), folder.schedule()
+        self._text_encoders = TextEncoders(folder, device)
         self._unet = folder.unet().requires_grad_(False).to(device)
         self._vae = folder.vae().to(device)
         self._device = device
-        self.size_px = picture_size(folder)
+        self.size_px = folder.picture_size()
         self._factor = self.size_px // int(self._unet.config.sample_size)
 
     def __call__(
@@ -43,8 +45,11 @@ class TextToImage:
                 raise ConfigError(name, value, f"must be a multiple of {self._factor} for this model")
         shape = (int(self._unet.config.in_channels), height // self._factor, width // self._factor)
         latents = torch.stack([initial_latents(seed, shape) for seed in seeds]).to(self._device)
-        cond, uncond = self._encode(prompts), self._encode([""] * len(prompts))
+        cond, uncond = (self._encode(captions, height, width) for captions in (prompts, [""] * len(prompts)))
         return decode(self._vae, sample_latents(self._unet, self._schedule, latents, cond, uncond, config, on_step))
 
-    def _encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        return encode_text(self._text_encoder, tokenize(self._tokenizer, prompts))
+    def _encode(self, captions: Sequence[str], height: int, width: int) -> Conditioning:
+        """As the diffusers pipelines do: a picture that was never larger, and not cropped."""
+        text = self._text_encoders(tokenize(self._tokenizers, captions))
+        sizes = np.tile([[height, width]], (len(captions), 1))
+        return self._text_encoders.with_sizes(text, sizes, np.zeros_like(sizes), (height, width))

@@ -3,49 +3,70 @@
 Batch s of B pairs is positions s B .. (s+1) B - 1 of the endless sequence "every pair once in the order of epoch 0,
 then in the order of epoch 1, ...". A pair's n-th visit uses draw n of its noise and timestep. A worker takes every N-th
 row of the global batch, so the batch does not depend on the number of workers.
+
+Pairs that are held out are in no batch. They are chosen by their captions, whole captions at a time and the same ones
+whatever the run's seed is, so that no caption is on both sides.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float, Int
 from pyarrow import fs
 
-from dde_core.errors import DataError
-from dde_core.latents.schema import MANIFEST, Manifest
+from dde_core.errors import ConfigError, DataError
+from dde_core.latents.schema import MANIFEST, Manifest, token_columns
 from dde_core.noise import permutation
 
 
 @dataclass(frozen=True, eq=False)
 class LatentRows:
-    """A worker's part of one global batch. ``positions`` are the rows' places in the global batch, ``draws`` their visits."""
+    """A worker's part of b rows. ``positions`` are the rows' places among all workers' rows, ``draws`` their visits.
 
-    positions: np.ndarray
-    draws: np.ndarray
+    ``sizes_*`` are original (height, width), ``crops_*`` (top, left) of what was cut of it, in pixels.
+    """
+
+    positions: Int[np.ndarray, " b"]
+    draws: Int[np.ndarray, " b"]
     pair_ids: tuple[str, ...]
-    token_ids: np.ndarray
-    latents_w: np.ndarray
-    latents_l: np.ndarray
+    token_ids: Int[np.ndarray, "b k s"]
+    latents_w: Float[np.ndarray, "b c h w"]
+    latents_l: Float[np.ndarray, "b c h w"]
+    sizes_w: Int[np.ndarray, "b 2"]
+    sizes_l: Int[np.ndarray, "b 2"]
+    crops_w: Int[np.ndarray, "b 2"]
+    crops_l: Int[np.ndarray, "b 2"]
 
 
 class LatentReader:
     """Holds a dataset's shards in memory (a pair of 512 px pictures takes 64 KB) and hands out batches."""
 
-    def __init__(self, filesystem: fs.FileSystem, path: str) -> None:
-        """Raises DataError where there is no manifest, or a shard is not what the manifest says."""
+    def __init__(self, filesystem: fs.FileSystem, path: str, held_out_pairs: int = 0) -> None:
+        """Keep at least ``held_out_pairs`` pairs out of the batches.
+
+        Raises DataError where there is no manifest, or a shard is not what the manifest says; ConfigError where no pair is
+        left to train on.
+        """
         try:
             with filesystem.open_input_stream(f"{path}/{MANIFEST}") as stream:
                 self.manifest = Manifest.from_json(stream.read())
         except FileNotFoundError as error:
             raise DataError(f"{path!r} holds no dataset: it has no {MANIFEST}") from error
         self._table = pa.concat_tables(self._read(filesystem, f"{path}/{s.name}", s.sha256) for s in self.manifest.shards)
+        held_out = hold_out([row.tobytes() for row in self._tokens(self._table)], held_out_pairs)
+        self._trained, self._held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        if not len(self._trained):
+            raise ConfigError("held_out_pairs", held_out_pairs, f"leaves none of {len(self._table)} pairs to train on")
 
     def __len__(self) -> int:
-        return len(self._table)
+        """The number of pairs in an epoch."""
+        return len(self._trained)
 
     @staticmethod
     def _read(filesystem: fs.FileSystem, path: str, sha256: str) -> pa.Table:
@@ -61,17 +82,44 @@ class LatentReader:
         places = step * batch_size + np.arange(rank, batch_size, world_size)
         epochs, offsets = places // len(self), places % len(self)
         order = {epoch: permutation(seed, int(epoch), len(self)) for epoch in np.unique(epochs)}
-        rows = self._table.take(np.array([order[e][o] for e, o in zip(epochs, offsets, strict=True)], dtype=np.int64))
+        rows = np.array([order[e][o] for e, o in zip(epochs, offsets, strict=True)], dtype=np.int64)
+        return self._rows(self._trained[rows], places - step * batch_size, epochs)
+
+    def held_out(self, rank: int = 0, world_size: int = 1) -> LatentRows:
+        """Rank's rows of the pairs that are in no batch."""
+        places = np.arange(rank, len(self._held_out), world_size)
+        return self._rows(self._held_out[places], places, np.zeros_like(places))
+
+    @property
+    def num_held_out(self) -> int:
+        """The number of pairs that are in no batch."""
+        return len(self._held_out)
+
+    def _rows(self, chosen: np.ndarray, positions: np.ndarray, draws: np.ndarray) -> LatentRows:
+        rows, latent_shape = self._table.take(chosen), self.manifest.latent_shape
         return LatentRows(
-            positions=places - step * batch_size,
-            draws=epochs,
+            positions=positions,
+            draws=draws,
             pair_ids=tuple(rows["pair_id"].to_pylist()),
-            token_ids=self._array(rows, "token_ids", (self.manifest.num_tokens,)),
-            latents_w=self._array(rows, "latents_w", self.manifest.latent_shape),
-            latents_l=self._array(rows, "latents_l", self.manifest.latent_shape),
+            token_ids=self._tokens(rows),
+            **{f"latents_{side}": self._array(rows, f"latents_{side}", latent_shape) for side in "wl"},
+            **{f"sizes_{side}": self._array(rows, f"size_{side}", (2,)) for side in "wl"},
+            **{f"crops_{side}": self._array(rows, f"crop_{side}", (2,)) for side in "wl"},
         )
+
+    def _tokens(self, rows: pa.Table) -> np.ndarray:
+        names = token_columns(self.manifest.num_tokenizers)
+        return np.stack([self._array(rows, name, (self.manifest.num_tokens,)) for name in names], axis=1)
 
     @staticmethod
     def _array(rows: pa.Table, column: str, shape: tuple[int, ...]) -> np.ndarray:
         values = rows[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return values.reshape(len(rows), *shape)
+
+
+def hold_out(captions: Sequence[bytes], num_pairs: int) -> np.ndarray:
+    """bool [n]: whole captions in the order of their hashes, until they are at least ``num_pairs`` pairs."""
+    keys = np.array([hashlib.sha256(caption).hexdigest() for caption in captions])
+    distinct, caption_of, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    before = np.cumsum(counts) - counts
+    return (before < num_pairs)[caption_of] if len(distinct) else np.zeros(0, bool)

@@ -12,11 +12,16 @@ import pyarrow as pa
 
 from dde_core.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 
-def shard_schema(latent_shape: tuple[int, int, int], num_tokens: int) -> pa.Schema:
+def token_columns(num_tokenizers: int) -> list[str]:
+    """``token_ids``, and ``token_ids_2`` for a model with two tokenizers."""
+    return ["token_ids", *(f"token_ids_{k + 1}" for k in range(1, num_tokenizers))]
+
+
+def shard_schema(latent_shape: tuple[int, int, int], num_tokenizers: int, num_tokens: int) -> pa.Schema:
     """Columns of a shard. Latents [c h w] are float16 posterior means times scaling_factor, flat in C order.
 
     ``size_*`` is the original (height, width) of a side's picture in pixels, ``crop_*`` the (top, left) of what was cut.
@@ -24,7 +29,8 @@ def shard_schema(latent_shape: tuple[int, int, int], num_tokens: int) -> pa.Sche
     channels, height, width = latent_shape
     latents = pa.list_(pa.float16(), channels * height * width)
     pair = pa.list_(pa.int32(), 2)
-    columns = [("pair_id", pa.string()), ("token_ids", pa.list_(pa.int32(), num_tokens)), ("label", pa.float32())]
+    columns = [("pair_id", pa.string()), ("label", pa.float32())]
+    columns += [(name, pa.list_(pa.int32(), num_tokens)) for name in token_columns(num_tokenizers)]
     for side in "wl":
         columns += [(f"uid_{side}", pa.string()), (f"latents_{side}", latents), (f"size_{side}", pair), (f"crop_{side}", pair)]
     return pa.schema(columns)
@@ -51,6 +57,7 @@ class Manifest:
     encoder_digest: str
     settings: dict[str, Any]
     latent_shape: tuple[int, int, int]
+    num_tokenizers: int
     num_tokens: int
     counts: dict[str, int]
     shards: tuple[Shard, ...]

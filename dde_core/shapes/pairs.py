@@ -22,7 +22,7 @@ from PIL import Image
 
 from dde_core.config import SampleConfig
 from dde_core.generation import TextToImage
-from dde_core.models import ModelFolder
+from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR
 from dde_core.shapes.scenes import all_scenes, caption, leave_unsaid
 from dde_core.shapes.scorers import score

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from dde_core.errors import DataError
-from dde_core.latents.reader import LatentReader
-from dde_core.latents.schema import MANIFEST, Manifest, dataset_digest, pair_id, shard_schema
+from dde_core.errors import ConfigError, DataError
+from dde_core.latents.reader import LatentReader, hold_out
+from dde_core.latents.schema import MANIFEST, Manifest, dataset_digest, pair_id, shard_schema, token_columns
 from dde_core.latents.writer import shard_table, write_shard
 
 SHAPE, TOKENS, PAIRS = (4, 2, 2), 5, 23
@@ -20,7 +20,7 @@ SHAPE, TOKENS, PAIRS = (4, 2, 2), 5, 23
 def columns(numbers: range) -> dict[str, list]:
     rng = np.random.default_rng(0)
     found = {"pair_id": [f"pair-{i}" for i in numbers], "label": [1.0] * len(numbers)}
-    found["token_ids"] = [np.full(TOKENS, i, np.int32) for i in numbers]
+    found |= {name: [np.full(TOKENS, i + k, np.int32) for i in numbers] for k, name in enumerate(token_columns(2))}
     for side in "wl":
         found[f"uid_{side}"] = [f"{i}{side}" for i in numbers]
         found[f"latents_{side}"] = [(rng.standard_normal(16) + i).astype(np.float16) for i in numbers]
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     def write(name: str, data: bytes) -> None:
         (tmp_path / name).write_bytes(data)
 
-    schema = shard_schema(SHAPE, TOKENS)
+    schema = shard_schema(SHAPE, 2, TOKENS)
     shards = tuple(
         write_shard(n, shard_table(columns(part), schema), write) for n, part in enumerate((range(10), range(10, PAIRS)))
     )
@@ -42,6 +42,7 @@ def folder(tmp_path: Path) -> Path:
         encoder_digest="e",
         settings={},
         latent_shape=SHAPE,
+        num_tokenizers=2,
         num_tokens=TOKENS,
         counts={"pairs": PAIRS},
         shards=shards,
@@ -62,7 +63,8 @@ def test_rows_come_back_as_they_were_written(folder: Path):
         part, place = (written[0], number) if number < 10 else (written[1], number - 10)
         assert (batch.latents_w[row].ravel() == part["latents_w"][place]).all()
         assert (batch.latents_l[row].ravel() == part["latents_l"][place]).all()
-        assert (batch.token_ids[row] == number).all()
+        assert (batch.token_ids[row] == [[number], [number + 1]]).all()
+        assert (batch.sizes_w[row] == 32).all()
     assert batch.latents_w.dtype == np.float16
 
 
@@ -92,6 +94,31 @@ def test_the_global_batch_does_not_depend_on_the_number_of_workers(folder: Path,
 def test_a_batch_that_crosses_an_epoch_takes_the_end_of_one_and_the_start_of_the_next(folder: Path):
     batch = reader(folder).batch(seed=1, step=1, batch_size=20)  # positions 20..39 of epochs of 23
     assert batch.draws.tolist() == [0] * 3 + [1] * 17
+
+
+def test_held_out_captions_are_in_no_batch_and_do_not_depend_on_the_seed(folder: Path):
+    partly = LatentReader(fs.LocalFileSystem(), str(folder), held_out_pairs=5)
+    kept = {name for part in range(3) for name in partly.held_out(part, 3).pair_ids}
+    assert len(kept) == partly.num_held_out == 5
+    trained = {name for step in range(3) for name in partly.batch(seed=step, step=step, batch_size=18).pair_ids}
+    assert len(trained) == len(partly) == PAIRS - 5
+    assert not kept & trained
+
+
+def test_a_caption_is_held_out_whole():
+    captions = [b"a", b"b", b"a", b"c", b"b", b"d"]
+    for wanted in range(7):
+        out = hold_out(captions, wanted)
+        assert out.sum() >= min(wanted, 6)
+        assert {c for c, held in zip(captions, out, strict=True) if held}.isdisjoint(
+            c for c, held in zip(captions, out, strict=True) if not held
+        )
+    assert hold_out(captions, 1).sum() <= 2
+
+
+def test_holding_everything_out_is_refused(folder: Path):
+    with pytest.raises(ConfigError, match="held_out_pairs leaves none of 23 pairs to train on, got 23"):
+        LatentReader(fs.LocalFileSystem(), str(folder), held_out_pairs=23)
 
 
 def test_shards_without_a_manifest_do_not_exist(folder: Path):

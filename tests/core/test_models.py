@@ -13,13 +13,16 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from dde_core import checkpoint
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
-from dde_core.config import ObjectiveConfig, SampleConfig
+from dde_core.config import LoraConfig, ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.errors import DataError, ModelError
 from dde_core.generation import TextToImage
-from dde_core.models import ModelFolder, encode_images, picture_size, save_aligned
+from dde_core.models.folder import ModelFolder, encode_images
+from dde_core.models.policy import Policy
+from dde_core.models.saving import save_aligned
 from dde_core.noise import initial_latents
 from dde_core.shapes import MODEL_DIR
 from dde_core.shapes.scenes import all_scenes, render
+from dde_core.train_step import PairErrors
 
 PROMPTS, SEEDS = ["a small red circle at the left", "a large blue cross on a white background"], [3, 4]
 
@@ -61,7 +64,7 @@ def test_pictures_survive_the_vae():
     restored = vae.decode(torch.from_numpy(latents).float() / vae.config.scaling_factor).sample
     error = (restored - (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)).abs().mean()
     assert error < 0.05
-    assert picture_size(folder) == 32
+    assert folder.picture_size() == 32
 
 
 def test_an_aligned_folder_takes_over_no_pickle(tmp_path: Path):
@@ -79,43 +82,55 @@ def test_a_folder_that_is_no_model_is_refused_with_its_path(tmp_path: Path):
         ModelFolder(tmp_path)
 
 
-def stepped(seed: int):
+def stepped(seed: int, training: TrainConfig):
     folder = ModelFolder(MODEL_DIR)
-    unet, config = folder.unet(), ObjectiveConfig()
-    optimizer, calibration = torch.optim.AdamW(unet.parameters(), lr=1e-3), Calibration(folder.schedule(), config)
+    policy, calibration = Policy(folder, training), Calibration(folder.schedule(), ObjectiveConfig())
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     torch.manual_seed(seed)
-    train_a_little(unet, optimizer)
-    errors = torch.rand(4, 8)
-    calibration.update(torch.arange(100, 900, 100), *errors)
-    return unet, optimizer, calibration
+    train_a_little(policy, optimizer)
+    errors = PairErrors(*torch.rand(2, 8))
+    calibration.update(torch.arange(100, 900, 100), errors, PairErrors(*torch.rand(2, 8)))
+    return policy, optimizer, calibration
 
 
-def train_a_little(unet, optimizer) -> None:
+def train_a_little(policy, optimizer) -> None:
+    optimizer.zero_grad()
     latents, text = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8), torch.ones(1, 16, 64)
-    unet(latents, torch.tensor([5]), text).sample.square().mean().backward()
+    policy.unet(latents + torch.rand(1), torch.tensor([5]), text).sample.square().mean().backward()
     optimizer.step()
+    if policy.ema:
+        policy.ema.step(policy.parameters())
 
 
-def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path):
-    unet, optimizer, calibration = stepped(0)
-    checkpoint.save(tmp_path, unet, optimizer, calibration, Progress(step=1, pairs_seen=64))
-    other, other_optimizer, other_calibration = stepped(1)
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path, lora, ema_decay):
+    training = TrainConfig(lora=lora, ema_decay=ema_decay)
+    policy, optimizer, calibration = stepped(0, training)
+    checkpoint.save(tmp_path, policy, optimizer, calibration, Progress(step=1, pairs_seen=64))
+    other, other_optimizer, other_calibration = stepped(1, training)
     train_a_little(other, other_optimizer)
     assert checkpoint.load(tmp_path, other, other_optimizer, other_calibration) == Progress(step=1, pairs_seen=64)
-    optimizer.zero_grad()
-    other_optimizer.zero_grad()
-    train_a_little(unet, optimizer)
-    train_a_little(other, other_optimizer)
-    ours, theirs = unet.state_dict(), other.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for seed in (2, 3):
+        for each, its_optimizer in ((policy, optimizer), (other, other_optimizer)):
+            torch.manual_seed(seed)
+            train_a_little(each, its_optimizer)
+    with policy.averaged(), other.averaged():
+        averages = [[p.clone() for p in each.parameters()] for each in (policy, other)]
+    assert all(torch.equal(p, q) for p, q in zip(*averages, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), other.parameters(), strict=True))
+    assert ema_decay == 0 or any((p != q).any() for p, q in zip(policy.parameters(), averages[0], strict=True))
     t = torch.tensor([1, 150, 999])
     assert torch.equal(calibration.correction(t), other_calibration.correction(t))
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors", ".json"}
 
 
-def test_a_checkpoint_of_another_unet_is_refused(tmp_path: Path):
-    unet, optimizer, calibration = stepped(0)
-    checkpoint.save(tmp_path, unet, optimizer, calibration, Progress(step=1, pairs_seen=64))
-    unet.conv_out = torch.nn.Conv2d(64, 8, 3)
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, lora):
+    policy, optimizer, calibration = stepped(0, TrainConfig(lora=lora))
+    checkpoint.save(tmp_path, policy, optimizer, calibration, Progress(step=1, pairs_seen=64))
+    other, other_optimizer, other_calibration = stepped(1, TrainConfig(lora=lora and LoraConfig(rank=8)))
+    if lora is None:
+        other.unet.conv_out = torch.nn.Conv2d(64, 8, 3)
     with pytest.raises(DataError, match="another U-Net"):
-        checkpoint.load(tmp_path, unet, optimizer, calibration)
+        checkpoint.load(tmp_path, other, other_optimizer, other_calibration)

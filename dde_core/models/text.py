@@ -1,0 +1,70 @@
+"""From captions and picture sizes to what the U-Net is told, as the family's diffusers pipeline does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from dde_core.conditioning import Conditioning
+from dde_core.models.folder import ModelFolder
+
+
+def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Int[np.ndarray, "b k s"]:
+    """Token ids of each of k tokenizers, padded and cut to the tokenizer's length."""
+    settings = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
+    ids = [each(list(captions), max_length=each.model_max_length, **settings).input_ids for each in tokenizers]
+    return np.stack(ids, axis=1).astype(np.int32)
+
+
+class TextEncoders:
+    """A folder's text encoders, and how its family puts their outputs together.
+
+    sd15: the last hidden state. sdxl: the last but one of both, side by side, and the second's pooled output. What stands
+    for no caption is the empty one; where ``force_zeros_for_empty_prompt`` is set (SDXL), zeros.
+    """
+
+    def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu") -> None:
+        self._encoders = [encoder.to(device) for encoder in folder.text_encoders()]
+        self._device = device
+        self._is_sdxl = folder.family == "sdxl"
+        self._zeros = self._is_sdxl and bool(folder.index.get("force_zeros_for_empty_prompt", True))
+        self.empty_ids = tokenize(folder.tokenizers(), [""])
+
+    @torch.no_grad()
+    def __call__(self, token_ids: Int[np.ndarray, "b k s"]) -> Conditioning:
+        """What captions say to the U-Net: sd15's conditioning is complete, sdxl's lacks the sizes."""
+        ids = torch.from_numpy(np.asarray(token_ids, dtype=np.int64)).to(self._device)
+        if not self._is_sdxl:
+            return {"encoder_hidden_states": self._encoders[0](ids[:, 0]).last_hidden_state}
+        outputs = [encoder(ids[:, k], output_hidden_states=True) for k, encoder in enumerate(self._encoders)]
+        text = {
+            "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
+            "text_embeds": outputs[-1].text_embeds,
+        }
+        if self._zeros:
+            empty = torch.from_numpy((token_ids == self.empty_ids).all(axis=(1, 2))).to(self._device)
+            text = {name: rows.masked_fill(empty.view(-1, *[1] * (rows.ndim - 1)), 0.0) for name, rows in text.items()}
+        return text
+
+    def with_sizes(
+        self, text: Conditioning, sizes: Int[np.ndarray, "b 2"], crops: Int[np.ndarray, "b 2"], target_px: tuple[int, int]
+    ) -> Conditioning:
+        """``text`` with the pictures' sizes, for the families that are told them (SDXL; see ``time_ids``)."""
+        if not self._is_sdxl:
+            return text
+        return {**text, "time_ids": time_ids(sizes, crops, target_px).to(self._device)}
+
+
+def time_ids(sizes: Int[np.ndarray, "b 2"], crops: Int[np.ndarray, "b 2"], target_px: tuple[int, int]) -> Float[Tensor, "b 6"]:
+    """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2): original (height, width), crop (top, left), target.
+
+    ``crops`` are in pixels of the original; the model counts them after its shorter side was scaled to the target's.
+    """
+    scale = min(target_px) / np.maximum(sizes.min(axis=1, keepdims=True), 1)
+    rows = [sizes, np.rint(crops * scale), np.broadcast_to(np.array(target_px), sizes.shape)]
+    return torch.from_numpy(np.concatenate(rows, axis=1).astype(np.float32))

@@ -1,0 +1,221 @@
+"""Both families: drawn as diffusers draws them, saved as diffusers reads them, refused where they are of another kind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from dde_core.conditioning import predict
+from dde_core.config import LoraConfig, SampleConfig, TrainConfig
+from dde_core.errors import ConfigError, ModelError
+from dde_core.generation import TextToImage
+from dde_core.models.folder import ModelFolder
+from dde_core.models.policy import Policy, make_optimizer
+from dde_core.models.saving import save_adapters, save_aligned
+from dde_core.models.text import TextEncoders, time_ids, tokenize
+from dde_core.noise import initial_latents
+from tests.tiny_folders import FOLDERS, sdxl_folder
+
+PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+PROMPTS, SEEDS = ["a small red circle at the left", "a large blue cross on a white background"], [3, 4]
+SAMPLE = SampleConfig(steps=4, guidance_scale=3.0)
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FOLDERS[family](tmp_path_factory.mktemp("models") / family)
+
+
+def theirs(family: str, folder: Path, adapters: Path | None = None) -> np.ndarray:
+    pipeline = PIPELINES[family].from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if adapters:
+        pipeline.load_lora_weights(adapters)
+    latents = torch.stack([initial_latents(seed, (4, 8, 8)) for seed in SEEDS])
+    return pipeline(PROMPTS, latents=latents, num_inference_steps=4, guidance_scale=3.0, output_type="np").images * 255
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_our_pictures_are_those_of_the_diffusers_pipeline(family: str, prediction_type: str, tmp_path: Path):
+    path = FOLDERS[family](tmp_path / "model", prediction_type)
+    assert ModelFolder(path).schedule().prediction_type == prediction_type
+    ours = TextToImage(ModelFolder(path))(PROMPTS, SEEDS, SAMPLE)
+    assert np.abs(ours - theirs(family, path)).max() <= 1.0, "equal but for rounding"
+
+
+def test_sdxl_that_encodes_the_empty_prompt_is_followed_too(tmp_path: Path):
+    path = sdxl_folder(tmp_path / "model", zeros=False)
+    ours = TextToImage(ModelFolder(path))(PROMPTS, SEEDS, SAMPLE)
+    assert np.abs(ours - theirs("sdxl", path)).max() <= 1.0
+
+
+def test_time_ids_are_what_the_pipeline_counts_crops_in():
+    ids = time_ids(np.array([[1000, 2000], [32, 32]]), np.array([[0, 500], [0, 0]]), (512, 512))
+    assert ids.tolist() == [[1000, 2000, 0, 256, 512, 512], [32, 32, 0, 0, 512, 512]]
+
+
+def test_no_caption_is_zeros_in_sdxl_and_the_empty_caption_in_sd15(family: str, folder: Path):
+    encoders, tokenizers = TextEncoders(ModelFolder(folder)), ModelFolder(folder).tokenizers()
+    text = encoders(tokenize(tokenizers, ["", PROMPTS[0]]))
+    empty = text["encoder_hidden_states"][0]
+    assert bool((empty == 0).all()) == (family == "sdxl")
+    assert (text["encoder_hidden_states"][1] != 0).any()
+    assert len(tokenizers) == {"sd15": 1, "sdxl": 2}[family]
+
+
+def train_a_little(folder: Path, training: TrainConfig) -> Policy:
+    """Two steps in which every adapter and weight moves."""
+    policy = Policy(ModelFolder(folder), training)
+    optimizer = make_optimizer(policy.parameters(), training)
+    text = conditioning(folder)
+    for seed in range(2):
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        predict(policy.unet, x, torch.tensor([5, 500]), text).square().mean().backward()
+        optimizer.step()
+    return policy
+
+
+def conditioning(folder: Path) -> dict[str, torch.Tensor]:
+    encoders = TextEncoders(ModelFolder(folder))
+    text = encoders(tokenize(ModelFolder(folder).tokenizers(), PROMPTS))
+    return encoders.with_sizes(text, np.full((2, 2), 32), np.zeros((2, 2), np.int64), (32, 32))
+
+
+LORA = TrainConfig(learning_rate=1e-2, lora=LoraConfig(rank=4, alpha=8))
+
+
+def test_adapters_load_in_diffusers_as_they_are_and_draw_what_we_draw(family: str, folder: Path, tmp_path: Path):
+    train_a_little(folder, LORA).save_weights(tmp_path / "weights")
+    save_adapters(tmp_path / "weights", tmp_path / "lora")
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    ours = TextToImage(ModelFolder(folder, tmp_path / "lora"))(PROMPTS, SEEDS, SAMPLE)
+    assert np.abs(ours - theirs(family, folder, tmp_path / "lora")).max() <= 1.0
+    assert np.abs(ours - theirs(family, folder)).max() > 5.0, "the adapters do something"
+
+
+def test_merged_adapters_are_the_policy_that_was_trained(folder: Path, tmp_path: Path):
+    policy = train_a_little(folder, LORA)
+    policy.save_weights(tmp_path)
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([5, 500]), conditioning(folder)
+    with torch.no_grad():
+        trained = predict(policy.unet, x, t, text)
+        merged = predict(ModelFolder(folder, tmp_path).unet(), x, t, text)
+        base = predict(ModelFolder(folder).unet(), x, t, text)
+    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-5)
+    assert (trained - base).abs().max() > 1e-2
+    assert torch.equal(predict(policy.reference, x, t, text), base), "the reference is the policy with its adapters off"
+
+
+def test_adapters_start_as_the_reference_to_the_bit_and_the_same_at_every_start(folder: Path):
+    first, again = (Policy(ModelFolder(folder), LORA) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters(), strict=True))
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([5, 500]), conditioning(folder)
+    with torch.no_grad():
+        assert torch.equal(predict(first.unet, x, t, text), predict(first.reference, x, t, text))
+    assert first.parameters()
+
+
+def test_only_adapters_are_trained_where_they_are_asked_for(folder: Path):
+    base = ModelFolder(folder).unet().state_dict()
+    policy = train_a_little(folder, LORA)
+    frozen = {name.replace(".base_layer", ""): value for name, value in policy.unet.state_dict().items() if "lora_" not in name}
+    assert frozen.keys() == base.keys()
+    assert all(torch.equal(frozen[name], base[name]) for name in base)
+
+
+LOAD = """
+import sys, numpy, torch, diffusers
+name, folder, adapters = sys.argv[1:4]
+pipeline = getattr(diffusers, name).from_pretrained(folder, dtype=torch.float32)
+if adapters:
+    pipeline.load_lora_weights(adapters)
+drawn = pipeline("a red circle", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0))
+picture = drawn.images[0]
+assert picture.shape == (32, 32, 3) and picture.std() > 0
+assert not [name for name in sys.modules if name.split(".")[0] in ("dde_core", "services")]
+numpy.save(sys.argv[4], picture)
+"""
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_a_process_without_our_code_loads_what_was_saved(family: str, folder: Path, tmp_path: Path, lora: bool):
+    train_a_little(folder, LORA if lora else TrainConfig(learning_rate=1e-3)).save_weights(tmp_path / "weights")
+    adapters, model = "", folder
+    if lora:
+        save_adapters(tmp_path / "weights", tmp_path / "model")
+        adapters = str(tmp_path / "model")
+    else:
+        model = tmp_path / "model"
+        save_aligned(folder, tmp_path / "weights", model)
+    pictures = []
+    for at, loaded in (("base", (str(folder), "")), ("aligned", (str(model), adapters))):
+        arguments = [PIPELINES[family].__name__, *loaded, str(tmp_path / f"{at}.npy")]
+        done = subprocess.run([sys.executable, "-c", LOAD, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        pictures.append(np.load(tmp_path / f"{at}.npy"))
+    assert np.abs(pictures[0] - pictures[1]).max() > 1e-3
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder: Path):
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([5, 500]), conditioning(folder)
+    gradients = []
+    for checkpointing in (False, True):
+        policy = Policy(ModelFolder(folder), TrainConfig(gradient_checkpointing=checkpointing))
+        predict(policy.unet, x, t, text).square().mean().backward()
+        gradients.append([parameter.grad for parameter in policy.parameters()])
+        assert policy.unet.is_gradient_checkpointing == checkpointing
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# ---- refusals
+
+
+def test_another_family_is_named_as_not_supported_before_a_weight_is_read(folder: Path, tmp_path: Path):
+    for pipeline in ("StableDiffusion3Pipeline", "FluxPipeline"):
+        path = tmp_path / pipeline
+        path.mkdir()
+        (path / "model_index.json").write_text(json.dumps({"_class_name": pipeline, "transformer": ["diffusers", "X"]}))
+        with pytest.raises(ModelError, match=f"pipeline '{pipeline}' is not supported yet"):
+            ModelFolder(path)
+
+
+def test_missing_components_are_named(folder: Path, family: str, tmp_path: Path):
+    shutil.copytree(folder, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index | {"text_encoder": [None, None]}))
+    with pytest.raises(ModelError, match=f"lacks text_encoder, which a {family} model needs"):
+        ModelFolder(tmp_path / "model")
+
+
+def test_another_prediction_type_is_refused_with_its_value(folder: Path, tmp_path: Path):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    with pytest.raises(ConfigError, match="prediction_type must be one of epsilon, v_prediction, got 'sample'"):
+        ModelFolder(tmp_path / "model").schedule()
+
+
+def test_adapters_that_match_nothing_are_refused_by_name(folder: Path):
+    for target in ("to_qq", "norm1", "q"):
+        with pytest.raises(ConfigError, match=f"matches no linear or convolution layer of the U-Net, got '{target}'"):
+            Policy(ModelFolder(folder), TrainConfig(lora=LoraConfig(targets=("to_q", target))))
+
+
+def test_an_optimizer_whose_library_is_missing_is_refused_with_what_to_install(folder: Path):
+    training = TrainConfig(optimizer="adamw_8bit")
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes, which is not installed: pip install 'dde-align\[8bit\]'"):
+        make_optimizer(Policy(ModelFolder(folder), training).parameters(), training)

@@ -1,0 +1,102 @@
+"""Small diffusers folders of both families: the shapes world's VAE and tokenizer, text encoders and U-Net drawn at random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from dde_core.shapes import MODEL_DIR
+
+WIDTH = 32
+
+
+def sd15_folder(target: Path, prediction_type: str = "epsilon") -> Path:
+    """Of Stable Diffusion 1.5's kind: one text encoder."""
+    torch.manual_seed(0)
+    pipeline = StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text_config()),
+        tokenizer=_tokenizer(),
+        unet=_unet(cross_attention_dim=WIDTH),
+        scheduler=_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+    )
+    pipeline.save_pretrained(target)
+    return target
+
+
+def sdxl_folder(target: Path, prediction_type: str = "epsilon", zeros: bool = True) -> Path:
+    """Of SDXL's kind: two text encoders, pooled text, time ids, transformers of several layers."""
+    torch.manual_seed(0)
+    second = _text_config(hidden_size=48, projection_dim=24)
+    unet = _unet(
+        cross_attention_dim=WIDTH + 48,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+        transformer_layers_per_block=[1, 2],
+        use_linear_projection=True,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text_config()),
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=_tokenizer(),
+        tokenizer_2=_tokenizer(),
+        unet=unet,
+        scheduler=_scheduler(prediction_type),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(target)
+    return target
+
+
+FOLDERS = {"sd15": sd15_folder, "sdxl": sdxl_folder}
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(MODEL_DIR / "vae", local_files_only=True)
+
+
+def _tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(MODEL_DIR / "tokenizer", local_files_only=True)
+
+
+def _scheduler(prediction_type: str) -> DDIMScheduler:
+    config = json.loads((MODEL_DIR / "scheduler" / "scheduler_config.json").read_text())
+    return DDIMScheduler.from_config(config | {"prediction_type": prediction_type})
+
+
+def _text_config(hidden_size: int = WIDTH, **more) -> CLIPTextConfig:
+    """The shapes world's vocabulary."""
+    known = json.loads((MODEL_DIR / "text_encoder" / "config.json").read_text())
+    names = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    shared = {name: known[name] for name in names if name in known}
+    return CLIPTextConfig(
+        hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2, num_attention_heads=4, **shared, **more
+    )
+
+
+def _unet(**more) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        **more,
+    )
