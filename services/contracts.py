@@ -6,9 +6,11 @@ A job is a chain of stages, each one Ray job that is told what to do by a spec f
                                            /journal/*.json  append-only events and metrics, written by the stage
                                            /done.json       the stage's result, written last
                                            /failed.json     or why it could not
+    {storage}/jobs/{job}/train/run/pairs/*.parquet          t, margin and gradient weight of every pair of every step
     {storage}/datasets/{key}/manifest.json                  latent shards; no manifest: no shards
     {storage}/models/{model}.json, aliases/{name}.json      what Serve can load, written by the control plane
     {storage}/models/{model}/                               weights of an aligned model: a diffusers folder
+                            /credit.json                    where its training put the credit
 
 Imports no torch and no Ray.
 """
@@ -21,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.errors import ConfigError
+from dde_core.family import Family
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -29,7 +32,6 @@ MetadataKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x0
 MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 Scorer = Literal["match", "taste", "fidelity"]
 Stage = Literal["encode", "train", "evaluate"]
-Family = Literal["sd15"]
 JobStatus = Literal["validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled"]
 
 ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
@@ -62,11 +64,11 @@ class DatasetCounts(Strict):
 
 
 class ModelCreate(Strict):
-    """Register a base model: a diffusers folder."""
+    """Register a base model: a diffusers folder. ``family`` is told from its model_index.json; another one is refused."""
 
     name: Name
     uri: Uri
-    family: Family = "sd15"
+    family: Family | None = None
 
 
 class EvaluationConfig(Strict):
@@ -139,7 +141,10 @@ class ScoreRequest(Strict):
 
 
 class ModelRecord(Strict):
-    """``models/{id}.json``: a model that can be aligned, evaluated and served. ``lineage`` is empty for a base."""
+    """``models/{id}.json``: a model that can be aligned, evaluated and served. ``lineage`` is empty for a base.
+
+    ``adapter_of`` is the model on which LoRA adapters work; ``uri`` then holds the adapters alone.
+    """
 
     id: str
     name: str
@@ -148,8 +153,39 @@ class ModelRecord(Strict):
     digest: str
     base: str | None = None
     job: str | None = None
+    adapter_of: ModelRecord | None = None
     lineage: dict[str, Any] = {}
     created_at: int
+
+
+CREDIT = "credit.json"
+"""Lies beside the weights of an aligned model."""
+
+
+class CreditBucket(Strict):
+    """The pairs of a run whose t lies in one tenth of 1..T: mean margin (none for `sft`), mean gradient weight as it was
+    logged, and as it is predicted from the margins alone."""
+
+    t_first: int
+    t_last: int
+    pairs: int
+    margin: float | None
+    logged: float
+    predicted: float
+
+
+class CreditRecord(Strict):
+    """``credit.json``: where a run put its credit. Noise mode and timestep range of ``objective`` are resolved.
+
+    ``scheduler`` is the base's scheduler config, ``calibration`` the four arrays of coefficients after the last step.
+    """
+
+    objective: ObjectiveConfig
+    scheduler: dict[str, Any]
+    steps: int
+    batch_size: int
+    calibration: dict[str, list[float]]
+    buckets: list[CreditBucket]
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------
@@ -251,11 +287,14 @@ class StageFailure(Strict):
     param: str | None = None
 
 
+Level = Literal["info", "warning", "error"]
+
+
 class JournalEvent(Strict):
     """One line of a stage's journal: a message for people, or metrics of a step for programs (or both)."""
 
     at: float
-    level: Literal["info", "warning", "error"] = "info"
+    level: Level = "info"
     message: str | None = None
     step: int | None = None
     metrics: dict[str, float] | None = None

@@ -6,19 +6,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tempfile
 import uuid
 from pathlib import Path
+from typing import Any
 
+from dde_core.errors import ConfigError, ModelError
+from dde_core.family import COMPONENTS, WITH_WEIGHTS, Family, check_scheduler, family_of, missing_components
 from services import storage
-from services.contracts import NAME_PATTERN, Family, ModelRecord
+from services.contracts import NAME_PATTERN, ModelRecord
 from services.errors import BadRequest, NotFound
-
-COMPONENTS: dict[Family, tuple[str, ...]] = {
-    "sd15": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-}
-WITH_WEIGHTS = ("unet", "vae", "text_encoder")
 
 
 def model_uri(root: str, model_id: str) -> str:
@@ -60,27 +59,54 @@ def find(root: str, name_or_id: str) -> ModelRecord:
     raise NotFound(f"model {name_or_id!r} does not exist", param="model", code="model_not_found")
 
 
-def check_components(uri: str, family: Family) -> None:
-    """Refuse a folder that is not a diffusers pipeline of this family, before anything is spent."""
+def check_components(uri: str, family: Family | None) -> Family:
+    """The family of a diffusers folder, told from its JSON files and names, before anything is spent.
+
+    Raises BadRequest for another pipeline or family than asked for, missing parts or weights, a schedule that cannot be used.
+    """
     try:
         index = storage.read_json(storage.join(uri, "model_index.json"))
-        parts = {name: part for name, part in index.items() if isinstance(part, list) and part and part[0] is not None}
+        found = family_of(index)
+        missing = missing_components(index)
     except (OSError, ValueError, AttributeError) as error:
-        raise BadRequest(f"uri {uri!r} is not a diffusers folder: model_index.json cannot be read", param="uri") from error
-    missing = [name for name in COMPONENTS[family] if name not in parts]
+        why = str(error) if isinstance(error, ModelError) else "model_index.json cannot be read"
+        raise BadRequest(f"uri {uri!r} is not a diffusers folder that can be aligned: {why}", param="uri") from error
+    if family not in (None, found):
+        raise BadRequest(f"family: model_index.json of {uri!r} says {found!r}, got {family!r}", param="family")
     if missing:
-        raise BadRequest(
-            f"uri {uri!r} is not of family {family!r}: model_index.json lacks {', '.join(missing)}", param="family"
-        )
+        message = f"uri {uri!r} is not of family {found!r}: model_index.json lacks {', '.join(missing)}"
+        raise BadRequest(message, param="family" if family else "uri", code="missing_components")
     files = storage.list_files(uri, recursive=True)
-    lacking = [name for name in COMPONENTS[family] if not any(file.startswith(f"{name}/") for file in files)]
-    lacking += [f"{name}/*.safetensors" for name in WITH_WEIGHTS if not any(_is_weights(file, name) for file in files)]
+    lacking = [name for name in COMPONENTS[found] if not any(file.startswith(f"{name}/") for file in files)]
+    with_weights = [name for name in WITH_WEIGHTS if name in COMPONENTS[found]]
+    lacking += [f"{name}/*.safetensors" for name in with_weights if not any(_is_weights(file, name) for file in files)]
     if lacking:
         raise BadRequest(f"uri {uri!r} lacks {', '.join(lacking)}", param="uri", code="missing_components")
+    try:
+        check_scheduler(scheduler_config(uri))
+    except (FileNotFoundError, ConfigError) as error:
+        raise BadRequest(f"uri {uri!r}: scheduler/scheduler_config.json: {error}", param="uri", code="scheduler") from error
+    return found
 
 
 def _is_weights(file: str, part: str) -> bool:
     return file.startswith(f"{part}/") and file.endswith(".safetensors")
+
+
+def unet_layers(uri: str) -> set[str]:
+    """Names of the U-Net's linear and convolution layers, from the headers of its safetensors: no weight is read."""
+    layers: set[str] = set()
+    files = [file for file in storage.list_files(uri, recursive=True) if _is_weights(file, "unet")]
+    for file in files:
+        filesystem, path = storage.resolve(storage.join(uri, file))
+        with filesystem.open_input_file(path) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        tensors = {name: len(about["shape"]) for name, about in header.items() if name != "__metadata__"}
+        layers |= {
+            name.removesuffix(".weight") for name, rank in tensors.items() if name.endswith(".weight") and rank in (2, 4)
+        }
+    return layers
 
 
 def folder_digest(uri: str) -> str:
@@ -100,16 +126,28 @@ def _file_digest(uri: str) -> str:
     return digest.hexdigest()
 
 
+def scheduler_config(uri: str) -> dict[str, Any]:
+    """The contents of a diffusers folder's scheduler_config.json."""
+    return storage.read_json(storage.join(uri, "scheduler", "scheduler_config.json"))
+
+
 def num_train_timesteps(record: ModelRecord) -> int:
     """T of the model's noise schedule."""
-    return int(storage.read_json(storage.join(record.uri, "scheduler", "scheduler_config.json"))["num_train_timesteps"])
+    return int(scheduler_config((record.adapter_of or record).uri)["num_train_timesteps"])
 
 
-def fetch(record: ModelRecord) -> Path:
-    """A local folder with the model's files: itself where it is local, else a copy kept by digest on this node.
+def fetch(record: ModelRecord) -> tuple[Path, Path | None]:
+    """Local folders with the model's files: a diffusers folder and, for LoRA adapters on it, theirs.
 
-    Raises BadRequest where the copy is not what was registered.
+    A folder that is local is used where it is, others are copied once, by digest, to this node. Raises BadRequest where the
+    copy is not what was registered.
     """
+    if record.adapter_of is None:
+        return _fetch(record), None
+    return _fetch(record.adapter_of), _fetch(record)
+
+
+def _fetch(record: ModelRecord) -> Path:
     filesystem, path = storage.resolve(record.uri)
     if filesystem.type_name == "local":
         return Path(path)
@@ -127,6 +165,12 @@ def fetch(record: ModelRecord) -> Path:
         finally:
             storage.delete_folder(storage.as_uri(beside))
     return target
+
+
+def check_digests(record: ModelRecord) -> None:
+    """Refuse local files of a model, adapters and what they work on, that are not those that were registered."""
+    for each in filter(None, (record.adapter_of, record)):
+        check_digest(each, storage.as_uri(_fetch(each)))
 
 
 def check_digest(record: ModelRecord, uri: str) -> None:

@@ -15,6 +15,7 @@ under one Idempotency-Key.
 from __future__ import annotations
 
 import base64
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from services.client.types import Dataset, Evaluation, Event, Item, Job, MetricRow, Model, Page, parse
 from services.contracts import (
     AlignmentJobCreate,
+    CreditRecord,
     DatasetCreate,
     EvaluationCreate,
     ImageRequest,
@@ -100,8 +102,8 @@ class Client:
     def datasets(self) -> Iterator[Dataset]:
         return self._items(Dataset, "/v1/datasets")
 
-    def create_model(self, name: str, uri: str, family: str = "sd15") -> Model:
-        """Register a base model: a diffusers folder."""
+    def create_model(self, name: str, uri: str, family: str | None = None) -> Model:
+        """Register a base model: a diffusers folder, whose family is told from its files."""
         return self._post(Model, "/v1/models", ModelCreate.model_validate({"name": name, "uri": uri, "family": family}))
 
     def model(self, model_id: str) -> Model:
@@ -136,6 +138,10 @@ class Client:
             {"stage": stage} if after is None else {"stage": stage, "after": after},
         )
         return self._items(MetricRow, path, query, cursor="step")
+
+    def credit(self, job_id: str) -> CreditRecord:
+        """Where the training of a job put its credit; there once its model is."""
+        return CreditRecord.model_validate_json(json.dumps(self._send("GET", f"/v1/alignment/jobs/{job_id}/credit")))
 
     def wait(self, job_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0) -> Job:
         """The job once it has succeeded, failed or been cancelled. Raises TimeoutError."""

@@ -63,6 +63,7 @@ class Model(Resource):
     digest: str | None = None
     base: str | None = None
     job: str | None = None
+    adapter_of: str | None = None
 
 
 class JobResult(Answer):

@@ -9,11 +9,10 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session, aliased
 
-from dde_core.config import ObjectiveConfig
 from dde_core.errors import DataError
 from dde_core.shapes import scorers
 from services import registry, storage
-from services.contracts import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ModelRecord
+from services.contracts import CREDIT, AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ModelRecord
 from services.control import journal, models
 from services.control.database import Database, update_one
 from services.control.idempotency import Once, create_once
@@ -37,7 +36,7 @@ def create_alignment(database: Database, once: Once, asked: AlignmentJobCreate) 
 
     def insert(session: Session, _: None) -> dict[str, Any]:
         base, dataset = models.find(session, asked.model, "model"), _dataset(session, asked)
-        _check_timesteps(models.record_of(base), asked.objective)
+        _check_fit(models.record_of(base), asked)
         job_id = new_id("ajob")
         name = asked.name or f"{base.name[:40]}-{asked.objective.method}-{job_id[-6:]}"
         _refuse_base_name(session, name)
@@ -53,6 +52,9 @@ def create_alignment(database: Database, once: Once, asked: AlignmentJobCreate) 
         session.flush()
         session.add_all(JobMetadata(job_seq=row.seq, key=key, value=value) for key, value in asked.metadata.items())
         journal.say(session, job_id, f"created: {asked.objective.method} on {base.name} with dataset {dataset.name}")
+        for setting, value in asked.objective.ignored().items():
+            message = f"objective.{setting} = {value} is not read by method {asked.objective.method!r}"
+            journal.say(session, job_id, message, "warning")
         return job_view(row)
 
     return create_once(database, once, check, insert)
@@ -79,6 +81,20 @@ def get(database: Database, kind: str, job_id: str) -> dict[str, Any]:
     """Raises NotFound."""
     with database.read() as session:
         return VIEWS[kind](by_id(session, Job, job_id, kind))
+
+
+def credit(database: Database, job_id: str) -> bytes:
+    """The credit record of an alignment job, as JSON. Raises NotFound for a job that has none (yet)."""
+    with database.read() as session:
+        row = by_id(session, Job, job_id, "alignment")
+        trained, status = row.results.get("train"), row.status
+    if trained is not None:
+        try:
+            return storage.read_bytes(storage.join(trained["model"]["uri"], CREDIT))
+        except FileNotFoundError:
+            pass
+    why = "its model has none" if trained else "it is written when training is done"
+    raise NotFound(f"job {job_id} has no credit record: {why}; the job is {status}", param="id", code="credit_not_found")
 
 
 def page(
@@ -122,20 +138,34 @@ def _dataset(session: Session, asked: AlignmentJobCreate) -> Dataset:
     row = session.scalar(select(Dataset).where(Dataset.id == asked.dataset)) if is_id(asked.dataset) else None
     if row is None:
         raise NotFound(f"dataset: dataset {show(asked.dataset)} does not exist", param="dataset", code="dataset_not_found")
-    size, pairs = asked.training.batch_size, row.counts["pairs"]
+    size, held_out, pairs = asked.training.batch_size, asked.training.held_out_pairs, row.counts["pairs"]
+    if size <= pairs < size + held_out:
+        message = f"training.held_out_pairs: must leave training.batch_size = {size} of the {pairs} pairs, got {held_out}"
+        raise BadRequest(message, param="training.held_out_pairs")
     if size > pairs:
         message = f"training.batch_size: must be at most the {pairs} pairs of dataset {row.id}, got {size}"
         raise BadRequest(message, param="training.batch_size")
     return row
 
 
-def _check_timesteps(base: ModelRecord, objective: ObjectiveConfig) -> None:
-    """Refuse timesteps that the base's schedule does not have."""
-    last = registry.num_train_timesteps(base)
+def _check_fit(base: ModelRecord, asked: AlignmentJobCreate) -> None:
+    """Refuse timesteps that the base's schedule does not have, and adapters for layers that its U-Net does not have."""
+    last, objective = registry.num_train_timesteps(base), asked.objective
     for field in ("t_min", "t_max", "calibration_bins"):
         if getattr(objective, field) > last:
             message = f"objective.{field}: must be at most the {last} timesteps of {base.name}, got {getattr(objective, field)}"
             raise BadRequest(message, param=f"objective.{field}")
+    if asked.training.lora:
+        if base.adapter_of:
+            message = f"training.lora: {base.name} is LoRA adapters itself; train the whole U-Net (null), or on {base.adapter_of.name}"
+            raise BadRequest(message, param="training.lora")
+        layers = registry.unet_layers(base.uri)
+        for target in asked.training.lora.targets:
+            if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+                message = (
+                    f"training.lora.targets: matches no linear or convolution layer of {base.name}'s U-Net, got {target!r}"
+                )
+                raise BadRequest(message, param="training.lora.targets")
 
 
 def _refuse_base_name(session: Session, name: str) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from services.contracts import JournalEvent, Stage
+from services.contracts import JournalEvent, Level, Stage
 from services.control.database import Database
 from services.control.listing import by_id, listed
 from services.control.tables import Event, Job, Metric
@@ -58,9 +58,9 @@ def printable(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
 
 
-def say(session: Session, job_id: str, message: str) -> None:
+def say(session: Session, job_id: str, message: str, level: Level = "info") -> None:
     """Add one event of the control plane's own."""
-    session.add(Event(job=job_id, created_at=time.time(), level="info", message=message))
+    session.add(Event(job=job_id, created_at=time.time(), level=level, message=message))
 
 
 def list_events(database: Database, kind: str, job_id: str, after: str | None, limit: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from dde_core.family import Family
 from services import registry, storage
 from services.contracts import ModelCreate, ModelRecord
 from services.control.database import Database
@@ -25,20 +26,20 @@ def create(database: Database, root: str, once: Once, asked: ModelCreate) -> dic
     if is_id(asked.name):
         raise BadRequest(f"name: must not have the form of an id, got {asked.name!r}", param="name")
 
-    def digest() -> str:
+    def look() -> tuple[Family, str]:
         try:
-            registry.check_components(asked.uri, asked.family)
-            return registry.folder_digest(asked.uri)
+            return registry.check_components(asked.uri, asked.family), registry.folder_digest(asked.uri)
         except OSError as error:
             raise BadRequest(f"uri: cannot be read, got {asked.uri!r}: {error}", param="uri") from error
 
-    def insert(session: Session, digest: str) -> dict[str, Any]:
+    def insert(session: Session, found: tuple[Family, str]) -> dict[str, Any]:
+        family, digest = found
         _refuse_taken(session, asked.name)
         record = ModelRecord(
             id=new_id("model"),
             name=asked.name,
             uri=storage.as_uri(asked.uri),
-            family=asked.family,
+            family=family,
             digest=digest,
             created_at=int(time.time()),
         )
@@ -49,7 +50,7 @@ def create(database: Database, root: str, once: Once, asked: ModelCreate) -> dic
         registry.point(root, record.name, record.id)
         return model_view(row)
 
-    return create_once(database, once, digest, insert)
+    return create_once(database, once, look, insert)
 
 
 def _refuse_taken(session: Session, name: str) -> None:
@@ -97,6 +98,9 @@ def delete(database: Database, root: str, model_id: str) -> dict[str, Any]:
         using = session.scalar(select(Job.id).where(uses, Job.status.in_(UNFINISHED)).limit(1))
         if using:
             raise Conflict(f"model {model_id!r} is used by the unfinished job {using}", param="id", code="in_use")
+        adapters = session.scalar(select(Model.id).where(Model.base == model_id, Model.adapter_of.is_not(None)).limit(1))
+        if adapters:
+            raise Conflict(f"model {model_id!r} is what the adapters {adapters} work on", param="id", code="in_use")
         session.delete(row)
         session.flush()
         registry.retract(root, record_of(row))

@@ -74,6 +74,7 @@ class Model(Resource):
     digest: Mapped[str] = mapped_column(String(64))
     base: Mapped[str | None] = mapped_column(String(40))
     job: Mapped[str | None] = mapped_column(String(40))
+    adapter_of: Mapped[dict[str, Any] | None]
     lineage: Mapped[dict[str, Any]]
     current: Mapped[bool] = mapped_column(server_default=false())
 

@@ -46,7 +46,10 @@ class DatasetView(BaseModel):
 
 
 class ModelView(BaseModel):
-    """``current``: the name means this model. ``base``, ``job`` and ``lineage`` say where an aligned model is from."""
+    """``current``: the name means this model. ``base``, ``job`` and ``lineage`` say where an aligned model is from.
+
+    ``adapter_of`` is the id of the model on which LoRA adapters work; ``uri`` then holds the adapters alone.
+    """
 
     id: str
     object: Literal["model"]
@@ -56,6 +59,7 @@ class ModelView(BaseModel):
     digest: str
     base: str | None
     job: str | None
+    adapter_of: str | None
     lineage: dict[str, Any]
     current: bool
     created_at: int
@@ -150,6 +154,7 @@ def model_view(row: Model) -> dict[str, Any]:
         "id": row.id,
         "object": "model",
         **{name: getattr(row, name) for name in plain},
+        "adapter_of": row.adapter_of["id"] if row.adapter_of else None,
         "created_at": int(row.created_at),
     }
 

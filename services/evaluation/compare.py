@@ -13,7 +13,7 @@ import ray.data
 import torch
 
 from dde_core.generation import TextToImage
-from dde_core.models import ModelFolder
+from dde_core.models.folder import ModelFolder
 from dde_core.shapes.scorers import score
 from services.contracts import EvaluateSpec
 from services.registry import fetch
@@ -44,7 +44,7 @@ class Comparer:
         torch.set_num_threads(1)
         self._evaluation = spec.evaluation
         self._models = {
-            side: TextToImage(ModelFolder(fetch(record)), "cuda" if spec.use_gpu else "cpu")
+            side: TextToImage(ModelFolder(*fetch(record)), "cuda" if spec.use_gpu else "cpu")
             for side, record in zip(SIDES, (spec.base, spec.candidate), strict=True)
         }
 

@@ -11,9 +11,20 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from dde_core.errors import DataError
-from dde_core.latents.schema import MANIFEST, Manifest, Shard, dataset_digest, pair_id, shard_schema
+from dde_core.family import COMPONENTS
+from dde_core.latents.schema import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Manifest,
+    Shard,
+    dataset_digest,
+    pair_id,
+    shard_schema,
+    token_columns,
+)
 from dde_core.latents.writer import shard_table, write_shard
-from dde_core.models import ModelFolder, picture_size, tokenize
+from dde_core.models.folder import ModelFolder
+from dde_core.models.text import tokenize
 from services import pairs, registry, storage
 from services.contracts import EncodeResult, EncodeSpec
 from services.errors import BadRequest
@@ -31,10 +42,11 @@ Images = dict[str, dict[str, Any]]
 def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
     """Encode a dataset, or find that it was encoded before with the same content, encoder and settings."""
     began = time.monotonic()
-    folder = ModelFolder(registry.fetch(spec.model))
-    settings = {"resolution": picture_size(folder), "crop": "centre", "flip": "none"}
+    folder = ModelFolder(*registry.fetch(spec.model))
+    settings = {"resolution": folder.picture_size(), "crop": "centre", "flip": "none"}
     encoder_digest = _encoder_digest(folder)
-    key = hashlib.sha256(json.dumps([spec.dataset_digest, encoder_digest, settings], sort_keys=True).encode()).hexdigest()[:32]
+    identity = [SCHEMA_VERSION, spec.dataset_digest, encoder_digest, settings]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     target = storage.join(spec.output, key)
     reused = storage.exists(storage.join(target, MANIFEST))
     if reused:
@@ -71,14 +83,15 @@ def _encode_new(
         raise DataError(
             f"dataset {spec.dataset_uri!r} has no pair left: all {len(decided)} decided pairs hold a corrupt picture"
         )
-    latent_shape, tokenizer = images[usable[0].uid_0]["latents"].shape, folder.tokenizer()
-    shards = tuple(_write_shards(target, usable, images, tokenizer, latent_shape))
+    latent_shape, tokenizers = images[usable[0].uid_0]["latents"].shape, folder.tokenizers()
+    shards = tuple(_write_shards(target, usable, images, tokenizers, latent_shape))
     manifest = Manifest(
         digest=dataset_digest(settings, encoder_digest, [_identity(row, images) for row in usable]),
         encoder_digest=encoder_digest,
         settings=settings,
         latent_shape=latent_shape,
-        num_tokens=tokenizer.model_max_length,
+        num_tokenizers=len(tokenizers),
+        num_tokens=tokenizers[0].model_max_length,
         counts=_counts(rows, decided, usable, images),
         shards=shards,
     )
@@ -108,17 +121,18 @@ def _identity(row: PairRow, images: Images) -> tuple[str, str, str, float]:
 
 
 def _write_shards(
-    target: str, usable: list[PairRow], images: Images, tokenizer: CLIPTokenizer, latent_shape: tuple[int, int, int]
+    target: str, usable: list[PairRow], images: Images, tokenizers: list[CLIPTokenizer], latent_shape: tuple[int, int, int]
 ) -> Iterator[Shard]:
-    schema = shard_schema(latent_shape, tokenizer.model_max_length)
+    schema = shard_schema(latent_shape, len(tokenizers), tokenizers[0].model_max_length)
     for number, start in enumerate(range(0, len(usable), PAIRS_PER_SHARD)):
         rows = usable[start : start + PAIRS_PER_SHARD]
         chosen = [row.winner_first for row in rows]
         columns: dict[str, list] = {
             "pair_id": [_pair_id(row) for row in rows],
-            "token_ids": list(tokenize(tokenizer, [row.caption for row in rows])),
             "label": [label for *_, label in chosen],
         }
+        token_ids = tokenize(tokenizers, [row.caption for row in rows])
+        columns |= {name: list(token_ids[:, k]) for k, name in enumerate(token_columns(len(tokenizers)))}
         for side, uids in (("w", [uid for uid, _, _ in chosen]), ("l", [uid for _, uid, _ in chosen])):
             of_side = [images[uid] for uid in uids]
             columns[f"uid_{side}"] = uids
@@ -158,6 +172,7 @@ def _counts(rows: list[PairRow], decided: list[PairRow], usable: list[PairRow], 
 
 
 def _encoder_digest(folder: ModelFolder) -> str:
-    """sha256 of what decides a picture's latents and a caption's tokens: the VAE's and tokenizer's files."""
-    parts = [registry.folder_digest(storage.as_uri(folder.path / part)) for part in ("vae", "tokenizer")]
+    """sha256 of what decides a picture's latents and a caption's tokens: the VAE's and the tokenizers' files."""
+    names = [name for name in COMPONENTS[folder.family] if name == "vae" or name.startswith("tokenizer")]
+    parts = [registry.folder_digest(storage.as_uri(folder.path / name)) for name in names]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -16,7 +16,7 @@ import numpy as np
 import ray.data
 import torch
 
-from dde_core.models import ModelFolder, encode_images
+from dde_core.models.folder import ModelFolder, encode_images
 from services.contracts import ModelRecord
 from services.ingest.decoding import decode_unit
 from services.registry import fetch
@@ -56,7 +56,7 @@ class Encoder:
 
     def __init__(self, model: ModelRecord, device: str) -> None:
         torch.set_num_threads(1)
-        self._vae = ModelFolder(fetch(model)).vae().to(device)
+        self._vae = ModelFolder(*fetch(model)).vae().to(device)
 
     def __call__(self, images: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         pixels = images.pop("pixels")

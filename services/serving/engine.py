@@ -14,7 +14,7 @@ from PIL import Image
 
 from dde_core.errors import DataError
 from dde_core.generation import TextToImage
-from dde_core.models import ModelFolder
+from dde_core.models.folder import ModelFolder
 from dde_core.shapes.scorers import score
 from services import registry
 from services.contracts import ImageRequest, ScoreRequest
@@ -48,7 +48,7 @@ class Engine:
         with self._lock:
             stop_if_gone(0, sample.steps)
             if record.id not in self._models:
-                self._models[record.id] = TextToImage(ModelFolder(registry.fetch(record)), self._device)
+                self._models[record.id] = TextToImage(ModelFolder(*registry.fetch(record)), self._device)
                 while len(self._models) > self._max_models:
                     self._models.popitem(last=False)
             self._models.move_to_end(record.id)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import ray.train
 import ray.train.torch
 import torch
-from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dde_core import checkpoint
 from dde_core.calibration import Calibration
@@ -17,14 +19,18 @@ from dde_core.checkpoint import Progress
 from dde_core.config import TrainConfig
 from dde_core.latents.reader import LatentReader
 from dde_core.metrics import step_metrics
-from dde_core.models import ModelFolder
-from dde_core.train_step import PairErrors, check_finite, pair_errors, step_losses
+from dde_core.models.folder import ModelFolder
+from dde_core.models.policy import Policy, make_optimizer
+from dde_core.objectives import OBJECTIVES
+from dde_core.train_step import PairBatch, check_finite, pair_errors, step_losses
 from services import registry, storage
 from services.contracts import TrainSpec
 from services.observability import Journal
-from services.training.batches import BatchMaker, gather
+from services.training.batches import BatchMaker, gather_errors
+from services.training.held_out import held_out_metrics
 
-REPORTED = ("loss", "implicit_accuracy", "margin")
+REPORTED = ("loss", "implicit_accuracy", "margin", "held_out_accuracy", "held_out_accuracy_low", "held_out_accuracy_high",
+            "held_out_margin", "held_out_pairs")  # fmt: skip
 
 
 def train_loop(config: dict) -> None:
@@ -37,14 +43,13 @@ def train_loop(config: dict) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     journal = Journal(spec.prefix) if rank == 0 else None
 
-    folder = ModelFolder(registry.fetch(spec.model))
+    folder = ModelFolder(*registry.fetch(spec.model))
     schedule = folder.schedule()
-    reader = LatentReader(*storage.resolve(spec.dataset))
+    reader = LatentReader(*storage.resolve(spec.dataset), training.held_out_pairs)
     batches = BatchMaker(reader, folder, schedule, objective, training, device)
-    reference = folder.unet().requires_grad_(False).to(device)
-    policy = folder.unet().to(device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
-    calibration = Calibration(schedule, objective)
+    policy = Policy(folder, training, device)
+    optimizer = make_optimizer(policy.parameters(), training)
+    calibration, method = Calibration(schedule, objective), OBJECTIVES[objective.method]
 
     done = Progress(step=0, pairs_seen=0)
     if (previous := ray.train.get_checkpoint()) is not None:
@@ -52,39 +57,44 @@ def train_loop(config: dict) -> None:
             done = checkpoint.load(Path(path), policy, optimizer, calibration)
     if journal:
         journal.event(f"training on {world_size} workers from step {done.step}")
-    parallel = ray.train.torch.prepare_model(policy, move_to_device=False)
+    parallel = ray.train.torch.prepare_model(policy.unet, move_to_device=False)
 
     try:
         for step in range(done.step, training.steps):
             began = time.monotonic()
             batch, positions = batches.make(step, rank, world_size)
             fetched = time.monotonic()
-            theta = pair_errors(parallel, schedule, batch)
-            with torch.no_grad():
-                ref = pair_errors(reference, schedule, batch)
-            terms = step_losses(theta, ref, batch.t, objective, schedule, calibration.correction(batch.t))
-            check_finite("loss", terms.loss)
-
             optimizer.zero_grad(set_to_none=True)
-            (terms.loss.sum() / training.batch_size * world_size).backward()
+            errors = []
+            for part, is_last in micro_batches(batch, training.micro_batch_size):
+                with policy.arithmetic(), synchronised(parallel, is_last):
+                    ref = pair_errors(policy.reference, schedule, part) if method.preference else None
+                    theta = pair_errors(parallel, schedule, part)
+                    terms = step_losses(theta, ref, part.t, objective, schedule, calibration.correction(part.t))
+                    check_finite("loss", terms.loss)
+                    (terms.loss.sum() / training.batch_size * world_size).backward()
+                errors.append((theta, ref))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), training.max_grad_norm)
             check_finite("gradient", grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(training, step)
             optimizer.step()
+            if policy.ema:
+                policy.ema.step(policy.parameters())
 
             # Every worker sees the errors of the whole global batch, so all hold the same calibration arrays.
-            columns = gather([batch.t, theta.w, ref.w, theta.l, ref.l], positions, training.batch_size)
-            t, (theta_w, ref_w, theta_l, ref_l) = columns[0].long(), columns[1:].float()
-            theta_all, ref_all = PairErrors(theta_w, theta_l), PairErrors(ref_w, ref_l)
-            terms = step_losses(theta_all, ref_all, t, objective, schedule, calibration.correction(t))
-            calibration.update(t, theta_w, ref_w, theta_l, ref_l)
+            t, theta, ref = gather_errors(batch.t, errors, positions, training.batch_size)
+            terms = step_losses(theta, ref, t, objective, schedule, calibration.correction(t))
+            if ref is not None and method.corrected:
+                calibration.update(t, theta, ref)
             done = Progress(step=step + 1, pairs_seen=done.pairs_seen + training.batch_size)
 
-            metrics = step_metrics(t, theta_all, ref_all, terms, schedule.T)
+            metrics = step_metrics(t, theta, ref, terms, schedule.T)
             seconds = time.monotonic() - began
             metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate(training, step),
                         "pairs_per_s": training.batch_size / seconds, "data_wait": (fetched - began) / seconds}  # fmt: skip
+            if done.step == training.steps and reader.num_held_out:
+                metrics |= held_out_metrics(policy, batches, schedule, reader.num_held_out, rank, world_size)
             if journal:
                 journal.metrics(done.step, metrics)
             if done.step % training.checkpoint_every == 0 or done.step == training.steps:
@@ -96,6 +106,18 @@ def train_loop(config: dict) -> None:
             journal.flush()
 
 
+def micro_batches(batch: PairBatch, size: int) -> Iterator[tuple[PairBatch, bool]]:
+    """Parts of at most ``size`` pairs (0: one part), and whether a part is the last."""
+    size = size or len(batch)
+    for start in range(0, len(batch), size):
+        yield batch.rows(slice(start, start + size)), start + size >= len(batch)
+
+
+def synchronised(parallel: torch.nn.Module, is_last: bool) -> AbstractContextManager:
+    """Gradients are averaged over workers once a step, with the last micro-batch."""
+    return nullcontext() if is_last or not isinstance(parallel, DistributedDataParallel) else parallel.no_sync()
+
+
 def learning_rate(training: TrainConfig, step: int) -> float:
     """Linear warm-up to a constant. A function of the step alone."""
     return training.learning_rate * min(1.0, (step + 1) / (training.warmup_steps + 1))
@@ -103,14 +125,14 @@ def learning_rate(training: TrainConfig, step: int) -> float:
 
 def report(
     metrics: dict[str, float],
-    policy: torch.nn.Module,
+    policy: Policy,
     optimizer: torch.optim.Optimizer,
     calibration: Calibration,
     done: Progress,
     rank: int,
 ) -> None:
     """Hand a checkpoint to Ray Train: rank 0 writes it, all wait for it."""
-    chosen: dict[str, Tensor | float] = {"step": done.step, **{name: metrics[name] for name in REPORTED}}
+    chosen = {"step": done.step, **{name: metrics[name] for name in REPORTED if name in metrics}}
     if rank != 0:
         ray.train.report(chosen)
         return

@@ -12,9 +12,14 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 import dde_core
+from dde_core import checkpoint
 from dde_core.errors import ConfigError
 from dde_core.latents.schema import MANIFEST, Manifest
-from dde_core.models import save_aligned
+from dde_core.models.folder import ModelFolder
+from dde_core.models.policy import check_optimizer
+from dde_core.models.saving import save_adapters, save_aligned
+from dde_core.objectives import conventions
+from dde_core.schedule import Schedule
 from services import registry, storage
 from services.contracts import ModelRecord, TrainResult, TrainSpec
 from services.errors import Unavailable
@@ -58,10 +63,13 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     except ray.train.ControllerError as error:
         message = f"workers = {spec.workers} could not be started: {error.controller_failure}"
         raise Unavailable(message, param="workers") from error
-    record = _model_record(spec, manifest)
+    record = _model_record(spec, manifest, ModelFolder(*registry.fetch(spec.model)).schedule())
     with tempfile.TemporaryDirectory() as scratch, result.checkpoint.as_directory() as last:
-        folder = Path(scratch) / "model"
-        save_aligned(registry.fetch(spec.model), Path(last) / "unet", folder)
+        folder, weights = Path(scratch) / "model", checkpoint.model_weights(Path(last))
+        if spec.training.lora:
+            save_adapters(weights, folder)
+        else:
+            save_aligned(registry.fetch(spec.model)[0], weights, folder)
         (folder / "README.md").write_text(_model_card(record))
         (folder / "lineage.json").write_text(json.dumps(record.lineage, indent=1, sort_keys=True))
         storage.copy_folder(storage.as_uri(folder), spec.output)
@@ -72,12 +80,17 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
 
 def _check(spec: TrainSpec, manifest: Manifest) -> None:
     """Refuse what cannot work before a worker starts."""
-    registry.check_digest(spec.model, storage.as_uri(registry.fetch(spec.model)))
+    registry.check_digests(spec.model)
     pairs, training = manifest.counts["pairs"], spec.training
-    if training.batch_size > pairs:
-        raise ConfigError("training.batch_size", training.batch_size, f"must be at most the dataset's {pairs} pairs")
+    if training.batch_size + training.held_out_pairs > pairs:
+        field = "training.held_out_pairs" if training.batch_size <= pairs else "training.batch_size"
+        message = f"and training.batch_size must be at most the dataset's {pairs} pairs together"
+        raise ConfigError(field, [training.held_out_pairs, training.batch_size], message)
     if spec.workers > training.batch_size:
         raise ConfigError("workers", spec.workers, f"must be at most training.batch_size = {training.batch_size}")
+    if training.lora and spec.model.adapter_of:
+        raise ConfigError("training.lora", spec.model.name, "cannot be trained on a model that is LoRA adapters itself")
+    check_optimizer(training)
     needed = {"CPU": spec.workers * CPUS_PER_WORKER, "GPU": spec.workers if spec.use_gpu else 0}
     for resource, amount in needed.items():
         there = ray.cluster_resources().get(resource, 0)
@@ -85,15 +98,15 @@ def _check(spec: TrainSpec, manifest: Manifest) -> None:
             raise Unavailable(f"workers = {spec.workers} need {amount} {resource}, the cluster has {there:g}", param="workers")
 
 
-def _model_record(spec: TrainSpec, manifest: Manifest) -> ModelRecord:
+def _model_record(spec: TrainSpec, manifest: Manifest, schedule: Schedule) -> ModelRecord:
     lineage = {
         "job": spec.job,
         "dataset_digest": manifest.digest,
         "base": spec.model.id,
         "base_digest": spec.model.digest,
         "objective": spec.model_dump(mode="json")["objective"] | {"noise": spec.objective.noise_mode},
+        "conventions": conventions(spec.objective, schedule),
         "training": spec.model_dump(mode="json")["training"],
-        "conventions": "beta multiplies mean squared errors over latent elements; AdamW; linear warm-up to a constant rate",
         "code_version": dde_core.__version__,
     }
     return ModelRecord(
@@ -104,6 +117,7 @@ def _model_record(spec: TrainSpec, manifest: Manifest) -> ModelRecord:
         digest="",
         base=spec.model.id,
         job=spec.job,
+        adapter_of=spec.model if spec.training.lora else None,
         lineage=lineage,
         created_at=int(time.time()),
     )

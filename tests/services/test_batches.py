@@ -16,7 +16,7 @@ from dde_core.config import ObjectiveConfig
 from dde_core.noise import draw_noise, draw_timestep
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors, step_losses
-from services.training.batches import gather
+from services.training.batches import gather, gather_errors
 from tests.tiny_unet import TEXT_WIDTH, tiny_unet
 
 STEPS, BATCH, SHAPE = 20, 6, (4, 8, 8)
@@ -31,8 +31,10 @@ def make_batch(step: int, places: np.ndarray) -> PairBatch:
         return torch.stack([draw_noise(0, name, side, visit, SHAPE) for name in names]).double()
 
     text = torch.stack([draw_noise(0, name, "shared", 2, (3, TEXT_WIDTH)) for name in names]).double()
-    t = torch.tensor([draw_timestep(0, name, 0, 1, 1000) for name in names])
-    return PairBatch(tuple(names), draw("w", 1), draw("l", 1), {"encoder_hidden_states": text}, t, draw("w", 0), draw("l", 0))
+    t = torch.tensor([draw_timestep(0, name, 0, np.arange(1001) / 1000) for name in names])
+    sides = {f"latents_{side}": draw(side, 1) for side in "wl"} | {f"noise_{side}": draw(side, 0) for side in "wl"}
+    conditioning = {f"conditioning_{side}": {"encoder_hidden_states": text} for side in "wl"}
+    return PairBatch(pair_ids=tuple(names), t=t, **sides, **conditioning)
 
 
 def train(rank: int, world_size: int, folder: str) -> None:
@@ -54,8 +56,7 @@ def train(rank: int, world_size: int, folder: str) -> None:
         optimizer.zero_grad()
         (terms.loss.sum() / BATCH * world_size).backward()
         optimizer.step()
-        columns = gather([batch.t, theta.w, ref.w, theta.l, ref.l], places, BATCH)
-        calibration.update(columns[0].long(), *columns[1:])
+        calibration.update(*gather_errors(batch.t, [(theta, ref)], places, BATCH))
     arrays = torch.cat(list(calibration.state_dict().values()))
     weights = torch.cat([value.flatten() for value in policy.state_dict().values()])
     save_file({"weights": weights, "arrays": arrays}, f"{folder}/{world_size}-{rank}.safetensors")

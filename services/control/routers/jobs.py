@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from services.contracts import AlignmentJobCreate, JobStatus, Stage
+from services.contracts import AlignmentJobCreate, CreditRecord, JobStatus, Stage
 from services.control import jobs, journal
 from services.control.dependencies import After, Config, Db, Key, Limit, LongLimit, body, metadata_filter, takes
 from services.control.idempotency import Once
@@ -78,3 +78,9 @@ def list_metrics(
 ) -> JSONResponse:
     """In order of time. Steps of different stages count different things: ``stage`` keeps one."""
     return JSONResponse(journal.list_metrics(db, job_id, stage, after, limit))
+
+
+@router.get(PATH + "/{job_id}/credit", response_model=CreditRecord)
+def get_credit(job_id: str, db: Db) -> Response:
+    """Where training put its credit: gradient weights by tenths of the timesteps, as logged and as predicted from margins."""
+    return Response(jobs.credit(db, job_id), media_type="application/json")

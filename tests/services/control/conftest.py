@@ -12,13 +12,16 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import SecretStr
+from safetensors.numpy import save_file
 from starlette.testclient import TestClient
 
+from dde_core.family import COMPONENTS, PIPELINES
 from services import storage
 from services.control.app import build_app
 from services.control.reconciler import Reconciler
@@ -174,14 +177,20 @@ def make_plane(tmp_path: Path, url: str):
         yield plane
 
 
-def write_base(folder: Path) -> str:
-    """A folder with the files of a diffusers pipeline; nobody here looks into the weights."""
-    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+UNET_LAYERS = {"conv_in": (4, 4, 3, 3), "mid_block.attn1.to_q": (4, 4), "mid_block.norm1": (4,)}
+
+
+def write_base(folder: Path, pipeline: str = "StableDiffusionPipeline") -> str:
+    """A folder with the files of a diffusers pipeline; of weights, only the U-Net's layers are looked at here."""
+    parts = COMPONENTS[PIPELINES[pipeline]]
     for part in parts:
         (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / part / "model.safetensors").write_bytes(b"1234")
+    weights = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in UNET_LAYERS.items()}
+    save_file(weights, folder / "unet" / "model.safetensors")
     (folder / "scheduler" / "scheduler_config.json").write_text('{"num_train_timesteps": 1000}')
-    (folder / "model_index.json").write_text(json.dumps({part: ["diffusers", "X"] for part in parts}))
+    index = {"_class_name": pipeline, **{part: ["diffusers", "X"] for part in parts}}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return str(folder)
 
 

@@ -20,11 +20,35 @@ TABLE = [
     ({"objective": {"beta": float("nan")}}, "objective.beta", "objective.beta: Input should be a finite number, got NaN"),
     ({"objective": {"beta": float("inf")}}, "objective.beta", "objective.beta: Input should be a finite number, got Infinity"),
     ({"objective": {"bta": 1}}, "objective.bta", "objective.bta: Unexpected keyword argument, got 1"),
-    ({"objective": {"method": "dpo"}}, "objective.method", "objective.method: Input should be 'dde' or 'uniform', got \"dpo\""),
+    (
+        {"objective": {"method": "dpo"}},
+        "objective.method",
+        "objective.method: Input should be 'dde', 'dde_single', 'dde_step',",
+    ),
+    ({"objective": {"gamma": 1.5}}, "objective.gamma", "objective.gamma: Input should be less than or equal to 1, got 1.5"),
+    ({"objective": {"reduction": "sum"}}, "objective.reduction", "objective.reduction: Input should be 'mean', got \"sum\""),
+    (
+        {"objective": {"t_min": 1001}},
+        "objective.t_min",
+        "objective.t_min: must be at most the 1000 timesteps of shapes, got 1001",
+    ),
     ({"objective": {"t_min": 9, "t_max": 3}}, "objective.t_max", "objective.t_max: must be 0 or at least t_min = 9, got 3"),
     ({"objective": 3}, "objective", "objective: Input should be an object, got 3"),
     ({"training": {"steps": 0}}, "training.steps", "training.steps: Input should be greater than 0, got 0"),
     ({"training": {"steps": 1.5}}, "training.steps", "training.steps: Input should be a valid integer, got 1.5"),
+    ({"training": {"lora": {"rank": 0}}}, "training.lora.rank", "training.lora.rank: Input should be greater than 0, got 0"),
+    (
+        {"training": {"batch_size": 4, "lora": {"targets": ["to_q", "norm1"]}}},
+        "training.lora.targets",
+        "training.lora.targets: matches no linear or convolution layer of shapes's U-Net, got 'norm1'",
+    ),
+    ({"training": {"lora": {"targets": []}}}, "training.lora.targets", "training.lora.targets: must name at least one module"),
+    (
+        {"training": {"batch_size": 4, "held_out_pairs": 5}},
+        "training.held_out_pairs",
+        "training.held_out_pairs: must leave training.batch_size = 4 of the 8 pairs, got 5",
+    ),
+    ({"training": {"precision": "fp16"}}, "training.precision", "training.precision: Input should be 'fp32' or 'bf16'"),
     ({"workers": 0}, "workers", "workers: Input should be greater than 0, got 0"),
     ({"workers": 5}, "workers", "workers: must be at most training.batch_size, got 5"),
     ({"name": "a b"}, "name", "name: String should match pattern"),
@@ -182,11 +206,28 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
         refused(plane, "/v1/models", {"name": "other", "uri": base} | body, 400, param, message)
 
     base = write_base(plane.root / "base")
-    post("family", "family: Input should be 'sd15', got \"sdxl\"", family="sdxl")
+    post("family", "family: Input should be 'sd15' or 'sdxl', got \"flux\"", family="flux")
+    post("family", f"family: model_index.json of '{base}' says 'sd15', got 'sdxl'", family="sdxl")
     (plane.root / "base" / "unet" / "model.safetensors").unlink()
     post("uri", f"uri '{base}' lacks unet, unet/*.safetensors")
     write_base(plane.root / "base")
-    post("uri", f"uri '{plane.root}' is not a diffusers folder: model_index.json cannot be read", uri=str(plane.root))
+    post(
+        "uri",
+        f"uri '{plane.root}' is not a diffusers folder that can be aligned: model_index.json cannot be read",
+        uri=str(plane.root),
+    )
+    other_kind = plane.root / "flux"
+    other_kind.mkdir()
+    (other_kind / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    message = f"uri '{other_kind}' is not a diffusers folder that can be aligned: pipeline 'FluxPipeline' is not supported yet"
+    post("uri", message, uri=str(other_kind))
+    scheduler = plane.root / "base" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text('{"num_train_timesteps": 1000, "prediction_type": "flow_prediction"}')
+    post(
+        "uri",
+        f"uri '{base}': scheduler/scheduler_config.json: prediction_type must be one of epsilon, v_prediction, got 'flow_p",
+    )
+    write_base(plane.root / "base")
     post("name", "name: is taken by model_", name="shapes")
     post("name", "name: must not have the form of an id", name="model_" + "a" * 24)
     plane.job(name="later")

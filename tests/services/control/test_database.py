@@ -42,7 +42,7 @@ def test_alembic_from_the_command_line_finds_nothing_to_add(tmp_path, sqlite_url
     shutil.copytree(MIGRATIONS, tmp_path / "migrations")
     config.set_main_option("script_location", str(tmp_path / "migrations"))
     command.upgrade(config, "head")
-    written = command.revision(config, "nothing new", autogenerate=True, rev_id="0002")
+    written = command.revision(config, "nothing new", autogenerate=True, rev_id="next")
     text = Path(written.path).read_text()
     assert text.startswith('"""nothing new')
     assert text.count("    pass") == 2
