@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from services.contracts import TrainSpec
 from services.observability import Journal
 from services.training.batches import BatchMaker, gather_errors
 from services.training.held_out import held_out_metrics
+from services.training.pair_log import PairLog
 
 REPORTED = ("loss", "implicit_accuracy", "margin", "held_out_accuracy", "held_out_accuracy_low", "held_out_accuracy_high",
             "held_out_margin", "held_out_pairs")  # fmt: skip
@@ -39,9 +41,10 @@ def train_loop(config: dict) -> None:
     objective, training = spec.objective, spec.training
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without it
     device, context = ray.train.torch.get_device(), ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    journal = Journal(spec.prefix) if rank == 0 else None
+    journal, pair_log = (Journal(spec.prefix), PairLog(spec.run)) if rank == 0 else (None, None)
 
     folder = ModelFolder(*registry.fetch(spec.model))
     schedule = folder.schedule()
@@ -57,7 +60,9 @@ def train_loop(config: dict) -> None:
             done = checkpoint.load(Path(path), policy, optimizer, calibration)
     if journal:
         journal.event(f"training on {world_size} workers from step {done.step}")
-    parallel = ray.train.torch.prepare_model(policy.unet, move_to_device=False)
+    parallel = ray.train.torch.prepare_model(
+        policy.unet, move_to_device=False, parallel_strategy_kwargs={"gradient_as_bucket_view": True}
+    )
 
     try:
         for step in range(done.step, training.steps):
@@ -95,11 +100,13 @@ def train_loop(config: dict) -> None:
                         "pairs_per_s": training.batch_size / seconds, "data_wait": (fetched - began) / seconds}  # fmt: skip
             if done.step == training.steps and reader.num_held_out:
                 metrics |= held_out_metrics(policy, batches, schedule, reader.num_held_out, rank, world_size)
-            if journal:
+            if journal and pair_log:
                 journal.metrics(done.step, metrics)
+                pair_log.add(done.step, t, terms.margin, terms.gradient_weight)
             if done.step % training.checkpoint_every == 0 or done.step == training.steps:
-                if journal:  # a run that goes on from this checkpoint does not tell these steps again
+                if journal and pair_log:  # a run that goes on from this checkpoint does not tell these steps again
                     journal.flush()
+                    pair_log.flush()
                 report(metrics, policy, optimizer, calibration, done, rank)
     finally:
         if journal:

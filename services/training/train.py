@@ -10,10 +10,11 @@ from pathlib import Path
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from safetensors.torch import load_file
 
 import dde_core
 from dde_core import checkpoint
-from dde_core.errors import ConfigError
+from dde_core.errors import ConfigError, DataError
 from dde_core.latents.schema import MANIFEST, Manifest
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import check_optimizer
@@ -25,6 +26,7 @@ from services.contracts import ModelRecord, TrainResult, TrainSpec
 from services.errors import Unavailable
 from services.observability import Journal
 from services.training.loop import train_loop
+from services.training.pair_log import write_credit
 
 MAX_WORKER_FAILURES = 3
 MAX_START_FAILURES = 5
@@ -71,11 +73,22 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
         else:
             save_aligned(registry.fetch(spec.model)[0], weights, folder)
         (folder / "README.md").write_text(_model_card(record))
+        _write_credit(spec, Path(last), folder, journal)
         (folder / "lineage.json").write_text(json.dumps(record.lineage, indent=1, sort_keys=True))
         storage.copy_folder(storage.as_uri(folder), spec.output)
     record = record.model_copy(update={"digest": registry.folder_digest(spec.output)})
     metrics = {name: float(value) for name, value in (result.metrics or {}).items() if isinstance(value, (int, float))}
     return TrainResult(model=record, metrics=metrics, seconds=time.monotonic() - began)
+
+
+def _write_credit(spec: TrainSpec, last: Path, folder: Path, journal: Journal) -> None:
+    """Add the credit record to the model version. A log with gaps costs the record, not the model."""
+    base = ModelFolder(*registry.fetch(spec.model))
+    config, calibration = base.scheduler_config(), load_file(last / checkpoint.CALIBRATION)
+    try:
+        write_credit(spec.run, folder, spec.objective, base.schedule(), config, calibration, spec.training.batch_size)
+    except DataError as error:
+        journal.event(f"no credit record: {error}", "warning")
 
 
 def _check(spec: TrainSpec, manifest: Manifest) -> None:

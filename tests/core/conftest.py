@@ -5,7 +5,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-CHECKED = ("schedule", "noise", "calibration", "objectives", "train_step", "sampling", "metrics")
+CHECKED = ("schedule", "noise", "calibration", "objectives", "train_step", "sampling", "metrics", "credit")
 
 SD = {
     "num_train_timesteps": 1000,

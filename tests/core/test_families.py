@@ -215,7 +215,8 @@ def test_adapters_that_match_nothing_are_refused_by_name(folder: Path):
             Policy(ModelFolder(folder), TrainConfig(lora=LoraConfig(targets=("to_q", target))))
 
 
-def test_an_optimizer_whose_library_is_missing_is_refused_with_what_to_install(folder: Path):
+def test_an_optimizer_whose_library_is_missing_is_refused_with_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     training = TrainConfig(optimizer="adamw_8bit")
     with pytest.raises(ConfigError, match=r"needs bitsandbytes, which is not installed: pip install 'dde-align\[8bit\]'"):
         make_optimizer(Policy(ModelFolder(folder), training).parameters(), training)

@@ -17,7 +17,7 @@ from dde_core.config import LoraConfig, ObjectiveConfig, SampleConfig, TrainConf
 from dde_core.errors import DataError, ModelError
 from dde_core.generation import TextToImage
 from dde_core.models.folder import ModelFolder, encode_images
-from dde_core.models.policy import Policy
+from dde_core.models.policy import Policy, make_optimizer
 from dde_core.models.saving import save_aligned
 from dde_core.noise import initial_latents
 from dde_core.shapes import MODEL_DIR
@@ -85,7 +85,7 @@ def test_a_folder_that_is_no_model_is_refused_with_its_path(tmp_path: Path):
 def stepped(seed: int, training: TrainConfig):
     folder = ModelFolder(MODEL_DIR)
     policy, calibration = Policy(folder, training), Calibration(folder.schedule(), ObjectiveConfig())
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    optimizer = make_optimizer(policy.parameters(), training)
     torch.manual_seed(seed)
     train_a_little(policy, optimizer)
     errors = PairErrors(*torch.rand(2, 8))
@@ -103,9 +103,9 @@ def train_a_little(policy, optimizer) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path, lora, ema_decay):
-    training = TrainConfig(lora=lora, ema_decay=ema_decay)
+@pytest.mark.parametrize(("ema_decay", "optimizer"), [(0.0, "adamw"), (0.9, "adamw"), (0.9, "adamw_8bit")])
+def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path, lora, ema_decay, optimizer):
+    training = TrainConfig(lora=lora, ema_decay=ema_decay, optimizer=optimizer, learning_rate=1e-3)
     policy, optimizer, calibration = stepped(0, training)
     checkpoint.save(tmp_path, policy, optimizer, calibration, Progress(step=1, pairs_seen=64))
     other, other_optimizer, other_calibration = stepped(1, training)

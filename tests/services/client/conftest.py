@@ -91,7 +91,7 @@ class ScriptedServer:
         if path == "/v1/images/generations":
             return {"created": 1, "data": [{"b64_json": base64.b64encode(PNG).decode()}] * body["n"]}
         if method == "POST":
-            return {"id": "new_1", "created_at": 1, "status": "queued", "training": {}, **body}
+            return {"id": "new_1", "created_at": 1, "status": "queued", "training": {}, "family": "sd15", **body}
         return self._page(self.items.get(path, []), query)
 
     def _page(self, items: list[dict], query: dict[str, str]) -> dict:
