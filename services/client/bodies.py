@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from services.client.recipes import Recipe, merged
 from services.contracts import AlignmentJobCreate
 from services.errors import BadRequest
 
@@ -27,16 +28,14 @@ PLACES = {
 """Where an option stands in a job's body; those that are not here stand at the top."""
 
 
-def job_body(file: Path | None, options: Mapping[str, Any]) -> AlignmentJobCreate:
-    """The body of a job: what the file says, and above it every option that is not None."""
-    body = read_body(file) if file else {}
+def job_body(file: Path | None, options: Mapping[str, Any], recipe: Recipe | None = None) -> AlignmentJobCreate:
+    """The body of a job: the recipe's, above it what the file says, and above both every option that is not None."""
+    body = merged(recipe.job if recipe else {}, read_body(file) if file else {})
     for option, value in options.items():
         if value is not None:
-            *sections, key = PLACES.get(option, (option,))
-            section = body
-            for each in sections:
-                section = section.setdefault(each, {})
-            section[key] = value
+            for key in reversed(PLACES.get(option, (option,))):
+                value = {key: value}
+            body = merged(body, value)
     evaluation = body.get("evaluation")
     if isinstance(evaluation, dict) and isinstance(evaluation.get("prompts_uri"), str):
         evaluation["prompts_uri"] = as_uri(evaluation["prompts_uri"])

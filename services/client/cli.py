@@ -11,12 +11,14 @@ from pydantic import ValidationError
 from rich.console import Console
 from typer.core import TyperGroup
 
-from services.client import tables
+from dde_core.errors import DdeError
+from dde_core.estimate import estimate
+from services.client import recipes, tables
 from services.client.api import Client
 from services.client.bodies import as_uri, job_body, validation_line
 from services.client.watch import watch
-from services.contracts import EvaluationCreate, ImageRequest
-from services.errors import ServiceError
+from services.contracts import AlignmentJobCreate, CreditRecord, EvaluationCreate, ImageRequest
+from services.errors import BadRequest, ServiceError
 from services.settings import ClientSettings
 
 
@@ -28,7 +30,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except ValidationError as error:
             complain(validation_line(error))
-        except (ServiceError, OSError) as error:
+        except (ServiceError, DdeError, OSError) as error:
             param = getattr(error, "param", None)
             complain(str(error) if not param or param in str(error) else f"{param}: {error}")
         raise typer.Exit(1)
@@ -43,6 +45,9 @@ jobs = typer.Typer(no_args_is_help=True, help="Alignment jobs.")
 app.add_typer(datasets, name="datasets")
 app.add_typer(models, name="models")
 app.add_typer(jobs, name="jobs")
+
+NOT_OF_THE_BODY = ("file", "recipe", "dry_run", "family", "gpu", "follow")
+"""Parameters of `dde jobs create` that are no fields of a job."""
 
 Cpus = Annotated[int, typer.Option(min=1, help="What Ray may hand out: workers and replicas ask for one each.")]
 
@@ -111,7 +116,7 @@ def list_datasets() -> None:
 def create_model(
     name: str,
     uri: Annotated[str, typer.Argument(help="A diffusers folder: path or URI.")],
-    family: Annotated[str, typer.Option(help="sd15.")] = "sd15",
+    family: Annotated[str | None, typer.Option(help="sd15 or sdxl: refuse a folder of the other.")] = None,
 ) -> None:
     """Register a base model."""
     with connect() as client:
@@ -129,6 +134,13 @@ def list_models() -> None:
 # ---- jobs
 
 
+@app.command("recipes")
+def list_recipes() -> None:
+    """The runs of the papers, ready for `dde jobs create --recipe NAME`."""
+    rows = [(recipe.name, recipe.family, recipe.method, recipe.about) for recipe in recipes.all_recipes()]
+    tables.print_list(Console(), ("name", "family", "method", "about"), rows)
+
+
 @jobs.command("create")
 def create_job(
     ctx: typer.Context,
@@ -136,7 +148,7 @@ def create_job(
     model: Annotated[str | None, typer.Option(help="Name or id of the base model.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Id of the dataset.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the aligned model.")] = None,
-    method: Annotated[str | None, typer.Option(help="dde or uniform.")] = None,
+    method: Annotated[str | None, typer.Option(help="dde, dde_single, dde_step, uniform, discounted or sft.")] = None,
     beta: float | None = None,
     steps: int | None = None,
     batch_size: Annotated[int | None, typer.Option(help="Pairs of the global batch.")] = None,
@@ -146,15 +158,36 @@ def create_job(
     workers: int | None = None,
     prompts: Annotated[str | None, typer.Option(help="Held-out prompts, one a line: path or URI.")] = None,
     num_prompts: int | None = None,
+    recipe: Annotated[str | None, typer.Option(help="What the file and the options change: see `dde recipes`.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Post nothing: show the body, and what the run needs.")] = False,
+    family: Annotated[str | None, typer.Option(help="sd15 or sdxl, for a dry run; default: the recipe's.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="a100, h100 or h200, for a dry run; default: a100.")] = None,
     follow: Annotated[bool, typer.Option("--watch", help="Watch the job until it ends.")] = False,
 ) -> None:
-    """Start a job. Options go before what the file says."""
-    options = {key: value for key, value in ctx.params.items() if key not in ("file", "follow")}
+    """Start a job. Options go before what the file says, and that before the recipe."""
+    options = {key: value for key, value in ctx.params.items() if key not in NOT_OF_THE_BODY}
+    base = recipes.load(recipe) if recipe else None
+    body = job_body(file, options, base)
+    if dry_run:
+        return _dry_run(body, family or (base.family if base else None), gpu or "a100")
+    for option, value in (("family", family), ("gpu", gpu)):
+        if value is not None:
+            raise BadRequest(f"--{option} {value} is read by --dry-run alone", param=option)
     with connect() as client:
-        job = client.create_job(job_body(file, options))
+        job = client.create_job(body)
         typer.echo(job.id)
         if follow:
             _follow(client, job.id)
+
+
+def _dry_run(body: AlignmentJobCreate, family: str | None, gpu: str) -> None:
+    """The body as it would be posted, and where the family is known, memory and time of its training."""
+    needed = estimate(family, body.objective, body.training, body.workers, gpu) if family else None
+    typer.echo(body.model_dump_json(indent=2, exclude_none=True))
+    if needed is None:
+        typer.echo("no estimate: whose memory and time? --recipe says it, or --family sd15 or sdxl")
+        return
+    Console().print("", tables.memory(needed), "", tables.gpu_time(needed), sep="\n")
 
 
 @jobs.command("list")
@@ -177,6 +210,45 @@ def cancel_job(job: str) -> None:
     """Stop a job."""
     with connect() as client:
         typer.echo(client.cancel_job(job).status)
+
+
+@app.command()
+def credit(
+    method: Annotated[list[str] | None, typer.Option(help="May be repeated; default: every method.")] = None,
+    margin: Annotated[float, typer.Option(help="The margin of errors, the same at every timestep.")] = 1e-4,
+    beta: float | None = None,
+    t_min: int | None = None,
+    t_max: int | None = None,
+    gamma: float | None = None,
+    calibration_point: Annotated[str | None, typer.Option(help="expected, sampled or mode.")] = None,
+    calibration_bins: int | None = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs of the global batch; default: the job's, else 2048.")] = None,
+    job: Annotated[
+        str | None, typer.Option(help="A job that is trained: its objective and schedule, and what it logged.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The PNG file.")] = Path("credit.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the curves, and draw nothing.")] = False,
+) -> None:
+    """Show to which timesteps each method gives credit; with --job, where a job's training put it."""
+    fields: dict[str, Any] = {"beta": beta, "t_min": t_min, "t_max": t_max, "gamma": gamma}
+    fields |= {"calibration_point": calibration_point, "calibration_bins": calibration_bins}
+    try:
+        from services.client import credit as drawing
+
+        record = _credit_record(job) if job else None
+        computed = drawing.compute(record, method or [], margin, batch_size, fields)
+        if as_json:
+            typer.echo(drawing.as_json(computed))
+        else:
+            drawing.show(computed, Console(), out)
+    except ModuleNotFoundError as error:
+        missing = str(error.name).split(".")[0]
+        raise ServiceError(f"dde credit needs {missing}: pip install 'dde-align[credit]'") from error
+
+
+def _credit_record(job_id: str) -> CreditRecord:
+    with connect() as client:
+        return client.credit(job_id)
 
 
 def _follow(client: Client, job_id: str) -> None:

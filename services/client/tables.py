@@ -1,4 +1,4 @@
-"""What the commands print: lists, and the comparison of two models."""
+"""What the commands print: lists, the comparison of two models, what a run is estimated to need."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from dde_core.estimate import Estimate
 from services.contracts import ALL_SCORERS, EvaluateResult, Interval
 
 
@@ -51,6 +53,31 @@ def durations(seconds: Mapping[str, float]) -> Table:
     """Seconds of each stage, one column each."""
     table = Table(*seconds, title="seconds", box=SIMPLE_HEAD, show_edge=False)
     table.add_row(*(f"{value:.1f}" for value in seconds.values()))
+    return table
+
+
+def memory(estimate: Estimate) -> Table:
+    """What lies on one GPU: every term in GB of 10^9 bytes with its formula, and their sum."""
+    table = _terms(f"memory of one {estimate.gpu.title}: {estimate.model}", "GB")
+    for term in estimate.memory:
+        table.add_row(term.name, f"{term.value:,.2f}", escape(term.formula))
+    table.add_row("together", f"{estimate.memory_gb:,.2f}", f"of {estimate.gpu.memory_gb:g} GB: {estimate.room}", style="bold")
+    return table
+
+
+def gpu_time(estimate: Estimate) -> Table:
+    """From a sample's arithmetic to the hours of a run, each with its formula."""
+    table = _terms(f"time on such GPUs: {estimate.model}", "")
+    for term in estimate.time:
+        table.add_row(term.name, f"{term.value:,.4g} {term.unit}", escape(term.formula))
+    return table
+
+
+def _terms(title: str, unit: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("term", no_wrap=True)
+    table.add_column(unit, justify="right", no_wrap=True)
+    table.add_column("formula")
     return table
 
 

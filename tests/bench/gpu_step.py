@@ -1,0 +1,237 @@
+"""How fast a full-size training step is, what it takes in memory, and how noisy its first step is: dde_core alone.
+
+    python -m tests.bench.gpu_step --model sd15 --micro 8 --out results.json
+    python -m tests.bench.gpu_step --model tiny --device cpu --pairs 4 --micro 2
+
+The real U-Net with random weights at its own resolution, random latents and text; all weights are trained by fused AdamW
+in bf16 autocast, the frozen reference runs in every step. No Ray, no data, no exchange between GPUs. Results are merged
+into the file: {name: {"ratio": null, "value", "unit", "against", "machine"}}.
+
+Step-0 noise: policy and reference have the same weights, so every logit is 0 but for rounding. It is exactly 0 where both
+run in the same batch shape and dtype. Where the reference ran pair by pair, or in float32, what is left is the noise that
+stored reference errors from such a run would bring: its standard deviation is reported by tenth of 1..T for w = 1/2
+(`uniform`) and w = 1/SNR (`dde_single`) at beta 5000. Trained weights round differently: this is a check of the arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.estimate import FACTS, estimate, published_share
+from dde_core.train_step import PairBatch, PairErrors, check_finite, pair_errors, step_losses
+from tests.unet_configs import UNETS, random_pairs, schedule, unet
+
+BUCKETS = 10
+OBJECTIVES = {"1/2": ObjectiveConfig(method="uniform"), "1/SNR": ObjectiveConfig(method="dde_single")}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, measure, write."""
+    asked = parse(arguments)
+    torch.manual_seed(0)
+    if asked.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    bench = Bench(asked.model, torch.device(asked.device), asked.micro)
+    tell(dict(bench.noise(asked.noise_pairs)), asked.out)
+    for checkpointing in {"on": [True], "off": [False], "both": [True, False]}[asked.checkpointing]:
+        tell(bench.speed(asked.pairs, asked.steps, checkpointing), asked.out)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """What is asked for, in pairs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=sorted(UNETS), default="sd15")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--micro", type=int, default=4, help="pairs in one forward and backward")
+    parser.add_argument("--pairs", type=int, default=32, help="pairs in one optimizer step")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after one that is not")
+    parser.add_argument("--noise-pairs", type=int, default=80, help="pairs for the step-0 noise")
+    parser.add_argument("--checkpointing", choices=["on", "off", "both"], default="both")
+    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True, help="as training does")
+    parser.add_argument("--out", type=Path, help="JSON file that the results are merged into")
+    return parser.parse_args(arguments)
+
+
+def tell(results: dict[str, dict[str, Any]], out: Path | None) -> None:
+    """Print results and merge them into the file at once: what comes next may run out of memory."""
+    for name, result in results.items():
+        print(f"{name}: {result['value']:.4g} {result['unit']} (against {result['against']})", flush=True)
+    if out:
+        before = json.loads(out.read_text()) if out.exists() else {}
+        out.write_text(json.dumps(before | results, indent=1, sort_keys=True) + "\n")
+
+
+class Bench:
+    """One model and its frozen copy on one device. Every result is {name: what the module's docstring says}."""
+
+    def __init__(self, model: str, device: torch.device, micro: int) -> None:
+        self.model, self.device, self.micro = model, device, micro
+        self.schedule = schedule(device)
+        self.policy, self.reference = (unet(model, device, seed=0) for _ in range(2))
+        self.reference.requires_grad_(False)
+        self.machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+    # ---- step-0 noise
+
+    def noise(self, num_pairs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The largest logit of identical arithmetic, and the logits' spread for each other arithmetic of the reference."""
+        self.policy.enable_gradient_checkpointing()
+        t = spread(num_pairs)
+        found = [self._margins(each, seed) for seed, each in enumerate(t.split(self.micro))]
+        margins = {kind: torch.cat([part[kind] for part in found]) for kind in found[0]}
+        largest = max(float(logits(margins["identical"], t, w).abs().max()) for w in OBJECTIVES)
+        yield self._row("step-0 logit, identical arithmetic, largest", largest, "", "0, exactly")
+        for kind, w in itertools.product(list(margins)[1:], OBJECTIVES):
+            values = logits(margins[kind], t, w)
+            for first, last, rows in buckets(t):
+                name = f"step-0 logit, {kind}, w = {w}, t {first}..{last}, standard deviation"
+                yield self._row(
+                    name, float(values[rows].std()), "", f"0, but for rounding: {int(rows.sum())} pairs, random weights"
+                )
+
+    def _margins(self, t: Tensor, seed: int) -> dict[str, Tensor]:
+        """Margins of one micro-batch on the CPU, by how the reference ran."""
+        pairs = random_pairs(self.model, len(t), self.device, seed=seed)
+        part = PairBatch(**{**vars(pairs), "t": t.to(self.device)})
+        theta = self._errors(self.policy, part)
+        with torch.no_grad():
+            references = {
+                "identical": self._errors(self.reference, part),
+                "reference pair by pair": joined(
+                    [self._errors(self.reference, part.rows(slice(i, i + 1))) for i in range(len(t))]
+                ),
+                "reference in float32": pair_errors(self.reference, self.schedule, part),
+            }
+        return {kind: margin(theta, ref).cpu() for kind, ref in references.items()}
+
+    def _errors(self, model: Callable[..., Any], part: PairBatch) -> PairErrors:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return pair_errors(model, self.schedule, part)
+
+    # ---- speed and memory
+
+    def speed(self, num_pairs: int, steps: int, checkpointing: bool) -> dict[str, dict[str, Any]]:
+        """Pairs/s over ``steps`` optimizer steps after one that warms up, and the peak of memory."""
+        (self.policy.enable_gradient_checkpointing if checkpointing else self.policy.disable_gradient_checkpointing)()
+        optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-8, fused=True)
+        batch = random_pairs(self.model, num_pairs, self.device, seed=0)
+        self._step(optimizer, batch)
+        self._start_of_peak()
+        began = self._now()
+        for _ in range(steps):
+            self._step(optimizer, batch)
+        seconds = self._now() - began
+        how = f"micro {self.micro}, {'with' if checkpointing else 'without'} gradient checkpointing"
+        return dict(
+            [
+                self._row(f"step, {how}, speed", steps * num_pairs / seconds, "pairs/s", published(self.model)),
+                self._row(
+                    f"step, {how}, peak memory",
+                    self._peak_gb(),
+                    "GB",
+                    counted(self.model, self.micro, num_pairs, checkpointing),
+                ),
+            ]
+        )
+
+    def _step(self, optimizer: torch.optim.Optimizer, batch: PairBatch) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        for start in range(0, len(batch), self.micro):
+            part = batch.rows(slice(start, start + self.micro))
+            with torch.autocast(self.device.type, torch.bfloat16):
+                with torch.no_grad():
+                    ref = pair_errors(self.reference, self.schedule, part)
+                theta = pair_errors(self.policy, self.schedule, part)
+                terms = step_losses(theta, ref, part.t, OBJECTIVES["1/2"], self.schedule)
+                (terms.loss.sum() / len(batch)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        check_finite("gradient", norm)
+        optimizer.step()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic()
+
+    def _start_of_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _peak_gb(self) -> float:
+        """What tensors took on the GPU; on the CPU what the process ever had."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def _row(self, name: str, value: float, unit: str, against: str) -> tuple[str, dict[str, Any]]:
+        size = UNETS[self.model]["sample_size"] * 8
+        result = {"ratio": None, "value": value, "unit": unit, "against": against, "machine": self.machine}
+        return f"{self.model} at {size} px, bf16, {name}", result
+
+
+def counted(model: str, micro: int, num_pairs: int, checkpointing: bool) -> str:
+    """What `dde_core.estimate` says of the memory, without the text encoders, which are not here."""
+    if model not in FACTS:
+        return "nothing"
+    training = TrainConfig(batch_size=num_pairs, micro_batch_size=micro, precision="bf16", gradient_checkpointing=checkpointing)
+    terms = estimate(model, OBJECTIVES["1/2"], training, 1).memory
+    return f"{sum(term.value for term in terms if term.name != 'text encoders'):.1f} GB counted by dde_core.estimate"
+
+
+def published(model: str) -> str:
+    """The pace of the published run."""
+    if model not in FACTS:
+        return "nothing"
+    run = FACTS[model].published
+    pace = run.steps * run.batch_size / run.gpu_hours / 3600
+    return f"{pace:.3g} pairs/s of Diffusion-DPO on an A100 ({100 * published_share(FACTS[model]):.1f}% of its peak)"
+
+
+def spread(num_pairs: int) -> Tensor:
+    """Timesteps over 1..1000 in an order that mixes them, so that no micro-batch holds one tenth alone."""
+    t = torch.linspace(1, 1000, num_pairs).round().long()
+    return t[torch.randperm(num_pairs, generator=torch.Generator().manual_seed(0))]
+
+
+def margin(theta: PairErrors, ref: PairErrors) -> Tensor:
+    """(e_ref^w - e_theta^w) - (e_ref^l - e_theta^l), float64 [b]: 0 where the arithmetic is the same."""
+    assert theta.l is not None
+    assert ref.l is not None
+    return ((ref.w.double() - theta.w.double()) - (ref.l.double() - theta.l.double())).detach()
+
+
+def joined(parts: list[PairErrors]) -> PairErrors:
+    return PairErrors(torch.cat([part.w for part in parts]), torch.cat([part.l for part in parts if part.l is not None]))
+
+
+def logits(margins: Tensor, t: Tensor, w: str) -> Tensor:
+    """beta w(t) margin on the CPU, by `step_losses` itself: a margin is the reference's error on winners, all else 0."""
+    zero = torch.zeros_like(margins)
+    terms = step_losses(PairErrors(zero, zero), PairErrors(margins, zero), t, OBJECTIVES[w], schedule())
+    assert terms.logit is not None
+    return terms.logit
+
+
+def buckets(t: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """First and last timestep of each tenth of 1..1000, and which rows lie there."""
+    for first in range(1, 1000, 1000 // BUCKETS):
+        last = first + 1000 // BUCKETS - 1
+        yield first, last, (t >= first) & (t <= last)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The estimate's constants are recounted on the real models without weights; its laws; what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from dde_core.conditioning import predict
+from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
+from dde_core.errors import ConfigError
+from dde_core.estimate import FACTS, estimate, lora_parameters
+from dde_core.family import Family
+from tests.activation_bytes import activation_bytes
+from tests.unet_configs import conditioning, random_pairs, unet
+
+FAMILIES = ("sd15", "sdxl")
+PAPER = TrainConfig(precision="bf16", gradient_checkpointing=True, micro_batch_size=2)
+UNIFORM, SFT = ObjectiveConfig(method="uniform"), ObjectiveConfig(method="sft")
+LORA = dataclasses.replace(PAPER, lora=LoraConfig(rank=16))
+
+
+def term(needed, name):
+    (value,) = [each.value for each in (*needed.memory, *needed.time) if each.name == name]
+    return value
+
+
+def test_every_family_can_be_estimated():
+    assert set(FACTS) == set(get_args(Family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_and_shapes_are_those_of_the_real_models(family):
+    facts, model, pairs = FACTS[family], unet(family), random_pairs(family, 1)
+    assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert facts.latent_shape == pairs.latents_w.shape[1:]
+    assert facts.text_shape == pairs.conditioning_w["encoder_hidden_states"].shape[1:]
+
+
+def test_text_encoders_have_the_parameters_of_the_real_ones():
+    large = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    huge = CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+    )
+    with torch.device("meta"):
+        counts = [
+            sum(parameter.numel() for parameter in model.parameters())
+            for model in (CLIPTextModel(large), CLIPTextModelWithProjection(huge))
+        ]
+    assert [FACTS[family].text_encoder_parameters for family in FAMILIES] == [counts[0], sum(counts)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_flops_are_counted_and_a_backward_is_two_forwards(family):
+    model, told = unet(family), conditioning(family, 1, "meta")
+    x_t, t = torch.empty(1, *FACTS[family].latent_shape, device="meta"), torch.ones(1, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as forward:
+        output = predict(model, x_t, t, told)
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    assert FACTS[family].forward_flops == pytest.approx(forward.get_total_flops(), rel=1e-3)
+    assert backward.get_total_flops() == pytest.approx(2 * forward.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("precision", "checkpointing"), list(FACTS["sd15"].activation_bytes))
+def test_activation_bytes_are_counted(family, precision, checkpointing):
+    counted = activation_bytes(family, bf16=precision == "bf16", checkpointing=checkpointing)
+    assert FACTS[family].activation_bytes[precision, checkpointing] == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_activation_bytes_grow_with_samples(checkpointing):
+    one, two = (activation_bytes("sd15", bf16=True, checkpointing=checkpointing, samples=n) for n in (1, 2))
+    assert two == pytest.approx(2 * one, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "targets", [LoraConfig().targets, ("attn2.to_k", "to_out.0"), ("ff.net.0.proj", "ff.net.2"), ("to_q", "attn1.to_q")]
+)
+def test_lora_parameters_are_those_that_peft_adds(family, targets):
+    model, facts = unet(family).requires_grad_(False), FACTS[family]
+    model.add_adapter(PeftConfig(r=8, target_modules=list(targets)))
+    added = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert lora_parameters(facts.blocks, facts.text_shape[1], LoraConfig(rank=8, targets=targets)) == added
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_hours_come_back_for_the_published_arithmetic(family):
+    run = FACTS[family].published
+    training = dataclasses.replace(PAPER, steps=run.steps, gradient_checkpointing=run.passes == 5)
+    assert estimate(family, UNIFORM, training, 16).gpu_hours == pytest.approx(run.gpu_hours)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_takes_memory_off_and_a_forward_on(family):
+    without = estimate(family, UNIFORM, dataclasses.replace(PAPER, gradient_checkpointing=False), 8)
+    with_it = estimate(family, UNIFORM, PAPER, 8)
+    assert without.memory_gb > with_it.memory_gb
+    assert with_it.gpu_hours / without.gpu_hours == pytest.approx(5 / 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_need_less_than_the_whole_unet(family):
+    whole, adapters = (estimate(family, UNIFORM, training, 8) for training in (PAPER, LORA))
+    assert adapters.memory_gb < whole.memory_gb / 2
+    assert adapters.gpu_hours < whole.gpu_hours
+    assert "reference" not in {each.name for each in adapters.memory}
+    assert term(adapters, "passes") == 4  # the reference is the U-Net with its adapters off: no memory, but a pass
+
+
+def test_winners_alone_need_no_reference_and_one_side():
+    pairs, winners = (estimate("sd15", objective, PAPER, 8) for objective in (UNIFORM, SFT))
+    assert "reference" not in {each.name for each in winners.memory}
+    assert term(winners, "activations") == term(pairs, "activations") / 2
+    assert winners.gpu_hours / pairs.gpu_hours == pytest.approx(4 / 10)
+
+
+@pytest.mark.parametrize("change", [{"optimizer": "adamw_8bit"}, {"micro_batch_size": 1}])
+def test_small_moments_and_small_micro_batches_save_memory_and_no_time(change):
+    before, after = (estimate("sdxl", UNIFORM, training, 8) for training in (PAPER, dataclasses.replace(PAPER, **change)))
+    assert after.memory_gb < before.memory_gb
+    assert after.gpu_hours == before.gpu_hours
+
+
+def test_a_running_average_costs_a_copy_of_what_is_trained():
+    copy = 4 * FACTS["sd15"].parameters / 1e9
+    plain, averaged = (estimate("sd15", UNIFORM, dataclasses.replace(PAPER, ema_decay=decay), 8) for decay in (0, 0.999))
+    assert averaged.memory_gb - plain.memory_gb == pytest.approx(copy)
+
+
+def test_without_micro_batches_a_worker_runs_its_whole_share():
+    whole = dataclasses.replace(PAPER, micro_batch_size=0, batch_size=100)
+    assert term(estimate("sd15", UNIFORM, whole, 8), "activations") == pytest.approx(13 * 2 * 0.281)
+    assert term(estimate("sd15", UNIFORM, dataclasses.replace(whole, micro_batch_size=64), 8), "activations") == pytest.approx(
+        13 * 2 * 0.281
+    )
+
+
+def test_more_workers_share_the_hours():
+    one, eight = (estimate("sd15", UNIFORM, PAPER, workers) for workers in (1, 8))
+    assert one.gpu_hours == eight.gpu_hours
+    assert term(eight, "time") == one.gpu_hours / 8
+
+
+def test_a_gpu_says_what_fits_and_how_fast_it_is():
+    a100, h200 = (estimate("sdxl", UNIFORM, dataclasses.replace(PAPER, micro_batch_size=16), 8, gpu) for gpu in ("a100", "h200"))
+    assert (a100.room, h200.room) == ("does not fit", "fits")
+    assert a100.gpu_hours / h200.gpu_hours == pytest.approx(989 / 312)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"family": "sd3"}, "family must be one of sd15, sdxl, got 'sd3'"),
+        ({"gpu": "b300"}, "gpu must be one of a100, h100, h200, got 'b300'"),
+        ({"workers": 0}, "workers must be greater than 0, got 0"),
+        ({"workers": 4096}, "workers must be at most training.batch_size = 2048, got 4096"),
+        (
+            {"training": TrainConfig(lora=LoraConfig(targets=("conv_in",)))},
+            "training.lora.targets must name linear layers of transformer blocks to be estimated, got 'conv_in'",
+        ),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused_by_field_and_value(change, said):
+    asked = {"family": "sd15", "objective": UNIFORM, "training": PAPER, "workers": 8, **change}
+    with pytest.raises(ConfigError) as refused:
+        estimate(**asked)
+    assert str(refused.value) == said
+
+
+def test_the_estimate_loads_no_torch():
+    code = "import sys, dde_core.estimate; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

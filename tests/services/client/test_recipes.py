@@ -1,0 +1,209 @@
+"""Every shipped recipe is a job with the paper's numbers, and can be looked at without a server."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from dde_core.config import Method
+from dde_core.estimate import FACTS, Estimate, estimate
+from services.client import recipes
+from services.client.bodies import job_body
+from services.client.cli import app
+from services.contracts import AlignmentJobCreate
+from services.errors import BadRequest
+from tests.services.client.conftest import KEY
+
+ROOT = Path(__file__).parents[3]
+NAMES = [
+    *(f"sd15_{method}" for method in ("dde", "dde_single", "dde_step", "discounted", "sft", "uniform")),
+    *(f"sdxl_{method}" for method in ("dde", "discounted", "uniform")),
+]
+REST = {"model": "base", "dataset": "ds_1", "prompts": "s3://b/prompts.txt"}
+OPTIONS = [part for name, value in REST.items() for part in (f"--{name}", value)]
+CREATE = ("jobs", "create")
+
+
+def dde(*arguments: object, **env: str) -> Result:
+    """Run the command without a server and without a key."""
+    told = {"DDE_URL": "http://127.0.0.1:9", "DDE_API_KEY": "", "DDE_HOME": "/nowhere", "COLUMNS": "160", **env}
+    return CliRunner().invoke(app, list(map(str, arguments)), env=told)
+
+
+def body_of(name: str) -> AlignmentJobCreate:
+    return job_body(None, REST, recipes.load(name))
+
+
+def needed_for(name: str) -> Estimate:
+    body = body_of(name)
+    return estimate(recipes.load(name).family, body.objective, body.training, body.workers)
+
+
+def printed_body(result: Result) -> dict:
+    """The JSON at the head of a dry run."""
+    assert result.exit_code == 0, result.output
+    return json.JSONDecoder().raw_decode(result.stdout)[0]
+
+
+def test_these_are_shipped():
+    assert recipes.names() == NAMES
+    assert {recipe.method for recipe in recipes.all_recipes()} == set(get_args(Method))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_a_job_with_the_numbers_of_the_paper(name):
+    recipe, body = recipes.load(name), body_of(name)
+    objective, training = body.objective, body.training
+    assert name == f"{recipe.family}_{objective.method}"
+    assert (objective.beta, objective.ema_rate, objective.gamma) == (5000, 0.1, 0.9)
+    assert objective.t_min == 1
+    assert objective.t_max == objective.max_weight == objective.calibration_bins == 0
+    assert (training.learning_rate, training.batch_size) == (2.05e-5, 2048)
+    assert training.steps == {"sd15": 2000, "sdxl": 1500}[recipe.family]
+    assert training.lora is None
+    assert training.gradient_checkpointing
+    assert 0 < training.micro_batch_size < training.batch_size / body.workers
+    assert (training.precision, body.workers, body.evaluation.num_prompts) == ("bf16", 8, 300)
+    assert objective.ignored() == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_is_its_own_choice_and_leaves_out_what_a_person_says(name):
+    text, recipe = (ROOT / "services" / "client" / "recipes" / f"{name}.yaml").read_text(), recipes.load(name)
+    fields = [line.strip() for line in text.split("training:")[1].splitlines() if ":" in line]
+    for name in ("warmup_steps", "optimizer", "precision", "caption_dropout", "sample"):
+        assert any(field.startswith(f"{name}:") and "# ours" in field for field in fields), name
+    for name in ("steps", "batch_size", "learning_rate", "gradient_checkpointing", "lora", "workers"):
+        assert any(field.startswith(f"{name}:") and "# paper" in field for field in fields), name
+    assert not {"model", "dataset", "name"} & set(recipe.job)
+    assert "prompts_uri" not in recipe.job["evaluation"]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_recipes_of_a_family_differ_in_the_objective_alone(family):
+    jobs = [dict(recipe.job, objective=None) for recipe in recipes.all_recipes() if recipe.family == family]
+    assert all(job == jobs[0] for job in jobs)
+
+
+def test_noise_is_that_of_each_methods_own_source():
+    noise = {recipe.method: recipe.job["objective"].get("noise") for recipe in recipes.all_recipes()}
+    alike, each = "shared", "independent"
+    expected = {"dde": each, "dde_single": each, "dde_step": each, "uniform": alike, "discounted": alike, "sft": None}
+    assert noise == expected
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones():
+    with pytest.raises(BadRequest, match=r"recipe must be one of sd15_dde, .*, got '\.\./recipes/sd15_dde'"):
+        recipes.load("../recipes/sd15_dde")
+    result = dde(*CREATE, "--recipe", "sd3_dde")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: recipe must be one of {', '.join(NAMES)}, got 'sd3_dde'\n"
+
+
+def test_recipes_are_listed():
+    result = dde("recipes")
+    assert result.exit_code == 0, result.output
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert lines[0] == ["name", "family", "method", "about"]
+    assert [line[0] for line in lines[1:]] == NAMES
+    assert all(about for *_, about in lines)
+
+
+def test_an_option_goes_before_the_file_and_the_file_before_the_recipe(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({"objective": {"beta": 2000}, "training": {"steps": 7, "seed": 3}, "workers": 2}))
+    body = printed_body(dde(*CREATE, file, "--recipe", "sd15_dde", *OPTIONS, "--steps", 9, "--dry-run"))
+    assert (body["objective"]["beta"], body["objective"]["method"]) == (2000, "dde")
+    assert (body["training"]["steps"], body["training"]["seed"], body["training"]["batch_size"]) == (9, 3, 2048)
+    assert (body["workers"], body["model"]) == (2, "base")
+    AlignmentJobCreate.model_validate_json(json.dumps(body))
+
+
+def test_a_recipe_is_posted_as_the_dry_run_shows_it(server):
+    told = {"DDE_URL": server.url, "DDE_API_KEY": KEY}
+    shown = printed_body(dde(*CREATE, "--recipe", "sdxl_uniform", *OPTIONS, "--dry-run", **told))
+    assert server.requests == []
+    result = dde(*CREATE, "--recipe", "sdxl_uniform", *OPTIONS, **told)
+    assert (result.exit_code, result.stdout) == (0, "new_1\n"), result.output
+    ((_, _, posted),) = server.sent("POST", "/v1/alignment/jobs")
+    assert posted == shown
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_prints_every_term(name):
+    result = dde(*CREATE, "--recipe", name, *OPTIONS, "--dry-run")
+    assert printed_body(result)["objective"]["method"] == recipes.load(name).method
+    needed = needed_for(name)
+    for term in (*needed.memory, *needed.time):
+        assert term.name in result.stdout
+        assert term.formula in result.stdout
+    assert f"{needed.memory_gb:,.2f}" in result.stdout
+    assert ("frozen parameters" in result.stdout) == (recipes.load(name).method != "sft")
+
+
+def test_a_dry_run_on_another_gpu_takes_less_time():
+    hours = {}
+    for gpu in ("a100", "h200"):
+        result = dde(*CREATE, "--recipe", "sd15_dde", *OPTIONS, "--dry-run", "--gpu", gpu)
+        assert gpu.upper() in result.stdout
+        hours[gpu] = float(result.stdout.split("GPU-hours")[1].split(" h")[0])
+    assert hours["h200"] < hours["a100"] / 3
+
+
+def test_without_a_recipe_the_estimate_needs_a_family():
+    without, told = (dde(*CREATE, *OPTIONS, "--dry-run", *more) for more in ([], ["--family", "sd15"]))
+    assert printed_body(without) == printed_body(told)
+    assert "no estimate: whose memory and time? --recipe says it, or --family sd15 or sdxl" in without.stdout
+    assert "Stable Diffusion 1.5 at 512 px" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "b300"], "gpu must be one of a100, h100, h200, got 'b300'"),
+        (["--family", "sd3"], "family must be one of sd15, sdxl, got 'sd3'"),
+        (["--workers", "4096"], "workers: Input should be less than or equal to 1024, got 4096"),
+        (["--batch-size", "4"], "workers must be at most training.batch_size = 4, got 8"),
+        (["--beta", "0"], "objective.beta: Input should be greater than 0, got 0.0"),
+    ],
+)
+def test_a_dry_run_refuses_nonsense_by_field_and_value(arguments, said):
+    result = dde(*CREATE, "--recipe", "sd15_dde", *OPTIONS, "--dry-run", *arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {said}\n")
+
+
+def test_what_only_a_dry_run_reads_is_refused_without_one():
+    result = dde(*CREATE, "--recipe", "sd15_dde", *OPTIONS, "--gpu", "h100")
+    assert (result.exit_code, result.stderr) == (1, "error: --gpu h100 is read by --dry-run alone\n")
+
+
+def test_a_dry_run_of_an_incomplete_job_names_what_is_missing():
+    result = dde(*CREATE, "--recipe", "sd15_dde", "--dry-run")
+    assert result.exit_code == 1
+    assert result.stderr == "error: model: Field required; dataset: Field required; evaluation.prompts_uri: Field required\n"
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("sd15_uniform", 5 / 4), ("sdxl_uniform", 3 / 4)])
+def test_hours_of_uniform_are_of_the_published_order(name, ratio, capsys):
+    """sd15: 5 passes a sample with gradient checkpointing, published were 4. sdxl: 1500 steps, published were 2000."""
+    hours, published = needed_for(name).gpu_hours, FACTS[recipes.load(name).family].published.gpu_hours
+    with capsys.disabled():
+        print(f"\n{name}: {hours:.0f} A100-hours, {hours / published:.2f} of the {published:.0f} published")
+    assert hours / published == pytest.approx(ratio)
+
+
+def test_the_dry_run_that_the_readme_shows_works():
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith("--dry-run")]
+    result = dde(*shlex.split(line)[1:])
+    assert printed_body(result)["training"]["steps"] == 1500
+    assert "H200" in result.stdout
+
+
+def test_a_recipe_fits_the_memory_of_the_papers_gpus():
+    assert all(needed_for(name).memory_gb < 0.9 * 96 for name in NAMES)

@@ -1,0 +1,126 @@
+"""Stable Diffusion 1.5's and SDXL's real U-Nets and noise schedule, as their diffusers folders describe them, and random
+pairs of their shapes. No weights: they are drawn here, or left out (device "meta")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from dde_core.schedule import Schedule
+from dde_core.train_step import PairBatch
+
+TOKENS = 77
+LATENT_CHANNELS = 4
+
+SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+TINY: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+}
+"""Not a real one: for runs in seconds."""
+
+UNETS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
+
+POOLED_WIDTH = 1280
+"""Of SDXL's pooled text: 2816 - 6 x 256 that describe sizes and crops."""
+
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+"""The scheduler_config.json of both."""
+
+
+def schedule(device: torch.device | str = "cpu") -> Schedule:
+    """Stable Diffusion's noise schedule."""
+    return Schedule.from_config(SCHEDULER).to(device)
+
+
+def unet(name: str, device: torch.device | str = "meta", seed: int | None = None) -> UNet2DConditionModel:
+    """A U-Net in float32 and evaluation mode; with a seed its weights are drawn, without one they are whatever is there."""
+    with torch.device("meta"):
+        model = UNet2DConditionModel(**UNETS[name]).eval()
+    model = model.to_empty(device=device)
+    if seed is not None:
+        fill(model, torch.randn(2**22, device=device, generator=torch.Generator(device).manual_seed(seed)))
+    return model
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, normal: Tensor) -> None:
+    """Weights of variance 1 / inputs from one table of normal numbers, over and over: drawing a billion takes minutes.
+    Biases are 0, and normalisations change nothing."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            values = normal.repeat(-(-parameter.numel() // len(normal)))[: parameter.numel()]
+            parameter.copy_(values.view_as(parameter) * parameter[0].numel() ** -0.5)
+        else:
+            parameter.zero_()
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            torch.nn.init.ones_(module.weight)
+
+
+def conditioning(name: str, b: int, device: torch.device | str, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Random text of b samples, and for SDXL what it is told beside it."""
+    draw = {"device": device, "generator": generator}
+    told = {"encoder_hidden_states": torch.randn(b, TOKENS, UNETS[name]["cross_attention_dim"], **draw)}
+    if name == "sdxl":
+        told["text_embeds"] = torch.randn(b, POOLED_WIDTH, **draw)
+        told["time_ids"] = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0], device=device).repeat(b, 1)
+    return told
+
+
+def random_pairs(
+    name: str, b: int, device: torch.device | str = "meta", *, size: int = 0, seed: int | None = None, losers: bool = True
+) -> PairBatch:
+    """b random pairs with ``size`` x ``size`` latents (0: the model's own), t spread over 1..1000."""
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    size = size or UNETS[name]["sample_size"]
+    told = conditioning(name, b, device, generator)
+    sides: dict[str, Any] = {}
+    for side in "wl"[: 1 + losers]:
+        for kind in ("latents", "noise"):
+            sides[f"{kind}_{side}"] = torch.randn(b, LATENT_CHANNELS, size, size, device=device, generator=generator)
+        sides[f"conditioning_{side}"] = told
+    t = torch.linspace(1, 1000, b, device=device).round().long() if b > 1 else torch.full((b,), 500, device=device)
+    return PairBatch(pair_ids=tuple(f"pair-{i}" for i in range(b)), t=t, **sides)
