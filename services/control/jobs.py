@@ -157,7 +157,7 @@ def _check_fit(base: ModelRecord, asked: AlignmentJobCreate) -> None:
             raise BadRequest(message, param=f"objective.{field}")
     if asked.training.lora:
         if base.adapter_of:
-            message = f"training.lora: {base.name} is LoRA adapters itself; train the whole U-Net (null), or on {base.adapter_of.name}"
+            message = f"training.lora: must be null, {base.name} is LoRA adapters on {base.adapter_of.name} itself"
             raise BadRequest(message, param="training.lora")
         layers = registry.unet_layers(base.uri)
         for target in asked.training.lora.targets:

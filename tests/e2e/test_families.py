@@ -1,0 +1,74 @@
+"""Small folders of both families go through the whole job: encoded, aligned, measured on held-out pairs, served."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
+from services import storage
+from services.client.api import Client
+from services.contracts import AlignmentJobCreate, ImageRequest
+from tests.tiny_folders import FOLDERS
+
+HELD_OUT = 300
+LORA = {"rank": 8, "targets": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]}
+WAYS = {
+    "sd15": {"learning_rate": 1e-3, "ema_decay": 0.9, "micro_batch_size": 24},
+    "sdxl": {"learning_rate": 1e-2, "lora": LORA, "gradient_checkpointing": True},
+}
+
+LOAD = """
+import sys, torch, diffusers
+name, folder, adapters = sys.argv[1:4]
+pipeline = getattr(diffusers, name).from_pretrained(folder, dtype=torch.float32)
+if adapters:
+    pipeline.load_lora_weights(adapters)
+pipeline("a red circle", num_inference_steps=2)
+assert not [name for name in sys.modules if name.split(".")[0] in ("dde_core", "services")]
+"""
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_small_model_of_each_family_aligns_end_to_end(client: Client, tmp_path: Path, family: str):
+    base = client.create_model(f"tiny-{family}", FOLDERS[family](tmp_path / family).as_uri())
+    assert base.family == family
+    dataset = client.create_dataset(f"pairs-{family}", PAIRS_FILE.as_uri())
+    body = {
+        "model": base.name,
+        "dataset": dataset.id,
+        "name": f"tiny-{family}-aligned",
+        "objective": {"method": "uniform", "beta": 500.0},
+        "training": {"steps": 40, "batch_size": 64, "checkpoint_every": 20, "held_out_pairs": HELD_OUT, **WAYS[family]},
+        "workers": 2,
+        "evaluation": {"prompts_uri": PROMPTS_FILE.as_uri(), "num_prompts": 2, "scorers": [], "sample": {"steps": 2}},
+    }
+    job = client.wait(client.create_job(AlignmentJobCreate.model_validate_json(json.dumps(body))).id)
+    assert job.status == "succeeded", job.reason
+    metrics = job.result.train.metrics
+    accuracy = [metrics[f"held_out_accuracy{end}"] for end in ("", "_low", "_high")]
+    print(f"{family}: held-out implicit accuracy {accuracy[0]:.3f} [{accuracy[1]:.3f}, {accuracy[2]:.3f}], "
+          f"{metrics['held_out_pairs']:.0f} pairs")  # fmt: skip
+    assert metrics["held_out_pairs"] >= HELD_OUT
+    assert accuracy[1] > 0.5
+
+    aligned = client.model(body["name"])
+    assert aligned.adapter_of == (base.id if family == "sdxl" else None)
+    ours = storage.resolve(aligned.uri)[1]
+    whole, adapters = (ours, "") if family == "sd15" else (storage.resolve(base.uri)[1], ours)
+    pipeline = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[family]
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD, pipeline, whole, adapters], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert loaded.returncode == 0, loaded.stderr
+
+    pictures = [
+        np.frombuffer(client.generate(ImageRequest(model=name, prompt="a red circle", steps=2))[0], np.uint8)
+        for name in (base.name, aligned.name)
+    ]
+    assert pictures[0].tobytes() != pictures[1].tobytes()
