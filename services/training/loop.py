@@ -72,9 +72,10 @@ def train_loop(config: dict) -> None:
             optimizer.zero_grad(set_to_none=True)
             errors = []
             for part, is_last in micro_batches(batch, training.micro_batch_size):
-                with policy.arithmetic(), synchronised(parallel, is_last):
-                    ref = pair_errors(policy.reference, schedule, part) if method.preference else None
-                    theta = pair_errors(parallel, schedule, part)
+                with synchronised(parallel, is_last):
+                    with policy.arithmetic():
+                        ref = pair_errors(policy.reference, schedule, part) if method.preference else None
+                        theta = pair_errors(parallel, schedule, part)
                     terms = step_losses(theta, ref, part.t, objective, schedule, calibration.correction(part.t))
                     check_finite("loss", terms.loss)
                     (terms.loss.sum() / training.batch_size * world_size).backward()

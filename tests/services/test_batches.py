@@ -1,10 +1,13 @@
-"""Two processes that share each global batch make the update of one, in float64 to 1e-9; and gathering is exact."""
+"""Three processes with unequal shares of each global batch, in micro-batches with a remainder, make the update of one,
+in float64 to 1e-9; and gathering is exact."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
@@ -13,14 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dde_core.calibration import Calibration
 from dde_core.config import ObjectiveConfig
-from dde_core.noise import draw_noise, draw_timestep
+from dde_core.noise import draw_evaluation_point, draw_noise, draw_timestep
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors, step_losses
 from services.training.batches import gather, gather_errors
+from services.training.loop import micro_batches, synchronised
 from tests.tiny_unet import TEXT_WIDTH, tiny_unet
 
-STEPS, BATCH, SHAPE = 20, 6, (4, 8, 8)
+STEPS, BATCH, MICRO, SHAPE = 20, 7, 2, (4, 8, 8)
 CONFIG = ObjectiveConfig(beta=500.0, calibration_bins=20)
+POINTS = ("expected", "sampled", "mode")
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -33,6 +38,9 @@ def make_batch(step: int, places: np.ndarray) -> PairBatch:
     text = torch.stack([draw_noise(0, name, "shared", 2, (3, TEXT_WIDTH)) for name in names]).double()
     t = torch.tensor([draw_timestep(0, name, 0, np.arange(1001) / 1000) for name in names])
     sides = {f"latents_{side}": draw(side, 1) for side in "wl"} | {f"noise_{side}": draw(side, 0) for side in "wl"}
+    sides |= {
+        f"z_{side}": torch.stack([draw_evaluation_point(0, name, side, 0, SHAPE) for name in names]).double() for side in "wl"
+    }
     conditioning = {f"conditioning_{side}": {"encoder_hidden_states": text} for side in "wl"}
     return PairBatch(pair_ids=tuple(names), t=t, **sides, **conditioning)
 
@@ -45,21 +53,28 @@ def train(rank: int, world_size: int, folder: str) -> None:
     schedule = Schedule.from_config(SCHEDULE)
     policy, reference = tiny_unet().double(), tiny_unet().double().requires_grad_(False)
     parallel = DistributedDataParallel(policy) if world_size > 1 else policy
-    optimizer, calibration = torch.optim.AdamW(policy.parameters(), lr=1e-4), Calibration(schedule, CONFIG)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
+    calibrations = {point: Calibration(schedule, replace(CONFIG, calibration_point=point)) for point in POINTS}
     for step in range(STEPS):
         places = np.arange(rank, BATCH, world_size)
-        batch = make_batch(step, places)
-        theta = pair_errors(parallel, schedule, batch)
-        with torch.no_grad():
-            ref = pair_errors(reference, schedule, batch)
-        terms = step_losses(theta, ref, batch.t, CONFIG, schedule, calibration.correction(batch.t))
+        batch, errors = make_batch(step, places), []
         optimizer.zero_grad()
-        (terms.loss.sum() / BATCH * world_size).backward()
+        for part, is_last in micro_batches(batch, MICRO):
+            with synchronised(parallel, is_last):
+                theta = pair_errors(parallel, schedule, part)
+                with torch.no_grad():
+                    ref = pair_errors(reference, schedule, part)
+                correction = calibrations["expected"].correction(part.t)
+                terms = step_losses(theta, ref, part.t, CONFIG, schedule, correction)
+                (terms.loss.sum() / BATCH * world_size).backward()
+            errors.append((theta, ref))
         optimizer.step()
-        calibration.update(*gather_errors(batch.t, [(theta, ref)], places, BATCH))
-    arrays = torch.cat(list(calibration.state_dict().values()))
+        gathered = gather_errors(batch.t, errors, places, BATCH)
+        for calibration in calibrations.values():
+            calibration.update(*gathered)
+    arrays = {point: torch.cat(list(calibration.state_dict().values())) for point, calibration in calibrations.items()}
     weights = torch.cat([value.flatten() for value in policy.state_dict().values()])
-    save_file({"weights": weights, "arrays": arrays}, f"{folder}/{world_size}-{rank}.safetensors")
+    save_file({"weights": weights, **arrays}, f"{folder}/{world_size}-{rank}.safetensors")
     if world_size > 1:
         distributed.destroy_process_group()
 
@@ -72,9 +87,37 @@ def test_workers_do_not_change_the_update_in_float64(tmp_path: Path):
     distance = (three[0]["weights"] - one["weights"]).norm() / (one["weights"] - start).norm()
     print(f"relative L2 distance of the update, 1 against 3 workers, float64: {distance:.1e}")
     assert distance < 1e-9
-    assert all(torch.equal(each["arrays"], three[0]["arrays"]) for each in three), "all workers hold the same arrays"
     assert all(torch.equal(each["weights"], three[0]["weights"]) for each in three)
-    assert three[0]["arrays"].abs().max() > 0
+    for point in POINTS:
+        assert all(torch.equal(each[point], three[0][point]) for each in three), "all workers hold the same arrays"
+        torch.testing.assert_close(three[0][point], one[point], rtol=1e-5, atol=1e-12)  # errors are gathered in float32
+        assert three[0][point].count_nonzero() > 40
+    assert not torch.equal(three[0]["expected"], three[0]["sampled"])
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(0, [7]), (3, [3, 3, 1]), (7, [7]), (1, [1] * 7), (100, [7])])
+def test_micro_batches_have_the_gradient_of_the_whole_batch(size: int, lengths: list[int]):
+    schedule, batch = Schedule.from_config(SCHEDULE), make_batch(0, np.arange(BATCH))
+    correction, reference = torch.linspace(0, 1e-3, BATCH, dtype=torch.float64), tiny_unet().double().requires_grad_(False)
+    with torch.no_grad():
+        reference.conv_in.weight *= 1.1
+
+    def gradient(parts) -> torch.Tensor:
+        policy, done = tiny_unet().double(), 0
+        for part in parts:
+            theta, ref = (pair_errors(model, schedule, part) for model in (policy, reference))
+            terms = step_losses(theta, ref, part.t, CONFIG, schedule, correction[done : done + len(part)])
+            (terms.loss.sum() / BATCH).backward()
+            done += len(part)
+        return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+
+    parts = list(micro_batches(batch, size))
+    assert [len(part) for part, _ in parts] == lengths
+    assert [is_last for _, is_last in parts] == [False] * (len(lengths) - 1) + [True]
+    assert [name for part, _ in parts for name in part.pair_ids] == list(batch.pair_ids)
+    whole = gradient([batch])
+    assert whole.norm() > 1e-3
+    assert ((gradient(part for part, _ in parts) - whole).norm() / whole.norm()).item() < 1e-9
 
 
 def test_gathering_puts_values_where_they_belong():
