@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from dde_core.credit import bucket_of, bucket_span, replay
 from dde_core.errors import DataError
 from dde_core.schedule import Schedule
 from services import storage
-from services.contracts import CREDIT, CreditBucket, CreditRecord
+from services.contracts import CreditBucket, CreditRecord
 
 FOLDER = "pairs"
 SCHEMA = pa.schema(
@@ -149,20 +148,3 @@ def _buckets(pairs: LoggedPairs, predicted: Tensor, timesteps: int) -> list[Cred
 
 def _mean(values: Tensor) -> float:
     return values.double().mean().item()
-
-
-def write_credit(
-    run: str,
-    folder: Path,
-    objective: ObjectiveConfig,
-    schedule: Schedule,
-    scheduler_config: Mapping[str, Any],
-    calibration: Mapping[str, Tensor],
-    batch_size: int,
-) -> None:
-    """Read the log of a finished run and write ``credit.json`` into the (local) folder of its model version.
-
-    Raises DataError as ``read`` and ``credit_record`` do.
-    """
-    record = credit_record(read(run), objective, schedule, scheduler_config, calibration, batch_size)
-    (folder / CREDIT).write_text(record.model_dump_json())

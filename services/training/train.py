@@ -22,11 +22,11 @@ from dde_core.models.saving import save_adapters, save_aligned
 from dde_core.objectives import conventions
 from dde_core.schedule import Schedule
 from services import registry, storage
-from services.contracts import ModelRecord, TrainResult, TrainSpec
+from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec
 from services.errors import Unavailable
 from services.observability import Journal
+from services.training import pair_log
 from services.training.loop import train_loop
-from services.training.pair_log import write_credit
 
 MAX_WORKER_FAILURES = 3
 MAX_START_FAILURES = 5
@@ -86,9 +86,12 @@ def _write_credit(spec: TrainSpec, last: Path, folder: Path, journal: Journal) -
     base = ModelFolder(*registry.fetch(spec.model))
     config, calibration = base.scheduler_config(), load_file(last / checkpoint.CALIBRATION)
     try:
-        write_credit(spec.run, folder, spec.objective, base.schedule(), config, calibration, spec.training.batch_size)
+        pairs, batch_size = pair_log.read(spec.run), spec.training.batch_size
+        record = pair_log.credit_record(pairs, spec.objective, base.schedule(), config, calibration, batch_size)
     except DataError as error:
         journal.event(f"no credit record: {error}", "warning")
+    else:
+        (folder / CREDIT).write_text(record.model_dump_json())
 
 
 def _check(spec: TrainSpec, manifest: Manifest) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +16,7 @@ from dde_core.errors import DataError
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors, step_losses
 from services.contracts import CreditRecord
-from services.training.pair_log import PairLog, read, write_credit
+from services.training.pair_log import PairLog, credit_record, read
 
 SCHEDULE = Schedule.from_config(STABLE_DIFFUSION)
 PAIRS = 16
@@ -138,15 +137,16 @@ def train(run: str, objective: ObjectiveConfig, steps: int = 12) -> Calibration:
     return calibration
 
 
-def written(run: str, folder: Path, objective: ObjectiveConfig) -> CreditRecord:
+def recorded(run: str, objective: ObjectiveConfig) -> CreditRecord:
+    """The record as it comes back from a file."""
     calibration = train(run, objective)
-    write_credit(run, folder, objective, SCHEDULE, STABLE_DIFFUSION, calibration.state_dict(), PAIRS)
-    return CreditRecord.model_validate_json((folder / "credit.json").read_bytes())
+    record = credit_record(read(run), objective, SCHEDULE, STABLE_DIFFUSION, calibration.state_dict(), PAIRS)
+    return CreditRecord.model_validate_json(record.model_dump_json())
 
 
 @pytest.mark.parametrize("method", ["dde", "dde_step", "uniform", "discounted"])
-def test_what_was_logged_is_what_the_margins_predict(run, tmp_path, method):
-    record = written(run, tmp_path, ObjectiveConfig(method=method, calibration_bins=50))
+def test_what_was_logged_is_what_the_margins_predict(run, method):
+    record = recorded(run, ObjectiveConfig(method=method, calibration_bins=50))
     assert (record.steps, record.batch_size, sum(bucket.pairs for bucket in record.buckets)) == (12, PAIRS, 12 * PAIRS)
     assert [(bucket.t_first, bucket.t_last) for bucket in record.buckets] == [(100 * j + 1, 100 * j + 100) for j in range(10)]
     for bucket in record.buckets:
@@ -155,18 +155,18 @@ def test_what_was_logged_is_what_the_margins_predict(run, tmp_path, method):
         assert 0 < abs(bucket.margin) < 1e-3
 
 
-def test_the_record_says_what_its_numbers_mean(run, tmp_path):
-    record = written(run, tmp_path, ObjectiveConfig(t_min=2))
+def test_the_record_says_what_its_numbers_mean(run):
+    record = recorded(run, ObjectiveConfig(t_min=2))
     assert (record.objective.noise, record.objective.t_min, record.objective.t_max) == ("independent", 2, 1000)
     assert Schedule.from_config(record.scheduler).T == 1000
     assert {name: len(values) for name, values in record.calibration.items()} == dict.fromkeys(
         ("theta_w", "ref_w", "theta_l", "ref_l"), 1000
     )
-    assert json.loads((tmp_path / "credit.json").read_text())["objective"]["method"] == "dde"
+    assert record.objective.method == "dde"
 
 
-def test_sft_has_weights_and_no_margins(run, tmp_path):
-    record = written(run, tmp_path, ObjectiveConfig(method="sft"))
+def test_sft_has_weights_and_no_margins(run):
+    record = recorded(run, ObjectiveConfig(method="sft"))
     assert {(bucket.margin, bucket.logged, bucket.predicted) for bucket in record.buckets} == {(None, 1.0, 1.0)}
 
 
@@ -176,5 +176,4 @@ def test_a_log_with_a_gap_makes_no_record(run, tmp_path, lost):
     calibration = train(run, objective)
     (tmp_path / "run" / "pairs" / lost).unlink()
     with pytest.raises(DataError, match=r"the pair log lacks pairs: 112 in steps 1\.\.12 of 16"):
-        write_credit(run, tmp_path, objective, SCHEDULE, STABLE_DIFFUSION, calibration.state_dict(), PAIRS)
-    assert not (tmp_path / "credit.json").exists()
+        credit_record(read(run), objective, SCHEDULE, STABLE_DIFFUSION, calibration.state_dict(), PAIRS)
