@@ -148,6 +148,37 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(schedule):
     assert binned.theta_w.count_nonzero() == 0
 
 
+def test_after_100_steps_of_2048_pairs_coefficients_have_left_their_start_and_stand_at_their_values(schedule):
+    mu, steps, pairs, spread = 0.1, 100, 2048, 0.2
+    law = (1 - mu * (1 - (1 - 1 / 1000) ** pairs)) ** steps  # the share of the start that is left, in expectation over t
+    assert law == pytest.approx(1.1e-4, rel=0.01)
+    truth, generator = errors(1000).double(), torch.Generator().manual_seed(1)
+    value = torch.where(EVERY_T > 1, -schedule.kappa[1:] * truth, 0.0)
+    starts = {"zero": torch.zeros(4, 1000, dtype=torch.float64), "far": 5 * value}
+    runs = {name: calibration(schedule, ema_rate=mu) for name in starts}
+    for name, start in starts.items():
+        runs[name].load_state_dict(dict(zip(NAMES, start, strict=True)))
+    for _ in range(steps):
+        t = torch.randint(1, 1001, (pairs,), generator=generator)
+        drawn = truth[:, t - 1] * (1 + spread * torch.randn(4, pairs, generator=generator))
+        for r in runs.values():
+            feed(r, t, *drawn)
+    zero, far = (torch.stack([getattr(r, name) for name in NAMES])[:, 1:] / value[:, 1:] for r in runs.values())
+    left = (far - zero) / 5  # the noise is the same in both
+    assert left.mean().item() == pytest.approx(law, rel=0.1)
+    assert left.max() < 10 * law
+    off = zero - 1
+    noise = spread * (mu / (2 - mu)) ** 0.5  # of a running mean of single values; batches hold about two of a timestep
+    assert off.mean().abs() < law + 4 * noise / off.numel() ** 0.5
+    assert 0.6 * noise < off.std() < noise
+    assert off.abs().max() < 5 * noise
+    c = runs["zero"].correction(EVERY_T[:-1])
+    sums = torch.stack([value[0] - value[1] - value[2] + value[3], (noise * value).square().sum(dim=0)])
+    wanted, variance = sums.flip(1).cumsum(1).flip(1)[:, 1:]
+    assert ((c - wanted).abs() < 5 * variance.sqrt()).all()
+    assert (wanted.abs() > 5 * variance.sqrt()).any()
+
+
 def test_as_many_bins_as_timesteps_are_the_same_as_no_bins(schedule):
     plain, binned = calibration(schedule), calibration(schedule, calibration_bins=1000)
     for r in (plain, binned):

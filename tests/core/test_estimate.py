@@ -152,7 +152,9 @@ def test_more_workers_share_the_hours():
 
 
 def test_a_gpu_says_what_fits_and_how_fast_it_is():
-    a100, h200 = (estimate("sdxl", UNIFORM, dataclasses.replace(PAPER, micro_batch_size=16), 8, gpu) for gpu in ("a100", "h200"))
+    a100, h200 = (
+        estimate("sdxl", UNIFORM, dataclasses.replace(PAPER, micro_batch_size=16), 8, gpu) for gpu in ("a100", "h200")
+    )
     assert (a100.room, h200.room) == ("does not fit", "fits")
     assert a100.gpu_hours / h200.gpu_hours == pytest.approx(989 / 312)
 

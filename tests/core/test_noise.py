@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dde_core.noise import draw_dropped, draw_noise, draw_timestep, initial_latents, permutation
+from dde_core.noise import draw_dropped, draw_evaluation_point, draw_noise, draw_timestep, initial_latents, permutation
 
 SHAPE = (4, 8, 8)
 PAIRS = [f"pair-{i}" for i in range(4000)]
@@ -25,15 +25,18 @@ def test_draws_do_not_depend_on_what_was_drawn_before_or_on_global_seeds():
     assert all(torch.equal(forwards[key], backwards[key]) for key in keys)
 
 
-def test_every_part_of_the_key_matters():
-    base = draw_noise(7, "a", "w", 0, SHAPE)
+@pytest.mark.parametrize("draw", [draw_noise, draw_evaluation_point])
+def test_every_part_of_the_key_matters(draw):
+    base = draw(7, "a", "w", 0, SHAPE)
+    assert torch.equal(base, draw(7, "a", "w", 0, SHAPE))
     others = [
-        draw_noise(8, "a", "w", 0, SHAPE),
-        draw_noise(7, "b", "w", 0, SHAPE),
-        draw_noise(7, "a", "l", 0, SHAPE),
-        draw_noise(7, "a", "shared", 0, SHAPE),
-        draw_noise(7, "a", "w", 1, SHAPE),
+        draw(8, "a", "w", 0, SHAPE),
+        draw(7, "b", "w", 0, SHAPE),
+        draw(7, "a", "l", 0, SHAPE),
+        draw(7, "a", "shared", 0, SHAPE),
+        draw(7, "a", "w", 1, SHAPE),
         initial_latents(7, SHAPE),
+        (draw_evaluation_point if draw is draw_noise else draw_noise)(7, "a", "w", 0, SHAPE),
     ]
     for other in others:
         assert abs(np.corrcoef(base.flatten(), other.flatten())[0, 1]) < 0.25

@@ -52,7 +52,7 @@ def train(rank: int, world_size: int, folder: str) -> None:
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     schedule = Schedule.from_config(SCHEDULE)
     policy, reference = tiny_unet().double(), tiny_unet().double().requires_grad_(False)
-    parallel = DistributedDataParallel(policy) if world_size > 1 else policy
+    parallel = DistributedDataParallel(policy, gradient_as_bucket_view=True) if world_size > 1 else policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
     calibrations = {point: Calibration(schedule, replace(CONFIG, calibration_point=point)) for point in POINTS}
     for step in range(STEPS):

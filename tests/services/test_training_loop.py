@@ -1,0 +1,93 @@
+"""The training loop itself, in this process: what policy and reference are given, and what comes of a step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dde_core.config import LoraConfig, ObjectiveConfig
+from dde_core.models.folder import ModelFolder
+from dde_core.objectives import OBJECTIVES
+from dde_core.train_step import pair_errors
+from services.training import loop
+from tests.encoded_pairs import batch_maker, train_here, write_encoded
+from tests.tiny_folders import FOLDERS
+
+BATCH = 7
+PREFERENCE = [name for name, objective in OBJECTIVES.items() if objective.preference]
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def model(request, tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return ModelFolder(FOLDERS[request.param](tmp_path_factory.mktemp("models") / request.param))
+
+
+@pytest.fixture(scope="module")
+def encoded(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoded(tmp_path_factory.mktemp("encoded") / "pairs", model)
+
+
+class Calls:
+    """Stands before ``pair_errors``: notes whose errors are asked for, on which pairs, and what the U-Net is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[str, ...], list[torch.Tensor]]] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    def __call__(self, unet, schedule, batch):
+        def noting(x_t, timestep, **told):
+            added = told.get("added_cond_kwargs") or {}
+            self.calls.append((name, batch.pair_ids, [x_t, timestep, told["encoder_hidden_states"], *added.values()]))
+            output = unet(x_t, timestep, **told)
+            self.dtypes.add(output.sample.dtype)
+            return output
+
+        name = "reference" if getattr(unet, "__name__", "") == "reference" else "policy"
+        return pair_errors(noting, schedule, batch)
+
+
+@pytest.mark.parametrize("method", ["dde", "uniform", "sft"])
+def test_reference_and_policy_are_given_the_very_same_inputs_part_by_part(model, encoded, tmp_path, monkeypatch, method):
+    seen, objective = Calls(), ObjectiveConfig(method=method)
+    monkeypatch.setattr(loop, "pair_errors", seen)
+    training = {"steps": 2, "batch_size": BATCH, "micro_batch_size": 3, "caption_dropout": 0.5, "learning_rate": 1e-3}
+    train_here(tmp_path, model, encoded, objective, precision="bf16", **training)
+    assert seen.dtypes == {torch.bfloat16}, "and in the same arithmetic"
+    expected, whose = [], ["reference", "policy"] if method in PREFERENCE else ["policy"]
+    maker = batch_maker(model, encoded, objective, **training)
+    for step in range(2):
+        pairs = maker.make(step, 0, 1)[0].pair_ids
+        expected += [(name, pairs[i : i + 3]) for i in range(0, BATCH, 3) for name in whose]
+    assert [(name, pairs) for name, pairs, _ in seen.calls] == expected
+    sides = 2 if method in PREFERENCE else 1
+    for i in range(0, len(seen.calls), len(whose)):
+        (_, pairs, given), *others = seen.calls[i : i + len(whose)]
+        assert len(given) == (5 if model.family == "sdxl" else 3)
+        assert all(len(each) == sides * len(pairs) for each in given), "no losers for sft"
+        for _, _, also in others:
+            assert all(map(torch.equal, given, also))
+
+
+@pytest.mark.parametrize(("method", "lora"), [("dde", None), ("uniform", LoraConfig(rank=4))], ids=["whole", "lora"])
+def test_the_first_step_loses_log_2_exactly_and_the_next_one_does_not(model, encoded, tmp_path, method, lora):
+    objective = ObjectiveConfig(method=method, beta=500.0)
+    training = {"batch_size": BATCH, "micro_batch_size": 3, "learning_rate": 1e-2, "precision": "bf16", "lora": lora}
+    first, second = train_here(tmp_path, model, encoded, objective, steps=2, **training)
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-15)
+    assert first["margin"] == first["winner_error_diff"] == first["loser_error_diff"] == 0
+    assert abs(second["loss"] - math.log(2)) > 1e-3
+    assert abs(second["margin"]) > 1e-6
+
+
+@pytest.mark.parametrize("method", ["dde", "sft"])
+def test_micro_batches_with_a_remainder_change_no_gradient(model, encoded, tmp_path, method):
+    norms = []
+    for size in (0, 3, 1):
+        objective = ObjectiveConfig(method=method, beta=50.0)
+        training = {"steps": 1, "batch_size": BATCH, "micro_batch_size": size}
+        norms.append(train_here(tmp_path / str(size), model, encoded, objective, **training)[0]["grad_norm"])
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+    assert norms[0] > 0
