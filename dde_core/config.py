@@ -7,7 +7,8 @@ locates the error at the field), ``check`` reads them where a config is made in 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
@@ -95,8 +96,8 @@ class ObjectiveConfig:
 
     @property
     def noise_mode(self) -> NoiseMode:
-        """The noise of winner and loser: as asked for, else as the method's own source has it."""
-        return self.noise or DEFAULT_NOISE[self.method]
+        """The noise of winner and loser: as asked for, else as the method's own source has it. `sft` sees one side."""
+        return DEFAULT_NOISE[self.method] if self.method == "sft" else self.noise or DEFAULT_NOISE[self.method]
 
     def ignored(self) -> dict[str, Any]:
         """The settings that were changed from their defaults and that this method does not read."""
@@ -118,6 +119,15 @@ class LoraConfig:
         check(self)
         if not self.targets or not all(self.targets):
             raise ConfigError("targets", list(self.targets), "must name at least one module")
+
+    def matches(self, layer: str) -> bool:
+        """Whether the layer of this name gets adapters."""
+        return any(layer == target or layer.endswith(f".{target}") for target in self.targets)
+
+    def unmatched(self, layers: Iterable[str]) -> list[str]:
+        """The targets that are the name of none of these layers."""
+        names = list(layers)
+        return [target for target in self.targets if not any(replace(self, targets=(target,)).matches(name) for name in names)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from dde_core.conditioning import Conditioning
 from dde_core.config import SampleConfig
 from dde_core.errors import ConfigError
-from dde_core.models.folder import ModelFolder
+from dde_core.models.folder import ModelFolder, pictures_at_once
 from dde_core.models.text import TextEncoders, tokenize
 from dde_core.noise import initial_latents
 from dde_core.sampling import decode, sample_latents
@@ -43,6 +43,20 @@ class TextToImage:
         for name, value in (("height", height), ("width", width)):
             if value % self._factor:
                 raise ConfigError(name, value, f"must be a multiple of {self._factor} for this model")
+        at_once = pictures_at_once(height, width)
+        parts = [slice(start, start + at_once) for start in range(0, len(prompts), at_once)]
+        drawn = [self._draw(prompts[part], seeds[part], height, width, config, on_step) for part in parts]
+        return np.concatenate(drawn)
+
+    def _draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        height: int,
+        width: int,
+        config: SampleConfig,
+        on_step: Callable[[int, int], None] | None,
+    ) -> np.ndarray:
         shape = (int(self._unet.config.in_channels), height // self._factor, width // self._factor)
         latents = torch.stack([initial_latents(seed, shape) for seed in seeds]).to(self._device)
         cond, uncond = (self._encode(captions, height, width) for captions in (prompts, [""] * len(prompts)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dde_core.errors import ConfigError, ModelError
-from dde_core.family import COMPONENTS, WITH_WEIGHTS, Family, check_scheduler, family_of, missing_components
+from dde_core.family import COMPONENTS, WITH_WEIGHTS, Family, check_scheduler, check_unet, family_of, missing_components
 from services import storage
 from services.contracts import NAME_PATTERN, ModelRecord
 from services.errors import BadRequest, NotFound
@@ -84,13 +84,15 @@ def check_components(uri: str, family: Family | None) -> Family:
         raise BadRequest(f"uri {uri!r} lacks {', '.join(lacking)}", param="uri", code="missing_components")
     try:
         check_scheduler(scheduler_config(uri))
+        check_unet(storage.read_json(storage.join(uri, "unet", "config.json")), found)
     except (FileNotFoundError, ConfigError) as error:
-        raise BadRequest(f"uri {uri!r}: scheduler/scheduler_config.json: {error}", param="uri", code="scheduler") from error
+        raise BadRequest(f"uri {uri!r} cannot be aligned: {error}", param="uri", code="unsupported_model") from error
     return found
 
 
 def _is_weights(file: str, part: str) -> bool:
-    return file.startswith(f"{part}/") and file.endswith(".safetensors")
+    """Under the names that are loaded by default, in one file or several: not a variant as .fp16.safetensors."""
+    return re.fullmatch(rf"{part}/(diffusion_pytorch_)?model(-\d{{5}}-of-\d{{5}})?\.safetensors", file) is not None
 
 
 def unet_layers(uri: str) -> set[str]:

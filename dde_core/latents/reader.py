@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,17 @@ class LatentRows:
     crops_w: Int[np.ndarray, "b 2"]
     crops_l: Int[np.ndarray, "b 2"]
 
+    def __len__(self) -> int:
+        return len(self.pair_ids)
+
+    def rows(self, keep: slice) -> LatentRows:
+        """Some of the rows."""
+        return LatentRows(**{field.name: getattr(self, field.name)[keep] for field in fields(self)})
+
+    def visit(self, number: int) -> LatentRows:
+        """The same rows at their n-th visit."""
+        return replace(self, draws=np.full(len(self), number))
+
 
 class LatentReader:
     """Holds a dataset's shards in memory (a pair of 512 px pictures takes 64 KB) and hands out batches."""
@@ -59,7 +70,8 @@ class LatentReader:
         except FileNotFoundError as error:
             raise DataError(f"{path!r} holds no dataset: it has no {MANIFEST}") from error
         self._table = pa.concat_tables(self._read(filesystem, f"{path}/{s.name}", s.sha256) for s in self.manifest.shards)
-        held_out = hold_out([row.tobytes() for row in self._tokens(self._table)], held_out_pairs)
+        captions = self._tokens(self._table) if held_out_pairs else np.zeros(len(self._table))
+        held_out = hold_out([caption.tobytes() for caption in captions], held_out_pairs)
         self._trained, self._held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         if not len(self._trained):
             raise ConfigError("held_out_pairs", held_out_pairs, f"leaves none of {len(self._table)} pairs to train on")

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dde_core.errors import ModelError
-from dde_core.family import COMPONENTS, family_of, missing_components
+from dde_core.family import COMPONENTS, check_unet, family_of, missing_components
 from dde_core.schedule import Schedule
 
 WEIGHTS = {"dtype": torch.float32, "use_safetensors": True}
@@ -51,6 +51,7 @@ class ModelFolder:
 
     def unet(self) -> UNet2DConditionModel:
         """A new copy of the U-Net, adapters merged in, in evaluation mode (no dropout anywhere in these families)."""
+        check_unet(self._config("unet"), self.family)
         unet = self._load(UNet2DConditionModel, "unet", **WEIGHTS)
         if self.adapter:
             unet.load_lora_adapter(str(self.adapter), prefix="unet", weight_name=LORA_WEIGHTS, local_files_only=True)
@@ -75,9 +76,18 @@ class ModelFolder:
 
     def picture_size(self) -> int:
         """Height and width in pixels that the U-Net was made for."""
-        unet = json.loads((self.path / "unet" / "config.json").read_text())
-        vae = json.loads((self.path / "vae" / "config.json").read_text())
-        return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        return self._config("unet")["sample_size"] * 2 ** (len(self._config("vae")["block_out_channels"]) - 1)
+
+    @property
+    def no_caption_is_zeros(self) -> bool:
+        """What stands for no caption: zeros (SDXL's ``force_zeros_for_empty_prompt``), else the empty caption."""
+        return self.family == "sdxl" and bool(self.index.get("force_zeros_for_empty_prompt", True))
+
+    def _config(self, part: str) -> dict:
+        try:
+            return json.loads((self.path / part / "config.json").read_text())
+        except FileNotFoundError as error:
+            raise ModelError(f"{part} of {str(self.path)!r} cannot be loaded: it has no config.json") from error
 
     def _load(self, kind, part: str, **options):
         try:
@@ -88,7 +98,17 @@ class ModelFolder:
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, pictures: UInt8[np.ndarray, "b height width 3"]) -> Float[np.ndarray, "b c h w"]:
-    """uint8 pictures to latents: the posterior's mean times scaling_factor, as float16."""
-    pixels = torch.from_numpy(pictures).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
-    return latents.to(torch.float16).cpu().numpy()
+    """uint8 pictures to latents: the posterior's mean times scaling_factor, as float16.
+
+    Slices are of a fixed size, so what a picture is encoded beside depends on its place alone.
+    """
+    size, latents = pictures_at_once(*pictures.shape[1:3]), []
+    for start in range(0, len(pictures), size):
+        pixels = torch.from_numpy(pictures[start : start + size]).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents.append((vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).to(torch.float16).cpu().numpy())
+    return np.concatenate(latents)
+
+
+def pictures_at_once(height: int, width: int) -> int:
+    """How many pictures go through VAE and sampler together: at most 4 of 1024 px (11 GB in a float32 VAE), 16 of 512 px."""
+    return max(1, min(32, 4 * 1024**2 // (height * width)))

@@ -29,10 +29,10 @@ class Policy:
     """``unet`` is what a training loop wraps and steps. Raises ConfigError for adapters that fit nowhere."""
 
     def __init__(self, folder: ModelFolder, training: TrainConfig, device: torch.device | str = "cpu") -> None:
-        self._folder, self._training, self._device = folder, training, torch.device(device)
+        self._folder, self._training, self.device = folder, training, torch.device(device)
         self.unet = folder.unet()
         if training.lora:
-            check_targets(self.unet, training.lora.targets)
+            check_targets(self.unet, training.lora)
             self._add_adapters(training.lora)
         self.unet.to(device)
         if training.gradient_checkpointing:
@@ -57,11 +57,11 @@ class Policy:
     @cached_property
     def _kept(self) -> UNet2DConditionModel:
         """Loaded when it is first asked for: `sft` trains without it."""
-        return self._folder.unet().requires_grad_(False).to(self._device)
+        return self._folder.unet().requires_grad_(False).to(self.device)
 
     def arithmetic(self) -> AbstractContextManager:
         """Run the U-Net under this. bf16 is autocast: weights stay float32, and so do errors and losses."""
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._training.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._training.precision == "bf16")
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -124,12 +124,11 @@ class Policy:
             self.unet.add_adapter(config)
 
 
-def check_targets(unet: nn.Module, targets: tuple[str, ...]) -> None:
+def check_targets(unet: nn.Module, lora: LoraConfig) -> None:
     """Raises ConfigError for a target that is the name of no linear or convolution layer of the U-Net."""
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ConfigError("lora.targets", target, "matches no linear or convolution layer of the U-Net")
+    if idle := lora.unmatched(names):
+        raise ConfigError("lora.targets", idle[0], "matches no linear or convolution layer of the U-Net")
 
 
 def make_optimizer(parameters: list[nn.Parameter], training: TrainConfig) -> torch.optim.Optimizer:

@@ -8,15 +8,28 @@ from pathlib import Path
 
 from dde_core.models.folder import LORA_WEIGHTS
 
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
 
 def save_aligned(base: Path, unet: Path, target: Path) -> None:
-    """A folder like ``base`` with another U-Net, for ``from_pretrained``. Taken over are the parts of model_index.json."""
+    """A folder like ``base`` with another U-Net, for ``from_pretrained``.
+
+    Taken over are the parts of model_index.json. One that is not there, or has its weights as a pickle alone (old safety
+    checkers), becomes null in the new index: training has no use for it, and it must not cost the result.
+    """
     index = json.loads((base / "model_index.json").read_text())
     target.mkdir(parents=True)
-    shutil.copyfile(base / "model_index.json", target / "model_index.json")
-    ignored = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-    for part in (name for name, kind in index.items() if isinstance(kind, list) and kind[0]):
-        shutil.copytree(unet if part == "unet" else base / part, target / part, ignore=ignored)
+    for part in [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]:
+        source = unet if part == "unet" else base / part
+        if source.is_dir() and not _is_pickled(source):
+            shutil.copytree(source, target / part, ignore=shutil.ignore_patterns(*PICKLES))
+        else:
+            index[part] = [None, None]
+    (target / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def _is_pickled(part: Path) -> bool:
+    return any(any(part.glob(pattern)) for pattern in PICKLES) and not any(part.glob("*.safetensors"))
 
 
 def save_adapters(weights: Path, target: Path) -> None:

@@ -24,15 +24,16 @@ def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> In
 class TextEncoders:
     """A folder's text encoders, and how its family puts their outputs together.
 
-    sd15: the last hidden state. sdxl: the last but one of both, side by side, and the second's pooled output. What stands
-    for no caption is the empty one; where ``force_zeros_for_empty_prompt`` is set (SDXL), zeros.
+    sd15: the last hidden state. sdxl: the last but one of both, side by side, and the second's pooled output. The empty
+    caption stands for no caption, in dropout as in guidance; where the pipeline takes zeros for it (SDXL's
+    ``force_zeros_for_empty_prompt``), zeros. (Ours: diffusers' training script encodes the empty caption there.)
     """
 
     def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu") -> None:
         self._encoders = [encoder.to(device) for encoder in folder.text_encoders()]
         self._device = device
         self._is_sdxl = folder.family == "sdxl"
-        self._zeros = self._is_sdxl and bool(folder.index.get("force_zeros_for_empty_prompt", True))
+        self._zeros = folder.no_caption_is_zeros
         self.empty_ids = tokenize(folder.tokenizers(), [""])
 
     @torch.no_grad()

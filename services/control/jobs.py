@@ -33,10 +33,12 @@ def create_alignment(database: Database, once: Once, asked: AlignmentJobCreate) 
         if asked.workers > asked.training.batch_size:
             raise BadRequest(f"workers: must be at most training.batch_size, got {asked.workers}", param="workers")
         _check_evaluation(asked.evaluation, "evaluation.")
+        with database.read() as session:
+            base = models.record_of(models.find(session, asked.model, "model"))
+        _check_fit(base, asked)
 
     def insert(session: Session, _: None) -> dict[str, Any]:
         base, dataset = models.find(session, asked.model, "model"), _dataset(session, asked)
-        _check_fit(models.record_of(base), asked)
         job_id = new_id("ajob")
         name = asked.name or f"{base.name[:40]}-{asked.objective.method}-{job_id[-6:]}"
         _refuse_base_name(session, name)
@@ -159,13 +161,9 @@ def _check_fit(base: ModelRecord, asked: AlignmentJobCreate) -> None:
         if base.adapter_of:
             message = f"training.lora: must be null, {base.name} is LoRA adapters on {base.adapter_of.name} itself"
             raise BadRequest(message, param="training.lora")
-        layers = registry.unet_layers(base.uri)
-        for target in asked.training.lora.targets:
-            if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
-                message = (
-                    f"training.lora.targets: matches no linear or convolution layer of {base.name}'s U-Net, got {target!r}"
-                )
-                raise BadRequest(message, param="training.lora.targets")
+        if idle := asked.training.lora.unmatched(registry.unet_layers(base.uri)):
+            message = f"training.lora.targets: matches no linear or convolution layer of {base.name}'s U-Net, got {idle[0]!r}"
+            raise BadRequest(message, param="training.lora.targets")
 
 
 def _refuse_base_name(session: Session, name: str) -> None:

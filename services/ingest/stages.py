@@ -21,7 +21,6 @@ from services.contracts import ModelRecord
 from services.ingest.decoding import decode_unit
 from services.registry import fetch
 
-IMAGES_PER_FORWARD = 32
 DECODERS_PER_ENCODER = 2
 
 Unit = dict[str, Any]
@@ -59,6 +58,4 @@ class Encoder:
         self._vae = ModelFolder(*fetch(model)).vae().to(device)
 
     def __call__(self, images: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        pixels = images.pop("pixels")
-        slices = [pixels[i : i + IMAGES_PER_FORWARD] for i in range(0, len(pixels), IMAGES_PER_FORWARD)]
-        return {**images, "latents": np.concatenate([encode_images(self._vae, part) for part in slices])}
+        return {**images, "latents": encode_images(self._vae, images.pop("pixels"))}

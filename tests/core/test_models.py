@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from dde_core.checkpoint import Progress
 from dde_core.config import LoraConfig, ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.errors import DataError, ModelError
 from dde_core.generation import TextToImage
-from dde_core.models.folder import ModelFolder, encode_images
+from dde_core.models.folder import ModelFolder, encode_images, pictures_at_once
 from dde_core.models.policy import Policy, make_optimizer
 from dde_core.models.saving import save_aligned
 from dde_core.noise import initial_latents
@@ -75,6 +76,24 @@ def test_an_aligned_folder_takes_over_no_pickle(tmp_path: Path):
     save_aligned(base, MODEL_DIR / "unet", tmp_path / "aligned")
     ours, theirs = ({p.relative_to(root) for p in root.rglob("*") if p.is_file()} for root in (tmp_path / "aligned", MODEL_DIR))
     assert ours == theirs
+
+
+def test_parts_that_cannot_be_taken_over_do_not_cost_the_aligned_model(tmp_path: Path):
+    base = tmp_path / "base"
+    shutil.copytree(MODEL_DIR, base)
+    index = json.loads((base / "model_index.json").read_text())
+    named = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "feature_extractor": ["transformers", "X"]}
+    (base / "model_index.json").write_text(json.dumps(index | named))
+    (base / "safety_checker").mkdir()
+    (base / "safety_checker" / "pytorch_model.bin").write_bytes(b"a pickle")
+    save_aligned(base, MODEL_DIR / "unet", tmp_path / "aligned")
+    written = json.loads((tmp_path / "aligned" / "model_index.json").read_text())
+    assert written["safety_checker"] == written["feature_extractor"] == [None, None]
+    StableDiffusionPipeline.from_pretrained(tmp_path / "aligned", dtype=torch.float32)
+
+
+def test_large_pictures_go_through_the_vae_a_few_at_a_time():
+    assert [pictures_at_once(size, size) for size in (32, 256, 512, 1024, 2048)] == [32, 32, 16, 4, 1]
 
 
 def test_a_folder_that_is_no_model_is_refused_with_its_path(tmp_path: Path):

@@ -70,7 +70,7 @@ def test_the_true_output_converts_to_the_true_noise_and_the_true_sample(sd_confi
         ("rescale_betas_zero_snr", True),
         ("thresholding", True),
         ("clip_sample", True),
-        ("timestep_spacing", "trailing"),
+        ("_class_name", "FlowMatchEulerDiscreteScheduler"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_field_and_value(sd_config, field, value):

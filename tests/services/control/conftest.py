@@ -188,7 +188,11 @@ def write_base(folder: Path, pipeline: str = "StableDiffusionPipeline") -> str:
         (folder / part / "model.safetensors").write_bytes(b"1234")
     weights = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in UNET_LAYERS.items()}
     save_file(weights, folder / "unet" / "model.safetensors")
-    (folder / "scheduler" / "scheduler_config.json").write_text('{"num_train_timesteps": 1000}')
+    added = "text_time" if pipeline == "StableDiffusionXLPipeline" else None
+    (folder / "unet" / "config.json").write_text(json.dumps({"in_channels": 4, "addition_embed_type": added}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        '{"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}'
+    )
     index = {"_class_name": pipeline, **{part: ["diffusers", "X"] for part in parts}}
     (folder / "model_index.json").write_text(json.dumps(index))
     return str(folder)

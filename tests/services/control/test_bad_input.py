@@ -209,7 +209,7 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     post("family", "family: Input should be 'sd15' or 'sdxl', got \"flux\"", family="flux")
     post("family", f"family: model_index.json of '{base}' says 'sd15', got 'sdxl'", family="sdxl")
     (plane.root / "base" / "unet" / "model.safetensors").unlink()
-    post("uri", f"uri '{base}' lacks unet, unet/*.safetensors")
+    post("uri", f"uri '{base}' lacks unet/*.safetensors")
     write_base(plane.root / "base")
     post(
         "uri",
@@ -223,10 +223,23 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     post("uri", message, uri=str(other_kind))
     scheduler = plane.root / "base" / "scheduler" / "scheduler_config.json"
     scheduler.write_text('{"num_train_timesteps": 1000, "prediction_type": "flow_prediction"}')
-    post(
-        "uri",
-        f"uri '{base}': scheduler/scheduler_config.json: prediction_type must be one of epsilon, v_prediction, got 'flow_p",
-    )
+    post("uri", f"uri '{base}' cannot be aligned: prediction_type must be one of epsilon, v_prediction, got 'flow_p")
+    scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}')
+    post("uri", f"uri '{base}' cannot be aligned: _class_name is of flow matching, which is not supported yet, got 'FlowMatch")
+    cosine = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.1, "beta_end": 0.2}
+    scheduler.write_text(json.dumps(cosine))
+    post("uri", f"uri '{base}' cannot be aligned: beta_schedule must be one of scaled_linear, linear, got 'squaredcos")
+    scheduler.write_text("{}")
+    post("uri", f"uri '{base}' cannot be aligned: num_train_timesteps must be in the scheduler's config, got None")
+    write_base(plane.root / "base")
+    unet = plane.root / "base" / "unet"
+    (unet / "config.json").write_text('{"in_channels": 9}')
+    post("uri", f"uri '{base}' cannot be aligned: unet.in_channels must be out_channels = 4")
+    (unet / "config.json").write_text('{"addition_embed_type": "text_time"}')
+    post("uri", f"uri '{base}' cannot be aligned: unet.addition_embed_type must be None in a sd15 model, got 'text_time'")
+    (unet / "model.safetensors").rename(unet / "model.fp16.safetensors")
+    post("uri", f"uri '{base}' lacks unet/*.safetensors")
+    (unet / "model.fp16.safetensors").unlink()
     write_base(plane.root / "base")
     post("name", "name: is taken by model_", name="shapes")
     post("name", "name: must not have the form of an id", name="model_" + "a" * 24)

@@ -24,6 +24,17 @@ def test_a_dataset_is_counted_and_digested_when_it_is_registered(any_plane):
     assert any_plane.get(f"/v1/datasets/{dataset['id']}") == dataset
 
 
+def test_a_setting_that_the_method_does_not_read_is_said_in_a_warning(plane):
+    said = {"method": "uniform", "beta": 7.0, "gamma": 0.8, "calibration_bins": 9}
+    job = plane.job(objective=said)
+    events = plane.get(f"/v1/alignment/jobs/{job['id']}/events")["data"]
+    warnings = [event["message"] for event in events if event["level"] == "warning"]
+    assert warnings == [
+        "objective.calibration_bins = 9 is not read by method 'uniform'",
+        "objective.gamma = 0.8 is not read by method 'uniform'",
+    ]
+
+
 def test_rows_are_counted_wherever_they_lie_and_extra_columns_are_ignored(plane):
     whole = plane.dataset
     parts = plane.root / "parts"
