@@ -20,7 +20,6 @@ from torch import Tensor
 from dde_core.calibration import Calibration
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, DataError
-from dde_core.metrics import BUCKETS
 from dde_core.objectives import OBJECTIVES, t_drawn, weights
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors, step_losses
@@ -107,19 +106,10 @@ def start_left(config: ObjectiveConfig, schedule: Schedule, batch_size: int, ste
     (1 - mu (1 - (1 - 1/N)^B))^s for N coefficients over t drawn uniformly: one for each timestep of the range, or the bins.
     What is gone of the start is what has been learnt (DDE Fig. 5(b)).
     """
-    coefficients = config.calibration_bins or int((t_drawn(config, schedule) > 0).sum())
+    drawn = int((t_drawn(config, schedule) > 0).sum())
+    coefficients = min(config.calibration_bins or drawn, drawn)
     recorded = 1 - (1 - 1 / coefficients) ** batch_size
     return (1 - config.ema_rate * recorded) ** steps.double()
-
-
-def bucket_of(t: Int[Tensor, " n"], timesteps: int) -> Int[Tensor, " n"]:
-    """The tenth (0..9) of 1..``timesteps`` in which each t lies, as in `metrics.step_metrics`."""
-    return (t - 1) * BUCKETS // timesteps
-
-
-def bucket_span(bucket: int, timesteps: int) -> tuple[int, int]:
-    """The first and the last timestep of a tenth."""
-    return -(-bucket * timesteps // BUCKETS) + 1, -(-(bucket + 1) * timesteps // BUCKETS)
 
 
 def _with_margin(margin: Float[Tensor, " n"]) -> tuple[PairErrors, PairErrors]:

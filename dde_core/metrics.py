@@ -40,11 +40,21 @@ def step_metrics(t: Any, theta: PairErrors, ref: PairErrors | None, terms: StepT
         values["winner_error_diff"] = _array(theta.w) - _array(ref.w)
         values["loser_error_diff"] = _array(theta.l) - _array(ref.l)
     metrics = {name: float(value.mean()) for name, value in values.items()}
-    bucket = (_array(t).astype(np.int64) - 1) * BUCKETS // timesteps
+    bucket = bucket_of(_array(t).astype(np.int64), timesteps)
     for j in np.unique(bucket):
-        last = -(-(int(j) + 1) * timesteps // BUCKETS)
+        last = bucket_span(int(j), timesteps)[1]
         metrics |= {f"{name}_t{last:04d}": float(value[bucket == j].mean()) for name, value in values.items()}
     return metrics
+
+
+def bucket_of(t: Any, timesteps: int) -> Any:
+    """The tenth (0..9) of 1..``timesteps`` in which each t lies; t is an array or a tensor of whole numbers."""
+    return (t - 1) * BUCKETS // timesteps
+
+
+def bucket_span(bucket: int, timesteps: int) -> tuple[int, int]:
+    """The first and the last timestep of a tenth."""
+    return -(-bucket * timesteps // BUCKETS) + 1, -(-(bucket + 1) * timesteps // BUCKETS)
 
 
 def beat_ratio(candidate: Scores, base: Scores) -> tuple[float, float, float]:

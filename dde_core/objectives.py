@@ -52,9 +52,10 @@ def every_t_alike(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, 
 
 def early_first(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """In proportion to gamma_T^(T - t), gamma_T = gamma^(50/T): the discount of Dense Reward (arXiv 2402.08265), which is
-    given for 50 DDIM steps. Carrying it over to T timesteps is our reading."""
-    gamma = config.gamma ** (DISCOUNT_STEPS / schedule.T)
-    return gamma ** (schedule.T - torch.arange(schedule.T + 1, dtype=torch.float64, device=schedule.snr.device))
+    given for 50 DDIM steps. Carrying it over to T timesteps is our reading. (Counted from the end of the range, at 1: no
+    gamma is so small that nothing is left.)"""
+    gamma, last = config.gamma ** (DISCOUNT_STEPS / schedule.T), config.t_max or schedule.T
+    return gamma ** (last - torch.arange(schedule.T + 1, dtype=torch.float64, device=schedule.snr.device))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,21 @@ from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, PairErrors
 
 Visits = list[tuple[str, int]]
-"""(pair id, number of the visit): with the run's seed, what every draw is keyed by."""
+"""(pair id, number of the visit): with the seed, what every draw is keyed by."""
+
+HELD_OUT_SEED = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What is drawn for a visit, and how. ``cumulative`` is the distribution of t = 0..T."""
+
+    seed: int
+    cumulative: Float[np.ndarray, " times"]
+    caption_dropout: float = 0.0
+    shared_noise: bool = False
+    losers: bool = True
+    evaluation_points: bool = False
 
 
 class BatchMaker:
@@ -38,48 +52,77 @@ class BatchMaker:
         training: TrainConfig,
         device: torch.device,
     ) -> None:
-        self._reader, self._objective, self._training, self._device = reader, objective, training, device
+        self._reader, self._training, self._device = reader, training, device
         self._text_encoders = TextEncoders(folder, device)
-        self._cumulative = t_drawn(objective, schedule).cumsum(0).numpy()
-        self._cumulative /= self._cumulative[-1]
+        cumulative = t_drawn(objective, schedule).cumsum(0).numpy()
+        self._draws = Draws(
+            seed=training.seed,
+            cumulative=cumulative / cumulative[-1],
+            caption_dropout=training.caption_dropout,
+            shared_noise=objective.noise_mode == "shared",
+            losers=OBJECTIVES[objective.method].preference,
+            evaluation_points=objective.method in CALIBRATED and objective.calibration_point == "sampled",
+        )
 
-    def make(self, step: int, rank: int, world_size: int) -> tuple[PairBatch, np.ndarray]:
-        """A worker's part of global batch ``step``, and the places of its rows in the global batch."""
-        training = self._training
-        rows = self._reader.batch(training.seed, step, training.batch_size, rank, world_size)
-        losers = OBJECTIVES[self._objective.method].preference
-        return self._batch(rows, rows.draws, self._cumulative, training.caption_dropout, losers), rows.positions
+    def rows(self, step: int, rank: int, world_size: int) -> LatentRows:
+        """A worker's rows of global batch ``step``."""
+        return self._reader.batch(self._training.seed, step, self._training.batch_size, rank, world_size)
 
-    def held_out(self, rank: int, world_size: int, draw: int, num_draws: int) -> tuple[PairBatch, np.ndarray]:
-        """A worker's part of the held-out pairs, both sides; t is drawn from the draw-th of ``num_draws`` parts of 1..T."""
-        rows = self._reader.held_out(rank, world_size)
-        timesteps = len(self._cumulative) - 1
+    def make(self, rows: LatentRows) -> PairBatch:
+        """The batch of these rows: of a whole share, or of a micro-batch of it."""
+        return self._batch(rows, self._draws)
+
+    def held_out(self, rows: LatentRows, draw: int, num_draws: int) -> PairBatch:
+        """Both sides of held-out pairs, t from the draw-th of ``num_draws`` equal parts of 1..T.
+
+        Captions are never dropped, noise is independent and the seed is fixed: the same for every method and run.
+        """
+        timesteps = len(self._draws.cumulative) - 1
         part = (np.arange(timesteps + 1) * num_draws / timesteps - draw).clip(0, 1)
-        return self._batch(rows, np.full(len(rows.pair_ids), draw), part, 0.0, losers=True), rows.positions
+        return self._batch(rows.visit(draw), Draws(seed=HELD_OUT_SEED, cumulative=part))
 
-    def _batch(
-        self, rows: LatentRows, draws: np.ndarray, cumulative: Float[np.ndarray, " times"], dropout: float, losers: bool
-    ) -> PairBatch:
-        seed, visits = self._training.seed, list(zip(rows.pair_ids, draws.tolist(), strict=True))
-        dropped = np.array([draw_dropped(seed, pair, draw, dropout) for pair, draw in visits], dtype=bool)
-        captions = np.where(dropped[:, None, None], self._text_encoders.empty_ids, rows.token_ids)
-        text = self._text_encoders(captions)
-        sides = {f"{name}_{side}": value for side in "wl"[: 1 + losers] for name, value in self._side(rows, text, visits, side)}
-        t = [draw_timestep(seed, pair, draw, cumulative) for pair, draw in visits]
-        return PairBatch(pair_ids=rows.pair_ids, t=torch.tensor(t, device=self._device), **sides)
+    def _batch(self, rows: LatentRows, draws: Draws) -> PairBatch:
+        visits = list(zip(rows.pair_ids, rows.draws.tolist(), strict=True))
+        dropped = np.array([draw_dropped(draws.seed, pair, n, draws.caption_dropout) for pair, n in visits], dtype=bool)
+        text = self._text_encoders(np.where(dropped[:, None, None], self._text_encoders.empty_ids, rows.token_ids))
+        sides = "wl" if draws.losers else "w"
+        fields_of_sides = {
+            f"{name}_{side}": value for side in sides for name, value in self._side(rows, text, visits, draws, side)
+        }
+        t = [draw_timestep(draws.seed, pair, n, draws.cumulative) for pair, n in visits]
+        return PairBatch(pair_ids=rows.pair_ids, t=torch.tensor(t, device=self._device), **fields_of_sides)
 
-    def _side(self, rows: LatentRows, text: Conditioning, visits: Visits, side: Any) -> Iterator[tuple[str, Any]]:
+    def _side(self, rows: LatentRows, text: Conditioning, visits: Visits, draws: Draws, side: Any) -> Iterator[tuple[str, Any]]:
         """What belongs to winners or to losers: latents, conditioning, noise, and for `sampled` calibration z."""
-        seed, shape, objective = self._training.seed, self._reader.manifest.latent_shape, self._objective
+        shape = self._reader.manifest.latent_shape
         latents, sizes, crops = (getattr(rows, f"{name}_{side}") for name in ("latents", "sizes", "crops"))
         yield "latents", torch.tensor(latents, dtype=torch.float32, device=self._device)
         target_px = (self._reader.manifest.settings["resolution"],) * 2
         yield "conditioning", self._text_encoders.with_sizes(text, sizes, crops, target_px)
-        whose: Side = "shared" if objective.noise_mode == "shared" else side
-        yield "noise", torch.stack([draw_noise(seed, pair, whose, n, shape) for pair, n in visits]).to(self._device)
-        if objective.method in CALIBRATED and objective.calibration_point == "sampled":
-            z = [draw_evaluation_point(seed, pair, side, n, shape) for pair, n in visits]
+        whose: Side = "shared" if draws.shared_noise else side
+        yield "noise", torch.stack([draw_noise(draws.seed, pair, whose, n, shape) for pair, n in visits]).to(self._device)
+        if draws.evaluation_points:
+            z = [draw_evaluation_point(draws.seed, pair, side, n, shape) for pair, n in visits]
             yield "z", torch.stack(z).to(self._device)
+
+
+class Rows(Protocol):
+    """Anything that is cut by pairs."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, keep: slice) -> Self:
+        """Some of them."""
+
+
+AnyRows = TypeVar("AnyRows", bound=Rows)
+
+
+def micro_batches(rows: AnyRows, size: int) -> Iterator[tuple[AnyRows, bool]]:
+    """Parts of at most ``size`` pairs (0: one part), and whether a part is the last."""
+    size = size or len(rows)
+    for start in range(0, len(rows), size):
+        yield rows.rows(slice(start, start + size)), start + size >= len(rows)
 
 
 def gather(columns: list[Tensor], positions: np.ndarray, num_rows: int) -> Float[Tensor, "columns rows"]:
@@ -96,15 +139,16 @@ def gather(columns: list[Tensor], positions: np.ndarray, num_rows: int) -> Float
 
 
 def gather_errors(
-    t: Tensor, parts: Sequence[tuple[PairErrors, PairErrors | None]], positions: np.ndarray, num_rows: int
+    parts: Sequence[tuple[Tensor, PairErrors, PairErrors | None]], positions: np.ndarray, num_rows: int
 ) -> tuple[Tensor, PairErrors, PairErrors | None]:
-    """From (policy, reference) errors of a worker's micro-batches to those of the global batch, on every worker.
+    """From (t, policy, reference) of a worker's micro-batches to those of the global batch, on every worker.
 
     Errors are in float32, as they were.
     """
-    models = [PairErrors.joined([model for model in column if model]) for column in zip(*parts, strict=True) if column[0]]
+    t, *columns = zip(*parts, strict=True)
+    models = [PairErrors.joined(column) for column in columns if column[0] is not None]
     names = [field.name for field in fields(PairErrors) if getattr(models[0], field.name) is not None]
-    table = gather([t, *(getattr(model, name) for model in models for name in names)], positions, num_rows)
+    table = gather([torch.cat(t), *(getattr(model, name) for model in models for name in names)], positions, num_rows)
     values = iter(table[1:].float())
     theta, *ref = [PairErrors(**{name: next(values) for name in names}) for _ in models]
     return table[0].long(), theta, ref[0] if ref else None

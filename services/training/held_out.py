@@ -5,44 +5,50 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dde_core.latents.reader import LatentReader
 from dde_core.metrics import beat_ratio
 from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
-from dde_core.train_step import PairErrors, pair_errors
-from services.training.batches import BatchMaker, gather
+from dde_core.train_step import PairBatch, PairErrors, pair_errors
+from services.training.batches import BatchMaker, gather, micro_batches
+
+RESULT = "held_out.json"
+"""Where a run leaves it, beside its checkpoints."""
 
 DRAWS = 8
 PAIRS_AT_ONCE = 32
+"""Where training runs its whole share at once."""
 
 
 @torch.no_grad()
 def held_out_metrics(
-    policy: Policy, batches: BatchMaker, schedule: Schedule, num_pairs: int, rank: int, world_size: int
+    policy: Policy, batches: BatchMaker, reader: LatentReader, schedule: Schedule, size: int, rank: int, world_size: int
 ) -> dict[str, float]:
     """Implicit accuracy on the held-out pairs, with its 95% Wilson interval: the share with a positive margin.
 
-    A pair's margin is the mean over DRAWS timesteps, one from each of as many equal parts of 1..T, whatever the method's
-    own weights and range are: so methods compare. The running average is measured where one is kept. The interval takes
-    pairs as independent, and pairs that share a caption are not quite.
+    A pair's margin is the mean over DRAWS timesteps, one from each of as many equal parts of 1..T, with the same noise
+    whatever the method, range and seed of the run are: so runs compare. The running average of the weights is measured
+    where one is kept. ``size`` pairs go at once. The interval takes pairs as independent; those of one caption are not quite.
     """
-    total = torch.zeros(num_pairs, dtype=torch.float64)
-    for draw in range(DRAWS):
-        batch, positions = batches.held_out(rank, world_size, draw, DRAWS)
-        parts = [batch.rows(slice(i, i + PAIRS_AT_ONCE)) for i in range(0, len(batch), PAIRS_AT_ONCE)]
-        margins = [torch.zeros(0, dtype=torch.float64, device=batch.t.device)]
-        with policy.averaged(), policy.arithmetic():
-            for part in parts:
-                ref, theta = (pair_errors(model, schedule, part) for model in (policy.reference, policy.unet))
-                margins.append(_gap(theta) - _gap(ref))
-        total += gather([torch.cat(margins)], positions, num_pairs)[0]
-    margin = total.numpy() / DRAWS
-    accuracy, low, high = beat_ratio(margin, np.zeros(num_pairs))
-    names = ("held_out_accuracy", "held_out_accuracy_low", "held_out_accuracy_high")
+    rows = reader.held_out(rank, world_size)
+    margins = [torch.zeros(0, dtype=torch.float64, device=policy.device)]  # a worker may have no row at all
+    with policy.averaged(), policy.arithmetic():
+        for part, _ in micro_batches(rows, size or PAIRS_AT_ONCE):
+            visits = [batches.held_out(part, draw, DRAWS) for draw in range(DRAWS)]
+            margins.append(torch.stack([_margin(policy, schedule, batch) for batch in visits]).mean(0))
+    everywhere = gather([torch.cat(margins)], rows.positions, reader.num_held_out)[0].numpy()
+    accuracy, low, high = beat_ratio(everywhere, np.zeros(len(everywhere)))
     return {
-        **dict(zip(names, (accuracy, low, high), strict=True)),
-        "held_out_margin": float(margin.mean()),
-        "held_out_pairs": num_pairs,
+        "held_out_accuracy": accuracy,
+        "held_out_accuracy_low": low,
+        "held_out_accuracy_high": high,
+        "held_out_margin": float(everywhere.mean()),
+        "held_out_pairs": len(everywhere),
     }
+
+
+def _margin(policy: Policy, schedule: Schedule, batch: PairBatch) -> torch.Tensor:
+    return _gap(pair_errors(policy.unet, schedule, batch)) - _gap(pair_errors(policy.reference, schedule, batch))
 
 
 def _gap(errors: PairErrors) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -23,16 +22,16 @@ from dde_core.metrics import step_metrics
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy, make_optimizer
 from dde_core.objectives import OBJECTIVES
-from dde_core.train_step import PairBatch, check_finite, pair_errors, step_losses
+from dde_core.train_step import check_finite, pair_errors, step_losses
 from services import registry, storage
 from services.contracts import TrainSpec
 from services.observability import Journal
-from services.training.batches import BatchMaker, gather_errors
+from services.training import held_out
+from services.training.batches import BatchMaker, gather_errors, micro_batches
 from services.training.held_out import held_out_metrics
 from services.training.pair_log import PairLog
 
-REPORTED = ("loss", "implicit_accuracy", "margin", "held_out_accuracy", "held_out_accuracy_low", "held_out_accuracy_high",
-            "held_out_margin", "held_out_pairs")  # fmt: skip
+REPORTED = ("loss", "implicit_accuracy", "margin")
 
 
 def train_loop(config: dict) -> None:
@@ -67,19 +66,20 @@ def train_loop(config: dict) -> None:
     try:
         for step in range(done.step, training.steps):
             began = time.monotonic()
-            batch, positions = batches.make(step, rank, world_size)
-            fetched = time.monotonic()
             optimizer.zero_grad(set_to_none=True)
-            errors = []
-            for part, is_last in micro_batches(batch, training.micro_batch_size):
+            rows, parts, waited = batches.rows(step, rank, world_size), [], time.monotonic() - began
+            for part, is_last in micro_batches(rows, training.micro_batch_size):
+                asked = time.monotonic()
+                batch = batches.make(part)
+                waited += time.monotonic() - asked
                 with synchronised(parallel, is_last):
                     with policy.arithmetic():
-                        ref = pair_errors(policy.reference, schedule, part) if method.preference else None
-                        theta = pair_errors(parallel, schedule, part)
-                    terms = step_losses(theta, ref, part.t, objective, schedule, calibration.correction(part.t))
+                        ref = pair_errors(policy.reference, schedule, batch) if method.preference else None
+                        theta = pair_errors(parallel, schedule, batch)
+                    terms = step_losses(theta, ref, batch.t, objective, schedule, calibration.correction(batch.t))
                     check_finite("loss", terms.loss)
                     (terms.loss.sum() / training.batch_size * world_size).backward()
-                errors.append((theta, ref))
+                parts.append((batch.t, theta, ref))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), training.max_grad_norm)
             check_finite("gradient", grad_norm)
             for group in optimizer.param_groups:
@@ -89,7 +89,7 @@ def train_loop(config: dict) -> None:
                 policy.ema.step(policy.parameters())
 
             # Every worker sees the errors of the whole global batch, so all hold the same calibration arrays.
-            t, theta, ref = gather_errors(batch.t, errors, positions, training.batch_size)
+            t, theta, ref = gather_errors(parts, rows.positions, training.batch_size)
             terms = step_losses(theta, ref, t, objective, schedule, calibration.correction(t))
             if ref is not None and method.corrected:
                 calibration.update(t, theta, ref)
@@ -98,9 +98,7 @@ def train_loop(config: dict) -> None:
             metrics = step_metrics(t, theta, ref, terms, schedule.T)
             seconds = time.monotonic() - began
             metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate(training, step),
-                        "pairs_per_s": training.batch_size / seconds, "data_wait": (fetched - began) / seconds}  # fmt: skip
-            if done.step == training.steps and reader.num_held_out:
-                metrics |= held_out_metrics(policy, batches, schedule, reader.num_held_out, rank, world_size)
+                        "pairs_per_s": training.batch_size / seconds, "data_wait": waited / seconds}  # fmt: skip
             if journal and pair_log:
                 journal.metrics(done.step, metrics)
                 pair_log.add(done.step, t, terms.margin, terms.gradient_weight)
@@ -109,16 +107,16 @@ def train_loop(config: dict) -> None:
                     journal.flush()
                     pair_log.flush()
                 report(metrics, policy, optimizer, calibration, done, rank)
+
+        if reader.num_held_out:  # after the last checkpoint: what goes wrong here costs no step
+            optimizer.zero_grad(set_to_none=True)
+            measured = held_out_metrics(policy, batches, reader, schedule, training.micro_batch_size, rank, world_size)
+            if journal:
+                storage.write_json(storage.join(spec.run, held_out.RESULT), measured)
+                journal.event(f"implicit accuracy on held-out pairs: {measured}")
     finally:
         if journal:
             journal.flush()
-
-
-def micro_batches(batch: PairBatch, size: int) -> Iterator[tuple[PairBatch, bool]]:
-    """Parts of at most ``size`` pairs (0: one part), and whether a part is the last."""
-    size = size or len(batch)
-    for start in range(0, len(batch), size):
-        yield batch.rows(slice(start, start + size)), start + size >= len(batch)
 
 
 def synchronised(parallel: torch.nn.Module, is_last: bool) -> AbstractContextManager:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dde_core.config import ObjectiveConfig
-from dde_core.credit import bucket_of, bucket_span, replay
+from dde_core.credit import replay
 from dde_core.errors import DataError
+from dde_core.metrics import bucket_of, bucket_span
 from dde_core.schedule import Schedule
 from services import storage
 from services.contracts import CreditBucket, CreditRecord

@@ -20,12 +20,11 @@ from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import check_optimizer
 from dde_core.models.saving import save_adapters, save_aligned
 from dde_core.objectives import conventions
-from dde_core.schedule import Schedule
 from services import registry, storage
 from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec
 from services.errors import Unavailable
 from services.observability import Journal
-from services.training import pair_log
+from services.training import held_out, pair_log
 from services.training.loop import train_loop
 
 MAX_WORKER_FAILURES = 3
@@ -65,25 +64,27 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     except ray.train.ControllerError as error:
         message = f"workers = {spec.workers} could not be started: {error.controller_failure}"
         raise Unavailable(message, param="workers") from error
-    record = _model_record(spec, manifest, ModelFolder(*registry.fetch(spec.model)).schedule())
+    base = ModelFolder(*registry.fetch(spec.model))
+    record = _model_record(spec, manifest, base)
     with tempfile.TemporaryDirectory() as scratch, result.checkpoint.as_directory() as last:
         folder, weights = Path(scratch) / "model", checkpoint.model_weights(Path(last))
         if spec.training.lora:
             save_adapters(weights, folder)
         else:
-            save_aligned(registry.fetch(spec.model)[0], weights, folder)
+            save_aligned(base.path, weights, folder)
         (folder / "README.md").write_text(_model_card(record))
-        _write_credit(spec, Path(last), folder, journal)
+        _write_credit(spec, base, Path(last), folder, journal)
         (folder / "lineage.json").write_text(json.dumps(record.lineage, indent=1, sort_keys=True))
         storage.copy_folder(storage.as_uri(folder), spec.output)
     record = record.model_copy(update={"digest": registry.folder_digest(spec.output)})
     metrics = {name: float(value) for name, value in (result.metrics or {}).items() if isinstance(value, (int, float))}
+    if spec.training.held_out_pairs:
+        metrics |= storage.read_json(storage.join(spec.run, held_out.RESULT))
     return TrainResult(model=record, metrics=metrics, seconds=time.monotonic() - began)
 
 
-def _write_credit(spec: TrainSpec, last: Path, folder: Path, journal: Journal) -> None:
+def _write_credit(spec: TrainSpec, base: ModelFolder, last: Path, folder: Path, journal: Journal) -> None:
     """Add the credit record to the model version. A log with gaps costs the record, not the model."""
-    base = ModelFolder(*registry.fetch(spec.model))
     config, calibration = base.scheduler_config(), load_file(last / checkpoint.CALIBRATION)
     try:
         pairs, batch_size = pair_log.read(spec.run), spec.training.batch_size
@@ -114,14 +115,17 @@ def _check(spec: TrainSpec, manifest: Manifest) -> None:
             raise Unavailable(f"workers = {spec.workers} need {amount} {resource}, the cluster has {there:g}", param="workers")
 
 
-def _model_record(spec: TrainSpec, manifest: Manifest, schedule: Schedule) -> ModelRecord:
+def _model_record(spec: TrainSpec, manifest: Manifest, base: ModelFolder) -> ModelRecord:
     lineage = {
         "job": spec.job,
         "dataset_digest": manifest.digest,
         "base": spec.model.id,
         "base_digest": spec.model.digest,
         "objective": spec.model_dump(mode="json")["objective"] | {"noise": spec.objective.noise_mode},
-        "conventions": conventions(spec.objective, schedule),
+        "conventions": {
+            **conventions(spec.objective, base.schedule()),
+            "no_caption": "zeros" if base.no_caption_is_zeros else "the empty caption",
+        },
         "training": spec.model_dump(mode="json")["training"],
         "code_version": dde_core.__version__,
     }

@@ -6,9 +6,9 @@ import torch
 
 from dde_core.calibration import NAMES, Calibration
 from dde_core.config import CALIBRATED, Method, ObjectiveConfig
-from dde_core.credit import STABLE_DIFFUSION, bucket_of, bucket_span, curves, replay, start_left
+from dde_core.credit import STABLE_DIFFUSION, curves, replay, start_left
 from dde_core.errors import ConfigError, DataError
-from dde_core.metrics import step_metrics
+from dde_core.metrics import bucket_of, bucket_span, step_metrics
 from dde_core.objectives import gradient_weight, preference_logit
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors, step_losses

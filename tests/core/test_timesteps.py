@@ -151,6 +151,13 @@ def test_a_range_that_the_schedule_does_not_have_is_refused_with_its_end(schedul
             of(ObjectiveConfig(method=method, **{end: 1001}), schedule)
 
 
+def test_no_discount_is_so_small_that_a_range_is_empty(schedule):
+    p = t_drawn(ObjectiveConfig(method="discounted", gamma=1e-8, t_max=100), schedule)
+    assert p.sum() == pytest.approx(1)
+    assert p[100] > 0.3
+    assert p[101:].sum() == p[0] == 0
+
+
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_an_empty_range_is_refused(method):
     with pytest.raises(ConfigError, match="t_max must be 0 or at least t_min = 700, got 699"):

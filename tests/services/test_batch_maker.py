@@ -35,7 +35,8 @@ def encoded(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def one_batch(model: ModelFolder, encoded: Path, objective: ObjectiveConfig, step: int = 0, **training) -> PairBatch:
     """The whole of a global batch. A batch of PAIRS is an epoch: its step is the number of the visit."""
     training = {"batch_size": PAIRS, "seed": SEED} | training
-    return batch_maker(model, encoded, objective, **training).make(step, 0, 1)[0]
+    maker = batch_maker(model, encoded, objective, **training)
+    return maker.make(maker.rows(step, 0, 1))
 
 
 def rows_of(batch: PairBatch) -> dict[str, dict]:
@@ -85,9 +86,9 @@ def test_evaluation_points_are_drawn_where_they_are_read_and_nowhere_else(model,
 def test_a_pairs_row_does_not_depend_on_the_number_of_workers(model, encoded):
     objective = ObjectiveConfig(calibration_point="sampled")
     maker = batch_maker(model, encoded, objective, batch_size=PAIRS, seed=SEED, caption_dropout=0.5)
-    whole = rows_of(maker.make(1, 0, 1)[0])
+    whole = rows_of(maker.make(maker.rows(1, 0, 1)))
     for rank in range(3):
-        for pair, row in rows_of(maker.make(1, rank, 3)[0]).items():
+        for pair, row in rows_of(maker.make(maker.rows(1, rank, 3))).items():
             text = [told.pop("encoder_hidden_states") for told in (row["conditioning_w"], whole[pair]["conditioning_w"])]
             torch.testing.assert_close(*text, rtol=1e-5, atol=1e-5)  # encoded beside other captions
             for name in ("t", "latents_w", "latents_l", "noise_w", "noise_l", "z_w", "z_l"):

@@ -19,8 +19,8 @@ from dde_core.config import ObjectiveConfig
 from dde_core.noise import draw_evaluation_point, draw_noise, draw_timestep
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors, step_losses
-from services.training.batches import gather, gather_errors
-from services.training.loop import micro_batches, synchronised
+from services.training.batches import gather, gather_errors, micro_batches
+from services.training.loop import synchronised
 from tests.tiny_unet import TEXT_WIDTH, tiny_unet
 
 STEPS, BATCH, MICRO, SHAPE = 20, 7, 2, (4, 8, 8)
@@ -67,9 +67,9 @@ def train(rank: int, world_size: int, folder: str) -> None:
                 correction = calibrations["expected"].correction(part.t)
                 terms = step_losses(theta, ref, part.t, CONFIG, schedule, correction)
                 (terms.loss.sum() / BATCH * world_size).backward()
-            errors.append((theta, ref))
+            errors.append((part.t, theta, ref))
         optimizer.step()
-        gathered = gather_errors(batch.t, errors, places, BATCH)
+        gathered = gather_errors(errors, places, BATCH)
         for calibration in calibrations.values():
             calibration.update(*gathered)
     arrays = {point: torch.cat(list(calibration.state_dict().values())) for point, calibration in calibrations.items()}

@@ -46,7 +46,8 @@ def encoded(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def one_batch(model: ModelFolder, encoded: Path, method: str, size: int = PAIRS, dropout: float = 0.0) -> PairBatch:
     objective = ObjectiveConfig(method=method)
-    return batch_maker(model, encoded, objective, batch_size=size, caption_dropout=dropout).make(0, 0, 1)[0]
+    maker = batch_maker(model, encoded, objective, batch_size=size, caption_dropout=dropout)
+    return maker.make(maker.rows(0, 0, 1))
 
 
 # ---- caption dropout drawn separately for the two halves

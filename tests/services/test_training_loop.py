@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import fs
 
-from dde_core.config import LoraConfig, ObjectiveConfig
+from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
+from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
+from dde_core.models.policy import Policy
 from dde_core.objectives import OBJECTIVES
 from dde_core.train_step import pair_errors
 from services.training import loop
+from services.training.held_out import held_out_metrics
 from tests.encoded_pairs import batch_maker, train_here, write_encoded
 from tests.tiny_folders import FOLDERS
 
@@ -59,7 +64,7 @@ def test_reference_and_policy_are_given_the_very_same_inputs_part_by_part(model,
     expected, whose = [], ["reference", "policy"] if method in PREFERENCE else ["policy"]
     maker = batch_maker(model, encoded, objective, **training)
     for step in range(2):
-        pairs = maker.make(step, 0, 1)[0].pair_ids
+        pairs = maker.rows(step, 0, 1).pair_ids
         expected += [(name, pairs[i : i + 3]) for i in range(0, BATCH, 3) for name in whose]
     assert [(name, pairs) for name, pairs, _ in seen.calls] == expected
     sides = 2 if method in PREFERENCE else 1
@@ -80,6 +85,43 @@ def test_the_first_step_loses_log_2_exactly_and_the_next_one_does_not(model, enc
     assert first["margin"] == first["winner_error_diff"] == first["loser_error_diff"] == 0
     assert abs(second["loss"] - math.log(2)) > 1e-3
     assert abs(second["margin"]) > 1e-6
+
+
+@pytest.mark.parametrize("method", ["dde", "uniform", "sft"])
+def test_held_out_pairs_are_measured_after_the_last_step_in_the_same_way_for_every_method(model, encoded, tmp_path, method):
+    objective = ObjectiveConfig(method=method, beta=50.0, t_min=500)
+    found = []
+    for size in (0, 2):
+        training = {"steps": 1, "batch_size": BATCH, "held_out_pairs": 5, "micro_batch_size": size, "learning_rate": 1e-9}
+        train_here(tmp_path / str(size), model, encoded, objective, **training)
+        found.append(json.loads((tmp_path / str(size) / "run" / "held_out.json").read_text()))
+    assert found[0]["held_out_pairs"] == 5
+    assert found[0]["held_out_accuracy_low"] <= found[0]["held_out_accuracy"] <= found[0]["held_out_accuracy_high"]
+    assert found[0]["held_out_margin"] == pytest.approx(found[1]["held_out_margin"], abs=1e-6)
+
+
+def test_held_out_visits_do_not_depend_on_method_seed_or_range(model, encoded):
+    visits = []
+    for objective, seed in ((ObjectiveConfig(), 0), (ObjectiveConfig(method="sft", t_min=900), 7)):
+        maker = batch_maker(model, encoded, objective, seed=seed, held_out_pairs=5, caption_dropout=0.9)
+        rows = LatentReader(fs.LocalFileSystem(), str(encoded), 5).held_out()
+        visits.append([maker.held_out(rows, draw, 8) for draw in range(8)])
+    for draw, (one, other) in enumerate(zip(*visits, strict=True)):
+        assert torch.equal(one.t, other.t)
+        assert torch.equal(one.noise_l, other.noise_l)
+        assert not torch.equal(one.noise_w, one.noise_l)
+        text = [batch.conditioning_w["encoder_hidden_states"] for batch in (one, other)]
+        assert torch.equal(*text)
+        assert ((one.t > draw * 125) & (one.t <= (draw + 1) * 125)).all()
+
+
+def test_a_worker_without_a_held_out_row_has_nothing_to_measure(model, encoded):
+    reader = LatentReader(fs.LocalFileSystem(), str(encoded), 1)
+    policy = Policy(model, TrainConfig())
+    maker = batch_maker(model, encoded, ObjectiveConfig())
+    measured = held_out_metrics(policy, maker, reader, model.schedule(), 0, rank=1, world_size=2)
+    assert measured["held_out_pairs"] == 1
+    assert measured["held_out_margin"] == 0, "the other worker's row is its own to fill in"
 
 
 @pytest.mark.parametrize("method", ["dde", "sft"])

@@ -37,7 +37,7 @@ def dde(*arguments: object, **env: str) -> Result:
 
 
 def body_of(name: str) -> AlignmentJobCreate:
-    return job_body(None, REST, recipes.load(name))
+    return job_body(None, REST, recipes.load(name).job)
 
 
 def needed_for(name: str) -> Estimate:
@@ -183,10 +183,14 @@ def test_what_only_a_dry_run_reads_is_refused_without_one():
     assert (result.exit_code, result.stderr) == (1, "error: --gpu h100 is read by --dry-run alone\n")
 
 
-def test_a_dry_run_of_an_incomplete_job_names_what_is_missing():
+def test_a_dry_run_needs_no_model_no_dataset_and_no_prompts_and_a_job_does():
     result = dde(*CREATE, "--recipe", "sd15_dde", "--dry-run")
-    assert result.exit_code == 1
-    assert result.stderr == "error: model: Field required; dataset: Field required; evaluation.prompts_uri: Field required\n"
+    assert result.exit_code == 0
+    body = printed_body(result)
+    assert (body["model"], body["dataset"]) == ("MODEL", "DATASET")
+    refused = dde(*CREATE, "--recipe", "sd15_dde")
+    assert refused.exit_code == 1
+    assert refused.stderr == "error: model: Field required; dataset: Field required; evaluation.prompts_uri: Field required\n"
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("sd15_uniform", 5 / 4), ("sdxl_uniform", 3 / 4)])
