@@ -197,12 +197,12 @@ def _bytes(name: str, count: int, what: str, bytes_each: int, kind: str) -> Term
 
 
 def _batch(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int) -> Term:
-    """Latents, noise (and z of `sampled`) of a worker's share on each side, and one text."""
-    share, sides = pairs_of_a_worker(training, workers), sides_of(objective)
+    """Latents, noise (and z of `sampled`) of a micro-batch on each side, and one text."""
+    pairs, sides = pairs_at_a_time(training, workers), sides_of(objective)
     kinds = 3 if objective.method in CALIBRATED and objective.calibration_point == "sampled" else 2
     latents, text = math.prod(facts.latent_shape), math.prod(facts.text_shape)
-    formula = f"{share} pairs x ({sides * kinds} x {latents:,} latents + {text:,} text) x 4 bytes"
-    return Term("batch", formula, share * (sides * kinds * latents + text) * FLOAT32 / 1e9)
+    formula = f"{pairs} pairs x ({sides * kinds} x {latents:,} latents + {text:,} text) x 4 bytes"
+    return Term("batch", formula, pairs * (sides * kinds * latents + text) * FLOAT32 / 1e9)
 
 
 def _activations(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int) -> Term:
@@ -243,14 +243,12 @@ def lora_parameters(blocks: dict[int, int], text_width: int, lora: LoraConfig) -
 
     Raises ConfigError for a target outside of these blocks: their layers alone are known here.
     """
-    total, unknown = 0, set(lora.targets)
+    total = 0
     for width, count in blocks.items():
         for name, (inputs, outputs) in linear_layers(width, text_width).items():
-            if naming := {target for target in lora.targets if f".{name}".endswith(f".{target}")}:
-                total += count * lora.rank * (inputs + outputs)
-                unknown -= naming
-    for target in sorted(unknown):
-        raise ConfigError("training.lora.targets", target, "must name linear layers of transformer blocks to be estimated")
+            total += count * lora.rank * (inputs + outputs) if lora.matches(name) else 0
+    if unknown := lora.unmatched(linear_layers(1, text_width)):
+        raise ConfigError("training.lora.targets", unknown[0], "must name linear layers of transformer blocks to be estimated")
     return total
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from services.client.recipes import Recipe, merged
+from services.client.recipes import merged
 from services.contracts import AlignmentJobCreate
 from services.errors import BadRequest
 
@@ -28,9 +28,9 @@ PLACES = {
 """Where an option stands in a job's body; those that are not here stand at the top."""
 
 
-def job_body(file: Path | None, options: Mapping[str, Any], recipe: Recipe | None = None) -> AlignmentJobCreate:
+def job_body(file: Path | None, options: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> AlignmentJobCreate:
     """The body of a job: the recipe's, above it what the file says, and above both every option that is not None."""
-    body = merged(recipe.job if recipe else {}, read_body(file) if file else {})
+    body = merged(recipe or {}, read_body(file) if file else {})
     for option, value in options.items():
         if value is not None:
             for key in reversed(PLACES.get(option, (option,))):

@@ -15,7 +15,7 @@ from dde_core.errors import DdeError
 from dde_core.estimate import estimate
 from services.client import recipes, tables
 from services.client.api import Client
-from services.client.bodies import as_uri, job_body, validation_line
+from services.client.bodies import as_uri, job_body, read_body, validation_line
 from services.client.watch import watch
 from services.contracts import AlignmentJobCreate, CreditRecord, EvaluationCreate, ImageRequest
 from services.errors import BadRequest, ServiceError
@@ -48,6 +48,9 @@ app.add_typer(jobs, name="jobs")
 
 NOT_OF_THE_BODY = ("file", "recipe", "dry_run", "family", "gpu", "follow")
 """Parameters of `dde jobs create` that are no fields of a job."""
+
+TO_BE_NAMED = {"model": "MODEL", "dataset": "DATASET", "evaluation": {"prompts_uri": "PROMPTS"}}
+"""What a dry run does not have to be told."""
 
 Cpus = Annotated[int, typer.Option(min=1, help="What Ray may hand out: workers and replicas ask for one each.")]
 
@@ -167,7 +170,7 @@ def create_job(
     """Start a job. Options go before what the file says, and that before the recipe."""
     options = {key: value for key, value in ctx.params.items() if key not in NOT_OF_THE_BODY}
     base = recipes.load(recipe) if recipe else None
-    body = job_body(file, options, base)
+    body = job_body(file, options, recipes.merged(TO_BE_NAMED if dry_run else {}, base.job if base else {}))
     if dry_run:
         return _dry_run(body, family or (base.family if base else None), gpu or "a100")
     for option, value in (("family", family), ("gpu", gpu)):
@@ -226,17 +229,23 @@ def credit(
     job: Annotated[
         str | None, typer.Option(help="A job that is trained: its objective and schedule, and what it logged.")
     ] = None,
+    scheduler: Annotated[
+        Path | None, typer.Option(exists=True, help="A model's scheduler_config.json; default: Stable Diffusion's schedule.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The PNG file.")] = Path("credit.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the curves, and draw nothing.")] = False,
 ) -> None:
     """Show to which timesteps each method gives credit; with --job, where a job's training put it."""
     fields: dict[str, Any] = {"beta": beta, "t_min": t_min, "t_max": t_max, "gamma": gamma}
     fields |= {"calibration_point": calibration_point, "calibration_bins": calibration_bins}
+    if job and scheduler:
+        raise BadRequest(f"--scheduler {scheduler} is not read with --job, which has its own", param="scheduler")
     try:
         from services.client import credit as drawing
 
         record = _credit_record(job) if job else None
-        computed = drawing.compute(record, method or [], margin, batch_size, fields)
+        config = read_body(scheduler) if scheduler else drawing.STABLE_DIFFUSION
+        computed = drawing.compute(record, method or [], margin, batch_size, fields, config)
         if as_json:
             typer.echo(drawing.as_json(computed))
         else:

@@ -48,9 +48,14 @@ class Credit:
 
 
 def compute(
-    job: CreditRecord | None, methods: Sequence[str], margin: float, batch_size: int | None, options: Mapping[str, Any]
+    job: CreditRecord | None,
+    methods: Sequence[str],
+    margin: float,
+    batch_size: int | None,
+    options: Mapping[str, Any],
+    scheduler: Mapping[str, Any] = STABLE_DIFFUSION,
 ) -> Credit:
-    """Curves of these methods (none: all) with the job's objective and schedule, or the defaults on Stable Diffusion's.
+    """Curves of these methods (none: all) with the job's objective and schedule, or the defaults on a scheduler's config.
 
     ``options`` are fields of the objective; those that are not None go before the job's. Raises ConfigError, naming field
     and value.
@@ -60,7 +65,7 @@ def compute(
     batch_size = (job.batch_size if job else BATCH_SIZE) if batch_size is None else batch_size
     if batch_size < 1:
         raise ConfigError("batch_size", batch_size, "must be at least 1")
-    schedule = Schedule.from_config(job.scheduler if job else STABLE_DIFFUSION)
+    schedule = Schedule.from_config(job.scheduler if job else scheduler)
     configs = [dataclasses.replace(objective, method=method) for method in methods or METHODS]  # type: ignore[arg-type]
     return Credit(
         objective=objective,

@@ -42,13 +42,15 @@ def draw(credit: Credit, path: Path) -> None:
 
 
 def _credit(axes: Axes, credit: Credit) -> None:
-    """g(t) times the density of t, each method by its own maximum."""
+    """g(t) times the density of t, on one scale: where `dde` lies below `dde_single`, C(t) has taken credit."""
+    most = max((curve.credit.max().item() for curve in credit.methods.values()), default=0.0)
     for method, curve in credit.methods.items():
         colour, line = LOOKS[method]
-        most = curve.credit.max().clamp(min=torch.finfo(torch.float64).tiny)  # a huge margin leaves no credit at all
-        axes.plot(credit.t, curve.credit / most, line, color=colour, label=method)
-    axes.set(title=f"Credit at margin {credit.margin:g}, beta {credit.objective.beta:g}", xlabel="t", ylim=(0, 1.3))
-    axes.set_ylabel("g(t) x density of t, by its maximum")
+        axes.plot(credit.t, curve.credit, line, color=colour, label=method)
+    axes.set(title=f"Credit at margin {credit.margin:g}, beta {credit.objective.beta:g}", xlabel="t")
+    axes.set_ylabel("g(t) x density of t")
+    if most > 0:  # a huge margin leaves no credit at all
+        axes.set(yscale="log", ylim=(1e-4 * most, 10 * most))
     axes.legend(loc="upper center", ncols=3, fontsize="small")
 
 

@@ -62,6 +62,8 @@ def memory(estimate: Estimate) -> Table:
     for term in estimate.memory:
         table.add_row(term.name, f"{term.value:,.2f}", escape(term.formula))
     table.add_row("together", f"{estimate.memory_gb:,.2f}", f"of {estimate.gpu.memory_gb:g} GB: {estimate.room}", style="bold")
+    table.caption = "Training alone. In the host's memory every worker holds the whole dataset's latents besides."
+    table.caption_justify = "left"
     return table
 
 

@@ -156,8 +156,8 @@ class Bench:
                 with torch.no_grad():
                     ref = pair_errors(self.reference, self.schedule, part)
                 theta = pair_errors(self.policy, self.schedule, part)
-                terms = step_losses(theta, ref, part.t, OBJECTIVES["1/2"], self.schedule)
-                (terms.loss.sum() / len(batch)).backward()
+            terms = step_losses(theta, ref, part.t, OBJECTIVES["1/2"], self.schedule)
+            (terms.loss.sum() / len(batch)).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         check_finite("gradient", norm)
         optimizer.step()
@@ -228,9 +228,8 @@ def logits(margins: Tensor, t: Tensor, w: str) -> Tensor:
 
 def buckets(t: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """First and last timestep of each tenth of 1..1000, and which rows lie there."""
-    for first in range(1, 1000, 1000 // BUCKETS):
-        last = first + 1000 // BUCKETS - 1
-        yield first, last, (t >= first) & (t <= last)
+    for number in range(BUCKETS):
+        yield *bucket_span(number, 1000), bucket_of(t, 1000) == number
 
 
 if __name__ == "__main__":

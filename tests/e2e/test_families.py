@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
 from services import storage
 from services.client.api import Client
 from services.contracts import AlignmentJobCreate, ImageRequest
+from tests.pairs_file import png
 from tests.tiny_folders import FOLDERS
 
 HELD_OUT = 300
 LORA = {"rank": 8, "targets": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]}
+PREDICTION = {"sd15": "v_prediction", "sdxl": "epsilon"}
 WAYS = {
     "sd15": {"learning_rate": 1e-3, "ema_decay": 0.9, "micro_batch_size": 24},
     "sdxl": {"learning_rate": 1e-2, "lora": LORA, "gradient_checkpointing": True},
@@ -34,11 +40,23 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("dde_core", "
 """
 
 
+def wide_pairs(path: Path) -> Path:
+    """The shipped pairs with pictures of many widths: the centre square is the shipped picture."""
+    table = pq.read_table(PAIRS_FILE)
+    for column in ("jpg_0", "jpg_1"):
+        pictures = (np.asarray(Image.open(io.BytesIO(data))) for data in table[column].to_pylist())
+        wide = [png(np.pad(picture, ((0, 0), (i % 7, i % 7), (0, 0)), mode="edge")) for i, picture in enumerate(pictures)]
+        table = table.set_column(table.column_names.index(column), column, pa.array(wide, pa.binary()))
+    pq.write_table(table, path, row_group_size=200)
+    return path
+
+
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_a_small_model_of_each_family_aligns_end_to_end(client: Client, tmp_path: Path, family: str):
-    base = client.create_model(f"tiny-{family}", FOLDERS[family](tmp_path / family).as_uri())
+    folder = FOLDERS[family](tmp_path / family, prediction_type=PREDICTION[family])
+    base = client.create_model(f"tiny-{family}", folder.as_uri())
     assert base.family == family
-    dataset = client.create_dataset(f"pairs-{family}", PAIRS_FILE.as_uri())
+    dataset = client.create_dataset(f"pairs-{family}", wide_pairs(tmp_path / "pairs.parquet").as_uri())
     body = {
         "model": base.name,
         "dataset": dataset.id,
