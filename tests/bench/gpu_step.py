@@ -31,10 +31,10 @@ from torch import Tensor
 
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.estimate import FACTS, estimate, published_share
+from dde_core.metrics import BUCKETS, bucket_of, bucket_span
 from dde_core.train_step import PairBatch, PairErrors, check_finite, pair_errors, step_losses
 from tests.unet_configs import UNETS, random_pairs, schedule, unet
 
-BUCKETS = 10
 OBJECTIVES = {"1/2": ObjectiveConfig(method="uniform"), "1/SNR": ObjectiveConfig(method="dde_single")}
 
 
