@@ -17,13 +17,15 @@ from PIL import Image
 from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
 from services import storage
 from services.client.api import Client
+from services.client.types import Job
 from services.contracts import AlignmentJobCreate, ImageRequest
 from tests.pairs_file import png
 from tests.tiny_folders import FOLDERS
 
-HELD_OUT = 300
+ROWS, HELD_OUT = 1000, 200
 LORA = {"rank": 8, "targets": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]}
 PREDICTION = {"sd15": "v_prediction", "sdxl": "epsilon"}
+WORKERS = {"sd15": 1, "sdxl": 2}
 WAYS = {
     "sd15": {"learning_rate": 1e-3, "ema_decay": 0.9, "micro_batch_size": 24},
     "sdxl": {"learning_rate": 1e-2, "lora": LORA, "gradient_checkpointing": True},
@@ -41,8 +43,8 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("dde_core", "
 
 
 def wide_pairs(path: Path) -> Path:
-    """The shipped pairs with pictures of many widths: the centre square is the shipped picture."""
-    table = pq.read_table(PAIRS_FILE)
+    """Shipped pairs with pictures of many widths: the centre square is the shipped picture."""
+    table = pq.read_table(PAIRS_FILE).slice(0, ROWS)
     for column in ("jpg_0", "jpg_1"):
         pictures = (np.asarray(Image.open(io.BytesIO(data))) for data in table[column].to_pylist())
         wide = [png(np.pad(picture, ((0, 0), (i % 7, i % 7), (0, 0)), mode="edge")) for i, picture in enumerate(pictures)]
@@ -51,22 +53,30 @@ def wide_pairs(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_a_small_model_of_each_family_aligns_end_to_end(client: Client, tmp_path: Path, family: str):
-    folder = FOLDERS[family](tmp_path / family, prediction_type=PREDICTION[family])
-    base = client.create_model(f"tiny-{family}", folder.as_uri())
-    assert base.family == family
-    dataset = client.create_dataset(f"pairs-{family}", wide_pairs(tmp_path / "pairs.parquet").as_uri())
-    body = {
-        "model": base.name,
-        "dataset": dataset.id,
-        "name": f"tiny-{family}-aligned",
-        "objective": {"method": "uniform", "beta": 500.0},
-        "training": {"steps": 40, "batch_size": 64, "checkpoint_every": 20, "held_out_pairs": HELD_OUT, **WAYS[family]},
-        "workers": 2,
-        "evaluation": {"prompts_uri": PROMPTS_FILE.as_uri(), "num_prompts": 2, "scorers": [], "sample": {"steps": 2}},
-    }
-    job = client.wait(client.create_job(AlignmentJobCreate.model_validate_json(json.dumps(body))).id)
+@pytest.fixture(scope="module")
+def jobs(client: Client, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """One job for each family, started together."""
+    folder, started = tmp_path_factory.mktemp("families"), {}
+    dataset = client.create_dataset("wide-pairs", wide_pairs(folder / "pairs.parquet").as_uri())
+    for family, way in WAYS.items():
+        base = FOLDERS[family](folder / family, prediction_type=PREDICTION[family])
+        assert client.create_model(f"tiny-{family}", base.as_uri()).family == family
+        body = {
+            "model": f"tiny-{family}",
+            "dataset": dataset.id,
+            "name": f"tiny-{family}-aligned",
+            "objective": {"method": "uniform", "beta": 500.0},
+            "training": {"steps": 30, "batch_size": 64, "checkpoint_every": 20, "held_out_pairs": HELD_OUT, **way},
+            "workers": WORKERS[family],
+            "evaluation": {"prompts_uri": PROMPTS_FILE.as_uri(), "num_prompts": 2, "scorers": [], "sample": {"steps": 2}},
+        }
+        started[family] = client.create_job(AlignmentJobCreate.model_validate_json(json.dumps(body)))
+    return started
+
+
+@pytest.mark.parametrize("family", WAYS)
+def test_a_small_model_of_each_family_aligns_end_to_end(client: Client, jobs: dict[str, Job], tmp_path: Path, family: str):
+    job = client.wait(jobs[family].id)
     assert job.status == "succeeded", job.reason
     metrics = job.result.train.metrics
     accuracy = [metrics[f"held_out_accuracy{end}"] for end in ("", "_low", "_high")]
@@ -75,7 +85,7 @@ def test_a_small_model_of_each_family_aligns_end_to_end(client: Client, tmp_path
     assert metrics["held_out_pairs"] >= HELD_OUT
     assert accuracy[1] > 0.5
 
-    aligned = client.model(body["name"])
+    base, aligned = client.model(f"tiny-{family}"), client.model(f"tiny-{family}-aligned")
     assert aligned.adapter_of == (base.id if family == "sdxl" else None)
     ours = storage.resolve(aligned.uri)[1]
     whole, adapters = (ours, "") if family == "sd15" else (storage.resolve(base.uri)[1], ours)
