@@ -18,15 +18,18 @@ import pytest
 from safetensors.numpy import load_file
 
 from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR, PAIRS_FILE
 from services import pairs, registry, storage
 from services.client.local import LocalSystem
 from services.client.processes import environment
 from services.contracts import EncodeSpec, ModelRecord, TrainResult, TrainSpec
 from services.observability import read_journal
+from tests.encoded_pairs import train_here
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_100.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=50)
 TWENTY_STEPS = TrainConfig(steps=20, batch_size=64, learning_rate=1e-4, checkpoint_every=5)
 
 
@@ -81,7 +84,7 @@ class Runs:
             model=self.base,
             model_id=name,
             name=name,
-            objective=ObjectiveConfig(beta=500.0, calibration_bins=50),
+            objective=OBJECTIVE,
             training=training,
             workers=workers,
             run=storage.join(self.prefix(name), "run"),
@@ -177,14 +180,15 @@ def training_workers(system: LocalSystem) -> list[psutil.Process]:
     return found
 
 
-def test_the_loss_curve_of_100_steps_is_the_golden_one(runs: Runs):
+def test_the_loss_curve_of_100_steps_is_the_golden_one(runs: Runs, tmp_path: Path):
     """Written by ``make golden`` after a change that is meant to change it."""
-    runs.run("golden", 1, TrainConfig(steps=100, batch_size=16, learning_rate=2e-5, checkpoint_every=100))
-    losses = runs.metrics("golden", "loss")
+    dataset, training = Path(storage.resolve(runs.dataset)[1]), {"steps": 100, "batch_size": 16, "learning_rate": 2e-5}
+    metrics = train_here(tmp_path, ModelFolder(MODEL_DIR), dataset, OBJECTIVE, checkpoint_every=100, **training)
+    losses = [step["loss"] for step in metrics]
     assert len(losses) == 100
     if os.environ.get("DDE_WRITE_GOLDEN"):
-        GOLDEN.write_text(json.dumps(list(losses.values())))
-    assert list(losses.values()) == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
+        GOLDEN.write_text(json.dumps(losses))
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
 
 
 def test_the_model_version_says_where_it_came_from(runs: Runs):
