@@ -59,6 +59,7 @@ def test_winners_alone_go_through_the_real_unets(name):
     assert terms.loss.shape == (3,)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(psutil.virtual_memory().available < 9e9, reason="8 GB for weights and gradients are not free")
 def test_one_real_step_of_860_million_weights_is_the_same_with_and_without_gradient_checkpointing(capsys):
     size, samples = 16, 2
