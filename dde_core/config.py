@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
@@ -122,12 +122,16 @@ class LoraConfig:
 
     def matches(self, layer: str) -> bool:
         """Whether the layer of this name gets adapters."""
-        return any(layer == target or layer.endswith(f".{target}") for target in self.targets)
+        return any(_names(target, layer) for target in self.targets)
 
     def unmatched(self, layers: Iterable[str]) -> list[str]:
         """The targets that are the name of none of these layers."""
-        names = list(layers)
-        return [target for target in self.targets if not any(replace(self, targets=(target,)).matches(name) for name in names)]
+        known = list(layers)
+        return [target for target in self.targets if not any(_names(target, layer) for layer in known)]
+
+
+def _names(target: str, layer: str) -> bool:
+    return layer == target or layer.endswith(f".{target}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,6 +155,6 @@ def conventions(config: ObjectiveConfig, schedule: Schedule) -> dict[str, Any]:
             f"at the {config.calibration_point} point with mu = {config.ema_rate}"
         )
     if config.method == "discounted":
-        drawn = "drawn from p(t)" if config.t_sampling == "method" else "drawn uniformly, losses weighted by p(t) T"
+        drawn = "drawn from p(t)" if config.t_sampling == "method" else "drawn uniformly, losses weighted by p(t)/u(t)"
         said["t_distribution"] = f"p(t) ~ {config.gamma ** (DISCOUNT_STEPS / schedule.T):.6g}^(T-t), {drawn}"
     return said

@@ -70,8 +70,9 @@ class LatentReader:
         except FileNotFoundError as error:
             raise DataError(f"{path!r} holds no dataset: it has no {MANIFEST}") from error
         self._table = pa.concat_tables(self._read(filesystem, f"{path}/{s.name}", s.sha256) for s in self.manifest.shards)
-        captions = self._tokens(self._table) if held_out_pairs else np.zeros(len(self._table))
-        held_out = hold_out([caption.tobytes() for caption in captions], held_out_pairs)
+        held_out = np.zeros(len(self._table), bool)
+        if held_out_pairs:
+            held_out = hold_out([caption.tobytes() for caption in self._tokens(self._table)], held_out_pairs)
         self._trained, self._held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         if not len(self._trained):
             raise ConfigError("held_out_pairs", held_out_pairs, f"leaves none of {len(self._table)} pairs to train on")

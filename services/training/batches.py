@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dde_core.conditioning import Conditioning
-from dde_core.config import CALIBRATED, ObjectiveConfig, TrainConfig
+from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.latents.reader import LatentReader, LatentRows
 from dde_core.models.folder import ModelFolder
 from dde_core.models.text import TextEncoders
@@ -54,14 +54,14 @@ class BatchMaker:
     ) -> None:
         self._reader, self._training, self._device = reader, training, device
         self._text_encoders = TextEncoders(folder, device)
-        cumulative = t_drawn(objective, schedule).cumsum(0).numpy()
+        method, cumulative = OBJECTIVES[objective.method], t_drawn(objective, schedule).cumsum(0).numpy()
         self._draws = Draws(
             seed=training.seed,
             cumulative=cumulative / cumulative[-1],
             caption_dropout=training.caption_dropout,
             shared_noise=objective.noise_mode == "shared",
-            losers=OBJECTIVES[objective.method].preference,
-            evaluation_points=objective.method in CALIBRATED and objective.calibration_point == "sampled",
+            losers=method.preference,
+            evaluation_points=method.corrected and objective.calibration_point == "sampled",
         )
 
     def rows(self, step: int, rank: int, world_size: int) -> LatentRows:

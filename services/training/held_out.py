@@ -34,7 +34,7 @@ def held_out_metrics(
     margins = [torch.zeros(0, dtype=torch.float64, device=policy.device)]  # a worker may have no row at all
     with policy.averaged(), policy.arithmetic():
         for part, _ in micro_batches(rows, size or PAIRS_AT_ONCE):
-            visits = [batches.held_out(part, draw, DRAWS) for draw in range(DRAWS)]
+            visits = (batches.held_out(part, draw, DRAWS) for draw in range(DRAWS))  # one at a time
             margins.append(torch.stack([_margin(policy, schedule, batch) for batch in visits]).mean(0))
     everywhere = gather([torch.cat(margins)], rows.positions, reader.num_held_out)[0].numpy()
     accuracy, low, high = beat_ratio(everywhere, np.zeros(len(everywhere)))

@@ -28,7 +28,6 @@ from services.contracts import TrainSpec
 from services.observability import Journal
 from services.training import held_out
 from services.training.batches import BatchMaker, gather_errors, micro_batches
-from services.training.held_out import held_out_metrics
 from services.training.pair_log import PairLog
 
 REPORTED = ("loss", "implicit_accuracy", "margin")
@@ -110,7 +109,8 @@ def train_loop(config: dict) -> None:
 
         if reader.num_held_out:  # after the last checkpoint: what goes wrong here costs no step
             optimizer.zero_grad(set_to_none=True)
-            measured = held_out_metrics(policy, batches, reader, schedule, training.micro_batch_size, rank, world_size)
+            size = training.micro_batch_size
+            measured = held_out.held_out_metrics(policy, batches, reader, schedule, size, rank, world_size)
             if journal:
                 storage.write_json(storage.join(spec.run, held_out.RESULT), measured)
                 journal.event(f"implicit accuracy on held-out pairs: {measured}")
