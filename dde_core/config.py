@@ -139,11 +139,16 @@ class TrainConfig:
     """One fine-tune. ``batch_size`` counts pairs of the GLOBAL batch and never depends on the number of workers.
 
     ``learning_rate`` is constant after ``warmup_steps`` of linear warm-up. ``caption_dropout`` is the probability that
-    a pair's caption is empty (the same for winner and loser). ``seed`` keys the order of pairs and every draw.
+    a pair's caption is empty (the same for winner and loser). ``seed`` keys the order of pairs and the first adapters.
     ``lora`` None trains the whole U-Net. A worker runs ``micro_batch_size`` pairs at a time (0: its whole share at once).
     ``precision`` is that of the U-Net's arithmetic; weights, errors and losses are float32 or wider. ``ema_decay`` 0 keeps
     no average of the weights; otherwise the average is what is saved as the model. ``held_out_pairs`` are kept out of
     training, whole captions at a time, and the policy's implicit accuracy is measured on them at the end.
+
+    ``reference``: where the errors of the frozen model come from. "online" computes them in every step, "ledger" reads them
+    from the dataset's ledger, which is written first where it is not there, "auto" reads them where a fitting ledger is there.
+    ``draw_seed`` keys noise, timestep and caption dropout of every visit; a pair's n-th visit uses draw n mod ``draws``
+    (0: as many draws as the run has epochs).
     """
 
     steps: Annotated[int, Gt(0)] = 2000
@@ -161,7 +166,26 @@ class TrainConfig:
     caption_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     held_out_pairs: Annotated[int, Ge(0)] = 0
     checkpoint_every: Annotated[int, Gt(0)] = 50
+    reference: Literal["auto", "ledger", "online"] = "auto"
+    draw_seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    draws: Annotated[int, Ge(0), Le(1000)] = 0
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is made of a dataset's pictures. Every one is cut to its centre square and scaled to ``resolution`` pixels (0: the
+    size that the model was made for); ``flip`` "all" mirrors every one. Both belong to the encoded dataset's identity.
+
+    A job fails where more than ``max_bad_fraction`` of the dataset's rows are bad.
+    """
+
+    resolution: Annotated[int, Ge(0), Le(MAX_SIZE_PX), MultipleOf(8)] = 0
+    flip: Literal["none", "all"] = "none"
+    max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.01
 
     def __post_init__(self) -> None:
         check(self)

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
+from dde_core.config import DataConfig, ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.errors import ConfigError
 from dde_core.family import Family
 
@@ -33,6 +33,12 @@ MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 Scorer = Literal["match", "taste", "fidelity"]
 Stage = Literal["encode", "train", "evaluate"]
 JobStatus = Literal["validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled"]
+
+Column = Literal[
+    "caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "image_0_uid", "image_1_uid", "chosen", "rejected",
+    "chosen_uid", "rejected_uid", "images", "ranks", "image_uids", "pair_id",
+]  # fmt: skip
+"""What can be read of a row: the names of Pick-a-Pic, of chosen/rejected pairs, of rankings."""
 
 ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
 MAX_IMAGES = 16
@@ -47,20 +53,28 @@ class Strict(BaseModel):
 # ---- API bodies --------------------------------------------------------------------------------------------------
 
 
-class DatasetCreate(Strict):
-    """Register preference pairs: Parquet (a file or a folder of files) with Pick-a-Pic columns."""
+class DatasetSource(Strict):
+    """Where preference pairs lie. The kind of files is told from the URI and what is there (see services/sources.py);
+    ``columns`` maps the names that are read to those that the files have, where they differ."""
+
+    uri: Uri
+    columns: dict[Column, str] = {}
+
+
+class DatasetCreate(DatasetSource):
+    """Register preference pairs."""
 
     name: Name
-    uri: Uri
 
 
 class DatasetCounts(Strict):
-    """Rows seen, pairs with a decided label, ties, and rows without a label."""
+    """Rows seen, pairs that are decided, ties, rows without a label, and bad rows by cause (pictures not looked at)."""
 
     rows: int
     pairs: int
     ties: int
     missing: int
+    bad: dict[str, int] = {}
 
 
 class ModelCreate(Strict):
@@ -94,6 +108,7 @@ class AlignmentJobCreate(Strict):
     model: str
     dataset: str
     name: Name | None = None
+    data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainConfig = TrainConfig()
     workers: Annotated[int, Field(gt=0, le=1024)] = 1
@@ -202,20 +217,22 @@ class StageSpec(Strict):
 class EncodeSpec(StageSpec):
     """Encode a dataset's pairs with a model's VAE and tokenizer; ``output`` is the folder under which datasets lie."""
 
-    dataset_uri: Uri
-    dataset_digest: str
+    source: DatasetSource
+    source_digest: str
     model: ModelRecord
+    data: DataConfig = DataConfig()
     output: Uri
     actors: int = 1
     use_gpu: bool = False
 
 
 class EncodeResult(Strict):
-    """``reused`` says that shards with these settings were there already."""
+    """``reused`` says that shards with these settings were there already. ``bad`` counts quarantined rows by cause."""
 
     dataset: Uri
     digest: str
     counts: dict[str, int]
+    bad: dict[str, int] = {}
     reused: bool
     seconds: float
 

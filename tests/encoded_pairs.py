@@ -10,6 +10,7 @@ import torch
 from pyarrow import fs
 from ray.train.torch import TorchTrainer
 
+from dde_core.batches import BatchMaker
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.latents.reader import LatentReader
 from dde_core.latents.schema import MANIFEST, Manifest, shard_schema, token_columns
@@ -19,7 +20,6 @@ from dde_core.models.text import tokenize
 from dde_core.shapes.scenes import all_scenes, caption
 from services.contracts import ModelRecord, TrainSpec
 from services.observability import read_journal
-from services.training.batches import BatchMaker
 from services.training.loop import train_loop
 
 SHAPE, SIZE_PX = (4, 8, 8), 32

@@ -29,11 +29,14 @@ from dde_core.noise import permutation
 class LatentRows:
     """A worker's part of b rows. ``positions`` are the rows' places among all workers' rows, ``draws`` their visits.
 
+    ``shards`` and ``places`` say where a row stands in the dataset: the shard's number in the manifest, the row in it.
     ``sizes_*`` are original (height, width), ``crops_*`` (top, left) of what was cut of it, in pixels.
     """
 
     positions: Int[np.ndarray, " b"]
     draws: Int[np.ndarray, " b"]
+    shards: Int[np.ndarray, " b"]
+    places: Int[np.ndarray, " b"]
     pair_ids: tuple[str, ...]
     token_ids: Int[np.ndarray, "b k s"]
     latents_w: Float[np.ndarray, "b c h w"]

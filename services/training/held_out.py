@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dde_core.batches import BatchMaker, micro_batches
 from dde_core.latents.reader import LatentReader
 from dde_core.metrics import beat_ratio
 from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, PairErrors, pair_errors
-from services.training.batches import BatchMaker, gather, micro_batches
+from services.training.gathering import gather
 
 RESULT = "held_out.json"
 """Where a run leaves it, beside its checkpoints."""

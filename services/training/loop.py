@@ -14,6 +14,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dde_core import checkpoint
+from dde_core.batches import BatchMaker, micro_batches
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
 from dde_core.config import TrainConfig
@@ -27,7 +28,7 @@ from services import registry, storage
 from services.contracts import TrainSpec
 from services.observability import Journal
 from services.training import held_out
-from services.training.batches import BatchMaker, gather_errors, micro_batches
+from services.training.gathering import gather_errors
 from services.training.pair_log import PairLog
 
 REPORTED = ("loss", "implicit_accuracy", "margin")

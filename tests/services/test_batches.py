@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from dde_core.batches import micro_batches
 from dde_core.calibration import Calibration
 from dde_core.config import ObjectiveConfig
 from dde_core.noise import draw_evaluation_point, draw_noise, draw_timestep
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors, step_losses
-from services.training.batches import gather, gather_errors, micro_batches
+from services.training.gathering import gather, gather_errors
 from services.training.loop import synchronised
 from tests.tiny_unet import TEXT_WIDTH, tiny_unet
 

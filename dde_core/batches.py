@@ -1,16 +1,14 @@
-"""From shard rows to a batch for the U-Net, and from workers' values to the global batch."""
+"""From shard rows to a batch for the U-Net: every draw of a visit is made here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed
 from jaxtyping import Float
-from torch import Tensor
 
 from dde_core.conditioning import Conditioning
 from dde_core.config import ObjectiveConfig, TrainConfig
@@ -20,7 +18,7 @@ from dde_core.models.text import TextEncoders
 from dde_core.noise import Side, draw_dropped, draw_evaluation_point, draw_noise, draw_timestep
 from dde_core.objectives import OBJECTIVES, t_drawn
 from dde_core.schedule import Schedule
-from dde_core.train_step import PairBatch, PairErrors
+from dde_core.train_step import PairBatch
 
 Visits = list[tuple[str, int]]
 """(pair id, number of the visit): with the seed, what every draw is keyed by."""
@@ -123,32 +121,3 @@ def micro_batches(rows: AnyRows, size: int) -> Iterator[tuple[AnyRows, bool]]:
     size = size or len(rows)
     for start in range(0, len(rows), size):
         yield rows.rows(slice(start, start + size)), start + size >= len(rows)
-
-
-def gather(columns: list[Tensor], positions: np.ndarray, num_rows: int) -> Float[Tensor, "columns rows"]:
-    """Per-pair values of all workers in the order of the global batch, in float64 on the CPU.
-
-    Each worker fills its own places of a table of zeros and the tables are added, so the result is exact.
-    """
-    stacked = torch.stack([column.detach().double() for column in columns])
-    table = torch.zeros(len(columns), num_rows, dtype=torch.float64, device=stacked.device)
-    table[:, torch.from_numpy(positions).to(stacked.device)] = stacked
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(table)
-    return table.cpu()
-
-
-def gather_errors(
-    parts: Sequence[tuple[Tensor, PairErrors, PairErrors | None]], positions: np.ndarray, num_rows: int
-) -> tuple[Tensor, PairErrors, PairErrors | None]:
-    """From (t, policy, reference) of a worker's micro-batches to those of the global batch, on every worker.
-
-    Errors are in float32, as they were.
-    """
-    t, *columns = zip(*parts, strict=True)
-    models = [PairErrors.joined(column) for column in columns if column[0] is not None]
-    names = [field.name for field in fields(PairErrors) if getattr(models[0], field.name) is not None]
-    table = gather([torch.cat(t), *(getattr(model, name) for model in models for name in names)], positions, num_rows)
-    values = iter(table[1:].float())
-    theta, *ref = [PairErrors(**{name: next(values) for name in names}) for _ in models]
-    return table[0].long(), theta, ref[0] if ref else None
