@@ -1,26 +1,42 @@
-"""Files by URI, local or in an object store, through pyarrow's filesystems. A URI is ``file:///...`` or ``s3://...``.
+"""Files by URI: ``file:///...`` or a plain path, and ``s3://bucket/...`` (services/object_store.py). Names are quoted in URIs.
 
-Nothing half-written is visible: a local file is written beside its place and renamed; an S3 object appears when its
-upload is complete. Credentials and endpoints come from the environment that the cloud SDKs read.
+Nothing half-written is visible: a local file is written beside its place, brought to the disk and renamed; an object is
+there once its upload is complete. Raises FileNotFoundError where there is nothing, BadRequest for a URI, bucket or
+credentials that cannot be used, Unavailable where the object store does not answer; all name the URI.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from pyarrow import fs
 
+from services import object_store
 from services.errors import BadRequest
+
+PART = ".part"
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a URI and the path on it. A plain path is a local file. Raises BadRequest for other schemes."""
+    """The filesystem of a URI, which can be pickled, and the path on it: for ranges of files and for Ray Train.
+
+    Whole files are read and written by the functions below. Raises BadRequest for schemes other than file and s3.
+    """
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    if _is_object(uri):
+        return object_store.resolve(uri)
+    if not uri.startswith("file://"):
+        raise BadRequest(f"uri {uri!r} cannot be opened: its scheme is neither file nor s3", param="uri")
     try:
         return fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
@@ -39,33 +55,32 @@ def as_uri(path: Path | str) -> str:
 
 def exists(uri: str) -> bool:
     """Is there a file or folder?"""
-    filesystem, path = resolve(uri)
-    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+    return object_store.exists(uri) if _is_object(uri) else _local(uri).exists()
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file. Raises FileNotFoundError."""
-    filesystem, path = resolve(uri)
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read()
+    """The whole file."""
+    return object_store.read(uri) if _is_object(uri) else _local(uri).read_bytes()
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file that appears whole or not at all, replacing what was there."""
-    filesystem, path = resolve(uri)
-    if not isinstance(filesystem, fs.LocalFileSystem):
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(data)
-        return
-    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-    beside = f"{path}.{uuid.uuid4().hex}.part"
-    with filesystem.open_output_stream(beside) as stream:
-        stream.write(data)
-    filesystem.move(beside, path)
+    if _is_object(uri):
+        object_store.write(uri, data)
+    else:
+        _put(_local(uri), lambda beside: beside.write_bytes(data))
+
+
+def upload(path: Path, uri: str) -> None:
+    """Copy a local file of any size to its place, where it appears whole or not at all."""
+    if _is_object(uri):
+        object_store.upload(path, uri)
+    else:
+        _put(_local(uri), partial(shutil.copyfile, path))
 
 
 def read_json(uri: str) -> Any:
-    """A JSON file. Raises FileNotFoundError, or ValueError for one that is not JSON."""
+    """A JSON file. Raises ValueError for one that is not JSON."""
     return json.loads(read_bytes(uri))
 
 
@@ -76,29 +91,62 @@ def write_json(uri: str, value: Any) -> None:
 
 def list_files(uri: str, *, recursive: bool = False) -> list[str]:
     """Paths below a folder, relative to it, sorted; empty where there is no such folder."""
-    filesystem, path = resolve(uri)
-    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
-    names = [info.path[len(path) :].lstrip("/") for info in infos if info.type == fs.FileType.File]
-    return sorted(name for name in names if not name.endswith(".part"))
+    if _is_object(uri):
+        names = [key for key in object_store.keys(uri, recursive=recursive) if key and not key.endswith("/")]
+    else:
+        filesystem, path = resolve(uri)
+        infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
+        names = [info.path[len(path) :].lstrip("/") for info in infos if info.type == fs.FileType.File]
+    return sorted(name for name in names if not name.endswith(PART))
 
 
 def copy_folder(source_uri: str, target_uri: str) -> None:
-    """Copy every file below one folder to another, on whatever filesystems they are."""
-    source, source_path = resolve(source_uri)
-    target, target_path = resolve(target_uri)
-    target.create_dir(target_path, recursive=True)
-    fs.copy_files(source_path, target_path, source_filesystem=source, destination_filesystem=target)
+    """Copy every file below one folder to another; each appears whole or not at all."""
+    names = list_files(source_uri, recursive=True)
+    if not names:
+        raise FileNotFoundError(errno.ENOENT, "no files to copy", source_uri)
+    for name in names:
+        source, target = join(source_uri, *name.split("/")), join(target_uri, *name.split("/"))
+        if not _is_object(source):
+            upload(_local(source), target)
+        elif _is_object(target):
+            object_store.copy(source, target)
+        else:
+            _put(_local(target), partial(object_store.download, source))
 
 
 def delete_file(uri: str) -> None:
     """Delete a file; nothing where there is none."""
-    filesystem, path = resolve(uri)
-    if filesystem.get_file_info(path).type == fs.FileType.File:
-        filesystem.delete_file(path)
+    if _is_object(uri):
+        object_store.delete(uri)
+    else:
+        _local(uri).unlink(missing_ok=True)
 
 
 def delete_folder(uri: str) -> None:
     """Delete a folder and all below it; nothing where there is none."""
-    filesystem, path = resolve(uri)
-    if filesystem.get_file_info(path).type == fs.FileType.Directory:
-        filesystem.delete_dir(path)
+    if _is_object(uri):
+        object_store.delete_below(uri)
+    elif (path := _local(uri)).is_dir():
+        shutil.rmtree(path)
+
+
+def _is_object(uri: str) -> bool:
+    return uri.startswith(object_store.SCHEME)
+
+
+def _local(uri: str) -> Path:
+    return Path(resolve(uri)[1])
+
+
+def _put(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make a file beside the place, and move it there once it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
+    try:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

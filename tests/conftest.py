@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from services.client.api import Client
 from services.client.local import LocalSystem
 from tests.pairs_file import pair_rows, write_pairs
+from tests.s3_server import BUCKET, S3Server, s3
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
@@ -26,6 +28,21 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSystem]:
 def client(system: LocalSystem) -> Iterator[Client]:
     with system.client() as connected:
         yield connected
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """``s3://bucket`` on 127.0.0.1, for this process and those that are started after it; does harm when told to."""
+    with s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server) -> Iterator[str]:
+    """A place of its own in the S3 server for one test, and no harm before and after it."""
+    s3_server.harm()
+    yield f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    s3_server.harm()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Files appear whole, journals hand over between writers, and a stage always leaves a marker."""
+"""Files appear whole, alike on disk and in an object store; journals hand over, and a stage always leaves a marker."""
 
 from __future__ import annotations
 
@@ -11,45 +11,145 @@ from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
 from dde_core.errors import ConfigError
-from services import storage
-from services.contracts import EncodeResult, EncodeSpec, ModelRecord, StageFailure
-from services.errors import BadRequest
+from services import registry, storage
+from services.contracts import DatasetSource, EncodeResult, EncodeSpec, ModelRecord, StageFailure
+from services.errors import BadRequest, NotFound
 from services.observability import Journal, read_journal
 from services.stage import failure_of, root_cause, run_stage
 
+ODD_NAMES = ["a b", "100%", "50%25", "Größe", "a+b&c=d#e?f", "日本"]
 
-def test_a_file_replaces_the_one_before_and_no_part_of_it_is_listed(tmp_path: Path):
-    uri = storage.join(tmp_path.as_uri(), "deep", "file.json")
-    storage.write_json(uri, {"a": 1})
+
+@pytest.fixture(params=["file", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder's URI that holds nothing yet."""
+    return (tmp_path / "root").as_uri() if request.param == "file" else request.getfixturevalue("bucket")
+
+
+def test_what_was_written_last_is_read_whole(root: str):
+    uri = storage.join(root, "deep", "file.json")
+    storage.write_json(uri, {"a": [1] * 1000})
     storage.write_json(uri, {"a": 2})
-    (tmp_path / "deep" / "other.abc.part").write_bytes(b"half")
     assert storage.read_json(uri) == {"a": 2}
-    assert storage.list_files(tmp_path.as_uri(), recursive=True) == ["deep/file.json"]
-    assert storage.list_files(storage.join(tmp_path.as_uri(), "nowhere")) == []
+    storage.write_bytes(uri, b"")
+    assert storage.read_bytes(uri) == b""
 
 
-def test_a_scheme_that_nobody_knows_is_refused_by_name():
-    with pytest.raises(BadRequest, match=r"gopher://x"):
-        storage.read_bytes("gopher://x/y")
+def test_where_there_is_nothing_there_is_no_file_and_deleting_is_no_error(root: str):
+    nothing = storage.join(root, "nothing")
+    for read in (storage.read_bytes, storage.read_json, lambda uri: storage.copy_folder(uri, storage.join(root, "copy"))):
+        with pytest.raises(FileNotFoundError, match="nothing"):
+            read(nothing)
+    storage.delete_file(nothing)
+    storage.delete_folder(nothing)
+    assert not storage.exists(nothing)
+    assert storage.list_files(nothing, recursive=True) == []
 
 
-def test_a_journal_is_read_once_from_where_the_reader_was_and_writers_take_turns(tmp_path: Path):
-    prefix = tmp_path.as_uri()
-    first = Journal(prefix, flush_every_s=0)
+def test_files_are_listed_by_their_names_below_the_folder_and_half_written_ones_are_not(root: str):
+    for name in ("b/c", "b/d/e", "a", "bc", "b/x.part"):
+        storage.write_bytes(storage.join(root, *name.split("/")), name.encode())
+    assert storage.list_files(root) == ["a", "bc"]
+    assert storage.list_files(root, recursive=True) == ["a", "b/c", "b/d/e", "bc"]
+    assert storage.list_files(f"{root}/b/", recursive=True) == ["c", "d/e"]
+
+
+def test_files_and_folders_exist_and_beginnings_of_names_do_not(root: str):
+    storage.write_bytes(storage.join(root, "folder", "file"), b"x")
+    assert storage.exists(root)
+    assert storage.exists(storage.join(root, "folder"))
+    assert storage.exists(storage.join(root, "folder", "file"))
+    assert not storage.exists(storage.join(root, "fold"))
+    assert not storage.exists(storage.join(root, "folder", "file", "no"))
+
+
+def test_a_folder_is_deleted_with_all_below_it_and_nothing_beside_it(root: str):
+    for name in ("a/1", "a/b/2", "ab/3", "4"):
+        storage.write_bytes(storage.join(root, *name.split("/")), b"x")
+    storage.delete_file(storage.join(root, "4"))
+    storage.delete_folder(storage.join(root, "a"))
+    assert storage.list_files(root, recursive=True) == ["ab/3"]
+    assert not storage.exists(storage.join(root, "a"))
+
+
+def test_names_may_hold_any_character(root: str):
+    for name in ODD_NAMES:
+        storage.write_bytes(storage.join(root, "dir " + name, name), name.encode())
+    names = storage.list_files(root, recursive=True)
+    assert names == sorted(f"dir {name}/{name}" for name in ODD_NAMES)
+    for name in names:
+        uri = storage.join(root, *name.split("/"))
+        filesystem, path = storage.resolve(uri)
+        assert storage.read_bytes(uri) == filesystem.open_input_file(path).read() == name.split("/")[1].encode()
+        storage.delete_file(uri)
+    assert storage.list_files(root, recursive=True) == []
+
+
+@pytest.mark.parametrize("target", ["file", "s3"])
+def test_a_folder_is_copied_between_all_places(root: str, target: str, bucket: str, tmp_path: Path):
+    copied = f"{bucket}/copy" if target == "s3" else (tmp_path / "copy").as_uri()
+    files = {"ä b/100%": b"x" * 100, "c": b""}
+    for name, data in files.items():
+        storage.write_bytes(storage.join(root, "from", *name.split("/")), data)
+    storage.copy_folder(storage.join(root, "from"), copied)
+    names = storage.list_files(copied, recursive=True)
+    assert {name: storage.read_bytes(storage.join(copied, *name.split("/"))) for name in names} == files
+
+
+def test_a_file_from_the_disk_is_put_in_its_place_whole_and_stays_where_it_was(root: str, tmp_path: Path):
+    path = tmp_path / "built.jsonl"
+    path.write_bytes(b"0123456789" * 1_000_000)
+    storage.upload(path, storage.join(root, "deep", "put.jsonl"))
+    assert storage.read_bytes(storage.join(root, "deep", "put.jsonl")) == path.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        storage.upload(tmp_path / "nowhere", storage.join(root, "never"))
+    assert storage.list_files(root, recursive=True) == ["deep/put.jsonl"]
+
+
+def test_a_local_write_that_fails_leaves_the_file_before_and_nothing_beside_it(tmp_path: Path):
+    uri = (tmp_path / "file").as_uri()
+    storage.write_bytes(uri, b"before")
+    with pytest.raises(TypeError):
+        storage.write_bytes(uri, "text")  # type: ignore[arg-type]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"before"}
+
+
+@pytest.mark.parametrize("uri", ["gopher://x/y", "gs://x/y", "file://host/x", "s3://", "s3:///y", "s3://bucket/y?region=x"])
+def test_a_uri_that_cannot_be_opened_is_refused_by_name(uri: str):
+    with pytest.raises(BadRequest) as refused:
+        storage.read_bytes(uri)
+    assert (refused.value.param, uri in str(refused.value)) == ("uri", True)
+
+
+def test_models_are_known_by_name_until_they_are_retracted(root: str):
+    record = ModelRecord(id="model_1", name="aligned", uri=f"{root}/x", family="sd15", digest="d", created_at=0, job="j")
+    storage.write_bytes(storage.join(registry.model_uri(root, record.id), "unet", "w"), b"w")
+    registry.publish(root, record)
+    registry.point(root, "aligned", record.id)
+    assert registry.find(root, "aligned") == registry.find(root, "model_1") == record
+    registry.retract(root, record)
+    assert storage.list_files(root, recursive=True) == []
+    with pytest.raises(NotFound):
+        registry.find(root, "aligned")
+
+
+def test_a_journal_is_read_once_from_where_the_reader_was_and_writers_take_turns(root: str):
+    first = Journal(root, flush_every_s=0)
     first.event("begins")
-    second = Journal(prefix, flush_every_s=0)
+    second = Journal(root, flush_every_s=0)
     second.metrics(1, {"loss": 0.5})
     first.event("ends", "warning")
-    read = read_journal(prefix, 0)
+    read = read_journal(root, 0)
     assert [number for number, _ in read] == [0, 1, 2]
     assert [entry.message for _, entries in read for entry in entries] == ["begins", None, "ends"]
-    assert read_journal(prefix, 2)[0][1][0].level == "warning"
-    assert read_journal(prefix, 3) == []
+    assert read_journal(root, 2)[0][1][0].level == "warning"
+    assert read_journal(root, 3) == []
 
 
 def spec(folder: Path) -> EncodeSpec:
     model = ModelRecord(id="m", name="m", uri="x", family="sd15", digest="d", created_at=0)
-    return EncodeSpec(job="j", attempt=1, prefix=folder.as_uri(), dataset_uri="u", dataset_digest="d", model=model, output="o")
+    source = DatasetSource(uri="u")
+    return EncodeSpec(job="j", attempt=1, prefix=folder.as_uri(), source=source, source_digest="d", model=model, output="o")
 
 
 @pytest.fixture
