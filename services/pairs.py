@@ -1,165 +1,239 @@
-"""Preference pairs as teams have them: Parquet with Pick-a-Pic's columns. What a row means is decided here, once.
+"""What a row of preference data means. Decided here, once, for every kind of file (services/sources.py).
 
-``label_0``/``label_1`` say how much of the preference each picture got. A row is **decided** where they sum to one and
-differ, a **tie** where they are equal or both pictures have one uid, **missing** where a label is null, NaN or no share, where
-``has_label`` is false, or where there is no caption. The control plane
-reads everything but the pictures to check and count a dataset; ingest reads the same, then the pictures.
+Three shapes of rows: **pair** (``jpg_0``/``jpg_1`` with the share of the preference that each got in ``label_0``/``label_1``),
+**chosen** (``chosen`` was preferred to ``rejected``) and **ranking** (``images`` with ``ranks``, 1 the best; without ranks the
+list is best first). A row of any of them is one of
+
+    decided   at least one pair of its pictures differs in preference; a ranking holds every such pair
+    tie       equal labels or ranks, or the same picture (uid) on both sides
+    missing   a label or the ranks are null, or ``has_label`` is false; nothing else is looked at then
+    bad       what stands there cannot be used; ``cause`` says why
+
+and nothing that a row holds raises.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow import fs
+from dde_core.latents.schema import pair_id
 
-from services import storage
-from services.contracts import DatasetCounts
-from services.errors import BadRequest
+Shape = Literal["pair", "chosen", "ranking"]
+Cells = Mapping[str, Any]
+"""One row by the names that are read (contracts.Column). Text that is not UTF-8 is an empty bytes object."""
 
-IMAGE_COLUMNS = ("jpg_0", "jpg_1")
-LIGHT_COLUMNS = ("image_0_uid", "image_1_uid", "label_0", "label_1", "caption")
-_TYPES = {
-    **dict.fromkeys(IMAGE_COLUMNS, (pa.types.is_binary, pa.types.is_large_binary)),
-    **dict.fromkeys(("label_0", "label_1"), (pa.types.is_floating, pa.types.is_integer, pa.types.is_null)),
-    **dict.fromkeys(("image_0_uid", "image_1_uid", "caption"), (pa.types.is_string, pa.types.is_large_string)),
+MAX_CAPTION_CHARS = 10_000
+MAX_UID_CHARS = 1024
+MAX_RANKED = 64
+SLOTS: dict[Shape, tuple[tuple[str, str], ...]] = {
+    "pair": (("jpg_0", "image_0_uid"), ("jpg_1", "image_1_uid")),
+    "chosen": (("chosen", "chosen_uid"), ("rejected", "rejected_uid")),
 }
+"""Picture and uid columns of each slot; a ranking has lists."""
 
 
 @dataclass(frozen=True)
-class PairRow:
-    """One row without its pictures. ``file`` is relative to the dataset's URI; ``row`` counts within the row group."""
+class Preference:
+    """``winner`` and ``loser`` are slots of the row's pictures, ``label`` is the winner's share of the preference."""
 
-    file: str
-    row_group: int
-    row: int
-    uid_0: str
-    uid_1: str
-    caption: str
-    label_0: float | None
-    label_1: float | None
-    has_label: bool = True
-
-    @property
-    def kind(self) -> str:
-        """ "pair", "tie" or "missing"."""
-        labels = [label for label in (self.label_0, self.label_1) if label is not None and not math.isnan(label)]
-        if not self.has_label or len(labels) < 2 or not self.caption:
-            return "missing"
-        if labels[0] == labels[1] or self.uid_0 == self.uid_1:
-            return "tie"
-        return "pair" if math.isclose(sum(labels), 1.0, abs_tol=1e-6) and min(labels) >= 0 else "missing"
-
-    @property
-    def winner_first(self) -> tuple[str, str, float]:
-        """(the winner's uid, the loser's uid, the winner's label) of a decided pair."""
-        label_0, label_1 = float(self.label_0 or 0), float(self.label_1 or 0)
-        return (self.uid_0, self.uid_1, label_0) if label_0 > label_1 else (self.uid_1, self.uid_0, label_1)
-
-    @property
-    def key(self) -> str:
-        """Where the row stands in its source."""
-        return f"{self.file}:{self.row_group}:{self.row}"
+    winner: int
+    loser: int
+    label: float
+    pair_id: str
 
 
-def parquet_files(uri: str) -> list[str]:
-    """The Parquet files of a dataset, relative to its URI ("" where the URI is one file). Raises BadRequest."""
-    filesystem, path = storage.resolve(uri)
-    info = filesystem.get_file_info(path)
-    if info.type == fs.FileType.File:
-        return [""]
-    files = [name for name in storage.list_files(uri, recursive=True) if name.endswith(".parquet")]
-    if info.type == fs.FileType.NotFound:
-        raise BadRequest(f"uri {uri!r} does not exist", param="uri", code="not_found")
-    if not files:
-        raise BadRequest(f"uri {uri!r} holds no .parquet file", param="uri")
-    return files
-
-
-def open_parquet(uri: str, file: str) -> pq.ParquetFile:
-    """Open one file of a dataset. Raises BadRequest where it is no Parquet or lacks a column."""
-    full = storage.join(uri, file) if file else uri
-    filesystem, path = storage.resolve(full)
-    try:
-        parquet = pq.ParquetFile(filesystem.open_input_file(path))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BadRequest(f"uri {full!r} is not a Parquet file: {error}", param="uri", code="not_parquet") from error
-    schema = parquet.schema_arrow
-    missing = [name for name in _TYPES if name not in schema.names]
-    if missing:
-        raise BadRequest(f"uri {full!r} lacks the columns {', '.join(missing)}", param="uri", code="missing_columns")
-    for name, allowed in _TYPES.items():
-        if not any(check(schema.field(name).type) for check in allowed):
-            wanted = " or ".join(check.__name__.removeprefix("is_") for check in allowed if check is not pa.types.is_null)
-            message = f"column {name} of {full!r} has the wrong type {schema.field(name).type}, it must be {wanted}"
-            raise BadRequest(message, param="uri", code="wrong_column_type")
-    return parquet
-
-
-def read_rows(uri: str) -> Iterator[PairRow]:
-    """Every row of a dataset without its pictures, file by file. Raises BadRequest at the first unusable file."""
-    for file in parquet_files(uri):
-        parquet = open_parquet(uri, file)
-        columns = [*LIGHT_COLUMNS, *(["has_label"] if "has_label" in parquet.schema_arrow.names else [])]
-        for group in range(parquet.num_row_groups):
-            row = 0
-            for batch in parquet.iter_batches(row_groups=[group], columns=columns):
-                for values in batch.to_pylist():
-                    yield _pair_row(file, group, row, values)
-                    row += 1
-
-
-def _pair_row(file: str, group: int, row: int, values: dict) -> PairRow:
-    has_label, place = values.get("has_label"), f"{file}:{group}:{row}"
-    return PairRow(
-        file=file,
-        row_group=group,
-        row=row,
-        uid_0=values["image_0_uid"] or f"{place}:0",
-        uid_1=values["image_1_uid"] or f"{place}:1",
-        caption=values["caption"] or "",
-        label_0=values["label_0"],
-        label_1=values["label_1"],
-        has_label=has_label is None or bool(has_label),
-    )
-
-
-def inspect(uri: str) -> tuple[DatasetCounts, str]:
-    """``summarise`` of every row of a dataset."""
-    return summarise(uri, read_rows(uri))
-
-
-def summarise(uri: str, rows: Iterable[PairRow]) -> tuple[DatasetCounts, str]:
-    """Count a dataset's rows, and digest it: sha256 over the sorted hashes of rows and of the files' Parquet footers.
-
-    The pictures are not read; a footer holds the size and place of every column chunk, so pictures that were replaced
-    show. Raises BadRequest where a file cannot be used or no pair is decided.
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One row. ``key`` is where it stands in its source, "file:group:row"; ``uids`` has one entry a picture (none where the
+    row is missing or bad). ``ties`` counts the pairs of a decided ranking that are equal. ``pictures`` are bytes, or a path
+    from the dataset's folder or a URI, and are there only when they were asked for.
     """
-    counts, hashes = {"pair": 0, "tie": 0, "missing": 0}, []
-    for row in rows:
-        counts[row.kind] += 1
-        content = [row.uid_0, row.uid_1, row.caption, row.label_0, row.label_1, row.has_label]
-        hashes.append(hashlib.sha256(json.dumps(content).encode()).digest())
-    if not counts["pair"]:
-        raise BadRequest(
-            f"uri {uri!r} has no decided pair: {len(hashes)} rows, {counts['tie']} ties, {counts['missing']} without a label",
-            param="uri",
-            code="no_decided_pair",
+
+    key: str
+    uids: tuple[str, ...] = ()
+    caption: str = ""
+    preferences: tuple[Preference, ...] = ()
+    ties: int = 0
+    cause: str = ""
+    kind: Literal["decided", "tie", "missing", "bad"] = "decided"
+    pictures: tuple[bytes | str | None, ...] = ()
+
+
+class _Bad(ValueError):
+    """A row that cannot be used; the message is the cause."""
+
+
+def bad_row(key: str, cause: str, caption: str = "") -> Row:
+    return Row(key, caption=caption, cause=cause, kind="bad")
+
+
+def read_row(shape: Shape, key: str, cells: Cells, locate: Callable[[str], str], *, pictures: bool = False) -> Row:
+    """What one row says; ``locate`` turns the path of a picture, as the file has it, into one from the dataset's folder."""
+    caption = ""
+    try:
+        if _is_missing(shape, cells):
+            return Row(key, kind="missing")
+        caption = _caption(cells["caption"])
+        images, uids = _images(shape, cells)
+        found = [_locate(image, locate) for image in images]
+        names = tuple(_uid(uid, image, f"{key}:{slot}") for slot, (uid, image) in enumerate(zip(uids, found, strict=True)))
+        ordered = [pair for pair in _order(shape, cells, len(names)) if names[pair[0]] != names[pair[1]]]
+        return Row(
+            key,
+            names,
+            caption,
+            _preferences(shape, key, cells, names, caption, ordered),
+            ties=math.comb(len(names), 2) - len(ordered) if ordered else 0,
+            kind="decided" if ordered else "tie",
+            pictures=tuple(_content(image) for image in found) if pictures else (),
         )
-    hashes += [hashlib.sha256(_footer(uri, file)).digest() for file in parquet_files(uri)]
-    found = DatasetCounts(rows=sum(counts.values()), pairs=counts["pair"], ties=counts["tie"], missing=counts["missing"])
-    return found, hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
+    except _Bad as error:
+        return bad_row(key, str(error), caption)
 
 
-def _footer(uri: str, file: str) -> bytes:
-    """A Parquet file's name, size and metadata."""
-    filesystem, path = storage.resolve(storage.join(uri, file) if file else uri)
-    with filesystem.open_input_file(path) as stream:
-        size = stream.size()
-        length = int.from_bytes(stream.read_at(4, size - 8), "little")
-        return f"{file}\0{size}\0".encode() + stream.read_at(length, size - 8 - length)
+def _is_missing(shape: Shape, cells: Cells) -> bool:
+    has_label = cells.get("has_label")
+    if has_label is not None and not isinstance(has_label, bool | int):
+        raise _Bad("wrong_type")
+    labels = {"pair": ("label_0", "label_1"), "chosen": (), "ranking": ("ranks",)}[shape]
+    return has_label in (False, 0) or any(name in cells and cells[name] is None for name in labels)
+
+
+def _caption(value: Any) -> str:
+    if value is None or value == "":
+        raise _Bad("caption_missing")
+    text = _text(value)
+    if len(text) > MAX_CAPTION_CHARS:
+        raise _Bad("caption_too_long")
+    if "\0" in text:
+        raise _Bad("caption_null_byte")
+    if not text.strip():
+        raise _Bad("caption_missing")
+    return text
+
+
+def _text(value: Any) -> str:
+    """Text that can be written as UTF-8: JSON can hold half of a surrogate pair."""
+    if isinstance(value, bytes):
+        raise _Bad("not_unicode")
+    if not isinstance(value, str):
+        raise _Bad("wrong_type")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _Bad("not_unicode") from error
+    return value
+
+
+def _images(shape: Shape, cells: Cells) -> tuple[list[Any], list[Any]]:
+    """The row's picture cells and uid cells, one a slot."""
+    if shape != "ranking":
+        return [cells.get(image) for image, _ in SLOTS[shape]], [cells.get(uid) for _, uid in SLOTS[shape]]
+    images = cells["images"]
+    if images is None:
+        raise _Bad("image_missing")
+    if not isinstance(images, list):
+        raise _Bad("wrong_type")
+    if not 2 <= len(images) <= MAX_RANKED:
+        raise _Bad("too_few_images" if len(images) < 2 else "too_many_images")
+    uids = cells.get("image_uids")
+    if uids is None:
+        return images, [None] * len(images)
+    if not isinstance(uids, list) or len(uids) != len(images):
+        raise _Bad("uids_length")
+    return images, uids
+
+
+def _locate(image: Any, locate: Callable[[str], str]) -> Any:
+    """The picture cell with its path from the dataset's folder; no path and no bytes is no picture."""
+    if isinstance(image, dict):
+        content, path = image.get("bytes"), image.get("path")
+        if not isinstance(content, bytes | None) or not isinstance(path, str | None):
+            raise _Bad("wrong_type")
+        return image if content is not None or not path else {"path": locate(_text(path))}
+    if isinstance(image, str):
+        return locate(_text(image)) if image else None
+    if not isinstance(image, bytes | None):
+        raise _Bad("wrong_type")
+    return image
+
+
+def _content(image: Any) -> bytes | str | None:
+    """Bytes of a picture, else where it lies; Hugging Face's cells hold either."""
+    if not isinstance(image, dict):
+        return image
+    content = image.get("bytes")
+    return content if content is not None else image.get("path") or None
+
+
+def _uid(value: Any, image: Any, default: str) -> str:
+    """The uid column, else the picture's path (of a column of paths), else where the picture stands."""
+    if value is None or value == "":
+        value = image if isinstance(image, str) else default
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+    if "\0" in text:
+        raise _Bad("uid_null_byte")
+    if len(text) > MAX_UID_CHARS:
+        raise _Bad("uid_too_long")
+    return text
+
+
+def _order(shape: Shape, cells: Cells, count: int) -> list[tuple[int, int, float]]:
+    """(winner, loser, the winner's share) of every two slots that differ."""
+    if shape == "chosen":
+        return [(0, 1, 1.0)]
+    if shape == "pair":
+        first, second = _labels(cells)
+        return [] if first == second else [(0, 1, first) if first > second else (1, 0, second)]
+    ranks = _ranks(cells["ranks"], count) if "ranks" in cells else list(range(count))
+    pairs = [(i, j) for i, j in combinations(range(count), 2) if ranks[i] != ranks[j]]
+    return [(i, j, 1.0) if ranks[i] < ranks[j] else (j, i, 1.0) for i, j in pairs]
+
+
+def _labels(cells: Cells) -> tuple[float, float]:
+    first, second = _number(cells["label_0"]), _number(cells["label_1"])
+    if math.isnan(first) or math.isnan(second):
+        raise _Bad("label_nan")
+    usable = all(math.isfinite(label) and label >= 0 for label in (first, second))
+    if not usable or (first != second and not math.isclose(first + second, 1.0, rel_tol=0, abs_tol=1e-6)):
+        raise _Bad("label_sum")
+    return first, second
+
+
+def _ranks(values: Any, count: int) -> list[float]:
+    if not isinstance(values, list):
+        raise _Bad("wrong_type")
+    if len(values) != count:
+        raise _Bad("ranks_length")
+    ranks = [math.nan if value is None else _number(value) for value in values]
+    if not all(map(math.isfinite, ranks)):
+        raise _Bad("ranks_nan")
+    return ranks
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _Bad("wrong_type")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _preferences(
+    shape: Shape, key: str, cells: Cells, uids: tuple[str, ...], caption: str, ordered: list[tuple[int, int, float]]
+) -> tuple[Preference, ...]:
+    """Pair ids are the mapped column, or the hash of what identifies the row; a ranking's are told apart by the slots."""
+    given = cells.get("pair_id")
+    row_id = None if given is None or given == "" else _uid(given, None, key)
+
+    def identify(winner: int, loser: int) -> str:
+        low, high = sorted((winner, loser))
+        slots = f":{low}:{high}" if shape == "ranking" else ""
+        return f"{row_id}{slots}" if row_id else pair_id(uids[low], uids[high], caption, key + slots)
+
+    return tuple(Preference(winner, loser, label, identify(winner, loser)) for winner, loser, label in ordered)

@@ -1,0 +1,111 @@
+"""From the bytes of a picture file to pixels of one size. Nothing that the bytes hold raises anything but BadPicture."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""No other decoder is ever run."""
+MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "La", "RGBa", "YCbCr"}
+_DEEP = re.compile(r"\b(L|LA|RGB|RGBA|RGBa|RGBX);16")
+"""Raw modes of more than 8 bits a channel, which PIL may cut to 8 ("RGB;16B")."""
+_HEADERS = {
+    b"\x89PNG\r\n\x1a\n": (16, ">II"),
+    b"GIF8": (6, "<HH"),
+    b"BM": (18, "<ii"),
+    b"\xff\xd8\xff": (3, ""),
+    b"RIFF": (12, ""),
+    b"II*\0": (4, ""),
+    b"MM\0*": (4, ""),
+}
+"""How files begin, and where width and height stand in those whose header has them in a fixed place."""
+MAX_PIXELS = 1 << 26
+MAX_FILE_BYTES = 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """``pixels`` uint8 [size, size, 3]; the original (height, width) and the (top, left) of the centre crop, in pixels."""
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    crop: tuple[int, int]
+
+
+class BadPicture(ValueError):
+    """A picture that cannot be used; ``cause`` is one word, ``detail`` says more."""
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(cause, detail)
+        self.cause, self.detail = cause, detail
+
+    def __str__(self) -> str:
+        return f"{self.cause}: {self.detail}" if self.detail else self.cause
+
+
+def decode(data: bytes | None, size: int, flip: bool = False) -> Picture:
+    """Decode, turn upright (EXIF), cut the centre square, resize to ``size`` pixels, mirror if ``flip``. Raises BadPicture."""
+    if data is None:
+        raise BadPicture("image_missing")
+    if not data:
+        raise BadPicture("image_empty")
+    if len(data) > MAX_FILE_BYTES:
+        raise BadPicture("image_too_large", f"more than {MAX_FILE_BYTES} bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        picture = _pixels(data)
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    if side != size:
+        square = square.resize((size, size), Image.Resampling.LANCZOS)
+    if flip:
+        square = ImageOps.mirror(square)
+    return Picture(np.array(square), (picture.height, picture.width), (top, left))
+
+
+def _pixels(data: bytes) -> Image.Image:
+    """The picture as RGB. Everything the header tells is looked at before anything is decoded."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check(image)
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except BadPicture:
+        raise
+    except UnidentifiedImageError as error:
+        raise _unidentified(data) from error
+    except Image.DecompressionBombError as error:
+        raise BadPicture("image_too_large", str(error)) from error
+    except Exception as error:  # a decoder may raise anything on bytes that somebody made for it
+        raise BadPicture("image_broken", f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def _check(image: ImageFile.ImageFile) -> None:
+    """Raises BadPicture for what is too large, or where we would have to guess the colours or the frame that was judged."""
+    if image.width * image.height > MAX_PIXELS:
+        raise BadPicture("image_too_large", f"{image.width}x{image.height} pixels")
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with previews behind it
+        raise BadPicture("image_animated", f"{getattr(image, 'n_frames', 2)} frames")
+    if image.mode == "CMYK":
+        raise BadPicture("image_cmyk")
+    if image.mode.startswith(("I", "F")) or any(_DEEP.search(str(tile.args)) for tile in image.tile):
+        raise BadPicture("image_16bit", f"mode {image.mode}")
+    if image.mode not in MODES:
+        raise BadPicture("image_colour_space", f"mode {image.mode}")
+
+
+def _unidentified(data: bytes) -> BadPicture:
+    """Why PIL knows no picture in the bytes: it does not say that a side is zero, or that the rest of a header is broken."""
+    for magic, (offset, sides) in _HEADERS.items():
+        if data.startswith(magic):
+            cut = len(data) < offset + struct.calcsize(sides)
+            zero = not cut and 0 in struct.unpack_from(sides, data, offset)
+            return BadPicture("image_zero_size" if zero else "image_broken", "its header cannot be read")
+    return BadPicture("image_not_an_image", f"begins with {data[:16]!r}")
