@@ -1,141 +1,175 @@
-"""Read latent shards in an order that is a function of (seed, step) alone, so a run can stop and go on anywhere.
+"""Read latent shards in an order that is a function of (seed, step) and the dataset, so a run can stop and go on anywhere.
 
-Batch s of B pairs is positions s B .. (s+1) B - 1 of the endless sequence "every pair once in the order of epoch 0,
-then in the order of epoch 1, ...". A pair's n-th visit uses draw n of its noise and timestep. A worker takes every N-th
-row of the global batch, so the batch does not depend on the number of workers.
+Batch s of B pairs is visits s B .. (s+1) B - 1 of the endless sequence "every pair once in the order of epoch 0,
+then in the order of epoch 1, ..." (``order.py``). A pair's n-th visit uses draw n of its noise and timestep. A worker takes
+every N-th row of the global batch, so the batch does not depend on the number of workers.
 
-Pairs that are held out are in no batch. They are chosen by their captions, whole captions at a time and the same ones
-whatever the run's seed is, so that no caption is on both sides.
+In memory are the rows of this batch and of the next, and a byte for each pair of the dataset. Shards lie in a cache on the
+local disk (``cache.py``), where those of the order's next window arrive before they are needed.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
+from typing import Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from jaxtyping import Float, Int
 from pyarrow import fs
 
 from dde_core.errors import ConfigError, DataError
-from dde_core.latents.schema import MANIFEST, Manifest, token_columns
-from dde_core.noise import permutation
+from dde_core.latents.cache import CACHE_BYTES, ShardCache
+from dde_core.latents.held_out import dataset_keys, hold_out
+from dde_core.latents.order import WINDOW_PAIRS, VisitOrder, Window
+from dde_core.latents.rows import LatentRows, Part, take_rows
+from dde_core.latents.schema import MANIFEST, Manifest
 
+BYTES_BESIDE = 256
+"""Of a row, beside latents and tokens: ids, sizes, crops."""
 
-@dataclass(frozen=True, eq=False)
-class LatentRows:
-    """A worker's part of b rows. ``positions`` are the rows' places among all workers' rows, ``draws`` their visits.
-
-    ``shards`` and ``places`` say where a row stands in the dataset: the shard's number in the manifest, the row in it.
-    ``sizes_*`` are original (height, width), ``crops_*`` (top, left) of what was cut of it, in pixels.
-    """
-
-    positions: Int[np.ndarray, " b"]
-    draws: Int[np.ndarray, " b"]
-    shards: Int[np.ndarray, " b"]
-    places: Int[np.ndarray, " b"]
-    pair_ids: tuple[str, ...]
-    token_ids: Int[np.ndarray, "b k s"]
-    latents_w: Float[np.ndarray, "b c h w"]
-    latents_l: Float[np.ndarray, "b c h w"]
-    sizes_w: Int[np.ndarray, "b 2"]
-    sizes_l: Int[np.ndarray, "b 2"]
-    crops_w: Int[np.ndarray, "b 2"]
-    crops_l: Int[np.ndarray, "b 2"]
-
-    def __len__(self) -> int:
-        return len(self.pair_ids)
-
-    def rows(self, keep: slice) -> LatentRows:
-        """Some of the rows."""
-        return LatentRows(**{field.name: getattr(self, field.name)[keep] for field in fields(self)})
-
-    def visit(self, number: int) -> LatentRows:
-        """The same rows at their n-th visit."""
-        return replace(self, draws=np.full(len(self), number))
+Asked = tuple[int, int, int, int, int]
+"""The arguments of ``LatentReader.batch``."""
 
 
 class LatentReader:
-    """Holds a dataset's shards in memory (a pair of 512 px pictures takes 64 KB) and hands out batches."""
+    """Hands out batches of the dataset at ``path``. A thread reads one batch ahead, one fetches shards; ``close`` ends them.
 
-    def __init__(self, filesystem: fs.FileSystem, path: str, held_out_pairs: int = 0) -> None:
+    All readers of a machine should share ``cache``, a folder that holds at most ``cache_bytes`` of shards.
+    ``window_pairs`` is a part of the order.
+    """
+
+    def __init__(
+        self,
+        filesystem: fs.FileSystem,
+        path: str,
+        held_out_pairs: int = 0,
+        *,
+        cache: Path | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        window_pairs: int = WINDOW_PAIRS,
+    ) -> None:
         """Keep at least ``held_out_pairs`` pairs out of the batches.
 
-        Raises DataError where there is no manifest, or a shard is not what the manifest says; ConfigError where no pair is
-        left to train on.
+        Raises DataError where there is no manifest or not every shard (what is in a shard is checked when it is fetched);
+        ConfigError where no pair is left to train on, or the cache cannot hold a window.
         """
-        try:
-            with filesystem.open_input_stream(f"{path}/{MANIFEST}") as stream:
-                self.manifest = Manifest.from_json(stream.read())
-        except FileNotFoundError as error:
-            raise DataError(f"{path!r} holds no dataset: it has no {MANIFEST}") from error
-        self._table = pa.concat_tables(self._read(filesystem, f"{path}/{s.name}", s.sha256) for s in self.manifest.shards)
-        held_out = np.zeros(len(self._table), bool)
+        self.manifest = read_manifest(filesystem, path)
+        rows = [shard.rows for shard in self.manifest.shards]
+        held_out = np.zeros(sum(rows), bool)
         if held_out_pairs:
-            held_out = hold_out([caption.tobytes() for caption in self._tokens(self._table)], held_out_pairs)
-        self._trained, self._held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-        if not len(self._trained):
-            raise ConfigError("held_out_pairs", held_out_pairs, f"leaves none of {len(self._table)} pairs to train on")
+            held_out = hold_out(dataset_keys(filesystem, path, self.manifest), held_out_pairs)
+        self._order = VisitOrder(rows, held_out, window_pairs)
+        if not len(self):
+            raise ConfigError("held_out_pairs", held_out_pairs, f"leaves none of {len(held_out)} pairs to train on")
+        self._cache = ShardCache(filesystem, path, self.manifest.shards, cache, cache_bytes)
+        self._cache_bytes, needed = cache_bytes, self._bytes(min(sum(rows), window_pairs + max(rows)))
+        if cache_bytes < needed:
+            raise ConfigError("cache_bytes", cache_bytes, f"must be {needed} for a window of {window_pairs} pairs")
+        self._batches, self._fetches = (ThreadPoolExecutor(1, name) for name in ("batches", "shards"))
+        self._reading = threading.Lock()
+        self._next: tuple[Asked, Future[LatentRows]] | None = None
+        self._at: tuple[Window, int, int] | None = None
+        self._wanted: Iterator[int] = iter(())
 
     def __len__(self) -> int:
         """The number of pairs in an epoch."""
-        return len(self._trained)
+        return len(self._order)
 
-    @staticmethod
-    def _read(filesystem: fs.FileSystem, path: str, sha256: str) -> pa.Table:
-        with filesystem.open_input_stream(path) as stream:
-            data = stream.read()
-        found = hashlib.sha256(data).hexdigest()
-        if found != sha256:
-            raise DataError(f"shard {path!r} has sha256 {found}, the manifest says {sha256}")
-        return pq.read_table(pa.BufferReader(data))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads, after the shard that they are at. Nothing is handed out any more."""
+        self._cache.close()
+        for threads in (self._batches, self._fetches):
+            threads.shutdown(cancel_futures=True)
 
     def batch(self, seed: int, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> LatentRows:
-        """Rank's rows of global batch ``step`` (counted from 0)."""
-        places = step * batch_size + np.arange(rank, batch_size, world_size)
-        epochs, offsets = places // len(self), places % len(self)
-        order = {epoch: permutation(seed, int(epoch), len(self)) for epoch in np.unique(epochs)}
-        rows = np.array([order[e][o] for e, o in zip(epochs, offsets, strict=True)], dtype=np.int64)
-        return self._rows(self._trained[rows], places - step * batch_size, epochs)
+        """Rank's rows of global batch ``step`` (counted from 0). Those of the next step are read while these are used."""
+        asked, following = ((seed, some, batch_size, rank, world_size) for some in (step, step + 1))
+        ahead, self._next = self._next, None  # an error is raised once: whoever asks again has the rows read again
+        if ahead and ahead[0] == asked:
+            rows = ahead[1].result()
+        else:
+            if ahead:
+                ahead[1].cancel()
+            rows = self._batches.submit(self._read, *asked).result()
+        self._next = following, self._batches.submit(self._read, *following)
+        return rows
 
     def held_out(self, rank: int = 0, world_size: int = 1) -> LatentRows:
         """Rank's rows of the pairs that are in no batch."""
-        places = np.arange(rank, len(self._held_out), world_size)
-        return self._rows(self._held_out[places], places, np.zeros_like(places))
+        shards, places = self._order.held_out[:, rank::world_size]
+        positions = np.arange(rank, self.num_held_out, world_size)
+        return self._rows(positions, np.zeros_like(positions), [(np.arange(len(positions)), shards, places)])
 
     @property
     def num_held_out(self) -> int:
         """The number of pairs that are in no batch."""
-        return len(self._held_out)
+        return self._order.held_out.shape[1]
 
-    def _rows(self, chosen: np.ndarray, positions: np.ndarray, draws: np.ndarray) -> LatentRows:
-        rows, latent_shape = self._table.take(chosen), self.manifest.latent_shape
-        return LatentRows(
-            positions=positions,
-            draws=draws,
-            pair_ids=tuple(rows["pair_id"].to_pylist()),
-            token_ids=self._tokens(rows),
-            **{f"latents_{side}": self._array(rows, f"latents_{side}", latent_shape) for side in "wl"},
-            **{f"sizes_{side}": self._array(rows, f"size_{side}", (2,)) for side in "wl"},
-            **{f"crops_{side}": self._array(rows, f"crop_{side}", (2,)) for side in "wl"},
-        )
+    def shard(self, number: int) -> LatentRows:
+        """All rows of one shard, held out or not, in its order, at visit 0."""
+        places = np.arange(self.manifest.shards[number].rows)
+        return self._rows(places, np.zeros_like(places), [(places, np.full_like(places, number), places)])
 
-    def _tokens(self, rows: pa.Table) -> np.ndarray:
-        names = token_columns(self.manifest.num_tokenizers)
-        return np.stack([self._array(rows, name, (self.manifest.num_tokens,)) for name in names], axis=1)
+    def _read(self, seed: int, step: int, batch_size: int, rank: int, world_size: int) -> LatentRows:
+        positions = np.arange(rank, batch_size, world_size)
+        visits = step * batch_size + positions
+        with self._reading:
+            return self._rows(positions, visits // len(self), self._visits(seed, visits, rank, world_size))
 
-    @staticmethod
-    def _array(rows: pa.Table, column: str, shape: tuple[int, ...]) -> np.ndarray:
-        values = rows[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return values.reshape(len(rows), *shape)
+    def _visits(self, seed: int, visits: np.ndarray, rank: int, world_size: int) -> Iterator[Part]:
+        for window, rows, shards, places in self._order.visits(seed, visits):
+            self._turn_to(window, rank, world_size)
+            yield rows, shards, places
+
+    def _turn_to(self, window: Window, rank: int, world_size: int) -> None:
+        """Have the shards of this window and the next kept and fetched, as far as there is room. Each rank starts elsewhere."""
+        if self._at == (window, rank, world_size):
+            return
+        self._at = window, rank, world_size
+        numbers = [np.roll(some.shards, -len(some.shards) * rank // world_size) for some in (window, self._order.after(window))]
+        wanted = list(dict.fromkeys(np.concatenate(numbers).tolist()))
+        room = accumulate(self._bytes(self.manifest.shards[number].rows) for number in wanted)
+        fitting = [number for number, used in zip(wanted, room, strict=True) if used <= self._cache_bytes]
+        self._cache.keep(fitting)
+        self._wanted = iter(fitting)
+        self._fetches.submit(self._fetch, self._wanted)
+
+    def _fetch(self, wanted: Iterator[int]) -> None:
+        """One of them, and then the others: no thread goes on when its process ends."""
+        if self._wanted is wanted and (number := next(wanted, None)) is not None:
+            with self._reading:  # a batch that needs shards goes first
+                pass
+            with suppress(OSError, DataError):  # raised where a batch needs the shard
+                self._cache.fetch(number)
+            self._fetches.submit(self._fetch, wanted)
+
+    def _bytes(self, rows: int) -> int:
+        """Of so many rows in the cache, estimated: two sides of float16, int32 tokens."""
+        latents, tokens = int(np.prod(self.manifest.latent_shape)), self.manifest.num_tokenizers * self.manifest.num_tokens
+        return rows * (4 * latents + 4 * tokens + BYTES_BESIDE)
+
+    def _rows(self, positions: np.ndarray, draws: np.ndarray, parts: Iterable[Part]) -> LatentRows:
+        return take_rows(self._cache, self.manifest, positions, draws, parts)
 
 
-def hold_out(captions: Sequence[bytes], num_pairs: int) -> np.ndarray:
-    """bool [n]: whole captions in the order of their hashes, until they are at least ``num_pairs`` pairs."""
-    keys = np.array([hashlib.sha256(caption).hexdigest() for caption in captions])
-    distinct, caption_of, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    before = np.cumsum(counts) - counts
-    return (before < num_pairs)[caption_of] if len(distinct) else np.zeros(0, bool)
+def read_manifest(filesystem: fs.FileSystem, path: str) -> Manifest:
+    """The manifest of a dataset all of whose shards are there."""
+    try:
+        with filesystem.open_input_stream(f"{path}/{MANIFEST}") as stream:
+            manifest = Manifest.from_json(stream.read())
+    except FileNotFoundError as error:
+        raise DataError(f"{path!r} holds no dataset: it has no {MANIFEST}") from error
+    there = {info.base_name for info in filesystem.get_file_info(fs.FileSelector(path))}
+    if missing := [shard.name for shard in manifest.shards if shard.name not in there]:
+        raise DataError(f"{path!r} lacks {len(missing)} shards that its {MANIFEST} names: {missing[0]}")
+    return manifest

@@ -1,0 +1,53 @@
+"""Which pairs are held out: chosen by their captions, whole captions at a time, the same ones whatever the run's seed is."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Int, UInt64
+from pyarrow import fs
+
+from dde_core.errors import DataError
+from dde_core.latents.schema import Manifest, Shard, token_columns
+
+READERS = 8
+"""Shards whose captions are read at once: an object store answers slowly and often."""
+
+
+def hold_out(keys: UInt64[np.ndarray, " n"], num_pairs: int) -> Bool[np.ndarray, " n"]:
+    """Whole captions in the order of their keys, until they are at least ``num_pairs`` pairs."""
+    _, caption_of, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    before = np.cumsum(counts) - counts
+    return (before < num_pairs)[caption_of]
+
+
+def caption_keys(tokens: Int[np.ndarray, "n k s"]) -> UInt64[np.ndarray, " n"]:
+    """The first 64 bits of sha256 over each caption's tokens. Captions that agree in them stay together, which does no harm."""
+    digests = (hashlib.sha256(caption.tobytes()).digest() for caption in tokens)
+    return np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64, len(tokens))
+
+
+def dataset_keys(filesystem: fs.FileSystem, path: str, manifest: Manifest) -> UInt64[np.ndarray, " pairs"]:
+    """The keys of every pair's caption, shard by shard: of their files only the columns with tokens are read."""
+
+    def of_shard(shard: Shard) -> np.ndarray:
+        return caption_keys(_tokens(filesystem, f"{path}/{shard.name}", shard.rows, manifest))
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return np.concatenate([np.zeros(0, np.uint64), *readers.map(of_shard, manifest.shards)])
+
+
+def _tokens(filesystem: fs.FileSystem, path: str, rows: int, manifest: Manifest) -> Int[np.ndarray, "n k s"]:
+    names = token_columns(manifest.num_tokenizers)
+    try:
+        with filesystem.open_input_file(path) as file:
+            table = pq.ParquetFile(file).read(columns=names, use_threads=False)
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise DataError(f"shard {path!r} cannot be read: {error}") from error
+    if len(table) != rows:
+        raise DataError(f"shard {path!r} has {len(table)} rows, the manifest says {rows}")
+    return np.stack([table[name].combine_chunks().flatten().to_numpy().reshape(rows, -1) for name in names], axis=1)
