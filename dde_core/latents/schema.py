@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from dde_core.errors import DataError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 
 
@@ -50,7 +50,7 @@ class Manifest:
     """Written last: shards without a manifest do not exist.
 
     ``digest`` names the content (settings, encoder, pairs), whatever way rows fell into shards. ``counts`` holds rows,
-    pairs, ties, missing (no label), corrupt (rows quarantined), duplicates (rows that repeat a pair) and images.
+    pairs, ties, missing (no label), bad (rows quarantined; ``bad`` by cause), duplicates (repeated pairs) and images.
     """
 
     digest: str
@@ -61,6 +61,7 @@ class Manifest:
     num_tokens: int
     counts: dict[str, int]
     shards: tuple[Shard, ...]
+    bad: dict[str, int] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> bytes:
@@ -76,11 +77,16 @@ class Manifest:
         return cls(shards=shards, latent_shape=tuple(values.pop("latent_shape")), **values)
 
 
-def dataset_digest(settings: Mapping[str, Any], encoder_digest: str, pairs: Iterable[tuple[str, str, str, float]]) -> str:
-    """sha256 over settings, encoder and the sorted (pair id, winner's image sha256, loser's image sha256, label)."""
+def pair_digest(pair_id: str, sha256_w: bytes, sha256_l: bytes, label: float) -> bytes:
+    """32 bytes that stand for a pair's content: its id, its pictures' files and the winner's label."""
+    return hashlib.sha256(json.dumps([pair_id, sha256_w.hex(), sha256_l.hex(), label]).encode()).digest()
+
+
+def dataset_digest(settings: Mapping[str, Any], encoder_digest: str, pairs: Iterable[bytes]) -> str:
+    """sha256 over settings, encoder and the sorted ``pair_digest`` of every pair: rows may fall into shards in any way."""
     digest = hashlib.sha256(json.dumps([dict(settings), encoder_digest], sort_keys=True).encode())
     for pair in sorted(pairs):
-        digest.update(json.dumps(pair).encode())
+        digest.update(pair)
     return digest.hexdigest()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,6 +24,13 @@ def write_shard(number: int, table: pa.Table, write: Callable[[str, bytes], None
     return Shard(name=name, rows=len(table), sha256=sha256)
 
 
-def shard_table(columns: Mapping[str, list], schema: pa.Schema) -> pa.Table:
-    """A table of the schema from columns of Python or numpy values (latents as flat float16 arrays)."""
-    return pa.table({field.name: pa.array(columns[field.name], type=field.type) for field in schema}, schema=schema)
+def shard_table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    """A table of the schema from columns of Python or numpy values (latents as rows of float16)."""
+    return pa.table({field.name: _column(columns[field.name], field.type) for field in schema}, schema=schema)
+
+
+def _column(values: Any, kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_fixed_size_list(kind):
+        return pa.array(values, type=kind)
+    flat = np.asarray(values, dtype=kind.value_type.to_pandas_dtype()).ravel()
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=kind)

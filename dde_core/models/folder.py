@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from dde_core.errors import ModelError
 from dde_core.family import COMPONENTS, check_unet, family_of, missing_components
+from dde_core.models.tokens import load_tokenizers
 from dde_core.schedule import Schedule
 
 WEIGHTS = {"dtype": torch.float32, "use_safetensors": True}
@@ -71,12 +72,22 @@ class ModelFolder:
 
     def tokenizers(self) -> list[CLIPTokenizer]:
         """One tokenizer for each text encoder."""
-        names = [name for name in COMPONENTS[self.family] if name.startswith("tokenizer")]
-        return [self._load(CLIPTokenizer, name) for name in names]
+        return load_tokenizers(self.path, self.family)
 
     def picture_size(self) -> int:
         """Height and width in pixels that the U-Net was made for."""
-        return self._config("unet")["sample_size"] * 2 ** (len(self._config("vae")["block_out_channels"]) - 1)
+        return self._config("unet")["sample_size"] * self._vae_factor
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """[c h w] of a square picture's latents. Raises ModelError for a size in pixels that the VAE cannot halve so often."""
+        if resolution % self._vae_factor:
+            raise ModelError(f"resolution = {resolution} is no multiple of {self._vae_factor}, the factor of the VAE")
+        side = resolution // self._vae_factor
+        return self._config("vae")["latent_channels"], side, side
+
+    @property
+    def _vae_factor(self) -> int:
+        return 2 ** (len(self._config("vae")["block_out_channels"]) - 1)
 
     @property
     def no_caption_is_zeros(self) -> bool:
@@ -104,7 +115,7 @@ def encode_images(vae: AutoencoderKL, pictures: UInt8[np.ndarray, "b height widt
     """
     size, latents = pictures_at_once(*pictures.shape[1:3]), []
     for start in range(0, len(pictures), size):
-        pixels = torch.from_numpy(pictures[start : start + size]).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = torch.from_numpy(pictures[start : start + size].copy()).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents.append((vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).to(torch.float16).cpu().numpy())
     return np.concatenate(latents)
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from dde_core.conditioning import Conditioning
 from dde_core.models.folder import ModelFolder
-
-
-def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Int[np.ndarray, "b k s"]:
-    """Token ids of each of k tokenizers, padded and cut to the tokenizer's length."""
-    settings = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
-    ids = [each(list(captions), max_length=each.model_max_length, **settings).input_ids for each in tokenizers]
-    return np.stack(ids, axis=1).astype(np.int32)
+from dde_core.models.tokens import tokenize
 
 
 class TextEncoders:

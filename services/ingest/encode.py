@@ -1,174 +1,170 @@
-"""Preference pairs in, latent shards and a manifest out."""
+"""Preference pairs in, latent shards and a manifest out. Read it top to bottom: find, plan, encode, join, tell."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
-from transformers import CLIPTokenizer
+import numpy as np
 
 from dde_core.errors import DataError
 from dde_core.family import COMPONENTS
-from dde_core.latents.schema import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    Manifest,
-    Shard,
-    dataset_digest,
-    pair_id,
-    shard_schema,
-    token_columns,
-)
-from dde_core.latents.writer import shard_table, write_shard
+from dde_core.latents.schema import MANIFEST, SCHEMA_VERSION, Manifest, Shard, dataset_digest
 from dde_core.models.folder import ModelFolder
-from dde_core.models.text import tokenize
-from services import pairs, registry, storage
+from services import registry, storage
 from services.contracts import EncodeResult, EncodeSpec
 from services.errors import BadRequest
-from services.ingest.stages import Unit, encode_dataset
+from services.ingest import committed
+from services.ingest.joining import ShardWork
+from services.ingest.plan import Plan, Planner, images_per_block
+from services.ingest.progress import Progress
+from services.ingest.quarantine import Quarantine, check_bad
+from services.ingest.stages import encode_blocks, join_shards
+from services.inspection import Summary
 from services.observability import Journal
-from services.pairs import PairRow
+from services.sources import Source, open_source
 
+SHARD_BYTES = 64 * 1024**2
 PAIRS_PER_SHARD = 1000
-QUARANTINE = "quarantine.jsonl"
-
-Images = dict[str, dict[str, Any]]
-"""Encoded images by uid: latents, sha256, size, crop, error."""
 
 
 def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
-    """Encode a dataset, or find that it was encoded before with the same content, encoder and settings."""
+    """Encode a dataset, go on where a killed run ended, or find that it is encoded with this content, encoder and settings.
+
+    Raises BadRequest where the source has changed or too many rows are bad, DataError where no pair is left.
+    """
     began = time.monotonic()
-    folder = ModelFolder(*registry.fetch(spec.model))
-    settings = {"resolution": folder.picture_size(), "crop": "centre", "flip": "none"}
+    folder, source = ModelFolder(*registry.fetch(spec.model)), open_source(spec.source)
+    settings = {"resolution": spec.data.resolution or folder.picture_size(), "crop": "centre", "flip": spec.data.flip}
     encoder_digest = _encoder_digest(folder)
-    identity = [SCHEMA_VERSION, spec.dataset_digest, encoder_digest, settings]
+    identity = [SCHEMA_VERSION, spec.source_digest, encoder_digest, settings]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     target = storage.join(spec.output, key)
-    reused = storage.exists(storage.join(target, MANIFEST))
-    if reused:
+    manifest = _find(target)
+    if reused := manifest is not None:
         journal.event(f"dataset {key} is encoded already")
-        manifest = Manifest.from_json(storage.read_bytes(storage.join(target, MANIFEST)))
     else:
-        manifest = _encode_new(spec, journal, folder, settings, encoder_digest, target)
+        try:
+            manifest = _encode_new(spec, journal, source, folder, settings, encoder_digest, target)
+            storage.write_bytes(storage.join(target, MANIFEST), manifest.to_json())
+        except Exception:
+            if (manifest := _find(target)) is None:  # else another run was faster, and has cleared the blocks away
+                raise
+    check_bad(manifest.counts["bad"], manifest.counts["rows"], manifest.bad, spec.data.max_bad_fraction)
+    committed.clear(target)  # a run that was killed after its manifest has left them
     journal.event(f"{manifest.counts['pairs']} pairs encoded: {manifest.counts}")
     return EncodeResult(
-        dataset=target, digest=manifest.digest, counts=manifest.counts, reused=reused, seconds=time.monotonic() - began
+        dataset=target,
+        digest=manifest.digest,
+        counts=manifest.counts,
+        bad=manifest.bad,
+        reused=reused,
+        seconds=time.monotonic() - began,
     )
 
 
-def _encode_new(
-    spec: EncodeSpec, journal: Journal, folder: ModelFolder, settings: dict, encoder_digest: str, target: str
-) -> Manifest:
-    rows = list(pairs.read_rows(spec.dataset_uri))
-    if (found := pairs.summarise(spec.dataset_uri, rows)[1]) != spec.dataset_digest:
-        message = f"dataset {spec.dataset_uri!r} has changed: digest {found}, registered as {spec.dataset_digest}"
-        raise BadRequest(message, param="dataset", code="dataset_changed")
-    decided = [row for row in rows if row.kind == "pair"]
-    units = plan_units(spec.dataset_uri, decided)
-    images: Images = {}
-    total, began = sum(len(unit["wanted"]) for unit in units), time.monotonic()
-    journal.event(f"{len(decided)} decided pairs of {len(rows)} rows: {total} pictures to encode")
-    for block in encode_dataset(units, spec.model, settings["resolution"], spec.actors, spec.use_gpu):
-        images |= {uid: {name: values[i] for name, values in block.items()} for i, uid in enumerate(block["uid"])}
-        rate = len(images) / (time.monotonic() - began)
-        journal.metrics(len(images), {"images": len(images), "images_total": total, "images_per_s": rate})
+def _find(target: str) -> Manifest | None:
+    uri = storage.join(target, MANIFEST)
+    return Manifest.from_json(storage.read_bytes(uri)) if storage.exists(uri) else None
 
-    usable = [row for row in decided if not images[row.uid_0]["error"] and not images[row.uid_1]["error"]]
-    _quarantine(target, decided, images, journal)
-    if not usable:
-        raise DataError(
-            f"dataset {spec.dataset_uri!r} has no pair left: all {len(decided)} decided pairs hold a corrupt picture"
-        )
-    latent_shape, tokenizers = images[usable[0].uid_0]["latents"].shape, folder.tokenizers()
-    shards = tuple(_write_shards(target, usable, images, tokenizers, latent_shape))
-    manifest = Manifest(
-        digest=dataset_digest(settings, encoder_digest, [_identity(row, images) for row in usable]),
+
+def _encode_new(
+    spec: EncodeSpec,
+    journal: Journal,
+    source: Source,
+    folder: ModelFolder,
+    settings: dict[str, Any],
+    encoder_digest: str,
+    target: str,
+) -> Manifest:
+    size = settings["resolution"]
+    latent_shape, tokenizers = folder.latent_shape(size), folder.tokenizers()
+    plan = _plan(spec, source, size)
+    quarantine = Quarantine(plan, spec.data.max_bad_fraction)
+    try:
+        quarantine.check()
+        _encode_pictures(spec, journal, source, plan, quarantine, settings, target)
+    except BadRequest:
+        _tell(quarantine, source, target, journal)
+        raise
+    _tell(quarantine, source, target, journal)
+    pairs_per_shard = max(1, min(PAIRS_PER_SHARD, SHARD_BYTES // (2 * 2 * int(np.prod(latent_shape)))))
+    shards, pairs = _join(spec, source, plan, pairs_per_shard, target, latent_shape)
+    if not pairs:
+        raise DataError(f"dataset {spec.source.uri!r} has no pair left: all decided pairs hold a bad picture")
+    counts = plan.counts
+    return Manifest(
+        digest=dataset_digest(settings, encoder_digest, pairs),
         encoder_digest=encoder_digest,
         settings=settings,
         latent_shape=latent_shape,
         num_tokenizers=len(tokenizers),
         num_tokens=tokenizers[0].model_max_length,
-        counts=_counts(rows, decided, usable, images),
+        counts={
+            "rows": counts.rows,
+            "pairs": len(pairs),
+            "ties": counts.ties,
+            "missing": counts.missing,
+            "bad": quarantine.num_rows,
+            "duplicates": counts.duplicates,
+            "images": plan.num_images - quarantine.num_pictures,
+        },
+        bad=quarantine.by_cause,
         shards=shards,
     )
-    storage.write_bytes(storage.join(target, MANIFEST), manifest.to_json())
-    return manifest
 
 
-def plan_units(uri: str, decided: list[PairRow]) -> list[Unit]:
-    """One unit for each row group; together they hold every image uid once, where it first stands."""
-    seen: set[str] = set()
-    groups: dict[tuple[str, int], list[dict]] = {}
-    for row in decided:
-        for uid, column in ((row.uid_0, "jpg_0"), (row.uid_1, "jpg_1")):
-            if uid not in seen:
-                seen.add(uid)
-                groups.setdefault((row.file, row.row_group), []).append({"row": row.row, "column": column, "uid": uid})
-    return [{"uri": uri, "file": file, "row_group": group, "wanted": wanted} for (file, group), wanted in groups.items()]
+def _tell(quarantine: Quarantine, source: Source, target: str, journal: Journal) -> None:
+    if written := quarantine.write(source, target):
+        journal.event(f"{quarantine.num_rows} rows are quarantined, see {written}: {quarantine.by_cause}", "warning")
 
 
-def _pair_id(row: PairRow) -> str:
-    return pair_id(row.uid_0, row.uid_1, row.caption, row.key)
+def _plan(spec: EncodeSpec, source: Source, size: int) -> Plan:
+    """One pass over the rows. Raises BadRequest where they are not those that were registered."""
+    summary = Summary(source)
+    planner = Planner(images_per_block(size))
+    for unit in source.units():
+        planner.add(unit, summary.over(source.rows(unit)))
+    if (found := summary.digest()) != spec.source_digest:
+        message = f"dataset {spec.source.uri!r} has changed: digest {found}, registered as {spec.source_digest}"
+        raise BadRequest(message, param="dataset", code="dataset_changed")
+    return planner.plan()
 
 
-def _identity(row: PairRow, images: Images) -> tuple[str, str, str, float]:
-    uid_w, uid_l, label = row.winner_first
-    return _pair_id(row), str(images[uid_w]["sha256"]), str(images[uid_l]["sha256"]), label
+def _encode_pictures(
+    spec: EncodeSpec, journal: Journal, source: Source, plan: Plan, quarantine: Quarantine, settings: dict, target: str
+) -> None:
+    done = committed.committed_blocks(target)
+    for block, bad in committed.bad_pictures(target, done):
+        quarantine.add(block, bad)
+    progress = Progress(plan, quarantine, journal, done)
+    for row in encode_blocks(plan, done, source, target, spec.model, settings, spec.actors, spec.use_gpu):
+        quarantine.add(row["block"], row["bad"])
+        progress.add(row["block"], row["images"])
+    progress.end()
 
 
-def _write_shards(
-    target: str, usable: list[PairRow], images: Images, tokenizers: list[CLIPTokenizer], latent_shape: tuple[int, int, int]
-) -> Iterator[Shard]:
-    schema = shard_schema(latent_shape, len(tokenizers), tokenizers[0].model_max_length)
-    for number, start in enumerate(range(0, len(usable), PAIRS_PER_SHARD)):
-        rows = usable[start : start + PAIRS_PER_SHARD]
-        chosen = [row.winner_first for row in rows]
-        columns: dict[str, list] = {
-            "pair_id": [_pair_id(row) for row in rows],
-            "label": [label for *_, label in chosen],
-        }
-        token_ids = tokenize(tokenizers, [row.caption for row in rows])
-        columns |= {name: list(token_ids[:, k]) for k, name in enumerate(token_columns(len(tokenizers)))}
-        for side, uids in (("w", [uid for uid, _, _ in chosen]), ("l", [uid for _, uid, _ in chosen])):
-            of_side = [images[uid] for uid in uids]
-            columns[f"uid_{side}"] = uids
-            columns[f"latents_{side}"] = [image["latents"].ravel() for image in of_side]
-            columns[f"size_{side}"] = [image["size"] for image in of_side]
-            columns[f"crop_{side}"] = [image["crop"] for image in of_side]
-        yield write_shard(
-            number, shard_table(columns, schema), lambda name, data: storage.write_bytes(storage.join(target, name), data)
+def _join(
+    spec: EncodeSpec, source: Source, plan: Plan, pairs_per_shard: int, target: str, latent_shape: tuple[int, int, int]
+) -> tuple[tuple[Shard, ...], list[bytes]]:
+    """The shards in their order, and the digest of every pair."""
+    work = [
+        ShardWork(
+            number,
+            tuple((plan.units[block.unit], block.start, block.stop) for block in blocks),
+            plan.homes[blocks[0].slots.start : blocks[-1].slots.stop].tobytes(),
         )
-
-
-def _quarantine(target: str, decided: list[PairRow], images: Images, journal: Journal) -> None:
-    """Write the pairs that cannot be used, with their causes, beside the shards."""
-    lines = []
-    for row in decided:
-        causes = {uid: str(images[uid]["error"]) for uid in (row.uid_0, row.uid_1) if images[uid]["error"]}
-        if causes:
-            lines.append(json.dumps({"row": row.key, "pair_id": _pair_id(row), "caption": row.caption, "causes": causes}))
-    if lines:
-        journal.event(
-            f"{len(lines)} pairs hold a picture that cannot be read; see {storage.join(target, QUARANTINE)}", "warning"
-        )
-        storage.write_bytes(storage.join(target, QUARANTINE), ("\n".join(lines) + "\n").encode())
-
-
-def _counts(rows: list[PairRow], decided: list[PairRow], usable: list[PairRow], images: Images) -> dict[str, int]:
-    kinds = [row.kind for row in rows]
-    return {
-        "rows": len(rows),
-        "pairs": len(usable),
-        "ties": kinds.count("tie"),
-        "missing": kinds.count("missing"),
-        "corrupt": len(decided) - len(usable),
-        "duplicates": len(usable) - len({(row.uid_0, row.uid_1, row.caption) for row in usable}),
-        "images": sum(not image["error"] for image in images.values()),
-    }
+        for number, blocks in enumerate(plan.shards(pairs_per_shard))
+    ]
+    shards: dict[int, Shard] = {}
+    pairs: list[bytes] = []
+    for row in join_shards(work, spec.actors, source=source, folder=target, model=spec.model, latent_shape=latent_shape):
+        if row["rows"]:
+            shards[row["number"]] = Shard(name=row["name"], rows=row["rows"], sha256=row["sha256"])
+            pairs += [row["pairs"][start : start + 32] for start in range(0, len(row["pairs"]), 32)]
+    return tuple(shards[number] for number in sorted(shards)), pairs
 
 
 def _encoder_digest(folder: ModelFolder) -> str:

@@ -1,0 +1,29 @@
+"""Captions as token ids. Imports no torch: what only tokenizes starts fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from transformers import CLIPTokenizer
+
+from dde_core.errors import ModelError
+from dde_core.family import COMPONENTS, Family
+
+
+def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
+    """One tokenizer for each text encoder of a diffusers folder. Raises ModelError."""
+    names = [name for name in COMPONENTS[family] if name.startswith("tokenizer")]
+    try:
+        return [CLIPTokenizer.from_pretrained(str(path / name), local_files_only=True) for name in names]
+    except (OSError, ValueError) as error:
+        raise ModelError(f"tokenizer of {str(path)!r} cannot be loaded: {error}") from error
+
+
+def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Int[np.ndarray, "b k s"]:
+    """Token ids of each of k tokenizers, padded and cut to the tokenizer's length."""
+    settings = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
+    ids = [each(list(captions), max_length=each.model_max_length, **settings).input_ids for each in tokenizers]
+    return np.stack(ids, axis=1).astype(np.int32)

@@ -1,0 +1,92 @@
+"""What cannot be used: counted by cause while pictures are encoded, and written row by row for people to read."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from services import storage
+from services.errors import BadRequest
+from services.ingest.plan import Plan
+from services.sources import Source
+
+QUARANTINE = "quarantine.jsonl"
+CAPTION_CHARACTERS = 200
+
+
+class Quarantine:
+    """Bad rows of a plan, and bad pictures as they are found. ``limit`` is how many rows may be bad."""
+
+    def __init__(self, plan: Plan, max_bad_fraction: float) -> None:
+        self._plan, self._max_bad_fraction = plan, max_bad_fraction
+        self._causes: dict[int, str] = {}  # by number of the picture
+
+    def add(self, block: int, bad: str) -> None:
+        """The bad pictures of a block: JSON, by slot."""
+        start = self._plan.blocks[block].slots.start
+        self._causes |= {int(self._plan.images[start + int(slot)]): cause for slot, cause in json.loads(bad).items()}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are bad or hold a bad picture."""
+        return self._plan.counts.bad.total() + int(self._plan.rows_with(self._pictures).sum())
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures that cannot be used."""
+        return len(self._causes)
+
+    @property
+    def by_cause(self) -> dict[str, int]:
+        """Bad rows by their cause, and rows by the cause of each bad picture that they hold."""
+        found, causes = Counter(self._plan.counts.bad), np.array(list(self._causes.values()))
+        for cause in np.unique(causes):
+            found[str(cause)] += int(self._plan.rows_with(self._pictures[causes == cause]).sum())
+        return dict(sorted(found.items()))
+
+    @property
+    def _pictures(self) -> np.ndarray:
+        return np.array(list(self._causes), np.int32)
+
+    def check(self) -> None:
+        """Raises BadRequest with the counts where more rows are bad than the job allows."""
+        check_bad(self.num_rows, self._plan.counts.rows, self.by_cause, self._max_bad_fraction)
+
+    def write(self, source: Source, folder: str) -> str | None:
+        """One line a row, in the order of the source, as ``quarantine.jsonl``. Its URI, or None where no row is bad."""
+        if not self._causes and not self._plan.counts.bad:
+            return None
+        target = storage.join(folder, QUARANTINE)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / QUARANTINE
+            with path.open("w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self._lines(source))
+            storage.upload(path, target)
+        return target
+
+    def _lines(self, source: Source) -> Iterator[dict[str, Any]]:
+        slot = 0
+        for row in (row for unit in self._plan.units for row in source.rows(unit)):
+            about = {"row": row.key, "cause": row.cause, "caption": row.caption[:CAPTION_CHARACTERS]}
+            if row.kind == "bad":
+                yield about
+            elif row.kind == "decided":
+                numbers = self._plan.images[slot : slot + len(row.uids)].tolist()
+                slot += len(row.uids)
+                pictures = {uid: self._causes[n] for uid, n in zip(row.uids, numbers, strict=True) if n in self._causes}
+                if pictures:
+                    yield {**about, "cause": next(iter(pictures.values())), "pictures": pictures}
+
+
+def check_bad(bad_rows: int, rows: int, by_cause: dict[str, int], max_bad_fraction: float) -> None:
+    """Raises BadRequest with the counts where too large a part of the rows is bad."""
+    if bad_rows > max_bad_fraction * rows:
+        counts = ", ".join(f"{cause} {count}" for cause, count in by_cause.items())
+        message = f"{bad_rows} of {rows} rows are bad ({counts}): more than data.max_bad_fraction = {max_bad_fraction:g} allows"
+        raise BadRequest(message, param="data.max_bad_fraction", code="too_many_bad_rows")

@@ -1,0 +1,54 @@
+"""Ten thousand rows of which two in three are hostile: nothing is lost, nothing crashes, each is told by its cause."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dde_core.config import DataConfig
+from services import storage
+from services.client.local import LocalSystem
+from tests.hostile_rows import hostile_rows
+from tests.pairs_file import write_pairs
+from tests.stage_runs import StageRuns, cluster_environment, shapes_record
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_hostile_rows_are_counted_by_cause_and_quarantined_by_row(system: LocalSystem, tmp_path: Path, count: int):
+    rows = list(hostile_rows(count, seed=0))
+    uri = write_pairs(tmp_path / "pairs.parquet", [row for row, _ in rows], row_group_size=500).as_uri()
+    runs = StageRuns(tmp_path, cluster_environment(system))
+    spec = runs.encode_spec("hostile", uri, shapes_record(), data=DataConfig(max_bad_fraction=1.0))
+    result = runs.start("encode", spec).finish()
+
+    expected = Counter(outcome for _, outcome in rows)
+    undecided = {"", "tie", "missing"}
+    print(f"{count} rows: {dict(sorted(expected.items()))}")
+    assert result.counts["rows"] == count
+    assert (result.counts["pairs"], result.counts["ties"], result.counts["missing"]) == tuple(
+        expected[outcome] for outcome in ("", "tie", "missing")
+    )
+    assert result.bad == {cause: number for cause, number in sorted(expected.items()) if cause not in undecided}
+    lines = storage.read_bytes(storage.join(result.dataset, "quarantine.jsonl")).decode().splitlines()
+    told = {line["row"]: line["cause"] for line in map(json.loads, lines)}
+    assert len(lines) == len(told) == result.counts["bad"]
+    found = {int(key.rsplit(":", 1)[1]) + 500 * int(key.split(":")[1]): cause for key, cause in told.items()}
+    assert found == {number: outcome for number, (_, outcome) in enumerate(rows) if outcome not in undecided}
+
+
+def test_too_many_bad_rows_fail_the_stage_with_the_counts(system: LocalSystem, tmp_path: Path):
+    rows = [row for row, _ in hostile_rows(200, seed=1)]
+    uri = write_pairs(tmp_path / "pairs.parquet", rows).as_uri()
+    runs = StageRuns(tmp_path, cluster_environment(system))
+    run = runs.start("encode", runs.encode_spec("hostile", uri, shapes_record(), data=DataConfig(max_bad_fraction=0.01)))
+    assert run.process.wait(120) != 0
+    failure = json.loads(run.failure())
+    assert (failure["code"], failure["param"]) == ("too_many_bad_rows", "data.max_bad_fraction")
+    assert "of 200 rows are bad (caption_" in failure["message"]
+    assert "more than data.max_bad_fraction = 0.01 allows" in failure["message"]
+    folder = Path(storage.resolve(runs.prefix("datasets"))[1])
+    assert list(folder.glob("*/quarantine.jsonl")), "what is bad can be read"
+    assert not list(folder.glob("*/manifest.json"))

@@ -1,0 +1,74 @@
+"""Every stage with everything in an object store, which now and then answers 503, cuts a download or loses an upload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.shapes import MODEL_DIR
+from services import registry, storage
+from services.client.processes import environment
+from services.contracts import LedgerSpec, ModelRecord, TrainSpec
+from tests.s3_server import BUCKET, Harm, S3Server, part
+from tests.stage_runs import StageRuns, shapes_record
+from tests.synthetic_pairs import synthetic_rows, write_stream
+
+STEPS = 6
+OBJECTIVE = ObjectiveConfig(method="dde", beta=500.0, calibration_bins=50)
+TRAINING = TrainConfig(steps=STEPS, batch_size=16, checkpoint_every=2, reference="ledger", draws=1, held_out_pairs=20)
+HARMS = (
+    Harm("slow_down", part(0.05, seed=0)),
+    Harm("cut_download", part(0.03, seed=1), method="GET"),
+    Harm("cut_upload", part(0.03, seed=2), method="PUT"),
+    Harm("lose_answer", part(0.02, seed=3)),
+)
+
+
+@pytest.fixture
+def model(s3_server: S3Server) -> ModelRecord:
+    """The shipped model, in the object store."""
+    uri = f"s3://{BUCKET}/models/shapes"
+    storage.copy_folder(MODEL_DIR.as_uri(), uri)
+    return shapes_record().model_copy(update={"uri": uri, "digest": registry.folder_digest(uri)})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_pairs_become_a_model_in_an_object_store_that_fails_now_and_then(
+    s3_server: S3Server, model: ModelRecord, tmp_path: Path
+):
+    file = write_stream(tmp_path / "pairs.parquet", synthetic_rows(200), row_group_size=50)
+    pairs = f"s3://{BUCKET}/pairs.parquet"
+    storage.upload(file, pairs)
+    runs = StageRuns(f"s3://{BUCKET}/runs", environment(str(tmp_path), s3_server.env))
+    s3_server.harm(*HARMS)
+
+    encoded = runs.start("encode", runs.encode_spec("encode", pairs, model)).finish()
+    assert encoded.counts["pairs"] == 200
+    run = {"dataset": encoded.dataset, "model": model, "objective": OBJECTIVE, "training": TRAINING}
+    ledger = runs.start("ledger", LedgerSpec(**runs.frame("ledger"), **run)).finish()
+    assert (ledger.draws, ledger.pairs) == (1, 200)
+    output = runs.prefix("model")
+    spec = TrainSpec(
+        **runs.frame("train"),
+        **run,
+        ledger=ledger.ledger,
+        model_id="model_s3",
+        name="aligned",
+        workers=1,
+        run=runs.prefix("run"),
+        output=output,
+    )
+    trained = runs.start("train", spec).finish()
+    print(f"the object store did harm: {dict(s3_server.done)}; training ended with {trained.metrics}")
+    assert trained.metrics["step"] == STEPS
+    assert trained.model.digest == registry.folder_digest(output), "what lies there is what was made"
+    assert any("checkpoint_" in name for name in storage.list_files(runs.prefix("run"), recursive=True))
+    assert all(s3_server.done[kind] for kind in ("slow_down", "cut_download", "cut_upload", "lose_answer")), s3_server.done
+    s3_server.harm()
+
+    here = StageRuns(tmp_path / "here", runs.env)
+    undisturbed = here.start("encode", here.encode_spec("encode", file.as_uri(), model)).finish()
+    assert undisturbed.digest == encoded.digest, "the same pairs on a disk make the same dataset"
