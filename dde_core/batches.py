@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -12,7 +12,8 @@ from jaxtyping import Float
 
 from dde_core.conditioning import Conditioning
 from dde_core.config import ObjectiveConfig, TrainConfig
-from dde_core.latents.reader import LatentReader, LatentRows
+from dde_core.latents.reader import LatentReader
+from dde_core.latents.rows import LatentRows
 from dde_core.models.folder import ModelFolder
 from dde_core.models.text import TextEncoders
 from dde_core.noise import Side, draw_dropped, draw_evaluation_point, draw_noise, draw_timestep
@@ -21,7 +22,7 @@ from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch
 
 Visits = list[tuple[str, int]]
-"""(pair id, number of the visit): with the seed, what every draw is keyed by."""
+"""(pair id, number of the draw): with the seed, what every draw is keyed by."""
 
 HELD_OUT_SEED = 0
 
@@ -39,7 +40,8 @@ class Draws:
 
 
 class BatchMaker:
-    """Rows of the reader with the draws of their visit. Every draw is keyed by (seed, pair, visit), never by worker."""
+    """Rows of the reader with the draws of their visit. Every draw is keyed by (draw_seed, pair, n), never by worker; a pair's
+    n-th visit has draw n, or n mod ``training.draws`` where that is set."""
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class BatchMaker:
         self._text_encoders = TextEncoders(folder, device)
         method, cumulative = OBJECTIVES[objective.method], t_drawn(objective, schedule).cumsum(0).numpy()
         self._draws = Draws(
-            seed=training.seed,
+            seed=training.draw_seed,
             cumulative=cumulative / cumulative[-1],
             caption_dropout=training.caption_dropout,
             shared_noise=objective.noise_mode == "shared",
@@ -64,7 +66,8 @@ class BatchMaker:
 
     def rows(self, step: int, rank: int, world_size: int) -> LatentRows:
         """A worker's rows of global batch ``step``."""
-        return self._reader.batch(self._training.seed, step, self._training.batch_size, rank, world_size)
+        rows = self._reader.batch(self._training.seed, step, self._training.batch_size, rank, world_size)
+        return replace(rows, draws=rows.draws % self._training.draws) if self._training.draws else rows
 
     def make(self, rows: LatentRows) -> PairBatch:
         """The batch of these rows: of a whole share, or of a micro-batch of it."""
@@ -102,6 +105,11 @@ class BatchMaker:
         if draws.evaluation_points:
             z = [draw_evaluation_point(draws.seed, pair, side, n, shape) for pair, n in visits]
             yield "z", torch.stack(z).to(self._device)
+
+
+def num_draws(training: TrainConfig, num_pairs: int) -> int:
+    """How many draws a run of this many pairs makes use of: those it asks for, else one for each epoch that it begins."""
+    return training.draws or -(-training.steps * training.batch_size // num_pairs)
 
 
 class Rows(Protocol):

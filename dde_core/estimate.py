@@ -5,10 +5,11 @@ allocator's gaps and what the optimizer takes for a moment (nothing where it is 
 
 Time is arithmetic divided by speed. The arithmetic of a pair is that of its U-Net passes: a backward pass is two forward
 ones (one where the weights are frozen and adapters are trained), gradient checkpointing does the forward once more, the
-frozen reference is one more. The speed is a share of the GPU's peak, and that share is what Diffusion-DPO's published
-A100-hours come to for the arithmetic of that run. Those hours also paid for encoding every picture in every epoch, which
-here is done once, before training; other GPUs are taken to reach the same share of their peak, which a faster one seldom
-does. So hours are an order of magnitude, good for comparing runs and for asking for machines.
+frozen reference is one more, or none where its errors are read from a ledger. The speed is a share of the GPU's peak, and
+that share is what Diffusion-DPO's published A100-hours come to for the arithmetic of that run. Those hours also paid for
+encoding every picture in every epoch, which here is done once, before training; other GPUs are taken to reach the same share
+of their peak, which a faster one seldom does. So hours are an order of magnitude, good for comparing runs and for asking for
+machines.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def memory_terms(facts: Facts, objective: ObjectiveConfig, training: TrainConfig
         yield _bytes("adapters", trained, "LoRA parameters", FLOAT32, f"float32, rank {training.lora.rank}")
     yield _bytes("gradients", trained, "trained parameters", FLOAT32, "float32")
     yield _bytes("optimizer", trained, "trained parameters", moments, f"{training.optimizer} moments")
-    if objective.method != "sft" and not training.lora:
+    if runs_reference(objective, training) and not training.lora:
         yield _bytes("reference", all_of_it, "frozen parameters", FLOAT32, "float32")
     if training.ema_decay:
         yield _bytes("average", trained, "trained parameters", FLOAT32, "float32")
@@ -278,13 +279,21 @@ def time_terms(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, 
     yield Term("pace", "speed / arithmetic", share * gpu.peak / flops, "pairs/s a GPU")
     yield Term("GPU-hours", f"{training.steps} steps x {training.batch_size} pairs / pace", hours, "h")
     yield Term("time", f"GPU-hours / {workers} GPUs", hours / workers, "h")
+    if objective.method != "sft" and training.reference == "ledger" and not training.draws:
+        once = "a forward of every visit, once for all runs with its key: GPU-hours / passes"
+        yield Term("ledger", once, hours / sum(parts.values()), "h")
 
 
 def passes(objective: ObjectiveConfig, training: TrainConfig) -> dict[str, int]:
     """The U-Net passes of one sample, counted in forwards."""
     parts = {"forward": 1, "backward": 1 if training.lora else 2}
     parts |= {"recomputed": 1} if training.gradient_checkpointing else {}
-    return parts | ({} if objective.method == "sft" else {"reference": 1})
+    return parts | ({"reference": 1} if runs_reference(objective, training) else {})
+
+
+def runs_reference(objective: ObjectiveConfig, training: TrainConfig) -> bool:
+    """Whether the frozen model runs in every step. Not for `sft`, nor on a ledger."""
+    return objective.method != "sft" and training.reference != "ledger"
 
 
 def published_share(facts: Facts) -> float:

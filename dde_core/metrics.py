@@ -47,6 +47,30 @@ def step_metrics(t: Any, theta: PairErrors, ref: PairErrors | None, terms: StepT
     return metrics
 
 
+def logit_deviation(t: Any, margin: Any, snr: Any, beta: float, timesteps: int) -> dict[str, float]:
+    """How far rounding moves the logit beta w(t) margin of a model that is its own reference, where exact arithmetic has 0: the
+    root of the mean square, over all pairs for w = 1/2, and in tenths of 1..``timesteps`` for w = 1/SNR(t), which grows with t.
+
+    ``snr`` is SNR(t) of each pair. A lower bound for the run: rounding returns once the policy moves.
+    """
+    t, margin, snr = (_array(values) for values in (t, margin, snr))
+    deviation = {"step0_logit_std_half": _root_mean_square(beta * margin / 2)}
+    bucket = bucket_of(t.astype(np.int64), timesteps)
+    for j in np.unique(bucket):
+        name = f"step0_logit_std_snr_t{bucket_span(int(j), timesteps)[1]:04d}"
+        deviation[name] = _root_mean_square((beta * margin / snr)[bucket == j])
+    return deviation
+
+
+def in_words(numbers: dict[str, float]) -> str:
+    """Three digits of each, for an event."""
+    return ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+
+
+def _root_mean_square(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean()))
+
+
 def bucket_of(t: Any, timesteps: int) -> Any:
     """The tenth (0..9) of 1..``timesteps`` in which each t lies; t is an array or a tensor of whole numbers."""
     return (t - 1) * BUCKETS // timesteps

@@ -40,9 +40,15 @@ def draw_dropped(seed: int, pair_id: str, draw: int, probability: float) -> bool
     return _word(seed, "dropout", pair_id, draw) < probability * 2.0**64
 
 
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order in which an epoch visits n pairs: int64 [n]."""
-    return np.random.Generator(_philox(seed, "permutation", epoch)).permutation(n)
+def permutation(seed: int, epoch: int, n: int, window: int = 0) -> np.ndarray:
+    """The order in which an epoch visits the n pairs of a window: int64 [n]."""
+    key = (seed, "permutation", epoch, window) if window else (seed, "permutation", epoch)
+    return np.random.Generator(_philox(*key)).permutation(n)
+
+
+def shard_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order in which an epoch visits n shards: int64 [n]."""
+    return np.random.Generator(_philox(seed, "shard_permutation", epoch)).permutation(n)
 
 
 def initial_latents(seed: int, shape: tuple[int, ...]) -> Float32[Tensor, "*shape"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from dde_core.errors import ConfigError, DdeError
@@ -17,11 +17,11 @@ from services.observability import Journal
 Spec = TypeVar("Spec", bound=StageSpec)
 
 
-def run_stage(spec_type: type[Spec], work: Callable[[Spec, Journal], Strict]) -> None:
+def run_stage(spec_type: type[Spec], work: Callable[[Spec, Journal], Strict], argv: Sequence[str] | None = None) -> None:
     """Run ``work`` on the spec that ``--spec URI`` names and write done.json, or failed.json and raise."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True, metavar="URI")
-    spec = spec_type.model_validate_json(storage.read_bytes(parser.parse_args().spec))
+    spec = spec_type.model_validate_json(storage.read_bytes(parser.parse_args(argv).spec))
     journal, began = Journal(spec.prefix), time.monotonic()
     try:
         result = work(spec, journal)

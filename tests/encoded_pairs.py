@@ -16,7 +16,7 @@ from dde_core.latents.reader import LatentReader
 from dde_core.latents.schema import MANIFEST, Manifest, shard_schema, token_columns
 from dde_core.latents.writer import shard_table, write_shard
 from dde_core.models.folder import ModelFolder
-from dde_core.models.text import tokenize
+from dde_core.models.tokens import tokenize
 from dde_core.shapes.scenes import all_scenes, caption
 from services.contracts import ModelRecord, TrainSpec
 from services.observability import read_journal
@@ -25,8 +25,10 @@ from services.training.loop import train_loop
 SHAPE, SIZE_PX = (4, 8, 8), 32
 
 
-def write_encoded(target: Path, model: ModelFolder, pairs: int = 16) -> Path:
-    """A folder of one shard and its manifest, as ingest leaves it."""
+def write_encoded(
+    target: Path, model: ModelFolder, pairs: int = 16, pairs_per_shard: int = 0, shape: tuple[int, int, int] = SHAPE
+) -> Path:
+    """A folder of shards (0: one with all pairs) and their manifest, as ingest leaves it."""
     target.mkdir(parents=True)
 
     def write(name: str, data: bytes) -> None:
@@ -39,20 +41,21 @@ def write_encoded(target: Path, model: ModelFolder, pairs: int = 16) -> Path:
     columns |= {name: list(token_ids[:, k]) for k, name in enumerate(token_columns(len(tokenizers)))}
     for side in "wl":
         columns[f"uid_{side}"] = [f"{i}{side}" for i in range(pairs)]
-        columns[f"latents_{side}"] = [rng.standard_normal(np.prod(SHAPE)).astype(np.float16) for _ in range(pairs)]
+        columns[f"latents_{side}"] = [rng.standard_normal(np.prod(shape)).astype(np.float16) for _ in range(pairs)]
         sizes = rng.integers(SIZE_PX, 4 * SIZE_PX, (pairs, 2))
         columns[f"size_{side}"] = sizes.tolist()
         columns[f"crop_{side}"] = ((sizes - sizes.min(axis=1, keepdims=True)) // 2).tolist()
-    schema = shard_schema(SHAPE, len(tokenizers), token_ids.shape[2])
+    schema, size = shard_schema(shape, len(tokenizers), token_ids.shape[2]), pairs_per_shard or pairs
+    shards = [{name: column[i : i + size] for name, column in columns.items()} for i in range(0, pairs, size)]
     manifest = Manifest(
         digest="d",
         encoder_digest="e",
         settings={"resolution": SIZE_PX, "crop": "centre", "flip": "none"},
-        latent_shape=SHAPE,
+        latent_shape=shape,
         num_tokenizers=len(tokenizers),
         num_tokens=token_ids.shape[2],
         counts={"pairs": pairs},
-        shards=(write_shard(0, shard_table(columns, schema), write),),
+        shards=tuple(write_shard(i, shard_table(shard, schema), write) for i, shard in enumerate(shards)),
     )
     write(MANIFEST, manifest.to_json())
     return target
@@ -64,12 +67,10 @@ def batch_maker(model: ModelFolder, encoded: Path, objective: ObjectiveConfig, *
     return BatchMaker(reader, model, model.schedule(), objective, TrainConfig(**training), torch.device("cpu"))
 
 
-def train_here(
-    folder: Path, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training
-) -> list[dict[str, float]]:
-    """The real training loop as one worker in this process, without a cluster. The metrics of each step."""
+def train_spec(folder: Path, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training) -> TrainSpec:
+    """What a train stage is told."""
     record = ModelRecord(id="m", name="m", uri=model.path.as_uri(), family=model.family, digest="", created_at=0)
-    spec = TrainSpec(
+    return TrainSpec(
         job="job",
         attempt=1,
         prefix=folder.as_uri(),
@@ -83,6 +84,13 @@ def train_here(
         run=(folder / "run").as_uri(),
         output=(folder / "model").as_uri(),
     )
+
+
+def train_here(
+    folder: Path, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, ledger: str | None = None, **training
+) -> list[dict[str, float]]:
+    """The real training loop as one worker in this process, without a cluster. The metrics of each step."""
+    spec = train_spec(folder, model, encoded, objective, **training).model_copy(update={"ledger": ledger})
     here = ray.train.ScalingConfig(num_workers=0)
     try:
         TorchTrainer(train_loop, train_loop_config={"spec": spec.model_dump_json()}, scaling_config=here).fit()

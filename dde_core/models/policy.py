@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -23,6 +24,13 @@ from dde_core.models.folder import LORA_WEIGHTS, ModelFolder
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 ONE_FILE = "1TB"
+
+
+def use_repeatable_kernels() -> None:
+    """One thread and deterministic kernels in this process: the same batch gives the same numbers, to the bit."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without it
 
 
 class Policy:
@@ -56,7 +64,7 @@ class Policy:
 
     @cached_property
     def _kept(self) -> UNet2DConditionModel:
-        """Loaded when it is first asked for: `sft` trains without it."""
+        """Loaded when it is first asked for: `sft`, and a run on a ledger, train without it."""
         return self._folder.unet().requires_grad_(False).to(self.device)
 
     def arithmetic(self) -> AbstractContextManager:
@@ -140,6 +148,11 @@ def make_optimizer(parameters: list[nn.Parameter], training: TrainConfig) -> tor
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+
+
+def learning_rate(training: TrainConfig, step: int) -> float:
+    """Linear warm-up to a constant. A function of the step alone."""
+    return training.learning_rate * min(1.0, (step + 1) / (training.warmup_steps + 1))
 
 
 def check_optimizer(training: TrainConfig) -> None:

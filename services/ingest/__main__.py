@@ -1,11 +1,20 @@
-"""``python -m services.ingest --spec URI``: the encode stage of a job."""
+"""``python -m services.ingest encode|ledger --spec URI``: the stages of a job that prepare its data."""
+
+import argparse
 
 import ray
 
-from services.contracts import EncodeSpec
+from services.contracts import EncodeSpec, LedgerSpec
 from services.ingest.encode import encode
+from services.ingest.ledger import ledger
 from services.stage import run_stage
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("stage", choices=("encode", "ledger"))
+    asked, rest = parser.parse_known_args()
     ray.init(log_to_driver=False)
-    run_stage(EncodeSpec, encode)
+    if asked.stage == "encode":
+        run_stage(EncodeSpec, encode, rest)
+    else:
+        run_stage(LedgerSpec, ledger, rest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -17,11 +16,11 @@ from dde_core import checkpoint
 from dde_core.batches import BatchMaker, micro_batches
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
-from dde_core.config import TrainConfig
+from dde_core.latents.ledger import Ledger
 from dde_core.latents.reader import LatentReader
-from dde_core.metrics import step_metrics
+from dde_core.metrics import in_words, logit_deviation, step_metrics
 from dde_core.models.folder import ModelFolder
-from dde_core.models.policy import Policy, make_optimizer
+from dde_core.models.policy import Policy, learning_rate, make_optimizer, use_repeatable_kernels
 from dde_core.objectives import OBJECTIVES
 from dde_core.train_step import check_finite, pair_errors, step_losses
 from services import registry, storage
@@ -38,9 +37,7 @@ def train_loop(config: dict) -> None:
     """Fine-tune on this worker's share of every global batch. ``config`` is {"spec": TrainSpec as JSON}."""
     spec = TrainSpec.model_validate_json(config["spec"])
     objective, training = spec.objective, spec.training
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without it
+    use_repeatable_kernels()
     device, context = ray.train.torch.get_device(), ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     journal, pair_log = (Journal(spec.prefix), PairLog(spec.run)) if rank == 0 else (None, None)
@@ -49,6 +46,7 @@ def train_loop(config: dict) -> None:
     schedule = folder.schedule()
     reader = LatentReader(*storage.resolve(spec.dataset), training.held_out_pairs)
     batches = BatchMaker(reader, folder, schedule, objective, training, device)
+    ledger = Ledger(*storage.resolve(spec.ledger), device) if spec.ledger else None
     policy = Policy(folder, training, device)
     optimizer = make_optimizer(policy.parameters(), training)
     calibration, method = Calibration(schedule, objective), OBJECTIVES[objective.method]
@@ -74,7 +72,9 @@ def train_loop(config: dict) -> None:
                 waited += time.monotonic() - asked
                 with synchronised(parallel, is_last):
                     with policy.arithmetic():
-                        ref = pair_errors(policy.reference, schedule, batch) if method.preference else None
+                        ref = ledger.errors(part) if ledger else None
+                        if ref is None and method.preference:
+                            ref = pair_errors(policy.reference, schedule, batch)
                         theta = pair_errors(parallel, schedule, batch)
                     terms = step_losses(theta, ref, batch.t, objective, schedule, calibration.correction(batch.t))
                     check_finite("loss", terms.loss)
@@ -96,6 +96,10 @@ def train_loop(config: dict) -> None:
             done = Progress(step=step + 1, pairs_seen=done.pairs_seen + training.batch_size)
 
             metrics = step_metrics(t, theta, ref, terms, schedule.T)
+            if step == 0 and terms.margin is not None:  # the policy is still its reference
+                metrics |= (noise := logit_deviation(t, terms.margin, schedule.snr[t], objective.beta, schedule.T))
+                if journal:
+                    journal.event(f"rounding moves the logits of step 0: {in_words(noise)}")
             seconds = time.monotonic() - began
             metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate(training, step),
                         "pairs_per_s": training.batch_size / seconds, "data_wait": waited / seconds}  # fmt: skip
@@ -116,6 +120,7 @@ def train_loop(config: dict) -> None:
                 storage.write_json(storage.join(spec.run, held_out.RESULT), measured)
                 journal.event(f"implicit accuracy on held-out pairs: {measured}")
     finally:
+        reader.close()
         if journal:
             journal.flush()
 
@@ -123,11 +128,6 @@ def train_loop(config: dict) -> None:
 def synchronised(parallel: torch.nn.Module, is_last: bool) -> AbstractContextManager:
     """Gradients are averaged over workers once a step, with the last micro-batch."""
     return nullcontext() if is_last or not isinstance(parallel, DistributedDataParallel) else parallel.no_sync()
-
-
-def learning_rate(training: TrainConfig, step: int) -> float:
-    """Linear warm-up to a constant. A function of the step alone."""
-    return training.learning_rate * min(1.0, (step + 1) / (training.warmup_steps + 1))
 
 
 def report(

@@ -24,7 +24,7 @@ from services import registry, storage
 from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec
 from services.errors import Unavailable
 from services.observability import Journal
-from services.training import held_out, pair_log
+from services.training import held_out, pair_log, reference
 from services.training.loop import train_loop
 
 MAX_WORKER_FAILURES = 3
@@ -38,6 +38,7 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     began = time.monotonic()
     manifest = Manifest.from_json(storage.read_bytes(storage.join(spec.dataset, MANIFEST)))
     _check(spec, manifest)
+    spec = reference.resolve(spec, journal)
     steps, batch_size = spec.training.steps, spec.training.batch_size
     journal.event(f"{steps} steps of {batch_size} pairs with {spec.objective.method} on {spec.workers} workers")
     journal.flush()
@@ -127,6 +128,7 @@ def _model_record(spec: TrainSpec, manifest: Manifest, base: ModelFolder) -> Mod
             "no_caption": "zeros" if base.no_caption_is_zeros else "the empty caption",
         },
         "training": spec.model_dump(mode="json")["training"],
+        "reference": reference.lineage(spec),
         "code_version": dde_core.__version__,
     }
     return ModelRecord(

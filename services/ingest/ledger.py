@@ -1,0 +1,177 @@
+"""The reference ledger's pass: the frozen model once over every draw of every pair, forward only, on Ray Data actors.
+
+A unit of work is a shard at a draw, and becomes one file, written whole: a pass that was killed goes on with the units that
+lack theirs. The arithmetic is that of training; batches are of training's micro-batch size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+
+from dde_core.batches import BatchMaker, micro_batches
+from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.latents.ledger import LedgerKey, LedgerRecord, committed, files_of, ledger_file
+from dde_core.latents.reader import LatentReader
+from dde_core.latents.rows import LatentRows
+from dde_core.latents.schema import MANIFEST, Manifest
+from dde_core.metrics import in_words, logit_deviation
+from dde_core.models.folder import ModelFolder
+from dde_core.models.policy import Policy, use_repeatable_kernels
+from dde_core.train_step import PairErrors, check_finite, pair_errors
+from services import ledgers, registry, storage
+from services.contracts import LedgerResult, LedgerSpec
+from services.observability import Journal
+
+PAIRS_AT_ONCE = 32
+"""Where training runs its whole share at once."""
+PAIRS_TWICE = 5
+"""So many pairs of a unit are computed once more, as a batch of their own: what differs is rounding."""
+MAX_BLOCKS = 1000
+METRICS_EVERY_S = 1.0
+EVENT_EVERY_S = 15.0
+
+Unit = dict[str, int]
+"""``shard`` and ``draw``."""
+
+
+def ledger(spec: LedgerSpec, journal: Journal) -> LedgerResult:
+    """Find a ledger that serves the run, or write what is missing of one under the run's own key."""
+    began = time.monotonic()
+    registry.check_digests(spec.model)
+    asked = ledgers.needed(spec)
+    found, reused = ledgers.find(asked), True
+    if found is None:
+        key, objective = asked.choices[0]
+        _write(spec, journal, key, objective, asked.draws)
+        found, reused = ledgers.find(asked), False
+    assert found is not None, "it has just been written"
+    journal.event(f"{found.record.draws} draws of {sum(found.record.rows)} pairs in ledger {found.uri}")
+    return LedgerResult(
+        ledger=found.uri,
+        draws=found.record.draws,
+        pairs=sum(found.record.rows),
+        noise=found.record.noise,
+        reused=reused,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _write(spec: LedgerSpec, journal: Journal, key: LedgerKey, objective: ObjectiveConfig, draws: int) -> None:
+    """Compute what is not there, then write the record of all that is."""
+    began, folder = time.monotonic(), ledgers.folder_of(spec.dataset, key)
+    manifest = Manifest.from_json(storage.read_bytes(storage.join(spec.dataset, MANIFEST)))
+    rows = tuple(shard.rows for shard in manifest.shards)
+    there = committed(storage.list_files(folder))
+    missing = [{"shard": s, "draw": n} for n in range(draws) for s in range(len(rows)) if (s, n) not in there]
+    journal.event(f"reference ledger {key.name}: {draws} draws of {sum(rows)} pairs, {len(missing)} files to write")
+    progress, samples = Progress(journal, sum(rows[unit["shard"]] for unit in missing)), []
+    for done in compute(missing, spec, objective, folder):
+        progress.add(done["pairs"])
+        samples.append(np.array([done["t"], done["margin"]]))
+    noise = _noise(samples, ModelFolder(*registry.fetch(spec.model)))
+    files = files_of(committed(storage.list_files(folder)), len(rows))
+    record = LedgerRecord(key=key, rows=rows, files=files, noise=noise, seconds=time.monotonic() - began)
+    storage.write_bytes(storage.join(folder, record.name), record.to_json())
+    if noise:
+        journal.event(f"rounding moves the logit of the reference against itself: {in_words(noise)}")
+
+
+def _noise(samples: list[np.ndarray], folder: ModelFolder) -> dict[str, float]:
+    """What the pairs that were computed twice say at DDE's beta; nothing where this pass had nothing to compute."""
+    if not samples:
+        return {}
+    (t, margin), schedule = np.concatenate(samples, axis=1), folder.schedule()
+    return logit_deviation(t, margin, schedule.snr[torch.from_numpy(t).long()], ObjectiveConfig().beta, schedule.T)
+
+
+def compute(units: list[Unit], spec: LedgerSpec, objective: ObjectiveConfig, folder: str) -> Iterator[dict[str, Any]]:
+    """Write the units' files. Yields {pairs, t, margin} as they come, in any order: see ``ReferencePass``."""
+    if not units:
+        return
+    work = ray.data.from_items(units, override_num_blocks=min(len(units), MAX_BLOCKS))
+    written = work.map_batches(
+        ReferencePass,
+        fn_constructor_args=(spec, objective, folder),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=spec.actors),
+        num_cpus=1,
+        num_gpus=1 if spec.use_gpu else 0,
+    )
+    yield from written.iter_rows()
+
+
+class ReferencePass:
+    """The frozen model, one in each actor."""
+
+    def __init__(self, spec: LedgerSpec, objective: ObjectiveConfig, folder: str) -> None:
+        use_repeatable_kernels()
+        device, model = torch.device("cuda" if spec.use_gpu else "cpu"), ModelFolder(*registry.fetch(spec.model))
+        self._frozen = Policy(model, TrainConfig(precision=spec.training.precision), device)
+        self._schedule, self._reader = model.schedule(), LatentReader(*storage.resolve(spec.dataset))
+        self._batches = BatchMaker(self._reader, model, self._schedule, objective, spec.training, device)
+        self._size, self._folder = spec.training.micro_batch_size or PAIRS_AT_ONCE, folder
+
+    def __call__(self, unit: dict[str, np.ndarray]) -> pa.Table:
+        """Write one unit's file. Its number of ``pairs``; ``t`` and the ``margin`` between two computations of some of them.
+
+        Raises NonFiniteError, before anything is written, for errors that are no numbers.
+        """
+        shard, draw = int(unit["shard"][0]), int(unit["draw"][0])
+        rows = self._reader.shard(shard).visit(draw)
+        _, errors = self._errors(rows, self._size)
+        for field in fields(errors):
+            if (values := getattr(errors, field.name)) is not None:
+                check_finite(f"reference error {field.name} of shard {shard} at draw {draw}", values)
+        name, data = ledger_file(shard, draw, errors)
+        storage.write_bytes(storage.join(self._folder, name), data)
+        twice = min(len(rows), PAIRS_TWICE if self._size != PAIRS_TWICE else PAIRS_TWICE - 1)
+        t, again = self._errors(rows.rows(slice(twice)), twice)
+        margin = (_gap(errors)[:twice] - _gap(again)).cpu()
+        return pa.table({"pairs": [len(rows)], "t": [t.tolist()], "margin": [margin.tolist()]})
+
+    @torch.no_grad()
+    def _errors(self, rows: LatentRows, size: int) -> tuple[torch.Tensor, PairErrors]:
+        """The timesteps and the errors of these rows, ``size`` pairs at a time."""
+        times, parts = [], []
+        for part, _ in micro_batches(rows, size):
+            batch = self._batches.make(part)
+            with self._frozen.arithmetic():
+                parts.append(pair_errors(self._frozen.unet, self._schedule, batch))
+            times.append(batch.t)
+        return torch.cat(times), PairErrors.joined(parts)
+
+
+def _gap(errors: PairErrors) -> torch.Tensor:
+    assert errors.l is not None
+    return errors.w.double() - errors.l.double()
+
+
+class Progress:
+    """Pairs a second and what is left, as metrics and now and then as an event. A pair counts once for each draw."""
+
+    def __init__(self, journal: Journal, total: int) -> None:
+        self._journal, self._total, self._done = journal, total, 0
+        self._began = self._told_metrics = self._told_event = time.monotonic()
+
+    def add(self, pairs: int) -> None:
+        """So many more are committed."""
+        self._done += pairs
+        now = time.monotonic()
+        rate, last = self._done / (now - self._began), self._done == self._total
+        eta_s = (self._total - self._done) / rate
+        if last or now - self._told_metrics >= METRICS_EVERY_S:
+            self._told_metrics = now
+            values = {"pairs": self._done, "pairs_total": self._total, "pairs_per_s": rate, "eta_s": eta_s}
+            self._journal.metrics(self._done, {name: float(value) for name, value in values.items()})
+        if last or now - self._told_event >= EVENT_EVERY_S:
+            self._told_event = now
+            pace = f"{rate:.1f} pairs/s, {eta_s:.0f} s left"
+            self._journal.event(f"reference errors of {self._done} of {self._total} pairs, {pace}")
