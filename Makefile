@@ -7,7 +7,7 @@ export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export RAY_AUTH_MODE := disabled
 
-.PHONY: demo up test test-slow golden check format clean
+.PHONY: demo up test test-slow bench golden check format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -26,6 +26,9 @@ test: .venv/installed   ## everything but the slow tests
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: .venv/installed  ## ratios measured in one run, into tests/bench/results.json; BENCH=name for one of them
+	$(BIN)/python -m tests.bench $(BENCH)
 
 golden: .venv/installed ## rewrite the golden loss curve
 	DDE_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/e2e/test_training.py -k golden

@@ -1,0 +1,69 @@
+"""``make bench``: run the benchmarks, print a table, and merge the results into results.json.
+
+python -m tests.bench                       # all of them
+python -m tests.bench ingest_vs_bare_vae    # some of them, by name
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+import torch
+from rich.console import Console
+from rich.table import Table
+from tests.bench.disk import bytes_on_disk
+
+from tests.bench.ingest_memory import ingest_memory
+from tests.bench.ingest_speed import ingest_speed
+from tests.bench.ledger_speed import ledger_speed
+from tests.bench.measure import Result
+
+RESULTS = Path(__file__).parent / "results.json"
+BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
+    "bytes_a_pair": bytes_on_disk,
+    "ledger_vs_online": ledger_speed,
+    "ingest_vs_bare_vae": ingest_speed,
+    "ingest_memory_10x_vs_1x": lambda scratch: ingest_memory(),
+}
+
+
+def main() -> None:
+    """Parse, measure, tell."""
+    parser = argparse.ArgumentParser(description="Measure, as ratios in one run.")
+    parser.add_argument("names", nargs="*", help=f"which ones, of {', '.join(BENCHES)} (all of them if none is named)")
+    names = parser.parse_args().names or list(BENCHES)
+    if unknown := set(names) - set(BENCHES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(BENCHES)}")
+    torch.set_num_threads(1)
+    ray.init(num_cpus=8, log_to_driver=False, include_dashboard=False, object_store_memory=1_000_000_000)
+    results: dict[str, Result] = {}
+    for name in names:
+        print(name, flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            results |= BENCHES[name](Path(scratch))
+        merge(results)
+    Console(width=180).print(table(results))
+
+
+def merge(results: dict[str, Result]) -> None:
+    """Into results.json, at once: what comes next may fail."""
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(before | results, indent=1, sort_keys=True) + "\n")
+
+
+def table(results: dict[str, Result]) -> Table:
+    """One line a result."""
+    made = Table("benchmark", "ratio", "value", "against", box=None)
+    for name, each in results.items():
+        ratio = "" if each["ratio"] is None else f"{each['ratio']:.3f}"
+        made.add_row(name, ratio, f"{each['value']:.4g} {each['unit']}", each["against"])
+    return made
+
+
+if __name__ == "__main__":
+    main()

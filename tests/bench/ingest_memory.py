@@ -1,0 +1,59 @@
+"""Does memory grow with the data? The peak of summed PSS (Ray's processes and object store among them) while ten times the
+rows are encoded, against that of the rows once. One small Ray cluster a side, in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.bench.measure import Result, Stopwatch, peak_memory, result
+
+ROWS, TIMES = 10_000, 10
+
+
+def ingest_memory(rows: int = ROWS) -> dict[str, Result]:
+    """``ingest_memory_10x_vs_1x``: 1.1 is 10% more."""
+    once, ten = (_in_a_process(count) for count in (rows, TIMES * rows))
+    against = (
+        f"{rows} rows: {once['peak'] / 1e6:.0f} MB, {once['pictures']:.0f} pictures in {once['seconds']:.0f} s; "
+        f"{TIMES * rows} rows: {ten['peak'] / 1e6:.0f} MB, {ten['pictures']:.0f} pictures in {ten['seconds']:.0f} s"
+    )
+    return {"ingest_memory_10x_vs_1x": result(ten["peak"] / once["peak"], ten["peak"] / 1e6, "MB", against)}
+
+
+def _in_a_process(rows: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.bench.ingest_memory", "--rows", str(rows)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"  {rows} rows: peak {found['peak'] / 1e6:.0f} MB, {found['seconds']:.0f} s", flush=True)
+    return found
+
+
+def _measure(rows: int) -> dict[str, float]:
+    import ray
+
+    from services.ingest.encode import encode
+    from services.observability import Journal
+    from tests.stage_runs import StageRuns, shapes_record
+    from tests.synthetic_pairs import synthetic_rows, write_stream
+
+    with tempfile.TemporaryDirectory() as scratch:
+        pairs = write_stream(Path(scratch) / "pairs.parquet", synthetic_rows(rows))
+        spec = StageRuns(scratch, {}).encode_spec("bench", pairs.as_uri(), shapes_record())
+        ray.init(num_cpus=4, object_store_memory=500_000_000, log_to_driver=False, include_dashboard=False)
+        watch = Stopwatch()
+        with peak_memory() as peak:
+            counts = encode(spec, Journal(spec.prefix)).counts
+        ray.shutdown()
+        assert counts["pairs"] == rows, counts
+        return {"peak": peak["bytes"], "seconds": watch(), "pictures": counts["images"]}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, required=True)
+    print(json.dumps(_measure(parser.parse_args().rows)))

@@ -1,0 +1,128 @@
+"""What does the pipeline cost beside the VAE? Pictures/s of the whole encode stage (files in, manifest out, start-up of its
+actors included) against a bare loop of the same VAE over pictures that are decoded already, on the same cores."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from diffusers import AutoencoderKL
+
+from dde_core.config import DataConfig
+from dde_core.models.folder import ModelFolder, encode_images
+from services import registry
+from services.contracts import EncodeSpec, ModelRecord
+from services.ingest.encode import encode
+from services.observability import Journal, read_journal
+from services.pictures import decode
+from tests.bench.measure import Result, Stopwatch, in_turn, ratio, result
+from tests.stage_runs import StageRuns, shapes_record
+from tests.synthetic_pairs import synthetic_rows, write_stream
+from tests.tiny_folders import sd15_folder
+
+ACTORS = 2
+SD15_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+"""Stable Diffusion 1.5's, as its folder describes it; the weights are drawn at random."""
+
+
+def ingest_speed(scratch: Path, rounds: int = 3) -> dict[str, Result]:
+    """``ingest_vs_bare_vae`` with SD1.5's VAE at 256 px, and the same of the shapes world at 32 px."""
+    found: dict[str, Result] = {}
+    sd15 = _with_vae(sd15_folder(scratch / "sd15"))
+    for name, model, size, pairs, group in (
+        ("ingest_vs_bare_vae", sd15, 256, 96, 4),
+        ("ingest_vs_bare_vae, shapes at 32 px", shapes_record(), 32, 5000, 250),
+    ):
+        bench = Bench(scratch / f"px-{size}", model, size, pairs, group)
+        rates = in_turn(rounds, {"pipeline": bench.pipeline, "bare VAE": bench.bare})
+        what = f"a bare VAE loop over decoded pictures in {ACTORS} processes of one thread, {2 * pairs} pictures of {size} px"
+        found[name] = ratio(rates, "pipeline", "bare VAE", "pictures/s", what)
+        steady = sorted(bench.steady)[len(bench.steady) // 2]
+        found[f"{name}, without start-up"] = result(
+            steady / sorted(rates["bare VAE"])[rounds // 2], steady, "pictures/s", "the same; from the first commit to the last"
+        )
+    return found
+
+
+def _with_vae(folder: Path) -> ModelRecord:
+    """The tiny folder with SD1.5's VAE."""
+    torch.manual_seed(0)
+    AutoencoderKL(**SD15_VAE).save_pretrained(folder / "vae")
+    uri = folder.as_uri()
+    return shapes_record().model_copy(update={"uri": uri, "digest": registry.folder_digest(uri)})
+
+
+class Bench:
+    """One model and one file of pairs, every picture of which is its own."""
+
+    def __init__(self, folder: Path, model: ModelRecord, size: int, pairs: int, group: int) -> None:
+        self._folder, self._model, self._size, self._pairs = folder, model, size, pairs
+        self._rows = list(synthetic_rows(pairs, size=size, shared=0.0))
+        self._file = write_stream(folder / "pairs.parquet", self._rows, group)
+        self._runs = 0
+        self.steady: list[float] = []
+
+    def pipeline(self) -> float:
+        """Pictures/s of the whole stage."""
+        self._runs += 1
+        data = DataConfig(resolution=self._size)
+        spec: EncodeSpec = StageRuns(self._folder / str(self._runs), {}).encode_spec(
+            "bench", self._file.as_uri(), self._model, data=data, actors=ACTORS
+        )
+        journal, watch = Journal(spec.prefix), Stopwatch()
+        result = encode(spec, journal)
+        seconds = watch()
+        journal.flush()
+        self.steady.append(_steady(spec.prefix))
+        return result.counts["images"] / seconds
+
+    def bare(self) -> float:
+        """Pictures/s of the VAE alone."""
+        pixels = np.stack([decode(row[side], self._size).pixels for row in self._rows for side in ("jpg_0", "jpg_1")])
+        context = multiprocessing.get_context("spawn")
+        parts = [(str(registry.fetch(self._model)[0]), part) for part in np.array_split(pixels, ACTORS)]
+        ready = context.Barrier(ACTORS)
+        with context.Pool(ACTORS, initializer=_share, initargs=(ready,)) as pool:
+            seconds = max(pool.map(_encode_part, parts, chunksize=1))
+        return len(pixels) / seconds
+
+
+def _share(ready: Any) -> None:
+    global _READY
+    _READY = ready
+
+
+def _encode_part(part: tuple[str, np.ndarray]) -> float:
+    """Seconds of the loop alone: the VAE is loaded and warm, and all processes begin together."""
+    torch.set_num_threads(1)
+    vae = ModelFolder(part[0]).vae()
+    encode_images(vae, part[1][:2])
+    _READY.wait()
+    watch = Stopwatch()
+    encode_images(vae, part[1])
+    return watch()
+
+
+def _steady(prefix: str) -> float:
+    """Pictures/s between the first and the last metrics of a stage's journal."""
+    told = [entry for _, some in read_journal(prefix, 0) for entry in some if entry.metrics]
+    return (told[-1].metrics["images"] - told[0].metrics["images"]) / (told[-1].at - told[0].at)
+
+
+if __name__ == "__main__":
+    ray.init(num_cpus=8, log_to_driver=False, include_dashboard=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(ingest_speed(Path(scratch)), indent=1))
