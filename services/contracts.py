@@ -8,6 +8,7 @@ A job is a chain of stages, each one Ray job that is told what to do by a spec f
                                            /failed.json     or why it could not
     {storage}/jobs/{job}/train/run/pairs/*.parquet          t, margin and gradient weight of every pair of every step
     {storage}/datasets/{key}/manifest.json                  latent shards; no manifest: no shards
+    {storage}/datasets/{key}/ledgers/{key}/ledger-*.json    errors of a frozen model on them; no such file: no ledger
     {storage}/models/{model}.json, aliases/{name}.json      what Serve can load, written by the control plane
     {storage}/models/{model}/                               weights of an aligned model: a diffusers folder
                             /credit.json                    where its training put the credit
@@ -31,7 +32,7 @@ Uri = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[^\x00-\x1f
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 Scorer = Literal["match", "taste", "fidelity"]
-Stage = Literal["encode", "train", "evaluate"]
+Stage = Literal["encode", "ledger", "train", "evaluate"]
 JobStatus = Literal["validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled"]
 
 Column = Literal[
@@ -75,6 +76,47 @@ class DatasetCounts(Strict):
     ties: int
     missing: int
     bad: dict[str, int] = {}
+
+
+class BadExample(Strict):
+    """A row that cannot be used: where it stands ("file:group:row"), and what is known of it."""
+
+    row: str
+    detail: str
+
+
+class BadRows(Strict):
+    """How many rows of a sample share a cause, and a few of them."""
+
+    count: int
+    examples: list[BadExample]
+
+
+class PictureSizes(Strict):
+    """The shorter sides of a sample's pictures, in pixels: the side of the square that is cut out of each."""
+
+    count: int
+    min_px: int
+    median_px: int
+    max_px: int
+
+
+class DatasetReport(Strict):
+    """What a sample of a dataset shows before anything is spent. ``rows`` is null where counting them means reading them.
+
+    ``columns`` maps what is read to the names in the files. ``sampled`` counts rows, and of them decided, tie, missing and
+    bad; a row with a picture that cannot be used is bad.
+    """
+
+    uri: str
+    format: Literal["parquet", "arrow", "jsonl", "folders"]
+    shape: Literal["pair", "chosen", "ranking"]
+    columns: dict[str, str]
+    columns_not_read: list[str]
+    rows: int | None
+    sampled: dict[str, int]
+    bad: dict[str, BadRows]
+    pictures: PictureSizes | None
 
 
 class ModelCreate(Strict):
@@ -237,8 +279,33 @@ class EncodeResult(Strict):
     seconds: float
 
 
+class LedgerSpec(StageSpec):
+    """Compute the errors of the frozen ``model`` for every draw that the run of ``objective`` and ``training`` makes of the
+    shards at ``dataset``."""
+
+    dataset: Uri
+    model: ModelRecord
+    objective: ObjectiveConfig
+    training: TrainConfig
+    actors: int = 1
+    use_gpu: bool = False
+
+
+class LedgerResult(Strict):
+    """``ledger`` is the record of ``draws`` draws of each pair. ``noise``: by how much rounding moves the reference's logit
+    against itself, at DDE's beta. ``reused``: all of it was there already."""
+
+    ledger: Uri
+    draws: int
+    pairs: int
+    noise: dict[str, float]
+    reused: bool
+    seconds: float
+
+
 class TrainSpec(StageSpec):
-    """Fine-tune ``model`` on the shards at ``dataset``; ``run`` keeps checkpoints, ``output`` receives the weights."""
+    """Fine-tune ``model`` on the shards at ``dataset``; ``run`` keeps checkpoints, ``output`` receives the weights.
+    ``ledger`` is the record of the reference's errors, where the job has written or found one."""
 
     dataset: Uri
     model: ModelRecord
@@ -247,6 +314,7 @@ class TrainSpec(StageSpec):
     objective: ObjectiveConfig
     training: TrainConfig
     workers: int
+    ledger: Uri | None = None
     run: Uri
     output: Uri
     use_gpu: bool = False
@@ -317,5 +385,16 @@ class JournalEvent(Strict):
     metrics: dict[str, float] | None = None
 
 
-RESULTS: dict[Stage, type[Strict]] = {"encode": EncodeResult, "train": TrainResult, "evaluate": EvaluateResult}
-ENTRY_MODULES: dict[Stage, str] = {"encode": "services.ingest", "train": "services.training", "evaluate": "services.evaluation"}
+RESULTS: dict[Stage, type[Strict]] = {
+    "encode": EncodeResult,
+    "ledger": LedgerResult,
+    "train": TrainResult,
+    "evaluate": EvaluateResult,
+}
+ENTRY_MODULES: dict[Stage, str] = {
+    "encode": "services.ingest encode",
+    "ledger": "services.ingest ledger",
+    "train": "services.training",
+    "evaluate": "services.evaluation",
+}
+"""What follows ``python -m``: a module, and which of its stages where it has several."""

@@ -18,7 +18,7 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -30,6 +30,8 @@ from services.contracts import (
     AlignmentJobCreate,
     CreditRecord,
     DatasetCreate,
+    DatasetReport,
+    DatasetSource,
     EvaluationCreate,
     ImageRequest,
     ModelCreate,
@@ -92,9 +94,15 @@ class Client:
 
     # ---- what is registered
 
-    def create_dataset(self, name: str, uri: str) -> Dataset:
-        """Register preference pairs; the server reads and counts them."""
-        return self._post(Dataset, "/v1/datasets", DatasetCreate(name=name, uri=uri))
+    def create_dataset(self, name: str, uri: str, columns: Mapping[str, str] | None = None) -> Dataset:
+        """Register preference pairs; the server reads and counts them. ``columns`` maps what is read to the files' names."""
+        asked = DatasetCreate.model_validate({"name": name, "uri": uri, "columns": dict(columns or {})})
+        return self._post(Dataset, "/v1/datasets", asked)
+
+    def validate_dataset(self, uri: str, columns: Mapping[str, str] | None = None) -> DatasetReport:
+        """What a sample of the rows and pictures at a URI shows; nothing is stored."""
+        asked = DatasetSource.model_validate({"uri": uri, "columns": dict(columns or {})})
+        return DatasetReport.model_validate(self._send("POST", "/v1/datasets/validate", asked), extra="ignore")
 
     def dataset(self, dataset_id: str) -> Dataset:
         return self._get(Dataset, f"/v1/datasets/{dataset_id}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ def read_body(file: Path) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest(f"{file} must hold an object, got {type(body).__name__}")
     return body
+
+
+def columns_of(options: Sequence[str]) -> dict[str, str]:
+    """``["caption=prompt"]`` as a mapping. Raises BadRequest for one without a name or a column."""
+    pairs = [option.partition("=") for option in options]
+    if wrong := [option for option, (name, _, column) in zip(options, pairs, strict=True) if not (name and column)]:
+        raise BadRequest(f"--column must be NAME=COLUMN, as in caption=prompt, got {wrong[0]!r}")
+    return {name: column for name, _, column in pairs}
 
 
 def as_uri(place: str) -> str:

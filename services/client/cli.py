@@ -15,7 +15,7 @@ from dde_core.errors import DdeError
 from dde_core.estimate import estimate
 from services.client import recipes, tables
 from services.client.api import Client
-from services.client.bodies import as_uri, job_body, read_body, validation_line
+from services.client.bodies import as_uri, columns_of, job_body, read_body, validation_line
 from services.client.watch import watch
 from services.contracts import AlignmentJobCreate, CreditRecord, EvaluationCreate, ImageRequest
 from services.errors import BadRequest, ServiceError
@@ -52,6 +52,10 @@ NOT_OF_THE_BODY = ("file", "recipe", "dry_run", "family", "gpu", "follow")
 TO_BE_NAMED = {"model": "MODEL", "dataset": "DATASET", "evaluation": {"prompts_uri": "PROMPTS"}}
 """What a dry run does not have to be told."""
 
+PairsUri = Annotated[str, typer.Argument(help="Parquet, JSON lines, a Hugging Face or win/lose folder: path or URI.")]
+ColumnOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=COLUMN", help="What the files call a column: caption=prompt. Repeatable.")
+]
 Cpus = Annotated[int, typer.Option(min=1, help="What Ray may hand out: workers and replicas ask for one each.")]
 
 
@@ -99,10 +103,18 @@ def demo(
 
 
 @datasets.command("create")
-def create_dataset(name: str, uri: Annotated[str, typer.Argument(help="Parquet: a file or folder, path or URI.")]) -> None:
+def create_dataset(name: str, uri: PairsUri, column: ColumnOption = None) -> None:
     """Register preference pairs."""
     with connect() as client:
-        typer.echo(client.create_dataset(name, as_uri(uri)).id)
+        typer.echo(client.create_dataset(name, as_uri(uri), columns_of(column or ())).id)
+
+
+@datasets.command("validate")
+def validate_dataset(uri: PairsUri, column: ColumnOption = None) -> None:
+    """Read a sample of the rows and their pictures, and say what is there; nothing is stored."""
+    with connect() as client:
+        report = client.validate_dataset(as_uri(uri), columns_of(column or ()))
+    tables.print_report(Console(), report)
 
 
 @datasets.command("list")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from services.client.types import Job, MetricRow
 
-UNITS = {"encode": "images", "train": "steps", "evaluate": "pictures"}
+UNITS = {"encode": "images", "ledger": "pairs", "train": "steps", "evaluate": "pictures"}
 """What a stage counts: a metric of this name where it has one, else its steps."""
 NUMBERS = {
     "loss": "loss",

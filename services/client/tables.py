@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dde_core.estimate import Estimate
-from services.contracts import ALL_SCORERS, EvaluateResult, Interval
+from services.contracts import ALL_SCORERS, DatasetReport, EvaluateResult, Interval
 
 
 def print_list(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -24,6 +24,25 @@ def print_list(console: Console, columns: Sequence[str], rows: Iterable[Sequence
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table, markup=False)
+
+
+def print_report(console: Console, report: DatasetReport) -> None:
+    """What a sample of a dataset shows: what is read, how many rows of each kind, what is bad and why."""
+    rows = "not counted" if report.rows is None else f"{report.rows:,}"
+    columns = ", ".join(name if name == own else f"{name} = {own}" for name, own in report.columns.items())
+    pictures = report.pictures
+    sizes = f"{pictures.min_px} / {pictures.median_px} / {pictures.max_px}" if pictures else "none was read"
+    facts = {
+        "rows": f"{rows}; {report.format}, one {report.shape} a row",
+        "columns": columns,
+        "not read": ", ".join(report.columns_not_read) or "-",
+        "sample": ", ".join(f"{count} {kind}" for kind, count in report.sampled.items()),
+        "shorter sides, px": f"{sizes} (smallest / median / largest)",
+    }
+    print_list(console, ("fact", report.uri), facts.items())
+    if report.bad:
+        found = [(cause, bad.count, one.row, one.detail) for cause, bad in report.bad.items() for one in bad.examples]
+        print_list(console, ("bad", "rows", "for example", "detail"), found)
 
 
 def comparison(result: EvaluateResult, base: str, candidate: str) -> Table:

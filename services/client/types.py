@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.contracts import DatasetCounts, EncodeResult, EvaluateResult, TrainResult
+from services.contracts import DatasetCounts, EncodeResult, EvaluateResult, LedgerResult, TrainResult
 
 FINISHED = ("succeeded", "failed", "cancelled")
 Item = TypeVar("Item", bound="Answer")
@@ -50,6 +50,7 @@ class Dataset(Resource):
 
     name: str
     uri: str
+    columns: Mapping[str, str] = Field(default_factory=dict)
     digest: str | None = None
     counts: DatasetCounts | None = None
 
@@ -70,6 +71,7 @@ class JobResult(Answer):
     """What the finished stages answered."""
 
     encode: EncodeResult | None = None
+    ledger: LedgerResult | None = None
     train: TrainResult | None = None
     evaluate: EvaluateResult | None = None
 

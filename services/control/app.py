@@ -11,7 +11,15 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from services import storage
-from services.contracts import AlignmentJobCreate, DatasetCreate, EvaluationCreate, ImageRequest, ModelCreate, ScoreRequest
+from services.contracts import (
+    AlignmentJobCreate,
+    DatasetCreate,
+    DatasetSource,
+    EvaluationCreate,
+    ImageRequest,
+    ModelCreate,
+    ScoreRequest,
+)
 from services.control import inference, problems
 from services.control.database import Database
 from services.control.dependencies import require_key
@@ -23,7 +31,7 @@ from services.control.telemetry import Telemetry
 from services.control.views import ErrorView
 from services.settings import Settings
 
-BODIES = (DatasetCreate, ModelCreate, AlignmentJobCreate, EvaluationCreate, ImageRequest, ScoreRequest)
+BODIES = (DatasetCreate, DatasetSource, ModelCreate, AlignmentJobCreate, EvaluationCreate, ImageRequest, ScoreRequest)
 
 
 def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile: bool = True) -> FastAPI:

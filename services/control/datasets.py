@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from services import pairs, storage
-from services.contracts import DatasetCounts, DatasetCreate
+from services import storage
+from services.contracts import DatasetCounts, DatasetCreate, DatasetReport, DatasetSource
 from services.control.database import Database
 from services.control.idempotency import Once, create_once
 from services.control.listing import by_id, listed, newest
 from services.control.tables import Dataset, Job, new_id
 from services.control.transitions import UNFINISHED
 from services.control.views import dataset_view
-from services.errors import BadRequest, Conflict
+from services.errors import Conflict
+from services.inspection import inspect, validate
+from services.row_files import unreadable
+from services.sources import Source, open_source
+
+Answer = TypeVar("Answer")
 
 
 def create(database: Database, once: Once, asked: DatasetCreate) -> dict[str, Any]:
-    """Read the pairs without their pictures and register them. Raises BadRequest for files that cannot be used."""
+    """Read the rows without their pictures and register them. Raises BadRequest for files that cannot be used."""
 
     def insert(session: Session, inspected: tuple[DatasetCounts, str]) -> dict[str, Any]:
         counts, digest = inspected
@@ -29,6 +35,7 @@ def create(database: Database, once: Once, asked: DatasetCreate) -> dict[str, An
             id=new_id("ds"),
             name=asked.name,
             uri=storage.as_uri(asked.uri),
+            columns=dict(asked.columns),
             digest=digest,
             counts=counts.model_dump(),
             created_at=time.time(),
@@ -36,14 +43,19 @@ def create(database: Database, once: Once, asked: DatasetCreate) -> dict[str, An
         session.add(row)
         return dataset_view(row)
 
-    return create_once(database, once, lambda: _inspect(asked.uri), insert)
+    return create_once(database, once, lambda: _read(asked, inspect), insert)
 
 
-def _inspect(uri: str) -> tuple[DatasetCounts, str]:
+def report(asked: DatasetSource) -> DatasetReport:
+    """Read a sample with its pictures; nothing is stored. Raises BadRequest for files that cannot be used."""
+    return _read(asked, validate)
+
+
+def _read(asked: DatasetSource, look: Callable[[Source], Answer]) -> Answer:
     try:
-        return pairs.inspect(uri)
+        return look(open_source(asked))
     except (pa.ArrowException, OSError) as error:  # a file that breaks half-way, or may not be read
-        raise BadRequest(f"uri: cannot be read, got {uri!r}: {error}", param="uri") from error
+        raise unreadable(error, asked.uri, "cannot be read") from error
 
 
 def get(database: Database, dataset_id: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from services.control.idempotency import Once, create_once
 from services.control.listing import by_id, is_id, listed, newest
 from services.control.problems import show
 from services.control.tables import Dataset, Job, JobMetadata, Model, new_id
-from services.control.transitions import UNFINISHED
+from services.control.transitions import UNFINISHED, writes_ledger
 from services.control.views import evaluation_view, job_view
 from services.errors import BadRequest, Conflict, NotFound
 
@@ -48,7 +48,7 @@ def create_alignment(database: Database, once: Once, asked: AlignmentJobCreate) 
         row.name, row.model, row.dataset, row.output_model = name, base.id, dataset.id, new_id("model")
         row.inputs = {
             "model": models.record_of(base).model_dump(mode="json"),
-            "dataset": {"uri": dataset.uri, "digest": dataset.digest},
+            "dataset": {"uri": dataset.uri, "columns": dataset.columns, "digest": dataset.digest},
         }
         session.add(row)
         session.flush()
@@ -56,6 +56,9 @@ def create_alignment(database: Database, once: Once, asked: AlignmentJobCreate) 
         journal.say(session, job_id, f"created: {asked.objective.method} on {base.name} with dataset {dataset.name}")
         for setting, value in asked.objective.ignored().items():
             message = f"objective.{setting} = {value} is not read by method {asked.objective.method!r}"
+            journal.say(session, job_id, message, "warning")
+        if asked.training.reference == "ledger" and not writes_ledger(request):
+            message = f"training.reference = 'ledger' is not read by method {asked.objective.method!r}"
             journal.say(session, job_id, message, "warning")
         return job_view(row)
 

@@ -60,7 +60,7 @@ class Watch:
         elif self.job.status == "validating":
             self._validate(change)
         elif self.job.stage is None:
-            self._enter(change, transitions.next_stage(self.job.kind, None))
+            self._enter(change, transitions.next_stage(self.job.kind, None, self.job.request))
         elif self.job.submitted_at is None:
             self._submit(change)
         else:
@@ -90,7 +90,10 @@ class Watch:
             self._finish(change, "succeeded", None)
             change.point = self.job.kind == "alignment"
             return
-        self._move(change, transitions.STAGE_STATUS[stage], f"stage {stage}")
+        if (status := transitions.STAGE_STATUS[stage]) == self.job.status:
+            change.say(self.now, f"stage {stage}")
+        else:
+            self._move(change, status, f"stage {stage}")
         change.values |= {"stage": stage, "stage_started_at": self.now, "submitted_at": None, "journal_cursor": 0}
         change.values |= {"ended_at": None, "unreachable_at": None, "started_at": self.job.started_at or self.now}
 
@@ -132,7 +135,7 @@ class Watch:
             "stage_seconds": {**self.job.stage_seconds, stage: round(self.now - (self.job.stage_started_at or self.now), 3)},
         }
         change.say(self.now, f"stage {stage} done")
-        self._enter(change, transitions.next_stage(self.job.kind, stage))
+        self._enter(change, transitions.next_stage(self.job.kind, stage, self.job.request))
 
     def _result(self, change: Change, result: Strict) -> dict[str, Any]:
         dumped = result.model_dump(mode="json")

@@ -10,9 +10,11 @@ from services import registry, storage
 from services.contracts import (
     ENTRY_MODULES,
     AlignmentJobCreate,
+    DatasetSource,
     EncodeSpec,
     EvaluateSpec,
     EvaluationConfig,
+    LedgerSpec,
     ModelRecord,
     StageSpec,
     TrainSpec,
@@ -50,12 +52,26 @@ def aligned_record(job: Job, record: ModelRecord) -> ModelRecord:
 
 
 def _encode(job: Job, settings: Settings, frame: dict[str, Any]) -> EncodeSpec:
+    dataset, asked = job.inputs["dataset"], AlignmentJobCreate.model_validate_json(json.dumps(job.request))
     return EncodeSpec(
         **frame,
-        dataset_uri=job.inputs["dataset"]["uri"],
-        dataset_digest=job.inputs["dataset"]["digest"],
+        source=DatasetSource(uri=dataset["uri"], columns=dataset.get("columns", {})),
+        source_digest=dataset["digest"],
         model=ModelRecord(**job.inputs["model"]),
+        data=asked.data,
         output=storage.join(settings.storage_uri, "datasets"),
+        actors=settings.encode_actors,
+    )
+
+
+def _ledger(job: Job, settings: Settings, frame: dict[str, Any]) -> LedgerSpec:
+    asked = AlignmentJobCreate.model_validate_json(json.dumps(job.request))
+    return LedgerSpec(
+        **frame,
+        dataset=job.results["encode"]["dataset"],
+        model=ModelRecord(**job.inputs["model"]),
+        objective=asked.objective,
+        training=asked.training,
         actors=settings.encode_actors,
     )
 
@@ -71,6 +87,7 @@ def _train(job: Job, settings: Settings, frame: dict[str, Any]) -> TrainSpec:
         objective=asked.objective,
         training=asked.training,
         workers=asked.workers,
+        ledger=job.results["ledger"]["ledger"] if "ledger" in job.results else None,
         run=storage.join(root, "jobs", job.id, "train", "run"),
         output=registry.model_uri(root, str(job.output_model)),
     )
@@ -92,4 +109,4 @@ def _evaluate(job: Job, settings: Settings, frame: dict[str, Any]) -> EvaluateSp
     )
 
 
-_BUILDERS = {"encode": _encode, "train": _train, "evaluate": _evaluate}
+_BUILDERS = {"encode": _encode, "ledger": _ledger, "train": _train, "evaluate": _evaluate}

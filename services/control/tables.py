@@ -60,6 +60,7 @@ class Dataset(Resource):
     name: Mapped[str] = mapped_column(String(64))
     uri: Mapped[str] = mapped_column(Text)
     digest: Mapped[str] = mapped_column(String(64))
+    columns: Mapped[dict[str, Any]] = mapped_column(default=dict)
     counts: Mapped[dict[str, Any]]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from services.contracts import JobStatus, Stage
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
@@ -16,8 +19,13 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
 }
 
 UNFINISHED: tuple[JobStatus, ...] = tuple(status for status, following in TRANSITIONS.items() if following)
-STAGES: dict[str, tuple[Stage, ...]] = {"alignment": ("encode", "train", "evaluate"), "evaluation": ("evaluate",)}
-STAGE_STATUS: dict[Stage, JobStatus] = {"encode": "preparing", "train": "running", "evaluate": "evaluating"}
+STAGES: dict[str, tuple[Stage, ...]] = {"alignment": ("encode", "ledger", "train", "evaluate"), "evaluation": ("evaluate",)}
+STAGE_STATUS: dict[Stage, JobStatus] = {
+    "encode": "preparing",
+    "ledger": "preparing",
+    "train": "running",
+    "evaluate": "evaluating",
+}
 
 
 class IllegalTransition(RuntimeError):
@@ -30,8 +38,13 @@ def check(old: str, new: str) -> None:
         raise IllegalTransition(f"{old} -> {new}")
 
 
-def next_stage(kind: str, stage: Stage | None) -> Stage | None:
-    """The stage after ``stage`` (the first one after None), or None after the last."""
+def next_stage(kind: str, stage: Stage | None, request: Mapping[str, Any]) -> Stage | None:
+    """The stage after ``stage`` (the first one after None), or None after the last. Without those that a job does not need."""
     stages = STAGES[kind]
     place = 0 if stage is None else stages.index(stage) + 1
-    return stages[place] if place < len(stages) else None
+    return next((each for each in stages[place:] if each != "ledger" or writes_ledger(request)), None)
+
+
+def writes_ledger(request: Mapping[str, Any]) -> bool:
+    """Whether an alignment job asks for a ledger, and its method reads one: `sft` has no reference."""
+    return request["training"].get("reference") == "ledger" and request["objective"]["method"] != "sft"

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
-from services.contracts import DatasetCounts, EncodeResult, EvaluateResult, Family, JobStatus, Scorer, Stage, TrainResult
+from dde_core.config import DataConfig
+from services.contracts import (
+    DatasetCounts,
+    EncodeResult,
+    EvaluateResult,
+    Family,
+    JobStatus,
+    LedgerResult,
+    Scorer,
+    Stage,
+    TrainResult,
+)
 from services.control.tables import Dataset, Event, Job, Metric, Model
+from services.control.transitions import STAGES
 
 Item = TypeVar("Item")
 
@@ -40,6 +53,7 @@ class DatasetView(BaseModel):
     object: Literal["dataset"]
     name: str
     uri: str
+    columns: dict[str, str]
     digest: str
     counts: DatasetCounts
     created_at: int
@@ -75,6 +89,7 @@ class ResultView(BaseModel):
     """The result of each stage that is done."""
 
     encode: EncodeResult | None = None
+    ledger: LedgerResult | None = None
     train: TrainResult | None = None
     evaluate: EvaluateResult | None = None
 
@@ -99,6 +114,7 @@ class JobView(RunView):
     model: str
     dataset: str
     name: str
+    data: dict[str, Any]
     objective: dict[str, Any]
     training: dict[str, Any]
     workers: int
@@ -142,6 +158,7 @@ def dataset_view(row: Dataset) -> dict[str, Any]:
         "object": "dataset",
         "name": row.name,
         "uri": row.uri,
+        "columns": row.columns,
         "digest": row.digest,
         "counts": row.counts,
         "created_at": int(row.created_at),
@@ -180,9 +197,10 @@ def job_view(row: Job) -> dict[str, Any]:
         "model": row.model,
         "dataset": row.dataset,
         "name": row.name,
+        "data": row.request.get("data", asdict(DataConfig())),  # jobs of earlier versions have none
         **{name: row.request[name] for name in asked},
         "aligned_model": row.output_model if "train" in row.results else None,
-        "result": row.results,
+        "result": {stage: row.results.get(stage) for stage in STAGES["alignment"]},
     }
 
 

@@ -124,6 +124,15 @@ def test_winners_alone_need_no_reference_and_one_side():
     assert winners.gpu_hours / pairs.gpu_hours == pytest.approx(4 / 10)
 
 
+def test_a_run_on_a_ledger_has_no_reference_in_memory_or_time_but_the_pass_that_writes_it():
+    cached = dataclasses.replace(PAPER, reference="ledger")
+    online, ledger = (estimate("sd15", UNIFORM, training, 8) for training in (PAPER, cached))
+    assert online.memory_gb - ledger.memory_gb == pytest.approx(4 * FACTS["sd15"].parameters / 1e9)
+    assert (term(online, "passes"), term(ledger, "passes")) == (5, 4)
+    assert online.gpu_hours == pytest.approx(ledger.gpu_hours + term(ledger, "ledger")), "once; the next run saves it"
+    assert "ledger" not in {each.name for each in (*online.time, *estimate("sd15", SFT, cached, 8).time)}
+
+
 @pytest.mark.parametrize("change", [{"optimizer": "adamw_8bit"}, {"micro_batch_size": 1}])
 def test_small_moments_and_small_micro_batches_save_memory_and_no_time(change):
     before, after = (estimate("sdxl", UNIFORM, training, 8) for training in (PAPER, dataclasses.replace(PAPER, **change)))

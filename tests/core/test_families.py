@@ -21,7 +21,8 @@ from dde_core.generation import TextToImage
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy, make_optimizer
 from dde_core.models.saving import save_adapters, save_aligned
-from dde_core.models.text import TextEncoders, time_ids, tokenize
+from dde_core.models.text import TextEncoders, time_ids
+from dde_core.models.tokens import tokenize
 from dde_core.noise import initial_latents
 from tests.tiny_folders import FOLDERS, sdxl_folder
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from dde_core.config import ObjectiveConfig
 from dde_core.models.folder import ModelFolder
-from dde_core.models.text import TextEncoders, tokenize
+from dde_core.models.text import TextEncoders
+from dde_core.models.tokens import tokenize
 from dde_core.schedule import Schedule, add_noise, epsilon_from, x0_from
 from dde_core.train_step import PairBatch, pair_errors, step_losses
 from tests.tiny_folders import FOLDERS

@@ -11,7 +11,8 @@ import torch
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy
-from dde_core.models.text import TextEncoders, tokenize
+from dde_core.models.text import TextEncoders
+from dde_core.models.tokens import tokenize
 from dde_core.objectives import OBJECTIVES
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
 from tests.tiny_folders import FOLDERS

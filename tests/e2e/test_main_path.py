@@ -63,16 +63,17 @@ def finished(client: Client, base: str, dataset: str) -> Job:
 def test_a_posted_job_ends_as_an_aligned_and_evaluated_model(finished: Job):
     assert finished.status == "succeeded", finished.reason
     assert finished.result.encode.counts == {
-        "rows": 200, "pairs": 179, "ties": 20, "missing": 0, "corrupt": 1, "duplicates": 0, "images": 359
+        "rows": 200, "pairs": 179, "ties": 20, "missing": 0, "bad": 1, "duplicates": 0, "images": 359
     }  # fmt: skip
     assert finished.result.train.metrics["step"] == STEPS
     assert set(finished.result.evaluate.scores) == {"match", "taste", "fidelity"}
     assert all(finished.stage_seconds[stage] > 0 for stage in ("encode", "train", "evaluate"))
 
 
-def test_a_corrupt_picture_is_quarantined_with_its_row(finished: Job):
+def test_a_broken_picture_is_quarantined_with_its_row(finished: Job):
     lines = storage.read_bytes(storage.join(finished.result.encode.dataset, "quarantine.jsonl")).decode().splitlines()
-    assert [json.loads(line)["causes"] for line in lines] == [{"0-3-0": "not an image"}]
+    (line,) = map(json.loads, lines)
+    assert (line["row"], line["cause"], line["pictures"]) == (":0:3", "image_not_an_image", {"0-3-0": "image_not_an_image"})
 
 
 def test_every_step_reports_finite_metrics_of_winner_and_loser(client: Client, finished: Job):
@@ -215,9 +216,10 @@ def test_a_dataset_of_broken_pictures_fails_the_job_and_leaves_no_shards(
     training = TrainConfig(steps=1, batch_size=4)
     ended = client.wait(client.create_job(job_request(base, broken.id, training=training)).id, timeout_s=120)
     assert ended.status == "failed"
-    assert "has no pair left" in ended.reason.message
+    assert ended.reason.code == "too_many_bad_rows"
+    assert "18 of 20 rows are bad (image_not_an_image 18)" in ended.reason.message
     files = storage.list_files(storage.join(system.storage_uri, "datasets"), recursive=True)
-    shards = {name.split("/")[0] for name in files if name.endswith(".parquet")}
+    shards = {name.split("/")[0] for name in files if "/shard-" in name}
     assert shards == {name.split("/")[0] for name in files if name.endswith("manifest.json")}, "no shards without a manifest"
 
 

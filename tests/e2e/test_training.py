@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -20,12 +18,12 @@ from safetensors.numpy import load_file
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR, PAIRS_FILE
-from services import pairs, registry, storage
+from services import registry, storage
 from services.client.local import LocalSystem
-from services.client.processes import environment
-from services.contracts import EncodeSpec, ModelRecord, TrainResult, TrainSpec
+from services.contracts import TrainResult, TrainSpec
 from services.observability import read_journal
 from tests.encoded_pairs import train_here
+from tests.stage_runs import Running, StageRuns, cluster_environment, shapes_record
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_100.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -33,54 +31,22 @@ OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=50)
 TWENTY_STEPS = TrainConfig(steps=20, batch_size=64, learning_rate=1e-4, checkpoint_every=5)
 
 
-class Runs:
-    """Training runs on the session's cluster, each by the entry point that a job uses."""
+class Runs(StageRuns):
+    """Training runs on the session's cluster."""
 
     def __init__(self, system: LocalSystem, folder: Path) -> None:
-        self.system, self.root = system, storage.as_uri(folder)
-        uri = MODEL_DIR.as_uri()
-        self.base = ModelRecord(
-            id="model_base", name="shapes", uri=uri, family="sd15", digest=registry.folder_digest(uri), created_at=0
-        )
+        super().__init__(folder, cluster_environment(system))
+        self.base = shapes_record()
         self.run = cache(self._run)
+        self.encoded = cache(self._encoded)
 
-    @property
-    def dataset(self) -> str:
-        return self._encoded()["dataset"]
+    def _encoded(self) -> str:
+        return self.start("encode", self.encode_spec("encode", PAIRS_FILE.as_uri(), self.base)).finish().dataset
 
-    def prefix(self, name: str) -> str:
-        return storage.join(self.root, name)
-
-    def _encoded(self) -> dict:
-        marker = storage.join(self.prefix("encode"), "done.json")
-        if not storage.exists(marker):
-            digest = pairs.inspect(PAIRS_FILE.as_uri())[1]
-            frame = {"job": "encode", "attempt": 1, "prefix": self.prefix("encode")}
-            self.start(
-                "ingest",
-                EncodeSpec(
-                    **frame,
-                    dataset_uri=PAIRS_FILE.as_uri(),
-                    dataset_digest=digest,
-                    model=self.base,
-                    output=storage.join(self.root, "datasets"),
-                ),
-            ).finish()
-        return storage.read_json(marker)
-
-    def start(self, module: str, spec) -> Stage:
-        uri = storage.join(spec.prefix, "spec.json")
-        storage.write_json(uri, spec.model_dump(mode="json"))
-        address = f"127.0.0.1:{self.system.ray.ports.gcs}"
-        env = environment(str(self.system.state), {"RAY_ADDRESS": address, "RAY_TRAIN_V2_ENABLED": "1", **self.system.ray.auth})
-        return Stage(subprocess.Popen([sys.executable, "-m", f"services.{module}", "--spec", uri], env=env), spec.prefix)
-
-    def train(self, name: str, workers: int, training: TrainConfig) -> Stage:
+    def train(self, name: str, workers: int, training: TrainConfig) -> Running:
         spec = TrainSpec(
-            job=name,
-            attempt=1,
-            prefix=self.prefix(name),
-            dataset=self.dataset,
+            **self.frame(name),
+            dataset=self.encoded(),
             model=self.base,
             model_id=name,
             name=name,
@@ -90,7 +56,7 @@ class Runs:
             run=storage.join(self.prefix(name), "run"),
             output=storage.join(self.prefix(name), "model"),
         )
-        return self.start("training", spec)
+        return self.start("train", spec)
 
     def _run(self, name: str, workers: int, training: TrainConfig) -> dict[str, np.ndarray]:
         self.train(name, workers, training).finish()
@@ -109,19 +75,6 @@ class Runs:
         """The checkpoints from which Ray Train would go on: it takes note of them a moment after they are written."""
         uri = storage.join(self.prefix(name), "run", "checkpoint_manager_snapshot.json")
         return re.findall(r"checkpoint_\d{4}-[\d_.-]+", storage.read_bytes(uri).decode()) if storage.exists(uri) else []
-
-    def events(self, name: str) -> list[str]:
-        return [entry.message for _, some in read_journal(self.prefix(name), 0) for entry in some if entry.message]
-
-
-class Stage:
-    """A stage's driver, running."""
-
-    def __init__(self, process: subprocess.Popen, prefix: str) -> None:
-        self.process, self.prefix = process, prefix
-
-    def finish(self, timeout_s: float = 240.0) -> None:
-        assert self.process.wait(timeout_s) == 0, storage.read_bytes(storage.join(self.prefix, "failed.json"))
 
 
 @pytest.fixture(scope="module")
@@ -157,16 +110,16 @@ def test_the_same_number_of_workers_twice_is_the_same_to_the_bit(runs: Runs):
     assert runs.metrics("two", "loss") == runs.metrics("two-again", "loss")
 
 
-def test_a_killed_worker_changes_nothing(runs: Runs):
+def test_a_killed_worker_changes_nothing(runs: Runs, system: LocalSystem):
     undisturbed = runs.run("two", 2, TWENTY_STEPS)
     stage = runs.train("killed", 2, TWENTY_STEPS)
     deadline = time.monotonic() + 120
     while not runs.kept_checkpoints("killed"):
-        assert time.monotonic() < deadline, runs.events("killed")
+        assert time.monotonic() < deadline, stage.events()
         time.sleep(0.1)
-    os.kill(training_workers(runs.system)[0].pid, signal.SIGKILL)
+    os.kill(training_workers(system)[0].pid, signal.SIGKILL)
     stage.finish()
-    starts = [event for event in runs.events("killed") if "workers from step" in event]
+    starts = [event for event in stage.events() if "workers from step" in event]
     assert len(starts) == 2, starts
     assert int(starts[1].rsplit(" ", 1)[1]) in (5, 10, 15), "it went on from a checkpoint"
     assert same_bits(undisturbed, runs.weights("killed"))
@@ -182,7 +135,7 @@ def training_workers(system: LocalSystem) -> list[psutil.Process]:
 
 def test_the_loss_curve_of_100_steps_is_the_golden_one(runs: Runs, tmp_path: Path):
     """Written by ``make golden`` after a change that is meant to change it."""
-    dataset, training = Path(storage.resolve(runs.dataset)[1]), {"steps": 100, "batch_size": 16, "learning_rate": 2e-5}
+    dataset, training = Path(storage.resolve(runs.encoded())[1]), {"steps": 100, "batch_size": 16, "learning_rate": 2e-5}
     metrics = train_here(tmp_path, ModelFolder(MODEL_DIR), dataset, OBJECTIVE, checkpoint_every=100, **training)
     losses = [step["loss"] for step in metrics]
     assert len(losses) == 100

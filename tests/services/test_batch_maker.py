@@ -12,7 +12,8 @@ import torch
 from dde_core.config import CALIBRATED, DEFAULT_NOISE, ObjectiveConfig
 from dde_core.errors import ConfigError
 from dde_core.models.folder import ModelFolder
-from dde_core.models.text import TextEncoders, tokenize
+from dde_core.models.text import TextEncoders
+from dde_core.models.tokens import tokenize
 from dde_core.noise import draw_dropped, draw_evaluation_point, draw_noise
 from dde_core.objectives import OBJECTIVES, t_distribution
 from dde_core.train_step import PairBatch
@@ -34,7 +35,7 @@ def encoded(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def one_batch(model: ModelFolder, encoded: Path, objective: ObjectiveConfig, step: int = 0, **training) -> PairBatch:
     """The whole of a global batch. A batch of PAIRS is an epoch: its step is the number of the visit."""
-    training = {"batch_size": PAIRS, "seed": SEED} | training
+    training = {"batch_size": PAIRS, "draw_seed": SEED} | training
     maker = batch_maker(model, encoded, objective, **training)
     return maker.make(maker.rows(step, 0, 1))
 
@@ -67,6 +68,16 @@ def test_noise_and_evaluation_points_are_those_of_seed_pair_side_and_visit(model
                 assert not torch.equal(z, draw_noise(*key, SHAPE))
 
 
+def test_draws_do_not_depend_on_the_runs_seed_and_begin_again_after_as_many_as_there_are(model, encoded):
+    objective = ObjectiveConfig(calibration_point="sampled")
+    visits = [rows_of(one_batch(model, encoded, objective, visit, draws=2, seed=visit)) for visit in range(5)]
+    for pair, first in visits[0].items():
+        for visit, rows in enumerate(visits):
+            again = [same(rows[pair][name], first[name]) for name in ("t", "noise_w", "noise_l", "z_w", "z_l")]
+            assert all(again[1:]) == (visit % 2 == 0), (pair, visit)
+            assert again[0] or visit % 2 == 1
+
+
 def test_each_method_has_the_noise_of_its_own_source(model, encoded):
     for method, noise in DEFAULT_NOISE.items():
         batch = one_batch(model, encoded, ObjectiveConfig(method=method))
@@ -85,7 +96,7 @@ def test_evaluation_points_are_drawn_where_they_are_read_and_nowhere_else(model,
 
 def test_a_pairs_row_does_not_depend_on_the_number_of_workers(model, encoded):
     objective = ObjectiveConfig(calibration_point="sampled")
-    maker = batch_maker(model, encoded, objective, batch_size=PAIRS, seed=SEED, caption_dropout=0.5)
+    maker = batch_maker(model, encoded, objective, batch_size=PAIRS, draw_seed=SEED, caption_dropout=0.5)
     whole = rows_of(maker.make(maker.rows(1, 0, 1)))
     for rank in range(3):
         for pair, row in rows_of(maker.make(maker.rows(1, rank, 3))).items():

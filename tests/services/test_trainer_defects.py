@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,15 +18,13 @@ from torch.nn import functional as F
 from dde_core.config import ObjectiveConfig
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder, encode_images
-from dde_core.models.text import TextEncoders, tokenize
+from dde_core.models.text import TextEncoders
+from dde_core.models.tokens import tokenize
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
-from services import pairs, registry, storage
-from services.contracts import EncodeSpec, ModelRecord
-from services.ingest import encode as ingest
-from services.ingest.decoding import decode, decode_unit
-from services.ingest.stages import Encoder
-from services.observability import Journal
+from services import storage
+from services.pictures import decode
 from services.training import loop
+from tests.encode_here import EncodeHere
 from tests.encoded_pairs import SIZE_PX, batch_maker, train_here, write_encoded
 from tests.pairs_file import png, write_pairs
 from tests.tiny_folders import sd15_folder
@@ -198,15 +196,6 @@ def test_pictures_are_decoded_as_they_are_every_time():
     assert not keeps_orientation(flipping)
 
 
-def in_process(units: list[dict], model: ModelRecord, size: int, actors: int, use_gpu: bool) -> Iterator[dict[str, np.ndarray]]:
-    """What the Ray Data pipeline does, in this process."""
-    encoder = Encoder(model, "cpu")
-    for unit in units:
-        columns = {name: np.array([unit[name]]) for name in ("uri", "file", "row_group")}
-        for block in decode_unit({**columns, "wanted": [unit["wanted"]]}, size):
-            yield encoder(block)
-
-
 def test_ingest_encodes_both_sides_unflipped_and_its_manifest_says_so(model, tmp_path, monkeypatch):
     captions = ["a red circle", "a green circle", "a blue circle"]
     rows = [
@@ -214,20 +203,9 @@ def test_ingest_encodes_both_sides_unflipped_and_its_manifest_says_so(model, tmp
         | {name: f"{n}-{name}" for name in ("image_0_uid", "image_1_uid")}
         for n in range(3)
     ]
-    uri = write_pairs(tmp_path / "pairs.parquet", rows).as_uri()
-    base = model.path.as_uri()
-    record = ModelRecord(id="m", name="m", uri=base, family="sd15", digest=registry.folder_digest(base), created_at=0)
-    monkeypatch.setattr(ingest, "encode_dataset", in_process)
-    spec = EncodeSpec(
-        job="job",
-        attempt=1,
-        prefix=(tmp_path / "stage").as_uri(),
-        dataset_uri=uri,
-        dataset_digest=pairs.inspect(uri)[1],
-        model=record,
-        output=(tmp_path / "datasets").as_uri(),
-    )
-    reader = LatentReader(*storage.resolve(ingest.encode(spec, Journal(spec.prefix)).dataset))
+    path = write_pairs(tmp_path / "pairs.parquet", rows)
+    result = EncodeHere(monkeypatch, model, tmp_path / "encoded")(path)
+    reader = LatentReader(*storage.resolve(result.dataset))
     assert reader.manifest.settings == {"resolution": SIZE_PX, "crop": "centre", "flip": "none"}
     batch, vae = reader.batch(seed=0, step=0, batch_size=3), model.vae()
     shades = (batch.token_ids[:, None] == tokenize(model.tokenizers(), captions)).all(axis=(2, 3)).argmax(axis=1)

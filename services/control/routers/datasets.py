@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
 
-from services.contracts import DatasetCreate
+from services.contracts import DatasetCreate, DatasetReport, DatasetSource
 from services.control import datasets
 from services.control.dependencies import After, Db, Key, Limit, body, takes
 from services.control.idempotency import Once
@@ -18,8 +18,14 @@ router = APIRouter(tags=["datasets"])
 
 @router.post("/v1/datasets", response_model=DatasetView, openapi_extra=takes(DatasetCreate))
 def create_dataset(asked: Annotated[DatasetCreate, Depends(body(DatasetCreate))], db: Db, key: Key = None) -> JSONResponse:
-    """Register preference pairs: they are read, checked, counted and digested."""
+    """Register preference pairs: every row is read, checked, counted and digested; pictures are not."""
     return JSONResponse(datasets.create(db, Once.of(key, "/v1/datasets", asked), asked))
+
+
+@router.post("/v1/datasets/validate", response_model=DatasetReport, openapi_extra=takes(DatasetSource))
+def validate_dataset(asked: Annotated[DatasetSource, Depends(body(DatasetSource))]) -> JSONResponse:
+    """What a sample of the rows and their pictures shows; nothing is stored."""
+    return JSONResponse(datasets.report(asked).model_dump())
 
 
 @router.get("/v1/datasets", response_model=ListView[DatasetView])

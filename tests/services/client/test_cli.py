@@ -18,6 +18,19 @@ from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, 
 
 ROOT = Path(__file__).parents[3]
 JOBS = "/v1/alignment/jobs"
+PAIR = ("jpg_0", "jpg_1", "label_0", "label_1")
+REPORT = {
+    "uri": "s3://b/pairs",
+    "format": "parquet",
+    "shape": "pair",
+    "columns": {"caption": "prompt", **{name: name for name in PAIR}},
+    "columns_not_read": ["user_id"],
+    "rows": 959_040,
+    "sampled": {"rows": 256, "decided": 200, "tie": 50, "missing": 0, "bad": 6},
+    "bad": {"image_broken": {"count": 6, "examples": [{"row": "a.parquet:0:7", "detail": "picture 1: OSError"}]}},
+    "pictures": {"count": 400, "min_px": 512, "median_px": 768, "max_px": 1024},
+    "made_by_a_newer_server": 1,
+}
 
 
 @pytest.fixture
@@ -131,7 +144,38 @@ def test_lists_are_tab_separated_where_stdout_is_no_terminal(server, dde) -> Non
 
 def test_a_dataset_is_registered_by_path(server, dde, tmp_path) -> None:
     assert dde("datasets", "create", "pairs", tmp_path / "pairs.parquet").stdout == "new_1\n"
-    assert the_body(server, "/v1/datasets") == {"name": "pairs", "uri": (tmp_path / "pairs.parquet").as_uri()}
+    uri = (tmp_path / "pairs.parquet").as_uri()
+    assert the_body(server, "/v1/datasets") == {"name": "pairs", "uri": uri, "columns": {}}
+
+
+def test_columns_are_mapped_by_options(server, dde) -> None:
+    mapped = ("--column", "caption=prompt", "--column", "jpg_0=a=b")
+    assert dde("datasets", "create", "pairs", "s3://b/pairs", *mapped).exit_code == 0
+    assert the_body(server, "/v1/datasets")["columns"] == {"caption": "prompt", "jpg_0": "a=b"}
+
+
+@pytest.mark.parametrize("option", ["caption", "=prompt", "caption="])
+def test_a_column_without_a_name_on_both_sides_is_refused_before_anything_is_sent(option, server, dde) -> None:
+    result = dde("datasets", "create", "pairs", "s3://b/pairs", "--column", option)
+    assert result.stderr == f"error: --column must be NAME=COLUMN, as in caption=prompt, got {option!r}\n"
+    assert "columns.kaption" in dde("datasets", "validate", "s3://b/pairs", "--column", "kaption=prompt").stderr
+    assert server.requests == []
+
+
+def test_a_sample_of_a_dataset_is_told_with_its_columns_its_rows_and_what_is_bad(server, dde) -> None:
+    server.single["/v1/datasets/validate"] = deque([REPORT])
+    lines = dde("datasets", "validate", "s3://b/pairs", "--column", "caption=prompt").stdout.splitlines()
+    assert the_body(server, "/v1/datasets/validate") == {"uri": "s3://b/pairs", "columns": {"caption": "prompt"}}
+    assert [line.split("\t") for line in lines] == [
+        ["fact", "s3://b/pairs"],
+        ["rows", "959,040; parquet, one pair a row"],
+        ["columns", "caption = prompt, jpg_0, jpg_1, label_0, label_1"],
+        ["not read", "user_id"],
+        ["sample", "256 rows, 200 decided, 50 tie, 0 missing, 6 bad"],
+        ["shorter sides, px", "512 / 768 / 1024 (smallest / median / largest)"],
+        ["bad", "rows", "for example", "detail"],
+        ["image_broken", "6", "a.parquet:0:7", "picture 1: OSError"],
+    ]
 
 
 def test_pictures_are_written_as_files_named_by_seed(server, dde, tmp_path) -> None:

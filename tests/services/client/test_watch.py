@@ -47,6 +47,12 @@ def test_encoding_counts_images() -> None:
     assert (encode.done, encode.total, encode.rate, encode.eta_s) == (32, 80, 1.0, 48.0)
 
 
+def test_writing_a_ledger_counts_pairs() -> None:
+    rows = [{"stage": "ledger", "step": n, "at": float(n), "metrics": {"pairs": n, "pairs_total": 900}} for n in (100, 300)]
+    ledger = progress_of("preparing", "ledger", rows).stages["ledger"]
+    assert describe(ledger) == "ledger   300/900 pairs (33%), 1/s, 600 s left"
+
+
 def test_the_rate_is_what_the_stage_says_where_it_does() -> None:
     rows = [{**row, "metrics": {**row["metrics"], "images_per_s": 8.0}} for row in encode_rows(16, 32)]
     encode = progress_of("preparing", "encode", rows).stages["encode"]

@@ -12,6 +12,8 @@ from services.contracts import (
     EvaluateResult,
     EvaluateSpec,
     Interval,
+    LedgerResult,
+    LedgerSpec,
     ScorerReport,
     Stage,
     StageFailure,
@@ -27,14 +29,14 @@ from services.observability import Journal
 
 Play = Callable[[StageSpec], RunState]
 STAGE_OF = {module: stage for stage, module in ENTRY_MODULES.items()}
-SPECS: dict[Stage, type[StageSpec]] = {"encode": EncodeSpec, "train": TrainSpec, "evaluate": EvaluateSpec}
+SPECS: dict[Stage, type[StageSpec]] = {"encode": EncodeSpec, "ledger": LedgerSpec, "train": TrainSpec, "evaluate": EvaluateSpec}
 
 
 class FakeLauncher:
     """Keeps what was submitted and stopped. ``plays`` says what each stage does; ``down`` makes Ray silent."""
 
     def __init__(self, **plays: Play) -> None:
-        self.plays: dict[Stage, Play] = {"encode": encode, "train": train, "evaluate": evaluate, **plays}
+        self.plays: dict[Stage, Play] = {"encode": encode, "ledger": ledger, "train": train, "evaluate": evaluate, **plays}
         self.states: dict[str, RunState] = {}
         self.submitted: list[str] = []
         self.stopped: list[str] = []
@@ -47,10 +49,11 @@ class FakeLauncher:
         if submission_id in self.states:
             return
         self.submitted.append(submission_id)
-        _, _, module, _, uri = shlex.split(entrypoint)
-        spec = SPECS[STAGE_OF[module]].model_validate_json(storage.read_bytes(uri))
+        _, _, *module, _, uri = shlex.split(entrypoint)
+        stage = STAGE_OF[" ".join(module)]
+        spec = SPECS[stage].model_validate_json(storage.read_bytes(uri))
         self.specs[submission_id], self.entrypoints[submission_id] = spec, entrypoint
-        self.states[submission_id] = self.plays[STAGE_OF[module]](spec)
+        self.states[submission_id] = self.plays[stage](spec)
 
     def state(self, submission_id: str) -> RunState:
         self._answer()
@@ -75,6 +78,12 @@ def encode(spec) -> RunState:
     """Does what the encode stage leaves in storage."""
     journal(spec, 3)
     return done(spec, EncodeResult(dataset=f"{spec.output}/key", digest="d1", counts={"pairs": 8}, reused=False, seconds=0.5))
+
+
+def ledger(spec) -> RunState:
+    journal(spec, 2)
+    uri = f"{spec.dataset}/ledgers/key/ledger-0001.json"
+    return done(spec, LedgerResult(ledger=uri, draws=1, pairs=8, noise={}, reused=False, seconds=0.5))
 
 
 def train(spec) -> RunState:

@@ -185,11 +185,29 @@ def test_a_parquet_file_that_breaks_half_way_is_refused(steady):
 
 def test_missing_columns_are_all_named_and_wrong_types_too(steady):
     missing = write_pairs(steady.root / "missing", caption=None, label_1=None)
-    message = f"uri '{missing}/0.parquet' lacks the columns label_1, caption"
+    message = f"uri '{missing}' lacks the columns label_1, caption; found: jpg_0, jpg_1, label_0, image_0_uid, image_1_uid"
     refused(steady, "/v1/datasets", {"name": "d", "uri": missing}, 400, "uri", message)
     wrong = write_pairs(steady.root / "wrong", label_0=pa.array(["1"] * 10))
-    message = f"column label_0 of '{wrong}/0.parquet' has the wrong type string"
+    message = f"column label_0 of '{wrong}' has the wrong type string"
     refused(steady, "/v1/datasets", {"name": "d", "uri": wrong}, 400, "uri", message)
+
+
+@pytest.mark.parametrize("path", ["/v1/datasets", "/v1/datasets/validate"])
+def test_columns_that_cannot_be_mapped_are_refused(steady, path):
+    def post(columns, param, message):
+        name = {"name": "d"} if path == "/v1/datasets" else {}
+        refused(steady, path, {"uri": uri, "columns": columns, **name}, 400, param, message)
+
+    uri = write_pairs(steady.root / "mapped")
+    post({"caption": "prompt"}, "columns", f"columns.caption: uri '{uri}' has no column 'prompt'; found: jpg_0, jpg_1")
+    post({"capption": "caption"}, "columns.capption.[key]", "columns.capption.[key]: Input should be 'caption', 'jpg_0'")
+    post({"caption": 3}, "columns.caption", "columns.caption: Input should be a valid string, got 3")
+
+
+def test_what_cannot_be_registered_cannot_be_validated_either(steady):
+    refused(steady, "/v1/datasets/validate", {"uri": str(steady.root / "nowhere")}, 400, "uri", "uri '")
+    refused(steady, "/v1/datasets/validate", {"uri": "a", "name": "d"}, 400, "name", "name: Extra inputs are not permitted")
+    refused(steady, "/v1/datasets/validate", {}, 400, "uri", "uri: Field required")
 
 
 def test_a_dataset_without_a_decided_pair_is_refused(steady):

@@ -64,7 +64,7 @@ def ray_url(jobs, monkeypatch):
 
 def test_a_run_is_submitted_watched_and_stopped(ray_url, jobs):
     ray = RayJobsLauncher(ray_url)
-    ray.submit("j-encode-a1", "python -m services.ingest --spec x", {"job": "j"})
+    ray.submit("j-encode-a1", "python -m services.ingest encode --spec x", {"job": "j"})
     assert ray.state("j-encode-a1") == "pending"
     for status in ("RUNNING", "SUCCEEDED", "FAILED"):
         jobs["j-encode-a1"] = status

@@ -13,6 +13,7 @@ from services.control import progress
 from services.control.progress import Change
 from services.control.reconciler import StaleToken
 from services.control.tables import Event, Job, Metric, Model
+from services.control.transitions import STAGES
 from tests.services.control import fakes
 
 JOBS = "/v1/alignment/jobs"
@@ -21,7 +22,7 @@ JOBS = "/v1/alignment/jobs"
 def test_a_job_goes_through_every_stage_to_a_served_model(any_plane):
     plane = any_plane
     job = plane.job(name="aligned")
-    assert (job["status"], job["aligned_model"], job["result"], job["started_at"]) == ("validating", None, {}, None)
+    assert (job["status"], job["aligned_model"], job["result"], job["started_at"]) == ("validating", None, dict.fromkeys(STAGES["alignment"]), None)
     plane.settle()
     ended = plane.get(f"{JOBS}/{job['id']}")
     assert (ended["status"], ended["reason"], ended["stage"]) == ("succeeded", None, None)
@@ -43,14 +44,64 @@ def test_every_stage_is_told_where_its_input_and_output_lie(plane):
     root = plane.app_settings.storage_uri
     encode, train, evaluate = (plane.launcher.specs[f"{job['id']}-{stage}-a1"] for stage in ("encode", "train", "evaluate"))
     assert encode.prefix == f"{root}/jobs/{job['id']}/encode/a1"
-    assert (encode.output, encode.dataset_uri) == (f"{root}/datasets", plane.dataset["uri"])
-    assert encode.dataset_digest == plane.dataset["digest"]
+    assert (encode.output, encode.source.uri) == (f"{root}/datasets", plane.dataset["uri"])
+    assert encode.source_digest == plane.dataset["digest"]
     assert (train.dataset, train.objective.beta, train.training.steps) == (f"{root}/datasets/key", 7.0, 2)
     assert (train.run, train.output) == (f"{root}/jobs/{job['id']}/train/run", f"{root}/models/{train.model_id}")
     assert (evaluate.base.name, evaluate.candidate.uri) == ("shapes", train.output)
     assert evaluate.output == f"{root}/jobs/{job['id']}/evaluate/a1"
     assert evaluate.evaluation.prompts_uri == storage.as_uri(plane.root / "prompts.txt")
-    assert plane.launcher.entrypoints[f"{job['id']}-encode-a1"] == f"python -m services.ingest --spec {encode.prefix}/spec.json"
+    command = f"python -m services.ingest encode --spec {encode.prefix}/spec.json"
+    assert plane.launcher.entrypoints[f"{job['id']}-encode-a1"] == command
+
+
+def test_a_job_that_asks_for_a_ledger_writes_it_between_encoding_and_training(any_plane):
+    plane = any_plane
+    job = plane.job(training={"steps": 2, "batch_size": 4, "reference": "ledger", "draws": 3}, objective={"beta": 7.0})
+    plane.settle(40)
+    stages = ("encode", "ledger", "train", "evaluate")
+    ended = plane.get(f"{JOBS}/{job['id']}")
+    assert ended["status"] == "succeeded"
+    assert plane.launcher.submitted == [f"{job['id']}-{stage}-a1" for stage in stages]
+    assert set(ended["stage_seconds"]) == set(ended["result"]) == set(stages)
+    encode, ledger, train, _ = (plane.launcher.specs[f"{job['id']}-{stage}-a1"] for stage in stages)
+    assert (ledger.dataset, ledger.model, ledger.objective.beta) == (train.dataset, train.model, 7.0)
+    assert (ledger.training, ledger.use_gpu) == (train.training, encode.use_gpu)
+    assert train.ledger == ended["result"]["ledger"]["ledger"]
+    assert plane.launcher.entrypoints[f"{job['id']}-ledger-a1"].startswith("python -m services.ingest ledger --spec ")
+    said = [text for text in plane.events(job["id"]) if "stage ledger" in text or "->" in text]
+    assert said[1:4] == ["queued -> preparing: stage encode", "stage ledger", "stage ledger done"]
+    rows = plane.get(f"{JOBS}/{job['id']}/metrics?stage=ledger")["data"]
+    assert [row["step"] for row in rows] == [1, 2]
+
+
+def test_a_ledger_that_fails_or_is_cancelled_ends_its_job(plane):
+    plane.launcher.plays["ledger"] = fakes.fails
+    asks = {"steps": 2, "batch_size": 4, "reference": "ledger"}
+    job = plane.job(training=asks)
+    plane.settle()
+    ended = plane.get(f"{JOBS}/{job['id']}")
+    assert (ended["status"], ended["stage"], ended["reason"]["param"]) == ("failed", "ledger", "beta")
+    plane.launcher.plays["ledger"] = fakes.runs
+    job = plane.job(training=asks)
+    plane.settle()
+    assert (plane.get(f"{JOBS}/{job['id']}")["status"], plane.get(f"{JOBS}/{job['id']}")["stage"]) == ("preparing", "ledger")
+    plane.post(f"{JOBS}/{job['id']}/cancel", {})
+    plane.settle()
+    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "cancelled"
+    assert f"{job['id']}-ledger-a1" in plane.launcher.stopped
+
+
+def test_a_method_without_a_reference_writes_no_ledger_and_says_so(plane):
+    asks = {"steps": 2, "batch_size": 4, "reference": "ledger"}
+    job = plane.job(training=asks, objective={"method": "sft"})
+    plane.settle()
+    assert plane.launcher.submitted == [f"{job['id']}-{stage}-a1" for stage in ("encode", "train", "evaluate")]
+    assert plane.launcher.specs[f"{job['id']}-train-a1"].ledger is None
+    assert "training.reference = 'ledger' is not read by method 'sft'" in plane.events(job["id"])
+    job = plane.job(training=asks | {"reference": "auto"})
+    plane.settle()
+    assert f"{job['id']}-ledger-a1" not in plane.launcher.submitted, "what is there already is found by training itself"
 
 
 def test_events_and_metrics_of_the_journal_are_recorded_once_and_in_order(any_plane):

@@ -9,6 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from services import registry, storage
+from services.contracts import DatasetReport
 from services.control import views
 from tests.services.control import fakes
 from tests.services.control.conftest import write_base, write_pairs
@@ -18,10 +19,31 @@ JOBS = "/v1/alignment/jobs"
 
 def test_a_dataset_is_counted_and_digested_when_it_is_registered(any_plane):
     dataset = any_plane.dataset
-    assert dataset["counts"] == {"rows": 10, "pairs": 8, "ties": 1, "missing": 1}
+    assert dataset["counts"] == {"rows": 10, "pairs": 8, "ties": 1, "missing": 1, "bad": {}}
     assert len(dataset["digest"]) == 64
+    assert dataset["columns"] == {}
     assert dataset["uri"] == storage.as_uri(any_plane.root / "pairs")
     assert any_plane.get(f"/v1/datasets/{dataset['id']}") == dataset
+
+
+def test_a_datasets_columns_are_kept_and_shown_and_bad_rows_are_counted(any_plane):
+    captions = pa.array(["good"] * 8 + ["bad\0"] * 2)
+    uri = write_pairs(any_plane.root / "mapped", caption=None, prompt=captions)
+    asked = {"name": "mapped", "uri": uri, "columns": {"caption": "prompt"}}
+    dataset = any_plane.post("/v1/datasets", asked)
+    assert dataset["columns"] == {"caption": "prompt"}
+    assert dataset["counts"] == {"rows": 10, "pairs": 8, "ties": 0, "missing": 1, "bad": {"caption_null_byte": 1}}
+    assert any_plane.get(f"/v1/datasets/{dataset['id']}") == any_plane.get("/v1/datasets")["data"][0] == dataset
+
+
+def test_validating_a_dataset_reports_a_sample_and_stores_nothing(plane):
+    uri = write_pairs(plane.root / "pairs", jpg_0=pa.array([None] * 10, pa.binary()), extra=pa.array(range(10)))
+    report = DatasetReport.model_validate(plane.post("/v1/datasets/validate", {"uri": uri}))
+    assert (report.format, report.shape, report.rows, report.columns_not_read) == ("parquet", "pair", 10, ["extra"])
+    assert report.sampled == {"rows": 10, "decided": 0, "tie": 1, "missing": 1, "bad": 8}
+    assert report.bad["image_missing"].count == 8
+    assert [example.row for example in report.bad["image_missing"].examples] == [f"0.parquet:0:{row}" for row in range(3)]
+    assert plane.get("/v1/datasets")["data"] == []
 
 
 def test_a_setting_that_the_method_does_not_read_is_said_in_a_warning(plane):
