@@ -11,7 +11,8 @@ from dde_core.conditioning import Conditioning
 from dde_core.config import SampleConfig
 from dde_core.errors import ConfigError
 from dde_core.models.folder import ModelFolder, pictures_at_once
-from dde_core.models.text import TextEncoders, tokenize
+from dde_core.models.text import TextEncoders
+from dde_core.models.tokens import tokenize
 from dde_core.noise import initial_latents
 from dde_core.sampling import decode, sample_latents
 
