@@ -32,7 +32,7 @@ def commit(row: dict[str, Any], folder: str) -> dict[str, Any]:
         "latents": _fixed(np.frombuffer(row["latents"], np.float16), max(1, len(row["latents"]) // 2 // max(1, len(about)))),
     }
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink, compression="none", write_statistics=False)
+    pq.write_table(pa.table(columns), sink, compression="none", use_dictionary=False, write_statistics=False)
     storage.write_bytes(storage.join(folder, BLOCKS, f"{row['block']:08d}.parquet"), sink.getvalue().to_pybytes())
     return {"block": row["block"], "images": len(about), "bad": row["bad"]}
 

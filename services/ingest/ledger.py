@@ -28,6 +28,7 @@ from dde_core.models.policy import Policy, use_repeatable_kernels
 from dde_core.train_step import PairErrors, check_finite, pair_errors
 from services import ledgers, registry, storage
 from services.contracts import LedgerResult, LedgerSpec
+from services.ingest.pace import Pace
 from services.observability import Journal
 
 PAIRS_AT_ONCE = 32
@@ -35,8 +36,6 @@ PAIRS_AT_ONCE = 32
 PAIRS_TWICE = 5
 """So many pairs of a unit are computed once more, as a batch of their own: what differs is rounding."""
 MAX_BLOCKS = 1000
-METRICS_EVERY_S = 1.0
-EVENT_EVERY_S = 15.0
 
 Unit = dict[str, int]
 """``shard`` and ``draw``."""
@@ -158,20 +157,16 @@ class Progress:
     """Pairs a second and what is left, as metrics and now and then as an event. A pair counts once for each draw."""
 
     def __init__(self, journal: Journal, total: int) -> None:
-        self._journal, self._total, self._done = journal, total, 0
-        self._began = self._told_metrics = self._told_event = time.monotonic()
+        self._journal, self._total, self._done, self._pace = journal, total, 0, Pace()
 
     def add(self, pairs: int) -> None:
         """So many more are committed."""
         self._done += pairs
-        now = time.monotonic()
-        rate, last = self._done / (now - self._began), self._done == self._total
-        eta_s = (self._total - self._done) / rate
-        if last or now - self._told_metrics >= METRICS_EVERY_S:
-            self._told_metrics = now
+        rate, eta_s = self._pace.measure(self._done, self._total)
+        last = self._done == self._total
+        if self._pace.metrics_due() or last:
             values = {"pairs": self._done, "pairs_total": self._total, "pairs_per_s": rate, "eta_s": eta_s}
             self._journal.metrics(self._done, {name: float(value) for name, value in values.items()})
-        if last or now - self._told_event >= EVENT_EVERY_S:
-            self._told_event = now
+        if self._pace.event_due() or last:
             pace = f"{rate:.1f} pairs/s, {eta_s:.0f} s left"
             self._journal.event(f"reference errors of {self._done} of {self._total} pairs, {pace}")

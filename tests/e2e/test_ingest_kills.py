@@ -75,6 +75,7 @@ def test_ten_kills_at_random_points_change_nothing(system: LocalSystem, tmp_path
     assert not files(killed, "blocks/*"), "the blocks are gone once the manifest is there"
 
 
+@pytest.mark.slow
 def test_the_same_request_again_is_no_work_and_another_setting_is(system: LocalSystem, tmp_path: Path):
     pairs = write_stream(tmp_path / "pairs.parquet", synthetic_rows(60)).as_uri()
     runs, model = StageRuns(tmp_path / "runs", cluster_environment(system)), shapes_record()
