@@ -31,7 +31,7 @@ def encode_blocks(
     """As in `services.ingest.stages`."""
     size, encoder = settings["resolution"], Encoder(model, settings["resolution"], "cpu")
     try:
-        for work in segments(plan, done):
+        for work in segments(plan, done, 2):
             for row in read_pictures(work, source, size, settings["flip"] == "all"):
                 made = encoder({name: np.array([value], dtype=object) for name, value in row.items()})
                 yield commit({name: values[0] for name, values in made.items()}, folder)

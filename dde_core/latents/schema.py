@@ -77,9 +77,10 @@ class Manifest:
         return cls(shards=shards, latent_shape=tuple(values.pop("latent_shape")), **values)
 
 
-def pair_digest(pair_id: str, sha256_w: bytes, sha256_l: bytes, label: float) -> bytes:
-    """32 bytes that stand for a pair's content: its id, its pictures' files and the winner's label."""
-    return hashlib.sha256(json.dumps([pair_id, sha256_w.hex(), sha256_l.hex(), label]).encode()).digest()
+def pair_digest(pair_id: str, sha256_w: bytes, sha256_l: bytes, label: float, caption: str) -> bytes:
+    """32 bytes that stand for a pair's content: its id, its pictures' files, the winner's label and the caption (a mapped id
+    says nothing of it)."""
+    return hashlib.sha256(json.dumps([pair_id, sha256_w.hex(), sha256_l.hex(), label, caption]).encode()).digest()
 
 
 def dataset_digest(settings: Mapping[str, Any], encoder_digest: str, pairs: Iterable[bytes]) -> str:

@@ -6,7 +6,9 @@ A block is committed once its Parquet file is there. The pictures of it that cou
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 from services import storage
 
 BLOCKS, BAD = "blocks", "bad"
+READS_AT_ONCE = 16
 
 
 def commit(row: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -42,15 +45,25 @@ def _fixed(values: np.ndarray, length: int) -> pa.FixedSizeListArray:
 
 
 def committed_blocks(folder: str) -> set[int]:
-    """The numbers of the blocks that are there."""
-    return {int(name.removesuffix(".parquet")) for name in storage.list_files(storage.join(folder, BLOCKS))}
+    """The numbers of the blocks that are there. What was said of others is dropped: it is said anew when they are encoded."""
+    done = set(_numbered(folder, BLOCKS))
+    for number, name in _numbered(folder, BAD).items():
+        if number not in done:
+            storage.delete_file(storage.join(folder, BAD, name))
+    return done
 
 
 def bad_pictures(folder: str, blocks: set[int]) -> Iterator[tuple[int, str]]:
     """(block, JSON as ``commit`` got it) of those of these blocks that have any."""
-    for name in storage.list_files(storage.join(folder, BAD)):
-        if (number := int(name.removesuffix(".json"))) in blocks:
-            yield number, storage.read_bytes(storage.join(folder, BAD, name)).decode()
+    names = {number: name for number, name in _numbered(folder, BAD).items() if number in blocks}
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        files = pool.map(lambda name: storage.read_bytes(storage.join(folder, BAD, name)).decode(), names.values())
+        yield from zip(names, files, strict=True)
+
+
+def _numbered(folder: str, kind: str) -> dict[int, str]:
+    names = storage.list_files(storage.join(folder, kind))
+    return {int(found[1]): name for name in names if (found := re.fullmatch(r"(\d{8,})\.(parquet|json)", name))}
 
 
 def read_block(folder: str, number: int, uids: set[str]) -> dict[str, dict[str, Any]]:
@@ -58,7 +71,7 @@ def read_block(folder: str, number: int, uids: set[str]) -> dict[str, dict[str, 
     table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, BLOCKS, f"{number:08d}.parquet"))))
     places = [place for place, uid in enumerate(table["uid"].to_pylist()) if uid in uids]
     latents = table["latents"].combine_chunks().flatten().to_numpy().reshape(len(table), -1) if len(table) else []
-    rows = table.drop_columns(["latents"]).take(places).to_pylist()
+    rows = table.drop_columns(["latents"]).take(pa.array(places, pa.int64())).to_pylist()
     return {row["uid"]: {**row, "latents": latents[place].copy()} for place, row in zip(places, rows, strict=True)}
 
 

@@ -37,9 +37,10 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
     """
     began = time.monotonic()
     folder, source = ModelFolder(*registry.fetch(spec.model)), open_source(spec.source)
-    settings = {"resolution": spec.data.resolution or folder.picture_size(), "crop": "centre", "flip": spec.data.flip}
+    size = spec.data.resolution or folder.picture_size()
+    settings: dict[str, Any] = {"resolution": size, "crop": "centre", "flip": spec.data.flip}
     encoder_digest = _encoder_digest(folder)
-    identity = [SCHEMA_VERSION, spec.source_digest, encoder_digest, settings]
+    identity = [SCHEMA_VERSION, spec.source_digest, encoder_digest, settings, images_per_block(size)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     target = storage.join(spec.output, key)
     manifest = _find(target)
@@ -47,10 +48,12 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
         journal.event(f"dataset {key} is encoded already")
     else:
         try:
-            manifest = _encode_new(spec, journal, source, folder, settings, encoder_digest, target)
-            storage.write_bytes(storage.join(target, MANIFEST), manifest.to_json())
+            made = _encode_new(spec, journal, source, folder, settings, encoder_digest, target)
+            if (manifest := _find(target)) is None:  # else another run was faster, and its shards may be in use
+                storage.write_bytes(storage.join(target, MANIFEST), made.to_json())
+                manifest = made
         except Exception:
-            if (manifest := _find(target)) is None:  # else another run was faster, and has cleared the blocks away
+            if (manifest := _find(target)) is None:  # else another run has cleared the blocks away
                 raise
     check_bad(manifest.counts["bad"], manifest.counts["rows"], manifest.bad, spec.data.max_bad_fraction)
     committed.clear(target)  # a run that was killed after its manifest has left them
@@ -82,6 +85,8 @@ def _encode_new(
     size = settings["resolution"]
     latent_shape, tokenizers = folder.latent_shape(size), folder.tokenizers()
     plan = _plan(spec, source, size)
+    if found := _find(target):
+        return found
     quarantine = Quarantine(plan, spec.data.max_bad_fraction)
     try:
         quarantine.check()
@@ -91,7 +96,7 @@ def _encode_new(
         raise
     _tell(quarantine, source, target, journal)
     pairs_per_shard = max(1, min(PAIRS_PER_SHARD, SHARD_BYTES // (2 * 2 * int(np.prod(latent_shape)))))
-    shards, pairs = _join(spec, source, plan, pairs_per_shard, target, latent_shape)
+    shards, pairs = _join(spec, source, plan, quarantine, pairs_per_shard, target, latent_shape)
     if not pairs:
         raise DataError(f"dataset {spec.source.uri!r} has no pair left: all decided pairs hold a bad picture")
     counts = plan.counts
@@ -129,6 +134,7 @@ def _plan(spec: EncodeSpec, source: Source, size: int) -> Plan:
         planner.add(unit, summary.over(source.rows(unit)))
     if (found := summary.digest()) != spec.source_digest:
         message = f"dataset {spec.source.uri!r} has changed: digest {found}, registered as {spec.source_digest}"
+        message += " (by an earlier version perhaps: register it again)"
         raise BadRequest(message, param="dataset", code="dataset_changed")
     return planner.plan()
 
@@ -147,17 +153,20 @@ def _encode_pictures(
 
 
 def _join(
-    spec: EncodeSpec, source: Source, plan: Plan, pairs_per_shard: int, target: str, latent_shape: tuple[int, int, int]
+    spec: EncodeSpec,
+    source: Source,
+    plan: Plan,
+    quarantine: Quarantine,
+    pairs_per_shard: int,
+    target: str,
+    latent_shape: tuple[int, int, int],
 ) -> tuple[tuple[Shard, ...], list[bytes]]:
     """The shards in their order, and the digest of every pair."""
-    work = [
-        ShardWork(
-            number,
-            tuple((plan.units[block.unit], block.start, block.stop) for block in blocks),
-            plan.homes[blocks[0].slots.start : blocks[-1].slots.stop].tobytes(),
-        )
-        for number, blocks in enumerate(plan.shards(pairs_per_shard))
-    ]
+    work = []
+    for number, blocks in enumerate(plan.shards(pairs_per_shard)):
+        slots = slice(blocks[0].slots.start, blocks[-1].slots.stop)
+        stretches = tuple((plan.units[block.unit], block.start, block.stop) for block in blocks)
+        work.append(ShardWork(number, stretches, plan.homes[slots].tobytes(), quarantine.of_slots(slots).tobytes()))
     shards: dict[int, Shard] = {}
     pairs: list[bytes] = []
     for row in join_shards(work, spec.actors, source=source, folder=target, model=spec.model, latent_shape=latent_shape):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import CLIPTokenizer
 
+from dde_core.errors import DataError
 from dde_core.family import Family
 from dde_core.latents.schema import pair_digest, shard_schema, token_columns
 from dde_core.latents.writer import shard_table, write_shard
@@ -25,11 +26,13 @@ from services.sources import Source, Unit
 
 @dataclass(frozen=True)
 class ShardWork:
-    """Stretches of rows, and for each slot of their decided rows the block that holds its picture (int32 as bytes)."""
+    """Stretches of rows, and for each slot of their decided rows the block that holds its picture (int32 as bytes) and whether
+    the picture is bad (bool as bytes)."""
 
     number: int
     stretches: tuple[tuple[Unit, int, int], ...]
     homes: bytes
+    bad: bytes
 
 
 def join_shard(
@@ -37,13 +40,13 @@ def join_shard(
 ) -> dict[str, Any]:
     """Write one shard beside the blocks. Makes ``number``, ``name``, ``rows``, ``sha256`` and ``pairs`` (digests of its pairs).
 
-    Pairs with a picture that could not be used are left out; a shard of none is not written. In memory are the shard's
-    pictures and one block.
+    Pairs with a bad picture are left out; a shard of none is not written. In memory are the shard's pictures and one block.
+    Raises DataError for a picture that should be in a block and is not.
     """
     work = row["work"]
     rows = [each for unit, start, stop in work.stretches for each in source.rows(unit, start=start, stop=stop)]
     decided = [each for each in rows if each.kind == "decided"]
-    pictures = _pictures(folder, decided, np.frombuffer(work.homes, np.int32))
+    pictures = _pictures(folder, decided, np.frombuffer(work.homes, np.int32), work.bad)
     pairs = [pair for pair in _pairs(decided) if pair[1] in pictures and pair[2] in pictures]
     if not pairs:
         return {"number": work.number, "name": "", "rows": 0, "sha256": "", "pairs": b""}
@@ -52,18 +55,26 @@ def join_shard(
     table = shard_table(_columns(pairs, pictures, tokenizers), schema)
     shard = write_shard(work.number, table, lambda name, data: storage.write_bytes(storage.join(folder, name), data))
     digests = [
-        pair_digest(preference.pair_id, pictures[winner]["sha256"], pictures[loser]["sha256"], preference.label)
-        for preference, winner, loser, _ in pairs
+        pair_digest(preference.pair_id, pictures[winner]["sha256"], pictures[loser]["sha256"], preference.label, caption)
+        for preference, winner, loser, caption in pairs
     ]
     return {"number": work.number, "name": shard.name, "rows": shard.rows, "sha256": shard.sha256, "pairs": b"".join(digests)}
 
 
-def _pictures(folder: str, decided: list[Row], homes: np.ndarray) -> dict[str, dict[str, Any]]:
-    """The rows' pictures by uid, read block by block; those that could not be used are in none."""
+def _pictures(folder: str, decided: list[Row], homes: np.ndarray, bad: bytes) -> dict[str, dict[str, Any]]:
+    """The rows' pictures by uid, read block by block, without the bad ones."""
     wanted: dict[int, set[str]] = {}
-    for uid, home in zip((uid for row in decided for uid in row.uids), homes.tolist(), strict=True):
-        wanted.setdefault(home, set()).add(uid)
-    return {uid: picture for home in sorted(wanted) for uid, picture in read_block(folder, home, wanted[home]).items()}
+    for uid, home, is_bad in zip((uid for row in decided for uid in row.uids), homes.tolist(), bad, strict=True):
+        if not is_bad:
+            wanted.setdefault(home, set()).add(uid)
+    found: dict[str, dict[str, Any]] = {}
+    for home in sorted(wanted):
+        found |= read_block(folder, home, wanted[home])
+        if missing := wanted[home] - found.keys():
+            raise DataError(
+                f"block {home} of {folder!r} lacks {len(missing)} pictures that were encoded, {min(missing)!r} among them"
+            )
+    return found
 
 
 Pair = tuple[Preference, str, str, str]

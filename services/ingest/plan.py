@@ -22,14 +22,16 @@ from services.pairs import Row
 from services.sources import Unit
 
 KEY_BYTES = 16
-PIXEL_BYTES = 24 * 1024**2
-"""Decoded pictures of a block are at most this large together."""
-IMAGES_PER_BLOCK = 1024
+PIXEL_BYTES = 12 * 1024**2
+"""Decoded pictures of a block are at most this large together, where that is at least the fewest."""
+FEWEST_IMAGES, MOST_IMAGES = 16, 1024
+ROWS_PER_SHARD = 20_000
+"""A shard looks through so many rows at most, however few of them are decided."""
 
 
 def images_per_block(size: int) -> int:
-    """How many pictures of size x size pixels a block holds at most: 32 of 512 px."""
-    return max(1, min(IMAGES_PER_BLOCK, PIXEL_BYTES // (3 * size**2)))
+    """How many pictures of size x size pixels a block holds at most: 64 of 256 px, 16 of 512 px and above."""
+    return max(FEWEST_IMAGES, min(MOST_IMAGES, PIXEL_BYTES // (3 * size**2)))
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,14 @@ class Plan:
         return int(self.first.sum())
 
     def shards(self, pairs_per_shard: int) -> Iterator[list[Block]]:
-        """Blocks in order, together so many pairs at most (one block at least)."""
+        """Blocks with pairs in order, together so many pairs at most (one block at least)."""
         shard: list[Block] = []
-        for block in self.blocks:
-            if shard and sum(each.pairs for each in shard) + block.pairs > pairs_per_shard:
+        pairs = rows = 0
+        for block in (block for block in self.blocks if block.pairs):
+            pairs, rows = pairs + block.pairs, rows + block.stop - block.start
+            if shard and (pairs > pairs_per_shard or rows > ROWS_PER_SHARD):
                 yield shard
-                shard = []
+                shard, pairs, rows = [], block.pairs, block.stop - block.start
             shard.append(block)
         if shard:
             yield shard

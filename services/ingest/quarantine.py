@@ -42,6 +42,10 @@ class Quarantine:
         """Pictures that cannot be used."""
         return len(self._causes)
 
+    def of_slots(self, slots: slice) -> np.ndarray:
+        """bool [slots]: whose picture is bad."""
+        return np.isin(self._plan.images[slots], self._pictures)
+
     @property
     def by_cause(self) -> dict[str, int]:
         """Bad rows by their cause, and rows by the cause of each bad picture that they hold."""

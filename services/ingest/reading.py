@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -15,13 +16,16 @@ from services.pairs import Row
 from services.pictures import BadPicture, decode
 from services.sources import Source, Unit
 
+LOADS_AT_ONCE = 8
+"""Pictures that lie in files of their own are fetched so many at a time."""
+
 
 def read_pictures(work: dict[str, Any], source: Source, size: int, flip: bool) -> Iterator[dict[str, Any]]:
     """The pictures that stand first in a unit's blocks, decoded: one row a block.
 
     Needs ``unit``, ``blocks`` and ``wanted`` (for each block a flag for each slot). Makes ``block`` (its number), ``pixels``
     (uint8 [n size size 3] as bytes), ``about`` (JSON: uid, sha256, size, crop of each picture) and ``bad`` (JSON: by
-    its slot in the block, the cause why a picture cannot be used). In memory are one block's pixels and one picture's file.
+    its slot in the block, the cause why a picture cannot be used). In memory are one block's pixels and a few pictures' files.
     """
     unit: Unit = work["unit"]
     blocks: list[Block] = work["blocks"]
@@ -40,12 +44,10 @@ def _skip(rows: Iterator[Row], count: int) -> None:
 
 def _decoded(source: Source, rows: Iterator[Row], wanted: bytes, size: int, flip: bool) -> dict[str, Any]:
     pixels, about, bad = bytearray(), [], {}
-    decided = (row for row in rows if row.kind == "decided")
-    for slot, (uid, cell) in enumerate(each for row in decided for each in zip(row.uids, row.pictures, strict=True)):
-        if not wanted[slot]:
-            continue
-        data = source.load(cell)
+    for slot, uid, data in _loaded(source, rows, wanted):
         try:
+            if isinstance(data, BadPicture):
+                raise data
             picture = decode(data, size, flip)
         except BadPicture as error:
             bad[slot] = error.cause
@@ -53,3 +55,20 @@ def _decoded(source: Source, rows: Iterator[Row], wanted: bytes, size: int, flip
             pixels += np.ascontiguousarray(picture.pixels).data
             about.append([uid, hashlib.sha256(data or b"").hexdigest(), picture.size, picture.crop])
     return {"pixels": bytes(pixels), "about": json.dumps(about), "bad": json.dumps(bad)}
+
+
+def _loaded(source: Source, rows: Iterator[Row], wanted: bytes) -> Iterator[tuple[int, str, bytes | BadPicture | None]]:
+    """Slot, uid and file of what is wanted, or why there is none; a few files are fetched at a time."""
+    slots = (each for row in rows if row.kind == "decided" for each in zip(row.uids, row.pictures, strict=True))
+    chosen = ((slot, uid, cell) for slot, (uid, cell) in enumerate(slots) if wanted[slot])
+    with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
+        while some := list(islice(chosen, LOADS_AT_ONCE)):
+            files = pool.map(lambda each: _load(source, each[2]), some)
+            yield from ((slot, uid, data) for (slot, uid, _), data in zip(some, files, strict=True))
+
+
+def _load(source: Source, cell: bytes | str | None) -> bytes | BadPicture | None:
+    try:
+        return source.load(cell)
+    except BadPicture as error:
+        return error

@@ -29,11 +29,8 @@ from services.registry import fetch
 from services.sources import Source
 
 READERS_PER_ENCODER = 2
-BLOCKS_IN_FLIGHT = 8
-"""Decoded blocks that may wait in the object store for each actor."""
-SEGMENTS = 8
-"""A unit with many blocks is read by several tasks, each of which passes over the rows before its own."""
-BLOCKS_PER_SEGMENT = 8
+BLOCKS_IN_FLIGHT = 32
+"""Decoded blocks that may wait in the object store for each actor: fewer leave readers or encoders idle in turn."""
 
 
 def encode_blocks(
@@ -47,15 +44,18 @@ def encode_blocks(
     use_gpu: bool,
 ) -> Iterator[dict[str, Any]]:
     """Encode and commit every block that is not ``done``. Yields {block, images, bad} as they come, in any order."""
-    work = list(segments(plan, done))
-    if not work:
+    readers = READERS_PER_ENCODER * actors
+    if not (work := segments(plan, done, readers)):
         return
     size, flip = settings["resolution"], settings["flip"] == "all"
-    readers = ray.data.TaskPoolStrategy(size=READERS_PER_ENCODER * actors)
     units = ray.data.from_items(work, override_num_blocks=len(work))
-    window = BLOCKS_IN_FLIGHT * actors * images_per_block(size) * 3 * size**2
-    units.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=window)
-    pixels = units.flat_map(partial(read_pictures, source=source, size=size, flip=flip), compute=readers, num_cpus=1)
+    block_bytes = images_per_block(size) * 3 * size**2
+    window = ray.data.ExecutionResources.for_limits(object_store_memory=BLOCKS_IN_FLIGHT * actors * block_bytes)
+    units.context.execution_options.resource_limits = window
+    units.context.target_max_block_size = block_bytes  # else several go through the pipeline as one
+    pixels = units.flat_map(
+        partial(read_pictures, source=source, size=size, flip=flip), compute=ray.data.TaskPoolStrategy(size=readers), num_cpus=1
+    )
     encoded = pixels.map_batches(
         Encoder,
         fn_constructor_args=(model, size, "cuda" if use_gpu else "cpu"),
@@ -67,13 +67,19 @@ def encode_blocks(
     yield from encoded.map(partial(commit, folder=folder), num_cpus=0.5).iter_rows()
 
 
-def segments(plan: Plan, done: set[int]) -> Iterator[dict[str, Any]]:
-    """What is left, in stretches that are read apart from each other: {unit, blocks, wanted}."""
-    for unit, blocks in plan.pending(done):
-        length = max(BLOCKS_PER_SEGMENT, -(-len(blocks) // SEGMENTS))
+def segments(plan: Plan, done: set[int], readers: int) -> list[dict[str, Any]]:
+    """What is left, in stretches that are read apart from each other: {unit, blocks, wanted}.
+
+    A unit is read from its beginning, so it is cut only where there are too few to keep the readers busy.
+    """
+    pending, work = list(plan.pending(done)), []
+    parts = -(-2 * readers // max(1, len(pending)))
+    for unit, blocks in pending:
+        length = -(-len(blocks) // parts)
         for start in range(0, len(blocks), length):
             part = blocks[start : start + length]
-            yield {"unit": unit, "blocks": part, "wanted": [plan.first[block.slots].tobytes() for block in part]}
+            work.append({"unit": unit, "blocks": part, "wanted": [plan.first[block.slots].tobytes() for block in part]})
+    return work
 
 
 class Encoder:

@@ -226,12 +226,13 @@ def test_a_manifest_of_another_version_is_refused(folder: Path):
 
 
 def test_the_digest_depends_on_content_and_not_on_order():
-    pairs = [pair_digest("a", b"x", b"y", 1.0), pair_digest("b", b"z", b"y", 1.0)]
+    pairs = [pair_digest("a", b"x", b"y", 1.0, "c"), pair_digest("b", b"z", b"y", 1.0, "c")]
     digest = dataset_digest({"resolution": 32}, "e", pairs)
     assert dataset_digest({"resolution": 32}, "e", pairs[::-1]) == digest
     assert dataset_digest({"resolution": 64}, "e", pairs) != digest
     assert dataset_digest({"resolution": 32}, "f", pairs) != digest
-    assert dataset_digest({"resolution": 32}, "e", [pair_digest("a", b"y", b"x", 1.0), pairs[1]]) != digest
+    assert dataset_digest({"resolution": 32}, "e", [pair_digest("a", b"y", b"x", 1.0, "c"), pairs[1]]) != digest
+    assert dataset_digest({"resolution": 32}, "e", [pair_digest("a", b"x", b"y", 1.0, "d"), pairs[1]]) != digest
 
 
 def test_pair_ids_keep_rows_apart():

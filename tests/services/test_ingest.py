@@ -19,12 +19,14 @@ from services.contracts import DatasetSource, EncodeResult
 from services.errors import BadRequest
 from services.ingest import encode as ingest
 from services.ingest import plan
+from services.ingest.committed import commit
 from services.ingest.plan import Planner
 from services.ingest.reading import read_pictures
 from services.ingest.stages import segments
 from services.observability import read_journal
+from services.pairs import Preference, Row
 from services.pictures import decode
-from services.sources import open_source
+from services.sources import Unit, open_source
 from tests.encode_here import EncodeHere
 from tests.pairs_file import pair_rows, write_pairs
 
@@ -32,7 +34,8 @@ from tests.pairs_file import pair_rows, write_pairs
 @pytest.fixture
 def encode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> EncodeHere:
     """Blocks of at most 8 pictures, shards of at most 6 pairs."""
-    monkeypatch.setattr(plan, "IMAGES_PER_BLOCK", 8)
+    monkeypatch.setattr(plan, "FEWEST_IMAGES", 1)
+    monkeypatch.setattr(plan, "MOST_IMAGES", 8)
     monkeypatch.setattr(ingest, "PAIRS_PER_SHARD", 6)
     return EncodeHere(monkeypatch, ModelFolder(MODEL_DIR), tmp_path / "encoded")
 
@@ -97,18 +100,7 @@ def test_a_run_that_broke_off_is_gone_on_with_and_ends_the_same(encode: EncodeHe
     path = write_pairs(tmp_path / "pairs.parquet", rows, row_group_size=10)
     whole = EncodeHere(monkeypatch, ModelFolder(MODEL_DIR), tmp_path / "whole")(path, max_bad_fraction=0.1)
 
-    def breaking(*arguments, **more):
-        for number, row in enumerate(encode_blocks(*arguments, **more)):
-            yield row
-            if number == 2:
-                raise KeyboardInterrupt
-
-    encode_blocks = ingest.encode_blocks
-    monkeypatch.setattr(ingest, "encode_blocks", breaking)
-    with pytest.raises(KeyboardInterrupt):
-        encode(path, max_bad_fraction=0.1)
-    monkeypatch.setattr(ingest, "encode_blocks", encode_blocks)
-    (dataset,) = (encode.folder / "datasets").iterdir()
+    dataset = broken_off(encode, path, monkeypatch, blocks=3)
     before = {file: file.stat().st_mtime_ns for file in dataset.glob("blocks/*")}
     assert len(before) == 3
     after: dict[Path, int] = {}
@@ -123,6 +115,72 @@ def test_a_run_that_broke_off_is_gone_on_with_and_ends_the_same(encode: EncodeHe
     assert again.bad == {"image_not_an_image": 1}
 
 
+def broken_off(encode: EncodeHere, path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int) -> Path:
+    """The folder of a dataset of which so many blocks are committed."""
+
+    def breaking(*arguments, **more):
+        for number, row in enumerate(encode_blocks(*arguments, **more)):
+            yield row
+            if number + 1 == blocks:
+                raise KeyboardInterrupt
+
+    encode_blocks = ingest.encode_blocks
+    monkeypatch.setattr(ingest, "encode_blocks", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        encode(path, max_bad_fraction=0.1)
+    monkeypatch.setattr(ingest, "encode_blocks", encode_blocks)
+    (dataset,) = (encode.folder / "datasets").iterdir()
+    return dataset
+
+
+def test_a_block_that_lacks_a_picture_is_never_taken_for_a_bad_picture(encode: EncodeHere, tmp_path: Path, monkeypatch):
+    path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
+    dataset = broken_off(encode, path, monkeypatch, blocks=2)
+    commit({"block": 0, "latents": b"", "about": "[]", "bad": "{}"}, dataset.as_uri())
+    with pytest.raises(DataError, match=r"block 0 of .* lacks 8 pictures that were encoded"):
+        encode(path)
+    assert not (dataset / "manifest.json").exists()
+
+
+def test_what_was_said_of_a_block_that_was_not_committed_is_forgotten(encode: EncodeHere, tmp_path: Path, monkeypatch):
+    path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
+    dataset = broken_off(encode, path, monkeypatch, blocks=2)
+    (dataset / "bad").mkdir()
+    (dataset / "bad" / "00000003.json").write_text('{"0": "image_missing"}')
+    (dataset / "blocks" / ".nfs0001").write_bytes(b"")
+    assert encode(path).counts["bad"] == 0
+
+
+def test_a_run_that_another_one_has_overtaken_takes_its_manifest(encode: EncodeHere, tmp_path: Path, monkeypatch):
+    path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
+    results: list[EncodeResult] = []
+
+    def overtaken(work, actors, **shared):
+        monkeypatch.setattr(ingest, "join_shards", join_shards)
+        results.append(encode(path))
+        yield from join_shards(work, actors, **shared)
+
+    join_shards = ingest.join_shards
+    monkeypatch.setattr(ingest, "join_shards", overtaken)
+    slow = encode(path)
+    assert (slow.digest, slow.dataset) == (results[0].digest, results[0].dataset)
+
+
+def test_few_units_are_cut_for_many_readers_and_many_are_not():
+    def cut(units: int, readers: int) -> list[int]:
+        planner = Planner(images_per_block=2)
+        for unit in range(units):
+            rows = [
+                Row(f"{unit}:{n}", (f"{unit}-{n}-a", f"{unit}-{n}-b"), "text", (Preference(0, 1, 1.0, "p"),)) for n in range(12)
+            ]
+            planner.add(Unit("", unit, 12), rows)
+        return [len(work["blocks"]) for work in segments(planner.plan(), set(), readers)]
+
+    assert cut(units=1, readers=2) == [3, 3, 3, 3]
+    assert cut(units=2, readers=2) == [6, 6, 6, 6]
+    assert cut(units=8, readers=4) == [12] * 8
+
+
 def test_blocks_between_that_are_there_are_passed_over(tmp_path: Path):
     rows = pair_rows(20)
     source = open_source(DatasetSource(uri=write_pairs(tmp_path / "pairs.parquet", rows).as_uri()))
@@ -130,8 +188,8 @@ def test_blocks_between_that_are_there_are_passed_over(tmp_path: Path):
     for unit in source.units():
         planner.add(unit, source.rows(unit))
     planned = planner.plan()
-    all_of_it = {row["block"]: row for work in segments(planned, set()) for row in read_pictures(work, source, 32, False)}
-    some = {row["block"]: row for work in segments(planned, {0, 2, 3}) for row in read_pictures(work, source, 32, False)}
+    all_of_it = {row["block"]: row for work in segments(planned, set(), 1) for row in read_pictures(work, source, 32, False)}
+    some = {row["block"]: row for work in segments(planned, {0, 2, 3}, 1) for row in read_pictures(work, source, 32, False)}
     assert some == {number: row for number, row in all_of_it.items() if number not in (0, 2, 3)}
     assert sum(len(json.loads(row["about"])) for row in all_of_it.values()) == planned.num_images
 
