@@ -36,6 +36,9 @@ CALIBRATED: tuple[Method, ...] = ("dde", "dde_step")
 MAX_SIZE_PX = 2048
 """Pictures are at most this high and wide."""
 
+MAX_DRAWS = 1000
+"""A ledger holds at most so many draws of a pair."""
+
 _SAYS = {
     Gt: ("must be greater than", lambda v, c: v > c.gt, "gt"),
     Ge: ("must be at least", lambda v, c: v >= c.ge, "ge"),
@@ -168,7 +171,7 @@ class TrainConfig:
     checkpoint_every: Annotated[int, Gt(0)] = 50
     reference: Literal["auto", "ledger", "online"] = "auto"
     draw_seed: Annotated[int, Ge(0), Lt(2**63)] = 0
-    draws: Annotated[int, Ge(0), Le(1000)] = 0
+    draws: Annotated[int, Ge(0), Le(MAX_DRAWS)] = 0
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
 
     def __post_init__(self) -> None:

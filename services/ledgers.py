@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,11 +67,20 @@ def folder_of(dataset: str, key: LedgerKey) -> str:
 
 
 def read(uri: str) -> LedgerRecord:
-    """Raises DataError where there is none."""
+    """Raises DataError where there is none, or one that this code cannot read."""
     try:
         return LedgerRecord.from_json(storage.read_bytes(uri))
     except FileNotFoundError as error:
         raise DataError(f"ledger {uri!r} is not there") from error
+    except DataError as error:
+        raise DataError(f"ledger {uri!r}: {error}") from error
+
+
+def _readable(uris: Iterable[str]) -> Iterator[tuple[str, LedgerRecord]]:
+    """Those that can be read: another version's ledger beside a dataset is no concern of a run that was not given it."""
+    for uri in uris:
+        with suppress(DataError):
+            yield uri, read(uri)
 
 
 def find(asked: Needed) -> Found | None:
@@ -78,9 +88,10 @@ def find(asked: Needed) -> Found | None:
     for key, objective in asked.choices:
         for each in (key, replace(key, evaluation_points=True)):
             folder = folder_of(asked.dataset, each)
-            for name in reversed(list(filter(is_record, storage.list_files(folder)))):
-                if (record := read(storage.join(folder, name))).draws >= asked.draws:
-                    return Found(storage.join(folder, name), record, objective)
+            names = reversed(list(filter(is_record, storage.list_files(folder))))
+            for uri, record in _readable(storage.join(folder, name) for name in names):
+                if record.draws >= asked.draws:
+                    return Found(uri, record, objective)
     return None
 
 
@@ -97,9 +108,9 @@ def nearest_misfit(asked: Needed) -> str | None:
     """In which fields the nearest of the dataset's ledgers differs from what the run needs, in words."""
     root = storage.join(asked.dataset, FOLDER)
     uris = [f"{root}/{name}" for name in storage.list_files(root, recursive=True) if is_record(name.rpartition("/")[2])]
-    misfits = [(differing, uri) for uri in uris for differing, _ in _differing(read(uri), asked)]
+    misfits = [(differing, uri) for uri, record in _readable(uris) for differing, _ in _differing(record, asked)]
     if not misfits:
-        return None
+        return f"{uris[0]}, cannot be read" if uris else None
     differing, uri = min(misfits, key=lambda each: len(each[0]))
     said = ", ".join(f"{field} {here!r} where the run needs {there!r}" for field, (here, there) in differing.items())
     return f"{uri} has {said}"

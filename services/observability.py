@@ -21,12 +21,13 @@ _ENTRIES = TypeAdapter(list[JournalEvent])
 
 
 class Journal:
-    """The writer's side. One process writes at a time: a stage's driver hands over to its first worker, and back."""
+    """The writer's side. One process writes at a time: a stage's driver hands over to its first worker, and back. Each counts
+    its files, and lists the folder only where the next one is there already: another process has written."""
 
     def __init__(self, prefix: str, flush_every_s: float = 1.0) -> None:
         self._folder, self._flush_every_s = storage.join(prefix, "journal"), flush_every_s
         self._pending: list[dict] = []
-        self._flushed_at = 0.0
+        self._number, self._flushed_at = 0, 0.0
 
     def event(self, message: str, level: Literal["info", "warning", "error"] = "info") -> None:
         """Tell people something."""
@@ -45,10 +46,14 @@ class Journal:
     def flush(self) -> None:
         """Write what is gathered."""
         if self._pending:
-            number = len(storage.list_files(self._folder))
-            storage.write_bytes(storage.join(self._folder, f"{number:08d}.json"), json.dumps(self._pending).encode())
-            self._pending = []
+            if storage.exists(self._file()):
+                self._number = len(storage.list_files(self._folder))
+            storage.write_bytes(self._file(), json.dumps(self._pending).encode())
+            self._number, self._pending = self._number + 1, []
         self._flushed_at = time.monotonic()
+
+    def _file(self) -> str:
+        return storage.join(self._folder, f"{self._number:08d}.json")
 
 
 def read_journal(prefix: str, start: int, limit: int | None = None) -> list[tuple[int, list[JournalEvent]]]:

@@ -1,6 +1,6 @@
 """Local copies of latent shards: one uncompressed Arrow file a shard, of which rows are taken through a memory map.
 
-    {folder}/{sha256 of the shard}.arrow    appears by renaming, so whole; marked as used by its time of modification
+    {folder}/{sha256 of the shard}.arrow    renamed when on the disk, so whole; marked as used by its time of modification
     {folder}/part                           the one that is being written
     {folder}/{two hex digits}.lock          held while a shard is fetched whose sha256 begins with them
     {folder}/room.lock                      held while room is made and used
@@ -72,7 +72,7 @@ class ShardCache:
                     return pa.ipc.open_file(source).get_batch(0).take(pa.array(places))
             except FileNotFoundError:  # another process made room
                 continue
-            except pa.ArrowInvalid:  # torn: the machine went down before the file was on the disk
+            except pa.ArrowInvalid:  # torn by somebody or by the disk
                 local.unlink(missing_ok=True)
         raise DataError(f"shard {self._shards[number].name!r} does not stay readable in {str(self._folder)!r}")
 
@@ -139,6 +139,8 @@ class ShardCache:
         try:
             with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
                 writer.write(rows)
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
             part.rename(local)
         except OSError as error:
             part.unlink(missing_ok=True)

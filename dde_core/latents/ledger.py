@@ -133,17 +133,20 @@ class LedgerRecord:
 
     @classmethod
     def from_json(cls, data: bytes) -> LedgerRecord:
-        """Raises DataError for a ledger of another format."""
-        values = json.loads(data)
-        if (version := values["key"].get("format_version")) != FORMAT_VERSION:
-            raise DataError(f"ledger has format_version {version!r}, this code reads {FORMAT_VERSION}")
-        return cls(
-            key=LedgerKey(**values["key"]),
-            rows=tuple(values["rows"]),
-            files=tuple(tuple(names) for names in values["files"]),
-            noise=values["noise"],
-            seconds=values["seconds"],
-        )
+        """Raises DataError for a ledger of another format, and for what is no ledger's record."""
+        try:
+            values = json.loads(data)
+            if (version := values["key"].get("format_version")) == FORMAT_VERSION:
+                return cls(
+                    key=LedgerKey(**values["key"]),
+                    rows=tuple(values["rows"]),
+                    files=tuple(tuple(names) for names in values["files"]),
+                    noise=values["noise"],
+                    seconds=values["seconds"],
+                )
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DataError(f"ledger's record cannot be read: {error!r}") from error
+        raise DataError(f"ledger has format_version {version!r}, this code reads {FORMAT_VERSION}")
 
 
 def is_record(name: str) -> bool:

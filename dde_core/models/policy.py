@@ -27,9 +27,14 @@ ONE_FILE = "1TB"
 
 
 def use_repeatable_kernels() -> None:
-    """One thread and deterministic kernels in this process: the same batch gives the same numbers, to the bit."""
+    """One thread and deterministic kernels in this process: the same batch gives the same numbers, to the bit.
+
+    Precision "fp32" is float32 on every device: a GPU's TF32 has 10 bits of mantissa, and torch takes it for convolutions.
+    """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without it
 
 

@@ -1,7 +1,8 @@
 """The reference ledger's pass: the frozen model once over every draw of every pair, forward only, on Ray Data actors.
 
 A unit of work is a shard at a draw, and becomes one file, written whole: a pass that was killed goes on with the units that
-lack theirs. The arithmetic is that of training; batches are of training's micro-batch size.
+lack theirs. All draws of a shard follow one another, so that it is fetched once. The arithmetic is that of training; batches
+are of training's micro-batch size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import ray.data
 import torch
 
 from dde_core.batches import BatchMaker, micro_batches
-from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.config import MAX_DRAWS, ObjectiveConfig, TrainConfig
+from dde_core.errors import ConfigError
 from dde_core.latents.ledger import LedgerKey, LedgerRecord, committed, files_of, ledger_file
 from dde_core.latents.reader import LatentReader
 from dde_core.latents.rows import LatentRows
@@ -42,10 +44,15 @@ Unit = dict[str, int]
 
 
 def ledger(spec: LedgerSpec, journal: Journal) -> LedgerResult:
-    """Find a ledger that serves the run, or write what is missing of one under the run's own key."""
+    """Find a ledger that serves the run, or write what is missing of one under the run's own key.
+
+    Raises ConfigError for more draws than a ledger holds, as a run over very many epochs asks for that sets none.
+    """
     began = time.monotonic()
     registry.check_digests(spec.model)
     asked = ledgers.needed(spec)
+    if asked.draws > MAX_DRAWS:
+        raise ConfigError("training.draws", asked.draws, f"(one for each epoch where it is 0) must be at most {MAX_DRAWS}")
     found, reused = ledgers.find(asked), True
     if found is None:
         key, objective = asked.choices[0]
@@ -69,7 +76,7 @@ def _write(spec: LedgerSpec, journal: Journal, key: LedgerKey, objective: Object
     manifest = Manifest.from_json(storage.read_bytes(storage.join(spec.dataset, MANIFEST)))
     rows = tuple(shard.rows for shard in manifest.shards)
     there = committed(storage.list_files(folder))
-    missing = [{"shard": s, "draw": n} for n in range(draws) for s in range(len(rows)) if (s, n) not in there]
+    missing = [{"shard": s, "draw": n} for s in range(len(rows)) for n in range(draws) if (s, n) not in there]
     journal.event(f"reference ledger {key.name}: {draws} draws of {sum(rows)} pairs, {len(missing)} files to write")
     progress, samples = Progress(journal, sum(rows[unit["shard"]] for unit in missing)), []
     for done in compute(missing, spec, objective, folder):

@@ -53,6 +53,10 @@ def _online(spec: TrainSpec, journal: Journal) -> TrainSpec:
 
 def _on_ledger(spec: TrainSpec, found: ledgers.Found, draws: int, journal: Journal) -> TrainSpec:
     journal.event(f"reference errors from ledger {found.uri}, {draws} draws of each pair, {found.objective.noise} noise")
+    if found.objective.noise != spec.objective.noise_mode:
+        own = f"method {spec.objective.method!r} has {spec.objective.noise_mode} noise of its own"
+        followed = f"this run follows the ledger's {found.objective.noise} noise"
+        journal.event(f"{followed}; {own}: set objective.noise to ask for it", "warning")
     if found.objective.t_sampling != spec.objective.t_sampling:
         journal.event("a ledger draws t uniformly: each loss is weighted by p(t)/u(t)")
     training = replace(spec.training, reference="ledger", draws=draws)

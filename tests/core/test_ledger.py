@@ -173,10 +173,19 @@ def test_a_draw_that_is_not_there_and_a_record_of_another_format_are_refused(tmp
     with pytest.raises(DataError, match="holds 3 draws, draw 3 is asked for"):
         opened(path).errors(rows_at((0, 3, 0)))
     path.write_bytes(path.read_bytes().replace(b'"format_version": 1', b'"format_version": 2'))
-    with pytest.raises(DataError, match="ledger has format_version 2, this code reads 1"):
+    with pytest.raises(DataError, match=r"^ledger has format_version 2, this code reads 1"):
         opened(path)
     with pytest.raises(DataError, match=r"lacks .*ledger-0007\.json"):
         opened(tmp_path / "ledger-0007.json")
+
+
+NO_RECORDS = [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"key": []}', b'{"key": {"format_version": 1}}']
+
+
+@pytest.mark.parametrize("data", NO_RECORDS, ids=repr)
+def test_what_is_no_record_is_refused_as_data(data):
+    with pytest.raises(DataError, match="ledger's record cannot be read: "):
+        LedgerRecord.from_json(data)
 
 
 # ---- the key

@@ -10,7 +10,7 @@ import torch
 
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
-from dde_core.models.policy import Policy
+from dde_core.models.policy import Policy, use_repeatable_kernels
 from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
 from dde_core.objectives import OBJECTIVES
@@ -48,7 +48,17 @@ def both(policy: Policy, folder: ModelFolder, batch: PairBatch) -> tuple[PairErr
         return pair_errors(policy.unet, folder.schedule(), batch), ref
 
 
-# ---- bf16
+# ---- fp32, bf16
+
+
+def test_fp32_on_a_gpu_is_not_tf32(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    kinds = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    for kind in kinds:
+        kind.allow_tf32 = True
+    use_repeatable_kernels()
+    torch.use_deterministic_algorithms(False)
+    assert [kind.allow_tf32 for kind in kinds] == [False, False]
 
 
 def test_bf16_errors_are_reduced_in_float32_and_are_not_those_of_a_bf16_reduction(folder, lora):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -161,6 +162,21 @@ def test_a_kept_file_that_somebody_deletes_or_tears_is_fetched_again(folder: Pat
             harm(path)
         for step in (5, 1, 2):
             assert (running.batch(0, step, 20).latents_l == expected.batch(0, step, 20).latents_l).all()
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    fsync, synced = os.fsync, []
+
+    def watched(descriptor: int) -> None:
+        fsync(descriptor)
+        stat = os.fstat(descriptor)
+        synced.append((stat.st_ino, stat.st_size, kept(cache)))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with reader(folder, cache) as running:
+        running.shard(0)
+    stat = kept(cache)[0].stat()
+    assert synced == [(stat.st_ino, stat.st_size, [])]
 
 
 def test_a_process_that_is_killed_while_it_fetches_leaves_nothing_behind_that_harms(folder: Path, cache: Path):

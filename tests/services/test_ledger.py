@@ -20,7 +20,7 @@ import torch
 from pyarrow import fs
 
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
-from dde_core.errors import ConfigError, NonFiniteError
+from dde_core.errors import ConfigError, DataError, NonFiniteError
 from dde_core.latents.ledger import Ledger, LedgerRecord
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
@@ -204,7 +204,7 @@ def test_a_pass_that_was_killed_goes_on_and_computes_nothing_twice(here, tmp_pat
     assert ledgers.find(ledgers.needed(run)) is None, "without its record it is not there"
     monkeypatch.setattr(ledger_stage, "compute", whole)
     result = write(run)
-    assert here == [(shard, draw) for draw in range(4) for shard in range(3)]
+    assert here == [(shard, draw) for shard in range(3) for draw in range(4)], "a shard is not fetched again for each draw"
 
     undisturbed = write_encoded(tmp_path / "again", small, PAIRS, PER_SHARD)
     other = write(asked(tmp_path, small, undisturbed, ObjectiveConfig(), steps=9, batch_size=BATCH))
@@ -218,7 +218,7 @@ def test_draws_that_are_added_are_those_of_a_pass_over_all_of_them(here, tmp_pat
     del here[:]
     found = [write(asked(tmp_path, small, bit_by_bit, ObjectiveConfig(), batch_size=BATCH, draws=k)) for k in (1, 3, 2)]
     assert [(each.draws, each.reused) for each in found] == [(1, False), (3, False), (3, True)]
-    assert here == [(shard, draw) for draw in range(3) for shard in range(3)]
+    assert here == [(shard, 0) for shard in range(3)] + [(shard, draw) for shard in range(3) for draw in (1, 2)]
     assert files(found[1].ledger) == files(wanted.ledger)
     assert opened(found[0].ledger).record.draws == 1, "who has begun with fewer draws goes on with them"
 
@@ -255,6 +255,16 @@ def test_a_complete_ledger_is_found_and_a_changed_model_is_refused_before_anythi
     with pytest.raises(BadRequest, match="have changed"):
         write(bad)
     assert len(here) == 6
+
+
+def test_more_draws_than_a_ledger_holds_are_refused_before_anything_is_computed(here, tmp_path, small):
+    encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
+    with pytest.raises(ConfigError, match=r"training\.draws .* must be at most 1000, got 1001"):
+        write(asked(tmp_path, small, encoded, ObjectiveConfig(), steps=1001, batch_size=PAIRS))
+    assert not here
+    assert not (encoded / "ledgers").exists()
+    online = resolved(asked(tmp_path, small, encoded, ObjectiveConfig(), steps=1001, batch_size=PAIRS))
+    assert (online.ledger, online.training.reference) == (None, "online")
 
 
 def test_progress_is_told_in_pairs_and_the_rounding_is_reported(here, tmp_path, small):
@@ -367,6 +377,7 @@ def test_a_job_that_names_no_noise_mode_follows_the_ledger_that_is_there(here, t
     shared = write(asked(tmp_path, small, encoded, ObjectiveConfig(method="uniform"), **names_no_noise())).ledger
     follows = resolved(asked(tmp_path, small, encoded, ObjectiveConfig(method="dde"), **names_no_noise()))
     assert (follows.ledger, follows.objective.noise_mode) == (shared, "shared")
+    assert any("method 'dde' has independent noise of its own" in event for event in events(follows))
     insists = resolved(asked(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise()))
     assert (insists.ledger, insists.objective.noise_mode) == (None, "independent")
     assert write(asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(reference="ledger"))).ledger == shared
@@ -422,6 +433,29 @@ def test_a_ledger_that_does_not_fit_is_refused_by_the_field_that_differs(here, t
     assert any(f"no ledger fits; the nearest, {uri} has {field} " in each for each in events(without))
     with pytest.raises(ConfigError, match=f"training.reference needs a ledger that fits; .* has {field} .*, got 'ledger'"):
         resolved(asked(tmp_path, small, encoded, wanted, **names_no_noise(**training, reference="ledger")))
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda data: data.replace(b'"format_version": 1', b'"format_version": 2'), lambda data: data[:9]]
+)
+def test_a_ledger_that_cannot_be_read_is_passed_over_unless_it_was_handed_over(here, tmp_path, small, harm):
+    encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
+    run = asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
+    uri = write(run).ledger
+    path, whole = Path(storage.resolve(uri)[1]), storage.read_bytes(uri)
+    path.write_bytes(harm(whole))
+    with pytest.raises(DataError, match=f"ledger '{uri}': ledger('s record cannot be read| has format_version 2)"):
+        resolved(run.model_copy(update={"ledger": uri}))
+    alone = asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
+    assert resolved(alone).ledger is None
+    assert f"no ledger fits; the nearest, {uri}, cannot be read" in events(alone)
+    neighbour = write(asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(draw_seed=5))).ledger
+    other = asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
+    assert resolved(other).ledger is None
+    assert any(f"no ledger fits; the nearest, {neighbour} has draw_seed 5 " in said for said in events(other))
+    again = write(asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise()))
+    assert (again.ledger, again.reused, len(here)) == (uri, False, 12), "its files are there, its record is written again"
+    assert LedgerRecord.from_json(storage.read_bytes(uri)).files == LedgerRecord.from_json(whole).files
 
 
 def test_a_ledger_of_another_model_or_dataset_is_refused(here, tmp_path, small):

@@ -146,6 +146,16 @@ def test_a_journal_is_read_once_from_where_the_reader_was_and_writers_take_turns
     assert read_journal(root, 3) == []
 
 
+def test_a_driver_that_takes_over_again_goes_on_behind_its_workers_and_changes_none_of_their_files(root: str):
+    driver, said = Journal(root, flush_every_s=0), [str(number) for number in range(12)]
+    writers = [driver] * 2 + [Journal(root, flush_every_s=0)] * 3 + [Journal(root, flush_every_s=0)] * 4 + [driver] * 3
+    for message, writer in zip(said, writers, strict=True):
+        writer.event(message)
+    assert [(number, [entry.message for entry in entries]) for number, entries in read_journal(root, 0)] == [
+        (number, [message]) for number, message in enumerate(said)
+    ]
+
+
 def spec(folder: Path) -> EncodeSpec:
     model = ModelRecord(id="m", name="m", uri="x", family="sd15", digest="d", created_at=0)
     source = DatasetSource(uri="u")
