@@ -149,12 +149,12 @@ def _images(shape: Shape, cells: Cells) -> tuple[list[Any], list[Any]]:
 
 
 def _locate(image: Any, locate: Callable[[str], str]) -> Any:
-    """The picture cell with its path from the dataset's folder; no path and no bytes is no picture."""
+    """The picture cell; where its path is what is read, that from the dataset's folder. No path and no bytes is no picture."""
     if isinstance(image, dict):
         content, path = image.get("bytes"), image.get("path")
         if not isinstance(content, bytes | None) or not isinstance(path, str | None):
             raise _Bad("wrong_type")
-        return image if content is not None or not path else {"path": locate(_text(path))}
+        return image if content is not None or not path else locate(_text(path))
     if isinstance(image, str):
         return locate(_text(image)) if image else None
     if not isinstance(image, bytes | None):
@@ -163,15 +163,12 @@ def _locate(image: Any, locate: Callable[[str], str]) -> Any:
 
 
 def _content(image: Any) -> bytes | str | None:
-    """Bytes of a picture, else where it lies; Hugging Face's cells hold either."""
-    if not isinstance(image, dict):
-        return image
-    content = image.get("bytes")
-    return content if content is not None else image.get("path") or None
+    """Bytes of a picture, or where it lies."""
+    return image.get("bytes") if isinstance(image, dict) else image
 
 
 def _uid(value: Any, image: Any, default: str) -> str:
-    """The uid column, else the picture's path (of a column of paths), else where the picture stands."""
+    """The uid column, else the path that the picture is read from, else where the picture stands."""
     if value is None or value == "":
         value = image if isinstance(image, str) else default
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)

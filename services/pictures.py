@@ -60,23 +60,20 @@ def decode(data: bytes | None, size: int, flip: bool = False) -> Picture:
         raise BadPicture("image_too_large", f"more than {MAX_FILE_BYTES} bytes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        picture = _pixels(data)
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
-    if side != size:
+        square, width, height = _square(data)
+    side = min(width, height)
+    if square.width != size:
         square = square.resize((size, size), Image.Resampling.LANCZOS)
     if flip:
         square = ImageOps.mirror(square)
-    return Picture(np.array(square), (picture.height, picture.width), (top, left))
+    return Picture(np.array(square), (height, width), ((height - side) // 2, (width - side) // 2))
 
 
-def _pixels(data: bytes) -> Image.Image:
-    """The picture as RGB. Everything the header tells is looked at before anything is decoded."""
+def _square(data: bytes) -> tuple[Image.Image, int, int]:
+    """The centre square as RGB, and the upright picture's width and height. Raises BadPicture."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check(image)
-            return ImageOps.exif_transpose(image).convert("RGB")
+        square, width, height = _cut(data)
+        return square if square.mode == "RGB" else square.convert("RGB"), width, height
     except BadPicture:
         raise
     except UnidentifiedImageError as error:
@@ -87,12 +84,25 @@ def _pixels(data: bytes) -> Image.Image:
         raise BadPicture("image_broken", f"{type(error).__name__}: {error}"[:200]) from error
 
 
+def _cut(data: bytes) -> tuple[Image.Image, int, int]:
+    """The centre square in the file's mode, with at most one copy of the pixels beside it, and the upright picture's sides.
+
+    Everything the header tells is looked at before anything is decoded.
+    """
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        side, width, height = min(image.size), *image.size
+        left, top = (width - side) // 2, (height - side) // 2
+        return image if width == height else image.crop((left, top, left + side, top + side)), width, height
+
+
 def _check(image: ImageFile.ImageFile) -> None:
     """Raises BadPicture for what is too large, or where we would have to guess the colours or the frame that was judged."""
     if image.width * image.height > MAX_PIXELS:
         raise BadPicture("image_too_large", f"{image.width}x{image.height} pixels")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with previews behind it
-        raise BadPicture("image_animated", f"{getattr(image, 'n_frames', 2)} frames")
+        raise BadPicture("image_animated")  # counting the frames of a TIFF takes their number squared
     if image.mode == "CMYK":
         raise BadPicture("image_cmyk")
     if image.mode.startswith(("I", "F")) or any(_DEEP.search(str(tile.args)) for tile in image.tile):
@@ -108,4 +118,4 @@ def _unidentified(data: bytes) -> BadPicture:
             cut = len(data) < offset + struct.calcsize(sides)
             zero = not cut and 0 in struct.unpack_from(sides, data, offset)
             return BadPicture("image_zero_size" if zero else "image_broken", "its header cannot be read")
-    return BadPicture("image_not_an_image", f"begins with {data[:16]!r}")
+    return BadPicture("image_not_an_image", f"{len(data)} bytes that are none of {', '.join(FORMATS)}")

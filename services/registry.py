@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import re
 import tempfile
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -154,18 +154,18 @@ def _fetch(record: ModelRecord) -> Path:
     if filesystem.type_name == "local":
         return Path(path)
     cache = Path(tempfile.gettempdir()) / "dde-models"
-    target = cache / record.digest
-    if not target.exists():
-        beside = cache / f"{record.digest}.{uuid.uuid4().hex}.part"
-        try:
-            storage.copy_folder(record.uri, storage.as_uri(beside))
-            check_digest(record, storage.as_uri(beside))
-            beside.rename(target)
-        except OSError:
-            if not target.exists():  # else another process on this node was faster
-                raise
-        finally:
-            storage.delete_folder(storage.as_uri(beside))
+    target, beside = cache / record.digest, cache / f"{record.digest}.part"
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{record.digest}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of this node wait for one download; let go with the file
+        if not target.exists():
+            try:
+                storage.delete_folder(storage.as_uri(beside))  # of a process that was killed
+                storage.copy_folder(record.uri, storage.as_uri(beside))
+                check_digest(record, storage.as_uri(beside))
+                beside.rename(target)
+            finally:
+                storage.delete_folder(storage.as_uri(beside))
     return target
 
 

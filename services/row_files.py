@@ -7,12 +7,14 @@ alone, so they can be pickled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -102,13 +104,16 @@ class ParquetFiles:
                 yield Unit(file, group, metadata.row_group(group).num_rows)
 
     def rows(self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None) -> Iterator[Cells | str]:
-        parquet = self._open(unit.file)
+        stream, footer = self._stream(unit.file)
+        parquet = pq.ParquetFile(stream, metadata=footer, buffer_size=STREAM_BYTES, pre_buffer=False)
         check_types(full_uri(self.uri, unit.file), _types(parquet.schema_arrow), columns)
-        leaves, row_bytes = _leaves(parquet, unit.group, _wanted(parquet.schema_arrow, columns, pictures), pictures)
+        leaves, row_bytes, left_out = _leaves(parquet, unit.group, _wanted(parquet.schema_arrow, columns, pictures), pictures)
+        if not pictures and row_bytes * footer.row_group(unit.group).num_rows <= BATCH_BYTES:  # all of it in few requests
+            parquet = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
         at_once = PICTURE_ROWS_AT_ONCE if pictures else ROWS_AT_ONCE
         size = max(1, min(at_once, BATCH_BYTES // max(1, row_bytes)))
         batches = parquet.iter_batches(batch_size=size, row_groups=[unit.group], columns=leaves)
-        yield from _cells(batches, columns, start, stop)
+        yield from _cells(batches, columns, pictures, start, stop, left_out)
 
     def identity(self) -> Iterator[bytes]:
         """Names, sizes and Parquet footers: a footer holds the size and place of every column chunk."""
@@ -119,13 +124,16 @@ class ParquetFiles:
                 yield f"{file}\0{size}\0".encode() + stream.read_at(length, size - 8 - length)
 
     def _open(self, file: str) -> pq.ParquetFile:
+        stream, footer = self._stream(file)
+        return pq.ParquetFile(stream, metadata=footer)
+
+    def _stream(self, file: str) -> tuple[pa.NativeFile, pq.FileMetaData]:
         full = full_uri(self.uri, file)
         filesystem, path = storage.resolve(full)
         try:
             info = filesystem.get_file_info(path)
             footer = _footer(full, info.size, info.mtime_ns)
-            stream = filesystem.open_input_file(path)
-            return pq.ParquetFile(stream, metadata=footer, buffer_size=STREAM_BYTES, pre_buffer=False)
+            return filesystem.open_input_file(path), footer
         except (pa.ArrowInvalid, OSError) as error:
             raise unreadable(error, full, "is not a Parquet file", "not_parquet") from error
 
@@ -138,16 +146,31 @@ def _footer(uri: str, size: int, mtime_ns: int) -> pq.FileMetaData:
         return pq.read_metadata(stream)
 
 
-def _leaves(parquet: pq.ParquetFile, group: int, names: set[str], pictures: bool) -> tuple[list[str], int]:
-    """The leaf columns to read, without the bytes inside of structs unless pictures are wanted; their mean bytes a row."""
-    metadata, leaves, total = parquet.metadata.row_group(group), [], 0
-    for index in range(metadata.num_columns):
-        path = parquet.schema.column(index).path
-        whole = any(path == name or path.startswith(f"{name}.") for name in names)
-        if whole and (pictures or not path.endswith(".bytes") or path in names):
+def _leaves(parquet: pq.ParquetFile, group: int, names: set[str], pictures: bool) -> tuple[list[str], int, set[str]]:
+    """The leaf columns to read, their mean bytes a row, and the columns whose bytes are left out although they are there.
+
+    Without pictures, bytes inside of structs are left out where the footer says that all or none of them are null.
+    """
+    metadata, leaves, total, left_out = parquet.metadata.row_group(group), [], 0, set()
+    paths = [parquet.schema.column(index).path for index in range(metadata.num_columns)]
+    for index, path in enumerate(paths):
+        name = next((name for name in names if path == name or path.startswith(f"{name}.")), None)
+        column = metadata.column(index)
+        nulls = None if pictures or f"{path.removesuffix('.bytes')}.path" not in paths else _nulls(column)
+        if name is None or nulls == column.num_values:
+            continue
+        if nulls == 0:
+            left_out.add(name)
+        else:
             leaves.append(path)
-            total += metadata.column(index).total_uncompressed_size
-    return leaves, total // max(1, metadata.num_rows)
+            total += column.total_uncompressed_size
+    return leaves, total // max(1, metadata.num_rows), left_out
+
+
+def _nulls(column: pq.ColumnChunkMetaData) -> int | None:
+    """How many values of a column chunk are null, where its file says so."""
+    statistics = column.statistics
+    return statistics.null_count if statistics is not None and statistics.has_null_count else None
 
 
 @dataclass(frozen=True)
@@ -174,7 +197,7 @@ class ArrowFiles:
                 for batch in reader
                 for offset in range(0, len(batch), PICTURE_ROWS_AT_ONCE)
             )
-            yield from _cells(small, columns, start, stop)
+            yield from _cells(small, columns, pictures, start, stop)
 
     def identity(self) -> Iterator[bytes]:
         yield from (name_and_size(self.uri, file) for file in self.files)
@@ -194,16 +217,25 @@ def _types(schema: pa.Schema) -> Found:
 
 
 def _wanted(schema: pa.Schema, columns: Columns, pictures: bool) -> set[str]:
-    """Names in the file. Without pictures a column of bytes is left out, but a ranking's, which says how many there are."""
+    """Names in the file. Without pictures a column of bytes is left out, but a ranking's, which says how many there are;
+    structs say whether a path is what is read."""
 
     def light(name: str) -> bool:
-        return name not in PICTURES or name == "images" or is_text(schema.field(columns[name]).type)  # type: ignore[index]
+        kind = schema.field(columns[name]).type  # type: ignore[index]
+        return name not in PICTURES or name == "images" or is_text(kind) or pa.types.is_struct(kind)
 
     return {columns[name] for name in columns if pictures or light(name)}
 
 
-def _cells(batches: Iterator[pa.RecordBatch], columns: Columns, start: int, stop: int | None) -> Iterator[Cells]:
-    row = 0
+def _cells(
+    batches: Iterator[pa.RecordBatch],
+    columns: Columns,
+    pictures: bool,
+    start: int,
+    stop: int | None,
+    left_out: Set[str] = frozenset(),
+) -> Iterator[Cells]:
+    row, light = 0, frozenset() if pictures else PICTURES
     for batch in batches:
         if stop is not None and row >= stop:
             return
@@ -211,9 +243,29 @@ def _cells(batches: Iterator[pa.RecordBatch], columns: Columns, start: int, stop
         row += len(batch)
         if skip < end:
             part = batch.slice(skip, end - skip)
-            values = {name: _python(part.column(own)) for name, own in columns.items() if own in part.schema.names}
+            values = {
+                name: _without_bytes(part.column(own), own in left_out) if name in light else _python(part.column(own))
+                for name, own in columns.items()
+                if own in part.schema.names
+            }
             for place in range(len(part)):
                 yield {name: column[place] for name, column in values.items()}
+
+
+def _without_bytes(column: pa.Array, left_out: bool) -> list[Any]:
+    """Cells of pictures with empty bytes for those that are there; ``left_out`` says that every struct of the file has some."""
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        flat = iter(_without_bytes(column.flatten(), left_out))
+        return [None if n is None else list(islice(flat, n)) for n in pc.list_value_length(column).to_pylist()]
+    if pa.types.is_struct(kind):
+        fields = {field.name: _without_bytes(column.field(index), left_out) for index, field in enumerate(kind)}
+        fields |= {"bytes": [b""] * len(column)} if left_out else {}
+        cells = (dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True))
+        return [cell if valid else None for cell, valid in zip(cells, column.is_valid().to_pylist(), strict=True)]
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return [b"" if valid else None for valid in column.is_valid().to_pylist()]
+    return _python(column)
 
 
 def _python(column: pa.Array) -> list[Any]:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import PurePosixPath
 from typing import get_args
 
 from pyarrow import fs
@@ -26,10 +28,10 @@ from pyarrow import fs
 from services import storage
 from services.column_types import Columns, Found, check_types
 from services.contracts import Column, DatasetSource
-from services.errors import BadRequest
+from services.errors import BadRequest, ServiceError, Unavailable
 from services.pairs import Row, Shape, bad_row, read_row
 from services.path_rows import SIDES, JsonLines, WinLose
-from services.pictures import MAX_FILE_BYTES
+from services.pictures import MAX_FILE_BYTES, BadPicture
 from services.row_files import PICTURES, ArrowFiles, Format, ParquetFiles, Reader, Unit
 
 __all__ = ["Source", "Unit", "open_source"]
@@ -64,6 +66,8 @@ class Source:
     not_read: tuple[str, ...]
     reader: Reader = field(repr=False)
     is_folder: bool = field(repr=False)
+    gone: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Buckets of others that did not answer: they are not asked again for every picture."""
 
     @property
     def format(self) -> Format:
@@ -82,13 +86,13 @@ class Source:
             yield bad_row(key, cells) if isinstance(cells, str) else read_row(self.shape, key, cells, locate, pictures=pictures)
 
     def load(self, picture: bytes | str | None) -> bytes | None:
-        """The bytes of a row's picture, at most MAX_FILE_BYTES + 1 of them; None where there is no such file. Raises OSError
-        where an object store goes on failing: that says nothing of the picture."""
+        """The bytes of a row's picture, at most MAX_FILE_BYTES + 1 of them; None where there is no such file. Raises BadPicture
+        for a path that leads out of the dataset's folder, and where a place that is not the dataset's cannot be reached. Raises
+        OSError or ServiceError where the dataset's own bucket or disk fails: that says nothing of the picture."""
         if not isinstance(picture, str):
             return picture
-        if (place := self._place(picture)) is None:
-            return None
-        filesystem, path = place
+        own, root = storage.resolve(self.uri)
+        filesystem, path = self._place(picture, own, root if self.is_folder else posixpath.dirname(root))
         try:
             if isinstance(filesystem, fs.LocalFileSystem) and not filesystem.get_file_info(path).is_file:
                 return None  # a folder, or a device that never ends
@@ -99,19 +103,31 @@ class Source:
         except OSError as error:
             if error.errno in _NO_SUCH_FILE or any(word in str(error) for word in _REFUSED):
                 return None
-            raise
-
-    def _place(self, picture: str) -> tuple[fs.FileSystem, str] | None:
-        """Where a picture lies; None for a URI that leads nowhere. What is wrong with the dataset's own place raises."""
-        if "://" not in picture:
-            filesystem, path = storage.resolve(self.uri)
-            return filesystem, posixpath.join(path if self.is_folder else posixpath.dirname(path), picture)
-        try:
-            return storage.resolve(picture)
-        except BadRequest as error:
-            if error.code == "no_credentials":
+            if _bucket(path) == _bucket(root):
                 raise
-            return None
+            raise BadPicture("image_unreachable", str(error)) from error
+
+    def _place(self, picture: str, own: fs.FileSystem, folder: str) -> tuple[fs.FileSystem, str]:
+        """Where a picture lies: below the dataset's folder, or at the URI of an object. Raises BadPicture."""
+        filesystem, path = self._resolve(picture) if "://" in picture else (own, posixpath.join(folder, picture))
+        if "://" in picture and not isinstance(filesystem, fs.LocalFileSystem):
+            return filesystem, path
+        below = _below(folder, path) if type(filesystem) is type(own) else None
+        if below is None:
+            raise BadPicture("image_outside", f"not below {folder!r}")
+        return filesystem, below
+
+    def _resolve(self, uri: str) -> tuple[fs.FileSystem, str]:
+        """The place of a URI in a row. The dataset's own bucket was resolved before: what fails here is the row's."""
+        bucket = uri.split("/")[2]
+        if bucket in self.gone:
+            raise BadPicture("image_unreachable", f"bucket {bucket!r} did not answer before")
+        try:
+            return storage.resolve(uri)
+        except ServiceError as error:
+            if isinstance(error, Unavailable) or error.code == "no_credentials":
+                self.gone.add(bucket)
+            raise BadPicture("image_unreachable", str(error)) from error
 
     def fingerprint(self) -> bytes:
         """sha256 of the files' names and sizes, and of Parquet footers. Pictures outside of the files are not looked at."""
@@ -124,6 +140,20 @@ class Source:
 def _from_root(folder: str, path: str) -> str:
     """A picture's path from the dataset's folder; URIs and absolute paths stay."""
     return path if "://" in path else posixpath.normpath(posixpath.join(folder, path))
+
+
+def _bucket(path: str) -> str:
+    """The bucket of a path in an object store, "" of an absolute local path."""
+    return path.partition("/")[0]
+
+
+def _below(folder: str, path: str) -> str | None:
+    """The path without "..", where it stays below the folder by its name, or once links are followed: a folder's files may be
+    links (the hub's cache), and so may what leads to it."""
+    names = [(posixpath.normpath(folder), posixpath.normpath(path))]
+    if folder.startswith("/") and "\0" not in path:
+        names.append((os.path.realpath(folder), os.path.realpath(path)))
+    return next((place for root, place in names if PurePosixPath(place).is_relative_to(root)), None)
 
 
 def open_source(source: DatasetSource) -> Source:

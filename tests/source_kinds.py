@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tests.pairs_file import pair_rows, write_pairs
 
@@ -91,7 +92,8 @@ def json_lines_folder(folder: Path) -> Path:
 
 def json_lines_uris(folder: Path) -> Path:
     rows = [row | {side: (folder / row[side]).as_uri() for side in ("jpg_0", "jpg_1")} for row in as_paths(folder, ROWS)]
-    return write_lines(folder / "elsewhere" / "pairs.jsonl", rows)
+    write_lines(folder / "lists" / "pairs.jsonl", rows)
+    return folder
 
 
 def image_folder(folder: Path) -> Path:
@@ -113,6 +115,14 @@ def win_lose(folder: Path, names: tuple[str, str] = ("win", "lose"), captions: s
 
 def chosen_rejected(folder: Path) -> Path:
     return win_lose(folder, ("chosen", "rejected"), "chosen")
+
+
+def path_structs(folder: Path) -> Path:
+    """As Hugging Face writes cells whose pictures were not embedded; in the last group some were."""
+    rows = [row | {side: {"bytes": None, "path": row[side]} for side in ("jpg_0", "jpg_1")} for row in as_paths(folder, ROWS)]
+    rows[-2] |= {side: {"bytes": ROWS[-2][side], "path": "image.png"} for side in ("jpg_0", "jpg_1")}
+    write_pairs(folder / "pairs.parquet", rows, row_group_size=20)
+    return folder
 
 
 def rankings(folder: Path) -> Path:
@@ -137,6 +147,29 @@ def ranked_structs(folder: Path) -> Path:
     return write_pairs(folder / "rankings.parquet", rows)
 
 
+def ranked_path_structs(folder: Path) -> Path:
+    rows = [
+        {
+            "images": [{"bytes": None, "path": row[f"jpg_{side}"]} for side in (winner(row), 1 - winner(row))],
+            "caption": row["caption"],
+        }
+        for row in as_paths(folder, DECIDED)
+    ]
+    rows[0]["images"] = [cell | {"bytes": (folder / cell["path"]).read_bytes()} for cell in rows[0]["images"]]
+    write_pairs(folder / "rankings.parquet", rows, row_group_size=5)
+    return folder
+
+
+def saved_paths(folder: Path) -> Path:
+    """Rankings of paths, as `save_to_disk` writes them."""
+    ranked_path_structs(folder)
+    table = pq.read_table(folder / "rankings.parquet")
+    (folder / "rankings.parquet").unlink()
+    with pa.ipc.new_stream(folder / "data.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    return folder
+
+
 def chosen_parquet(folder: Path) -> Path:
     rows = [
         {"chosen": row[f"jpg_{winner(row)}"], "rejected": row[f"jpg_{1 - winner(row)}"], "caption": row["caption"]}
@@ -149,13 +182,16 @@ ALL_ROWS = {
     each.__name__: each
     for each in (
         *(parquet, parquet_folder, parquet_structs, parquet_paths, hub_layout, saved_to_disk, json_lines, json_lines_folder),
-        *(json_lines_uris, image_folder, rankings),
+        *(json_lines_uris, image_folder, path_structs, rankings),
     )
 }
-DECIDED_ROWS = {each.__name__: each for each in (win_lose, chosen_rejected, ranked_structs, chosen_parquet)}
+DECIDED_ROWS = {
+    each.__name__: each
+    for each in (win_lose, chosen_rejected, ranked_structs, ranked_path_structs, saved_paths, chosen_parquet)
+}
 KINDS = ALL_ROWS | DECIDED_ROWS
 FORMATS = {
-    **dict.fromkeys(("saved_to_disk",), "arrow"),
+    **dict.fromkeys(("saved_to_disk", "saved_paths"), "arrow"),
     **dict.fromkeys(("json_lines", "json_lines_folder", "json_lines_uris", "image_folder"), "jsonl"),
     **dict.fromkeys(("win_lose", "chosen_rejected"), "folders"),
 }

@@ -4,8 +4,8 @@
     job = client.create_job(AlignmentJobCreate(model="shapes", dataset=dataset.id, evaluation=...))
     job = client.wait(job.id)
 
-Requests that can be repeated are repeated: after 408, 429, 5xx and connection errors, with growing pauses, each POST
-under one Idempotency-Key.
+Requests are repeated after 408, 429, 5xx and connection errors, with growing pauses, each POST under one Idempotency-Key;
+but not the registration of a dataset, which would be read again.
 
     ServiceError
     ├── ApiError       the server refused or failed; says status, message, param and code
@@ -41,6 +41,7 @@ from services.errors import ServiceError, Unavailable
 
 PAGE = 100
 LONGEST_PAUSE_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 class ApiError(ServiceError):
@@ -78,7 +79,7 @@ class Client:
         self._http = httpx.Client(
             base_url=base_url,
             headers={"Authorization": f"Bearer {api_key}"},
-            timeout=httpx.Timeout(timeout_s, connect=5.0),
+            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             trust_env=False,
         )
 
@@ -95,9 +96,10 @@ class Client:
     # ---- what is registered
 
     def create_dataset(self, name: str, uri: str, columns: Mapping[str, str] | None = None) -> Dataset:
-        """Register preference pairs; the server reads and counts them. ``columns`` maps what is read to the files' names."""
+        """Register preference pairs; the server reads and counts them, which takes minutes where they are many: the answer is
+        waited for as long as it takes, and is not asked for twice. ``columns`` maps what is read to the files' names."""
         asked = DatasetCreate.model_validate({"name": name, "uri": uri, "columns": dict(columns or {})})
-        return self._post(Dataset, "/v1/datasets", asked)
+        return parse(Dataset, self._send("POST", "/v1/datasets", asked, slow=True))
 
     def validate_dataset(self, uri: str, columns: Mapping[str, str] | None = None) -> DatasetReport:
         """What a sample of the rows and pictures at a URI shows; nothing is stored."""
@@ -204,12 +206,19 @@ class Client:
                 return
             query["after"] = getattr(page.data[-1], cursor)
 
-    def _send(self, method: str, path: str, body: BaseModel | None = None, query: dict[str, Any] | None = None) -> Any:
+    def _send(
+        self, method: str, path: str, body: BaseModel | None = None, query: dict[str, Any] | None = None, slow: bool = False
+    ) -> Any:
+        """The answer's JSON; ``slow`` waits for it without a limit, and tries once."""
         headers = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S) if slow else self._http.timeout
         content = None if body is None else body.model_dump(mode="json", exclude_none=True)
-        request = self._http.build_request(method, path, json=content, params=query, headers=headers)
+        request = self._http.build_request(method, path, json=content, params=query, headers=headers, timeout=timeout)
         retrying = Retrying(
-            stop=stop_after_attempt(self.retries + 1), wait=_pause, retry=retry_if_exception(_worth_another), reraise=True
+            stop=stop_after_attempt(1 if slow else self.retries + 1),
+            wait=_pause,
+            retry=retry_if_exception(_worth_another),
+            reraise=True,
         )
         try:
             return retrying(self._once, request)

@@ -38,12 +38,12 @@ SD15_VAE: dict[str, Any] = {
 """Stable Diffusion 1.5's, as its folder describes it; the weights are drawn at random."""
 
 
-def ingest_speed(scratch: Path, rounds: int = 3) -> dict[str, Result]:
+def ingest_speed(scratch: Path, rounds: int = 2) -> dict[str, Result]:
     """``ingest_vs_bare_vae`` with SD1.5's VAE at 256 px, and the same of the shapes world at 32 px."""
     found: dict[str, Result] = {}
     sd15 = _with_vae(sd15_folder(scratch / "sd15"))
     for name, model, size, pairs in (
-        ("ingest_vs_bare_vae", sd15, 256, 128),
+        ("ingest_vs_bare_vae", sd15, 256, 64),
         ("ingest_vs_bare_vae, shapes at 32 px", shapes_record(), 32, 8192),
     ):
         bench = Bench(scratch / f"px-{size}", model, size, pairs)

@@ -103,6 +103,7 @@ def test_a_uid_is_the_column_else_the_path_else_the_place_of_the_picture():
     assert pair(image_0_uid=None, image_1_uid=7, jpg_0="x.png").uids == ("x.png", "7")
     assert pair(image_0_uid=None, image_1_uid="").uids == ("f:0:7:0", "f:0:7:1")
     assert pair(image_0_uid=None, jpg_0={"bytes": b"0", "path": "same.jpg"}).uids[0] == "f:0:7:0"
+    assert pair(image_0_uid=None, jpg_0={"bytes": None, "path": "same.jpg"}).uids[0] == "same.jpg"
 
 
 def test_a_pair_id_is_the_column_else_the_hash_of_what_identifies_the_row():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -95,6 +97,44 @@ except BadPicture as error:
     cause, grown_kib = done.stdout.split()
     assert cause == "image_too_large"
     assert int(grown_kib) < 64 * 1024
+
+
+def test_a_tiff_of_very_many_pages_is_refused_at_once():
+    pages = 100_000
+    page = b"".join(struct.pack("<HHII", tag, 3, 1, 1) for tag in (256, 257, 258, 262, 273, 277, 278, 279))
+    size = 2 + len(page) + 4
+    data = b"II*\0" + struct.pack("<I", 8)
+    data += b"".join(struct.pack("<H", 8) + page + struct.pack("<I", 8 + size * (n + 1)) for n in range(pages))
+    began = time.monotonic()
+    with pytest.raises(BadPicture) as refused:
+        decode(data, 32)
+    assert refused.value.cause == "image_animated"
+    assert time.monotonic() - began < 1.0
+
+
+def test_what_is_no_picture_is_not_shown():
+    with pytest.raises(BadPicture) as refused:
+        decode(b"root:x:0:0:secret", 32)
+    assert str(refused.value) == "image_not_an_image: 17 bytes that are none of JPEG, PNG, WEBP, GIF, BMP, TIFF"
+
+
+@pytest.mark.parametrize(("kind", "orientation"), [("RGB", 1), ("RGB", 6), ("RGBA", 1), ("RGBA", 6)])
+def test_at_most_two_copies_of_the_largest_pictures_pixels_are_held(kind, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new(kind, (8192, 8192)).save(tmp_path / "large.png", exif=exif)
+    code = f"""
+import resource
+from pathlib import Path
+from services.pictures import decode
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+data, before = Path({str(tmp_path / "large.png")!r}).read_bytes(), peak()
+decode(data, 32)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    copies = 1 if (kind, orientation) == ("RGB", 1) else 2
+    assert int(done.stdout) < (copies * 256 + 40) * 1024
 
 
 def test_a_file_that_is_too_long_is_refused_unread():

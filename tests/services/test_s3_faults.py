@@ -120,6 +120,16 @@ def test_a_journal_loses_and_repeats_nothing(s3_server: S3Server, bucket: str):
     assert s3_server.done["lose_answer"] > 0 < s3_server.done["cut_upload"]
 
 
+def test_a_journals_folder_is_listed_once_for_each_change_of_writers(s3_server: S3Server, bucket: str):
+    s3_server.harm(listing := Harm("delay", method="GET", target="journal%2F&"))
+    driver, worker = Journal(bucket, flush_every_s=0), Journal(bucket, flush_every_s=0)
+    for listed, writer in ((0, driver), (1, worker), (2, driver)):
+        for step in range(5):
+            writer.metrics(step, {"loss": 1.0})
+        assert s3_server.done[listing.kind] == listed
+    assert len(read_journal(bucket, 0)) == 15
+
+
 def test_more_objects_are_listed_and_deleted_than_one_answer_holds(s3_server: S3Server, bucket: str):
     client, prefix = s3_server.direct(), bucket.removeprefix(f"s3://{BUCKET}/")
     names = [f"{number:04d}" for number in range(1_200)]
@@ -191,11 +201,26 @@ def test_a_model_that_is_torn_on_its_way_is_fetched_again(s3_server: S3Server, r
     assert registry.folder_digest(folder.as_uri()) == record.digest
 
 
+def test_processes_of_a_node_fetch_a_model_once(s3_server: S3Server, record: ModelRecord, tmp_path: Path):
+    s3_server.harm(Harm("delay", method="GET", target="model.safetensors", seconds=2))
+    code = f"""
+        from services import registry
+        from services.contracts import ModelRecord
+        print(registry.fetch(ModelRecord.model_validate_json({record.model_dump_json()!r}))[0])
+    """
+    command, env = [sys.executable, "-c", textwrap.dedent(code)], {**os.environ, "TMPDIR": str(tmp_path / "node")}
+    (tmp_path / "node").mkdir()
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(subprocess.run, command, capture_output=True, text=True, env=env, cwd=ROOT) for _ in range(3)]
+    assert {run.result().stdout.strip() for run in runs} == {str(tmp_path / "node" / "dde-models" / record.digest)}
+    assert s3_server.done["delay"] == 1
+
+
 def test_a_model_that_never_arrives_whole_is_not_kept(s3_server: S3Server, record: ModelRecord, tmp_path: Path):
     s3_server.harm(Harm("cut_download", method="GET", target="safetensors"))
     with pytest.raises(Unavailable, match="safetensors"):
         registry.fetch(record)
-    assert list((tmp_path / "node" / "dde-models").iterdir()) == []
+    assert [path.suffix for path in (tmp_path / "node" / "dde-models").iterdir()] == [".lock"]
     with pytest.raises(Unavailable, match="safetensors"):
         storage.read_bytes(storage.join(record.uri, "unet", "model.safetensors"))
 

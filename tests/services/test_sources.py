@@ -16,8 +16,9 @@ import pytest
 from services import path_rows, storage
 from services.contracts import DatasetSource
 from services.errors import BadRequest
+from services.inspection import validate
 from services.pairs import Row
-from services.pictures import MAX_FILE_BYTES
+from services.pictures import MAX_FILE_BYTES, BadPicture
 from services.sources import Source, open_source
 from tests.pairs_file import write_pairs
 from tests.s3_server import Harm, s3
@@ -48,6 +49,13 @@ def refused(uri: Path | str, **columns: str) -> BadRequest:
 
 
 # ---- the same pairs in every kind of files
+
+
+@pytest.mark.parametrize("kind", ["path_structs", "ranked_path_structs", "saved_paths"])
+def test_a_picture_that_is_read_by_its_path_has_the_path_as_uid_and_an_embedded_one_has_not(kind, tmp_path):
+    for row in rows_of(opened(KINDS[kind](tmp_path / "data")), pictures=True):
+        for uid, picture in zip(row.uids, row.pictures, strict=True):
+            assert (uid == picture) == isinstance(picture, str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,7 +95,17 @@ def test_a_source_in_an_object_store_says_what_it_says_on_disk(kind, server, tmp
     assert said(remote) == said(opened(local))
     assert [vars(row) for row in rows_of(remote)] == [vars(row) for row in rows_of(opened(local))]
     assert remote.load("pictures/nowhere.png") is None
-    assert remote.load("s3://no-such-bucket/a.png") is None
+    for path in ("/etc/hostname", "../a.png", "file:///etc/hostname"):
+        assert cause_of(remote, path) == "image_outside"
+
+
+def test_what_a_small_row_group_says_without_its_pictures_takes_one_request_for_bytes(server, tmp_path):
+    storage.upload(write_pairs(tmp_path / "a.parquet", ROWS, row_group_size=4), "s3://bucket/requests.parquet")
+    source = opened("s3://bucket/requests.parquet")
+    units = list(source.units())
+    server.harm()
+    assert sum(1 for unit in units for _ in source.rows(unit)) == 24
+    assert server.done["GET"] == len(units) == 6
 
 
 def test_an_object_store_that_fails_is_not_taken_for_a_missing_picture(server, tmp_path):
@@ -281,13 +299,78 @@ def test_a_caption_file_of_megabytes_is_too_long_and_not_read(tmp_path):
 # ---- pictures
 
 
-NOWHERE = ["nowhere.png", ".", "a\0b", "x" * 5000, "a.jsonl/b.png", "ftp://h/a.png", "s3://", "http://[", "/dev/zero"]
+NOWHERE = ["nowhere.png", ".", "a\0b", "x" * 5000, "a.jsonl/b.png", "sub/../nowhere.png"]
+UNREACHABLE = ["ftp://h/a.png", "s3://", "http://[", "file://host/x"]
+OUTSIDE = ["/dev/zero", "/etc/hostname", "file:///etc/hostname", "../beside.png", "file:///{0}/../beside.png", "//etc", "/\0"]
+
+
+def cause_of(source: Source, path: str) -> str:
+    with pytest.raises(BadPicture) as refused:
+        source.load(path)
+    return refused.value.cause
 
 
 @pytest.mark.parametrize("path", NOWHERE)
 def test_a_path_that_leads_to_no_file_is_a_missing_picture(path, tmp_path):
     source = opened(write_lines(tmp_path / "a.jsonl", [{"chosen": path, "rejected": "b", "caption": "x"}]))
     assert source.load(path) is None
+
+
+@pytest.mark.parametrize("path", UNREACHABLE)
+def test_a_uri_that_cannot_be_opened_is_an_unreachable_picture(path, tmp_path):
+    source = opened(write_lines(tmp_path / "a.jsonl", [{"chosen": path, "rejected": "b", "caption": "x"}]))
+    assert cause_of(source, path) == "image_unreachable"
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_row_cannot_name_a_file_outside_of_the_datasets_folder(path, folder, tmp_path):
+    (tmp_path / "beside.png").write_bytes(b"secret")
+    file = write_lines(tmp_path / "data" / "a.jsonl", [{"chosen": "a", "rejected": "b", "caption": "x"}])
+    assert cause_of(opened(file.parent if folder else file), path.format(file.parent)) == "image_outside"
+
+
+def test_a_picture_may_be_named_by_any_path_below_the_folder_also_through_links(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    write_lines(real / "a.jsonl", [{"chosen": "a", "rejected": "b", "caption": "x"}])
+    link.symlink_to(real)
+    (tmp_path / "blob").write_bytes(b"linked")
+    (real / "ü a.png").write_bytes(b"plain")
+    (real / "b.png").symlink_to(tmp_path / "blob")
+    for uri in (real.as_uri(), link.as_uri()):
+        source = opened(uri)
+        for folder in (real, link):
+            assert source.load(str(folder / "ü a.png")) == source.load((folder / "ü a.png").as_uri()) == b"plain"
+        assert (source.load("x/../ü a.png"), source.load("b.png")) == (b"plain", b"linked")
+
+
+def test_what_a_row_names_elsewhere_and_cannot_be_reached_is_a_bad_picture(server, tmp_path):
+    json_lines(tmp_path / "data")
+    lines = opened(tmp_path / "data")
+    storage.write_bytes("s3://bucket/elsewhere.png", b"there")
+    assert lines.load("s3://bucket/elsewhere.png") == b"there"
+    assert lines.load("s3://bucket/nowhere.png") is None
+    assert cause_of(lines, "s3://no-such-bucket/a.png") == "image_unreachable"
+    server.harm(Harm("slow_down"))
+    assert cause_of(lines, "s3://bucket/elsewhere.png") == "image_unreachable"
+    server.harm()
+
+
+def test_a_bucket_without_credentials_spoils_the_rows_that_name_it_and_is_asked_once(server, tmp_path, monkeypatch):
+    asked = []
+    resolve = storage.resolve
+
+    def refusing(uri: str):
+        if uri.startswith("s3://"):
+            asked.append(uri)
+            raise BadRequest("no credentials", param="uri", code="no_credentials")
+        return resolve(uri)
+
+    monkeypatch.setattr(storage, "resolve", refusing)
+    rows = [{"chosen": f"s3://private/{n}.png", "rejected": "b.png", "caption": "x"} for n in range(5)]
+    report = validate(opened(write_lines(tmp_path / "a.jsonl", rows)))
+    assert {cause: bad.count for cause, bad in report.bad.items()} == {"image_unreachable": 5}
+    assert asked == ["s3://private/0.png"]
 
 
 def test_no_more_of_a_picture_is_read_than_the_limit(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import socket
 import threading
@@ -38,12 +39,16 @@ def job(status: str, **other: Any) -> dict[str, Any]:
 
 
 class ScriptedServer:
-    """Answers in the API's form from ``items``, ``single`` and ``rows``; ``failures`` are answered first, one a request."""
+    """Answers in the API's form from ``items``, ``single`` and ``rows``; ``failures`` are answered first, one a request.
+
+    ``pauses`` are waited, in seconds, before an answer, one a request.
+    """
 
     def __init__(self) -> None:
         self.items: dict[str, list[dict]] = {}
         self.single: dict[str, deque[dict]] = {}
         self.failures: deque[Response] = deque()
+        self.pauses: deque[float] = deque()
         self.requests: list[tuple[str, str, dict[str, str], dict[str, str], Any]] = []
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
@@ -78,6 +83,8 @@ class ScriptedServer:
         body = await request.json() if await request.body() else None
         query = dict(request.query_params)
         self.requests.append((request.method, f"/{path}", dict(request.headers), query, body))
+        if self.pauses:
+            await asyncio.sleep(self.pauses.popleft())
         if self.failures:
             return self.failures.popleft()
         if request.headers.get("authorization") != f"Bearer {KEY}":

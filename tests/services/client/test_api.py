@@ -42,12 +42,22 @@ def test_a_request_is_repeated_until_it_succeeds(server, client, status) -> None
 def test_every_repeat_of_a_create_carries_the_same_idempotency_key_and_another_create_a_new_one(server, client) -> None:
     server.fail(503, "not now")
     server.fail(503, "not now")
-    client.create_dataset("a", "file:///a")
-    client.create_dataset("a", "file:///a")
-    keys = [headers["idempotency-key"] for headers, _, _ in server.sent("POST", "/v1/datasets")]
+    client.create_model("a", "file:///a")
+    client.create_model("a", "file:///a")
+    keys = [headers["idempotency-key"] for headers, _, _ in server.sent("POST", "/v1/models")]
     assert len(keys) == 4
     assert keys[0] == keys[1] == keys[2] != keys[3]
     assert len(keys[0]) >= 32
+
+
+def test_the_registration_of_a_dataset_is_waited_for_longer_than_other_answers_and_not_asked_for_twice(server) -> None:
+    server.pauses.append(0.6)
+    with Client(server.url, "dde-test-key", timeout_s=0.2) as client:
+        assert client.create_dataset("a", "file:///a").name == "a"
+        server.fail(503, "not now")
+        with pytest.raises(ApiError, match="not now"):
+            client.create_dataset("a", "file:///a")
+    assert len(server.sent("POST", "/v1/datasets")) == 2
 
 
 def test_what_is_read_carries_no_idempotency_key(server, client) -> None:

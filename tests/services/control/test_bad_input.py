@@ -192,6 +192,15 @@ def test_missing_columns_are_all_named_and_wrong_types_too(steady):
     refused(steady, "/v1/datasets", {"name": "d", "uri": wrong}, 400, "uri", message)
 
 
+def test_a_job_on_more_bad_rows_than_it_allows_is_refused_before_anything_is_spent(steady):
+    captions = pa.array(["a\0b", "", *["a red circle"] * 8])
+    dataset = steady.post("/v1/datasets", {"name": "bad", "uri": write_pairs(steady.root / "bad", caption=captions)})
+    body = steady.job_body(dataset=dataset["id"])
+    message = "2 of 10 rows are bad (caption_missing 1, caption_null_byte 1): more than data.max_bad_fraction = 0.01 allows"
+    refused(steady, "/v1/alignment/jobs", body, 400, "data.max_bad_fraction", message)
+    steady.post("/v1/alignment/jobs", body | {"data": {"max_bad_fraction": 0.2}})
+
+
 @pytest.mark.parametrize("path", ["/v1/datasets", "/v1/datasets/validate"])
 def test_columns_that_cannot_be_mapped_are_refused(steady, path):
     def post(columns, param, message):
