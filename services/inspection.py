@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple
 from itertools import islice
 from statistics import median
@@ -72,6 +72,14 @@ class Summary:
         digest = self._said.copy()
         digest.update(self._source.fingerprint())
         return digest.hexdigest()
+
+
+def check_bad(bad_rows: int, rows: int, by_cause: Mapping[str, int], max_bad_fraction: float) -> None:
+    """Raises BadRequest with the counts where too large a part of the rows is bad."""
+    if bad_rows > max_bad_fraction * rows:
+        counts = ", ".join(f"{cause} {count}" for cause, count in by_cause.items())
+        message = f"{bad_rows} of {rows} rows are bad ({counts}): more than data.max_bad_fraction = {max_bad_fraction:g} allows"
+        raise BadRequest(message, param="data.max_bad_fraction", code="too_many_bad_rows")
 
 
 def _said(row: Row) -> bytes:

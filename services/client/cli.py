@@ -106,7 +106,10 @@ def demo(
 def create_dataset(name: str, uri: PairsUri, column: ColumnOption = None) -> None:
     """Register preference pairs."""
     with connect() as client:
-        typer.echo(client.create_dataset(name, as_uri(uri), columns_of(column or ())).id)
+        made = client.create_dataset(name, as_uri(uri), columns_of(column or ()))
+    typer.echo(made.id)
+    if made.counts:
+        typer.echo(tables.counted(made.counts), err=True)
 
 
 @datasets.command("validate")
@@ -115,6 +118,8 @@ def validate_dataset(uri: PairsUri, column: ColumnOption = None) -> None:
     with connect() as client:
         report = client.validate_dataset(as_uri(uri), columns_of(column or ()))
     tables.print_report(Console(), report)
+    if not report.sampled["decided"]:
+        raise typer.Exit(1)
 
 
 @datasets.command("list")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dde_core.estimate import Estimate
-from services.contracts import ALL_SCORERS, DatasetReport, EvaluateResult, Interval
+from services.contracts import ALL_SCORERS, DatasetCounts, DatasetReport, EvaluateResult, Interval
 
 
 def print_list(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -24,6 +24,13 @@ def print_list(console: Console, columns: Sequence[str], rows: Iterable[Sequence
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table, markup=False)
+
+
+def counted(counts: DatasetCounts) -> str:
+    """A dataset's counts in one line."""
+    bad = ", ".join(f"{cause} {number}" for cause, number in counts.bad.items())
+    line = f"{counts.rows} rows: {counts.pairs} pairs, {counts.ties} ties, {counts.missing} without a label"
+    return f"{line}, {sum(counts.bad.values())} bad ({bad})" if bad else line
 
 
 def print_report(console: Console, report: DatasetReport) -> None:

@@ -22,6 +22,7 @@ from services.control.tables import Dataset, Job, JobMetadata, Model, new_id
 from services.control.transitions import UNFINISHED, writes_ledger
 from services.control.views import evaluation_view, job_view
 from services.errors import BadRequest, Conflict, NotFound
+from services.inspection import check_bad
 
 VIEWS = {"alignment": job_view, "evaluation": evaluation_view}
 
@@ -150,6 +151,8 @@ def _dataset(session: Session, asked: AlignmentJobCreate) -> Dataset:
     if size > pairs:
         message = f"training.batch_size: must be at most the {pairs} pairs of dataset {row.id}, got {size}"
         raise BadRequest(message, param="training.batch_size")
+    bad = row.counts.get("bad", {})  # what rows say; pictures are looked at when they are encoded
+    check_bad(sum(bad.values()), row.counts["rows"], bad, asked.data.max_bad_fraction)
     return row
 
 

@@ -20,9 +20,9 @@ from services.ingest import committed
 from services.ingest.joining import ShardWork
 from services.ingest.plan import Plan, Planner, images_per_block
 from services.ingest.progress import Progress
-from services.ingest.quarantine import Quarantine, check_bad
+from services.ingest.quarantine import Quarantine
 from services.ingest.stages import encode_blocks, join_shards
-from services.inspection import Summary
+from services.inspection import Summary, check_bad
 from services.observability import Journal
 from services.sources import Source, open_source
 

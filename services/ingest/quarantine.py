@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from services import storage
-from services.errors import BadRequest
 from services.ingest.plan import Plan
+from services.inspection import check_bad
 from services.sources import Source
 
 QUARANTINE = "quarantine.jsonl"
@@ -86,11 +86,3 @@ class Quarantine:
                 pictures = {uid: self._causes[n] for uid, n in zip(row.uids, numbers, strict=True) if n in self._causes}
                 if pictures:
                     yield {**about, "cause": next(iter(pictures.values())), "pictures": pictures}
-
-
-def check_bad(bad_rows: int, rows: int, by_cause: dict[str, int], max_bad_fraction: float) -> None:
-    """Raises BadRequest with the counts where too large a part of the rows is bad."""
-    if bad_rows > max_bad_fraction * rows:
-        counts = ", ".join(f"{cause} {count}" for cause, count in by_cause.items())
-        message = f"{bad_rows} of {rows} rows are bad ({counts}): more than data.max_bad_fraction = {max_bad_fraction:g} allows"
-        raise BadRequest(message, param="data.max_bad_fraction", code="too_many_bad_rows")
