@@ -16,8 +16,8 @@ import ray
 import torch
 from rich.console import Console
 from rich.table import Table
-from tests.bench.disk import bytes_on_disk
 
+from tests.bench.disk import bytes_on_disk
 from tests.bench.ingest_memory import ingest_memory
 from tests.bench.ingest_speed import ingest_speed
 from tests.bench.ledger_speed import ledger_speed
