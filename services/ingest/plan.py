@@ -22,7 +22,7 @@ from services.pairs import Row
 from services.sources import Unit
 
 KEY_BYTES = 16
-PIXEL_BYTES = 12 * 1024**2
+PIXEL_BYTES = 6 * 1024**2
 """Decoded pictures of a block are at most this large together, where that is at least the fewest."""
 FEWEST_IMAGES, MOST_IMAGES = 16, 1024
 ROWS_PER_SHARD = 20_000
@@ -30,7 +30,7 @@ ROWS_PER_SHARD = 20_000
 
 
 def images_per_block(size: int) -> int:
-    """How many pictures of size x size pixels a block holds at most: 64 of 256 px, 16 of 512 px and above."""
+    """How many pictures of size x size pixels a block holds at most: 32 of 256 px, 16 of 512 px: a slice of the VAE."""
     return max(FEWEST_IMAGES, min(MOST_IMAGES, PIXEL_BYTES // (3 * size**2)))
 
 
