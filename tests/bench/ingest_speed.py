@@ -19,9 +19,9 @@ from dde_core.models.folder import ModelFolder, encode_images
 from services import registry
 from services.contracts import EncodeSpec, ModelRecord
 from services.ingest.encode import encode
-from services.observability import Journal, read_journal
+from services.observability import Journal
 from services.pictures import decode
-from tests.bench.measure import Result, Stopwatch, in_turn, ratio, result
+from tests.bench.measure import Result, Stopwatch, in_turn, ratio
 from tests.stage_runs import StageRuns, shapes_record
 from tests.synthetic_pairs import synthetic_rows, write_stream
 from tests.tiny_folders import sd15_folder
@@ -50,10 +50,6 @@ def ingest_speed(scratch: Path, rounds: int = 2) -> dict[str, Result]:
         rates = in_turn(rounds, {"pipeline": bench.pipeline, "bare VAE": bench.bare})
         what = f"a bare VAE loop over decoded pictures in {ACTORS} processes of one thread, {2 * pairs} pictures of {size} px"
         found[name] = ratio(rates, "pipeline", "bare VAE", "pictures/s", what)
-        steady = sorted(bench.steady)[len(bench.steady) // 2]
-        found[f"{name}, without start-up"] = result(
-            steady / sorted(rates["bare VAE"])[rounds // 2], steady, "pictures/s", "the same; from the first commit to the last"
-        )
     return found
 
 
@@ -73,7 +69,6 @@ class Bench:
         self._rows = list(synthetic_rows(pairs, size=size, shared=0.0))
         self._file = write_stream(folder / "pairs.parquet", self._rows)
         self._runs = 0
-        self.steady: list[float] = []
 
     def pipeline(self) -> float:
         """Pictures/s of the whole stage."""
@@ -85,8 +80,6 @@ class Bench:
         journal, watch = Journal(spec.prefix), Stopwatch()
         result = encode(spec, journal)
         seconds = watch()
-        journal.flush()
-        self.steady.append(_steady(spec.prefix))
         return result.counts["images"] / seconds
 
     def bare(self) -> float:
@@ -114,12 +107,6 @@ def _encode_part(part: tuple[str, np.ndarray]) -> float:
     watch = Stopwatch()
     encode_images(vae, part[1])
     return watch()
-
-
-def _steady(prefix: str) -> float:
-    """Pictures/s between the first and the last metrics of a stage's journal."""
-    told = [entry for _, some in read_journal(prefix, 0) for entry in some if entry.metrics]
-    return (told[-1].metrics["images"] - told[0].metrics["images"]) / (told[-1].at - told[0].at)
 
 
 if __name__ == "__main__":
