@@ -37,33 +37,49 @@ def inspect(source: Source) -> tuple[DatasetCounts, str]:
     return counts, summary.digest()
 
 
+class Tally:
+    """Rows by what they are."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.bad: Counter[str] = Counter()
+        self.pairs, self._equal = 0, 0
+
+    def add(self, row: Row) -> None:
+        """Take note of one row."""
+        self.kinds[row.kind] += 1
+        if row.kind == "bad":
+            self.bad[row.cause] += 1
+        self.pairs, self._equal = self.pairs + len(row.preferences), self._equal + row.ties
+
+    @property
+    def ties(self) -> int:
+        """Rows that are ties, and equal pairs of decided rankings."""
+        return self.kinds["tie"] + self._equal
+
+
 class Summary:
     """What is counted and digested while a source's rows go by, in their order. Memory does not grow with the rows."""
 
     def __init__(self, source: Source) -> None:
-        self._source = source
-        self._kinds: Counter[str] = Counter()
-        self._causes: Counter[str] = Counter()
-        self._pairs, self._equal, self._said = 0, 0, hashlib.sha256()
+        self._source, self._tally, self._said = source, Tally(), hashlib.sha256()
 
     def over(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Hand rows on and take note of them."""
         for row in rows:
-            self._kinds[row.kind] += 1
-            if row.kind == "bad":
-                self._causes[row.cause] += 1
-            self._pairs, self._equal = self._pairs + len(row.preferences), self._equal + row.ties
+            self._tally.add(row)
             self._said.update(_said(row))
             yield row
 
     def counts(self) -> DatasetCounts:
         """Of the rows so far."""
+        tally = self._tally
         return DatasetCounts(
-            rows=self._kinds.total(),
-            pairs=self._pairs,
-            ties=self._kinds["tie"] + self._equal,
-            missing=self._kinds["missing"],
-            bad=dict(sorted(self._causes.items())),
+            rows=tally.kinds.total(),
+            pairs=tally.pairs,
+            ties=tally.ties,
+            missing=tally.kinds["missing"],
+            bad=dict(sorted(tally.bad.items())),
         )
 
     def digest(self) -> str:

@@ -51,21 +51,25 @@ def aligned_record(job: Job, record: ModelRecord) -> ModelRecord:
     return record.model_copy(update={"id": job.output_model, "name": job.name, "base": job.model, "job": job.id})
 
 
+def _asked(job: Job) -> AlignmentJobCreate:
+    return AlignmentJobCreate.model_validate_json(json.dumps(job.request))
+
+
 def _encode(job: Job, settings: Settings, frame: dict[str, Any]) -> EncodeSpec:
-    dataset, asked = job.inputs["dataset"], AlignmentJobCreate.model_validate_json(json.dumps(job.request))
+    dataset = job.inputs["dataset"]
     return EncodeSpec(
         **frame,
         source=DatasetSource(uri=dataset["uri"], columns=dataset.get("columns", {})),
         source_digest=dataset["digest"],
         model=ModelRecord(**job.inputs["model"]),
-        data=asked.data,
+        data=_asked(job).data,
         output=storage.join(settings.storage_uri, "datasets"),
         actors=settings.encode_actors,
     )
 
 
 def _ledger(job: Job, settings: Settings, frame: dict[str, Any]) -> LedgerSpec:
-    asked = AlignmentJobCreate.model_validate_json(json.dumps(job.request))
+    asked = _asked(job)
     return LedgerSpec(
         **frame,
         dataset=job.results["encode"]["dataset"],
@@ -77,7 +81,7 @@ def _ledger(job: Job, settings: Settings, frame: dict[str, Any]) -> LedgerSpec:
 
 
 def _train(job: Job, settings: Settings, frame: dict[str, Any]) -> TrainSpec:
-    root, asked = settings.storage_uri, AlignmentJobCreate.model_validate_json(json.dumps(job.request))
+    root, asked = settings.storage_uri, _asked(job)
     return TrainSpec(
         **frame,
         dataset=job.results["encode"]["dataset"],

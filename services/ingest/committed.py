@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dde_core.latents.writer import shard_table
 from services import storage
 
 BLOCKS, BAD = "blocks", "bad"
@@ -24,24 +25,24 @@ READS_AT_ONCE = 16
 def commit(row: dict[str, Any], folder: str) -> dict[str, Any]:
     """Write a block. Needs ``block``, ``latents`` (float16 [n c h w] as bytes), ``about`` and ``bad``; makes ``block``,
     ``images`` (how many are in it) and ``bad``."""
-    about = json.loads(row["about"])
+    about: list[Any] = json.loads(row["about"])
     if row["bad"] != "{}":
         storage.write_bytes(storage.join(folder, BAD, f"{row['block']:08d}.json"), row["bad"].encode())
-    columns = {
-        "uid": pa.array([uid for uid, *_ in about], pa.string()),
-        "sha256": pa.array([bytes.fromhex(sha256) for _, sha256, *_ in about], pa.binary(32)),
-        "size": _fixed(np.array([size for *_, size, _ in about], np.int32), 2),
-        "crop": _fixed(np.array([crop for *_, crop in about], np.int32), 2),
-        "latents": _fixed(np.frombuffer(row["latents"], np.float16), max(1, len(row["latents"]) // 2 // max(1, len(about)))),
+    columns: dict[str, Any] = {
+        "uid": [uid for uid, *_ in about],
+        "sha256": [bytes.fromhex(sha256) for _, sha256, *_ in about],
+        "size": [size for *_, size, _ in about],
+        "crop": [crop for *_, crop in about],
+        "latents": np.frombuffer(row["latents"], np.float16),
     }
+    pair, latents = pa.list_(pa.int32(), 2), pa.list_(pa.float16(), max(1, len(columns["latents"]) // max(1, len(about))))
+    kinds = {"uid": pa.string(), "sha256": pa.binary(32), "size": pair, "crop": pair, "latents": latents}
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink, compression="none", use_dictionary=False, write_statistics=False)
+    pq.write_table(
+        shard_table(columns, pa.schema(kinds)), sink, compression="none", use_dictionary=False, write_statistics=False
+    )
     storage.write_bytes(storage.join(folder, BLOCKS, f"{row['block']:08d}.parquet"), sink.getvalue().to_pybytes())
     return {"block": row["block"], "images": len(about), "bad": row["bad"]}
-
-
-def _fixed(values: np.ndarray, length: int) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), length)
 
 
 def committed_blocks(folder: str) -> set[int]:

@@ -18,6 +18,7 @@ from itertools import groupby
 
 import numpy as np
 
+from services.inspection import Tally
 from services.pairs import Row
 from services.sources import Unit
 
@@ -112,9 +113,7 @@ class Planner:
         self._units: list[Unit] = []
         self._blocks: list[Block] = []
         self._keys, self._pair_keys, self._row_slots = bytearray(), bytearray(), bytearray()
-        self._kinds: Counter[str] = Counter()
-        self._bad: Counter[str] = Counter()
-        self._ties_in_rankings = 0
+        self._tally = Tally()
 
     def add(self, unit: Unit, rows: Iterable[Row]) -> None:
         """One unit's rows, in their order."""
@@ -161,23 +160,20 @@ class Planner:
         self._blocks.append(Block(len(self._blocks), len(self._units), start, stop, slots, pairs))
 
     def _count(self, row: Row) -> None:
-        self._kinds[row.kind] += 1
-        self._ties_in_rankings += row.ties
-        if row.kind == "bad":
-            self._bad[row.cause] += 1
+        self._tally.add(row)
         for each in row.preferences:
             content = "\0".join((row.uids[each.winner], row.uids[each.loser], row.caption))
             self._pair_keys += blake2b(content.encode(), digest_size=8).digest()
 
     def _counts(self) -> Counts:
-        pairs = np.frombuffer(bytes(self._pair_keys), np.uint64)
+        tally, pairs = self._tally, np.frombuffer(bytes(self._pair_keys), np.uint64)
         return Counts(
-            rows=self._kinds.total(),
-            decided=self._kinds["decided"],
-            ties=self._kinds["tie"] + self._ties_in_rankings,
-            missing=self._kinds["missing"],
-            bad=self._bad,
-            pairs=len(pairs),
+            rows=tally.kinds.total(),
+            decided=tally.kinds["decided"],
+            ties=tally.ties,
+            missing=tally.kinds["missing"],
+            bad=tally.bad,
+            pairs=tally.pairs,
             duplicates=len(pairs) - len(np.unique(pairs)),
         )
 

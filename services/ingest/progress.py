@@ -35,8 +35,7 @@ class Progress:
         self._tell(aloud=True)
 
     def _tell(self, *, aloud: bool) -> None:
-        self._quarantine.check()
-        total, bad = self._plan.num_images - self._quarantine.num_pictures, self._quarantine.num_rows
+        bad, total = self._quarantine.check(), self._plan.num_images - self._quarantine.num_pictures
         rate, eta_s = self._pace.measure(self._images, total)
         values = {"images": self._images, "images_total": total, "images_per_s": rate, "eta_s": eta_s}
         values |= {"rows": self._rows, "rows_total": self._plan.counts.rows, "quarantined": bad}

@@ -21,7 +21,7 @@ CAPTION_CHARACTERS = 200
 
 
 class Quarantine:
-    """Bad rows of a plan, and bad pictures as they are found. ``limit`` is how many rows may be bad."""
+    """Bad rows of a plan, and bad pictures as they are found."""
 
     def __init__(self, plan: Plan, max_bad_fraction: float) -> None:
         self._plan, self._max_bad_fraction = plan, max_bad_fraction
@@ -58,9 +58,10 @@ class Quarantine:
     def _pictures(self) -> np.ndarray:
         return np.array(list(self._causes), np.int32)
 
-    def check(self) -> None:
-        """Raises BadRequest with the counts where more rows are bad than the job allows."""
-        check_bad(self.num_rows, self._plan.counts.rows, self.by_cause, self._max_bad_fraction)
+    def check(self) -> int:
+        """How many rows are bad. Raises BadRequest with the counts where they are more than the job allows."""
+        check_bad(bad := self.num_rows, self._plan.counts.rows, self.by_cause, self._max_bad_fraction)
+        return bad
 
     def write(self, source: Source, folder: str) -> str | None:
         """One line a row, in the order of the source, as ``quarantine.jsonl``. Its URI, or None where no row is bad."""

@@ -6,7 +6,7 @@ encode: a picture goes through once, whatever number of pairs hold it
     {block, latents, about, bad} --commit (CPU tasks)--------->  {block, images, bad}
 
 join: pairs take their latents from the blocks that encoded them
-    {number, blocks, homes}      --join_shard (CPU tasks)----->  {number, name, rows, sha256, pairs}
+    {work: ShardWork}            --join_shard (CPU tasks)----->  {number, name, rows, sha256, pairs}
 """
 
 from __future__ import annotations

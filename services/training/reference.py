@@ -22,6 +22,8 @@ def resolve(spec: TrainSpec, journal: Journal) -> TrainSpec:
     """
     if not OBJECTIVES[spec.objective.method].preference:
         return spec.model_copy(update={"ledger": None})
+    if spec.training.reference == "online":
+        return _online(spec, journal)
     chosen, asked = storage.join(spec.run, CHOSEN), ledgers.needed(spec)
     if storage.exists(chosen):
         before = storage.read_json(chosen)
@@ -33,8 +35,6 @@ def resolve(spec: TrainSpec, journal: Journal) -> TrainSpec:
 
 
 def _found(spec: TrainSpec, asked: ledgers.Needed, journal: Journal) -> ledgers.Found | None:
-    if spec.training.reference == "online":
-        return None
     if spec.ledger:
         return ledgers.check(spec.ledger, asked)
     found = ledgers.find(asked)

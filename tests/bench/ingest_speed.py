@@ -65,7 +65,7 @@ class Bench:
     """One model and one file of pairs, every picture of which is its own."""
 
     def __init__(self, folder: Path, model: ModelRecord, size: int, pairs: int) -> None:
-        self._folder, self._model, self._size, self._pairs = folder, model, size, pairs
+        self._folder, self._model, self._size = folder, model, size
         self._rows = list(synthetic_rows(pairs, size=size, shared=0.0))
         self._file = write_stream(folder / "pairs.parquet", self._rows)
         self._runs = 0
