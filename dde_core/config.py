@@ -148,6 +148,11 @@ class TrainConfig:
     no average of the weights; otherwise the average is what is saved as the model. ``held_out_pairs`` are kept out of
     training, whole captions at a time, and the policy's implicit accuracy is measured on them at the end.
 
+    ``parallelism``: how several workers hold the model. "ddp": each a whole one; "fsdp": each a share of weights, gradients,
+    moments and reference (FSDP2); "auto": "fsdp" where a whole one does not fit on the worker's device. ``compile`` lets
+    torch.compile make the U-Net's kernels. Every ``checkpoint_every`` steps the run's state is stored; the last
+    ``keep_checkpoints`` are kept, and the best one where validation names a metric.
+
     ``reference``: where the errors of the frozen model come from. "online" computes them in every step, "ledger" reads them
     from the dataset's ledger, which is written first where it is not there, "auto" reads them where a fitting ledger is there.
     ``draw_seed`` keys noise, timestep and caption dropout of every visit; a pair's n-th visit uses draw n mod ``draws``
@@ -168,7 +173,10 @@ class TrainConfig:
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
     caption_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     held_out_pairs: Annotated[int, Ge(0)] = 0
+    parallelism: Literal["auto", "ddp", "fsdp"] = "auto"
+    compile: bool = False
     checkpoint_every: Annotated[int, Gt(0)] = 50
+    keep_checkpoints: Annotated[int, Gt(0), Le(100)] = 2
     reference: Literal["auto", "ledger", "online"] = "auto"
     draw_seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     draws: Annotated[int, Ge(0), Le(MAX_DRAWS)] = 0

@@ -6,7 +6,12 @@ A job is a chain of stages, each one Ray job that is told what to do by a spec f
                                            /journal/*.json  append-only events and metrics, written by the stage
                                            /done.json       the stage's result, written last
                                            /failed.json     or why it could not
-    {storage}/jobs/{job}/train/run/pairs/*.parquet          t, margin and gradient weight of every pair of every step
+                                           /stopped.json    or how far it came before it was asked to stop
+                                           /stop.json       that it is asked to, written by the control plane (train alone)
+    {storage}/jobs/{job}/train/run/checkpoints/step-*/      the run's state (services/checkpoints.py)
+                                  /validation/step-*.json   what validation measured of it, and its pictures as .png
+                                  /tensorboard/             event files
+                                  /pairs/*.parquet          t, margin and gradient weight of every pair of every step
     {storage}/datasets/{key}/manifest.json                  latent shards; no manifest: no shards
     {storage}/datasets/{key}/ledgers/{key}/ledger-*.json    errors of a frozen model on them; no such file: no ledger
     {storage}/models/{model}.json, aliases/{name}.json      what Serve can load, written by the control plane
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dde_core.config import DataConfig, ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.errors import ConfigError
@@ -33,7 +38,7 @@ MetadataKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x0
 MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 Scorer = Literal["match", "taste", "fidelity"]
 Stage = Literal["encode", "ledger", "train", "evaluate"]
-JobStatus = Literal["validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled"]
+JobStatus = Literal["validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled", "paused"]
 
 Column = Literal[
     "caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "image_0_uid", "image_1_uid", "chosen", "rejected",
@@ -140,6 +145,41 @@ class EvaluationConfig(Strict):
     sample: SampleConfig = SampleConfig()
 
 
+Metric = Literal["held_out_accuracy", "held_out_margin", "match", "taste", "fidelity"]
+"""What validation measures of a checkpoint. More is better."""
+
+MAX_WORKERS = 1024
+WorkerCount = Annotated[int, Field(gt=0, le=MAX_WORKERS)]
+Workers = WorkerCount | tuple[WorkerCount, WorkerCount]
+"""How many, or [least, most]: the run goes on with as many as the cluster has."""
+
+
+def most_workers(workers: Workers) -> int:
+    """The largest number that a run may have."""
+    return workers if isinstance(workers, int) else workers[1]
+
+
+def least_workers(workers: Workers) -> int:
+    """The smallest number that a run may have."""
+    return workers if isinstance(workers, int) else workers[0]
+
+
+class ValidationConfig(Strict):
+    """Looks at checkpoints while training goes on, every ``every`` steps (a multiple of ``training.checkpoint_every``) and at
+    step 0, beside the training workers: implicit accuracy on the held-out pairs, where there are any, and ``num_prompts``
+    pictures with the evaluation's settings and scorers. Prompts are those of ``prompts_uri``, or without one those that follow
+    the evaluation's in its own file. Picture i is drawn from ``seed`` + i, the same at every step.
+
+    The model is made from the checkpoint with the largest ``best_metric`` (None: from the last one).
+    """
+
+    every: Annotated[int, Field(gt=0)]
+    prompts_uri: Uri | None = None
+    num_prompts: Annotated[int, Field(ge=0, le=256)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    best_metric: Metric | None = None
+
+
 class AlignmentJobCreate(Strict):
     """POST one of these, get back an aligned, evaluated, served model.
 
@@ -153,9 +193,17 @@ class AlignmentJobCreate(Strict):
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainConfig = TrainConfig()
-    workers: Annotated[int, Field(gt=0, le=1024)] = 1
+    workers: Workers = 1
     evaluation: EvaluationConfig
+    validation: ValidationConfig | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
+
+    @field_validator("workers")
+    @classmethod
+    def _ordered(cls, workers: Workers) -> Workers:
+        if least_workers(workers) > most_workers(workers):
+            raise ValueError("the least must not be above the most")
+        return workers
 
 
 class EvaluationCreate(EvaluationConfig):
@@ -305,7 +353,8 @@ class LedgerResult(Strict):
 
 class TrainSpec(StageSpec):
     """Fine-tune ``model`` on the shards at ``dataset``; ``run`` keeps checkpoints, ``output`` receives the weights.
-    ``ledger`` is the record of the reference's errors, where the job has written or found one."""
+    ``ledger`` is the record of the reference's errors, where the job has written or found one. Pictures of ``validation`` are
+    drawn with ``evaluation``'s settings and scorers."""
 
     dataset: Uri
     model: ModelRecord
@@ -313,7 +362,9 @@ class TrainSpec(StageSpec):
     name: str
     objective: ObjectiveConfig
     training: TrainConfig
-    workers: int
+    workers: Workers
+    evaluation: EvaluationConfig | None = None
+    validation: ValidationConfig | None = None
     ledger: Uri | None = None
     run: Uri
     output: Uri
@@ -321,9 +372,10 @@ class TrainSpec(StageSpec):
 
 
 class TrainResult(Strict):
-    """The aligned model's record, the last step's metrics."""
+    """The aligned model's record, the step whose weights it has, and what was measured at that step."""
 
     model: ModelRecord
+    step: int
     metrics: dict[str, float]
     seconds: float
 
@@ -370,6 +422,19 @@ class StageFailure(Strict):
     message: str
     code: str
     param: str | None = None
+
+
+class StopRequest(Strict):
+    """``stop.json``: training writes a checkpoint after the step it is at, and ends."""
+
+    why: Literal["pause", "signal"]
+
+
+class StageStopped(Strict):
+    """``stopped.json``: the stage ended because it was asked to, after ``step`` steps, and goes on from there."""
+
+    why: Literal["pause", "signal"]
+    step: int
 
 
 Level = Literal["info", "warning", "error"]

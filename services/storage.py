@@ -53,6 +53,11 @@ def as_uri(path: Path | str) -> str:
     return str(path) if "://" in str(path) else Path(path).expanduser().resolve().as_uri()
 
 
+def local_path(uri: str) -> Path | None:
+    """The path of a local URI; None for an object store's."""
+    return None if _is_object(uri) else _local(uri)
+
+
 def exists(uri: str) -> bool:
     """Is there a file or folder?"""
     return object_store.exists(uri) if _is_object(uri) else _local(uri).exists()
@@ -115,6 +120,15 @@ def copy_folder(source_uri: str, target_uri: str) -> None:
             _put(_local(target), partial(object_store.download, source))
 
 
+def settle(folder: Path, uri: str) -> None:
+    """Bring a local folder to its place for good: uploaded, or where it is that place already, on the disk."""
+    if local_path(uri) != folder:
+        return copy_folder(as_uri(folder), uri)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _sync(file)
+
+
 def delete_file(uri: str) -> None:
     """Delete a file; nothing where there is none."""
     if _is_object(uri):
@@ -145,8 +159,12 @@ def _put(path: Path, write: Callable[[Path], Any]) -> None:
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
     try:
         write(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

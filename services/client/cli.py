@@ -17,7 +17,7 @@ from services.client import recipes, tables
 from services.client.api import Client
 from services.client.bodies import as_uri, columns_of, job_body, read_body, validation_line
 from services.client.watch import watch
-from services.contracts import AlignmentJobCreate, CreditRecord, EvaluationCreate, ImageRequest
+from services.contracts import AlignmentJobCreate, CreditRecord, EvaluationCreate, ImageRequest, most_workers
 from services.errors import BadRequest, ServiceError
 from services.settings import ClientSettings
 
@@ -202,7 +202,7 @@ def create_job(
 
 def _dry_run(body: AlignmentJobCreate, family: str | None, gpu: str) -> None:
     """The body as it would be posted, and where the family is known, memory and time of its training."""
-    needed = estimate(family, body.objective, body.training, body.workers, gpu) if family else None
+    needed = estimate(family, body.objective, body.training, most_workers(body.workers), gpu) if family else None
     typer.echo(body.model_dump_json(indent=2, exclude_none=True))
     if needed is None:
         typer.echo("no estimate: whose memory and time? --recipe says it, or --family sd15 or sdxl")

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, aliased
 from dde_core.errors import DataError
 from dde_core.shapes import scorers
 from services import registry, storage
-from services.contracts import CREDIT, AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ModelRecord
+from services.contracts import CREDIT, AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ModelRecord, most_workers
 from services.control import journal, models
 from services.control.database import Database, update_one
 from services.control.idempotency import Once, create_once
@@ -31,7 +31,7 @@ def create_alignment(database: Database, once: Once, asked: AlignmentJobCreate) 
     """Raises BadRequest or NotFound for what can be known to fail before anything is spent."""
 
     def check() -> None:
-        if asked.workers > asked.training.batch_size:
+        if most_workers(asked.workers) > asked.training.batch_size:
             raise BadRequest(f"workers: must be at most training.batch_size, got {asked.workers}", param="workers")
         _check_evaluation(asked.evaluation, "evaluation.")
         with database.read() as session:

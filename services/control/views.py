@@ -117,7 +117,7 @@ class JobView(RunView):
     data: dict[str, Any]
     objective: dict[str, Any]
     training: dict[str, Any]
-    workers: int
+    workers: int | list[int]
     evaluation: dict[str, Any]
     metadata: dict[str, str]
     aligned_model: str | None

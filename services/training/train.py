@@ -21,7 +21,7 @@ from dde_core.models.policy import check_optimizer
 from dde_core.models.saving import save_adapters, save_aligned
 from dde_core.objectives import conventions
 from services import registry, storage
-from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec
+from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec, least_workers, most_workers
 from services.errors import Unavailable
 from services.observability import Journal
 from services.training import held_out, pair_log, reference
@@ -81,7 +81,7 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     metrics = {name: float(value) for name, value in (result.metrics or {}).items() if isinstance(value, (int, float))}
     if spec.training.held_out_pairs:
         metrics |= storage.read_json(storage.join(spec.run, held_out.RESULT))
-    return TrainResult(model=record, metrics=metrics, seconds=time.monotonic() - began)
+    return TrainResult(model=record, step=steps, metrics=metrics, seconds=time.monotonic() - began)
 
 
 def _write_credit(spec: TrainSpec, base: ModelFolder, last: Path, folder: Path, journal: Journal) -> None:
@@ -104,16 +104,18 @@ def _check(spec: TrainSpec, manifest: Manifest) -> None:
         field = "training.held_out_pairs" if training.batch_size <= pairs else "training.batch_size"
         message = f"and training.batch_size must be at most the dataset's {pairs} pairs together"
         raise ConfigError(field, [training.held_out_pairs, training.batch_size], message)
-    if spec.workers > training.batch_size:
-        raise ConfigError("workers", spec.workers, f"must be at most training.batch_size = {training.batch_size}")
+    workers = most_workers(spec.workers)
+    if workers > training.batch_size:
+        raise ConfigError("workers", workers, f"must be at most training.batch_size = {training.batch_size}")
     if training.lora and spec.model.adapter_of:
         raise ConfigError("training.lora", spec.model.name, "cannot be trained on a model that is LoRA adapters itself")
     check_optimizer(training)
-    needed = {"CPU": spec.workers * CPUS_PER_WORKER, "GPU": spec.workers if spec.use_gpu else 0}
+    workers = least_workers(spec.workers)
+    needed = {"CPU": workers * CPUS_PER_WORKER, "GPU": workers if spec.use_gpu else 0}
     for resource, amount in needed.items():
         there = ray.cluster_resources().get(resource, 0)
         if amount > there:
-            raise Unavailable(f"workers = {spec.workers} need {amount} {resource}, the cluster has {there:g}", param="workers")
+            raise Unavailable(f"workers = {workers} need {amount} {resource}, the cluster has {there:g}", param="workers")
 
 
 def _model_record(spec: TrainSpec, manifest: Manifest, base: ModelFolder) -> ModelRecord:

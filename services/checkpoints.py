@@ -1,0 +1,129 @@
+"""A training run's checkpoints in storage: committed by their record, verified by their digests.
+
+    {run}/checkpoints/step-00000050/weights/ ...        the files of dde_core.checkpoint
+                                   /checkpoint.json     CheckpointRecord, written last: without it there is no checkpoint
+
+Training writes them, the control plane lists them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dde_core.errors import DataError
+from services import storage
+from services.contracts import Strict
+
+FOLDER, RECORD = "checkpoints", "checkpoint.json"
+
+
+class FileDigest(Strict):
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class ReaderPosition(Strict):
+    """Which pair comes next: number ``pair`` of the order of epoch ``epoch``, both counted from 0."""
+
+    epoch: int
+    pair: int
+
+
+class CheckpointRecord(Strict):
+    """What a checkpoint is of. ``identity`` is everything that two runs must share for one to go on from the other's.
+
+    ``images_seen`` counts pictures that went through the U-Net, ``workers`` who wrote it; ``metrics`` are those of its step.
+    """
+
+    step: int
+    pairs_seen: int
+    images_seen: int
+    reader: ReaderPosition
+    ledger: str | None
+    identity: dict[str, Any]
+    workers: int
+    attempt: int
+    created_at: float
+    metrics: dict[str, float]
+    files: dict[str, FileDigest]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files together."""
+        return sum(file.bytes for file in self.files.values())
+
+
+def folder(run: str, step: int) -> str:
+    """Where the checkpoint after ``step`` steps lies."""
+    return storage.join(run, FOLDER, f"step-{step:08d}")
+
+
+def steps(run: str) -> list[int]:
+    """The steps after which there is a checkpoint, ascending."""
+    names = storage.list_files(storage.join(run, FOLDER), recursive=True)
+    return sorted(int(found[1]) for name in names if (found := re.fullmatch(rf"step-(\d+)/{RECORD}", name)))
+
+
+def read(run: str, step: int) -> CheckpointRecord:
+    """Raises FileNotFoundError where there is no checkpoint."""
+    return CheckpointRecord.model_validate_json(storage.read_bytes(storage.join(folder(run, step), RECORD)))
+
+
+@contextmanager
+def committed(run: str, record: CheckpointRecord) -> Iterator[Path]:
+    """A folder to write a checkpoint's files into; it becomes the checkpoint when the block ends without an error.
+
+    On a local storage it is the place itself, invisible without its record; else a temporary one that is uploaded.
+    """
+    delete(run, record.step)  # what is left of an attempt that was killed
+    target = folder(run, record.step)
+    with _place(target) as path:
+        yield path
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        digests = {file.relative_to(path).as_posix(): digest_of(file) for file in files}
+        storage.settle(path, target)
+    storage.write_json(storage.join(target, RECORD), record.model_copy(update={"files": digests}).model_dump())
+
+
+@contextmanager
+def opened(run: str, record: CheckpointRecord) -> Iterator[Path]:
+    """A local folder with a checkpoint's files. Raises DataError where they are not those that were written."""
+    target = folder(run, record.step)
+    with _place(target) as path:
+        if storage.local_path(target) is None:
+            storage.copy_folder(target, storage.as_uri(path))
+        for name, written in record.files.items():
+            if not (path / name).is_file() or digest_of(path / name) != written:
+                raise DataError(f"{name} of the checkpoint at {target!r} is not what was written")
+        yield path
+
+
+@contextmanager
+def _place(target: str) -> Iterator[Path]:
+    """The folder itself where storage is local, else a temporary one."""
+    if (local := storage.local_path(target)) is not None:
+        local.mkdir(parents=True, exist_ok=True)
+        yield local
+    else:
+        with tempfile.TemporaryDirectory(prefix="dde-checkpoint-") as scratch:
+            yield Path(scratch)
+
+
+def digest_of(file: Path) -> FileDigest:
+    """Its length and sha256."""
+    with file.open("rb") as stream:
+        return FileDigest(bytes=file.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def delete(run: str, step: int) -> None:
+    """Drop a checkpoint: its record first, so that no half of one is seen."""
+    storage.delete_file(storage.join(folder(run, step), RECORD))
+    storage.delete_folder(folder(run, step))
