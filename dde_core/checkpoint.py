@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dde_core.calibration import Calibration
+from dde_core.models.parallel import like, whole
 from dde_core.models.policy import Policy
 
 WEIGHTS, AVERAGE = "weights", "ema"
@@ -28,45 +29,78 @@ CALIBRATION, OPTIMIZER = "calibration.safetensors", "optimizer.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run is. The reader's position and every random draw follow from ``step``."""
+    """Where a run is. The reader's position and every random draw follow from ``step``. ``images_seen`` counts pictures
+    that went through the U-Net: two a pair, one for `sft`."""
 
     step: int
     pairs_seen: int
+    images_seen: int
 
 
-def save(folder: Path, policy: Policy, optimizer: Optimizer, calibration: Calibration, progress: Progress) -> None:
-    """Write the state into an existing folder."""
-    policy.save_weights(folder / WEIGHTS)
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A run's state after a step, copied to the host's memory: training goes on while it is written."""
+
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    optimizer: dict[str, Tensor]
+    calibration: dict[str, Tensor]
+    progress: Progress
+
+    def write(self, folder: Path, policy: Policy) -> None:
+        """Into an existing folder. ``policy`` says which form the weights' files have; its own are not read."""
+        policy.write(self.weights, folder / WEIGHTS)
+        if self.average is not None:
+            policy.write(self.average, folder / AVERAGE)
+        save_file(self.optimizer, folder / OPTIMIZER)
+        save_file(self.calibration, folder / CALIBRATION)
+        (folder / "state.json").write_text(json.dumps(asdict(self.progress)))
+
+
+def snapshot(policy: Policy, optimizer: Optimizer, calibration: Calibration, progress: Progress, rank: int) -> Snapshot | None:
+    """Copy the state. Every worker must ask, since shares are gathered; rank 0 gets it, the others None."""
+    weights, average = _copied(policy.weights(), rank), None
     if policy.ema:
         with policy.averaged():
-            policy.save_weights(folder / AVERAGE)
-    save_file(dict(_flat(optimizer.state_dict()["state"])), folder / OPTIMIZER)
-    save_file(calibration.state_dict(), folder / CALIBRATION)
-    (folder / "state.json").write_text(json.dumps(asdict(progress)))
+            average = _copied(policy.weights(), rank)
+    moments = _copied(dict(_flat(optimizer.state_dict()["state"])), rank)
+    if rank != 0:
+        return None
+    return Snapshot(weights, average, moments, calibration.state_dict(), progress)
+
+
+def _copied(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Whole tensors on the host, contiguous and with memory of their own. Empty on other ranks than 0."""
+    copies = {}
+    for name, tensor in tensors.items():
+        everything = whole(tensor)
+        if rank == 0:
+            copies[name] = everything.detach().to("cpu", copy=True).contiguous()
+    return copies
 
 
 def load(folder: Path, policy: Policy, optimizer: Optimizer, calibration: Calibration) -> Progress:
     """Put the state back into freshly made objects. Raises DataError where the folder belongs to another model."""
     progress = Progress(**json.loads((folder / "state.json").read_text()))
     if policy.ema:
-        policy.load_average(folder / AVERAGE, progress.step)
-    policy.load_weights(folder / WEIGHTS)
+        policy.read_average(folder / AVERAGE, progress.step)
+    policy.read(folder / WEIGHTS)
     states = _nested(load_file(folder / OPTIMIZER))
+    for number, parameter in enumerate(policy.parameters()):
+        moments = {name: value for name, value in states[number].items() if isinstance(value, Tensor) and value.dim()}
+        states[number] |= {name: like(value, parameter) for name, value in moments.items() if value.shape == parameter.shape}
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     calibration.load_state_dict(load_file(folder / CALIBRATION))
     return progress
 
 
 def _flat(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """An optimizer's state as named tensors: "0/exp_avg". Whole numbers become int64 scalars.
-
-    8-bit Adam nests deeper, and its parameters share their tables of 256 values (qmap), which safetensors wants apart.
-    """
+    """An optimizer's state as named tensors: "0/exp_avg". Whole numbers become int64 scalars. 8-bit Adam nests deeper."""
     for name, value in state.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
         elif isinstance(value, Tensor):
-            yield f"{prefix}{name}", value.clone() if str(name).startswith("qmap") else value.contiguous()
+            yield f"{prefix}{name}", value
         else:
             yield f"{prefix}{name}", torch.tensor(value)
 

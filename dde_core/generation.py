@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 
 from dde_core.conditioning import Conditioning
 from dde_core.config import SampleConfig
@@ -18,12 +19,15 @@ from dde_core.sampling import decode, sample_latents
 
 
 class TextToImage:
-    """A text-to-image model ready to draw. A picture is a function of prompt, seed and settings."""
+    """A text-to-image model ready to draw, with the folder's U-Net or another one. A picture is a function of prompt, seed
+    and settings."""
 
-    def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, folder: ModelFolder, device: torch.device | str = "cpu", unet: UNet2DConditionModel | None = None
+    ) -> None:
         self._tokenizers, self._schedule = folder.tokenizers(), folder.schedule()
         self._text_encoders = TextEncoders(folder, device)
-        self._unet = folder.unet().requires_grad_(False).to(device)
+        self._unet = (unet or folder.unet()).requires_grad_(False).to(device)
         self._vae = folder.vae().to(device)
         self._device = device
         self.size_px = folder.picture_size()

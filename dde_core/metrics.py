@@ -33,7 +33,8 @@ def step_metrics(t: Any, theta: PairErrors, ref: PairErrors | None, terms: StepT
     pair its names are absent, as is what compares with a reference where there is none (`sft`).
     ``implicit_accuracy`` is the share of pairs with a positive margin, a margin of 0 counting half.
     """
-    values = {"loss": _array(terms.loss), "gradient_weight": _array(terms.gradient_weight), "winner_error": _array(theta.w)}
+    values = {name: _array(getattr(terms, name)) for name in ("loss", "gradient_weight", "gradient_weight_at_zero")}
+    values["winner_error"] = _array(theta.w)
     if ref is not None:
         values["margin"] = _array(terms.margin)
         values["implicit_accuracy"] = (np.sign(values["margin"]) + 1) / 2

@@ -81,11 +81,13 @@ class PairErrors:
 class StepTerms:
     """What one step says about each pair, in float64. Only ``loss`` carries a gradient.
 
-    ``gradient_weight`` is what the margin's gradient is multiplied by, but for beta (for `sft`: the winner's error's).
+    ``gradient_weight`` is what the margin's gradient is multiplied by, but for beta (for `sft`: the winner's error's);
+    ``gradient_weight_at_zero`` what it would be at logit 0: the ratio of the two says how far the loss is saturated.
     """
 
     loss: Float[Tensor, " b"]
     gradient_weight: Float[Tensor, " b"]
+    gradient_weight_at_zero: Float[Tensor, " b"]
     margin: Float[Tensor, " b"] | None = None
     logit: Float[Tensor, " b"] | None = None
 
@@ -131,7 +133,8 @@ def step_losses(
     objective = OBJECTIVES[config.method]
     scale, weight = (table(config, schedule).to(t.device)[t] for table in (importance, weights))
     if not objective.preference:
-        return StepTerms(loss=scale * weight * theta.w.double(), gradient_weight=scale * weight)
+        loss, constant = scale * weight * theta.w.double(), scale * weight
+        return StepTerms(loss=loss, gradient_weight=constant, gradient_weight_at_zero=constant)
     if ref is None or ref.l is None or theta.l is None:
         raise ConfigError("reference and loser", None, f"are needed by method {config.method!r}")
     margin = (ref.w.double() - theta.w.double()) - (ref.l.double() - theta.l.double())
@@ -143,6 +146,7 @@ def step_losses(
     return StepTerms(
         loss=scale * preference_loss(logit),
         gradient_weight=scale * gradient_weight(weight, logit.detach()),
+        gradient_weight_at_zero=scale * gradient_weight(weight, torch.zeros_like(logit)),
         margin=margin.detach(),
         logit=logit.detach(),
     )

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from dde_core.config import DataConfig, ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.errors import ConfigError
@@ -150,7 +151,22 @@ Metric = Literal["held_out_accuracy", "held_out_margin", "match", "taste", "fide
 
 MAX_WORKERS = 1024
 WorkerCount = Annotated[int, Field(gt=0, le=MAX_WORKERS)]
-Workers = WorkerCount | tuple[WorkerCount, WorkerCount]
+
+
+def _checked(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+    """One error at the field itself: a union's own are one for each of its forms, at places that nobody has sent."""
+    try:
+        workers = inner(tuple(value) if isinstance(value, list) else value)
+        if least_workers(workers) <= most_workers(workers):
+            return workers
+    except ValidationError:
+        pass
+    raise PydanticCustomError(
+        "workers", "must be a number from 1 to {most}, or two of them as [least, most]", {"most": MAX_WORKERS}
+    )
+
+
+Workers = Annotated[WorkerCount | tuple[WorkerCount, WorkerCount], WrapValidator(_checked)]
 """How many, or [least, most]: the run goes on with as many as the cluster has."""
 
 
@@ -197,13 +213,6 @@ class AlignmentJobCreate(Strict):
     evaluation: EvaluationConfig
     validation: ValidationConfig | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
-
-    @field_validator("workers")
-    @classmethod
-    def _ordered(cls, workers: Workers) -> Workers:
-        if least_workers(workers) > most_workers(workers):
-            raise ValueError("the least must not be above the most")
-        return workers
 
 
 class EvaluationCreate(EvaluationConfig):
@@ -422,6 +431,16 @@ class StageFailure(Strict):
     message: str
     code: str
     param: str | None = None
+
+
+class Validated(Strict):
+    """``validation/step-*.json``: what was measured of a checkpoint and where its pictures lie, or why it could not be."""
+
+    step: int
+    metrics: dict[str, float] = {}
+    picture: Uri | None = None
+    seconds: float
+    error: str | None = None
 
 
 class StopRequest(Strict):

@@ -6,12 +6,15 @@
     ├── NotFound (LookupError)         an id or name that is not there; 404
     ├── Unauthorized                   no key or a wrong one; 401
     ├── Conflict                       a state that forbids the request; 409 (never on a create)
-    └── Unavailable                    Ray or Serve does not answer; 503, worth another try
+    ├── Unavailable                    Ray or Serve does not answer; 503, worth another try
+    └── Stopped                        a stage has ended because it was asked to; it goes on from there
 
 All state goes through ``super().__init__`` so that the errors survive pickling between Ray processes.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 
 class ServiceError(Exception):
@@ -55,3 +58,15 @@ class Conflict(ServiceError):
 
 class Unavailable(ServiceError):
     status, type, default_code = 503, "server_error", "unavailable"
+
+
+class Stopped(ServiceError):
+    """No failure: the state after ``step`` steps is stored. ``why`` as in contracts.StageStopped."""
+
+    default_code = "stopped"
+
+    def __init__(self, why: Literal["pause", "signal"], step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.args = (why, step)
+        self.why: Literal["pause", "signal"] = why
+        self.step = step

@@ -177,6 +177,19 @@ def write(uri: str, data: bytes) -> None:
         client().put_object(Bucket=bucket, Key=key, Body=data)
 
 
+def create(uri: str, data: bytes) -> bool:
+    """Make the object where there is none. Whether this made it: also where an answer was lost and the request repeated."""
+    bucket, key = _parts(uri)
+    with _naming(uri):
+        try:
+            client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") not in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise
+            return _get(bucket, key) == data
+    return True
+
+
 def upload(path: Path, uri: str) -> None:
     """Make or replace the object with a file of any size."""
     bucket, key = _parts(uri)

@@ -21,8 +21,8 @@ _ENTRIES = TypeAdapter(list[JournalEvent])
 
 
 class Journal:
-    """The writer's side. One process writes at a time: a stage's driver hands over to its first worker, and back. Each counts
-    its files, and lists the folder only where the next one is there already: another process has written."""
+    """A writer's side. Several processes may write one journal at once: a file is made where there is none, or the next one
+    is tried. What could not be written stays, and is written with the next flush."""
 
     def __init__(self, prefix: str, flush_every_s: float = 1.0) -> None:
         self._folder, self._flush_every_s = storage.join(prefix, "journal"), flush_every_s
@@ -45,15 +45,10 @@ class Journal:
 
     def flush(self) -> None:
         """Write what is gathered."""
-        if self._pending:
-            if storage.exists(self._file()):
-                self._number = len(storage.list_files(self._folder))
-            storage.write_bytes(self._file(), json.dumps(self._pending).encode())
-            self._number, self._pending = self._number + 1, []
-        self._flushed_at = time.monotonic()
-
-    def _file(self) -> str:
-        return storage.join(self._folder, f"{self._number:08d}.json")
+        entries = json.dumps(self._pending).encode() if self._pending else None
+        while entries and not storage.create_bytes(storage.join(self._folder, f"{self._number:08d}.json"), entries):
+            self._number = max(self._number + 1, len(storage.list_files(self._folder)))
+        self._pending, self._flushed_at = [], time.monotonic()
 
 
 def read_journal(prefix: str, start: int, limit: int | None = None) -> list[tuple[int, list[JournalEvent]]]:

@@ -10,15 +10,18 @@ from typing import TypeVar
 
 from dde_core.errors import ConfigError, DdeError
 from services import storage
-from services.contracts import StageFailure, StageSpec, Strict
-from services.errors import ServiceError
+from services.contracts import Level, StageFailure, StageSpec, StageStopped, Strict
+from services.errors import ServiceError, Stopped
 from services.observability import Journal
 
 Spec = TypeVar("Spec", bound=StageSpec)
 
 
 def run_stage(spec_type: type[Spec], work: Callable[[Spec, Journal], Strict], argv: Sequence[str] | None = None) -> None:
-    """Run ``work`` on the spec that ``--spec URI`` names and write done.json, or failed.json and raise."""
+    """Run ``work`` on the spec that ``--spec URI`` names and write done.json, or failed.json and raise.
+
+    Work that raises Stopped has ended as it was asked to: stopped.json is written.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True, metavar="URI")
     spec = spec_type.model_validate_json(storage.read_bytes(parser.parse_args(argv).spec))
@@ -26,14 +29,20 @@ def run_stage(spec_type: type[Spec], work: Callable[[Spec, Journal], Strict], ar
     try:
         result = work(spec, journal)
     except BaseException as error:
+        cause = root_cause(error)
+        if isinstance(cause, Stopped):
+            return _leave(journal, spec, "stopped.json", StageStopped(why=cause.why, step=cause.step), cause.message)
         failure = failure_of(error)
-        journal.event(f"failed: {failure.message}", "error")
-        journal.flush()
-        storage.write_json(storage.join(spec.prefix, "failed.json"), failure.model_dump())
+        _leave(journal, spec, "failed.json", failure, f"failed: {failure.message}", "error")
         raise
-    journal.event(f"done in {time.monotonic() - began:.1f} s")
+    _leave(journal, spec, "done.json", result, f"done in {time.monotonic() - began:.1f} s")
+
+
+def _leave(journal: Journal, spec: StageSpec, name: str, marker: Strict, message: str, level: Level = "info") -> None:
+    """The stage's last act: what it says, then its marker."""
+    journal.event(message, level)
     journal.flush()
-    storage.write_json(storage.join(spec.prefix, "done.json"), result.model_dump(mode="json"))
+    storage.write_json(storage.join(spec.prefix, name), marker.model_dump(mode="json"))
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -76,6 +76,17 @@ def write_bytes(uri: str, data: bytes) -> None:
         _put(_local(uri), lambda beside: beside.write_bytes(data))
 
 
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write a file where there is none, and say whether it was so. Of several who try at once, one does."""
+    if _is_object(uri):
+        return object_store.create(uri, data)
+    try:
+        _put(_local(uri), lambda beside: beside.write_bytes(data), place=os.link)
+    except FileExistsError:
+        return False
+    return True
+
+
 def upload(path: Path, uri: str) -> None:
     """Copy a local file of any size to its place, where it appears whole or not at all."""
     if _is_object(uri):
@@ -153,14 +164,14 @@ def _local(uri: str) -> Path:
     return Path(resolve(uri)[1])
 
 
-def _put(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file beside the place, and move it there once it is on the disk."""
+def _put(path: Path, write: Callable[[Path], Any], place: Callable[[Path, Path], Any] = os.replace) -> None:
+    """Let ``write`` make a file beside the place, and bring it there by ``place`` once it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
     try:
         write(beside)
         _sync(beside)
-        beside.replace(path)
+        place(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 

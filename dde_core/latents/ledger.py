@@ -47,7 +47,8 @@ _RECORD = re.compile(r"ledger-(\d{4})\.json")
 @dataclass(frozen=True, kw_only=True)
 class LedgerKey:
     """Everything that the errors depend on. ``reference``, ``dataset``, ``shards`` (which row lies where) and ``schedule`` (the
-    float64 table of alpha_bar) are digests; ``no_caption`` says what a dropped caption is."""
+    float64 table of alpha_bar) are digests; ``precision`` names the arithmetic (compiled kernels round otherwise);
+    ``no_caption`` says what a dropped caption is."""
 
     reference: str
     dataset: str
@@ -78,7 +79,7 @@ class LedgerKey:
             schedule=hashlib.sha256(schedule.alpha_bar.numpy().tobytes()).hexdigest(),
             prediction_type=schedule.prediction_type,
             resolution=manifest.settings["resolution"],
-            precision=training.precision,
+            precision=training.precision + (", compiled" if training.compile else ""),
             no_caption="zeros" if folder.no_caption_is_zeros else "empty",
             caption_dropout=training.caption_dropout,
             noise=objective.noise_mode,

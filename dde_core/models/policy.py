@@ -14,16 +14,16 @@ import peft
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
-from safetensors.torch import load_file
+from diffusers.utils import convert_state_dict_to_diffusers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dde_core.config import LoraConfig, TrainConfig
 from dde_core.errors import ConfigError, DataError
+from dde_core.models import parallel
 from dde_core.models.folder import LORA_WEIGHTS, ModelFolder
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
-ONE_FILE = "1TB"
 
 
 def use_repeatable_kernels() -> None:
@@ -39,18 +39,35 @@ def use_repeatable_kernels() -> None:
 
 
 class Policy:
-    """``unet`` is what a training loop wraps and steps. Raises ConfigError for adapters that fit nowhere."""
+    """``unet`` is the model, ``trained`` what a training loop calls with gradients: the same, wrapped for several workers.
 
-    def __init__(self, folder: ModelFolder, training: TrainConfig, device: torch.device | str = "cpu") -> None:
+    With ``world_size`` > 1 torch.distributed must be initialised. Raises ConfigError for adapters that fit nowhere.
+    """
+
+    def __init__(
+        self, folder: ModelFolder, training: TrainConfig, device: torch.device | str = "cpu", world_size: int = 1
+    ) -> None:
         self._folder, self._training, self.device = folder, training, torch.device(device)
+        self._world_size = world_size
         self.unet = folder.unet()
         if training.lora:
             check_targets(self.unet, training.lora)
             self._add_adapters(training.lora)
-        self.unet.to(device)
         if training.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
+        self.parallelism = parallel.choose(training, sum(p.numel() for p in self.unet.parameters()), self.device, world_size)
+        self._place(self.unet)
+        self.trained = parallel.wrap(self.unet, self.parallelism, self.device)
         self.ema = EMAModel(self.parameters(), decay=training.ema_decay) if training.ema_decay else None
+
+    def _place(self, unet: UNet2DConditionModel) -> None:
+        """Onto the device, whole or as this worker's share."""
+        if self.parallelism == "fsdp":
+            parallel.shard(unet, self.device, self._world_size)
+        else:
+            unet.to(self.device)
+        if self._training.compile:
+            unet.compile()
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, in a fixed order."""
@@ -70,61 +87,70 @@ class Policy:
     @cached_property
     def _kept(self) -> UNet2DConditionModel:
         """Loaded when it is first asked for: `sft`, and a run on a ledger, train without it."""
-        return self._folder.unet().requires_grad_(False).to(self.device)
+        unet = self._folder.unet().requires_grad_(False)
+        self._place(unet)
+        return unet
 
     def arithmetic(self) -> AbstractContextManager:
         """Run the U-Net under this. bf16 is autocast: weights stay float32, and so do errors and losses."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._training.precision == "bf16")
 
+    def clip_gradients(self) -> torch.Tensor:
+        """Scale all gradients down together where their norm is above ``max_grad_norm``. Their norm before, on every worker."""
+        return parallel.whole(nn.utils.clip_grad_norm_(self.parameters(), self._training.max_grad_norm))
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """With the running average of the weights in place of the last ones, where one is kept."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.parameters())
-        self.ema.copy_to(self.parameters())
+        self._exchange()
         try:
             yield
         finally:
-            self.ema.restore(self.parameters())
+            self._exchange()
 
-    def save_weights(self, folder: Path) -> None:
-        """Write what was trained as diffusers reads it: a U-Net folder, or a file of LoRA adapters."""
-        lora = self._training.lora
-        if lora is None:
-            self.unet.save_pretrained(folder, max_shard_size=ONE_FILE)
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Weights and average change places, one tensor at a time."""
+        averages = self.ema.shadow_params if self.ema else []
+        for parameter, average in zip(self.parameters(), averages, strict=False):  # without an average: none
+            weights = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(weights)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What is trained, by the names of its file: the live tensors, of this worker."""
+        if self._training.lora:
+            return convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(self.unet))
+        return self.unet.state_dict()
+
+    def write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """A copy of ``weights()`` as diffusers reads it: a U-Net folder, or a file of LoRA adapters."""
+        if not self._training.lora:
+            self.unet.save_config(folder)
+            save_file(weights, folder / UNET_WEIGHTS, metadata={"format": "pt"})
             return
         StableDiffusionPipeline.save_lora_weights(
             folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(self.unet)),
+            unet_lora_layers=weights,
             unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
         )
 
-    def load_weights(self, folder: Path) -> None:
-        """Read what ``save_weights`` wrote. Raises DataError, and changes nothing, where it is of another U-Net."""
-        if self._training.lora:
-            saved = load_file(folder / LORA_WEIGHTS)
-            own = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(self.unet))
-            values = {name.removeprefix("unet."): value for name, value in saved.items()}
-            self._refuse_other(own, values, folder)
-            peft.set_peft_model_state_dict(self.unet, convert_unet_state_dict_to_peft(values))
-        else:
-            values = load_file(folder / UNET_WEIGHTS)
-            self._refuse_other(self.unet.state_dict(), values, folder)
-            self.unet.load_state_dict(values)
-
-    def load_average(self, folder: Path, step: int) -> None:
-        """Read the running average as it was after ``step`` steps. It passes through the U-Net: load the policy's own after."""
-        assert self.ema is not None
-        self.load_weights(folder)
-        self.ema = EMAModel(self.parameters(), decay=self._training.ema_decay)
-        self.ema.optimization_step = step
-
-    @staticmethod
-    def _refuse_other(own: dict[str, torch.Tensor], values: dict[str, torch.Tensor], folder: Path) -> None:
+    @torch.no_grad()
+    def read(self, folder: Path) -> None:
+        """Take what ``write`` wrote. Raises DataError, and changes nothing, where it is of another U-Net."""
+        own, saved = self.weights(), load_file(folder / (LORA_WEIGHTS if self._training.lora else UNET_WEIGHTS))
+        values = {name.removeprefix("unet."): value for name, value in saved.items()}
         if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in values.items()}:
             raise DataError(f"checkpoint {str(folder)!r} belongs to another U-Net, or to other adapters")
+        for name, value in own.items():
+            value.copy_(parallel.like(values[name], value))
+
+    def read_average(self, folder: Path, step: int) -> None:
+        """Take the running average as it was after ``step`` steps. It passes through the U-Net: read the policy's own after."""
+        assert self.ema is not None
+        self.read(folder)
+        self.ema = EMAModel(self.parameters(), decay=self._training.ema_decay)
+        self.ema.optimization_step = step
 
     def _add_adapters(self, lora: LoraConfig) -> None:
         """A is drawn from the run's seed, B is zero: the policy starts as its reference."""
@@ -145,10 +171,10 @@ def check_targets(unet: nn.Module, lora: LoraConfig) -> None:
 
 
 def make_optimizer(parameters: list[nn.Parameter], training: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (fused on a GPU), or with its moments in 8 bits. Raises ConfigError where bitsandbytes is not installed."""
+    """AdamW, fused into one kernel, or with its moments in 8 bits. Raises ConfigError where bitsandbytes is not installed."""
     settings: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda, **settings)
+        return torch.optim.AdamW(parameters, fused=True, **settings)
     check_optimizer(training)
     import bitsandbytes
 

@@ -9,10 +9,10 @@ import numpy as np
 from dde_core.metrics import beat_ratio, paired_difference
 from services import storage
 from services.contracts import EvaluateResult, EvaluateSpec, Interval, Scorer, ScorerReport
-from services.errors import BadRequest
 from services.evaluation.compare import SIDES, compare
-from services.evaluation.grid import draw_grid
 from services.observability import Journal
+from services.picture_grid import draw_grid
+from services.prompts import read_prompts
 
 GRID_PROMPTS = 16
 
@@ -32,20 +32,12 @@ def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
     shown = ordered[:GRID_PROMPTS]
     grid_uri, report_uri = storage.join(spec.output, "grid.png"), storage.join(spec.output, "report.json")
     names = (spec.base.name, spec.candidate.name)
-    base, candidate = ([row[side] for row in shown] for side in SIDES)
-    storage.write_bytes(grid_uri, draw_grid([row["prompt"] for row in shown], base, candidate, names))
+    pictures = [(name, [row[side] for row in shown]) for name, side in zip(names, SIDES, strict=True)]
+    storage.write_bytes(grid_uri, draw_grid([row["prompt"] for row in shown], pictures))
     storage.write_json(report_uri, _report(spec, ordered, scores))
     return EvaluateResult(
         report=report_uri, grid=grid_uri, num_prompts=len(prompts), scores=scores, seconds=time.monotonic() - began
     )
-
-
-def read_prompts(uri: str, num_prompts: int) -> list[str]:
-    """The first prompts of a file with one a line. Raises BadRequest where there are too few."""
-    lines = [line.strip() for line in storage.read_bytes(uri).decode().splitlines() if line.strip()]
-    if len(lines) < num_prompts:
-        raise BadRequest(f"num_prompts is {num_prompts}, {uri!r} holds {len(lines)}", param="evaluation.num_prompts")
-    return lines[:num_prompts]
 
 
 def _compare_scores(name: str, rows: list[dict]) -> ScorerReport:

@@ -120,7 +120,8 @@ class ReferencePass:
     def __init__(self, spec: LedgerSpec, objective: ObjectiveConfig, folder: str) -> None:
         use_repeatable_kernels()
         device, model = torch.device("cuda" if spec.use_gpu else "cpu"), ModelFolder(*registry.fetch(spec.model))
-        self._frozen = Policy(model, TrainConfig(precision=spec.training.precision), device)
+        arithmetic = TrainConfig(precision=spec.training.precision, compile=spec.training.compile)
+        self._frozen = Policy(model, arithmetic, device)
         self._schedule, self._reader = model.schedule(), LatentReader(*storage.resolve(spec.dataset))
         self._batches = BatchMaker(self._reader, model, self._schedule, objective, spec.training, device)
         self._size, self._folder = spec.training.micro_batch_size or PAIRS_AT_ONCE, folder

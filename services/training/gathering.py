@@ -27,6 +27,14 @@ def gather(columns: list[Tensor], positions: np.ndarray, num_rows: int) -> Float
     return table.cpu()
 
 
+def agreed(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Which flags any worker has raised: known to all of them at the same step."""
+    raised = torch.tensor(flags, dtype=torch.float64, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
+
+
 def gather_errors(
     parts: Sequence[tuple[Tensor, PairErrors, PairErrors | None]], positions: np.ndarray, num_rows: int
 ) -> tuple[Tensor, PairErrors, PairErrors | None]:

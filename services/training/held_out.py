@@ -11,10 +11,6 @@ from dde_core.metrics import beat_ratio
 from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, PairErrors, pair_errors
-from services.training.gathering import gather
-
-RESULT = "held_out.json"
-"""Where a run leaves it, beside its checkpoints."""
 
 DRAWS = 8
 PAIRS_AT_ONCE = 32
@@ -23,21 +19,20 @@ PAIRS_AT_ONCE = 32
 
 @torch.no_grad()
 def held_out_metrics(
-    policy: Policy, batches: BatchMaker, reader: LatentReader, schedule: Schedule, size: int, rank: int, world_size: int
+    policy: Policy, batches: BatchMaker, reader: LatentReader, schedule: Schedule, size: int
 ) -> dict[str, float]:
     """Implicit accuracy on the held-out pairs, with its 95% Wilson interval: the share with a positive margin.
 
     A pair's margin is the mean over DRAWS timesteps, one from each of as many equal parts of 1..T, with the same noise
-    whatever the method, range and seed of the run are: so runs compare. The running average of the weights is measured
-    where one is kept. ``size`` pairs go at once. The interval takes pairs as independent; those of one caption are not quite.
+    whatever the method, range and seed of the run are: so runs compare. ``size`` pairs go at once. The interval takes pairs
+    as independent; those of one caption are not quite.
     """
-    rows = reader.held_out(rank, world_size)
-    margins = [torch.zeros(0, dtype=torch.float64, device=policy.device)]  # a worker may have no row at all
-    with policy.averaged(), policy.arithmetic():
-        for part, _ in micro_batches(rows, size or PAIRS_AT_ONCE):
+    margins = []
+    with policy.arithmetic():
+        for part, _ in micro_batches(reader.held_out(), size or PAIRS_AT_ONCE):
             visits = (batches.held_out(part, draw, DRAWS) for draw in range(DRAWS))  # one at a time
             margins.append(torch.stack([_margin(policy, schedule, batch) for batch in visits]).mean(0))
-    everywhere = gather([torch.cat(margins)], rows.positions, reader.num_held_out)[0].numpy()
+    everywhere = torch.cat(margins).cpu().numpy()
     accuracy, low, high = beat_ratio(everywhere, np.zeros(len(everywhere)))
     return {
         "held_out_accuracy": accuracy,

@@ -6,8 +6,8 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
@@ -20,30 +20,41 @@ from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import check_optimizer
 from dde_core.models.saving import save_adapters, save_aligned
 from dde_core.objectives import conventions
-from services import registry, storage
-from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec, least_workers, most_workers
+from services import checkpoints, registry, storage
+from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec, most_workers
 from services.errors import Unavailable
 from services.observability import Journal
-from services.training import held_out, pair_log, reference
+from services.training import pair_log, reference, selection
 from services.training.loop import train_loop
+from services.training.recorder import FENCE, newest_attempt
+from services.training.supervision import CPUS_PER_WORKER, MissingWorkers, supervise
 
-MAX_WORKER_FAILURES = 3
+MAX_WORKER_FAILURES = 30
+"""Of one attempt. Errors that would come again end it at once."""
 MAX_START_FAILURES = 5
 """Each is a minute of waiting for workers that the cluster does not give."""
-CPUS_PER_WORKER = 1
 
 
 def train(spec: TrainSpec, journal: Journal) -> TrainResult:
-    """Fine-tune, resuming from the run's last checkpoint where there is one, and write the aligned model."""
+    """Fine-tune, going on from the run's last checkpoint where there is one, and write the aligned model."""
     began = time.monotonic()
     manifest = Manifest.from_json(storage.read_bytes(storage.join(spec.dataset, MANIFEST)))
     _check(spec, manifest)
     spec = reference.resolve(spec, journal)
+    if newest_attempt(spec.run) < spec.attempt:
+        storage.write_json(storage.join(spec.run, FENCE), {"attempt": spec.attempt})
     steps, batch_size = spec.training.steps, spec.training.batch_size
-    journal.event(f"{steps} steps of {batch_size} pairs with {spec.objective.method} on {spec.workers} workers")
+    journal.event(f"{steps} steps of {batch_size} pairs with {spec.objective.method} on {_in_words(spec)} workers")
     journal.flush()
-    filesystem, path = storage.resolve(spec.run)
-    storage_path, name = path.rsplit("/", 1)
+    with tempfile.TemporaryDirectory(prefix="dde-ray-train-") as scratch:
+        _fit(spec, scratch, journal)
+    step, metrics = _chosen(spec, journal)
+    record = _write_model(spec, manifest, step, journal)
+    return TrainResult(model=record, step=step, metrics=metrics, seconds=time.monotonic() - began)
+
+
+def _fit(spec: TrainSpec, scratch: str, journal: Journal) -> None:
+    """Train to the last step. Ray Train keeps its own notes in ``scratch``; checkpoints are ours."""
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"spec": spec.model_dump_json()},
@@ -51,37 +62,51 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
             num_workers=spec.workers, use_gpu=spec.use_gpu, resources_per_worker={"CPU": CPUS_PER_WORKER}
         ),
         run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=storage_path,
-            storage_filesystem=filesystem,
+            name="run",
+            storage_path=scratch,
             failure_config=ray.train.FailureConfig(
                 max_failures=MAX_WORKER_FAILURES, controller_failure_limit=MAX_START_FAILURES
             ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
     try:
-        result = trainer.fit()
+        supervise(trainer, spec, journal)
     except ray.train.ControllerError as error:
-        message = f"workers = {spec.workers} could not be started: {error.controller_failure}"
+        message = f"workers = {_in_words(spec)} could not be started: {error.controller_failure}"
         raise Unavailable(message, param="workers") from error
+
+
+def _in_words(spec: TrainSpec) -> str:
+    return str(spec.workers) if isinstance(spec.workers, int) else f"{spec.workers[0]} to {spec.workers[1]}"
+
+
+def _chosen(spec: TrainSpec, journal: Journal) -> tuple[int, dict[str, float]]:
+    """The step whose weights become the model, and what was measured at it."""
+    found, step = selection.outcomes(spec.run), spec.training.steps
+    if spec.validation and (metric := spec.validation.best_metric):
+        step = selection.best(found, metric) or step
+        journal.event(f"the model is that after step {step}, by {metric}")
+    metrics = checkpoints.read(spec.run, step).metrics
+    return step, metrics | (found[step].metrics if step in found else {})
+
+
+def _write_model(spec: TrainSpec, manifest: Manifest, step: int, journal: Journal) -> ModelRecord:
+    """The model version, whole or not at all as far as the control plane can see: its record comes last."""
     base = ModelFolder(*registry.fetch(spec.model))
-    record = _model_record(spec, manifest, base)
-    with tempfile.TemporaryDirectory() as scratch, result.checkpoint.as_directory() as last:
-        folder, weights = Path(scratch) / "model", checkpoint.model_weights(Path(last))
-        if spec.training.lora:
-            save_adapters(weights, folder)
-        else:
-            save_aligned(base.path, weights, folder)
+    record = _model_record(spec, manifest, base, step)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        with checkpoints.opened(spec.run, checkpoints.read(spec.run, step)) as files:
+            if spec.training.lora:
+                save_adapters(checkpoint.model_weights(files), folder)
+            else:
+                save_aligned(base.path, checkpoint.model_weights(files), folder)
         (folder / "README.md").write_text(_model_card(record))
-        _write_credit(spec, base, Path(last), folder, journal)
+        with checkpoints.opened(spec.run, checkpoints.read(spec.run, spec.training.steps)) as last:
+            _write_credit(spec, base, last, folder, journal)
         (folder / "lineage.json").write_text(json.dumps(record.lineage, indent=1, sort_keys=True))
         storage.copy_folder(storage.as_uri(folder), spec.output)
-    record = record.model_copy(update={"digest": registry.folder_digest(spec.output)})
-    metrics = {name: float(value) for name, value in (result.metrics or {}).items() if isinstance(value, (int, float))}
-    if spec.training.held_out_pairs:
-        metrics |= storage.read_json(storage.join(spec.run, held_out.RESULT))
-    return TrainResult(model=record, step=steps, metrics=metrics, seconds=time.monotonic() - began)
+    return record.model_copy(update={"digest": registry.folder_digest(spec.output)})
 
 
 def _write_credit(spec: TrainSpec, base: ModelFolder, last: Path, folder: Path, journal: Journal) -> None:
@@ -110,16 +135,11 @@ def _check(spec: TrainSpec, manifest: Manifest) -> None:
     if training.lora and spec.model.adapter_of:
         raise ConfigError("training.lora", spec.model.name, "cannot be trained on a model that is LoRA adapters itself")
     check_optimizer(training)
-    workers = least_workers(spec.workers)
-    needed = {"CPU": workers * CPUS_PER_WORKER, "GPU": workers if spec.use_gpu else 0}
-    for resource, amount in needed.items():
-        there = ray.cluster_resources().get(resource, 0)
-        if amount > there:
-            raise Unavailable(f"workers = {workers} need {amount} {resource}, the cluster has {there:g}", param="workers")
+    MissingWorkers(spec).look(patience_s=0.0)
 
 
-def _model_record(spec: TrainSpec, manifest: Manifest, base: ModelFolder) -> ModelRecord:
-    lineage = {
+def _model_record(spec: TrainSpec, manifest: Manifest, base: ModelFolder, step: int) -> ModelRecord:
+    lineage: dict[str, Any] = {
         "job": spec.job,
         "dataset_digest": manifest.digest,
         "base": spec.model.id,
@@ -130,6 +150,7 @@ def _model_record(spec: TrainSpec, manifest: Manifest, base: ModelFolder) -> Mod
             "no_caption": "zeros" if base.no_caption_is_zeros else "the empty caption",
         },
         "training": spec.model_dump(mode="json")["training"],
+        "step": step,
         "reference": reference.lineage(spec),
         "code_version": dde_core.__version__,
     }

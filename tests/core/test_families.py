@@ -91,6 +91,10 @@ def train_a_little(folder: Path, training: TrainConfig) -> Policy:
     return policy
 
 
+def save(policy: Policy, target: Path) -> None:
+    policy.write(policy.weights(), target)
+
+
 def conditioning(folder: Path) -> dict[str, torch.Tensor]:
     encoders = TextEncoders(ModelFolder(folder))
     text = encoders(tokenize(ModelFolder(folder).tokenizers(), PROMPTS))
@@ -101,7 +105,7 @@ LORA = TrainConfig(learning_rate=1e-2, lora=LoraConfig(rank=4, alpha=8))
 
 
 def test_adapters_load_in_diffusers_as_they_are_and_draw_what_we_draw(family: str, folder: Path, tmp_path: Path):
-    train_a_little(folder, LORA).save_weights(tmp_path / "weights")
+    save(train_a_little(folder, LORA), tmp_path / "weights")
     save_adapters(tmp_path / "weights", tmp_path / "lora")
     assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
     ours = TextToImage(ModelFolder(folder, tmp_path / "lora"))(PROMPTS, SEEDS, SAMPLE)
@@ -111,7 +115,7 @@ def test_adapters_load_in_diffusers_as_they_are_and_draw_what_we_draw(family: st
 
 def test_merged_adapters_are_the_policy_that_was_trained(folder: Path, tmp_path: Path):
     policy = train_a_little(folder, LORA)
-    policy.save_weights(tmp_path)
+    save(policy, tmp_path)
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([5, 500]), conditioning(folder)
     with torch.no_grad():
         trained = predict(policy.unet, x, t, text)
@@ -158,9 +162,9 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("dde_core", "
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_a_process_without_our_code_loads_what_was_saved(family: str, folder: Path, tmp_path: Path, lora: bool):
-    train_a_little(folder, LORA if lora else TrainConfig(learning_rate=1e-3)).save_weights(tmp_path / "weights")
-    save = save_adapters if lora else partial(save_aligned, folder)
-    save(tmp_path / "weights", tmp_path / "model")
+    save(train_a_little(folder, LORA if lora else TrainConfig(learning_rate=1e-3)), tmp_path / "weights")
+    version = save_adapters if lora else partial(save_aligned, folder)
+    version(tmp_path / "weights", tmp_path / "model")
     aligned = [str(folder), str(tmp_path / "model")] if lora else [str(tmp_path / "model")]
     command = [sys.executable, "-c", LOAD, PIPELINES[family].__name__, str(folder), *aligned]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -101,6 +101,13 @@ def test_a_folder_that_is_no_model_is_refused_with_its_path(tmp_path: Path):
         ModelFolder(tmp_path)
 
 
+PROGRESS = Progress(step=1, pairs_seen=64, images_seen=128)
+
+
+def written(folder: Path, policy, optimizer, calibration) -> None:
+    checkpoint.snapshot(policy, optimizer, calibration, PROGRESS, rank=0).write(folder, policy)
+
+
 def stepped(seed: int, training: TrainConfig):
     folder = ModelFolder(MODEL_DIR)
     policy, calibration = Policy(folder, training), Calibration(folder.schedule(), ObjectiveConfig())
@@ -126,10 +133,10 @@ def train_a_little(policy, optimizer) -> None:
 def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path, lora, ema_decay, optimizer):
     training = TrainConfig(lora=lora, ema_decay=ema_decay, optimizer=optimizer, learning_rate=1e-3)
     policy, optimizer, calibration = stepped(0, training)
-    checkpoint.save(tmp_path, policy, optimizer, calibration, Progress(step=1, pairs_seen=64))
+    written(tmp_path, policy, optimizer, calibration)
     other, other_optimizer, other_calibration = stepped(1, training)
     train_a_little(other, other_optimizer)
-    assert checkpoint.load(tmp_path, other, other_optimizer, other_calibration) == Progress(step=1, pairs_seen=64)
+    assert checkpoint.load(tmp_path, other, other_optimizer, other_calibration) == PROGRESS
     for seed in (2, 3):
         for each, its_optimizer in ((policy, optimizer), (other, other_optimizer)):
             torch.manual_seed(seed)
@@ -147,7 +154,7 @@ def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path, lora, ema_decay
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, lora):
     policy, optimizer, calibration = stepped(0, TrainConfig(lora=lora))
-    checkpoint.save(tmp_path, policy, optimizer, calibration, Progress(step=1, pairs_seen=64))
+    written(tmp_path, policy, optimizer, calibration)
     other, other_optimizer, other_calibration = stepped(1, TrainConfig(lora=lora and LoraConfig(rank=8)))
     if lora is None:
         other.unet.conv_out = torch.nn.Conv2d(64, 8, 3)

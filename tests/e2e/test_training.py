@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import time
 from functools import cache
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR, PAIRS_FILE
-from services import registry, storage
+from services import checkpoints, registry, storage
 from services.client.local import LocalSystem
 from services.contracts import TrainResult, TrainSpec
 from services.observability import read_journal
@@ -71,10 +70,9 @@ class Runs(StageRuns):
         entries = [entry for _, some in read_journal(self.prefix(name), 0) for entry in some if entry.metrics]
         return {entry.step: entry.metrics[metric] for entry in entries}
 
-    def kept_checkpoints(self, name: str) -> list[str]:
-        """The checkpoints from which Ray Train would go on: it takes note of them a moment after they are written."""
-        uri = storage.join(self.prefix(name), "run", "checkpoint_manager_snapshot.json")
-        return re.findall(r"checkpoint_\d{4}-[\d_.-]+", storage.read_bytes(uri).decode()) if storage.exists(uri) else []
+    def checkpoints(self, name: str) -> list[int]:
+        """The steps of which there is a checkpoint."""
+        return checkpoints.steps(storage.join(self.prefix(name), "run"))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +112,7 @@ def test_a_killed_worker_changes_nothing(runs: Runs, system: LocalSystem):
     undisturbed = runs.run("two", 2, TWENTY_STEPS)
     stage = runs.train("killed", 2, TWENTY_STEPS)
     deadline = time.monotonic() + 120
-    while not runs.kept_checkpoints("killed"):
+    while not runs.checkpoints("killed"):
         assert time.monotonic() < deadline, stage.events()
         time.sleep(0.1)
     os.kill(training_workers(system)[0].pid, signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -10,15 +9,14 @@ import pytest
 import torch
 from pyarrow import fs
 
-from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
+from dde_core.config import LoraConfig, ObjectiveConfig
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
-from dde_core.models.policy import Policy
 from dde_core.objectives import OBJECTIVES
 from dde_core.train_step import pair_errors
-from services.training import loop
-from services.training.held_out import held_out_metrics
-from tests.encoded_pairs import batch_maker, train_here, write_encoded
+from services.training import loop, selection
+from services.training.validating import validate
+from tests.encoded_pairs import batch_maker, train_here, train_spec, write_encoded
 from tests.tiny_folders import FOLDERS
 
 BATCH = 7
@@ -88,13 +86,13 @@ def test_the_first_step_loses_log_2_exactly_and_the_next_one_does_not(model, enc
 
 
 @pytest.mark.parametrize("method", ["dde", "uniform", "sft"])
-def test_held_out_pairs_are_measured_after_the_last_step_in_the_same_way_for_every_method(model, encoded, tmp_path, method):
+def test_held_out_pairs_are_measured_in_the_same_way_for_every_method(model, encoded, tmp_path, method):
     objective = ObjectiveConfig(method=method, beta=50.0, t_min=500)
     found = []
     for size in (0, 2):
         training = {"steps": 1, "batch_size": BATCH, "held_out_pairs": 5, "micro_batch_size": size, "learning_rate": 1e-9}
         train_here(tmp_path / str(size), model, encoded, objective, **training)
-        found.append(json.loads((tmp_path / str(size) / "run" / "held_out.json").read_text()))
+        found.append(validate(train_spec(tmp_path / str(size), model, encoded, objective, **training), 1).metrics)
     assert found[0]["held_out_pairs"] == 5
     assert found[0]["held_out_accuracy_low"] <= found[0]["held_out_accuracy"] <= found[0]["held_out_accuracy_high"]
     assert found[0]["held_out_margin"] == pytest.approx(found[1]["held_out_margin"], abs=1e-6)
@@ -115,13 +113,11 @@ def test_held_out_visits_do_not_depend_on_method_seed_or_range(model, encoded):
         assert ((one.t > draw * 125) & (one.t <= (draw + 1) * 125)).all()
 
 
-def test_a_worker_without_a_held_out_row_has_nothing_to_measure(model, encoded):
-    reader = LatentReader(fs.LocalFileSystem(), str(encoded), 1)
-    policy = Policy(model, TrainConfig())
-    maker = batch_maker(model, encoded, ObjectiveConfig())
-    measured = held_out_metrics(policy, maker, reader, model.schedule(), 0, rank=1, world_size=2)
-    assert measured["held_out_pairs"] == 1
-    assert measured["held_out_margin"] == 0, "the other worker's row is its own to fill in"
+def test_the_base_has_no_margin_on_held_out_pairs(model, encoded, tmp_path):
+    spec = train_spec(tmp_path, model, encoded, ObjectiveConfig(), steps=1, held_out_pairs=5)
+    found = validate(spec, 0)
+    assert (found.metrics["held_out_margin"], found.metrics["held_out_accuracy"]) == (0, 0.5)
+    assert found == selection.outcomes(spec.run)[0]
 
 
 @pytest.mark.parametrize("method", ["dde", "sft"])

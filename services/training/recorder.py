@@ -1,0 +1,189 @@
+"""What rank 0 tells and keeps: metrics, the pair log, checkpoints. On a thread of its own, so training waits for none of it.
+
+Writes go out in order. Where storage does not take one (an outage, a full disk) it is tried again for PATIENCE_S, while
+training goes on; a checkpoint that comes due while another is still on its way is left out, but for the last one.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jaxtyping import Int
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from torch import Tensor
+
+from dde_core.checkpoint import Progress, Snapshot
+from dde_core.metrics import in_words, logit_deviation, step_metrics
+from dde_core.models.policy import Policy
+from dde_core.schedule import Schedule
+from dde_core.train_step import PairErrors, StepTerms
+from services import checkpoints, storage
+from services.checkpoints import CheckpointRecord, ReaderPosition
+from services.contracts import TrainSpec
+from services.errors import Conflict, Unavailable
+from services.observability import Journal
+from services.training.pair_log import PairLog
+from services.training.selection import superfluous
+
+PATIENCE_S = 1800.0
+LOOK_EVERY_S = 1.0
+FENCE = "fence.json"
+"""In a run's folder: the number of the attempt that may write checkpoints."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairValues:
+    """What a step says of each pair of the global batch, on the host."""
+
+    t: Int[Tensor, " b"]
+    theta: PairErrors
+    ref: PairErrors | None
+    terms: StepTerms
+
+
+def _nothing() -> None:
+    """Before the first thing that is to be done."""
+
+
+def newest_attempt(run: str) -> int:
+    """The attempt that may write checkpoints; 0 where none has said so."""
+    try:
+        return storage.read_json(storage.join(run, FENCE))["attempt"]
+    except FileNotFoundError:
+        return 0
+
+
+class Recorder:
+    """``stop_asked`` says whether the run was asked to end. Raises, at ``step`` and ``close``, what ended its thread."""
+
+    def __init__(self, spec: TrainSpec, same: dict[str, Any], policy: Policy, schedule: Schedule, num_pairs: int) -> None:
+        self._spec, self._same, self._policy = spec, same, policy
+        self._schedule, self._num_pairs = schedule, num_pairs
+        self._journal = Journal(spec.prefix, flush_every_s=math.inf)  # by this thread alone, which tries again
+        self._pair_log = PairLog(spec.run)
+        self._metrics: dict[str, float] = {}
+        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._committing = threading.Event()
+        self._failure: BaseException | None = None
+        self.stop_asked = False
+        self._thread = threading.Thread(target=self._run, name="recorder")
+        self._thread.start()
+
+    # ---- called by training
+
+    def event(self, message: str) -> None:
+        """Tell people something."""
+        self._todo.put(partial(self._journal.event, message))
+
+    def step(self, done: Progress, pairs: PairValues, more: dict[str, float]) -> None:
+        """Tell of a step from the values of the global batch, which are not changed any more, and of its time."""
+        if self._failure:
+            raise self._failure
+        self._todo.put(partial(self._tell, done.step, pairs, more))
+
+    def checkpoint(self, state: Snapshot, workers: int, needed: bool) -> None:
+        """Store a state. Left out where one is still on its way, unless it is ``needed``."""
+        if self._committing.is_set() and not needed:
+            step = state.progress.step
+            warning = f"no checkpoint of step {step}: the one before is still on its way"
+            return self._todo.put(partial(self._journal.event, warning, "warning"))
+        self._committing.set()
+        self._todo.put(partial(self._commit, state, workers))
+
+    def close(self) -> None:
+        """Return once all is written."""
+        self._todo.put(None)
+        self._thread.join()
+        if self._failure:
+            raise self._failure
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        looked_at = 0.0
+        todo: Callable[[], None] | None = _nothing
+        try:
+            while todo is not None:
+                with suppress(queue.Empty):
+                    if todo := self._todo.get(timeout=LOOK_EVERY_S):
+                        todo()
+                if time.monotonic() - looked_at >= LOOK_EVERY_S:
+                    self._patiently(self._journal.flush)
+                    self.stop_asked, looked_at = self._patiently(self._look), time.monotonic()
+            self._patiently(self._pair_log.flush)
+            self._patiently(self._journal.flush)
+        except BaseException as error:  # told to training, which ends
+            self._failure = error
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        again = Retrying(
+            retry=retry_if_exception_type((OSError, Unavailable)),
+            wait=wait_exponential_jitter(multiplier=0.5, max=30),
+            stop=stop_after_delay(PATIENCE_S),
+            before_sleep=self._say_once,
+            reraise=True,
+        )
+        return again(call)
+
+    def _say_once(self, state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome:
+            error = state.outcome.exception()
+            self._journal.event(f"storage is tried again, while training goes on: {error}", "warning")
+
+    def _look(self) -> bool:
+        return storage.exists(storage.join(self._spec.prefix, "stop.json"))
+
+    def _tell(self, step: int, pairs: PairValues, more: dict[str, float]) -> None:
+        t, terms, schedule = pairs.t, pairs.terms, self._schedule
+        self._metrics = {**step_metrics(t, pairs.theta, pairs.ref, terms, schedule.T), **more}
+        if step == 1 and terms.margin is not None:  # the policy was still its reference
+            beta = self._spec.objective.beta
+            noise = logit_deviation(t, terms.margin, schedule.snr[t], beta, schedule.T)
+            self._metrics |= noise
+            self._journal.event(f"rounding moves the logits of step 0: {in_words(noise)}")
+        self._pair_log.add(step, t, terms.margin, terms.gradient_weight)
+        self._journal.metrics(step, self._metrics)
+
+    def _commit(self, state: Snapshot, workers: int) -> None:
+        """What was told up to this step goes first: a run that goes on from here does not tell it again."""
+        self._patiently(self._journal.flush)
+        self._patiently(self._pair_log.flush)
+        self._refuse_overtaken()
+        self._patiently(partial(self._write, state, self._record(state.progress, workers)))
+        self._committing.clear()
+
+    def _write(self, state: Snapshot, record: CheckpointRecord) -> None:
+        with checkpoints.committed(self._spec.run, record) as folder:
+            state.write(folder, self._policy)
+        for step in superfluous(self._spec):
+            checkpoints.delete(self._spec.run, step)
+
+    def _record(self, done: Progress, workers: int) -> CheckpointRecord:
+        epoch, pair = divmod(done.pairs_seen, self._num_pairs)
+        return CheckpointRecord(
+            step=done.step,
+            pairs_seen=done.pairs_seen,
+            images_seen=done.images_seen,
+            reader=ReaderPosition(epoch=epoch, pair=pair),
+            ledger=self._same["ledger"],
+            identity=self._same,
+            workers=workers,
+            attempt=self._spec.attempt,
+            created_at=time.time(),
+            metrics=self._metrics,
+            files={},
+        )
+
+    def _refuse_overtaken(self) -> None:
+        """An attempt that was given up for dead, and is not, must not write into the run of the next one."""
+        newest = self._patiently(partial(newest_attempt, self._spec.run))
+        if newest > self._spec.attempt:
+            raise Conflict(f"attempt {self._spec.attempt} was given up: attempt {newest} goes on with this run")

@@ -1,0 +1,42 @@
+"""Which checkpoints are looked at, which one becomes the model, and which are no longer needed."""
+
+from __future__ import annotations
+
+from services import checkpoints, storage
+from services.contracts import Metric, TrainSpec, Validated
+
+FOLDER = "validation"
+
+
+def outcome_uri(run: str, step: int) -> str:
+    """Where what validation says of the checkpoint after ``step`` steps lies."""
+    return storage.join(run, FOLDER, f"step-{step:08d}.json")
+
+
+def outcomes(run: str) -> dict[int, Validated]:
+    """What validation has said so far, by step."""
+    names = [name for name in storage.list_files(storage.join(run, FOLDER)) if name.endswith(".json")]
+    found = [Validated.model_validate_json(storage.read_bytes(storage.join(run, FOLDER, name))) for name in names]
+    return {each.step: each for each in found}
+
+
+def is_due(spec: TrainSpec, step: int) -> bool:
+    """Whether validation looks at the model after ``step`` steps: every so often, and at the end where pairs are held out."""
+    if spec.validation and step % spec.validation.every == 0:
+        return True
+    return step == spec.training.steps and (spec.validation is not None or spec.training.held_out_pairs > 0)
+
+
+def best(found: dict[int, Validated], metric: Metric) -> int | None:
+    """The step after which the metric was largest, the first of several; None where it was never measured."""
+    values = {step: each.metrics[metric] for step, each in found.items() if step > 0 and metric in each.metrics}
+    return max(values, key=lambda step: (values[step], -step)) if values else None
+
+
+def superfluous(spec: TrainSpec) -> list[int]:
+    """Steps whose checkpoints may go: not the last ones, nor the best, nor those that validation has yet to look at."""
+    steps, found = checkpoints.steps(spec.run), outcomes(spec.run)
+    kept = set(steps[-spec.training.keep_checkpoints :]) | {step for step in steps if is_due(spec, step) and step not in found}
+    if spec.validation and spec.validation.best_metric:
+        kept |= {best(found, spec.validation.best_metric) or 0}
+    return [step for step in steps if step not in kept]
