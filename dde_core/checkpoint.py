@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -48,12 +49,18 @@ class Snapshot:
     progress: Progress
 
     def write(self, folder: Path, policy: Policy) -> None:
-        """Into an existing folder. ``policy`` says which form the weights' files have; its own are not read."""
-        policy.write(self.weights, folder / WEIGHTS)
-        if self.average is not None:
-            policy.write(self.average, folder / AVERAGE)
-        save_file(self.optimizer, folder / OPTIMIZER)
-        save_file(self.calibration, folder / CALIBRATION)
+        """Into an existing folder. ``policy`` says which form the weights' files have; its own are not read.
+
+        Raises OSError where the disk does not take it.
+        """
+        try:
+            policy.write(self.weights, folder / WEIGHTS)
+            if self.average is not None:
+                policy.write(self.average, folder / AVERAGE)
+            save_file(self.optimizer, folder / OPTIMIZER)
+            save_file(self.calibration, folder / CALIBRATION)
+        except SafetensorError as error:
+            raise OSError(f"{folder}: {error}") from error
         (folder / "state.json").write_text(json.dumps(asdict(self.progress)))
 
 

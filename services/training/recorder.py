@@ -85,8 +85,7 @@ class Recorder:
 
     def step(self, done: Progress, pairs: PairValues, more: dict[str, float]) -> None:
         """Tell of a step from the values of the global batch, which are not changed any more, and of its time."""
-        if self._failure:
-            raise self._failure
+        self._raise_failure()
         self._todo.put(partial(self._tell, done.step, pairs, more))
 
     def checkpoint(self, state: Snapshot, workers: int, needed: bool) -> None:
@@ -102,8 +101,12 @@ class Recorder:
         """Return once all is written."""
         self._todo.put(None)
         self._thread.join()
-        if self._failure:
-            raise self._failure
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure:
+            raise failure
 
     # ---- the thread
 

@@ -23,9 +23,9 @@ from services.contracts import TrainResult, TrainSpec
 from services.observability import read_journal
 from tests.encoded_pairs import train_here
 from tests.stage_runs import Running, StageRuns, cluster_environment, shapes_record
+from tests.weights import WEIGHTS, base_weights, same_bits, update_distance
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_100.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=50)
 TWENTY_STEPS = TrainConfig(steps=20, batch_size=64, learning_rate=1e-4, checkpoint_every=5)
 
@@ -80,25 +80,8 @@ def runs(system: LocalSystem, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(system, tmp_path_factory.mktemp("runs"))
 
 
-def base_weights() -> dict[str, np.ndarray]:
-    return load_file(MODEL_DIR / "unet" / WEIGHTS)
-
-
-def update_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
-    """Relative L2 distance between two weight updates."""
-    start = base_weights()
-    apart = sum(float(((a[n].astype(np.float64) - b[n]) ** 2).sum()) for n in start)
-    length = sum(float(((a[n].astype(np.float64) - start[n]) ** 2).sum()) for n in start)
-    assert length > 0
-    return (apart / length) ** 0.5
-
-
-def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
-
-
 def test_one_and_two_workers_make_the_same_update_up_to_the_order_of_additions(runs: Runs):
-    distance = update_distance(runs.run("two", 2, TWENTY_STEPS), runs.run("one", 1, TWENTY_STEPS))
+    distance = update_distance(runs.run("two", 2, TWENTY_STEPS), runs.run("one", 1, TWENTY_STEPS), base_weights())
     print(f"relative L2 distance of the update, 1 against 2 workers, 20 steps: {distance:.2e}")
     assert distance < 1e-3
 

@@ -1,0 +1,174 @@
+"""Training loses nothing: on a cluster of two raylets whose workers, driver and second node die at random times."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.models.folder import ModelFolder
+from dde_core.shapes import MODEL_DIR
+from services import checkpoints, storage
+from services.contracts import TrainSpec
+from tests.encoded_pairs import write_encoded
+from tests.ray_nodes import Nodes, two_nodes
+from tests.stage_runs import Running, StageRuns, shapes_record
+from tests.weights import base_weights, same_bits, update_distance, weights_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=50)
+TRAINING = TrainConfig(steps=60, batch_size=32, learning_rate=1e-4, checkpoint_every=3)
+
+
+class Trial(StageRuns):
+    """One run after the other, each under its own name; a driver that has died is started again as the next attempt."""
+
+    def __init__(self, nodes: Nodes, folder: Path) -> None:
+        super().__init__(folder, nodes.env)
+        self.nodes = nodes
+        self.dataset = write_encoded(folder / "data", ModelFolder(MODEL_DIR), pairs=256).as_uri()
+
+    def spec(self, name: str, workers: int | tuple[int, int], training: TrainConfig, attempt: int = 1) -> TrainSpec:
+        folder = storage.join(self.root, name)
+        return TrainSpec(
+            job=name,
+            attempt=attempt,
+            prefix=storage.join(folder, f"a{attempt}"),
+            dataset=self.dataset,
+            model=shapes_record(),
+            model_id=name,
+            name=name,
+            objective=OBJECTIVE,
+            training=training,
+            workers=workers,
+            run=storage.join(folder, "run"),
+            output=storage.join(folder, "model"),
+        )
+
+    def run(self, spec: TrainSpec, disturb: Callable[[Running, int], None] = lambda running, attempt: None) -> list[str]:
+        """To its end, whatever ``disturb`` does to it. All events."""
+        events: list[str] = []
+        for attempt in range(1, 40):
+            again = spec.model_copy(update={"attempt": attempt, "prefix": spec.prefix.rsplit("/", 1)[0] + f"/a{attempt}"})
+            running = self.start("train", again)
+            disturb(running, attempt)
+            code = running.process.wait(900)
+            events += running.events()
+            if code == 0:
+                return events
+            assert code == -signal.SIGKILL, running.failure() + "\n".join(events)
+        raise AssertionError("no end")
+
+    def steps(self, spec: TrainSpec) -> list[int]:
+        return checkpoints.steps(spec.run)
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    folder = tmp_path_factory.mktemp("lost")
+    with two_nodes(folder / "cluster") as nodes:
+        yield Trial(nodes, folder / "runs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trial: Trial) -> dict[str, np.ndarray]:
+    spec = trial.spec("undisturbed", 2, TRAINING)
+    trial.run(spec)
+    return weights_of(spec)
+
+
+class Killer:
+    """Kills so many times, each a while after the last, one of: a worker, the driver, the second node's raylet.
+
+    The node comes again as an operator would bring it; ``kills`` says what was done.
+    """
+
+    def __init__(self, trial: Trial, spec: TrainSpec, times: int, seed: int, kinds: tuple[str, ...]) -> None:
+        self._trial, self._spec, self._left, self._random, self._kinds = trial, spec, times, random.Random(seed), kinds
+        self.kills: list[str] = []
+
+    def __call__(self, running: Running, attempt: int) -> None:
+        while self._left and running.process.poll() is None:
+            if not self._wait_for_progress(running):
+                return
+            kind = self._random.choice(self._kinds)
+            workers, before = self._trial.nodes.workers(), max(self._trial.steps(self._spec), default=0)
+            if kind == "worker" and not workers:
+                continue
+            self._left -= 1
+            self.kills.append(kind)
+            print(f"kill {len(self.kills)}: {kind}, newest checkpoint {before}, attempt {attempt}", flush=True)
+            if kind == "worker":
+                self._random.choice(workers).kill()
+            elif kind == "driver":
+                os.kill(running.process.pid, signal.SIGKILL)
+                return
+            else:
+                self._trial.nodes.raylet().kill()
+                time.sleep(self._random.uniform(0, 3))
+                self._trial.nodes.lose()
+                self._trial.nodes.add()
+
+    def _wait_for_progress(self, running: Running) -> bool:
+        """Some random moment after a new checkpoint was made; False where the driver has ended before."""
+        before = max(self._trial.steps(self._spec), default=0)
+        while max(self._trial.steps(self._spec), default=0) <= before:
+            if running.process.poll() is not None:
+                return False
+            time.sleep(0.05)
+        time.sleep(self._random.uniform(0, 1.0))
+        return running.process.poll() is None
+
+
+def test_twenty_kills_of_worker_driver_or_raylet_change_no_bit(trial: Trial, undisturbed):
+    spec = trial.spec("killed", 2, replace(TRAINING, steps=60))
+    killer = Killer(trial, spec, 20, seed=1, kinds=("worker", "driver", "raylet"))
+    events = trial.run(spec, killer)
+    starts = [event for event in events if "workers" in event and "from step" in event]
+    print("\n".join(starts))
+    assert len(killer.kills) == 20
+    assert set(killer.kills) == {"worker", "driver", "raylet"}
+    assert all("on 2 workers" in event for event in starts)
+    assert same_bits(undisturbed, weights_of(spec))
+
+
+def test_an_elastic_run_loses_a_node_and_gets_it_again(trial: Trial, undisturbed):
+    spec = trial.spec("elastic", (1, 2), replace(TRAINING, steps=400))
+    whole = trial.spec("elastic-undisturbed", 2, replace(TRAINING, steps=400))
+    trial.run(whole)
+
+    def lose_a_node(running: Running, attempt: int) -> None:
+        wait_for(lambda: started(running, 2), running)
+        wait_for(lambda: trial.steps(spec), running)
+        trial.nodes.lose()
+        wait_for(lambda: started(running, 1), running)
+        trial.nodes.add()
+        wait_for(lambda: sum("on 2 workers" in event for event in running.events()) == 2, running)
+
+    events = trial.run(spec, lose_a_node)
+    starts = [event for event in events if "workers" in event and "from step" in event]
+    print("\n".join(starts))
+    distance = update_distance(weights_of(spec), weights_of(whole), base_weights())
+    print(f"relative L2 distance of the update, 2 -> 1 -> 2 workers against 2: {distance:.1e}")
+    assert [event.split()[2] for event in starts] == ["2", "1", "2"]
+    assert distance < 1e-3
+
+
+def started(running: Running, workers: int) -> bool:
+    return any(f"training on {workers} workers" in event for event in running.events())
+
+
+def wait_for(ready: Callable[[], object], running: Running, timeout_s: float = 300.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert running.process.poll() is None, running.failure()
+        assert time.monotonic() < deadline, running.events()
+        time.sleep(0.1)

@@ -1,0 +1,230 @@
+"""What training keeps, and that it goes on from it: full disks, broken files, requests to stop, attempts that are overtaken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dde_core.config import ObjectiveConfig
+from dde_core.errors import ConfigError, DataError
+from dde_core.models.folder import ModelFolder
+from services import checkpoints, storage
+from services.checkpoints import CheckpointRecord, ReaderPosition
+from services.contracts import EvaluationConfig, StopRequest, Validated, ValidationConfig
+from services.errors import Conflict
+from services.observability import read_journal
+from services.training import recorder, selection
+from services.training.loop import FAILED
+from tests.encoded_pairs import train_here, train_spec, write_encoded
+from tests.tiny_folders import sd15_folder
+
+OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=20)
+TRAINING = {"batch_size": 6, "learning_rate": 1e-3, "ema_decay": 0.9, "checkpoint_every": 2, "keep_checkpoints": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return ModelFolder(sd15_folder(tmp_path_factory.mktemp("models") / "sd15"))
+
+
+@pytest.fixture(scope="module")
+def encoded(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoded(tmp_path_factory.mktemp("encoded") / "pairs", model)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, encoded, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train_here(folder, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    return state(folder, 8)
+
+
+def run_of(folder: Path) -> str:
+    return (folder / "run").as_uri()
+
+
+def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    with checkpoints.opened(run_of(folder), checkpoints.read(run_of(folder), step)) as files:
+        return {
+            f"{path.relative_to(files)}/{n}": t for path in files.rglob("*.safetensors") for n, t in load_file(path).items()
+        }
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def events(folder: Path) -> list[str]:
+    return [entry.message for _, some in read_journal(folder.as_uri(), 0) for entry in some if entry.message]
+
+
+def test_a_checkpoint_says_what_it_is_of_and_the_last_ones_are_kept(model, encoded, tmp_path, undisturbed):
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    assert checkpoints.steps(run_of(tmp_path)) == [6, 8]
+    record = checkpoints.read(run_of(tmp_path), 8)
+    assert (record.step, record.pairs_seen, record.images_seen, record.workers) == (8, 48, 96, 1)
+    assert record.reader == ReaderPosition(epoch=3, pair=0), "48 pairs of 16"
+    assert record.identity["training.batch_size"] == 6
+    assert record.metrics["loss"] > 0
+    expected = {"optimizer.safetensors", "calibration.safetensors", "state.json"}
+    parts = {f"{part}/{name}" for part in ("weights", "ema") for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    assert set(record.files) == expected | parts
+    assert (
+        record.num_bytes
+        == sum(path.stat().st_size for path in (tmp_path / "run/checkpoints/step-00000008").rglob("*.*"))
+        - (tmp_path / "run/checkpoints/step-00000008/checkpoint.json").stat().st_size
+    )
+    assert same(state(tmp_path, 8), undisturbed)
+
+
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(model, encoded, tmp_path, undisturbed):
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    assert [event for event in events(tmp_path) if "from step" in event] == [
+        "training on 1 workers from step 0",
+        "training on 1 workers from step 4",
+    ]
+    assert same(state(tmp_path, 8), undisturbed)
+
+
+def test_a_checkpoint_whose_files_have_changed_is_passed_over(model, encoded, tmp_path, undisturbed):
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
+    weights = tmp_path / "run/checkpoints/step-00000004/optimizer.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(
+        DataError, match=r"optimizer\.safetensors of the checkpoint at .*step-00000004' is not what was written"
+    ):
+        state(tmp_path, 4)
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    assert any("the checkpoint of step 4 is passed over" in event for event in events(tmp_path))
+    assert "training on 1 workers from step 2" in events(tmp_path)
+    assert same(state(tmp_path, 8), undisturbed)
+
+
+def test_files_without_a_record_are_no_checkpoint(model, encoded, tmp_path, undisturbed):
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
+    (tmp_path / "run/checkpoints/step-00000004/checkpoint.json").unlink()
+    assert checkpoints.steps(run_of(tmp_path)) == [2]
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    assert same(state(tmp_path, 8), undisturbed)
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs(model, encoded, tmp_path):
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=2, **TRAINING)
+    told = r"training\.learning_rate differs from the checkpoint of step 2, which has 0\.001, got 0\.002"
+    with pytest.raises(ConfigError, match=told):
+        train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING | {"learning_rate": 2e-3})
+    failed = storage.read_json(storage.join(tmp_path.as_uri(), FAILED))
+    assert failed["param"] == "training.learning_rate", "what would only come again is told to the driver"
+
+
+def test_an_attempt_that_was_given_up_writes_no_checkpoint_any_more(model, encoded, tmp_path):
+    storage.write_json(storage.join(run_of(tmp_path), recorder.FENCE), {"attempt": 2})
+    with pytest.raises(Conflict, match="attempt 1 was given up: attempt 2 goes on with this run"):
+        train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
+    assert checkpoints.steps(run_of(tmp_path)) == []
+
+
+def test_a_run_that_is_asked_to_stop_ends_after_a_step_and_goes_on_to_the_same_bits(model, encoded, tmp_path, undisturbed):
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=2, **TRAINING | {"checkpoint_every": 100})
+    stop = storage.join(tmp_path.as_uri(), "stop.json")
+    storage.write_json(stop, StopRequest(why="pause").model_dump())
+    again = TRAINING | {"checkpoint_every": 100}
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **again)
+    stopped_after = checkpoints.steps(run_of(tmp_path))[-1]
+    assert 2 < stopped_after <= 8
+    storage.delete_file(stop)
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **again)
+    assert same(state(tmp_path, 8), undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system with room for less than one checkpoint."""
+    if os.geteuid():
+        pytest.skip("mounting a file system is root's")
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_costs_no_step(model, encoded, small_disk, undisturbed):
+    def make_room() -> None:
+        time.sleep(4)
+        subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+
+    later = threading.Thread(target=make_room)
+    later.start()
+    metrics = train_here(small_disk, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    later.join()
+    assert len(metrics) == 8, "all of them told"
+    assert any("storage is tried again" in event and "No space left" in event for event in events(small_disk))
+    assert any("no checkpoint of step" in event for event in events(small_disk)), "training did not wait"
+    assert same(state(small_disk, 8), undisturbed)
+
+
+# ---- which are kept
+
+
+def records(folder: Path, *steps: int) -> str:
+    for step in steps:
+        record = CheckpointRecord(
+            step=step,
+            pairs_seen=step,
+            images_seen=step,
+            reader=ReaderPosition(epoch=0, pair=0),
+            ledger=None,
+            identity={},
+            workers=1,
+            attempt=1,
+            created_at=0.0,
+            metrics={},
+            files={},
+        )
+        with checkpoints.committed(folder.as_uri(), record) as files:
+            (files / "state.json").write_text("{}")
+    return folder.as_uri()
+
+
+def validated(run: str, step: int, **metrics: float) -> None:
+    storage.write_json(selection.outcome_uri(run, step), Validated(step=step, metrics=metrics, seconds=1.0).model_dump())
+
+
+def test_the_last_the_best_and_what_validation_has_not_seen_are_kept(model, encoded, tmp_path):
+    run = records(tmp_path, 10, 20, 30, 40, 50, 60)
+    spec = train_spec(tmp_path, model, encoded, OBJECTIVE, steps=60, held_out_pairs=2, checkpoint_every=10, keep_checkpoints=1)
+    spec = spec.model_copy(update={"run": run})
+    assert selection.superfluous(spec) == [10, 20, 30, 40, 50]
+    asked = ValidationConfig(every=20, best_metric="held_out_accuracy")
+    spec = spec.model_copy(update={"validation": asked, "evaluation": EvaluationConfig(prompts_uri="x")})
+    assert selection.superfluous(spec) == [10, 30, 50], "20, 40 and 60 wait for validation"
+    validated(run, 0, held_out_accuracy=0.9)
+    validated(run, 20, held_out_accuracy=0.7)
+    validated(run, 40, held_out_accuracy=0.7)
+    assert selection.best(selection.outcomes(run), "held_out_accuracy") == 20, "the first of equals, and never the base"
+    assert selection.superfluous(spec) == [10, 30, 40, 50]
+    validated(run, 60, held_out_accuracy=0.8)
+    assert selection.superfluous(spec) == [10, 20, 30, 40, 50]
+
+
+def test_validation_is_due_every_so_often_and_at_the_end(model, encoded, tmp_path):
+    spec = train_spec(tmp_path, model, encoded, OBJECTIVE, steps=50)
+    due = lambda spec: [step for step in range(0, 51, 10) if selection.is_due(spec, step)]  # noqa: E731
+    assert due(spec) == []
+    assert due(train_spec(tmp_path, model, encoded, OBJECTIVE, steps=50, held_out_pairs=2)) == [50]
+    assert due(spec.model_copy(update={"validation": ValidationConfig(every=20)})) == [0, 20, 40, 50]
