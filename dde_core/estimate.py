@@ -3,13 +3,12 @@
 Memory is counted in GB of 10^9 bytes while gradients are computed. Not in it: CUDA's context, cuDNN's workspaces, the
 allocator's gaps and what the optimizer takes for a moment (nothing where it is fused), for which a tenth should stay free.
 
-Time is arithmetic divided by speed. The arithmetic of a pair is that of its U-Net passes: a backward pass is two forward
+Time is arithmetic divided by speed. The arithmetic of a pair is its text and its U-Net passes: a backward pass is two forward
 ones (one where the weights are frozen and adapters are trained), gradient checkpointing does the forward once more, the
 frozen reference is one more, or none where its errors are read from a ledger. The speed is a share of the GPU's peak, and
-that share is what Diffusion-DPO's published A100-hours come to for the arithmetic of that run. Those hours also paid for
-encoding every picture in every epoch, which here is done once, before training; other GPUs are taken to reach the same share
-of their peak, which a faster one seldom does. So hours are an order of magnitude, good for comparing runs and for asking for
-machines.
+that share is what Diffusion-DPO's published A100-hours come to for the arithmetic of that run, in which the VAE encoded every
+picture in every epoch. Other GPUs are taken to reach the same share of their peak, which a faster one seldom does. So hours
+are an order of magnitude, good for comparing runs and for asking for machines; `dde_core/plan.py` goes further.
 """
 
 from __future__ import annotations
@@ -20,93 +19,7 @@ from dataclasses import dataclass
 
 from dde_core.config import CALIBRATED, LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
-
-FLOAT32, BFLOAT16 = 4, 2
-"""Bytes of a number."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """``peak`` is dense bf16 FLOP/s, ``memory_gb`` as sold: both from NVIDIA's data sheets, the SXM variants."""
-
-    title: str
-    peak: float
-    memory_gb: float
-
-
-GPUS: dict[str, Gpu] = {
-    "a100": Gpu("A100 80 GB", 312e12, 80),
-    "h100": Gpu("H100 80 GB", 989e12, 80),
-    "h200": Gpu("H200 141 GB", 989e12, 141),
-}
-
-
-@dataclass(frozen=True)
-class Published:
-    """A run of Diffusion-DPO (arXiv 2311.12908) on 16 A100s, from the launch scripts of its repository
-    (SalesforceAIResearch/DiffusionDPO). ``passes`` are the U-Net forwards that a sample cost there: 1 + 2 backward + 1
-    reference, and 1 more with gradient checkpointing, which its README says is on for SDXL alone."""
-
-    gpu_hours: float
-    steps: int
-    passes: int
-    batch_size: int = 2048
-
-
-@dataclass(frozen=True)
-class Facts:
-    """One model at its own resolution. Counts and FLOPs are recounted by `tests/core/test_estimate.py`, on tensors without
-    storage: parameters, multiply-adds times two of one forward of one sample, and the bytes that live at once beyond
-    weights and gradients in forward and backward of one sample, by precision and gradient checkpointing.
-
-    ``blocks`` has for each width of the U-Net the number of its transformer blocks.
-    """
-
-    title: str
-    parameters: int
-    text_encoder_parameters: int
-    forward_flops: float
-    activation_bytes: dict[tuple[str, bool], float]
-    latent_shape: tuple[int, int, int]
-    text_shape: tuple[int, int]
-    blocks: dict[int, int]
-    published: Published
-
-
-FACTS: dict[str, Facts] = {
-    "sd15": Facts(
-        title="Stable Diffusion 1.5 at 512 px",
-        parameters=859_520_964,
-        text_encoder_parameters=123_060_480,  # CLIP ViT-L/14
-        forward_flops=0.8033e12,
-        activation_bytes={
-            ("bf16", False): 1.261e9,
-            ("bf16", True): 0.281e9,
-            ("fp32", False): 1.903e9,
-            ("fp32", True): 0.483e9,
-        },
-        latent_shape=(4, 64, 64),
-        text_shape=(77, 768),
-        blocks={320: 5, 640: 5, 1280: 6},
-        published=Published(gpu_hours=384, steps=2000, passes=4),  # "~24 hours / 2000 steps"
-    ),
-    "sdxl": Facts(
-        title="SDXL at 1024 px",
-        parameters=2_567_463_684,
-        text_encoder_parameters=123_060_480 + 694_659_840,  # CLIP ViT-L/14 and OpenCLIP ViT-bigG/14
-        forward_flops=6.761e12,
-        activation_bytes={
-            ("bf16", False): 8.726e9,
-            ("bf16", True): 0.892e9,
-            ("fp32", False): 13.82e9,
-            ("fp32", True): 1.449e9,
-        },
-        latent_shape=(4, 128, 128),
-        text_shape=(77, 2048),
-        blocks={640: 10, 1280: 60},
-        published=Published(gpu_hours=4800, steps=2000, passes=5),  # "~30 hours / 200 steps"
-    ),
-}
+from dde_core.facts import BFLOAT16, FACTS, FLOAT32, GPUS, Facts, Gpu
 
 
 @dataclass(frozen=True)
@@ -136,13 +49,18 @@ class Estimate:
     @property
     def room(self) -> str:
         """Whether the memory suffices, in words."""
-        if self.memory_gb > self.gpu.memory_gb:
-            return "does not fit"
-        return "fits" if self.memory_gb <= 0.9 * self.gpu.memory_gb else "tight: less than a tenth stays free"
+        return room_of(self.memory_gb, self.gpu)
 
     @property
     def gpu_hours(self) -> float:
         return next(term.value for term in self.time if term.name == "GPU-hours")
+
+
+def room_of(memory_gb: float, gpu: Gpu) -> str:
+    """Whether a GPU's memory suffices, in words."""
+    if memory_gb > gpu.memory_gb:
+        return "does not fit"
+    return "fits" if memory_gb <= 0.9 * gpu.memory_gb else "tight: less than a tenth stays free"
 
 
 def estimate(family: str, objective: ObjectiveConfig, training: TrainConfig, workers: int, gpu: str = "a100") -> Estimate:
@@ -267,12 +185,12 @@ def linear_layers(width: int, text_width: int) -> dict[str, tuple[int, int]]:
 def time_terms(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int, gpu: Gpu) -> Iterator[Term]:
     """From one sample's passes to the hours of the run."""
     parts = passes(objective, training)
-    flops = sides_of(objective) * sum(parts.values()) * facts.forward_flops
-    share = published_share(facts)
+    flops, share = pair_flops(facts, objective, training), published_share(facts)
     pairs = training.steps * training.batch_size
     hours = pairs * flops / (share * gpu.peak) / 3600
     yield Term("passes", " + ".join(f"{count} {name}" for name, count in parts.items()), sum(parts.values()), "forwards")
     arithmetic = f"passes x {spelled(sides_of(objective))} x {facts.forward_flops / 1e12:.3f} TFLOP of one forward"
+    arithmetic += f" + {facts.text_flops / 1e12:.3f} of its text"
     yield Term("arithmetic", arithmetic, flops / 1e12, "TFLOP a pair")
     speed = f"{100 * share:.1f}% of peak {gpu.peak / 1e12:.0f}, Diffusion-DPO's share"
     yield Term("speed", speed, share * gpu.peak / 1e12, "TFLOP/s")
@@ -280,8 +198,8 @@ def time_terms(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, 
     yield Term("GPU-hours", f"{training.steps} steps x {training.batch_size} pairs / pace", hours, "h")
     yield Term("time", f"GPU-hours / {workers} GPUs", hours / workers, "h")
     if objective.method != "sft" and training.reference == "ledger" and not training.draws:
-        once = "a forward of every visit, once for all runs with its key: GPU-hours / passes"
-        yield Term("ledger", once, hours / sum(parts.values()), "h")
+        once = "a forward of every visit, once for all runs with its key: steps x pairs x arithmetic of a forward / speed"
+        yield Term("ledger", once, pairs * forward_flops(facts) / (share * gpu.peak) / 3600, "h")
 
 
 def passes(objective: ObjectiveConfig, training: TrainConfig) -> dict[str, int]:
@@ -291,13 +209,28 @@ def passes(objective: ObjectiveConfig, training: TrainConfig) -> dict[str, int]:
     return parts | ({"reference": 1} if runs_reference(objective, training) else {})
 
 
+def pair_flops(facts: Facts, objective: ObjectiveConfig, training: TrainConfig) -> float:
+    """FLOPs of a pair in a training step: its text once, and the U-Net's passes on each side."""
+    return facts.text_flops + sides_of(objective) * sum(passes(objective, training).values()) * facts.forward_flops
+
+
+def forward_flops(facts: Facts) -> float:
+    """FLOPs of a pair in a ledger's pass: its text, and one forward on each side."""
+    return facts.text_flops + 2 * facts.forward_flops
+
+
+def public_recipe_flops(facts: Facts, passes: int) -> float:
+    """FLOPs of a pair in a step of the public recipe: text, and on each side the VAE and the U-Net's ``passes``."""
+    return facts.text_flops + 2 * (facts.vae_flops + passes * facts.forward_flops)
+
+
 def runs_reference(objective: ObjectiveConfig, training: TrainConfig) -> bool:
     """Whether the frozen model runs in every step. Not for `sft`, nor on a ledger."""
     return objective.method != "sft" and training.reference != "ledger"
 
 
 def published_share(facts: Facts) -> float:
-    """What part of an A100's peak the published run's U-Net passes made use of."""
+    """What part of an A100's peak the published run made use of."""
     run = facts.published
-    flops = run.steps * run.batch_size * 2 * run.passes * facts.forward_flops
+    flops = run.steps * run.batch_size * public_recipe_flops(facts, run.passes)
     return flops / (run.gpu_hours * 3600 * GPUS["a100"].peak)

@@ -20,7 +20,7 @@ from dde_core.errors import DataError
 from services import storage
 from services.contracts import Strict
 
-FOLDER, RECORD = "checkpoints", "checkpoint.json"
+FOLDER, RECORD, VALIDATION = "checkpoints", "checkpoint.json", "validation"
 
 
 class FileDigest(Strict):
@@ -64,6 +64,11 @@ class CheckpointRecord(Strict):
 def folder(run: str, step: int) -> str:
     """Where the checkpoint after ``step`` steps lies."""
     return storage.join(run, FOLDER, f"step-{step:08d}")
+
+
+def outcome_uri(run: str, step: int) -> str:
+    """Where what validation says of the checkpoint after ``step`` steps lies."""
+    return storage.join(run, VALIDATION, f"step-{step:08d}.json")
 
 
 def steps(run: str) -> list[int]:

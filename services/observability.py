@@ -6,6 +6,7 @@ gathered for up to a second.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -52,10 +53,14 @@ class Journal:
 
 
 def read_journal(prefix: str, start: int, limit: int | None = None) -> list[tuple[int, list[JournalEvent]]]:
-    """The journal's files from number ``start`` on (at most ``limit``), each with its entries, in order."""
-    folder = storage.join(prefix, "journal")
-    numbers = [number for name in storage.list_files(folder) if (number := int(name.removesuffix(".json"))) >= start]
-    return [
-        (number, _ENTRIES.validate_json(storage.read_bytes(storage.join(folder, f"{number:08d}.json"))))
-        for number in numbers[:limit]
-    ]
+    """The journal's files from number ``start`` on (at most ``limit``), each with its entries. Numbers have no gaps."""
+    folder, found = storage.join(prefix, "journal"), []
+    for number in itertools.count(start):
+        try:
+            data = storage.read_bytes(storage.join(folder, f"{number:08d}.json"))
+        except FileNotFoundError:
+            break
+        found.append((number, _ENTRIES.validate_json(data)))
+        if len(found) == limit:
+            break
+    return found

@@ -30,10 +30,13 @@ class Settings(BaseSettings):
     lock_s: float = 60.0
     max_active_jobs: int = 8
     """How many jobs may have a stage on the cluster at once; the others wait as queued, the oldest first."""
+    max_attempts: Annotated[int, Field(ge=1)] = 5
+    """How often a stage is started whose driver died, was stopped by others or lacked something, before its job fails."""
     driver_grace_s: float = 10.0
     """How long a marker is waited for after Ray says that a driver has ended."""
     unreachable_s: float = 300.0
-    """How long Ray may be out of reach before a job that runs there is failed."""
+    """How long Ray may be out of reach before a job that runs there is failed, and how long the end of a run that was told to
+    end is waited for."""
 
 
 class ClientSettings(BaseSettings):
@@ -65,3 +68,29 @@ class ClientSettings(BaseSettings):
 
 def _first_line(path: Path) -> str | None:
     return path.read_text().strip() if path.is_file() else None
+
+
+class TrackerSettings(BaseSettings):
+    """Where training tells its metrics beside the journal and TensorBoard's files: the variables that the clients of MLflow and
+    of Weights & Biases read themselves. They are set where Ray runs, so no key passes through a spec or storage.
+
+    Everything else that those clients read (user, token, entity, certificates) reaches them as it is.
+    """
+
+    model_config = SettingsConfigDict(extra="ignore")
+
+    mlflow_tracking_uri: str | None = None
+    mlflow_experiment_name: Annotated[str, Field(min_length=1)] = "dde"
+    wandb_api_key: SecretStr | None = None
+    wandb_mode: Annotated[str, Field(pattern="^(online|offline|disabled)$")] | None = None
+    wandb_project: Annotated[str, Field(min_length=1)] = "dde"
+
+    @property
+    def mlflow(self) -> bool:
+        """Whether MLflow is told: where MLFLOW_TRACKING_URI says where."""
+        return bool(self.mlflow_tracking_uri)
+
+    @property
+    def wandb(self) -> bool:
+        """Whether Weights & Biases is told: with WANDB_API_KEY, or into files with WANDB_MODE=offline."""
+        return self.wandb_mode == "offline" or (bool(self.wandb_api_key) and self.wandb_mode != "disabled")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -25,6 +26,7 @@ def run_stage(spec_type: type[Spec], work: Callable[[Spec, Journal], Strict], ar
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True, metavar="URI")
     spec = spec_type.model_validate_json(storage.read_bytes(parser.parse_args(argv).spec))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by all that a shell has started in the background
     journal, began = Journal(spec.prefix), time.monotonic()
     try:
         result = work(spec, journal)

@@ -18,6 +18,7 @@ from dde_core.latents.writer import shard_table, write_shard
 from dde_core.models.folder import ModelFolder
 from dde_core.models.tokens import tokenize
 from dde_core.shapes.scenes import all_scenes, caption
+from services import storage
 from services.contracts import ModelRecord, TrainSpec
 from services.observability import read_journal
 from services.training.loop import train_loop
@@ -67,13 +68,14 @@ def batch_maker(model: ModelFolder, encoded: Path, objective: ObjectiveConfig, *
     return BatchMaker(reader, model, model.schedule(), objective, TrainConfig(**training), torch.device("cpu"))
 
 
-def train_spec(folder: Path, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training) -> TrainSpec:
-    """What a train stage is told."""
+def train_spec(folder: Path | str, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training) -> TrainSpec:
+    """What a train stage is told, whose files lie in a folder or below a URI."""
+    root = storage.as_uri(folder)
     record = ModelRecord(id="m", name="m", uri=model.path.as_uri(), family=model.family, digest="", created_at=0)
     return TrainSpec(
         job="job",
         attempt=1,
-        prefix=folder.as_uri(),
+        prefix=root,
         dataset=encoded.as_uri(),
         model=record,
         model_id="aligned",
@@ -81,13 +83,13 @@ def train_spec(folder: Path, model: ModelFolder, encoded: Path, objective: Objec
         objective=objective,
         training=TrainConfig(**training),
         workers=1,
-        run=(folder / "run").as_uri(),
-        output=(folder / "model").as_uri(),
+        run=storage.join(root, "run"),
+        output=storage.join(root, "model"),
     )
 
 
 def train_here(
-    folder: Path, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, ledger: str | None = None, **training
+    folder: Path | str, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, ledger: str | None = None, **training
 ) -> list[dict[str, float]]:
     """The real training loop as one worker in this process, without a cluster. The metrics of each step."""
     spec = train_spec(folder, model, encoded, objective, **training).model_copy(update={"ledger": ledger})

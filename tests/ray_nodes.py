@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-from services.client.processes import Child, environment, executables, free_ports, wait_until
+from services.client.processes import Child, StartFailed, environment, executables, free_ports, wait_until
 from services.client.ray_head import RayHead, ray_environment
 
 OBJECT_STORE_BYTES = 100_000_000
 
 
 class Nodes:
-    """``head`` has one CPU; every further node has one. ``env`` is what drivers see."""
+    """``head`` has one CPU, the second node one. ``env`` is what drivers see. A second node that is to be there and has ended
+    is started again, as an operator does with a pod: its start gives up on a busy machine."""
 
     def __init__(self, head: RayHead, logs: Path, mark: str) -> None:
         self.head, self._logs, self._mark = head, logs, mark
         self.address = f"127.0.0.1:{head.ports.gcs}"
         self.env = environment(mark, {"RAY_ADDRESS": self.address, "RAY_TRAIN_V2_ENABLED": "1", **head.auth})
-        self._started = 0
         self.node: Child | None = None
+        self._started, self._lock, self._over = 0, threading.Lock(), threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
+        self._keeper.start()
 
-    def add(self) -> None:
-        """Start the second node. It is there a few seconds later."""
-        assert self.node is None
+    def _keep(self) -> None:
+        while not self._over.wait(1.0):
+            with self._lock:
+                if self.node and ended(self.node):
+                    self._start()
+
+    def _start(self) -> None:
         self._started += 1
         command = [
             *(str(executables() / "ray"), "start", "--block", "--disable-usage-stats", f"--address={self.address}"),
@@ -36,25 +44,56 @@ class Nodes:
         env = environment(self._mark, {**ray_environment(self.head.ports), **self.head.auth})
         self.node = Child("node", command, self._logs / f"node-{self._started}.log", env)
 
+    def add(self) -> None:
+        """Start the second node. It is there a few seconds later."""
+        with self._lock:
+            assert self.node is None
+            self._start()
+
     def lose(self) -> None:
         """The second node is gone at once, with all that runs there."""
-        assert self.node
-        family = [psutil.Process(self.node.pid), *psutil.Process(self.node.pid).children(recursive=True)]
-        for process in family:
-            process.kill()
-        self.node.stop(0.0)
-        self.node = None
+        with self._lock:
+            assert self.node
+            family = [*_children(self.node.pid), *([] if ended(self.node) else [psutil.Process(self.node.pid)])]
+            for process in family:
+                with suppress(psutil.Error):
+                    process.kill()
+            self.node.stop(0.0)
+            self.node = None
 
-    def raylet(self) -> psutil.Process:
-        """The second node's."""
-        assert self.node
-        return next(p for p in psutil.Process(self.node.pid).children(recursive=True) if p.name() == "raylet")
+    def close(self) -> None:
+        """The second node, and what keeps it."""
+        self._over.set()
+        self._keeper.join()
+        if self.node:
+            self.lose()
+
+    def raylet(self) -> psutil.Process | None:
+        """The second node's, where it is there."""
+        with self._lock:
+            children = _children(self.node.pid) if self.node else []
+        return next((child for child in children if child.name() == "raylet"), None)
 
     def workers(self) -> list[psutil.Process]:
         """Training workers on both nodes."""
         roots = [self.head.child.pid, *([self.node.pid] if self.node else [])]
-        children = [child for root in roots for child in psutil.Process(root).children(recursive=True)]
-        return [child for child in children if _is_worker(child)]
+        return [child for root in roots for child in _children(root) if _is_worker(child)]
+
+
+def ended(child: Child) -> bool:
+    """Whether the process is over."""
+    try:
+        child.check()
+    except StartFailed:
+        return True
+    return False
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -75,5 +114,4 @@ def two_nodes(folder: Path) -> Iterator[Nodes]:
         try:
             yield nodes
         finally:
-            if nodes.node:
-                nodes.lose()
+            nodes.close()

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5's and SDXL's real U-Nets and noise schedule, as their diffusers folders describe them, and random
+"""Stable Diffusion 1.5's and SDXL's real U-Nets, VAE and noise schedule, as their diffusers folders describe them, and random
 pairs of their shapes. No weights: they are drawn here, or left out (device "meta")."""
 
 from __future__ import annotations
@@ -53,6 +53,16 @@ TINY: dict[str, Any] = {
 """Not a real one: for runs in seconds."""
 
 UNETS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
+
+SD15_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+"""SDXL's differs in ``sample_size`` and the scale of its latents alone."""
 
 POOLED_WIDTH = 1280
 """Of SDXL's pooled text: 2816 - 6 x 256 that describe sizes and crops."""

@@ -20,14 +20,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dde_core.cluster import AUTO_ROOM
 from dde_core.config import TrainConfig
 from dde_core.errors import ConfigError
 
 Parallelism = Literal["none", "ddp", "fsdp"]
-
-ROOM = 0.7
-"""The part of a device's memory that weights and what belongs to them may take; activations want the rest."""
-
 
 def choose(training: TrainConfig, num_parameters: int, device: torch.device, world_size: int) -> Parallelism:
     """What ``training.parallelism`` comes to. "auto" shares the model out where a whole one does not fit on a GPU.
@@ -38,7 +35,7 @@ def choose(training: TrainConfig, num_parameters: int, device: torch.device, wor
         return "none"
     asked = training.parallelism
     if asked == "auto":
-        room = torch.cuda.get_device_properties(device).total_memory * ROOM if device.type == "cuda" else float("inf")
+        room = torch.cuda.get_device_properties(device).total_memory * AUTO_ROOM if device.type == "cuda" else float("inf")
         asked = "ddp" if state_bytes(training, num_parameters) <= room else "fsdp"
     if asked == "fsdp" and training.optimizer == "adamw_8bit":
         raise ConfigError("training.optimizer", training.optimizer, 'does not go with training.parallelism "fsdp"')

@@ -25,7 +25,7 @@ import httpx
 from pydantic import BaseModel
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from services.client.types import Dataset, Evaluation, Event, Item, Job, MetricRow, Model, Page, parse
+from services.client.types import Checkpoint, Dataset, Evaluation, Event, Item, Job, MetricRow, Model, Page, parse
 from services.contracts import (
     AlignmentJobCreate,
     CreditRecord,
@@ -136,6 +136,18 @@ class Client:
 
     def cancel_job(self, job_id: str) -> Job:
         return self._post(Job, f"/v1/alignment/jobs/{job_id}/cancel")
+
+    def pause_job(self, job_id: str) -> Job:
+        """Have a job store its state and free the cluster; its status is paused once nothing of it runs any more."""
+        return self._post(Job, f"/v1/alignment/jobs/{job_id}/pause")
+
+    def resume_job(self, job_id: str) -> Job:
+        """Let a paused job go on where it was."""
+        return self._post(Job, f"/v1/alignment/jobs/{job_id}/resume")
+
+    def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
+        """What the training of a job has stored and kept, in order of steps."""
+        return self._items(Checkpoint, f"/v1/alignment/jobs/{job_id}/checkpoints", cursor="step")
 
     def events(self, job_id: str, after: str | None = None) -> Iterator[Event]:
         """The job's events in order; ``after`` is the id of the last one already seen."""

@@ -22,10 +22,14 @@ PLACES = {
     "learning_rate": ("training", "learning_rate"),
     "checkpoint_every": ("training", "checkpoint_every"),
     "seed": ("training", "seed"),
+    "reference": ("training", "reference"),
     "prompts": ("evaluation", "prompts_uri"),
     "num_prompts": ("evaluation", "num_prompts"),
 }
 """Where an option stands in a job's body; those that are not here stand at the top."""
+
+TO_BE_NAMED = {"model": "MODEL", "dataset": "DATASET", "evaluation": {"prompts_uri": "PROMPTS"}}
+"""What a dry run does not have to be told."""
 
 
 def job_body(file: Path | None, options: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> AlignmentJobCreate:
@@ -36,9 +40,9 @@ def job_body(file: Path | None, options: Mapping[str, Any], recipe: Mapping[str,
             for key in reversed(PLACES.get(option, (option,))):
                 value = {key: value}
             body = merged(body, value)
-    evaluation = body.get("evaluation")
-    if isinstance(evaluation, dict) and isinstance(evaluation.get("prompts_uri"), str):
-        evaluation["prompts_uri"] = as_uri(evaluation["prompts_uri"])
+    for part in (body.get("evaluation"), body.get("validation")):
+        if isinstance(part, dict) and isinstance(part.get("prompts_uri"), str):
+            part["prompts_uri"] = as_uri(part["prompts_uri"])
     return AlignmentJobCreate.model_validate_json(json.dumps(body))
 
 
@@ -63,6 +67,14 @@ def columns_of(options: Sequence[str]) -> dict[str, str]:
     if wrong := [option for option, (name, _, column) in zip(options, pairs, strict=True) if not (name and column)]:
         raise BadRequest(f"--column must be NAME=COLUMN, as in caption=prompt, got {wrong[0]!r}")
     return {name: column for name, _, column in pairs}
+
+
+def workers_of(option: str) -> int | list[int]:
+    """``"2"`` or ``"1-4"``. Raises BadRequest for anything else."""
+    numbers = option.split("-")
+    if len(numbers) > 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise BadRequest(f"--workers must be a number, or LEAST-MOST, as in 1-4, got {option!r}")
+    return int(option) if len(numbers) == 1 else [int(number) for number in numbers]
 
 
 def as_uri(place: str) -> str:

@@ -12,12 +12,11 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from dde_core.errors import DdeError
-from dde_core.estimate import estimate
 from services.client import recipes, tables
-from services.client.api import Client
-from services.client.bodies import as_uri, columns_of, job_body, read_body, validation_line
-from services.client.watch import watch
-from services.contracts import AlignmentJobCreate, CreditRecord, EvaluationCreate, ImageRequest, most_workers
+from services.client.bodies import TO_BE_NAMED, as_uri, columns_of, job_body, read_body, validation_line
+from services.client.connection import connect
+from services.client.job_commands import jobs
+from services.contracts import CreditRecord, EvaluationCreate, ImageRequest, most_workers
 from services.errors import BadRequest, ServiceError
 from services.settings import ClientSettings
 
@@ -41,16 +40,9 @@ app = typer.Typer(
 )
 datasets = typer.Typer(no_args_is_help=True, help="Preference pairs.")
 models = typer.Typer(no_args_is_help=True, help="Base models and aligned ones.")
-jobs = typer.Typer(no_args_is_help=True, help="Alignment jobs.")
 app.add_typer(datasets, name="datasets")
 app.add_typer(models, name="models")
 app.add_typer(jobs, name="jobs")
-
-NOT_OF_THE_BODY = ("file", "recipe", "dry_run", "family", "gpu", "follow")
-"""Parameters of `dde jobs create` that are no fields of a job."""
-
-TO_BE_NAMED = {"model": "MODEL", "dataset": "DATASET", "evaluation": {"prompts_uri": "PROMPTS"}}
-"""What a dry run does not have to be told."""
 
 PairsUri = Annotated[str, typer.Argument(help="Parquet, JSON lines, a Hugging Face or win/lose folder: path or URI.")]
 ColumnOption = Annotated[
@@ -62,12 +54,6 @@ Cpus = Annotated[int, typer.Option(min=1, help="What Ray may hand out: workers a
 def complain(line: str) -> None:
     """One line on stderr."""
     typer.echo(f"error: {line}", err=True)
-
-
-def connect() -> Client:
-    """A client of the system that the environment names."""
-    settings = ClientSettings()
-    return Client(settings.base_url, settings.key)
 
 
 # ---- the system on this machine
@@ -151,7 +137,7 @@ def list_models() -> None:
     tables.print_list(Console(), ("id", "name", "family", "base", "job", "created"), rows)
 
 
-# ---- jobs
+# ---- runs
 
 
 @app.command("recipes")
@@ -161,75 +147,45 @@ def list_recipes() -> None:
     tables.print_list(Console(), ("name", "family", "method", "about"), rows)
 
 
-@jobs.command("create")
-def create_job(
-    ctx: typer.Context,
-    file: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, help="The body as JSON or YAML.")] = None,
-    model: Annotated[str | None, typer.Option(help="Name or id of the base model.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Id of the dataset.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the aligned model.")] = None,
-    method: Annotated[str | None, typer.Option(help="dde, dde_single, dde_step, uniform, discounted or sft.")] = None,
-    beta: float | None = None,
-    steps: int | None = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs of the global batch.")] = None,
-    learning_rate: float | None = None,
-    checkpoint_every: int | None = None,
-    seed: int | None = None,
-    workers: int | None = None,
-    prompts: Annotated[str | None, typer.Option(help="Held-out prompts, one a line: path or URI.")] = None,
-    num_prompts: int | None = None,
-    recipe: Annotated[str | None, typer.Option(help="What the file and the options change: see `dde recipes`.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Post nothing: show the body, and what the run needs.")] = False,
-    family: Annotated[str | None, typer.Option(help="sd15 or sdxl, for a dry run; default: the recipe's.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="a100, h100 or h200, for a dry run; default: a100.")] = None,
-    follow: Annotated[bool, typer.Option("--watch", help="Watch the job until it ends.")] = False,
+@app.command()
+def plan(
+    file: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, help="A job's body as JSON or YAML.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="What the file changes: see `dde recipes`.")] = None,
+    family: Annotated[str | None, typer.Option(help="sd15 or sdxl; default: the recipe's.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="One a worker; default: the job's workers.")] = None,
+    gpu: Annotated[str, typer.Option(help="a100, h100 or h200.")] = "a100",
+    gpus_per_node: int = 8,
+    interconnect: Annotated[
+        float | None, typer.Option(help="GB/s between nodes for each GPU, one way; default: 25 of an a100, else 50.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="USD a GPU-hour; default: 2 of an a100, 3 of an h100, 3.5 of an h200.")
+    ] = None,
+    overlap: Annotated[float, typer.Option(help="The part of the arithmetic that hides exchange behind it, 0 to 1.")] = 0.5,
+    pairs: Annotated[int | None, typer.Option(help="Of the dataset; default: Pick-a-Pic's 851,293.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Measured speeds: results.json of tests.bench.gpu_step.")
+    ] = None,
 ) -> None:
-    """Start a job. Options go before what the file says, and that before the recipe."""
-    options = {key: value for key, value in ctx.params.items() if key not in NOT_OF_THE_BODY}
+    """Show what a job would take on a cluster: step time, exchange, memory, data, checkpoints, hours and price."""
+    from dde_core.cluster import Cluster
+    from dde_core.plan import PICK_A_PIC_PAIRS
+    from services.client import plan as planning
+
     base = recipes.load(recipe) if recipe else None
-    body = job_body(file, options, recipes.merged(TO_BE_NAMED if dry_run else {}, base.job if base else {}))
-    if dry_run:
-        return _dry_run(body, family or (base.family if base else None), gpu or "a100")
-    for option, value in (("family", family), ("gpu", gpu)):
-        if value is not None:
-            raise BadRequest(f"--{option} {value} is read by --dry-run alone", param=option)
-    with connect() as client:
-        job = client.create_job(body)
-        typer.echo(job.id)
-        if follow:
-            _follow(client, job.id)
-
-
-def _dry_run(body: AlignmentJobCreate, family: str | None, gpu: str) -> None:
-    """The body as it would be posted, and where the family is known, memory and time of its training."""
-    needed = estimate(family, body.objective, body.training, most_workers(body.workers), gpu) if family else None
-    typer.echo(body.model_dump_json(indent=2, exclude_none=True))
-    if needed is None:
-        typer.echo("no estimate: whose memory and time? --recipe says it, or --family sd15 or sdxl")
-        return
-    Console().print("", tables.memory(needed), "", tables.gpu_time(needed), sep="\n")
-
-
-@jobs.command("list")
-def list_jobs(status: Annotated[str | None, typer.Option(help="Only those that stand so.")] = None) -> None:
-    """Every job."""
-    with connect() as client:
-        rows = [(j.id, j.status, j.stage or "", j.name or "", tables.moment(j.created_at)) for j in client.jobs(status)]
-    tables.print_list(Console(), ("id", "status", "stage", "name", "created"), rows)
-
-
-@jobs.command("watch")
-def watch_job(job: str) -> None:
-    """Show progress until the job ends; exit code 1 unless it succeeded. Ctrl-C ends the watching, not the job."""
-    with connect() as client:
-        _follow(client, job)
-
-
-@jobs.command("cancel")
-def cancel_job(job: str) -> None:
-    """Stop a job."""
-    with connect() as client:
-        typer.echo(client.cancel_job(job).status)
+    body = job_body(file, {}, recipes.merged(TO_BE_NAMED, base.job if base else {}))
+    if not (family := family or (base.family if base else None)):
+        raise BadRequest("whose plan? --recipe says it, or --family sd15 or sdxl", param="family")
+    cluster = Cluster(
+        gpus=most_workers(body.workers) if gpus is None else gpus,
+        gpu=gpu,
+        gpus_per_node=gpus_per_node,
+        interconnect_gb_s=interconnect,
+        price_usd=price,
+        overlap=overlap,
+    )
+    results = read_body(calibration) if calibration else None
+    planning.show(Console(), body, family, cluster, results, PICK_A_PIC_PAIRS if pairs is None else pairs)
 
 
 @app.command()
@@ -275,15 +231,6 @@ def credit(
 def _credit_record(job_id: str) -> CreditRecord:
     with connect() as client:
         return client.credit(job_id)
-
-
-def _follow(client: Client, job_id: str) -> None:
-    console = Console()
-    job = watch(client, job_id, console)
-    if job.result and job.result.evaluate:
-        console.print(tables.comparison(job.result.evaluate, "its base", job.name or "aligned"))
-    if job.status != "succeeded":
-        raise ServiceError(f"{job.id} {job.status}" + (f": {job.reason}" if job.reason else ""))
 
 
 # ---- pictures

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dde_core.estimate import Estimate
+from services.client.types import Checkpoint
 from services.contracts import ALL_SCORERS, DatasetCounts, DatasetReport, EvaluateResult, Interval
 
 
@@ -88,7 +89,7 @@ def memory(estimate: Estimate) -> Table:
     for term in estimate.memory:
         table.add_row(term.name, f"{term.value:,.2f}", escape(term.formula))
     table.add_row("together", f"{estimate.memory_gb:,.2f}", f"of {estimate.gpu.memory_gb:g} GB: {estimate.room}", style="bold")
-    table.caption = "Training alone. In the host's memory every worker holds the whole dataset's latents besides."
+    table.caption = "Training alone."
     table.caption_justify = "left"
     return table
 
@@ -113,6 +114,25 @@ def interval(interval: Interval, *, signed: bool = False) -> str:
     """``0.640 [0.571, 0.703]``."""
     form = "+.3f" if signed else ".3f"
     return f"{interval.value:{form}} \\[{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def checkpoint(found: Checkpoint) -> tuple[object, ...]:
+    """One row under ``CHECKPOINT``."""
+    validated = found.validation
+    numbers = " ".join(f"{name}={value:.4f}" for name, value in validated.metrics.items()) if validated else ""
+    measured = (validated and validated.error) or numbers
+    return (
+        found.step,
+        found.images_seen,
+        f"{found.bytes / 1e6:,.1f}",
+        found.workers,
+        measured,
+        found.uri,
+        moment(found.created_at),
+    )
+
+
+CHECKPOINT = ("step", "images", "MB", "workers", "validation", "uri", "created")
 
 
 def moment(created_at: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.contracts import DatasetCounts, EncodeResult, EvaluateResult, LedgerResult, TrainResult
+from services.contracts import DatasetCounts, EncodeResult, EvaluateResult, LedgerResult, TrainResult, Validated
 
 FINISHED = ("succeeded", "failed", "cancelled")
 Item = TypeVar("Item", bound="Answer")
@@ -80,6 +80,7 @@ class Job(Resource):
     """One alignment job. ``training`` is as it was asked for, with every default filled in."""
 
     status: str
+    pause_requested_at: float | None = None
     name: str | None = None
     model: str
     dataset: str
@@ -94,6 +95,11 @@ class Job(Resource):
     def finished(self) -> bool:
         """Will the status stay as it is?"""
         return self.status in FINISHED
+
+    @property
+    def state(self) -> str:
+        """The status, or "pausing" while what runs is being brought to rest."""
+        return "pausing" if self.pause_requested_at and self.status != "paused" and not self.finished else self.status
 
 
 class Event(Resource):
@@ -110,6 +116,20 @@ class MetricRow(Answer):
     step: int
     at: float
     metrics: Mapping[str, float]
+
+
+class Checkpoint(Answer):
+    """The state of training after ``step`` steps, and what validation measured of it."""
+
+    step: int
+    pairs_seen: int
+    images_seen: int
+    bytes: int
+    workers: int
+    created_at: float
+    metrics: Mapping[str, float]
+    uri: str
+    validation: Validated | None = None
 
 
 class Evaluation(Resource):

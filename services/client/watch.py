@@ -69,7 +69,7 @@ class Lines:
             if stage.stage not in self._over and (over or due or job.finished):
                 self._over |= {stage.stage} if over else set()
                 self._changed(stage.stage, describe(stage))
-        self._changed("status", f"{job.id} is {job.status}" + (f": {job.reason}" if job.reason else ""))
+        self._changed("status", f"{job.id} is {job.state}" + (f": {job.reason}" if job.reason else ""))
         if due:
             self._next = time.monotonic() + self._every_s
 

@@ -1,28 +1,26 @@
-"""Alignment jobs and evaluations: created after every check that costs little, listed, cancelled."""
+"""Alignment jobs and evaluations: created after every check that costs little, listed, paused, resumed, cancelled."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session, aliased
 
-from dde_core.errors import DataError
-from dde_core.shapes import scorers
-from services import registry, storage
-from services.contracts import CREDIT, AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ModelRecord, most_workers
-from services.control import journal, models
+from services import checkpoints, storage
+from services.contracts import CREDIT, AlignmentJobCreate, EvaluationCreate
+from services.control import checks, journal, models, stages
 from services.control.database import Database, update_one
 from services.control.idempotency import Once, create_once
 from services.control.listing import by_id, is_id, listed, newest
 from services.control.problems import show
 from services.control.tables import Dataset, Job, JobMetadata, Model, new_id
-from services.control.transitions import UNFINISHED, writes_ledger
-from services.control.views import evaluation_view, job_view
+from services.control.transitions import UNFINISHED, check, writes_ledger
+from services.control.views import checkpoint_view, evaluation_view, job_view
 from services.errors import BadRequest, Conflict, NotFound
-from services.inspection import check_bad
 
 VIEWS = {"alignment": job_view, "evaluation": evaluation_view}
 
@@ -30,21 +28,18 @@ VIEWS = {"alignment": job_view, "evaluation": evaluation_view}
 def create_alignment(database: Database, once: Once, asked: AlignmentJobCreate) -> dict[str, Any]:
     """Raises BadRequest or NotFound for what can be known to fail before anything is spent."""
 
-    def check() -> None:
-        if most_workers(asked.workers) > asked.training.batch_size:
-            raise BadRequest(f"workers: must be at most training.batch_size, got {asked.workers}", param="workers")
-        _check_evaluation(asked.evaluation, "evaluation.")
+    def check_all() -> None:
+        checks.check_alignment(asked)
         with database.read() as session:
             base = models.record_of(models.find(session, asked.model, "model"))
-        _check_fit(base, asked)
+        checks.check_base(base, asked)
 
     def insert(session: Session, _: None) -> dict[str, Any]:
         base, dataset = models.find(session, asked.model, "model"), _dataset(session, asked)
         job_id = new_id("ajob")
         name = asked.name or f"{base.name[:40]}-{asked.objective.method}-{job_id[-6:]}"
         _refuse_base_name(session, name)
-        request = asked.model_dump(mode="json")
-        request["evaluation"]["prompts_uri"] = storage.as_uri(asked.evaluation.prompts_uri)
+        request = _request(asked)
         row = _row(job_id, "alignment", "validating", request)
         row.name, row.model, row.dataset, row.output_model = name, base.id, dataset.id, new_id("model")
         row.inputs = {
@@ -55,15 +50,11 @@ def create_alignment(database: Database, once: Once, asked: AlignmentJobCreate) 
         session.flush()
         session.add_all(JobMetadata(job_seq=row.seq, key=key, value=value) for key, value in asked.metadata.items())
         journal.say(session, job_id, f"created: {asked.objective.method} on {base.name} with dataset {dataset.name}")
-        for setting, value in asked.objective.ignored().items():
-            message = f"objective.{setting} = {value} is not read by method {asked.objective.method!r}"
-            journal.say(session, job_id, message, "warning")
-        if asked.training.reference == "ledger" and not writes_ledger(request):
-            message = f"training.reference = 'ledger' is not read by method {asked.objective.method!r}"
+        for message in _not_read(asked, request):
             journal.say(session, job_id, message, "warning")
         return job_view(row)
 
-    return create_once(database, once, check, insert)
+    return create_once(database, once, check_all, insert)
 
 
 def create_evaluation(database: Database, once: Once, asked: EvaluationCreate) -> dict[str, Any]:
@@ -80,7 +71,7 @@ def create_evaluation(database: Database, once: Once, asked: EvaluationCreate) -
         journal.say(session, row.id, f"created: {model.name} against {base.name}")
         return evaluation_view(row)
 
-    return create_once(database, once, lambda: _check_evaluation(asked, ""), insert)
+    return create_once(database, once, lambda: checks.check_evaluation(asked), insert)
 
 
 def get(database: Database, kind: str, job_id: str) -> dict[str, Any]:
@@ -101,6 +92,29 @@ def credit(database: Database, job_id: str) -> bytes:
             pass
     why = "its model has none" if trained else "it is written when training is done"
     raise NotFound(f"job {job_id} has no credit record: {why}; the job is {status}", param="id", code="credit_not_found")
+
+
+def list_checkpoints(database: Database, root: str, job_id: str, after: int | None, limit: int) -> dict[str, Any]:
+    """What an alignment job's training has stored, of steps beyond ``after``, and what validation measured of it."""
+    with database.read() as session:
+        by_id(session, Job, job_id, "alignment")
+    run = stages.run_folder(job_id, root)
+    steps = (step for step in checkpoints.steps(run) if after is None or step > after)
+    found = (view for step in steps if (view := _checkpoint(run, step)) is not None)
+    return listed(list(islice(found, limit + 1)), limit)
+
+
+def _checkpoint(run: str, step: int) -> dict[str, Any] | None:
+    """None where training has dropped it since it was listed."""
+    try:
+        record = checkpoints.read(run, step)
+    except FileNotFoundError:
+        return None
+    try:
+        validation = storage.read_json(checkpoints.outcome_uri(run, step))
+    except FileNotFoundError:
+        validation = None
+    return checkpoint_view(record, checkpoints.folder(run, step), validation)
 
 
 def page(
@@ -130,13 +144,82 @@ def cancel(database: Database, kind: str, job_id: str) -> dict[str, Any]:
         session.expire_all()
         row = by_id(session, Job, job_id, kind)
         if row.status in ("succeeded", "failed"):
-            raise Conflict(f"job {job_id} has {row.status} already", param="id", code=f"job_{row.status}")
+            raise _conflict(row, f"has {row.status} already")
         return VIEWS[kind](row)
+
+
+def pause(database: Database, job_id: str) -> dict[str, Any]:
+    """Ask for an alignment job to store its state and free the cluster; the reconciler sees to it. Raises Conflict for one
+    that has ended, or is being cancelled."""
+    now = time.time()
+    with database.write() as session:
+        row = _held(session, job_id)
+        if row.status not in UNFINISHED:
+            raise _conflict(row, f"has ended already: it is {row.status}")
+        if row.cancel_requested_at is not None:
+            raise _conflict(row, "is being cancelled", "job_cancelled")
+        if row.pause_requested_at is None:
+            row.pause_requested_at = row.next_at = now
+            journal.say(session, job_id, "pause requested")
+        return job_view(row)
+
+
+def resume(database: Database, job_id: str) -> dict[str, Any]:
+    """Queue a paused job again. One that is still being paused goes on as after a stop that nobody asked for: looks in
+    hand lose their token, since what they find is no longer wanted. Raises Conflict for any other job."""
+    now = time.time()
+    with database.write() as session:
+        row = _held(session, job_id)
+        if row.pause_requested_at is None or row.cancel_requested_at is not None:
+            raise _conflict(row, f"is not paused: it is {row.status}")
+        if row.status == "paused":
+            check(row.status, "queued")
+            row.status = "queued"
+            journal.say(session, job_id, "paused -> queued: resumed on request")
+            if row.stage_started_at is not None:
+                row.stage_started_at += now - row.pause_requested_at  # a pause is no part of a stage's seconds
+        else:
+            journal.say(session, job_id, "the pause is withdrawn")
+            row.restarts -= 1  # the end that it may have brought about is nobody's fault
+        row.pause_requested_at = row.lock_token = row.lock_expires_at = None
+        row.next_at = now
+        return job_view(row)
+
+
+def _held(session: Session, job_id: str) -> Job:
+    """An alignment job that nobody else changes until the transaction ends. Raises NotFound."""
+    row = by_id(session, Job, job_id, "alignment")
+    session.refresh(row, with_for_update=True)
+    return row
+
+
+def _conflict(row: Job, what: str, code: str | None = None) -> Conflict:
+    return Conflict(f"job {row.id} {what}", param="id", code=code or f"job_{row.status}")
+
+
+def _request(asked: AlignmentJobCreate) -> dict[str, Any]:
+    """The body as it is kept: places of prompts as URIs."""
+    request = asked.model_dump(mode="json")
+    for part in (request["evaluation"], request["validation"] or {}):
+        if part.get("prompts_uri"):
+            part["prompts_uri"] = storage.as_uri(part["prompts_uri"])
+    return request
+
+
+def _not_read(asked: AlignmentJobCreate, request: dict[str, Any]) -> Iterator[str]:
+    """Settings that were given and that change nothing."""
+    method = asked.objective.method
+    for setting, value in asked.objective.ignored().items():
+        yield f"objective.{setting} = {value} is not read by method {method!r}"
+    if asked.training.reference == "ledger" and not writes_ledger(request):
+        yield f"training.reference = 'ledger' is not read by method {method!r}"
+    if asked.validation and asked.validation.prompts_uri and not asked.validation.num_prompts:
+        yield "validation.prompts_uri is not read: validation.num_prompts is 0"
 
 
 def _row(job_id: str, kind: str, status: str, request: dict[str, Any]) -> Job:
     now = time.time()
-    fresh = {"results": {}, "stage_seconds": {}, "attempt": 1, "journal_cursor": 0, "failures": 0}
+    fresh = {"results": {}, "stage_seconds": {}, "attempt": 1, "restarts": 0, "journal_cursor": 0, "failures": 0}
     return Job(id=job_id, kind=kind, status=status, request=request, created_at=now, next_at=now, **fresh)
 
 
@@ -144,32 +227,8 @@ def _dataset(session: Session, asked: AlignmentJobCreate) -> Dataset:
     row = session.scalar(select(Dataset).where(Dataset.id == asked.dataset)) if is_id(asked.dataset) else None
     if row is None:
         raise NotFound(f"dataset: dataset {show(asked.dataset)} does not exist", param="dataset", code="dataset_not_found")
-    size, held_out, pairs = asked.training.batch_size, asked.training.held_out_pairs, row.counts["pairs"]
-    if size <= pairs < size + held_out:
-        message = f"training.held_out_pairs: must leave training.batch_size = {size} of the {pairs} pairs, got {held_out}"
-        raise BadRequest(message, param="training.held_out_pairs")
-    if size > pairs:
-        message = f"training.batch_size: must be at most the {pairs} pairs of dataset {row.id}, got {size}"
-        raise BadRequest(message, param="training.batch_size")
-    bad = row.counts.get("bad", {})  # what rows say; pictures are looked at when they are encoded
-    check_bad(sum(bad.values()), row.counts["rows"], bad, asked.data.max_bad_fraction)
+    checks.check_dataset(row, asked)
     return row
-
-
-def _check_fit(base: ModelRecord, asked: AlignmentJobCreate) -> None:
-    """Refuse timesteps that the base's schedule does not have, and adapters for layers that its U-Net does not have."""
-    last, objective = registry.num_train_timesteps(base), asked.objective
-    for field in ("t_min", "t_max", "calibration_bins"):
-        if getattr(objective, field) > last:
-            message = f"objective.{field}: must be at most the {last} timesteps of {base.name}, got {getattr(objective, field)}"
-            raise BadRequest(message, param=f"objective.{field}")
-    if asked.training.lora:
-        if base.adapter_of:
-            message = f"training.lora: must be null, {base.name} is LoRA adapters on {base.adapter_of.name} itself"
-            raise BadRequest(message, param="training.lora")
-        if idle := asked.training.lora.unmatched(registry.unet_layers(base.uri)):
-            message = f"training.lora.targets: matches no linear or convolution layer of {base.name}'s U-Net, got {idle[0]!r}"
-            raise BadRequest(message, param="training.lora.targets")
 
 
 def _refuse_base_name(session: Session, name: str) -> None:
@@ -178,24 +237,3 @@ def _refuse_base_name(session: Session, name: str) -> None:
     base = session.scalar(select(Model.id).where(Model.name == name, Model.base.is_(None)).limit(1))
     if base:
         raise BadRequest(f"name: belongs to the base model {base}, got {name!r}", param="name", code="name_taken")
-
-
-def _check_evaluation(config: EvaluationConfig, at: str) -> None:
-    """Refuse prompts that are not there, before a model is trained for them."""
-    param = f"{at}prompts_uri"
-    if len(set(config.scorers)) < len(config.scorers):
-        raise BadRequest(f"{at}scorers: must not repeat, got {config.scorers}", param=f"{at}scorers")
-    try:
-        lines = storage.read_bytes(config.prompts_uri).decode().splitlines()
-    except (OSError, ValueError) as error:  # a BadRequest for the URI's scheme is a ValueError too
-        raise BadRequest(f"{param}: cannot be read, got {config.prompts_uri!r}: {error}", param=param) from error
-    found = sum(1 for line in lines if line.strip())
-    if found < config.num_prompts:
-        message = f"{param}: {config.prompts_uri!r} holds {found} prompts, {at}num_prompts asks for {config.num_prompts}"
-        raise BadRequest(message, param=param, code="too_few_prompts")
-    if not config.scorers:
-        return
-    try:
-        scorers.check([line for line in lines if line.strip()][: config.num_prompts], config.sample.height, config.sample.width)
-    except DataError as error:
-        raise BadRequest(f"{at}scorers: {error}", param=f"{at}scorers") from error

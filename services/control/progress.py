@@ -6,22 +6,24 @@ What lies in storage decides: a marker ends a stage, whatever Ray says of its dr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pydantic import ValidationError
 
 from services import registry, storage
 from services.contracts import RESULTS, JournalEvent, ModelRecord, Stage, StageFailure, Strict
-from services.control import stages, transitions
+from services.control import attempt, stages, transitions
+from services.control.attempt import Attempt
 from services.control.journal import printable
-from services.control.launcher import Launcher
+from services.control.launcher import Launcher, RunState
 from services.control.tables import Job
 from services.errors import NotFound, Unavailable
-from services.observability import read_journal
 from services.settings import Settings
 
-JOURNAL_FILES = 200
-"""How many files of a journal one look reads: a look must be over before its lock expires."""
+LONGEST_PAUSE_S = 60.0
+PASSING = ("unavailable", "stopped")
+"""Codes of failures that another attempt may not have: something was out of reach, or others ended the driver."""
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Change:
     """What one look at a job found: new column values, entries of its journal, a model that is there now.
 
     ``publish``: a model to be made known. ``point``: the job's name means its model from now on. ``again``: there is
-    more to do at once.
+    more to do at once. ``pause_s``: when there is, where that is not at the next poll.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -37,6 +39,7 @@ class Change:
     publish: ModelRecord | None = None
     point: bool = False
     again: bool = False
+    pause_s: float | None = None
 
     def say(self, at: float, message: str, level: str = "info") -> None:
         """Add an event of the control plane's own."""
@@ -52,16 +55,25 @@ class Watch:
     launcher: Launcher
     now: float
 
+    @cached_property
+    def attempt(self) -> Attempt:
+        """The attempt of the stage that the job is at."""
+        return Attempt(self.job, self.settings.storage_uri, self.launcher)
+
     def look(self) -> Change:
         """What has happened, and what follows from it. Starts and stops runs; changes nothing else."""
-        change = Change()
-        if self.job.cancel_requested_at is not None:
+        change, job = Change(), self.job
+        if job.cancel_requested_at is not None:
             self._cancel(change)
-        elif self.job.status == "validating":
+        elif job.status == "validating":
             self._validate(change)
-        elif self.job.stage is None:
-            self._enter(change, transitions.next_stage(self.job.kind, None, self.job.request))
-        elif self.job.submitted_at is None:
+        elif job.pause_requested_at is not None and job.status not in transitions.ACTIVE:
+            self._rest(change)
+        elif job.stage is None:
+            self._enter(change, transitions.next_stage(job.kind, None, job.request))
+        elif job.status == "queued":
+            self._go_on(change)
+        elif job.submitted_at is None and job.pause_requested_at is None:
             self._submit(change)
         else:
             self._follow(change)
@@ -74,12 +86,11 @@ class Watch:
         try:
             registry.find(self.settings.storage_uri, self.job.model)
         except NotFound as error:
-            return self._fail(change, error.code, error.message, error.param)
+            return self._fail(change, StageFailure(message=error.message, code=error.code, param=error.param))
         uri = self.job.inputs["dataset"]["uri"]
         if not storage.exists(uri):
-            return self._fail(
-                change, "dataset_not_found", f"the files of dataset {self.job.dataset} are gone: {uri}", "dataset"
-            )
+            message = f"the files of dataset {self.job.dataset} are gone: {uri}"
+            return self._fail(change, StageFailure(message=message, code="dataset_not_found", param="dataset"))
         self._move(change, "queued", "the job is valid")
         change.again = True
 
@@ -94,15 +105,21 @@ class Watch:
             change.say(self.now, f"stage {stage}")
         else:
             self._move(change, status, f"stage {stage}")
-        change.values |= {"stage": stage, "stage_started_at": self.now, "submitted_at": None, "journal_cursor": 0}
-        change.values |= {"ended_at": None, "unreachable_at": None, "started_at": self.job.started_at or self.now}
+        change.values |= {"stage": stage, "stage_started_at": self.now, "started_at": self.job.started_at or self.now}
+        change.values |= _fresh(1)
+
+    def _go_on(self, change: Change) -> None:
+        """Take a stage up where a pause has left it."""
+        stage, number = self.job.stage, self.job.attempt + 1
+        self._move(change, transitions.STAGE_STATUS[stage], f"stage {stage} goes on as attempt {number}")  # type: ignore[index]
+        change.values |= _fresh(number)
+        change.again = True
 
     def _submit(self, change: Change) -> None:
         job, root = self.job, self.settings.storage_uri
-        storage.write_json(
-            storage.join(stages.prefix(job, root), "spec.json"), stages.spec(job, self.settings).model_dump(mode="json")
-        )
-        submission = stages.submission_id(job)
+        spec = stages.spec(job, self.settings).model_dump(mode="json")
+        storage.write_json(storage.join(self.attempt.prefix, "spec.json"), spec)
+        submission = self.attempt.submission
         try:
             self.launcher.submit(submission, stages.entrypoint(job, root), {"job": job.id, "stage": str(job.stage)})
         except Unavailable as error:
@@ -111,15 +128,22 @@ class Watch:
         change.say(self.now, f"submitted {submission}")
 
     def _follow(self, change: Change) -> None:
-        """The marker is looked for before the journal is read: a stage writes its marker after its last journal file."""
-        done, failed = self._marker("done.json"), self._marker("failed.json")
+        """Markers are looked for before the journal is read: a stage writes its marker after its last journal file."""
+        done, failure, stopped = self.attempt.marker("done.json"), self.attempt.failure(), self.attempt.stopped()
         self._read_journal(change)
         if change.again:
             return
         if done is not None:
             self._done(change, done)
-        elif failed is not None:
-            self._failed(change, failed)
+        elif failure is not None and failure.code not in PASSING:
+            self._fail(change, failure)
+        elif self.job.pause_requested_at is not None:
+            self._pause(change, has_ended=failure is not None or stopped is not None)
+        elif stopped is not None:
+            why = StageFailure(message=f"the stage was stopped after step {stopped.step} ({stopped.why})", code="stopped")
+            self._start_again(change, why, at_once=True)
+        elif failure is not None:
+            self._start_again(change, failure)
         else:
             self._ask_ray(change)
 
@@ -128,7 +152,8 @@ class Watch:
         try:
             result = RESULTS[stage].model_validate_json(marker)
         except ValidationError as error:
-            return self._fail(change, "bad_result", f"done.json of stage {stage} cannot be read: {error}", None)
+            message = f"done.json of stage {stage} cannot be read: {error}"
+            return self._fail(change, StageFailure(message=message, code="bad_result"))
         dumped = self._result(change, result)
         change.values |= {
             "results": {**self.job.results, stage: dumped},
@@ -144,36 +169,48 @@ class Watch:
             dumped["model"] = change.publish.model_dump(mode="json")
         return dumped
 
-    def _failed(self, change: Change, marker: bytes) -> None:
-        try:
-            failure = StageFailure.model_validate_json(marker)
-        except ValidationError as error:
-            failure = StageFailure(message=f"failed.json cannot be read: {error}", code="bad_result")
-        self._fail(change, failure.code, failure.message, failure.param)
-
     def _ask_ray(self, change: Change) -> None:
-        """No marker yet. Ray's word that the driver has ended counts once the grace is over and the journal is silent."""
-        job, submission = self.job, stages.submission_id(self.job)
+        """No marker yet: does the driver live?"""
         try:
-            state = self.launcher.state(submission)
+            state = self.launcher.state(self.attempt.submission)
         except Unavailable as error:
             return self._unreachable(change, error)
         change.values["unreachable_at"] = None
-        if state in ("pending", "running"):
-            change.values["ended_at"] = None
-        elif job.ended_at is None or change.entries:
-            change.values["ended_at"] = self.now
-        elif self.now - job.ended_at >= self.settings.driver_grace_s:
-            self._driver_died(change, submission, state)
+        if self._has_died(change, state):
+            message = f"the driver of stage {self.job.stage} ended without a result; Ray says {state}"
+            self._start_again(change, StageFailure(message=message, code="driver_died"))
 
-    def _driver_died(self, change: Change, submission: str, state: str) -> None:
-        message = f"the driver of stage {self.job.stage} ended without a result; Ray says {state}"
+    def _has_died(self, change: Change, state: RunState) -> bool:
+        """Ray's word that the driver has ended counts once the grace is over and the journal is silent."""
+        if state in attempt.RUNNING:
+            change.values["ended_at"] = None
+        elif self.job.ended_at is None or change.entries:
+            change.values["ended_at"] = self.now
+        else:
+            return self.now - self.job.ended_at >= self.settings.driver_grace_s
+        return False
+
+    def _start_again(self, change: Change, why: StageFailure, *, at_once: bool = False) -> None:
+        """Start the stage as a new attempt once the old one is surely over. After the last attempt the job fails."""
+        job, since = self.job, self.job.ended_at or self.now
+        change.values["ended_at"] = since
+        if not self._is_over(change, since):
+            return
+        last = job.restarts + 1 >= self.settings.max_attempts
+        if not at_once:
+            self._show_log(change, "error" if last else "warning")
+        if last:
+            return self._fail(change, why)
+        change.say(self.now, f"stage {job.stage} starts again as attempt {job.attempt + 1}: {why.message}", "warning")
+        change.values |= _fresh(job.attempt + 1) | {"restarts": job.restarts + 1}
+        change.again = at_once
+        change.pause_s = min(LONGEST_PAUSE_S, self.settings.poll_interval_s * 2 ** (job.restarts + 1))
+
+    def _show_log(self, change: Change, level: str) -> None:
         try:
-            change.say(self.now, self.launcher.log_tail(submission) or "the driver's log is empty", "error")
-            self.launcher.stop(submission)
+            change.say(self.now, self.launcher.log_tail(self.attempt.submission) or "the driver's log is empty", level)
         except Unavailable as error:
             change.say(self.now, f"the driver's log cannot be had: {error}", "warning")
-        self._fail(change, "driver_died", message, None)
 
     def _unreachable(self, change: Change, error: Unavailable) -> None:
         since = self.job.unreachable_at
@@ -181,58 +218,80 @@ class Watch:
             change.values["unreachable_at"] = self.now
             change.say(self.now, f"waiting for Ray: {error}", "warning")
         elif self.now - since >= self.settings.unreachable_s:
-            self._fail(change, "cluster_unreachable", f"out of reach for {self.now - since:.0f} s: {error}", None)
+            message = f"out of reach for {self.now - since:.0f} s: {error}"
+            self._fail(change, StageFailure(message=message, code="cluster_unreachable"))
+
+    # ---- on request
+
+    def _pause(self, change: Change, *, has_ended: bool) -> None:
+        """Training is asked to store its state and to end by itself; another stage is ended: what it did is committed."""
+        asked_at, state = float(self.job.pause_requested_at or 0), self.attempt.state()
+        gives_up = state is None and self.now - asked_at >= self.settings.unreachable_s
+        if has_ended or self.job.submitted_at is None or gives_up:
+            at_rest = self._is_over(change, asked_at)
+        elif state is None or state in attempt.RUNNING:
+            self._ask_to_end(state)
+            at_rest = False
+        else:
+            at_rest = self._has_died(change, state)
+        if at_rest:
+            self._rest(change)
+
+    def _ask_to_end(self, state: RunState | None) -> None:
+        if self.job.stage == "train" and state != "pending":
+            self.attempt.ask_to_stop()
+        else:
+            self.attempt.end()
+
+    def _rest(self, change: Change) -> None:
+        """Nothing runs any more."""
+        self._move(change, "paused", "paused on request")
+        change.values["submitted_at"] = None
 
     def _cancel(self, change: Change) -> None:
         """Stop the run and end once Ray says that it is over, or when Ray was given long enough to say so."""
-        if self.job.stage is not None:
+        if self.job.status in transitions.ACTIVE:
             self._read_journal(change)
-            if change.again:
+            if change.again or not self._is_over(change, float(self.job.cancel_requested_at or 0)):
                 return
-            if self._still_runs():
-                if self.now - float(self.job.cancel_requested_at or 0) < self.settings.unreachable_s:
-                    return
-                change.say(self.now, "Ray did not say that the run has ended; it may go on", "warning")
-        self._finish(change, "cancelled", {"code": "cancelled", "message": "cancelled on request", "param": None})
-
-    def _still_runs(self) -> bool:
-        submission = stages.submission_id(self.job)
-        try:
-            if self.launcher.state(submission) not in ("pending", "running"):
-                return False
-            self.launcher.stop(submission)
-        except Unavailable:
-            pass
-        return True
+        self._finish(change, "cancelled", StageFailure(code="cancelled", message="cancelled on request"))
 
     # ---- what they share
 
-    def _marker(self, name: str) -> bytes | None:
-        try:
-            return storage.read_bytes(storage.join(stages.prefix(self.job, self.settings.storage_uri), name))
-        except FileNotFoundError:
-            return None
+    def _is_over(self, change: Change, since: float) -> bool:
+        """End the run. True once Ray says that it is over, or was given long enough to say so."""
+        if self.attempt.end():
+            return True
+        if self.now - since < self.settings.unreachable_s:
+            return False
+        change.say(self.now, "Ray did not say that the run has ended; it may go on", "warning")
+        return True
 
     def _read_journal(self, change: Change) -> None:
-        prefix = stages.prefix(self.job, self.settings.storage_uri)
-        files = read_journal(prefix, self.job.journal_cursor, JOURNAL_FILES)
+        files = self.attempt.journal(self.job.journal_cursor)
         for number, entries in files:
             change.entries += entries
             change.values["journal_cursor"] = number + 1
-        change.again = len(files) == JOURNAL_FILES
+        change.again = len(files) == attempt.JOURNAL_FILES
 
-    def _fail(self, change: Change, code: str, message: str, param: str | None) -> None:
-        self._finish(change, "failed", {"code": code, "message": printable(message), "param": param})
+    def _fail(self, change: Change, why: StageFailure) -> None:
+        self._finish(change, "failed", why)
 
-    def _finish(self, change: Change, status: str, reason: dict[str, Any] | None) -> None:
-        self._move(
-            change, status, reason["message"] if reason else "the job is done", "error" if status == "failed" else "info"
-        )
-        change.values |= {"reason": reason, "finished_at": self.now}
-        if reason is None:
+    def _finish(self, change: Change, status: str, why: StageFailure | None) -> None:
+        level = "error" if status == "failed" else "info"
+        self._move(change, status, why.message if why else "the job is done", level)
+        reason = why and {**why.model_dump(), "message": printable(why.message)}
+        change.values |= {"reason": reason, "finished_at": self.now, "pause_requested_at": None}
+        if why is None:
             change.values["stage"] = None
 
     def _move(self, change: Change, status: str, why: str, level: str = "info") -> None:
         transitions.check(self.job.status, status)
         change.values["status"] = status
         change.say(self.now, f"{self.job.status} -> {status}: {why}", level)
+
+
+def _fresh(number: int) -> dict[str, Any]:
+    """The columns of an attempt that has not begun."""
+    plain = {"submitted_at": None, "journal_cursor": 0, "ended_at": None, "unreachable_at": None}
+    return {"attempt": number, "restarts": 0, **plain}

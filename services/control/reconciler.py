@@ -21,13 +21,12 @@ from services.contracts import ModelRecord
 from services.control.database import Database, update_one
 from services.control.journal import printable, record
 from services.control.launcher import Launcher
-from services.control.progress import Change, Watch
+from services.control.progress import LONGEST_PAUSE_S, Change, Watch
 from services.control.tables import Job, Model
-from services.control.transitions import STAGE_STATUS, UNFINISHED
+from services.control.transitions import ACTIVE, UNFINISHED
 from services.settings import Settings
 
 log = logging.getLogger("dde")
-LONGEST_PAUSE_S = 60.0
 THREADS = 4
 
 
@@ -73,7 +72,7 @@ class Reconciler:
         if job is None:
             return False
         try:
-            if job.status == "queued" and job.cancel_requested_at is None and self._must_wait(job):
+            if job.status == "queued" and not _is_stopping(job) and self._must_wait(job):
                 self.apply(job, Change())
                 return True
             self.apply(job, Watch(job, self._settings, self._launcher, self._clock()).look())
@@ -98,15 +97,16 @@ class Reconciler:
 
     def _must_wait(self, job: Job) -> bool:
         """Is the cluster full, or an older job next? Two replicas that ask at once may let one too many through."""
-        active = select(func.count()).where(Job.status.in_(tuple(STAGE_STATUS.values())))
-        older = select(func.count()).where(Job.status == "queued", Job.seq < job.seq, Job.cancel_requested_at.is_(None))
+        active = select(func.count()).where(Job.status.in_(ACTIVE))
+        going_on = Job.cancel_requested_at.is_(None), Job.pause_requested_at.is_(None)
+        older = select(func.count()).where(Job.status == "queued", Job.seq < job.seq, *going_on)
         with self._database.read() as session:
             free = self._settings.max_active_jobs - (session.scalar(active) or 0)
             return (session.scalar(older) or 0) >= free
 
     def apply(self, job: Job, change: Change) -> None:
         """Write what was found and let go of the job. Raises StaleToken where the job is no longer ours."""
-        pause = 0.0 if change.again else self._settings.poll_interval_s
+        pause = 0.0 if change.again else change.pause_s or self._settings.poll_interval_s
         released = {"next_at": self._clock() + pause, "failures": 0, "last_error": None}
         with self._database.write() as session:
             self._update(session, job, {**change.values, **released})
@@ -148,5 +148,12 @@ class Reconciler:
             log.warning("job %s was taken over", job.id)
 
 
+def _is_stopping(job: Job) -> bool:
+    return job.cancel_requested_at is not None or job.pause_requested_at is not None
+
+
 def _free(now: float) -> tuple[ColumnElement[bool], ...]:
-    return Job.status.in_(UNFINISHED), Job.next_at <= now, or_(Job.lock_expires_at.is_(None), Job.lock_expires_at < now)
+    """Due, and in nobody's hands. Of a paused job only its cancellation is to be seen to."""
+    moves = or_(Job.status != "paused", Job.cancel_requested_at.is_not(None))
+    unlocked = or_(Job.lock_expires_at.is_(None), Job.lock_expires_at < now)
+    return Job.status.in_(UNFINISHED), Job.next_at <= now, moves, unlocked

@@ -28,6 +28,11 @@ def prefix(job: Job, root: str) -> str:
     return storage.join(root, "jobs", job.id, str(job.stage), f"a{job.attempt}")
 
 
+def run_folder(job_id: str, root: str) -> str:
+    """Where every attempt to train finds and leaves checkpoints, and what validation measured of them."""
+    return storage.join(root, "jobs", job_id, "train", "run")
+
+
 def submission_id(job: Job) -> str:
     """The same for the same attempt, so that a repeated submit starts nothing twice."""
     return f"{job.id}-{job.stage}-a{job.attempt}"
@@ -91,8 +96,10 @@ def _train(job: Job, settings: Settings, frame: dict[str, Any]) -> TrainSpec:
         objective=asked.objective,
         training=asked.training,
         workers=asked.workers,
+        evaluation=asked.evaluation,
+        validation=asked.validation,
         ledger=job.results["ledger"]["ledger"] if "ledger" in job.results else None,
-        run=storage.join(root, "jobs", job.id, "train", "run"),
+        run=run_folder(job.id, root),
         output=registry.model_uri(root, str(job.output_model)),
     )
 

@@ -85,8 +85,10 @@ class Model(Resource):
 class Job(Resource):
     """A chain of stages. ``kind`` is alignment or evaluation; ``inputs`` holds the records that it was created with.
 
-    ``ended_at`` is when Ray was first seen to say that the stage's driver is over, ``unreachable_at`` when Ray was
-    first out of reach. A row is worked on by whoever holds ``lock_token`` until ``lock_expires_at``.
+    ``attempt`` counts the runs of the present stage, ``restarts`` those among them that nobody asked for.
+    ``pause_requested_at`` stands until the job is resumed or ends. ``ended_at`` is when the stage's driver was first seen to
+    be over, ``unreachable_at`` when Ray was first out of reach. A row is worked on by whoever holds ``lock_token`` until
+    ``lock_expires_at``.
     """
 
     __tablename__ = "jobs"
@@ -106,9 +108,11 @@ class Job(Resource):
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     cancel_requested_at: Mapped[float | None]
+    pause_requested_at: Mapped[float | None]
 
     stage: Mapped[str | None] = mapped_column(String(16))
     attempt: Mapped[int] = mapped_column(Integer)
+    restarts: Mapped[int] = mapped_column(Integer)
     stage_started_at: Mapped[float | None]
     submitted_at: Mapped[float | None]
     journal_cursor: Mapped[int] = mapped_column(Integer)

@@ -1,4 +1,7 @@
-"""Which status may follow which, and what a job of each kind goes through. Anything else is a programming error."""
+"""Which status may follow which, and what a job of each kind goes through. Anything else is a programming error.
+
+A job that was paused is queued once more, and goes on at the stage where it was.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from services.contracts import JobStatus, Stage
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     "validating": frozenset({"queued", "failed", "cancelled"}),
-    "queued": frozenset({"preparing", "evaluating", "failed", "cancelled"}),
-    "preparing": frozenset({"running", "failed", "cancelled"}),
-    "running": frozenset({"evaluating", "failed", "cancelled"}),
-    "evaluating": frozenset({"succeeded", "failed", "cancelled"}),
+    "queued": frozenset({"preparing", "running", "evaluating", "paused", "failed", "cancelled"}),
+    "preparing": frozenset({"running", "paused", "failed", "cancelled"}),
+    "running": frozenset({"evaluating", "paused", "failed", "cancelled"}),
+    "evaluating": frozenset({"succeeded", "paused", "failed", "cancelled"}),
+    "paused": frozenset({"queued", "cancelled"}),
     "succeeded": frozenset(),
     "failed": frozenset(),
     "cancelled": frozenset(),
@@ -26,6 +30,8 @@ STAGE_STATUS: dict[Stage, JobStatus] = {
     "train": "running",
     "evaluate": "evaluating",
 }
+ACTIVE: frozenset[JobStatus] = frozenset(STAGE_STATUS.values())
+"""At these a job may hold a run on the cluster."""
 
 
 class IllegalTransition(RuntimeError):

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel
 
 from dde_core.config import DataConfig
+from services.checkpoints import CheckpointRecord
 from services.contracts import (
     DatasetCounts,
     EncodeResult,
@@ -18,6 +19,7 @@ from services.contracts import (
     Scorer,
     Stage,
     TrainResult,
+    Validated,
 )
 from services.control.tables import Dataset, Event, Job, Metric, Model
 from services.control.transitions import STAGES
@@ -108,7 +110,8 @@ class RunView(BaseModel):
 
 
 class JobView(RunView):
-    """``model`` is an id, whatever name was given; ``aligned_model`` is there once training is done."""
+    """``model`` is an id, whatever name was given; ``aligned_model`` is there once training is done. A job with a
+    ``pause_requested_at`` is being paused until its status is paused."""
 
     object: Literal["alignment.job"]
     model: str
@@ -119,7 +122,9 @@ class JobView(RunView):
     training: dict[str, Any]
     workers: int | list[int]
     evaluation: dict[str, Any]
+    validation: dict[str, Any] | None
     metadata: dict[str, str]
+    pause_requested_at: int | None
     aligned_model: str | None
     result: ResultView
 
@@ -150,6 +155,22 @@ class MetricView(BaseModel):
     step: int
     at: float
     metrics: dict[str, float]
+
+
+class CheckpointView(BaseModel):
+    """The state of training after ``step`` steps. ``workers`` wrote it, ``images_seen`` counts pictures that went through the
+    U-Net; ``validation`` is what was measured of it beside training, null where nothing was (yet)."""
+
+    object: Literal["alignment.job.checkpoint"]
+    step: int
+    pairs_seen: int
+    images_seen: int
+    bytes: int
+    workers: int
+    created_at: int
+    metrics: dict[str, float]
+    uri: str
+    validation: Validated | None
 
 
 def dataset_view(row: Dataset) -> dict[str, Any]:
@@ -199,6 +220,8 @@ def job_view(row: Job) -> dict[str, Any]:
         "name": row.name,
         "data": row.request.get("data", asdict(DataConfig())),  # jobs of earlier versions have none
         **{name: row.request[name] for name in asked},
+        "validation": row.request.get("validation"),
+        "pause_requested_at": _seconds(row.pause_requested_at),
         "aligned_model": row.output_model if "train" in row.results else None,
         "result": {stage: row.results.get(stage) for stage in STAGES["alignment"]},
     }
@@ -229,6 +252,18 @@ def event_view(row: Event) -> dict[str, Any]:
 
 def metric_view(row: Metric) -> dict[str, Any]:
     return {"object": "alignment.job.metrics", "stage": row.stage, "step": row.step, "at": row.at, "metrics": row.values}
+
+
+def checkpoint_view(record: CheckpointRecord, uri: str, validation: dict[str, Any] | None) -> dict[str, Any]:
+    plain = ("step", "pairs_seen", "images_seen", "workers", "metrics")
+    return {
+        "object": "alignment.job.checkpoint",
+        **{name: getattr(record, name) for name in plain},
+        "bytes": record.num_bytes,
+        "created_at": int(record.created_at),
+        "uri": uri,
+        "validation": validation,
+    }
 
 
 def _seconds(at: float | None) -> int | None:

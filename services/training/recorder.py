@@ -20,6 +20,7 @@ from jaxtyping import Int
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 from torch import Tensor
 
+from dde_core.alarms import Alarms
 from dde_core.checkpoint import Progress, Snapshot
 from dde_core.metrics import in_words, logit_deviation, step_metrics
 from dde_core.models.policy import Policy
@@ -68,7 +69,7 @@ class Recorder:
         self._spec, self._same, self._policy = spec, same, policy
         self._schedule, self._num_pairs = schedule, num_pairs
         self._journal = Journal(spec.prefix, flush_every_s=math.inf)  # by this thread alone, which tries again
-        self._pair_log = PairLog(spec.run)
+        self._pair_log, self._alarms = PairLog(spec.run), Alarms(spec.objective)
         self._metrics: dict[str, float] = {}
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._committing = threading.Event()
@@ -154,6 +155,8 @@ class Recorder:
             self._journal.event(f"rounding moves the logits of step 0: {in_words(noise)}")
         self._pair_log.add(step, t, terms.margin, terms.gradient_weight)
         self._journal.metrics(step, self._metrics)
+        for message in self._alarms.step(self._metrics):
+            self._journal.event(message, "warning")
 
     def _commit(self, state: Snapshot, workers: int) -> None:
         """What was told up to this step goes first: a run that goes on from here does not tell it again."""
@@ -166,6 +169,10 @@ class Recorder:
     def _write(self, state: Snapshot, record: CheckpointRecord) -> None:
         with checkpoints.committed(self._spec.run, record) as folder:
             state.write(folder, self._policy)
+        for step in superfluous(self._spec):
+            checkpoints.delete(self._spec.run, step)
+
+    def _prune(self) -> None:
         for step in superfluous(self._spec):
             checkpoints.delete(self._spec.run, step)
 

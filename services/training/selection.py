@@ -5,18 +5,12 @@ from __future__ import annotations
 from services import checkpoints, storage
 from services.contracts import Metric, TrainSpec, Validated
 
-FOLDER = "validation"
-
-
-def outcome_uri(run: str, step: int) -> str:
-    """Where what validation says of the checkpoint after ``step`` steps lies."""
-    return storage.join(run, FOLDER, f"step-{step:08d}.json")
-
 
 def outcomes(run: str) -> dict[int, Validated]:
     """What validation has said so far, by step."""
-    names = [name for name in storage.list_files(storage.join(run, FOLDER)) if name.endswith(".json")]
-    found = [Validated.model_validate_json(storage.read_bytes(storage.join(run, FOLDER, name))) for name in names]
+    folder = storage.join(run, checkpoints.VALIDATION)
+    names = [name for name in storage.list_files(folder) if name.endswith(".json")]
+    found = [Validated.model_validate_json(storage.read_bytes(storage.join(folder, name))) for name in names]
     return {each.step: each for each in found}
 
 

@@ -21,6 +21,7 @@ from services.errors import ServiceError, Stopped, Unavailable
 from services.observability import Journal
 from services.training import selection
 from services.training.loop import FAILED
+from services.training.tracking import Tracking
 from services.training.validating import validate
 
 LOOK_EVERY_S = 2.0
@@ -32,13 +33,24 @@ WORKERS_WITHIN_S = 300.0
 def supervise(trainer: TorchTrainer, spec: TrainSpec, journal: Journal) -> None:
     """Run the trainer to its end, or to a stop. Raises Stopped, Unavailable for workers that do not come, and workers' errors
     that starting again would not mend."""
-    fit, validator, missing = Fit(trainer), Validator(spec, journal), MissingWorkers(spec)
+    tracking = Tracking(spec, journal)
+    try:
+        _watch(Fit(trainer), spec, Validator(spec, journal, tracking), tracking)
+    except Exception:  # not where the stage is cancelled: then its workers are freed at once
+        tracking.close()
+        raise
+    tracking.close()
+
+
+def _watch(fit: Fit, spec: TrainSpec, validator: Validator, tracking: Tracking) -> None:
+    missing = MissingWorkers(spec)
     with stop_on_sigterm(spec.prefix) as ask_to_stop:
         while not fit.over(LOOK_EVERY_S):
             ask_to_stop()
             _raise_final(spec)
             missing.look()
             validator.look()
+            tracking.look()
     _raise_final(spec)
     fit.result()
     _raise_stopped(spec)
@@ -130,8 +142,8 @@ class Validator:
     """Has one checkpoint after the other looked at, by a task of its own. What was looked at stands in storage, so a run that
     goes on looks at what is missing."""
 
-    def __init__(self, spec: TrainSpec, journal: Journal) -> None:
-        self._spec, self._journal = spec, journal
+    def __init__(self, spec: TrainSpec, journal: Journal, tracking: Tracking) -> None:
+        self._spec, self._journal, self._tracking = spec, journal, tracking
         self._running: tuple[int, ray.ObjectRef] | None = None
         self._validate = ray.remote(num_cpus=1, num_gpus=1 if spec.use_gpu else 0)(validate)
 
@@ -162,9 +174,10 @@ class Validator:
         except ray.exceptions.RayError as error:
             why = str(error).strip().splitlines()[-1]
             found = Validated(step=step, seconds=0.0, error=why)
-            storage.write_json(selection.outcome_uri(self._spec.run, step), found.model_dump())
+            storage.write_json(checkpoints.outcome_uri(self._spec.run, step), found.model_dump())
             return self._journal.event(f"the model after step {step} could not be validated: {why}", "warning")
         said = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
         pictures = f"; pictures {found.picture}" if found.picture else ""
         self._journal.event(f"the model after step {step}: {said}{pictures}")
         self._journal.metrics(step, found.metrics)
+        self._tracking.validated(found)

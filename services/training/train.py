@@ -24,10 +24,12 @@ from services import checkpoints, registry, storage
 from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec, most_workers
 from services.errors import Unavailable
 from services.observability import Journal
+from services.settings import TrackerSettings
 from services.training import pair_log, reference, selection
 from services.training.loop import train_loop
 from services.training.recorder import FENCE, newest_attempt
 from services.training.supervision import CPUS_PER_WORKER, MissingWorkers, supervise
+from services.training.trackers import check_trackers
 
 MAX_WORKER_FAILURES = 30
 """Of one attempt. Errors that would come again end it at once."""
@@ -135,6 +137,7 @@ def _check(spec: TrainSpec, manifest: Manifest) -> None:
     if training.lora and spec.model.adapter_of:
         raise ConfigError("training.lora", spec.model.name, "cannot be trained on a model that is LoRA adapters itself")
     check_optimizer(training)
+    check_trackers(TrackerSettings())
     MissingWorkers(spec).look(patience_s=0.0)
 
 

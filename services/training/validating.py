@@ -19,7 +19,6 @@ from services import checkpoints, registry, storage
 from services.contracts import TrainSpec, Validated
 from services.picture_grid import draw_grid
 from services.prompts import read_prompts
-from services.training import selection
 from services.training.held_out import held_out_metrics
 
 
@@ -41,10 +40,10 @@ def validate(spec: TrainSpec, step: int) -> Validated:
     if spec.training.held_out_pairs:
         metrics |= _held_out(spec, policy, folder, device)
     if spec.validation and spec.validation.num_prompts:
-        picture = selection.outcome_uri(spec.run, step).replace(".json", ".png")
+        picture = checkpoints.outcome_uri(spec.run, step).replace(".json", ".png")
         metrics |= _pictures(spec, TextToImage(folder, device, policy.unet), picture)
     found = Validated(step=step, metrics=metrics, picture=picture, seconds=time.monotonic() - began)
-    storage.write_json(selection.outcome_uri(spec.run, step), found.model_dump())
+    storage.write_json(checkpoints.outcome_uri(spec.run, step), found.model_dump())
     return found
 
 

@@ -17,11 +17,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.checkpoint_stall import checkpoint_stall
 from tests.bench.disk import bytes_on_disk
 from tests.bench.ingest_memory import ingest_memory
 from tests.bench.ingest_speed import ingest_speed
 from tests.bench.ledger_speed import ledger_speed
 from tests.bench.measure import Result
+from tests.bench.train_memory import train_memory
+from tests.bench.train_speed import train_speed
+from tests.bench.two_workers import two_workers
 
 RESULTS = Path(__file__).parent / "results.json"
 BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
@@ -29,7 +33,13 @@ BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
     "ledger_vs_online": ledger_speed,
     "ingest_vs_bare_vae": ingest_speed,
     "ingest_memory_10x_vs_1x": lambda scratch: ingest_memory(),
+    "train_vs_public_recipe": train_speed,
+    "train_vs_floor": train_speed,
+    "train_memory_vs_floor": train_memory,
+    "two_workers_vs_one": two_workers,
+    "checkpoint_stall": checkpoint_stall,
 }
+"""By the name of a result. What one of them measures beside it is measured once."""
 
 
 def main() -> None:
@@ -42,10 +52,10 @@ def main() -> None:
     torch.set_num_threads(1)
     ray.init(num_cpus=8, log_to_driver=False, include_dashboard=False, object_store_memory=1_000_000_000)
     results: dict[str, Result] = {}
-    for name in names:
-        print(name, flush=True)
+    for bench in dict.fromkeys(BENCHES[name] for name in names):
+        print(", ".join(name for name in BENCHES if BENCHES[name] is bench), flush=True)
         with tempfile.TemporaryDirectory() as scratch:
-            results |= BENCHES[name](Path(scratch))
+            results |= bench(Path(scratch))
         merge(results)
     Console(width=180).print(table(results))
 

@@ -1,11 +1,13 @@
 """How fast a full-size training step is, what it takes in memory, and how noisy its first step is: dde_core alone.
 
     python -m tests.bench.gpu_step --model sd15 --micro 8 --out results.json
+    python -m tests.bench.gpu_step --model sdxl --micro 4 --compile --checkpointing on --out results.json
     python -m tests.bench.gpu_step --model tiny --device cpu --pairs 4 --micro 2
 
-The real U-Net with random weights at its own resolution, random latents and text; all weights are trained by fused AdamW
-in bf16 autocast, the frozen reference runs in every step. No Ray, no data, no exchange between GPUs. Results are merged
-into the file: {name: {"ratio": null, "value", "unit", "against", "machine"}}.
+The real U-Net, VAE and text encoders with random weights at their own resolution, bf16 autocast, all weights of the U-Net
+trained by fused AdamW. Three sides take turns, each built anew: ours, the public recipe (public_recipe.py) and the floor
+(floor.py). No Ray, no exchange between GPUs. Results are merged into the file: {name: {"ratio", "value", "unit", "against",
+"machine"}}. With --compile the first steps take minutes.
 
 Step-0 noise: policy and reference have the same weights, so every logit is 0 but for rounding. It is exactly 0 where both
 run in the same batch shape and dtype. Where the reference ran pair by pair, or in float32, what is left is the noise that
@@ -19,9 +21,7 @@ import argparse
 import itertools
 import json
 import os
-import platform
-import resource
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from torch import Tensor
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.estimate import FACTS, estimate, published_share
 from dde_core.metrics import BUCKETS, bucket_of, bucket_span
-from dde_core.train_step import PairBatch, PairErrors, check_finite, pair_errors, step_losses
+from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
+from tests.bench.gpu_speed import Sides
+from tests.bench.measure import in_turn, machine, ratio, result
 from tests.unet_configs import UNETS, random_pairs, schedule, unet
 
 OBJECTIVES = {"1/2": ObjectiveConfig(method="uniform"), "1/SNR": ObjectiveConfig(method="dde_single")}
@@ -42,13 +44,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse, measure, write."""
     asked = parse(arguments)
     torch.manual_seed(0)
-    if asked.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the GPU is first used
+    if asked.noise_pairs:
         torch.use_deterministic_algorithms(True)
-    bench = Bench(asked.model, torch.device(asked.device), asked.micro)
-    tell(dict(bench.noise(asked.noise_pairs)), asked.out)
+        tell(dict(Bench(asked.model, torch.device(asked.device), asked.micro).noise(asked.noise_pairs)), asked.out)
     for checkpointing in {"on": [True], "off": [False], "both": [True, False]}[asked.checkpointing]:
-        tell(bench.speed(asked.pairs, asked.steps, checkpointing), asked.out)
+        tell(speed(asked, checkpointing), asked.out)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -57,19 +58,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(UNETS), default="sd15")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--micro", type=int, default=4, help="pairs in one forward and backward")
-    parser.add_argument("--pairs", type=int, default=32, help="pairs in one optimizer step")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, after one that is not")
-    parser.add_argument("--noise-pairs", type=int, default=80, help="pairs for the step-0 noise")
+    parser.add_argument("--pairs", type=int, default=32, help="pairs in one optimizer step, whole micro-batches")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a side in a round, after two that are not")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--noise-pairs", type=int, default=80, help="pairs for the step-0 noise (0: it is left out)")
     parser.add_argument("--checkpointing", choices=["on", "off", "both"], default="both")
-    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True, help="as training does")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net on all sides")
+    parser.add_argument("--decoders", type=int, default=8, help="processes that decode the public recipe's pictures ahead")
     parser.add_argument("--out", type=Path, help="JSON file that the results are merged into")
     return parser.parse_args(arguments)
 
 
 def tell(results: dict[str, dict[str, Any]], out: Path | None) -> None:
     """Print results and merge them into the file at once: what comes next may run out of memory."""
-    for name, result in results.items():
-        print(f"{name}: {result['value']:.4g} {result['unit']} (against {result['against']})", flush=True)
+    for name, each in results.items():
+        print(f"{name}: {each['value']:.4g} {each['unit']} (against {each['against']})", flush=True)
     if out:
         before = json.loads(out.read_text()) if out.exists() else {}
         out.write_text(json.dumps(before | results, indent=1, sort_keys=True) + "\n")
@@ -83,9 +86,6 @@ class Bench:
         self.schedule = schedule(device)
         self.policy, self.reference = (unet(model, device, seed=0) for _ in range(2))
         self.reference.requires_grad_(False)
-        self.machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-
-    # ---- step-0 noise
 
     def noise(self, num_pairs: int) -> Iterator[tuple[str, dict[str, Any]]]:
         """The largest logit of identical arithmetic, and the logits' spread for each other arithmetic of the reference."""
@@ -122,80 +122,54 @@ class Bench:
         with torch.autocast(self.device.type, torch.bfloat16):
             return pair_errors(model, self.schedule, part)
 
-    # ---- speed and memory
-
-    def speed(self, num_pairs: int, steps: int, checkpointing: bool) -> dict[str, dict[str, Any]]:
-        """Pairs/s over ``steps`` optimizer steps after one that warms up, and the peak of memory."""
-        (self.policy.enable_gradient_checkpointing if checkpointing else self.policy.disable_gradient_checkpointing)()
-        optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-8, fused=True)
-        batch = random_pairs(self.model, num_pairs, self.device, seed=0)
-        self._step(optimizer, batch)
-        self._start_of_peak()
-        began = self._now()
-        for _ in range(steps):
-            self._step(optimizer, batch)
-        seconds = self._now() - began
-        how = f"micro {self.micro}, {'with' if checkpointing else 'without'} gradient checkpointing"
-        return dict(
-            [
-                self._row(f"step, {how}, speed", steps * num_pairs / seconds, "pairs/s", published(self.model)),
-                self._row(
-                    f"step, {how}, peak memory",
-                    self._peak_gb(),
-                    "GB",
-                    counted(self.model, self.micro, num_pairs, checkpointing),
-                ),
-            ]
-        )
-
-    def _step(self, optimizer: torch.optim.Optimizer, batch: PairBatch) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        for start in range(0, len(batch), self.micro):
-            part = batch.rows(slice(start, start + self.micro))
-            with torch.autocast(self.device.type, torch.bfloat16):
-                with torch.no_grad():
-                    ref = pair_errors(self.reference, self.schedule, part)
-                theta = pair_errors(self.policy, self.schedule, part)
-            terms = step_losses(theta, ref, part.t, OBJECTIVES["1/2"], self.schedule)
-            (terms.loss.sum() / len(batch)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-        check_finite("gradient", norm)
-        optimizer.step()
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.monotonic()
-
-    def _start_of_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def _peak_gb(self) -> float:
-        """What tensors took on the GPU; on the CPU what the process ever had."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e9
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
     def _row(self, name: str, value: float, unit: str, against: str) -> tuple[str, dict[str, Any]]:
-        size = UNETS[self.model]["sample_size"] * 8
-        result = {"ratio": None, "value": value, "unit": unit, "against": against, "machine": self.machine}
-        return f"{self.model} at {size} px, bf16, {name}", result
+        return f"{headed(self.model)}, {name}", {**result(None, value, unit, against), "machine": machine_of(self.device)}
 
 
-def counted(model: str, micro: int, num_pairs: int, checkpointing: bool) -> str:
-    """What `dde_core.estimate` says of the memory, without the text encoders, which are not here."""
+def speed(asked: argparse.Namespace, checkpointing: bool) -> dict[str, dict[str, Any]]:
+    """Pairs/s of ours against the public recipe and the floor, and on a GPU what each takes in memory."""
+    device = torch.device(asked.device)
+    training = TrainConfig(
+        steps=1, batch_size=asked.pairs, micro_batch_size=asked.micro, draws=1, learning_rate=1e-8, precision="bf16",
+        gradient_checkpointing=checkpointing, compile=asked.compile, reference="ledger",
+    )  # fmt: skip
+    how = f"micro {asked.micro}, {'with' if checkpointing else 'without'} gradient checkpointing"
+    head = f"{headed(asked.model)}, {how}{', compiled' if asked.compile else ''}"
+    with tempfile.TemporaryDirectory() as scratch:
+        sides = Sides(asked.model, device, training, Path(scratch), asked.decoders, asked.steps)
+        measured = {"ours": sides.ours, "public recipe": sides.public_recipe, "floor": sides.floor}
+        found = in_turn(asked.rounds, measured)
+    public = f"the public recipe, {asked.decoders} processes that decode; {published(asked.model)}"
+    results = {
+        f"{head}, train_vs_public_recipe": ratio(found, "ours", "public recipe", "pairs/s", public),
+        f"{head}, train_vs_floor": ratio(found, "ours", "floor", "pairs/s", "tensors in memory"),
+    }
+    for side, peak_gb in sides.peak_gb.items():
+        against = f"the floor's {sides.peak_gb['floor']:.1f} GB; {counted(training, asked.model)}"
+        results[f"{head}, peak memory, {side}"] = result(peak_gb / sides.peak_gb["floor"], peak_gb, "GB", against)
+    return {name: {**each, "machine": machine_of(device)} for name, each in results.items()}
+
+
+def headed(model: str) -> str:
+    return f"{model} at {UNETS[model]['sample_size'] * 8} px, bf16"
+
+
+def machine_of(device: torch.device) -> str:
+    return machine(torch.cuda.get_device_name(device)) if device.type == "cuda" else machine()
+
+
+def counted(training: TrainConfig, model: str) -> str:
+    """What `dde_core.estimate` says of a run's memory."""
     if model not in FACTS:
-        return "nothing"
-    training = TrainConfig(batch_size=num_pairs, micro_batch_size=micro, precision="bf16", gradient_checkpointing=checkpointing)
+        return "not counted"
     terms = estimate(model, OBJECTIVES["1/2"], training, 1).memory
-    return f"{sum(term.value for term in terms if term.name != 'text encoders'):.1f} GB counted by dde_core.estimate"
+    return f"{sum(term.value for term in terms):.1f} GB of ours counted by dde_core.estimate"
 
 
 def published(model: str) -> str:
     """The pace of the published run."""
     if model not in FACTS:
-        return "nothing"
+        return "not published"
     run = FACTS[model].published
     pace = run.steps * run.batch_size / run.gpu_hours / 3600
     return f"{pace:.3g} pairs/s of Diffusion-DPO on an A100 ({100 * published_share(FACTS[model]):.1f}% of its peak)"

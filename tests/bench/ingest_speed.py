@@ -25,17 +25,9 @@ from tests.bench.measure import Result, Stopwatch, in_turn, ratio
 from tests.stage_runs import StageRuns, shapes_record
 from tests.synthetic_pairs import synthetic_rows, write_stream
 from tests.tiny_folders import sd15_folder
+from tests.unet_configs import SD15_VAE
 
 ACTORS = 2
-SD15_VAE: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-}
-"""Stable Diffusion 1.5's, as its folder describes it; the weights are drawn at random."""
 
 
 def ingest_speed(scratch: Path, rounds: int = 2) -> dict[str, Result]:
@@ -54,7 +46,7 @@ def ingest_speed(scratch: Path, rounds: int = 2) -> dict[str, Result]:
 
 
 def _with_vae(folder: Path) -> ModelRecord:
-    """The tiny folder with SD1.5's VAE."""
+    """The tiny folder with SD1.5's VAE; its weights are drawn at random."""
     torch.manual_seed(0)
     AutoencoderKL(**SD15_VAE).save_pretrained(folder / "vae")
     uri = folder.as_uri()

@@ -3,88 +3,40 @@ computed in every step. Beside it the ceiling: (forward and backward + forward) 
 
 from __future__ import annotations
 
+import itertools
 import statistics
-import tempfile
 from pathlib import Path
-from typing import Any
 
-import ray
 import torch
-from diffusers import UNet2DConditionModel
 
-from dde_core.config import ObjectiveConfig
 from dde_core.models.folder import ModelFolder
-from dde_core.shapes import MODEL_DIR
 from dde_core.train_step import PairBatch, pair_errors
-from services import registry
-from services.contracts import LedgerSpec
-from services.ingest.ledger import ledger
-from services.observability import Journal
+from tests.bench.cases import OBJECTIVE, WARM_UP, Case, pairs_per_s
 from tests.bench.measure import Result, Stopwatch, in_turn, ratio, result
-from tests.encoded_pairs import batch_maker, train_here, train_spec, write_encoded
-from tests.tiny_folders import WIDTH, sd15_folder
-
-OBJECTIVE = ObjectiveConfig(method="uniform", noise="independent")
-MID_SIZE: dict[str, Any] = {
-    "sample_size": 32,
-    "block_out_channels": (96, 192, 384, 384),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": WIDTH,
-}
-"""Stable Diffusion 1.5's blocks at three tenths of their width, at 32 x 32 latents."""
+from tests.encoded_pairs import batch_maker
 
 
 def ledger_speed(scratch: Path, rounds: int = 3) -> dict[str, Result]:
     """``ledger_vs_online`` on the shapes model (64 pairs a step) and on the mid-size U-Net (4 pairs a step)."""
-    return _measure("ledger_vs_online", MODEL_DIR, scratch / "shapes", (4, 8, 8), 64, 12, rounds) | _measure(
-        "ledger_vs_online, SD1.5-kind mid-size", _mid_size(scratch / "mid"), scratch / "mid-runs", (4, 32, 32), 4, 4, rounds
-    )
+    shapes = _measure(Case.shapes(scratch / "shapes"), 12, rounds)
+    return shapes | _measure(Case.mid_size(scratch / "mid"), 4, rounds)
 
 
-def _mid_size(folder: Path) -> Path:
-    sd15_folder(folder)
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(**MID_SIZE)
-    print(f"  mid-size U-Net: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} million parameters", flush=True)
-    unet.save_pretrained(folder / "unet")
-    return folder
-
-
-def _measure(
-    name: str, path: Path, scratch: Path, shape: tuple[int, int, int], batch_size: int, steps: int, rounds: int
-) -> dict[str, Result]:
-    model = ModelFolder(path)
-    encoded = write_encoded(scratch / "data", model, pairs=2 * batch_size, shape=shape)
-    training = {"steps": steps, "batch_size": batch_size, "draws": 2, "checkpoint_every": steps}
-    ledger = _write_ledger(scratch / "ledger", model, encoded, **training)
-    runs = iter(range(1000))
-
-    def pairs_per_s(**more: Any) -> float:
-        told = train_here(scratch / str(next(runs)), model, encoded, OBJECTIVE, **training, **more)
-        return statistics.median(step["pairs_per_s"] for step in told[1:])
-
+def _measure(case: Case, steps: int, rounds: int) -> dict[str, Result]:
+    """By the median of ``steps`` steps a side and round, after warming up."""
+    ledger, runs, steps = case.write_ledger(), itertools.count(), steps + WARM_UP
     sides = {
-        "ledger": lambda: pairs_per_s(reference="ledger", ledger=ledger),
-        "online": lambda: pairs_per_s(reference="online"),
+        "ledger": lambda: pairs_per_s(case.batch_size, case.train(f"run-{next(runs)}", steps, ledger)),
+        "online": lambda: pairs_per_s(case.batch_size, case.train(f"run-{next(runs)}", steps, None)),
     }
-    found = ratio(in_turn(rounds, sides), "ledger", "online", "pairs/s", f"the reference in every step of {batch_size} pairs")
-    maker = batch_maker(model, encoded, OBJECTIVE, batch_size=batch_size)
-    with_gradient, forward = _passes(model, maker.make(maker.rows(0, 0, 1)))
-    against = f"forward and backward {with_gradient:.3f} s, forward {forward:.3f} s, of {batch_size} pairs"
+    what = f"the reference in every step of {case.batch_size} pairs"
+    found = ratio(in_turn(rounds, sides), "ledger", "online", "pairs/s", what)
+    maker = batch_maker(case.folder, case.encoded, OBJECTIVE, batch_size=case.batch_size)
+    with_gradient, forward = _passes(case.folder, maker.make(maker.rows(0, 0, 1)))
+    against = f"forward and backward {with_gradient:.3f} s, forward {forward:.3f} s, of {case.batch_size} pairs"
     ceiling = (with_gradient + forward) / with_gradient
+    name = f"ledger_vs_online{case.title}"
     return {name: found, f"{name}, ceiling": result(ceiling, with_gradient, "s", against)}
-
-
-def _write_ledger(folder: Path, model: ModelFolder, encoded: Path, **training: Any) -> str:
-    """By the stage itself. The URI of its record."""
-    run = train_spec(folder, model, encoded, OBJECTIVE, **training)
-    record = run.model.model_copy(update={"digest": registry.folder_digest(run.model.uri)})
-    frame = {"job": run.job, "attempt": run.attempt, "prefix": run.prefix, "dataset": run.dataset}
-    spec = LedgerSpec(**frame, model=record, objective=run.objective, training=run.training)
-    return ledger(spec, Journal(spec.prefix)).ledger
 
 
 def _passes(model: ModelFolder, batch: PairBatch, rounds: int = 3) -> tuple[float, float]:
@@ -106,9 +58,3 @@ def _passes(model: ModelFolder, batch: PairBatch, rounds: int = 3) -> tuple[floa
 
     found = in_turn(rounds, {"forward and backward": with_gradient, "forward": forward})
     return statistics.median(found["forward and backward"]), statistics.median(found["forward"])
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        print(ledger_speed(Path(scratch)))
-        ray.shutdown()

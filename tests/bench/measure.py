@@ -39,12 +39,12 @@ def result(ratio: float | None, value: float, unit: str, against: str) -> Result
     return {"ratio": ratio, "value": value, "unit": unit, "against": against, "machine": machine()}
 
 
-def machine() -> str:
+def machine(accelerator: str = "no accelerator") -> str:
     """Processor, cores and memory in words."""
     with open("/proc/cpuinfo") as file:
         models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     memory = psutil.virtual_memory().total / 2**30
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, no accelerator"
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, {accelerator}"
 
 
 @contextmanager

@@ -1,24 +1,40 @@
-"""The benchmark of a full-size step, run small on the CPU."""
+"""The benchmark of a full-size step, run small on the CPU, and the public recipe that it holds ours against."""
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.schedule import Schedule
+from dde_core.train_step import PairBatch, pair_errors, step_losses
+from tests.bench.gpu_speed import Ours, Sides
 from tests.bench.gpu_step import counted, published
+from tests.bench.public_recipe import Pictures, diffusion_dpo_loss, noise_errors
+from tests.bench.random_folder import RandomFolder
+from tests.unet_configs import SCHEDULER, random_pairs, unet
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--model", "tiny", "--device", "cpu", "--pairs", "4", "--micro", "2", "--steps", "1", "--noise-pairs", "40"]
+WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from tests.bench.gpu_step import main; main(sys.argv[1:])"
+SMALL = "--model tiny --device cpu --pairs 2 --micro 1 --steps 1 --rounds 1 --noise-pairs 20 --decoders 0 --checkpointing on"
+CPU = torch.device("cpu")
 
 
-def test_the_benchmark_merges_its_numbers_into_a_file(tmp_path):
+def test_the_benchmark_runs_without_ray_and_merges_its_numbers_into_a_file(tmp_path):
     out = tmp_path / "results.json"
     kept = {"ratio": 2.0, "value": 1.0, "unit": "s", "against": "another", "machine": "m"}
     out.write_text(json.dumps({"another benchmark": kept}))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.bench.gpu_step", *SMALL, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_RAY, *SMALL.split(), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
     assert results.pop("another benchmark") == kept
@@ -31,14 +47,71 @@ def test_the_benchmark_merges_its_numbers_into_a_file(tmp_path):
     rounded = {w: [value for name, value in spreads.items() if f"float32, w = {w}," in name] for w in ("1/2", "1/SNR")}
     assert min(map(min, rounded.values())) > 0
     assert max(rounded["1/SNR"]) > 10 * max(rounded["1/2"])  # 1/SNR is 214 at t = T
-    for how in ("with", "without"):
-        speed, memory = (results[f"tiny at 64 px, bf16, step, micro 2, {how} gradient checkpointing, {what}"]["value"]
-                         for what in ("speed", "peak memory"))  # fmt: skip
-        assert speed > 0
-        assert memory > 0
+    for against in ("train_vs_public_recipe", "train_vs_floor"):
+        found = results[f"tiny at 64 px, bf16, micro 1, with gradient checkpointing, {against}"]
+        assert found["ratio"] > 0
+        assert found["value"] > 0
 
 
 def test_real_models_are_held_against_the_estimate_and_the_published_pace():
-    assert counted("sd15", 4, 32, True) == "21.2 GB counted by dde_core.estimate"
-    assert published("sd15") == "2.96 pairs/s of Diffusion-DPO on an A100 (6.1% of its peak)"
-    assert published("sdxl") == "0.237 pairs/s of Diffusion-DPO on an A100 (5.1% of its peak)"
+    training = TrainConfig(batch_size=32, micro_batch_size=4, precision="bf16", gradient_checkpointing=True, reference="ledger")
+    assert counted(training, "sd15").endswith("GB of ours counted by dde_core.estimate")
+    assert published("sd15").startswith("2.96 pairs/s of Diffusion-DPO on an A100 (")
+    assert published("sdxl").startswith("0.237 pairs/s of Diffusion-DPO on an A100 (")
+
+
+def test_our_side_begins_at_log_2_on_a_ledger_of_the_model_itself(tmp_path):
+    training = TrainConfig(steps=1, batch_size=2, micro_batch_size=1, draws=1, precision="bf16", reference="ledger")
+    try:
+        sides = Sides("tiny", CPU, training, tmp_path, workers=0, timed_steps=1)
+        ours = Ours(RandomFolder("tiny", CPU), training, CPU, tmp_path, sides.record)
+        with ours.reader:
+            first, second = ours.step(), ours.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-12)
+    assert second["loss"] != pytest.approx(math.log(2), rel=1e-12)
+
+
+# ---- the public recipe
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_public_recipes_loss_is_uniform_on_the_same_draws(prediction_type):
+    schedule = Schedule.from_config(SCHEDULER | {"prediction_type": prediction_type})
+    pairs = random_pairs("tiny", 6, "cpu", seed=3)
+    pairs = PairBatch(**{**vars(pairs), "noise_l": pairs.noise_w})
+    policy, reference = (unet("tiny", "cpu", seed=seed) for seed in (1, 2))
+    told = {name: torch.cat([rows, rows]) for name, rows in pairs.conditioning_w.items()}
+    given = (torch.cat([pairs.latents_w, pairs.latents_l]), torch.cat([pairs.noise_w] * 2), torch.cat([pairs.t] * 2), told)
+    beta = 20.0
+    with torch.no_grad():
+        theta, ref = (noise_errors(model, schedule, *given) for model in (policy, reference))
+        ours = [pair_errors(model, schedule, pairs) for model in (policy, reference)]
+    if prediction_type == "epsilon":
+        objective = ObjectiveConfig(method="uniform", beta=beta)
+        losses = step_losses(*ours, pairs.t, objective, schedule).loss
+        assert diffusion_dpo_loss(theta, ref, beta).item() == pytest.approx(losses.mean().item(), rel=1e-5)
+        assert losses.std() > 0.01
+    else:  # the error on v is that on eps over alpha_bar: Salimans and Ho, 2022, appendix D
+        alpha_bar = schedule.alpha_bar[pairs.t].float()
+        assert torch.allclose(theta.chunk(2)[0], ours[0].w / alpha_bar, rtol=1e-3)
+
+
+def test_the_public_recipe_scales_the_shorter_side_cuts_the_centre_and_takes_the_winner_first():
+    left_to_right = np.tile(np.linspace(0, 255, 96, dtype=np.uint8), (48, 1))
+    winner, loser = (_png(np.stack([grey] * 3, axis=2)) for grey in (left_to_right, np.zeros((48, 96), np.uint8)))
+    row = {"jpg_0": loser, "jpg_1": winner, "label_0": 0.0, "caption": "a small red circle"}
+    pixels_w, pixels_l, ids, size = Pictures([row], RandomFolder("tiny", CPU).tokenizers(), 24)[0]
+    assert pixels_w.shape == pixels_l.shape == (3, 24, 24)
+    assert pixels_l.unique().tolist() == [-1.0]
+    assert pixels_w[0, 0, 0].item() == pytest.approx(-0.5, abs=0.05), "a quarter of the way"
+    assert pixels_w[0, 0, -1].item() == pytest.approx(0.5, abs=0.05)
+    assert ids.shape == (1, 77)
+    assert size.tolist() == [48, 96]
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()

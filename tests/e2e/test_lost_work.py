@@ -17,7 +17,7 @@ from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR
 from services import checkpoints, storage
-from services.contracts import TrainSpec
+from services.contracts import StageStopped, StopRequest, TrainSpec
 from tests.encoded_pairs import write_encoded
 from tests.ray_nodes import Nodes, two_nodes
 from tests.stage_runs import Running, StageRuns, shapes_record
@@ -101,7 +101,8 @@ class Killer:
                 return
             kind = self._random.choice(self._kinds)
             workers, before = self._trial.nodes.workers(), max(self._trial.steps(self._spec), default=0)
-            if kind == "worker" and not workers:
+            raylet = self._trial.nodes.raylet()
+            if (kind == "worker" and not workers) or (kind == "raylet" and not raylet):
                 continue
             self._left -= 1
             self.kills.append(kind)
@@ -112,7 +113,7 @@ class Killer:
                 os.kill(running.process.pid, signal.SIGKILL)
                 return
             else:
-                self._trial.nodes.raylet().kill()
+                raylet.kill()
                 time.sleep(self._random.uniform(0, 3))
                 self._trial.nodes.lose()
                 self._trial.nodes.add()
@@ -138,6 +139,33 @@ def test_twenty_kills_of_worker_driver_or_raylet_change_no_bit(trial: Trial, und
     assert set(killer.kills) == {"worker", "driver", "raylet"}
     assert all("on 2 workers" in event for event in starts)
     assert same_bits(undisturbed, weights_of(spec))
+
+
+@pytest.mark.parametrize("how", ["pause", "signal"])
+def test_a_run_that_is_stopped_gives_its_workers_back_and_goes_on_to_the_same_bits(trial: Trial, undisturbed, how: str):
+    """A pause asks by a file, a machine that is taken away by SIGTERM to the driver."""
+    spec = trial.spec(f"stopped-{how}", 2, replace(TRAINING, checkpoint_every=1000))
+    running = trial.start("train", spec)
+    wait_for(lambda: any("from step" in event for event in running.events()), running)
+    time.sleep(2)
+    if how == "pause":
+        storage.write_json(storage.join(spec.prefix, "stop.json"), StopRequest(why="pause").model_dump())
+    else:
+        running.process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    assert running.process.wait(120) == 0, running.failure()
+    while trial.nodes.workers():
+        time.sleep(0.1)
+    print(f"{how}: driver and workers gone after {time.monotonic() - asked:.1f} s")
+    stopped = StageStopped.model_validate_json(storage.read_bytes(storage.join(spec.prefix, "stopped.json")))
+    assert (stopped.why, 0 < stopped.step < TRAINING.steps) == (how, True)
+    assert trial.steps(spec) == [stopped.step]
+    again = trial.spec(f"stopped-{how}", 2, replace(TRAINING, checkpoint_every=1000), attempt=2)
+    running = trial.start("train", again)
+    running.finish()
+    events = running.events()
+    assert f"training on 2 workers (ddp) from step {stopped.step}" in events
+    assert same_bits(undisturbed, weights_of(again))
 
 
 def test_an_elastic_run_loses_a_node_and_gets_it_again(trial: Trial, undisturbed):

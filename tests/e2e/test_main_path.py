@@ -182,7 +182,9 @@ def processes(system: LocalSystem, *words: str) -> list[psutil.Process]:
     return found
 
 
-def test_a_job_whose_driver_dies_ends_as_failed_with_a_reason(client: Client, system: LocalSystem, base: str, dataset: str):
+def test_a_job_whose_driver_dies_starts_again_and_frees_its_workers_when_it_is_cancelled(
+    client: Client, system: LocalSystem, base: str, dataset: str
+):
     training = TrainConfig(steps=5000, batch_size=32, checkpoint_every=5000)
     job = client.create_job(job_request(base, dataset, training=training))
     wait_for(lambda: list(client.metrics(job.id, "train")))
@@ -190,20 +192,14 @@ def test_a_job_whose_driver_dies_ends_as_failed_with_a_reason(client: Client, sy
     assert drivers
     for driver in drivers:
         os.kill(driver.pid, signal.SIGKILL)
-    ended = client.wait(job.id, timeout_s=60)
-    assert ended.status == "failed"
-    assert ended.reason.code == "driver_died"
-    assert "stage train" in ended.reason.message
-    wait_for(lambda: not processes(system, "RayTrainWorker"), timeout_s=60)
-
-
-def test_a_cancelled_job_stops_and_frees_its_workers(client: Client, system: LocalSystem, base: str, dataset: str):
-    training = TrainConfig(steps=5000, batch_size=32, checkpoint_every=5000)
-    job = client.create_job(job_request(base, dataset, training=training))
-    wait_for(lambda: list(client.metrics(job.id, "train")))
+    again = "stage train starts again as attempt 2: the driver of stage train ended without a result"
+    wait_for(lambda: any(event.message.startswith(again) for event in client.events(job.id)), timeout_s=60)
+    wait_for(lambda: processes(system, "RayTrainWorker"), timeout_s=60)
     client.cancel_job(job.id)
-    assert client.wait(job.id, timeout_s=60).status == "cancelled"
+    asked = time.monotonic()
     wait_for(lambda: not processes(system, "RayTrainWorker"), timeout_s=60)
+    print(f"workers gone {time.monotonic() - asked:.1f} s after the cancel")
+    assert client.wait(job.id, timeout_s=60).status == "cancelled"
 
 
 def test_a_dataset_of_broken_pictures_fails_the_job_and_leaves_no_shards(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from services.observability import read_journal
 from services.training import recorder, selection
 from services.training.loop import FAILED
 from tests.encoded_pairs import train_here, train_spec, write_encoded
+from tests.s3_server import Harm
 from tests.tiny_folders import sd15_folder
 
 OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=20)
@@ -47,11 +49,11 @@ def undisturbed(model, encoded, tmp_path_factory: pytest.TempPathFactory) -> dic
     return state(folder, 8)
 
 
-def run_of(folder: Path) -> str:
-    return (folder / "run").as_uri()
+def run_of(folder: Path | str) -> str:
+    return storage.join(storage.as_uri(folder), "run")
 
 
-def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+def state(folder: Path | str, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint."""
     with checkpoints.opened(run_of(folder), checkpoints.read(run_of(folder), step)) as files:
         return {
@@ -63,8 +65,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def events(folder: Path) -> list[str]:
-    return [entry.message for _, some in read_journal(folder.as_uri(), 0) for entry in some if entry.message]
+def events(folder: Path | str) -> list[str]:
+    return [entry.message for _, some in read_journal(storage.as_uri(folder), 0) for entry in some if entry.message]
 
 
 def test_a_checkpoint_says_what_it_is_of_and_the_last_ones_are_kept(model, encoded, tmp_path, undisturbed):
@@ -178,6 +180,24 @@ def test_a_full_disk_costs_no_step(model, encoded, small_disk, undisturbed):
     assert same(state(small_disk, 8), undisturbed)
 
 
+def test_an_object_store_that_does_not_answer_for_a_while_costs_no_step(model, encoded, s3_server, bucket, undisturbed):
+    failed = Counter[str]()
+
+    def back_again() -> None:
+        time.sleep(12)
+        failed.update(s3_server.done)
+        s3_server.harm()
+
+    s3_server.harm(Harm("slow_down", method="PUT"))
+    later = threading.Thread(target=back_again)
+    later.start()
+    metrics = train_here(bucket, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    later.join()
+    assert failed["slow_down"] > 0
+    assert len(metrics) == 8
+    assert same(state(bucket, 8), undisturbed)
+
+
 # ---- which are kept
 
 
@@ -202,7 +222,7 @@ def records(folder: Path, *steps: int) -> str:
 
 
 def validated(run: str, step: int, **metrics: float) -> None:
-    storage.write_json(selection.outcome_uri(run, step), Validated(step=step, metrics=metrics, seconds=1.0).model_dump())
+    storage.write_json(checkpoints.outcome_uri(run, step), Validated(step=step, metrics=metrics, seconds=1.0).model_dump())
 
 
 def test_the_last_the_best_and_what_validation_has_not_seen_are_kept(model, encoded, tmp_path):

@@ -11,10 +11,11 @@ from services.contracts import AlignmentJobCreate, CreditRecord, JobStatus, Stag
 from services.control import jobs, journal
 from services.control.dependencies import After, Config, Db, Key, Limit, LongLimit, body, metadata_filter, takes
 from services.control.idempotency import Once
-from services.control.views import EventView, JobView, ListView, MetricView
+from services.control.views import CheckpointView, EventView, JobView, ListView, MetricView
 
 router = APIRouter(tags=["alignment"])
 PATH = "/v1/alignment/jobs"
+AfterStep = Annotated[int | None, Query(description="The last step already seen.", ge=-1, lt=2**63)]
 
 
 @router.post(PATH, response_model=JobView, openapi_extra=takes(AlignmentJobCreate))
@@ -48,6 +49,18 @@ def cancel_job(job_id: str, db: Db) -> JSONResponse:
     return JSONResponse(jobs.cancel(db, "alignment", job_id))
 
 
+@router.post(PATH + "/{job_id}/pause", response_model=JobView)
+def pause_job(job_id: str, db: Db) -> JSONResponse:
+    """Ask for the job to store its state and free the cluster; it is paused once nothing of it runs any more."""
+    return JSONResponse(jobs.pause(db, job_id))
+
+
+@router.post(PATH + "/{job_id}/resume", response_model=JobView)
+def resume_job(job_id: str, db: Db) -> JSONResponse:
+    """Queue a paused job again: it goes on where it was."""
+    return JSONResponse(jobs.resume(db, job_id))
+
+
 @router.get(PATH + "/{job_id}/events", response_model=ListView[EventView])
 def list_events(
     job_id: str,
@@ -73,11 +86,17 @@ def list_metrics(
     job_id: str,
     db: Db,
     stage: Stage | None = None,
-    after: Annotated[int | None, Query(description="The last step already seen.", ge=-1, lt=2**63)] = None,
+    after: AfterStep = None,
     limit: LongLimit = 100,
 ) -> JSONResponse:
     """In order of time. Steps of different stages count different things: ``stage`` keeps one."""
     return JSONResponse(journal.list_metrics(db, job_id, stage, after, limit))
+
+
+@router.get(PATH + "/{job_id}/checkpoints", response_model=ListView[CheckpointView])
+def list_checkpoints(job_id: str, db: Db, settings: Config, after: AfterStep = None, limit: Limit = 20) -> JSONResponse:
+    """In order of steps: those that training has stored and kept."""
+    return JSONResponse(jobs.list_checkpoints(db, settings.storage_uri, job_id, after, limit))
 
 
 @router.get(PATH + "/{job_id}/credit", response_model=CreditRecord)

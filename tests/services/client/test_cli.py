@@ -142,6 +142,74 @@ def test_lists_are_tab_separated_where_stdout_is_no_terminal(server, dde) -> Non
     assert server.sent("GET", JOBS)[0][1]["status"] == "failed"
 
 
+@pytest.mark.parametrize(("option", "sent"), [("2", 2), ("1-4", [1, 4])])
+def test_workers_are_a_number_or_the_least_and_the_most(server, dde, option, sent) -> None:
+    demo = ("jobs", "create", ROOT / "deploy" / "demo.json", "--dataset", "ds_1", "--prompts", "p.txt")
+    result = dde(*demo, "--workers", option, "--reference", "ledger")
+    assert result.exit_code == 0, result.stderr
+    assert (the_body(server)["workers"], the_body(server)["training"]["reference"]) == (sent, "ledger")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        *(
+            (option, f"--workers must be a number, or LEAST-MOST, as in 1-4, got {option!r}")
+            for option in ("x", "1-2-3", "-4", "1-")
+        ),
+        ("4-1", "workers: must be a number from 1 to 1024, or two of them as [least, most], got [4, 1]"),
+    ],
+)
+def test_workers_that_are_neither_are_refused_before_anything_is_sent(server, dde, option, said) -> None:
+    result = dde("jobs", "create", ROOT / "deploy" / "demo.json", "--dataset", "d", "--prompts", "p", f"--workers={option}")
+    assert (result.exit_code, result.stderr) == (1, f"error: {said}\n")
+    assert server.requests == []
+
+
+def test_prompts_of_validation_may_be_a_path(server, dde, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "job.yaml"
+    told = (
+        "model: m\ndataset: d\nevaluation: {prompts_uri: p.txt}\nvalidation: {every: 50, num_prompts: 4, prompts_uri: v.txt}\n"
+    )
+    file.write_text(told)
+    assert dde("jobs", "create", file).exit_code == 0
+    assert the_body(server)["validation"]["prompts_uri"] == (tmp_path / "v.txt").as_uri()
+
+
+def test_a_job_is_paused_and_resumed_and_says_how_it_stands(server, dde) -> None:
+    server.single[f"{JOBS}/ajob_1/pause"] = deque([job("running", pause_requested_at=5)])
+    server.single[f"{JOBS}/ajob_1/resume"] = deque([job("queued", pause_requested_at=None)])
+    assert dde("jobs", "pause", "ajob_1").stdout == "pausing\n"
+    assert dde("jobs", "resume", "ajob_1").stdout == "queued\n"
+    server.fail(409, "job ajob_1 has ended already: it is failed", param="id", code="job_failed")
+    assert dde("jobs", "pause", "ajob_1").stderr == "error: id: job ajob_1 has ended already: it is failed\n"
+
+
+def test_checkpoints_are_listed_with_what_validation_measured(server, dde) -> None:
+    record = {"object": "alignment.job.checkpoint", "pairs_seen": 640, "images_seen": 1280, "bytes": 26_400_000, "workers": 2}
+    plain = {**record, "created_at": 1, "metrics": {"loss": 0.5}}
+    measured = {
+        "step": 20,
+        "metrics": {"held_out_accuracy": 0.75, "taste": 0.5},
+        "picture": None,
+        "seconds": 1.0,
+        "error": None,
+    }
+    broken = {**measured, "step": 30, "metrics": {}, "error": "the scorer's node is gone"}
+    server.items[f"{JOBS}/ajob_1/checkpoints"] = [
+        {**plain, "step": step, "uri": f"s3://b/{step}", "validation": validation}
+        for step, validation in ((10, None), (20, measured), (30, broken))
+    ]
+    lines = [line.split("\t") for line in dde("jobs", "checkpoints", "ajob_1").stdout.splitlines()]
+    assert [line[:6] for line in lines] == [
+        ["step", "images", "MB", "workers", "validation", "uri"],
+        ["10", "1280", "26.4", "2", "", "s3://b/10"],
+        ["20", "1280", "26.4", "2", "held_out_accuracy=0.7500 taste=0.5000", "s3://b/20"],
+        ["30", "1280", "26.4", "2", "the scorer's node is gone", "s3://b/30"],
+    ]
+
+
 def test_a_dataset_is_registered_by_path(server, dde, tmp_path) -> None:
     assert dde("datasets", "create", "pairs", tmp_path / "pairs.parquet").stdout == "new_1\n"
     uri = (tmp_path / "pairs.parquet").as_uri()

@@ -168,7 +168,7 @@ def test_without_a_recipe_the_estimate_needs_a_family():
     [
         (["--gpu", "b300"], "gpu must be one of a100, h100, h200, got 'b300'"),
         (["--family", "sd3"], "family must be one of sd15, sdxl, got 'sd3'"),
-        (["--workers", "4096"], "workers: Input should be less than or equal to 1024, got 4096"),
+        (["--workers", "4096"], "workers: must be a number from 1 to 1024, or two of them as [least, most], got 4096"),
         (["--batch-size", "4"], "workers must be at most training.batch_size = 4, got 8"),
         (["--beta", "0"], "objective.beta: Input should be greater than 0, got 0.0"),
     ],
@@ -193,13 +193,13 @@ def test_a_dry_run_needs_no_model_no_dataset_and_no_prompts_and_a_job_does():
     assert refused.stderr == "error: model: Field required; dataset: Field required; evaluation.prompts_uri: Field required\n"
 
 
-@pytest.mark.parametrize(("name", "ratio"), [("sd15_uniform", 5 / 4), ("sdxl_uniform", 3 / 4)])
+@pytest.mark.parametrize(("name", "ratio"), [("sd15_uniform", 0.9277), ("sdxl_uniform", 0.6555)])
 def test_hours_of_uniform_are_of_the_published_order(name, ratio, capsys):
-    """sd15: 5 passes a sample with gradient checkpointing, published were 4. sdxl: 1500 steps, published were 2000."""
+    """Published runs encoded pictures in every step. sd15: 5 passes, published were 4. sdxl: 1500 steps, published were 2000."""
     hours, published = needed_for(name).gpu_hours, FACTS[recipes.load(name).family].published.gpu_hours
     with capsys.disabled():
         print(f"\n{name}: {hours:.0f} A100-hours, {hours / published:.2f} of the {published:.0f} published")
-    assert hours / published == pytest.approx(ratio)
+    assert hours / published == pytest.approx(ratio, rel=1e-3)
 
 
 def test_the_dry_run_that_the_readme_shows_works():

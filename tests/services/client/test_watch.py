@@ -128,6 +128,17 @@ def test_plain_lines_say_each_stage_once_when_it_is_over_and_how_the_job_ended(s
     assert lines[-1] == "ajob_1 is succeeded"
 
 
+def test_a_job_that_is_paused_is_watched_on_until_it_ends(server, client) -> None:
+    asked, rests, goes = {"pause_requested_at": 5}, {"pause_requested_at": 5}, {"pause_requested_at": None}
+    states = [("running", asked), ("paused", rests), ("queued", goes), ("running", goes), ("cancelled", goes)]
+    server.single[PATH] = deque(job(status, stage="train", **asked) for status, asked in states)
+    server.items |= {f"{PATH}/events": [], f"{PATH}/metrics": []}
+    out = io.StringIO()
+    assert watch(client, "ajob_1", Console(file=out, width=60), poll_s=0.01, line_every_s=60.0).status == "cancelled"
+    said = [line.removeprefix("ajob_1 is ") for line in out.getvalue().splitlines() if line.startswith("ajob_1 is ")]
+    assert said == ["pausing", "paused", "queued", "running", "cancelled"]
+
+
 def test_a_failed_job_ends_with_its_reason(server, client) -> None:
     reason = {"code": "DataError", "message": "no decided pairs", "param": "dataset"}
     server.single[PATH] = deque([job("failed", stage="encode", reason=reason)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from typing import Literal
 
 from services import storage
 from services.contracts import (
@@ -18,6 +19,7 @@ from services.contracts import (
     Stage,
     StageFailure,
     StageSpec,
+    StageStopped,
     Strict,
     TrainResult,
     TrainSpec,
@@ -33,7 +35,8 @@ SPECS: dict[Stage, type[StageSpec]] = {"encode": EncodeSpec, "ledger": LedgerSpe
 
 
 class FakeLauncher:
-    """Keeps what was submitted and stopped. ``plays`` says what each stage does; ``down`` makes Ray silent."""
+    """Keeps what was submitted and stopped. ``plays`` says what each stage does; ``down`` makes Ray silent, ``deaf`` holds
+    runs that go on when they are stopped. Others leave the marker that the frame around every stage leaves."""
 
     def __init__(self, **plays: Play) -> None:
         self.plays: dict[Stage, Play] = {"encode": encode, "ledger": ledger, "train": train, "evaluate": evaluate, **plays}
@@ -43,6 +46,7 @@ class FakeLauncher:
         self.specs: dict[str, StageSpec] = {}
         self.entrypoints: dict[str, str] = {}
         self.down = False
+        self.deaf: set[str] = set()
 
     def submit(self, submission_id: str, entrypoint: str, metadata: dict[str, str]) -> None:
         self._answer()
@@ -62,8 +66,15 @@ class FakeLauncher:
     def stop(self, submission_id: str) -> None:
         self._answer()
         self.stopped.append(submission_id)
-        if self.states.get(submission_id) in ("pending", "running"):
+        if self.states.get(submission_id) in ("pending", "running") and submission_id not in self.deaf:
             self.states[submission_id] = "stopped"
+            fail(self.specs[submission_id], "the stage was stopped", "stopped")
+
+    def leave(self, submission_id: str, step: int, why: Literal["pause", "signal"] = "pause") -> None:
+        """Let a run end as training does that was asked to stop."""
+        marker = storage.join(self.specs[submission_id].prefix, "stopped.json")
+        storage.write_json(marker, StageStopped(why=why, step=step).model_dump())
+        self.states[submission_id] = "succeeded"
 
     def log_tail(self, submission_id: str) -> str:
         self._answer()
@@ -94,7 +105,7 @@ def train(spec) -> RunState:
     model = spec.model.model_copy(
         update={"id": spec.model_id, "name": spec.name, "uri": spec.output, "digest": "d2", "lineage": lineage}
     )
-    return done(spec, TrainResult(model=model, metrics={"loss": 0.5}, seconds=1))
+    return done(spec, TrainResult(model=model, step=5, metrics={"loss": 0.5}, seconds=1))
 
 
 def evaluate(spec) -> RunState:
@@ -120,7 +131,16 @@ def dies(spec) -> RunState:
 
 def fails(spec) -> RunState:
     journal(spec, 1)
-    failure = StageFailure(message="beta must be positive, got -1", code="ConfigError", param="beta")
+    return fail(spec, "beta must be positive, got -1", "ConfigError", "beta")
+
+
+def lacks(spec) -> RunState:
+    """A stage for which something was out of reach."""
+    return fail(spec, "the object store does not answer", "unavailable")
+
+
+def fail(spec, message: str, code: str, param: str | None = None) -> RunState:
+    failure = StageFailure(message=message, code=code, param=param)
     storage.write_json(storage.join(spec.prefix, "failed.json"), failure.model_dump())
     return "failed"
 

@@ -49,8 +49,24 @@ TABLE = [
         "training.held_out_pairs: must leave training.batch_size = 4 of the 8 pairs, got 5",
     ),
     ({"training": {"precision": "fp16"}}, "training.precision", "training.precision: Input should be 'fp32' or 'bf16'"),
-    ({"workers": 0}, "workers", "workers: Input should be greater than 0, got 0"),
+    *(
+        (
+            {"workers": workers},
+            "workers",
+            f"workers: must be a number from 1 to 1024, or two of them as [least, most], got {said}",
+        )
+        for workers, said in (
+            (0, "0"),
+            ("2", '"2"'),
+            (1.5, "1.5"),
+            (True, "true"),
+            ([2, 1], "[2, 1]"),
+            ([1], "[1]"),
+            ([0, 1], "[0, 1]"),
+        )
+    ),
     ({"workers": 5}, "workers", "workers: must be at most training.batch_size, got 5"),
+    ({"workers": [1, 9]}, "workers", "workers: must be at most training.batch_size, got [1, 9]"),
     ({"name": "a b"}, "name", "name: String should match pattern"),
     ({"name": "shapes"}, "name", "name: belongs to the base model"),
     ({"name": "model_" + "0" * 24}, "name", "name: must not have the form of an id"),
@@ -114,9 +130,14 @@ def test_a_body_beyond_the_limit_is_refused_with_413_declared_or_not(steady):
 
 def test_a_long_value_is_shortened_in_the_message(steady):
     error = refused(
-        steady, JOBS, steady.job_body(workers="9" * 5000), 400, "workers", 'workers: Input should be a valid integer, got "999'
+        steady,
+        JOBS,
+        steady.job_body(workers="9" * 5000),
+        400,
+        "workers",
+        'workers: must be a number from 1 to 1024, or two of them as [least, most], got "999',
     )
-    assert len(error["message"]) < 300
+    assert len(error["message"]) < 320
 
 
 @pytest.mark.parametrize("model", ["nobody", "model_" + "0" * 24, "a/b", "\0", "ds_" + "0" * 24])
@@ -150,6 +171,64 @@ def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(steady, pr
     large = {"prompts_uri": uri, "num_prompts": 2, "sample": {"height": 64}}
     post(f"{prefix}scorers: height must be 32 (or 0) for the scorers", scorers=["match"], **large)
     post(f"{prefix}scorers: must not repeat", scorers=["match", "match"], prompts_uri=uri, num_prompts=2)
+
+
+VALIDATION = [
+    ({"every": 0}, {}, "every", "Input should be greater than 0, got 0"),
+    ({"every": 60}, {}, "every", "must be a multiple of training.checkpoint_every = 50, got 60"),
+    ({"num_prompts": 0}, {}, "num_prompts", "must be above 0 where training.held_out_pairs is 0: nothing is measured, got 0"),
+    ({"num_prompts": 257}, {}, "num_prompts", "Input should be less than or equal to 256, got 257"),
+    ({"best_metric": "loss"}, {}, "best_metric", "Input should be 'held_out_accuracy', 'held_out_margin', 'match'"),
+    (
+        {"best_metric": "held_out_accuracy"},
+        {},
+        "best_metric",
+        'needs training.held_out_pairs greater than 0, got "held_out_accuracy"',
+    ),
+    (
+        {"best_metric": "taste"},
+        {"scorers": ["match"]},
+        "best_metric",
+        'must be one of evaluation.scorers, or of the held-out pairs, got "taste"',
+    ),
+    (
+        {"best_metric": "taste", "num_prompts": 0},
+        {"held_out_pairs": 2},
+        "best_metric",
+        'needs validation.num_prompts greater than 0, got "taste"',
+    ),
+    ({"prompts_uri": "{root}/nowhere.txt"}, {}, "prompts_uri", "cannot be read, got '{root}/nowhere.txt'"),
+    (
+        {"prompts_uri": "{root}/prompts.txt", "num_prompts": 4},
+        {},
+        "prompts_uri",
+        "'{root}/prompts.txt' holds 3 prompts, validation.num_prompts asks for 4",
+    ),
+    (
+        {"num_prompts": 2},
+        {},
+        "num_prompts",
+        "'{root}/prompts.txt' holds 3 prompts, evaluation.num_prompts takes 2 and validation.num_prompts asks for 2",
+    ),
+    ({"prompts_uri": "{root}/other.txt", "num_prompts": 2}, {}, "prompts_uri", "caption 'a plaid sphere' is not a sentence"),
+    ({"evry": 50}, {}, "evry", "Extra inputs are not permitted, got 50"),
+]
+
+
+@pytest.mark.parametrize(
+    ("validation", "other", "field", "message"), VALIDATION, ids=[message[:48] for *_, message in VALIDATION]
+)
+def test_a_validation_that_could_not_work_is_refused_before_anything_runs(steady, validation, other, field, message):
+    root = str(steady.root)
+    (steady.root / "other.txt").write_text("a red cross\na plaid sphere\n")
+    asked = {"every": 50, "num_prompts": 1} | validation
+    if "prompts_uri" in asked:
+        asked["prompts_uri"] = asked["prompts_uri"].format(root=root)
+    training = {"steps": 2, "batch_size": 4, "held_out_pairs": other.get("held_out_pairs", 0)}
+    evaluation = {"prompts_uri": f"{root}/prompts.txt", "num_prompts": 2, "scorers": other.get("scorers", ["match", "taste"])}
+    body = steady.job_body(validation=asked, training=training, evaluation=evaluation)
+    refused(steady, JOBS, body, 400, f"validation.{field}", f"validation.{field}: {message.format(root=root)}")
+    assert steady.get(JOBS)["data"] == []
 
 
 def test_an_evaluation_of_an_unknown_model_or_base_names_which(steady):

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select, update
 
 from services import registry, storage
-from services.control import progress
+from services.control import attempt
 from services.control.progress import Change
 from services.control.reconciler import StaleToken
 from services.control.tables import Event, Job, Metric, Model
@@ -63,6 +63,34 @@ def test_every_stage_is_told_where_its_input_and_output_lie(plane):
     assert evaluate.evaluation.prompts_uri == storage.as_uri(plane.root / "prompts.txt")
     command = f"python -m services.ingest encode --spec {encode.prefix}/spec.json"
     assert plane.launcher.entrypoints[f"{job['id']}-encode-a1"] == command
+
+
+def test_training_is_told_how_to_validate_with_places_as_uris(plane):
+    evaluation = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2, "seed": 3}
+    validation = {"every": 50, "num_prompts": 1, "best_metric": "taste"}
+    own = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 3}
+    jobs = [plane.job(evaluation=evaluation, validation=asked) for asked in (None, validation, validation | own)]
+    plane.settle(60)
+    without, following, separate = (plane.launcher.specs[f"{job['id']}-train-a1"] for job in jobs)
+    uri = storage.as_uri(plane.root / "prompts.txt")
+    assert (without.validation, without.evaluation.seed) == (None, 3)
+    assert (following.validation.prompts_uri, following.evaluation.prompts_uri) == (None, uri)
+    assert (separate.validation.prompts_uri, separate.validation.num_prompts) == (uri, 3)
+    assert [job["validation"] and job["validation"]["every"] for job in jobs] == [None, 50, 50]
+    assert separate.validation.model_dump(mode="json") == jobs[2]["validation"]
+
+
+def test_prompts_that_validation_does_not_draw_are_said_not_to_be_read(plane):
+    idle = {"every": 50, "prompts_uri": "nowhere.txt"}
+    job = plane.job(validation=idle, training={"steps": 2, "batch_size": 4, "held_out_pairs": 2})
+    assert "validation.prompts_uri is not read: validation.num_prompts is 0" in plane.events(job["id"])
+
+
+def test_training_is_told_between_how_many_workers_it_may_have(plane):
+    job = plane.job(workers=[1, 4])
+    plane.settle()
+    assert job["workers"] == [1, 4]
+    assert plane.launcher.specs[f"{job['id']}-train-a1"].workers == (1, 4)
 
 
 def test_a_job_that_asks_for_a_ledger_writes_it_between_encoding_and_training(any_plane):
@@ -141,7 +169,7 @@ def test_a_step_that_is_trained_again_replaces_its_numbers(plane):
 
 
 def test_a_long_journal_is_read_in_parts_before_its_stage_ends(plane, monkeypatch):
-    monkeypatch.setattr(progress, "JOURNAL_FILES", 2)
+    monkeypatch.setattr(attempt, "JOURNAL_FILES", 2)
     job = plane.job()
     plane.settle(60)
     assert plane.get(f"{JOBS}/{job['id']}")["status"] == "succeeded"
@@ -169,31 +197,6 @@ def test_a_stage_that_fails_fails_the_job_with_its_message(plane):
     assert (ended["status"], ended["stage"], ended["aligned_model"]) == ("failed", "train", None)
     assert ended["reason"] == {"code": "ConfigError", "message": "beta must be positive, got -1", "param": "beta"}
     assert ended["finished_at"] is not None
-
-
-def test_a_driver_that_dies_without_a_marker_fails_the_job_after_the_grace(any_plane):
-    plane = any_plane
-    plane.launcher.plays["encode"] = fakes.dies
-    job = plane.job()
-    plane.settle(8)
-    assert plane.get(f"{JOBS}/{job['id']}")["status"] == "preparing"
-    plane.clock.now += plane.settings.driver_grace_s
-    plane.settle(2)
-    ended = plane.get(f"{JOBS}/{job['id']}")
-    assert (ended["status"], ended["reason"]["code"]) == ("failed", "driver_died")
-    assert ended["reason"]["message"] == "the driver of stage encode ended without a result; Ray says failed"
-    assert f"last words of {job['id']}-encode-a1" in plane.events(job["id"])
-
-
-def test_a_submission_that_ray_forgot_fails_the_job(plane):
-    plane.launcher.plays["encode"] = fakes.runs
-    job = plane.job()
-    plane.settle(5)
-    plane.launcher.states.clear()
-    plane.settle(5)
-    plane.clock.now += plane.settings.driver_grace_s
-    plane.settle(2)
-    assert "Ray says unknown" in plane.get(f"{JOBS}/{job['id']}")["reason"]["message"]
 
 
 def test_a_marker_within_the_grace_counts_whatever_ray_says(plane):

@@ -1,0 +1,83 @@
+"""One attempt of a stage: what it has left in storage, and what Ray is told of its run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from pydantic import ValidationError
+
+from services import storage
+from services.contracts import JournalEvent, StageFailure, StageStopped, StopRequest
+from services.control import stages
+from services.control.launcher import Launcher, RunState
+from services.control.tables import Job
+from services.errors import Unavailable
+from services.observability import read_journal
+
+RUNNING: tuple[RunState, ...] = ("pending", "running")
+JOURNAL_FILES = 200
+"""How many files of a journal one look reads: a look must be over before its lock expires."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The present attempt of a job's stage."""
+
+    job: Job
+    root: str
+    launcher: Launcher
+
+    @cached_property
+    def prefix(self) -> str:
+        return stages.prefix(self.job, self.root)
+
+    @cached_property
+    def submission(self) -> str:
+        return stages.submission_id(self.job)
+
+    def marker(self, name: str) -> bytes | None:
+        """A marker's content, or None where it is not there (yet)."""
+        try:
+            return storage.read_bytes(storage.join(self.prefix, name))
+        except FileNotFoundError:
+            return None
+
+    def failure(self) -> StageFailure | None:
+        """What failed.json says; a file that cannot be read is a failure too."""
+        if (marker := self.marker("failed.json")) is None:
+            return None
+        try:
+            return StageFailure.model_validate_json(marker)
+        except ValidationError as error:
+            return StageFailure(message=f"failed.json cannot be read: {error}", code="bad_result")
+
+    def stopped(self) -> StageStopped | None:
+        """What stopped.json says."""
+        marker = self.marker("stopped.json")
+        return None if marker is None else StageStopped.model_validate_json(marker)
+
+    def journal(self, start: int) -> list[tuple[int, list[JournalEvent]]]:
+        """The next files of the journal with their numbers, ``JOURNAL_FILES`` at most."""
+        return read_journal(self.prefix, start, JOURNAL_FILES)
+
+    def ask_to_stop(self) -> None:
+        """Tell training to store its state after the step it is at, and to end."""
+        request = storage.join(self.prefix, "stop.json")
+        if not storage.exists(request):
+            storage.write_json(request, StopRequest(why="pause").model_dump())
+
+    def state(self) -> RunState | None:
+        """How Ray says that the run stands; None where it does not answer."""
+        try:
+            return self.launcher.state(self.submission)
+        except Unavailable:
+            return None
+
+    def end(self) -> bool:
+        """Tell Ray to end the run, whatever it says of it: it may call a driver failed that lives. Is it over?"""
+        try:
+            self.launcher.stop(self.submission)
+        except Unavailable:
+            return False
+        return self.state() not in (*RUNNING, None)

@@ -1,0 +1,121 @@
+"""Models and encoded pairs on disk that training is measured on, and the seconds of each step of the real loop on them."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.models.folder import ModelFolder
+from dde_core.shapes import MODEL_DIR
+from services import registry
+from services.contracts import JournalEvent, LedgerSpec
+from services.ingest.ledger import ledger
+from services.observability import Journal, read_journal
+from tests.encoded_pairs import train_here, train_spec, write_encoded
+from tests.tiny_folders import WIDTH, sd15_folder
+from tests.unet_configs import SD15_VAE
+
+OBJECTIVE = ObjectiveConfig(method="uniform", noise="independent")
+MID_SIZE: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (96, 192, 384, 384),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": WIDTH,
+}
+"""Stable Diffusion 1.5's blocks at three tenths of their width, at 32 x 32 latents."""
+WARM_UP = 2
+"""Steps of a run that are not counted: memory is allocated, the first rows are read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """``model`` and ``root`` are folders, as text: cases go to other processes as JSON. ``title`` follows a result's name."""
+
+    title: str
+    model: str
+    root: str
+    size_px: int
+    shape: tuple[int, int, int]
+    batch_size: int
+
+    @classmethod
+    def shapes(cls, scratch: Path, batch_size: int = 64) -> Case:
+        """The shipped model, 2.2 million parameters, pictures of 32 px."""
+        case = cls(title="", model=str(MODEL_DIR), root=str(scratch), size_px=32, shape=(4, 8, 8), batch_size=batch_size)
+        return case._with_pairs()
+
+    @classmethod
+    def mid_size(cls, scratch: Path, batch_size: int = 4) -> Case:
+        """The mid-size U-Net, 76.0 million parameters, and Stable Diffusion 1.5's VAE, pictures of 256 px."""
+        folder = sd15_folder(scratch / "model")
+        torch.manual_seed(0)
+        UNet2DConditionModel(**MID_SIZE).save_pretrained(folder / "unet")
+        AutoencoderKL(**SD15_VAE).save_pretrained(folder / "vae")
+        return cls(
+            title=", SD1.5-kind mid-size",
+            model=str(folder),
+            root=str(scratch),
+            size_px=256,
+            shape=(4, 32, 32),
+            batch_size=batch_size,
+        )._with_pairs()
+
+    def _with_pairs(self) -> Case:
+        write_encoded(self.encoded, self.folder, pairs=2 * self.batch_size, shape=tuple(self.shape))
+        return self
+
+    @property
+    def encoded(self) -> Path:
+        return Path(self.root) / "data"
+
+    @property
+    def folder(self) -> ModelFolder:
+        return ModelFolder(self.model)
+
+    def training(self, steps: int, **more: Any) -> dict[str, Any]:
+        """Settings of a run: two epochs' draws, a checkpoint at the end alone."""
+        return {"steps": steps, "batch_size": self.batch_size, "draws": 2, "checkpoint_every": steps, **more}
+
+    def config(self, steps: int = 1) -> TrainConfig:
+        return TrainConfig(**self.training(steps))
+
+    def write_ledger(self) -> str:
+        """By the stage itself. The URI of its record."""
+        run = train_spec(Path(self.root) / "ledger", self.folder, self.encoded, OBJECTIVE, **self.training(1))
+        record = run.model.model_copy(update={"digest": registry.folder_digest(run.model.uri)})
+        frame = {"job": run.job, "attempt": run.attempt, "prefix": run.prefix, "dataset": run.dataset}
+        spec = LedgerSpec(**frame, model=record, objective=run.objective, training=run.training)
+        return ledger(spec, Journal(spec.prefix)).ledger
+
+    def train(self, name: str, steps: int, ledger: str | None, **more: Any) -> list[JournalEvent]:
+        """The real loop as one worker in this process, on a ledger or with the reference in every step. What each step told."""
+        folder, source = Path(self.root) / name, "ledger" if ledger else "online"
+        training = self.training(steps, reference=source, **more)
+        train_here(folder, self.folder, self.encoded, OBJECTIVE, ledger=ledger, **training)
+        return told_steps(folder.as_uri())
+
+
+def told_steps(prefix: str) -> list[JournalEvent]:
+    """The journal's entries that hold metrics, in order."""
+    return [entry for _, some in read_journal(prefix, 0) for entry in some if entry.metrics]
+
+
+def step_seconds(told: Sequence[JournalEvent]) -> list[float]:
+    """From one step's telling to the next one's, after the warm-up: all that a step costs, whatever the loop counts as one."""
+    return [after.at - before.at for before, after in itertools.pairwise(told[WARM_UP - 1 :])]
+
+
+def pairs_per_s(batch_size: int, told: Sequence[JournalEvent]) -> float:
+    """By the median step."""
+    return batch_size / statistics.median(step_seconds(told))

@@ -1,0 +1,42 @@
+"""What the benchmarks work out from what a run told, and how they are asked for."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from services.contracts import JournalEvent
+from tests.bench import __main__ as bench
+from tests.bench.cases import WARM_UP, pairs_per_s, step_seconds
+from tests.bench.checkpoint_stall import stalled_share
+
+
+def told(seconds: list[float], stalled_s: list[float]) -> list[JournalEvent]:
+    """A run whose steps took so long, of it so much for checkpoints."""
+    ends = [sum(seconds[: number + 1]) for number in range(len(seconds))]
+    return [
+        JournalEvent(at=at, step=1, metrics={"checkpoint_stall_s": stalled})
+        for at, stalled in zip(ends, stalled_s, strict=True)
+    ]
+
+
+def test_steps_are_counted_from_one_telling_to_the_next_after_the_warm_up():
+    run = told([9.0, 5.0, 1.0, 2.0, 3.0], [0.0] * 5)
+    assert WARM_UP == 2
+    assert step_seconds(run) == [1.0, 2.0, 3.0]
+    assert pairs_per_s(8, run) == 4.0
+
+
+def test_the_share_of_checkpoints_is_that_of_all_counted_steps():
+    assert stalled_share(told([9.0, 5.0, 1.0, 1.5, 7.5], [3.0, 2.0, 0.0, 0.5, 0.0])) == 0.05
+
+
+def test_every_benchmark_is_listed_and_an_unknown_one_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "train_vs_nothing"])
+    with pytest.raises(SystemExit) as refused:
+        bench.main()
+    assert refused.value.code == 2
+    error = capsys.readouterr().err
+    named = ("train_vs_public_recipe", "train_vs_floor", "train_memory_vs_floor", "two_workers_vs_one", "checkpoint_stall")
+    assert all(name in error for name in named)

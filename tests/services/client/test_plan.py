@@ -1,0 +1,105 @@
+"""`dde plan`: every recipe is planned without a server, every term is printed, nonsense is refused by field and value."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from dde_core import speed
+from dde_core.cluster import Cluster
+from dde_core.plan import PICK_A_PIC_PAIRS, Run, plan
+from services.client import recipes
+from services.client.bodies import TO_BE_NAMED, job_body
+from services.client.cli import app
+from services.client.plan import rounded
+
+CLUSTER = {"gpus": 256, "gpu": "h100"}
+ON = ("--gpus", 256, "--gpu", "h100")
+
+
+def dde(*arguments: object) -> Result:
+    told = {"DDE_URL": "http://127.0.0.1:9", "DDE_API_KEY": "", "DDE_HOME": "/nowhere", "COLUMNS": "200"}
+    return CliRunner().invoke(app, list(map(str, arguments)), env=told)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_is_planned_term_by_term(name):
+    result = dde("plan", "--recipe", name, *ON)
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    recipe, body = recipes.load(name), job_body(None, {}, recipes.merged(TO_BE_NAMED, recipes.load(name).job))
+    run = Run(
+        family=recipe.family,
+        objective=body.objective,
+        training=body.training,
+        cluster=Cluster(**CLUSTER),
+        speed=speed.published(recipe.family),
+    )
+    planned = plan(run)
+    for term in (*planned.step, *planned.data, *planned.checkpoint, *planned.hours):
+        assert term.name in result.stdout
+        assert term.formula in result.stdout
+        assert f"{rounded(term.value)} {term.unit}".strip() in result.stdout
+    for memory in planned.memory.values():
+        assert all(f"{term.value:,.2f}" in result.stdout for term in memory)
+        assert f"{sum(term.value for term in memory):,.2f}" in result.stdout
+    for check in speed.checks(run.speed):
+        assert check.name in result.stdout
+    assert ("reference ledger" in result.stdout) == (recipe.method != "sft")
+
+
+def test_a_job_file_goes_before_the_recipe_and_says_how_many_gpus(tmp_path):
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps({"workers": [2, 16], "training": {"micro_batch_size": 4, "gradient_checkpointing": False}}))
+    result = dde("plan", file, "--recipe", "sd15_uniform", "--price", 1.25, "--interconnect", 12, "--pairs", 10_000)
+    assert "on 16 x A100 80 GB in 2 nodes" in result.stdout
+    assert "32 micro-batches" in result.stdout
+    assert "checkpointing on" in result.stdout, "what would change the numbers"
+    assert "at 12 GB/s" in result.stdout
+    assert "GPU-hours x 1.25 USD" in result.stdout
+    assert "10,000 pairs" in result.stdout
+
+
+def test_without_a_recipe_the_family_is_asked_for(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("objective: {method: uniform}\ntraining: {precision: bf16, steps: 10}\n")
+    assert dde("plan", file).stderr == "error: whose plan? --recipe says it, or --family sd15 or sdxl\n"
+    assert "SDXL at 1024 px, uniform, on 1 x A100" in dde("plan", file, "--family", "sdxl").stdout
+
+
+def test_a_measured_speed_is_taken_where_there_is_one_and_said_where_not(tmp_path):
+    file, name = (
+        tmp_path / "results.json",
+        "sdxl at 1024 px, bf16, micro 2, with gradient checkpointing, train_vs_public_recipe",
+    )
+    rows = {"ledger_vs_online": {"ratio": 1.25}, name: {"ratio": 1.4, "value": 3.0, "machine": "NVIDIA H100 80GB HBM3"}}
+    file.write_text(json.dumps(rows))
+    measured = dde("plan", "--recipe", "sdxl_dde", *ON, "--calibration", file)
+    assert "calibrated: measured: 3 pairs/s of sdxl on an H100 80 GB, micro 2, with checkpointing" in measured.stdout
+    assert "16.4% of peak 989" in measured.stdout
+    assert "ledger_vs_online" in measured.stdout
+    other = dde("plan", "--recipe", "sd15_dde", "--calibration", file).stdout
+    assert "the results have no measured step of sd15 in bf16 on a known GPU; calibrated by Diffusion-DPO's 384" in other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpus", 0], "gpus must be greater than 0, got 0"),
+        (["--gpus", 4096], "gpus must be at most training.batch_size = 2048, got 4096"),
+        (["--gpu", "b300"], "gpu must be one of a100, h100, h200, got 'b300'"),
+        (["--price", 0], "price_usd must be greater than 0, got 0.0"),
+        (["--interconnect", "nan"], "interconnect_gb_s must be a finite number, got nan"),
+        (["--pairs", 0], "num_pairs must be greater than 0, got 0"),
+        (["--family", "sd3"], "family must be one of sd15, sdxl, got 'sd3'"),
+    ],
+)
+def test_nonsense_is_refused_by_field_and_value(arguments, said):
+    result = dde("plan", "--recipe", "sdxl_dde", *arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {said}\n")
+
+
+def test_the_dataset_is_pick_a_pics_unless_it_is_said():
+    assert f"{PICK_A_PIC_PAIRS:,} pairs" in dde("plan", "--recipe", "sdxl_dde", *ON).stdout

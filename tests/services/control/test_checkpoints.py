@@ -1,0 +1,96 @@
+"""GET /v1/alignment/jobs/{id}/checkpoints: what training has stored, as its records in storage say."""
+
+from __future__ import annotations
+
+import pytest
+
+from services import checkpoints, storage
+from services.checkpoints import CheckpointRecord, ReaderPosition
+from services.contracts import Validated
+from services.control import stages
+from tests.services.control import fakes
+
+JOBS = "/v1/alignment/jobs"
+OUTCOME = Validated(step=20, metrics={"held_out_accuracy": 0.75}, picture="file:///p.png", seconds=1.5)
+
+
+def store(run: str, step: int) -> None:
+    """A checkpoint as training writes it."""
+    record = CheckpointRecord(
+        step=step,
+        pairs_seen=4 * step,
+        images_seen=8 * step,
+        reader=ReaderPosition(epoch=0, pair=4 * step),
+        ledger=None,
+        identity={},
+        workers=2,
+        attempt=1,
+        created_at=1700000000.5,
+        metrics={"loss": 1.0 / step},
+        files={},
+    )
+    with checkpoints.committed(run, record) as folder:
+        (folder / "weights.bin").write_bytes(b"x" * 100)
+
+
+@pytest.fixture
+def job(plane):
+    """The id of a job that trains, and the folder of its run."""
+    plane.launcher.plays["train"] = fakes.runs
+    job = plane.job()["id"]
+    plane.settle()
+    return job, stages.run_folder(job, plane.app_settings.storage_uri)
+
+
+def steps(answer: dict) -> list[int]:
+    return [each["step"] for each in answer["data"]]
+
+
+def test_every_checkpoint_is_told_with_what_validation_measured_of_it(plane, job):
+    job, run = job
+    assert plane.launcher.specs[f"{job}-train-a1"].run == run
+    for step in (10, 20):
+        store(run, step)
+    storage.write_json(storage.join(run, "validation", "step-00000020.json"), OUTCOME.model_dump())
+    answer = plane.get(f"{JOBS}/{job}/checkpoints")
+    assert (answer["object"], answer["has_more"], steps(answer)) == ("list", False, [10, 20])
+    first, second = answer["data"]
+    assert first == {
+        "object": "alignment.job.checkpoint",
+        "step": 10,
+        "pairs_seen": 40,
+        "images_seen": 80,
+        "bytes": 100,
+        "workers": 2,
+        "created_at": 1700000000,
+        "metrics": {"loss": 0.1},
+        "uri": f"{run}/checkpoints/step-00000010",
+        "validation": None,
+    }
+    assert second["validation"] == OUTCOME.model_dump()
+
+
+def test_pages_follow_one_another_by_step(plane, job):
+    job, run = job
+    for step in (5, 10, 15):
+        store(run, step)
+    page = plane.get(f"{JOBS}/{job}/checkpoints?limit=2")
+    assert (steps(page), page["has_more"]) == ([5, 10], True)
+    page = plane.get(f"{JOBS}/{job}/checkpoints?limit=2&after=10")
+    assert (steps(page), page["has_more"]) == ([15], False)
+
+
+def test_what_has_no_record_is_no_checkpoint(plane, job):
+    job, run = job
+    store(run, 10)
+    storage.write_bytes(storage.join(checkpoints.folder(run, 20), "weights.bin"), b"half")
+    assert steps(plane.get(f"{JOBS}/{job}/checkpoints")) == [10]
+
+
+def test_a_job_that_has_not_trained_has_none_and_an_unknown_one_is_named(plane):
+    job = plane.job()["id"]
+    assert plane.get(f"{JOBS}/{job}/checkpoints") == {"object": "list", "data": [], "has_more": False}
+    error = plane.get(f"{JOBS}/ajob_{'0' * 24}/checkpoints", 404)["error"]
+    assert error["code"] == "job_not_found"
+    error = plane.get(f"{JOBS}/{job}/checkpoints?after=x", 400)["error"]
+    assert error["param"] == "after"

@@ -1,0 +1,303 @@
+"""Pause, resume and cancel from the outside, at every point of a job. Nothing that was done is lost, nothing runs twice."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from sqlalchemy import select, update
+
+from services import storage
+from services.control.progress import Change
+from services.control.reconciler import StaleToken
+from services.control.tables import Job
+from tests.services.control import fakes
+
+JOBS = "/v1/alignment/jobs"
+LEDGER = {"steps": 2, "batch_size": 4, "reference": "ledger"}
+
+
+def ask(plane, verb: str, job: str, status: int = 200) -> dict:
+    return plane.post(f"{JOBS}/{job}/{verb}", None, status)
+
+
+def status(plane, job: str) -> str:
+    return plane.get(f"{JOBS}/{job}")["status"]
+
+
+def training(plane) -> str:
+    """The id of a job that trains until it is told to stop."""
+    plane.launcher.plays["train"] = fakes.runs
+    job = plane.job()["id"]
+    plane.settle()
+    assert status(plane, job) == "running"
+    return job
+
+
+def asked_to_stop(plane, submission: str) -> bool:
+    return storage.exists(f"{plane.launcher.specs[submission].prefix}/stop.json")
+
+
+def test_training_is_asked_to_store_its_state_and_goes_on_in_the_same_run(any_plane):
+    plane = any_plane
+    job = training(plane)
+    first = f"{job}-train-a1"
+    answer = ask(plane, "pause", job)
+    assert (answer["status"], type(answer["pause_requested_at"])) == ("running", int)
+    plane.settle(10)
+    assert asked_to_stop(plane, first)
+    assert storage.read_json(f"{plane.launcher.specs[first].prefix}/stop.json") == {"why": "pause"}
+    assert (status(plane, job), plane.launcher.stopped) == ("running", []), "it is given the time that its step takes"
+
+    plane.launcher.leave(first, 7)
+    plane.settle(10)
+    rests = plane.get(f"{JOBS}/{job}")
+    assert (rests["status"], rests["stage"], rests["reason"], rests["finished_at"]) == ("paused", "train", None, None)
+    plane.settle(10)
+    assert plane.launcher.submitted[-1] == first, "a paused job stays as it is"
+
+    plane.launcher.plays["train"] = fakes.train
+    assert (ask(plane, "resume", job)["status"], status(plane, job)) == ("queued", "queued")
+    plane.settle()
+    ended = plane.get(f"{JOBS}/{job}")
+    assert (ended["status"], ended["pause_requested_at"]) == ("succeeded", None)
+    one, two = plane.launcher.specs[first], plane.launcher.specs[f"{job}-train-a2"]
+    assert (one.run, two.attempt) == (two.run, 2)
+    moves = [text for text in plane.events(job) if " -> " in text]
+    assert moves[3:6] == [
+        "running -> paused: paused on request",
+        "paused -> queued: resumed on request",
+        "queued -> running: stage train goes on as attempt 2",
+    ]
+
+
+@pytest.mark.parametrize("stage", ["encode", "ledger", "evaluate"])
+def test_other_stages_are_stopped_and_start_again_from_what_they_committed(plane, stage):
+    plane.launcher.plays[stage] = fakes.runs
+    job = plane.job(training=LEDGER)["id"]
+    plane.settle(40)
+    assert plane.get(f"{JOBS}/{job}")["stage"] == stage
+    ask(plane, "pause", job)
+    plane.settle(10)
+    assert (status(plane, job), plane.get(f"{JOBS}/{job}")["stage"]) == ("paused", stage)
+    assert f"{job}-{stage}-a1" in plane.launcher.stopped
+    assert not asked_to_stop(plane, f"{job}-{stage}-a1")
+    plane.launcher.plays[stage] = getattr(fakes, stage)
+    ask(plane, "resume", job)
+    plane.settle(40)
+    assert status(plane, job) == "succeeded"
+    assert plane.launcher.submitted.count(f"{job}-{stage}-a2") == 1
+
+
+def test_a_job_that_waits_is_paused_at_once_and_takes_its_turn_later(plane):
+    plane.settings.max_active_jobs = 1
+    plane.launcher.plays["encode"] = fakes.runs
+    first, second, third = (plane.job()["id"] for _ in range(3))
+    plane.settle()
+    ask(plane, "pause", second)
+    plane.settle(5)
+    assert (status(plane, second), plane.get(f"{JOBS}/{second}")["stage"]) == ("paused", None)
+    ask(plane, "cancel", first)
+    plane.settle()
+    assert [status(plane, job) for job in (second, third)] == ["paused", "preparing"], "a paused job holds up nobody"
+    ask(plane, "resume", second)
+    plane.settle()
+    assert status(plane, second) == "queued"
+    ask(plane, "pause", third)
+    plane.settle()
+    assert [status(plane, job) for job in (second, third)] == ["preparing", "paused"], "and takes no place"
+
+
+def test_a_job_paused_before_it_is_valid_is_looked_at_first(plane):
+    job = plane.job()["id"]
+    assert ask(plane, "pause", job)["status"] == "validating"
+    plane.settle(5)
+    assert status(plane, job) == "paused"
+    assert plane.launcher.submitted == []
+    ask(plane, "resume", job)
+    plane.settle()
+    assert status(plane, job) == "succeeded"
+
+
+def test_a_stage_that_is_done_meanwhile_counts_and_the_next_one_is_not_started(plane):
+    job = training(plane)
+    ask(plane, "pause", job)
+    fakes.train(plane.launcher.specs[f"{job}-train-a1"])
+    plane.launcher.states[f"{job}-train-a1"] = "succeeded"
+    plane.settle(10)
+    rests = plane.get(f"{JOBS}/{job}")
+    assert (rests["status"], rests["stage"]) == ("paused", "evaluate")
+    assert rests["result"]["train"] is not None
+    assert plane.launcher.submitted[-1] == f"{job}-train-a1"
+    ask(plane, "resume", job)
+    plane.settle()
+    assert status(plane, job) == "succeeded"
+
+
+def test_a_failure_while_a_pause_is_awaited_fails_the_job(plane):
+    job = training(plane)
+    ask(plane, "pause", job)
+    fakes.fails(plane.launcher.specs[f"{job}-train-a1"])
+    plane.settle(5)
+    ended = plane.get(f"{JOBS}/{job}")
+    assert (ended["status"], ended["reason"]["code"], ended["pause_requested_at"]) == ("failed", "ConfigError", None)
+
+
+def test_training_whose_driver_dies_while_it_stops_is_paused_after_the_grace(plane):
+    job = training(plane)
+    ask(plane, "pause", job)
+    plane.settle(5)
+    plane.launcher.states[f"{job}-train-a1"] = "failed"
+    plane.settle(5)
+    assert status(plane, job) == "running"
+    plane.clock.now += plane.settings.driver_grace_s
+    plane.settle(5)
+    assert status(plane, job) == "paused"
+
+
+def test_training_that_has_not_begun_is_not_waited_for(plane):
+    job = training(plane)
+    plane.launcher.states[f"{job}-train-a1"] = "pending"
+    ask(plane, "pause", job)
+    plane.settle(5)
+    assert status(plane, job) == "paused"
+    assert f"{job}-train-a1" in plane.launcher.stopped
+
+
+def test_a_pause_with_ray_out_of_reach_holds_after_a_while_and_says_so(plane):
+    job = training(plane)
+    plane.launcher.down = True
+    ask(plane, "pause", job)
+    plane.settle(8)
+    assert status(plane, job) == "running"
+    assert asked_to_stop(plane, f"{job}-train-a1"), "training itself may hear it"
+    plane.clock.now += plane.settings.unreachable_s
+    plane.settle(5)
+    assert status(plane, job) == "paused"
+    assert "Ray did not say that the run has ended; it may go on" in plane.events(job)
+
+
+def test_a_crash_between_submit_and_its_record_leaves_no_run_behind_a_pause(plane):
+    plane.launcher.plays["encode"] = fakes.runs
+    job = plane.job()["id"]
+    plane.settle(6)
+    with plane.database.write() as session:
+        session.execute(update(Job).values(submitted_at=None, lock_token=None, lock_expires_at=None))
+    ask(plane, "pause", job)
+    plane.settle(6)
+    assert (status(plane, job), plane.launcher.states[f"{job}-encode-a1"]) == ("paused", "stopped")
+
+
+def test_pausing_twice_says_the_same_and_asks_once(plane):
+    job = training(plane)
+    assert ask(plane, "pause", job) == ask(plane, "pause", job)
+    plane.launcher.leave(f"{job}-train-a1", 3)
+    plane.settle(5)
+    rests = plane.get(f"{JOBS}/{job}")
+    assert rests == ask(plane, "pause", job)
+    assert plane.events(job).count("pause requested") == 1
+
+
+def test_a_pause_may_be_withdrawn_before_training_has_stopped(any_plane):
+    plane = any_plane
+    plane.settings.max_attempts = 1
+    job = training(plane)
+    ask(plane, "pause", job)
+    plane.settle(5)
+    answer = ask(plane, "resume", job)
+    assert (answer["status"], answer["pause_requested_at"]) == ("running", None)
+    plane.launcher.plays["train"] = fakes.train
+    plane.launcher.leave(f"{job}-train-a1", 3)
+    plane.settle(40)
+    assert status(plane, job) == "succeeded"
+    assert "the pause is withdrawn" in plane.events(job)
+    assert plane.launcher.submitted.count(f"{job}-train-a2") == 1
+
+
+def test_a_job_may_be_paused_and_resumed_more_often_than_it_may_fail(plane):
+    plane.settings.max_attempts = 1
+    job = training(plane)
+    for number in (1, 2, 3):
+        ask(plane, "pause", job)
+        plane.launcher.leave(f"{job}-train-a{number}", number)
+        plane.settle(6)
+        ask(plane, "resume", job)
+        plane.settle(6)
+    assert (status(plane, job), plane.launcher.submitted[-1]) == ("running", f"{job}-train-a4")
+
+
+def test_the_time_of_a_pause_is_none_of_a_stages_seconds(plane):
+    job = training(plane)
+    ask(plane, "pause", job)
+    plane.launcher.leave(f"{job}-train-a1", 3)
+    plane.settle(6)
+    with plane.database.write() as session:  # a day ago
+        earlier = {name: getattr(Job, name) - 86_400 for name in ("stage_started_at", "pause_requested_at")}
+        session.execute(update(Job).values(**earlier))
+    plane.launcher.plays["train"] = fakes.train
+    ask(plane, "resume", job)
+    plane.settle()
+    assert plane.get(f"{JOBS}/{job}")["stage_seconds"]["train"] < 3_600
+
+
+@pytest.mark.parametrize("at_rest", [True, False])
+def test_a_paused_job_and_one_that_is_being_paused_are_cancelled(plane, at_rest):
+    job = training(plane)
+    ask(plane, "pause", job)
+    if at_rest:
+        plane.launcher.leave(f"{job}-train-a1", 3)
+    plane.settle(5)
+    assert status(plane, job) == ("paused" if at_rest else "running")
+    ask(plane, "cancel", job)
+    assert ask(plane, "pause", job, 409)["error"]["code"] == "job_cancelled"
+    ask(plane, "resume", job, 409)
+    plane.settle(5)
+    ended = plane.get(f"{JOBS}/{job}")
+    assert (ended["status"], ended["pause_requested_at"]) == ("cancelled", None)
+    assert plane.launcher.states[f"{job}-train-a1"] == ("succeeded" if at_rest else "stopped")
+
+
+@pytest.mark.parametrize(("play", "ended"), [(fakes.evaluate, "succeeded"), (fakes.fails, "failed")])
+def test_what_has_ended_is_neither_paused_nor_resumed(plane, play, ended):
+    plane.launcher.plays["evaluate"] = play
+    job = plane.job()["id"]
+    plane.settle()
+    paused, resumed = (ask(plane, verb, job, 409)["error"] for verb in ("pause", "resume"))
+    assert paused["message"] == f"job {job} has ended already: it is {ended}"
+    assert resumed["message"] == f"job {job} is not paused: it is {ended}"
+    assert (paused["param"], paused["code"], resumed["code"]) == ("id", f"job_{ended}", f"job_{ended}")
+
+
+def test_a_job_that_runs_is_not_resumed_and_what_is_no_job_is_named(plane):
+    job = training(plane)
+    assert ask(plane, "resume", job, 409)["error"]["code"] == "job_running"
+    unknown = "ajob_" + "0" * 24
+    for verb in ("pause", "resume"):
+        assert ask(plane, verb, unknown, 404)["error"]["message"] == f'job "{unknown}" does not exist'
+
+
+def test_a_model_that_a_paused_job_needs_is_kept(plane):
+    job = training(plane)
+    ask(plane, "pause", job)
+    plane.launcher.leave(f"{job}-train-a1", 3)
+    plane.settle(5)
+    model = plane.get("/v1/models/shapes")["id"]
+    answer = plane.http.delete(f"/v1/models/{model}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "in_use")
+
+
+def test_what_is_found_under_a_stale_token_neither_pauses_nor_undoes_a_resume(any_plane):
+    plane = any_plane
+    job = training(plane)
+    ask(plane, "pause", job)
+    plane.clock.now = max(plane.clock.now, time.time()) + 1
+    slow = plane.reconciler()
+    taken = slow.take()
+    assert taken.id == job
+    ask(plane, "resume", job)
+    with pytest.raises(StaleToken):
+        slow.apply(taken, Change(values={"status": "paused", "submitted_at": None}))
+    with plane.database.read() as session:
+        row = session.scalar(select(Job).where(Job.id == job))
+    assert (row.status, row.pause_requested_at, row.submitted_at is None) == ("running", None, False)
+    assert plane.reconciler().take().id == job, "nobody waits for the lock to expire"
