@@ -26,6 +26,7 @@ from dde_core.errors import ConfigError
 
 Parallelism = Literal["none", "ddp", "fsdp"]
 
+
 def choose(training: TrainConfig, num_parameters: int, device: torch.device, world_size: int) -> Parallelism:
     """What ``training.parallelism`` comes to. "auto" shares the model out where a whole one does not fit on a GPU.
 

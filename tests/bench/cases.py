@@ -16,7 +16,7 @@ from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR
 from services import registry
-from services.contracts import JournalEvent, LedgerSpec
+from services.contracts import JournalEvent, LedgerSpec, TrainSpec
 from services.ingest.ledger import ledger
 from services.observability import Journal, read_journal
 from tests.encoded_pairs import train_here, train_spec, write_encoded
@@ -90,12 +90,17 @@ class Case:
     def config(self, steps: int = 1) -> TrainConfig:
         return TrainConfig(**self.training(steps))
 
+    def spec(self, name: str, training: dict[str, Any]) -> TrainSpec:
+        """What the train stage is told, for one worker."""
+        spec = train_spec(Path(self.root) / name, self.folder, self.encoded, OBJECTIVE, **training)
+        record = spec.model.model_copy(update={"digest": registry.folder_digest(spec.model.uri)})
+        return spec.model_copy(update={"model": record})
+
     def write_ledger(self) -> str:
         """By the stage itself. The URI of its record."""
-        run = train_spec(Path(self.root) / "ledger", self.folder, self.encoded, OBJECTIVE, **self.training(1))
-        record = run.model.model_copy(update={"digest": registry.folder_digest(run.model.uri)})
+        run = self.spec("ledger", self.training(1))
         frame = {"job": run.job, "attempt": run.attempt, "prefix": run.prefix, "dataset": run.dataset}
-        spec = LedgerSpec(**frame, model=record, objective=run.objective, training=run.training)
+        spec = LedgerSpec(**frame, model=run.model, objective=run.objective, training=run.training)
         return ledger(spec, Journal(spec.prefix)).ledger
 
     def train(self, name: str, steps: int, ledger: str | None, **more: Any) -> list[JournalEvent]:

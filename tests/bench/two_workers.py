@@ -24,10 +24,9 @@ import torch.distributed
 from dde_core.models.policy import use_repeatable_kernels
 from services.observability import Journal
 from services.training.train import train
-from tests.bench.cases import OBJECTIVE, WARM_UP, Case, step_seconds, told_steps
+from tests.bench.cases import WARM_UP, Case, step_seconds, told_steps
 from tests.bench.measure import Result, Stopwatch, in_turn, ratio, result
 from tests.bench.train_speed import a_floor, median_step
-from tests.encoded_pairs import train_spec
 
 WORKERS = 2
 
@@ -52,8 +51,7 @@ def two_workers(scratch: Path, rounds: int = 2, steps: int = 5) -> dict[str, Res
 
 def _trained(case: Case, name: str, steps: int, ledger: str, workers: int) -> list[Any]:
     """By the stage itself. What each step told."""
-    folder, training = Path(case.root) / name, case.training(steps, reference="ledger")
-    spec = train_spec(folder, case.folder, case.encoded, OBJECTIVE, **training)
+    spec = case.spec(name, case.training(steps, reference="ledger"))
     spec = spec.model_copy(update={"ledger": ledger, "workers": workers})
     train(spec, Journal(spec.prefix))
     return told_steps(spec.prefix)

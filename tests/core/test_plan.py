@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dde_core import speed
-from dde_core.cluster import AUTO_ROOM, STATE, Cluster, exchange_terms, memory_of
+from dde_core.cluster import STATE, Cluster, exchange_terms, memory_of
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
 from dde_core.estimate import estimate, pair_flops

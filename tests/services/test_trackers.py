@@ -417,7 +417,7 @@ def test_weights_and_biases_writes_offline_what_it_would_show(tmp_path, events, 
     looks = [row for row in rows if "validation_step" in row]
     assert [row["validation_step"] for row in looks] == [0, 4]
     for row in looks:
-        (picture,) = tmp_path.glob(f"wandb/wandb/*/files/{row['validation/pictures']['path']}")
+        (picture,) = tmp_path.glob(f"wandb/wandb/*/files/{row['validation/pictures.path']}")
         assert np.asarray(Image.open(picture))[0, 0, 0] == row["validation_step"]
 
 

@@ -195,7 +195,7 @@ def test_a_dry_run_needs_no_model_no_dataset_and_no_prompts_and_a_job_does():
 
 @pytest.mark.parametrize(("name", "ratio"), [("sd15_uniform", 0.9277), ("sdxl_uniform", 0.6555)])
 def test_hours_of_uniform_are_of_the_published_order(name, ratio, capsys):
-    """Published runs encoded pictures in every step. sd15: 5 passes, published were 4. sdxl: 1500 steps, published were 2000."""
+    """Published runs encoded pictures in every step. sd15: 5 passes, they had 4. sdxl: 1500 steps, they had 2000."""
     hours, published = needed_for(name).gpu_hours, FACTS[recipes.load(name).family].published.gpu_hours
     with capsys.disabled():
         print(f"\n{name}: {hours:.0f} A100-hours, {hours / published:.2f} of the {published:.0f} published")
