@@ -6,6 +6,7 @@ know is decided here: that an error would only come again, that too few workers 
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from services.training.loop import FAILED
 from services.training.tracking import Tracking
 from services.training.validating import validate
 
+log = logging.getLogger("dde")
 LOOK_EVERY_S = 2.0
 CPUS_PER_WORKER = 1
 WORKERS_WITHIN_S = 300.0
@@ -46,15 +48,25 @@ def _watch(fit: Fit, spec: TrainSpec, validator: Validator, tracking: Tracking) 
     missing = MissingWorkers(spec)
     with stop_on_sigterm(spec.prefix) as ask_to_stop:
         while not fit.over(LOOK_EVERY_S):
-            ask_to_stop()
-            _raise_final(spec)
             missing.look()
-            validator.look()
-            tracking.look()
+            with _storage_may_be_away():
+                ask_to_stop()
+                _raise_final(spec)
+                validator.look()
+                tracking.look()
     _raise_final(spec)
     fit.result()
     _raise_stopped(spec)
     validator.finish()
+
+
+@contextmanager
+def _storage_may_be_away() -> Iterator[None]:
+    """Workers ride out an outage or a full disk, and so does the driver: what was not seen now is seen later."""
+    try:
+        yield
+    except (OSError, Unavailable) as error:
+        log.warning("storage is looked at again later: %s", error)
 
 
 class Fit:
@@ -127,7 +139,7 @@ class MissingWorkers:
         self._needed = {"CPU": workers * CPUS_PER_WORKER, "GPU": workers if spec.use_gpu else 0}
 
     def look(self, patience_s: float = WORKERS_WITHIN_S) -> None:
-        """Raises Unavailable where the cluster has been too small for so long."""
+        """Raises Unavailable where the cluster has been too small for so long. Asks Ray, not storage."""
         there = ray.cluster_resources()
         lacking = [name for name, amount in self._needed.items() if amount > there.get(name, 0)]
         if not lacking:

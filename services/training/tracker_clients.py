@@ -123,6 +123,7 @@ class MLflow:
         self._client = MlflowClient(tracking_uri=settings.mlflow_tracking_uri)
         self._run = self._find(settings.mlflow_experiment_name, spec)
         self._last: dict[Kind, int] = {"training": self._last_step("training"), "validation": self._last_step("validation")}
+        self._tried_ms: dict[tuple[Kind, int], int] = {}
 
     def _find(self, experiment_name: str, spec: TrainSpec) -> str:
         from mlflow.entities import Param
@@ -153,10 +154,12 @@ class MLflow:
         from mlflow.entities import Metric
 
         if step > self._last[kind]:
-            at_ms = int(time.time() * 1000)
+            # An answer may be lost: MLflow keeps what comes again at the same time but once.
+            at_ms = self._tried_ms.setdefault((kind, step), int(time.time() * 1000))
             told = {f"{kind}/{name}": value for name, value in values.items()} | {f"{kind}_step": step}
             metrics = [Metric(name, value, at_ms, step) for name, value in told.items()]
             self._client.log_batch(self._run, metrics, synchronous=True)
+            self._tried_ms.clear()
             self._last[kind] = step
 
     def flush(self) -> None:

@@ -21,7 +21,7 @@ from services.training.tracker_clients import CLOSES_WITHIN_S, GIVES_UP_AFTER_S,
 FLUSH_EVERY_S = 10.0
 LONGEST_PAUSE_S = 300.0
 MAX_WAITING = 5000
-"""Steps that an outbox holds, about 10 KB each; the oldest go first. The published runs have 2,000."""
+"""Steps that an outbox holds, about 14 KB each; the oldest go first. The published runs have 2,000."""
 
 
 def check_trackers(settings: TrackerSettings) -> None:

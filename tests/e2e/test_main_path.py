@@ -24,7 +24,7 @@ from services import storage
 from services.client.api import ApiError, Client
 from services.client.local import LocalSystem
 from services.client.types import Job
-from services.contracts import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ImageRequest
+from services.contracts import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ImageRequest, ValidationConfig
 from tests.pairs_file import pair_rows, write_pairs
 
 STEPS = 12
@@ -56,8 +56,11 @@ def job_request(base: str, dataset: str, **changes) -> AlignmentJobCreate:
 
 @pytest.fixture(scope="module")
 def finished(client: Client, base: str, dataset: str) -> Job:
-    """One job, followed to its end."""
-    return client.wait(client.create_job(job_request(base, dataset, name="aligned")).id, timeout_s=240)
+    """One job, followed to its end, with two looks at its model on the way."""
+    training = TrainConfig(steps=STEPS, batch_size=32, learning_rate=1e-4, checkpoint_every=6, held_out_pairs=20)
+    validation = ValidationConfig(every=6, num_prompts=4, best_metric="held_out_margin")
+    asked = job_request(base, dataset, name="aligned", training=training, validation=validation)
+    return client.wait(client.create_job(asked).id, timeout_s=240)
 
 
 def test_a_posted_job_ends_as_an_aligned_and_evaluated_model(finished: Job):
@@ -65,7 +68,6 @@ def test_a_posted_job_ends_as_an_aligned_and_evaluated_model(finished: Job):
     assert finished.result.encode.counts == {
         "rows": 200, "pairs": 179, "ties": 20, "missing": 0, "bad": 1, "duplicates": 0, "images": 359
     }  # fmt: skip
-    assert finished.result.train.metrics["step"] == STEPS
     assert set(finished.result.evaluate.scores) == {"match", "taste", "fidelity"}
     assert all(finished.stage_seconds[stage] > 0 for stage in ("encode", "train", "evaluate"))
 
@@ -77,12 +79,29 @@ def test_a_broken_picture_is_quarantined_with_its_row(finished: Job):
 
 
 def test_every_step_reports_finite_metrics_of_winner_and_loser(client: Client, finished: Job):
-    rows = list(client.metrics(finished.id, "train"))
+    rows = [row for row in client.metrics(finished.id, "train") if row.step > 0]
     assert [row.step for row in rows] == list(range(1, STEPS + 1))
     for name in ("loss", "implicit_accuracy", "winner_error_diff", "loser_error_diff", "gradient_weight", "pairs_per_s"):
         assert all(np.isfinite(row.metrics[name]) for row in rows), name
     assert rows[0].metrics["loss"] == pytest.approx(np.log(2), abs=1e-6), "policy and reference begin as the same model"
     assert rows[-1].metrics["winner_error_diff"] != 0.0
+
+
+def test_checkpoints_are_looked_at_and_the_best_one_becomes_the_model(client: Client, finished: Job):
+    found = list(client.checkpoints(finished.id))
+    assert [each.step for each in found] == [6, STEPS]
+    margins = {each.step: each.validation.metrics["held_out_margin"] for each in found}
+    best = max(margins, key=margins.get)
+    assert (finished.result.train.step, finished.result.train.metrics["held_out_margin"]) == (best, margins[best])
+    rows = {row.step: row.metrics for row in client.metrics(finished.id, "train")}
+    for step in (0, 6, STEPS):
+        assert rows[step]["held_out_pairs"] == 20
+        assert 0 < rows[step]["taste"] < 1
+        run = storage.join(finished.result.encode.dataset, *[".."] * 2, "jobs", finished.id, "train", "run")
+        sheet = Image.open(io.BytesIO(storage.read_bytes(storage.join(run, "validation", f"step-{step:08d}.png"))))
+        assert min(sheet.size) > 100
+    assert rows[0]["held_out_accuracy"] == 0.5, "the base has no margin"
+    assert storage.list_files(storage.join(run, "tensorboard"), recursive=True)
 
 
 def test_events_tell_the_way_in_order(client: Client, finished: Job):

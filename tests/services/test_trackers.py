@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from services.errors import ServiceError, Unavailable
 from services.settings import TrackerSettings
 from services.training import tracker_clients, trackers
 from services.training.trackers import Outbox, check_trackers, open_trackers
-from tests.s3_server import Harm, S3Server
+from tests.s3_server import Harm, Proxy, S3Server, first
 
 STEPS = 8
 
@@ -365,6 +366,26 @@ def test_an_mlflow_server_that_is_away_for_a_while_lacks_nothing_and_holds_nobod
     assert [each.step for each in history] == list(range(1, STEPS + 1))
     assert [each.step for each in mlflow_client.get_metric_history(run.info.run_id, "validation/taste")] == [4]
     assert events[1:] == [("info", "MLflow is told again, 0 steps are lost")]
+
+
+@pytest.mark.slow
+def test_a_step_whose_answer_was_lost_is_in_mlflow_once(mlflow_server, mlflow_client, tmp_path, events, monkeypatch):
+    proxy = Proxy(int(mlflow_server.uri.rpartition(":")[2]))
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_port}")
+    spec = train_spec(tmp_path.as_uri(), job="job-lost")
+    told = opened(spec, events)
+    tell(told, [1])
+    told.flush(now=True)
+    proxy.harms = [Harm("lose_answer", first(1), target="log-batch")]
+    tell(told, range(2, STEPS + 1))
+    told.close()
+    proxy.shutdown()
+    proxy.server_close()
+    assert proxy.done["lose_answer"] == 1
+    assert [level for level, _ in events] == ["warning", "info"]
+    history = mlflow_client.get_metric_history(mlflow_run(mlflow_client, spec.job).info.run_id, "training/loss")
+    assert [each.step for each in history] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
