@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -40,13 +40,6 @@ _READ = re.compile(
 )
 
 
-class Told(NamedTuple):
-    """What people are told: an alarm that ``rings`` from this step on, or one that is over."""
-
-    message: str
-    rings: bool
-
-
 class Alarms:
     """Fed with every step of a run of ``objective``, in order. ``state_dict`` goes into checkpoints, so that a run that goes on
     warns alike."""
@@ -56,7 +49,7 @@ class Alarms:
         self._window: deque[dict[str, float]] = deque(maxlen=WINDOW)
         self._silent_steps: dict[str, int] = {}  # of the alarms that were told
 
-    def step(self, metrics: dict[str, float]) -> list[Told]:
+    def step(self, metrics: dict[str, float]) -> list[str]:
         """What there is to be told after one more step, whose metrics are those of `dde_core.metrics.step_metrics`."""
         self._window.append({name: value for name, value in metrics.items() if _READ.match(name)})
         if len(self._window) < WINDOW:
@@ -67,7 +60,7 @@ class Alarms:
             "learning backwards": self._backwards,
         }
         told = [self._told(name, alarm()) for name, alarm in alarms.items()]
-        return [each for each in told if each]
+        return [message for message in told if message]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step's alarms depend on, as JSON can hold it."""
@@ -78,16 +71,16 @@ class Alarms:
         self._window = deque(state["window"], maxlen=WINDOW)
         self._silent_steps = dict(state["silent_steps"])
 
-    def _told(self, name: str, ringing: str | None) -> Told | None:
+    def _told(self, name: str, ringing: str | None) -> str | None:
         if ringing:
             is_new = name not in self._silent_steps
             self._silent_steps[name] = 0
-            return Told(f"{name}: {ringing}", rings=True) if is_new else None
+            return f"{name}: {ringing}" if is_new else None
         if name in self._silent_steps:
             self._silent_steps[name] += 1
             if self._silent_steps[name] == WINDOW:
                 del self._silent_steps[name]
-                return Told(f"{name} is over: nothing of it in the last {WINDOW} steps", rings=False)
+                return f"{name} is over: nothing of it in the last {WINDOW} steps"
         return None
 
     def _loser_fleeing(self) -> str | None:

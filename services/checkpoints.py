@@ -40,7 +40,8 @@ class ReaderPosition(Strict):
 class CheckpointRecord(Strict):
     """What a checkpoint is of. ``identity`` is everything that two runs must share for one to go on from the other's.
 
-    ``images_seen`` counts pictures that went through the U-Net, ``workers`` who wrote it; ``metrics`` are those of its step.
+    ``images_seen`` counts pictures that went through the U-Net, ``workers`` who wrote it; ``metrics`` are those of its step,
+    ``alarms`` what the next warnings depend on.
     """
 
     step: int
@@ -53,6 +54,7 @@ class CheckpointRecord(Strict):
     attempt: int
     created_at: float
     metrics: dict[str, float]
+    alarms: dict[str, Any]
     files: dict[str, FileDigest]
 
     @property

@@ -61,7 +61,7 @@ def _train(spec: TrainSpec) -> None:
 
     same, told = identity(spec, reader.manifest), Journal(spec.prefix) if rank == 0 else None
     done = resume(spec.run, same, policy, optimizer, calibration, told)
-    recorder = Recorder(spec, same, policy, schedule, len(reader)) if rank == 0 else None
+    recorder = Recorder(spec, same, policy, schedule, len(reader), done) if rank == 0 else None
     if recorder:
         how = f" ({policy.parallelism})" if world_size > 1 else ""
         recorder.event(f"training on {world_size} workers{how} from step {done.step}")

@@ -65,11 +65,15 @@ def newest_attempt(run: str) -> int:
 class Recorder:
     """``stop_asked`` says whether the run was asked to end. Raises, at ``step`` and ``close``, what ended its thread."""
 
-    def __init__(self, spec: TrainSpec, same: dict[str, Any], policy: Policy, schedule: Schedule, num_pairs: int) -> None:
+    def __init__(
+        self, spec: TrainSpec, same: dict[str, Any], policy: Policy, schedule: Schedule, num_pairs: int, done: Progress
+    ) -> None:
         self._spec, self._same, self._policy = spec, same, policy
         self._schedule, self._num_pairs = schedule, num_pairs
         self._journal = Journal(spec.prefix, flush_every_s=math.inf)  # by this thread alone, which tries again
         self._pair_log, self._alarms = PairLog(spec.run), Alarms(spec.objective)
+        if done.step:
+            self._alarms.load_state_dict(checkpoints.read(spec.run, done.step).alarms)
         self._metrics: dict[str, float] = {}
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._committing = threading.Event()
@@ -156,7 +160,7 @@ class Recorder:
         self._pair_log.add(step, t, terms.margin, terms.gradient_weight)
         self._journal.metrics(step, self._metrics)
         for message in self._alarms.step(self._metrics):
-            self._journal.event(message, "warning")
+            self._journal.event(message, "info" if " is over: " in message else "warning")
 
     def _commit(self, state: Snapshot, workers: int) -> None:
         """What was told up to this step goes first: a run that goes on from here does not tell it again."""
@@ -189,6 +193,7 @@ class Recorder:
             attempt=self._spec.attempt,
             created_at=time.time(),
             metrics=self._metrics,
+            alarms=self._alarms.state_dict(),
             files={},
         )
 

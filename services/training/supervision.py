@@ -37,14 +37,14 @@ def supervise(trainer: TorchTrainer, spec: TrainSpec, journal: Journal) -> None:
     that starting again would not mend."""
     tracking = Tracking(spec, journal)
     try:
-        _watch(Fit(trainer), spec, Validator(spec, journal, tracking), tracking)
+        _watch(Fit(trainer), spec, Validator(spec, journal))
     except Exception:  # not where the stage is cancelled: then its workers are freed at once
         tracking.close()
         raise
     tracking.close()
 
 
-def _watch(fit: Fit, spec: TrainSpec, validator: Validator, tracking: Tracking) -> None:
+def _watch(fit: Fit, spec: TrainSpec, validator: Validator) -> None:
     missing = MissingWorkers(spec)
     with stop_on_sigterm(spec.prefix) as ask_to_stop:
         while not fit.over(LOOK_EVERY_S):
@@ -53,7 +53,6 @@ def _watch(fit: Fit, spec: TrainSpec, validator: Validator, tracking: Tracking) 
                 ask_to_stop()
                 _raise_final(spec)
                 validator.look()
-                tracking.look()
     _raise_final(spec)
     fit.result()
     _raise_stopped(spec)
@@ -154,8 +153,8 @@ class Validator:
     """Has one checkpoint after the other looked at, by a task of its own. What was looked at stands in storage, so a run that
     goes on looks at what is missing."""
 
-    def __init__(self, spec: TrainSpec, journal: Journal, tracking: Tracking) -> None:
-        self._spec, self._journal, self._tracking = spec, journal, tracking
+    def __init__(self, spec: TrainSpec, journal: Journal) -> None:
+        self._spec, self._journal = spec, journal
         self._running: tuple[int, ray.ObjectRef] | None = None
         self._validate = ray.remote(num_cpus=1, num_gpus=1 if spec.use_gpu else 0)(validate)
 
@@ -192,4 +191,3 @@ class Validator:
         pictures = f"; pictures {found.picture}" if found.picture else ""
         self._journal.event(f"the model after step {step}: {said}{pictures}")
         self._journal.metrics(step, found.metrics)
-        self._tracking.validated(found)

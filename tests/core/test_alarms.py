@@ -44,9 +44,7 @@ def run(steps, rise_w=0.0, rise_l=0.0, noise=0.01, left=1.0, seed=0, pairs=64):
 def told(alarms, *runs):
     """Every message, with the number of its step."""
     steps = [metrics for each in runs for metrics in each]
-    found = [(n, each) for n, metrics in enumerate(steps, 1) for each in alarms.step(metrics)]
-    assert all(each.rings == ("is over" not in each.message) for _, each in found)
-    return [(n, each.message) for n, each in found]
+    return [(n, message) for n, metrics in enumerate(steps, 1) for message in alarms.step(metrics)]
 
 
 @pytest.fixture

@@ -214,6 +214,7 @@ def records(folder: Path, *steps: int) -> str:
             attempt=1,
             created_at=0.0,
             metrics={},
+            alarms={},
             files={},
         )
         with checkpoints.committed(folder.as_uri(), record) as files:

@@ -298,7 +298,6 @@ class MLflowServer:
 
 @pytest.fixture(scope="module")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
-    pytest.importorskip("mlflow")
     server = MLflowServer(tmp_path_factory.mktemp("mlflow"))
     yield server
     server.stop()
