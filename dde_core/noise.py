@@ -37,7 +37,7 @@ def draw_evaluation_point(seed: int, pair_id: str, side: Side, draw: int, shape:
 
 def draw_dropped(seed: int, pair_id: str, draw: int, probability: float) -> bool:
     """Whether the caption of a pair's n-th draw is left empty. Winner and loser share it."""
-    return _word(seed, "dropout", pair_id, draw) < probability * 2.0**64
+    return probability > 0 and _word(seed, "dropout", pair_id, draw) < probability * 2.0**64
 
 
 def permutation(seed: int, epoch: int, n: int, window: int = 0) -> np.ndarray:

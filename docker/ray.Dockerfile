@@ -20,7 +20,7 @@ RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt torch 'ray[default
 COPY pyproject.toml README.md ./
 COPY dde_core dde_core
 COPY services services
-RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt '.[ray,wandb,mlflow]'
+RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt '.[ray]'
 
 # No entry point: KubeRay writes the `ray start` command.
 ENV PYTHONUNBUFFERED=1
