@@ -52,6 +52,8 @@ def _watch(fit: Fit, spec: TrainSpec, validator: Validator) -> None:
             with _storage_may_be_away():
                 ask_to_stop()
                 _raise_final(spec)
+                if missing.lacking:
+                    _raise_asked_to_stop(spec)  # nobody else would see the request
                 validator.look()
     _raise_final(spec)
     fit.result()
@@ -123,29 +125,36 @@ def _raise_final(spec: TrainSpec) -> None:
 
 
 def _raise_stopped(spec: TrainSpec) -> None:
-    done = max(checkpoints.steps(spec.run), default=0)
-    if done < spec.training.steps:
+    """Raises Stopped where workers have ended before the last step."""
+    if max(checkpoints.steps(spec.run), default=0) < spec.training.steps:
+        _raise_asked_to_stop(spec)
+
+
+def _raise_asked_to_stop(spec: TrainSpec) -> None:
+    """Raises Stopped where somebody asked for it."""
+    with suppress(FileNotFoundError):
         request = StopRequest.model_validate_json(storage.read_bytes(stop_uri(spec.prefix)))
-        raise Stopped(request.why, done)
+        raise Stopped(request.why, max(checkpoints.steps(spec.run), default=0))
 
 
 class MissingWorkers:
-    """Ray Train waits for ever for workers that a cluster has no room for; here that has an end."""
+    """Ray Train waits for ever for workers that a cluster has no room for; here that has an end. ``lacking``: what there is too
+    little of."""
 
     def __init__(self, spec: TrainSpec) -> None:
         workers = least_workers(spec.workers)
-        self._workers, self._since = workers, time.monotonic()
+        self._workers, self._since, self.lacking = workers, time.monotonic(), ""
         self._needed = {"CPU": workers * CPUS_PER_WORKER, "GPU": workers if spec.use_gpu else 0}
 
     def look(self, patience_s: float = WORKERS_WITHIN_S) -> None:
         """Raises Unavailable where the cluster has been too small for so long. Asks Ray, not storage."""
         there = ray.cluster_resources()
-        lacking = [name for name, amount in self._needed.items() if amount > there.get(name, 0)]
-        if not lacking:
+        self.lacking = next((name for name, amount in self._needed.items() if amount > there.get(name, 0)), "")
+        if not self.lacking:
             self._since = time.monotonic()
         elif time.monotonic() - self._since >= patience_s:
-            name = lacking[0]
-            message = f"workers = {self._workers} need {self._needed[name]} {name}, the cluster has {there.get(name, 0):g}"
+            needed, found = self._needed[self.lacking], there.get(self.lacking, 0)
+            message = f"workers = {self._workers} need {needed} {self.lacking}, the cluster has {found:g}"
             raise Unavailable(message, param="workers")
 
 

@@ -17,7 +17,7 @@ from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR
 from services import checkpoints, storage
-from services.contracts import StageStopped, StopRequest, TrainSpec
+from services.contracts import EvaluationConfig, StageStopped, StopRequest, TrainSpec, ValidationConfig
 from tests.encoded_pairs import write_encoded
 from tests.ray_nodes import Nodes, two_nodes
 from tests.stage_runs import Running, StageRuns, shapes_record
@@ -188,6 +188,16 @@ def test_an_elastic_run_loses_a_node_and_gets_it_again(trial: Trial, undisturbed
     print(f"relative L2 distance of the update, 2 -> 1 -> 2 workers against 2: {distance:.1e}")
     assert [event.split()[2] for event in starts] == ["2", "1", "2"]
     assert distance < 1e-3
+
+
+def test_a_validation_that_fails_costs_a_warning_and_not_the_run(trial: Trial):
+    evaluation = EvaluationConfig(prompts_uri=storage.join(trial.root, "no-prompts.txt"), num_prompts=2)
+    validation = ValidationConfig(every=3, num_prompts=2, best_metric="match")
+    spec = trial.spec("not-validated", 1, replace(TRAINING, steps=6))
+    running = trial.start("train", spec.model_copy(update={"evaluation": evaluation, "validation": validation}))
+    assert running.finish().step == 6, "the last one, where nothing was measured"
+    for step in (0, 3, 6):
+        assert any(f"the model after step {step} could not be validated" in event for event in running.events())
 
 
 def started(running: Running, workers: int) -> bool:
