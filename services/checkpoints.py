@@ -8,19 +8,24 @@ Training writes them, the control plane lists them. Imports no torch.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from dde_core.errors import DataError
 from services import storage
 from services.contracts import Strict
 
 FOLDER, RECORD, VALIDATION = "checkpoints", "checkpoint.json", "validation"
+BROKEN = "broken.json"
 
 
 class FileDigest(Strict):
@@ -80,41 +85,35 @@ def steps(run: str) -> list[int]:
 
 
 def read(run: str, step: int) -> CheckpointRecord:
-    """Raises FileNotFoundError where there is no checkpoint."""
-    return CheckpointRecord.model_validate_json(storage.read_bytes(storage.join(folder(run, step), RECORD)))
+    """Raises FileNotFoundError where there is no checkpoint, DataError for a record that cannot be read."""
+    data = storage.read_bytes(storage.join(folder(run, step), RECORD))
+    try:
+        return CheckpointRecord.model_validate_json(data)
+    except ValidationError as error:
+        raise DataError(f"the record of the checkpoint at {folder(run, step)!r} cannot be read: {error}") from error
 
 
 @contextmanager
-def committed(run: str, record: CheckpointRecord) -> Iterator[Path]:
+def committed(run: str, record: CheckpointRecord, before_record: Callable[[], None]) -> Iterator[Path]:
     """A folder to write a checkpoint's files into; it becomes the checkpoint when the block ends without an error.
 
     On a local storage it is the place itself, invisible without its record; else a temporary one that is uploaded.
+    ``before_record`` may raise at the last moment.
     """
+    before_record()
     delete(run, record.step)  # what is left of an attempt that was killed
     target = folder(run, record.step)
-    with _place(target) as path:
+    with _written(target) as path:
         yield path
         files = sorted(file for file in path.rglob("*") if file.is_file())
         digests = {file.relative_to(path).as_posix(): digest_of(file) for file in files}
         storage.settle(path, target)
+    before_record()
     storage.write_json(storage.join(target, RECORD), record.model_copy(update={"files": digests}).model_dump())
 
 
 @contextmanager
-def opened(run: str, record: CheckpointRecord) -> Iterator[Path]:
-    """A local folder with a checkpoint's files. Raises DataError where they are not those that were written."""
-    target = folder(run, record.step)
-    with _place(target) as path:
-        if storage.local_path(target) is None:
-            storage.copy_folder(target, storage.as_uri(path))
-        for name, written in record.files.items():
-            if not (path / name).is_file() or digest_of(path / name) != written:
-                raise DataError(f"{name} of the checkpoint at {target!r} is not what was written")
-        yield path
-
-
-@contextmanager
-def _place(target: str) -> Iterator[Path]:
+def _written(target: str) -> Iterator[Path]:
     """The folder itself where storage is local, else a temporary one."""
     if (local := storage.local_path(target)) is not None:
         local.mkdir(parents=True, exist_ok=True)
@@ -122,6 +121,52 @@ def _place(target: str) -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory(prefix="dde-checkpoint-") as scratch:
             yield Path(scratch)
+
+
+@contextmanager
+def opened(run: str, record: CheckpointRecord, verify: bool = True) -> Iterator[Path]:
+    """A local folder with a checkpoint's files. Raises DataError where they are not those that were written."""
+    target = folder(run, record.step)
+    with _fetched(target) as path:
+        for name, written in record.files.items():
+            if verify and (not (path / name).is_file() or digest_of(path / name) != written):
+                raise DataError(f"{name} of the checkpoint at {target!r} is not what was written")
+        yield path
+
+
+@contextmanager
+def _fetched(target: str) -> Iterator[Path]:
+    """The folder itself where storage is local, else one copy for all processes of this node that want it at the time."""
+    if (local := storage.local_path(target)) is not None:
+        yield local
+        return
+    cache = Path(tempfile.gettempdir()) / "dde-checkpoints"
+    cache.mkdir(parents=True, exist_ok=True)
+    copy = cache / hashlib.sha256(target.encode()).hexdigest()[:32]
+    with copy.with_suffix(".lock").open("w") as lock:
+        while True:  # until it is there while this process reads: who drops it must be alone
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not copy.exists():
+                _download(target, copy)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if copy.exists():
+                break
+        try:
+            yield copy
+        finally:
+            with suppress(BlockingIOError):  # somebody reads it still, and drops it later
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(copy, ignore_errors=True)
+
+
+def _download(target: str, copy: Path) -> None:
+    beside = copy.with_suffix(".part")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+    try:
+        storage.copy_folder(target, storage.as_uri(beside))
+        beside.rename(copy)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def digest_of(file: Path) -> FileDigest:
@@ -134,3 +179,10 @@ def delete(run: str, step: int) -> None:
     """Drop a checkpoint: its record first, so that no half of one is seen."""
     storage.delete_file(storage.join(folder(run, step), RECORD))
     storage.delete_folder(folder(run, step))
+
+
+def discard(run: str, step: int) -> None:
+    """A checkpoint that cannot be gone on with is none any more; its files stay for those who want to know why."""
+    record = storage.join(folder(run, step), RECORD)
+    storage.write_bytes(storage.join(folder(run, step), BROKEN), storage.read_bytes(record))
+    storage.delete_file(record)

@@ -6,6 +6,7 @@
     ├── NotFound (LookupError)         an id or name that is not there; 404
     ├── Unauthorized                   no key or a wrong one; 401
     ├── Conflict                       a state that forbids the request; 409 (never on a create)
+    │   └── Overtaken                  a newer attempt or group of workers goes on with a run
     ├── Unavailable                    Ray or Serve does not answer; 503, worth another try
     └── Stopped                        a stage has ended because it was asked to; it goes on from there
 
@@ -54,6 +55,12 @@ class Unauthorized(ServiceError):
 
 class Conflict(ServiceError):
     status, type, default_code = 409, "invalid_request_error", "conflict"
+
+
+class Overtaken(Conflict):
+    """Somebody newer goes on with this work; whoever gets this must leave it alone."""
+
+    default_code = "overtaken"
 
 
 class Unavailable(ServiceError):

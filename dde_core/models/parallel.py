@@ -36,11 +36,19 @@ def choose(training: TrainConfig, num_parameters: int, device: torch.device, wor
         return "none"
     asked = training.parallelism
     if asked == "auto":
-        room = torch.cuda.get_device_properties(device).total_memory * AUTO_ROOM if device.type == "cuda" else float("inf")
-        asked = "ddp" if state_bytes(training, num_parameters) <= room else "fsdp"
+        asked = "ddp" if state_bytes(training, num_parameters) <= _room(device) else "fsdp"
     if asked == "fsdp" and training.optimizer == "adamw_8bit":
         raise ConfigError("training.optimizer", training.optimizer, 'does not go with training.parallelism "fsdp"')
     return asked
+
+
+def _room(device: torch.device) -> float:
+    """Bytes, on the smallest of all workers' GPUs: one answer for all. A CPU's memory is taken to be enough."""
+    if device.type != "cuda":
+        return float("inf")
+    room = torch.tensor(torch.cuda.get_device_properties(device).total_memory * AUTO_ROOM, device=device)
+    torch.distributed.all_reduce(room, op=torch.distributed.ReduceOp.MIN)
+    return float(room)
 
 
 def state_bytes(training: TrainConfig, num_parameters: int) -> int:
@@ -48,7 +56,7 @@ def state_bytes(training: TrainConfig, num_parameters: int) -> int:
     each = 4 + 2 * (training.precision == "bf16")
     if not training.lora:
         moments = 2 if training.optimizer == "adamw_8bit" else 8
-        each += 4 + moments + 4 * (training.ema_decay > 0) + 4 * (training.reference != "ledger")
+        each += 4 + moments + 4 * (training.ema_decay > 0) + 4 * (training.reference == "online")
     return each * num_parameters
 
 

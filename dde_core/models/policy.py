@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from diffusers.utils import convert_state_dict_to_diffusers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -58,6 +60,8 @@ class Policy:
             self.unet.enable_gradient_checkpointing()
         self.parallelism = parallel.choose(training, sum(p.numel() for p in self.unet.parameters()), self.device, world_size)
         self._place(self.unet)
+        self._trained_parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        self._adapted = [module for module in self.unet.modules() if isinstance(module, BaseTunerLayer)]
         self.trained = parallel.wrap(self.unet, self.parallelism, self.device)
         self.ema = EMAModel(self.parameters(), decay=training.ema_decay) if training.ema_decay else None
 
@@ -71,19 +75,24 @@ class Policy:
             unet.compile()
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, in a fixed order."""
-        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        """What is trained, in a fixed order. Under FSDP2 this worker's shares, whatever a module holds at the moment."""
+        return self._trained_parameters
 
     @torch.no_grad()
     def reference(self, *args: Any, **kwargs: Any) -> Any:
         """The frozen model's output: for LoRA the same U-Net with its adapters off, else a copy that was kept."""
         if not self._training.lora:
             return self._kept(*args, **kwargs)
-        self.unet.disable_adapters()
+        self._switch_adapters(off=True)
         try:
             return self.unet(*args, **kwargs)
         finally:
-            self.unet.enable_adapters()
+            self._switch_adapters(off=False)
+
+    def _switch_adapters(self, *, off: bool) -> None:
+        """peft's own switch also turns requires_grad off and on, on whatever tensors FSDP2 has in place just then."""
+        for layer in self._adapted:
+            layer._disable_adapters = off
 
     @cached_property
     def _kept(self) -> UNet2DConditionModel:
@@ -112,8 +121,9 @@ class Policy:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Weights and average change places, one tensor at a time."""
-        averages = self.ema.shadow_params if self.ema else []
-        for parameter, average in zip(self.parameters(), averages, strict=False):  # without an average: none
+        if self.ema is None:
+            return
+        for parameter, average in zip(self.parameters(), self.ema.shadow_params, strict=True):
             weights = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(weights)
@@ -127,7 +137,10 @@ class Policy:
     def write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """A copy of ``weights()`` as diffusers reads it: a U-Net folder, or a file of LoRA adapters."""
         if not self._training.lora:
-            self.unet.save_config(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            # FSDP2 gives the module a class of its own, which nobody could load.
+            config = json.loads(self.unet.to_json_string()) | {"_class_name": UNet2DConditionModel.__name__}
+            (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
             save_file(weights, folder / UNET_WEIGHTS, metadata={"format": "pt"})
             return
         StableDiffusionPipeline.save_lora_weights(

@@ -35,6 +35,14 @@ def agreed(flags: Sequence[bool], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in raised.tolist()]
 
 
+def from_rank_zero(number: int, device: torch.device) -> int:
+    """A whole number that rank 0 has, on every worker."""
+    told = torch.tensor(number, dtype=torch.int64, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(told, src=0)
+    return int(told)
+
+
 def gather_errors(
     parts: Sequence[tuple[Tensor, PairErrors, PairErrors | None]], positions: np.ndarray, num_rows: int
 ) -> tuple[Tensor, PairErrors, PairErrors | None]:

@@ -2,35 +2,69 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import suppress
 
 import ray.train
 import torch
 
+from services import storage
+from services.errors import Unavailable
 from services.training.gathering import agreed
 
+STOP, HEARD = "stop.json", "stopping.json"
+"""In the attempt's folder: a request to stop, and that a worker has heard it."""
+LISTEN_EVERY_S = 1.0
 LOOK_EVERY_S = 5.0
 """Asking Ray for nodes that are about to go makes workers wait for one another."""
+
+
+class StopListener:
+    """Rank 0's ear, on a thread of its own: a checkpoint that is on its way must not keep it from hearing."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix, self._over = prefix, threading.Event()
+        self.heard = False
+        threading.Thread(target=self._run, name="stop-listener", daemon=True).start()
+
+    def _run(self) -> None:
+        while not self.heard and not self._over.wait(LISTEN_EVERY_S):
+            with suppress(OSError, Unavailable):  # not there, or storage is away
+                storage.read_bytes(storage.join(self._prefix, STOP))
+                storage.write_json(storage.join(self._prefix, HEARD), {})
+                self.heard = True
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._over.set()
 
 
 class Leaving:
     """Every worker asks after every step, and all get one answer. ``stopped``: the run ends here."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, prefix: str, rank: int, device: torch.device) -> None:
+        self._listener = StopListener(prefix) if rank == 0 else None
         self._device, self._looked_at = device, time.monotonic()
         self._node_goes = self.stopped = False
 
-    def after_step(self, asked: bool) -> bool:
-        """Whether a checkpoint is needed now. ``asked``: this worker has heard that the run is to end.
+    def after_step(self) -> bool:
+        """Whether a checkpoint is needed now.
 
         For a node that is about to go (a spot machine that is taken back, a pod that is moved) there is one checkpoint, and
         training goes on: Ray Train starts the workers again once the node has gone.
         """
         look = time.monotonic() - self._looked_at >= LOOK_EVERY_S
-        self.stopped, look = agreed([asked, look], self._device)
-        if look:
-            self._looked_at = time.monotonic()
-            goes = ray.train.get_preemption_info() is not None
-            goes, self._node_goes = goes and not self._node_goes, goes
-            return self.stopped or goes
-        return self.stopped
+        heard = self._listener is not None and self._listener.heard
+        self.stopped, look = agreed([heard, look], self._device)
+        if not look:
+            return self.stopped
+        self._looked_at = time.monotonic()
+        goes, knew = ray.train.get_preemption_info() is not None, self._node_goes
+        self._node_goes = goes
+        return self.stopped or (goes and not knew)
+
+    def close(self) -> None:
+        """Nobody asks any more."""
+        if self._listener:
+            self._listener.close()

@@ -19,15 +19,15 @@ from dde_core.models.policy import Policy, learning_rate, make_optimizer, use_re
 from dde_core.objectives import OBJECTIVES
 from dde_core.train_step import check_finite, pair_errors, step_losses
 from services import registry, storage
-from services.contracts import TrainSpec
-from services.errors import ServiceError, Unavailable
+from services.contracts import TrainSpec, most_workers
+from services.errors import Overtaken, ServiceError, Unavailable
 from services.observability import Journal
 from services.stage import failure_of
 from services.training.clock import StepClock
 from services.training.gathering import gather_errors
 from services.training.leaving import Leaving
 from services.training.recorder import PairValues, Recorder
-from services.training.resuming import identity, resume
+from services.training.resuming import State, identity, resume
 
 FAILED = "worker-failed.json"
 """In the attempt's folder: why a worker failed, where starting it again would end in the same way."""
@@ -35,11 +35,12 @@ FAILED = "worker-failed.json"
 
 def train_loop(config: dict) -> None:
     """Fine-tune on this worker's share of every global batch. ``config`` is {"spec": TrainSpec as JSON}."""
-    spec = TrainSpec.model_validate_json(config["spec"])
+    spec, world_size = TrainSpec.model_validate_json(config["spec"]), ray.train.get_context().get_world_size()
     try:
         _train(spec)
     except (DdeError, ServiceError, torch.OutOfMemoryError) as error:
-        if not isinstance(error, Unavailable):
+        fewer = isinstance(error, torch.OutOfMemoryError) and world_size < most_workers(spec.workers)
+        if not isinstance(error, (Unavailable, Overtaken)) and not fewer:
             storage.write_json(storage.join(spec.prefix, FAILED), failure_of(error).model_dump())
         raise
 
@@ -58,14 +59,16 @@ def _train(spec: TrainSpec) -> None:
     policy = Policy(folder, training, device, world_size)
     optimizer = make_optimizer(policy.parameters(), training)
     calibration, method = Calibration(schedule, objective), OBJECTIVES[objective.method]
+    # A share that fits when all workers are there must fit when some are gone.
+    micro_batch_size = training.micro_batch_size or -(-training.batch_size // most_workers(spec.workers))
 
-    same, told = identity(spec, reader.manifest), Journal(spec.prefix) if rank == 0 else None
-    done = resume(spec.run, same, policy, optimizer, calibration, told)
+    same = identity(spec, reader.manifest)
+    done = resume(spec.run, same, State(policy, optimizer, calibration), rank, Journal(spec.prefix))
     recorder = Recorder(spec, same, policy, schedule, len(reader), done) if rank == 0 else None
     if recorder:
         how = f" ({policy.parallelism})" if world_size > 1 else ""
         recorder.event(f"training on {world_size} workers{how} from step {done.step}")
-    clock, leaving = StepClock(training.batch_size, training.steps), Leaving(device)
+    clock, leaving = StepClock(training.batch_size, training.steps), Leaving(spec.prefix, rank, device)
 
     try:
         for step in range(done.step, training.steps):
@@ -75,7 +78,7 @@ def _train(spec: TrainSpec) -> None:
             optimizer.zero_grad(set_to_none=True)
             with clock.waiting():
                 rows, parts = batches.rows(step, rank, world_size), []
-            for part, is_last in micro_batches(rows, training.micro_batch_size):
+            for part, is_last in micro_batches(rows, micro_batch_size):
                 with clock.waiting():
                     batch = batches.make(part)
                 with synchronised(policy.trained, is_last):
@@ -108,7 +111,7 @@ def _train(spec: TrainSpec) -> None:
             )
 
             state, is_last = None, done.step == training.steps
-            needed = leaving.after_step(asked=recorder is not None and recorder.stop_asked) or is_last
+            needed = leaving.after_step() or is_last
             if needed or done.step % training.checkpoint_every == 0:
                 with clock.stalled():
                     state = checkpoint.snapshot(policy, optimizer, calibration, done, rank)
@@ -117,7 +120,12 @@ def _train(spec: TrainSpec) -> None:
                 recorder.step(done, PairValues(t, theta, ref, terms), more | clock.metrics(done.step, device))
                 if state:
                     recorder.checkpoint(state, world_size, needed)
-    finally:
-        reader.close()
         if recorder:
             recorder.close()
+    except BaseException:
+        if recorder:
+            recorder.abandon()
+        raise
+    finally:
+        leaving.close()
+        reader.close()

@@ -10,6 +10,7 @@ import math
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,18 +27,18 @@ from dde_core.metrics import in_words, logit_deviation, step_metrics
 from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors, StepTerms
-from services import checkpoints, storage
+from services import checkpoints
 from services.checkpoints import CheckpointRecord, ReaderPosition
 from services.contracts import TrainSpec
-from services.errors import Conflict, Unavailable
+from services.errors import Unavailable
 from services.observability import Journal
+from services.training.fence import Fence
 from services.training.pair_log import PairLog
 from services.training.selection import superfluous
 
 PATIENCE_S = 1800.0
-LOOK_EVERY_S = 1.0
-FENCE = "fence.json"
-"""In a run's folder: the number of the attempt that may write checkpoints."""
+FLUSH_EVERY_S = 1.0
+ABANDONED_AFTER_S = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +55,9 @@ def _nothing() -> None:
     """Before the first thing that is to be done."""
 
 
-def newest_attempt(run: str) -> int:
-    """The attempt that may write checkpoints; 0 where none has said so."""
-    try:
-        return storage.read_json(storage.join(run, FENCE))["attempt"]
-    except FileNotFoundError:
-        return 0
-
-
 class Recorder:
-    """``stop_asked`` says whether the run was asked to end. Raises, at ``step`` and ``close``, what ended its thread."""
+    """Raises, at ``step`` and ``close``, what ended its thread: Unavailable where storage was away too long, Overtaken where
+    somebody else goes on with the run."""
 
     def __init__(
         self, spec: TrainSpec, same: dict[str, Any], policy: Policy, schedule: Schedule, num_pairs: int, done: Progress
@@ -76,9 +70,10 @@ class Recorder:
             self._alarms.load_state_dict(checkpoints.read(spec.run, done.step).alarms)
         self._metrics: dict[str, float] = {}
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._committing = threading.Event()
+        self._on_their_way = 0  # checkpoints; each thread changes it in one place
         self._failure: BaseException | None = None
-        self.stop_asked = False
+        self._fence = Fence(spec.run, spec.attempt, uuid.uuid4().hex)
+        self._fence.take()
         self._thread = threading.Thread(target=self._run, name="recorder")
         self._thread.start()
 
@@ -95,11 +90,11 @@ class Recorder:
 
     def checkpoint(self, state: Snapshot, workers: int, needed: bool) -> None:
         """Store a state. Left out where one is still on its way, unless it is ``needed``."""
-        if self._committing.is_set() and not needed:
+        if self._on_their_way and not needed:
             step = state.progress.step
             warning = f"no checkpoint of step {step}: the one before is still on its way"
             return self._todo.put(partial(self._journal.event, warning, "warning"))
-        self._committing.set()
+        self._on_their_way += 1
         self._todo.put(partial(self._commit, state, workers))
 
     def close(self) -> None:
@@ -107,6 +102,11 @@ class Recorder:
         self._todo.put(None)
         self._thread.join()
         self._raise_failure()
+
+    def abandon(self) -> None:
+        """Training has failed, and what it failed of counts: write what can be written at once."""
+        self._todo.put(None)
+        self._thread.join(ABANDONED_AFTER_S)
 
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None
@@ -116,18 +116,21 @@ class Recorder:
     # ---- the thread
 
     def _run(self) -> None:
-        looked_at = 0.0
+        flushed_at = 0.0
         todo: Callable[[], None] | None = _nothing
         try:
             while todo is not None:
                 with suppress(queue.Empty):
-                    if todo := self._todo.get(timeout=LOOK_EVERY_S):
+                    if todo := self._todo.get(timeout=FLUSH_EVERY_S):
                         todo()
-                if time.monotonic() - looked_at >= LOOK_EVERY_S:
+                if time.monotonic() - flushed_at >= FLUSH_EVERY_S:
                     self._patiently(self._journal.flush)
-                    self.stop_asked, looked_at = self._patiently(self._look), time.monotonic()
+                    flushed_at = time.monotonic()
             self._patiently(self._pair_log.flush)
             self._patiently(self._journal.flush)
+        except (OSError, Unavailable) as error:
+            minutes = f"{PATIENCE_S / 60:.0f} minutes"
+            self._failure = Unavailable(f"storage has not taken what training stores for {minutes}: {error}")
         except BaseException as error:  # told to training, which ends
             self._failure = error
 
@@ -146,9 +149,6 @@ class Recorder:
             error = state.outcome.exception()
             self._journal.event(f"storage is tried again, while training goes on: {error}", "warning")
 
-    def _look(self) -> bool:
-        return storage.exists(storage.join(self._spec.prefix, "stop.json"))
-
     def _tell(self, step: int, pairs: PairValues, more: dict[str, float]) -> None:
         t, terms, schedule = pairs.t, pairs.terms, self._schedule
         self._metrics = {**step_metrics(t, pairs.theta, pairs.ref, terms, schedule.T), **more}
@@ -166,15 +166,13 @@ class Recorder:
         """What was told up to this step goes first: a run that goes on from here does not tell it again."""
         self._patiently(self._journal.flush)
         self._patiently(self._pair_log.flush)
-        self._refuse_overtaken()
         self._patiently(partial(self._write, state, self._record(state.progress, workers)))
-        self._committing.clear()
+        self._on_their_way -= 1
+        self._patiently(self._prune)
 
     def _write(self, state: Snapshot, record: CheckpointRecord) -> None:
-        with checkpoints.committed(self._spec.run, record) as folder:
+        with checkpoints.committed(self._spec.run, record, before_record=self._fence.check) as folder:
             state.write(folder, self._policy)
-        for step in superfluous(self._spec):
-            checkpoints.delete(self._spec.run, step)
 
     def _prune(self) -> None:
         for step in superfluous(self._spec):
@@ -196,9 +194,3 @@ class Recorder:
             alarms=self._alarms.state_dict(),
             files={},
         )
-
-    def _refuse_overtaken(self) -> None:
-        """An attempt that was given up for dead, and is not, must not write into the run of the next one."""
-        newest = self._patiently(partial(newest_attempt, self._spec.run))
-        if newest > self._spec.attempt:
-            raise Conflict(f"attempt {self._spec.attempt} was given up: attempt {newest} goes on with this run")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch.optim import Optimizer
@@ -19,9 +19,11 @@ from services import checkpoints, ledgers
 from services.checkpoints import CheckpointRecord
 from services.contracts import TrainSpec
 from services.observability import Journal
+from services.training.gathering import from_rank_zero
 
 FREE = ("steps", "micro_batch_size", "gradient_checkpointing", "parallelism", "checkpoint_every", "keep_checkpoints")
 """Settings of training that may differ between a checkpoint and the run that goes on from it."""
+BEGINNING = Progress(step=0, pairs_seen=0, images_seen=0)
 
 
 def identity(spec: TrainSpec, manifest: Manifest) -> dict[str, Any]:
@@ -38,24 +40,44 @@ def identity(spec: TrainSpec, manifest: Manifest) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def resume(
-    run: str, same: dict[str, Any], policy: Policy, optimizer: Optimizer, calibration: Calibration, journal: Journal | None
-) -> Progress:
-    """Put the newest whole checkpoint's state into freshly made objects; without one the run begins.
+@dataclass(frozen=True, eq=False)
+class State:
+    """What a checkpoint is put back into: objects that were freshly made."""
 
-    A checkpoint whose files are not those that were written is passed over, with a warning. Raises ConfigError where one
+    policy: Policy
+    optimizer: Optimizer
+    calibration: Calibration
+
+    def load(self, run: str, record: CheckpointRecord, verify: bool) -> Progress:
+        """Raises DataError where the files are not those that were written."""
+        with checkpoints.opened(run, record, verify) as folder:
+            return checkpoint.load(folder, self.policy, self.optimizer, self.calibration)
+
+
+def resume(run: str, same: dict[str, Any], state: State, rank: int, journal: Journal) -> Progress:
+    """Go on from the newest checkpoint that is whole; without one the run begins. Rank 0 chooses, all follow.
+
+    A checkpoint whose files are not those that were written is put aside, with a warning. Raises ConfigError where one
     belongs to another run, naming the first thing that differs.
     """
+    done = _newest(run, same, state, journal) if rank == 0 else BEGINNING
+    step = from_rank_zero(done.step, state.policy.device)
+    if rank > 0 and step:
+        done = state.load(run, checkpoints.read(run, step), verify=False)
+    return done
+
+
+def _newest(run: str, same: dict[str, Any], state: State, journal: Journal) -> Progress:
     for step in reversed(checkpoints.steps(run)):
-        record = checkpoints.read(run, step)
-        _refuse_other(record, same)
         try:
-            with checkpoints.opened(run, record) as folder:
-                return checkpoint.load(folder, policy, optimizer, calibration)
+            record = checkpoints.read(run, step)
+            _refuse_other(record, same)
+            return state.load(run, record, verify=True)
         except DataError as error:
-            if journal:
-                journal.event(f"the checkpoint of step {step} is passed over: {error}", "warning")
-    return Progress(step=0, pairs_seen=0, images_seen=0)
+            journal.event(f"the checkpoint of step {step} is put aside: {error}", "warning")
+            journal.flush()
+            checkpoints.discard(run, step)
+    return BEGINNING
 
 
 def _refuse_other(record: CheckpointRecord, same: dict[str, Any]) -> None:

@@ -14,6 +14,12 @@ def outcomes(run: str) -> dict[int, Validated]:
     return {each.step: each for each in found}
 
 
+def looked_at(run: str) -> set[int]:
+    """Steps of which validation has said what it can."""
+    names = storage.list_files(storage.join(run, checkpoints.VALIDATION))
+    return {int(name[5:-5]) for name in names if name.endswith(".json")}
+
+
 def is_due(spec: TrainSpec, step: int) -> bool:
     """Whether validation looks at the model after ``step`` steps: every so often, and at the end where pairs are held out."""
     if spec.validation and step % spec.validation.every == 0:
@@ -29,8 +35,8 @@ def best(found: dict[int, Validated], metric: Metric) -> int | None:
 
 def superfluous(spec: TrainSpec) -> list[int]:
     """Steps whose checkpoints may go: not the last ones, nor the best, nor those that validation has yet to look at."""
-    steps, found = checkpoints.steps(spec.run), outcomes(spec.run)
-    kept = set(steps[-spec.training.keep_checkpoints :]) | {step for step in steps if is_due(spec, step) and step not in found}
+    steps, seen = checkpoints.steps(spec.run), looked_at(spec.run)
+    kept = set(steps[-spec.training.keep_checkpoints :]) | {step for step in steps if is_due(spec, step) and step not in seen}
     if spec.validation and spec.validation.best_metric:
-        kept |= {best(found, spec.validation.best_metric) or 0}
+        kept |= {best(outcomes(spec.run), spec.validation.best_metric) or 0}
     return [step for step in steps if step not in kept]

@@ -10,8 +10,10 @@ import logging
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Literal
 
 import ray
 from ray.train.torch import TorchTrainer
@@ -21,6 +23,7 @@ from services.contracts import StageFailure, StopRequest, TrainSpec, Validated, 
 from services.errors import ServiceError, Stopped, Unavailable
 from services.observability import Journal
 from services.training import selection
+from services.training.leaving import HEARD, STOP
 from services.training.loop import FAILED
 from services.training.tracking import Tracking
 from services.training.validating import validate
@@ -30,6 +33,10 @@ LOOK_EVERY_S = 2.0
 CPUS_PER_WORKER = 1
 WORKERS_WITHIN_S = 300.0
 """How long the cluster may lack the workers that a run needs at least."""
+UNHEARD_AFTER_S = 30.0
+"""A worker that runs hears a request to stop within seconds."""
+TRIES = 3
+"""Of one validation."""
 
 
 def supervise(trainer: TorchTrainer, spec: TrainSpec, journal: Journal) -> None:
@@ -37,28 +44,32 @@ def supervise(trainer: TorchTrainer, spec: TrainSpec, journal: Journal) -> None:
     that starting again would not mend."""
     tracking = Tracking(spec, journal)
     try:
-        _watch(Fit(trainer), spec, Validator(spec, journal))
+        _watch(Fit(trainer), spec, journal)
+    except Stopped:  # the machine may go any moment
+        tracking.close(within_s=5.0)
+        raise
     except Exception:  # not where the stage is cancelled: then its workers are freed at once
         tracking.close()
         raise
     tracking.close()
 
 
-def _watch(fit: Fit, spec: TrainSpec, validator: Validator) -> None:
-    missing = MissingWorkers(spec)
-    with stop_on_sigterm(spec.prefix) as ask_to_stop:
+def _watch(fit: Fit, spec: TrainSpec, journal: Journal) -> None:
+    validator, missing, stop = Validator(spec, journal), MissingWorkers(spec, journal), StopRequests(spec)
+    with stop.on_sigterm():
         while not fit.over(LOOK_EVERY_S):
             missing.look()
             with _storage_may_be_away():
-                ask_to_stop()
                 _raise_final(spec)
-                if missing.lacking:
-                    _raise_asked_to_stop(spec)  # nobody else would see the request
+                stop.look()
                 validator.look()
-    _raise_final(spec)
-    fit.result()
-    _raise_stopped(spec)
-    validator.finish()
+        _raise_final(spec)
+        fit.result()
+        stop.raise_before_the_last_step()
+        while not validator.is_done():
+            time.sleep(LOOK_EVERY_S)
+            with _storage_may_be_away():
+                stop.look()
 
 
 @contextmanager
@@ -96,27 +107,6 @@ class Fit:
             raise self._error
 
 
-@contextmanager
-def stop_on_sigterm(prefix: str) -> Iterator:
-    """SIGTERM asks training to write a checkpoint and end. The block calls what it is given now and then, to pass that on."""
-    received = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
-
-    def ask_to_stop() -> None:
-        if received.is_set():
-            storage.create_bytes(stop_uri(prefix), StopRequest(why="signal").model_dump_json().encode())
-
-    try:
-        yield ask_to_stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def stop_uri(prefix: str) -> str:
-    """Where training looks for a request to stop."""
-    return storage.join(prefix, "stop.json")
-
-
 def _raise_final(spec: TrainSpec) -> None:
     """Raises a worker's error that would come again."""
     with suppress(FileNotFoundError):
@@ -124,37 +114,71 @@ def _raise_final(spec: TrainSpec) -> None:
         raise ServiceError(failure.message, failure.param, failure.code)
 
 
-def _raise_stopped(spec: TrainSpec) -> None:
-    """Raises Stopped where workers have ended before the last step."""
-    if max(checkpoints.steps(spec.run), default=0) < spec.training.steps:
-        _raise_asked_to_stop(spec)
+class StopRequests:
+    """Requests to stop: from the control plane by a file, from the machine by SIGTERM, which is passed on as that file. Workers
+    hear it, store a checkpoint and end; where nobody hears it, because no worker could start, the stage ends here."""
 
+    def __init__(self, spec: TrainSpec) -> None:
+        self._spec, self._received = spec, threading.Event()
+        self._since: float | None = None
 
-def _raise_asked_to_stop(spec: TrainSpec) -> None:
-    """Raises Stopped where somebody asked for it."""
-    with suppress(FileNotFoundError):
-        request = StopRequest.model_validate_json(storage.read_bytes(stop_uri(spec.prefix)))
-        raise Stopped(request.why, max(checkpoints.steps(spec.run), default=0))
+    @contextmanager
+    def on_sigterm(self) -> Iterator[None]:
+        """Receive the signal, in the main thread, while the block runs."""
+        before = signal.signal(signal.SIGTERM, lambda *_: self._received.set())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def look(self) -> None:
+        """Pass a signal on. Raises Stopped where a request goes unheard, or there is nobody left to hear it."""
+        uri = storage.join(self._spec.prefix, STOP)
+        if self._received.is_set():
+            storage.create_bytes(uri, StopRequest(why="signal").model_dump_json().encode())
+        if (why := self._why()) is None:
+            return
+        self._since = self._since or time.monotonic()
+        heard = storage.exists(storage.join(self._spec.prefix, HEARD)) and self._steps_done() < self._spec.training.steps
+        if not heard and time.monotonic() - self._since >= UNHEARD_AFTER_S:
+            raise Stopped(why, self._steps_done())
+
+    def raise_before_the_last_step(self) -> None:
+        """Raises Stopped where workers have ended, as they were asked to, before the last step."""
+        if self._steps_done() < self._spec.training.steps and (why := self._why()):
+            raise Stopped(why, self._steps_done())
+
+    def _why(self) -> Literal["pause", "signal"] | None:
+        with suppress(FileNotFoundError):
+            return StopRequest.model_validate_json(storage.read_bytes(storage.join(self._spec.prefix, STOP))).why
+        return None
+
+    def _steps_done(self) -> int:
+        return max(checkpoints.steps(self._spec.run), default=0)
 
 
 class MissingWorkers:
-    """Ray Train waits for ever for workers that a cluster has no room for; here that has an end. ``lacking``: what there is too
-    little of."""
+    """Ray Train waits for ever for workers that a cluster has no room for; here that has an end."""
 
-    def __init__(self, spec: TrainSpec) -> None:
+    def __init__(self, spec: TrainSpec, journal: Journal) -> None:
         workers = least_workers(spec.workers)
-        self._workers, self._since, self.lacking = workers, time.monotonic(), ""
+        self._workers, self._journal = workers, journal
         self._needed = {"CPU": workers * CPUS_PER_WORKER, "GPU": workers if spec.use_gpu else 0}
+        self._since: float | None = None
 
-    def look(self, patience_s: float = WORKERS_WITHIN_S) -> None:
-        """Raises Unavailable where the cluster has been too small for so long. Asks Ray, not storage."""
+    def look(self) -> None:
+        """Raises Unavailable where the cluster has been too small for WORKERS_WITHIN_S: it may grow until then."""
         there = ray.cluster_resources()
-        self.lacking = next((name for name, amount in self._needed.items() if amount > there.get(name, 0)), "")
-        if not self.lacking:
+        name = next((name for name, amount in self._needed.items() if amount > there.get(name, 0)), None)
+        if name is None:
+            self._since = None
+            return
+        message = f"workers = {self._workers} need {self._needed[name]} {name}, the cluster has {there.get(name, 0):g}"
+        if self._since is None:
             self._since = time.monotonic()
-        elif time.monotonic() - self._since >= patience_s:
-            needed, found = self._needed[self.lacking], there.get(self.lacking, 0)
-            message = f"workers = {self._workers} need {needed} {self.lacking}, the cluster has {found:g}"
+            with _storage_may_be_away():
+                self._journal.event(f"{message}: waiting {WORKERS_WITHIN_S:.0f} s for more", "warning")
+        elif time.monotonic() - self._since >= WORKERS_WITHIN_S:
             raise Unavailable(message, param="workers")
 
 
@@ -165,34 +189,37 @@ class Validator:
     def __init__(self, spec: TrainSpec, journal: Journal) -> None:
         self._spec, self._journal = spec, journal
         self._running: tuple[int, ray.ObjectRef] | None = None
+        self._tries: Counter[int] = Counter()
         self._validate = ray.remote(num_cpus=1, num_gpus=1 if spec.use_gpu else 0)(validate)
 
     def look(self) -> None:
         """Take what is ready, begin what is due."""
         if self._running and ray.wait([self._running[1]], timeout=0)[0]:
-            self._take(*self._running)
-            self._running = None
-        if self._running is None and (step := self._next()) is not None:
-            self._running = step, self._validate.remote(self._spec, step)
+            ready, self._running = self._running, None
+            self._take(*ready)
+        if self._running is None and (due := self._next()) is not None:
+            self._tries[due] += 1
+            self._running = due, self._validate.remote(self._spec, due)
 
-    def finish(self) -> None:
-        """Return once everything that is due was looked at."""
+    def is_done(self) -> bool:
+        """Look. Whether everything that is due was looked at."""
         self.look()
-        while self._running:
-            ray.wait([self._running[1]])
-            self.look()
+        return self._running is None
 
     def _next(self) -> int | None:
-        there = selection.outcomes(self._spec.run)
-        steps = [0, *checkpoints.steps(self._spec.run)] if self._spec.validation else checkpoints.steps(self._spec.run)
-        return next((step for step in steps if selection.is_due(self._spec, step) and step not in there), None)
+        first = [0] if self._spec.validation else []
+        due = [step for step in first + checkpoints.steps(self._spec.run) if selection.is_due(self._spec, step)]
+        there = selection.looked_at(self._spec.run) if due else set()
+        return next((step for step in due if step not in there), None)
 
     def _take(self, step: int, ref: ray.ObjectRef) -> None:
-        """Tell of it. A checkpoint that cannot be looked at costs a warning, not the run."""
+        """Tell of it. A checkpoint that cannot be looked at, not at the third time either, costs a warning and not the run."""
         try:
             found = ray.get(ref)
         except ray.exceptions.RayError as error:
             why = str(error).strip().splitlines()[-1]
+            if self._tries[step] < TRIES:
+                return
             found = Validated(step=step, seconds=0.0, error=why)
             storage.write_json(checkpoints.outcome_uri(self._spec.run, step), found.model_dump())
             return self._journal.event(f"the model after step {step} could not be validated: {why}", "warning")

@@ -25,10 +25,11 @@ from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec, most
 from services.errors import Unavailable
 from services.observability import Journal
 from services.settings import TrackerSettings
+from services.stage import root_cause
 from services.training import pair_log, reference, selection
+from services.training.fence import Fence
 from services.training.loop import train_loop
-from services.training.recorder import FENCE, newest_attempt
-from services.training.supervision import CPUS_PER_WORKER, MissingWorkers, supervise
+from services.training.supervision import CPUS_PER_WORKER, supervise
 from services.training.trackers import check_trackers
 
 MAX_WORKER_FAILURES = 30
@@ -43,14 +44,15 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     manifest = Manifest.from_json(storage.read_bytes(storage.join(spec.dataset, MANIFEST)))
     _check(spec, manifest)
     spec = reference.resolve(spec, journal)
-    if newest_attempt(spec.run) < spec.attempt:
-        storage.write_json(storage.join(spec.run, FENCE), {"attempt": spec.attempt})
+    fence = Fence(spec.run, spec.attempt)
+    fence.take()
     steps, batch_size = spec.training.steps, spec.training.batch_size
     journal.event(f"{steps} steps of {batch_size} pairs with {spec.objective.method} on {_in_words(spec)} workers")
     journal.flush()
     with tempfile.TemporaryDirectory(prefix="dde-ray-train-") as scratch:
         _fit(spec, scratch, journal)
     step, metrics = _chosen(spec, journal)
+    fence.check()
     record = _write_model(spec, manifest, step, journal)
     return TrainResult(model=record, step=step, metrics=metrics, seconds=time.monotonic() - began)
 
@@ -76,6 +78,8 @@ def _fit(spec: TrainSpec, scratch: str, journal: Journal) -> None:
     except ray.train.ControllerError as error:
         message = f"workers = {_in_words(spec)} could not be started: {error.controller_failure}"
         raise Unavailable(message, param="workers") from error
+    except ray.train.WorkerGroupError as error:
+        raise Unavailable(f"workers have failed {MAX_WORKER_FAILURES} times, at last: {root_cause(error)}") from error
 
 
 def _in_words(spec: TrainSpec) -> str:
@@ -86,8 +90,10 @@ def _chosen(spec: TrainSpec, journal: Journal) -> tuple[int, dict[str, float]]:
     """The step whose weights become the model, and what was measured at it."""
     found, step = selection.outcomes(spec.run), spec.training.steps
     if spec.validation and (metric := spec.validation.best_metric):
-        step = selection.best(found, metric) or step
-        journal.event(f"the model is that after step {step}, by {metric}")
+        if (best := selection.best(found, metric)) is None:
+            journal.event(f"{metric} was never measured: the model is that after the last step, {step}", "warning")
+        else:
+            journal.event(f"the model is that after step {(step := best)}, by {metric}")
     metrics = checkpoints.read(spec.run, step).metrics
     return step, metrics | (found[step].metrics if step in found else {})
 
@@ -138,7 +144,6 @@ def _check(spec: TrainSpec, manifest: Manifest) -> None:
         raise ConfigError("training.lora", spec.model.name, "cannot be trained on a model that is LoRA adapters itself")
     check_optimizer(training)
     check_trackers(TrackerSettings())
-    MissingWorkers(spec).look(patience_s=0.0)
 
 
 def _model_record(spec: TrainSpec, manifest: Manifest, base: ModelFolder, step: int) -> ModelRecord:

@@ -21,6 +21,7 @@ from dde_core.models import parallel
 from dde_core.models.folder import ModelFolder
 from dde_core.models.parallel import synchronised
 from dde_core.models.policy import Policy, make_optimizer, use_repeatable_kernels
+from dde_core.models.saving import save_aligned
 from tests.tiny_folders import WIDTH, sd15_folder
 from tests.tiny_unet import TEXT_WIDTH, tiny_unet
 
@@ -29,18 +30,22 @@ KINDS = ("whole", "lora")
 
 
 def train_config(parallelism: str, kind: str) -> TrainConfig:
-    lora = LoraConfig(rank=4, targets=("to_q", "to_v", "conv1")) if kind == "lora" else None
+    lora = LoraConfig(rank=4, targets=("to_q", "to_v", "conv1", "conv_in", "proj_out")) if kind == "lora" else None
     return TrainConfig(
         parallelism=parallelism, lora=lora, learning_rate=1e-3, ema_decay=0.9, gradient_checkpointing=True, max_grad_norm=0.5
     )
 
 
-def step(model: Callable, inputs: Callable[[int], Tensor], optimizer, number: int, rank: int, text: Tensor) -> None:
-    """One optimizer step of two micro-batches on each rank, that differ from rank to rank."""
+def step(
+    model: Callable, inputs: Callable[[int], Tensor], optimizer, number: int, rank: int, text: Tensor, reference=None
+) -> None:
+    """The gradients of two micro-batches on each rank, that differ from rank to rank; the reference runs before the policy."""
     optimizer.zero_grad()
     for part in range(2):
         with synchronised(model, part == 1):
             x = inputs(100 * number + 10 * part + rank)
+            if reference:
+                reference(x, torch.tensor([5, 500]), text)
             model(x, torch.tensor([5, 500]), text).sample.square().mean().backward()
 
 
@@ -76,7 +81,9 @@ class Run:
     def train(self, first: int) -> float:
         """A few steps. The last norm of the gradients."""
         for number in range(first, first + STEPS):
-            step(self.policy.trained, noise, self.optimizer, number, self.rank, torch.ones(2, 3, WIDTH))
+            text = torch.ones(2, 3, WIDTH)
+            step(self.policy.trained, noise, self.optimizer, number, self.rank, text, self.policy.reference)
+            assert all(parameter.grad is not None for parameter in self.policy.parameters())
             norm = self.policy.clip_gradients()
             self.optimizer.step()
             self.policy.ema.step(self.policy.parameters())
@@ -180,6 +187,12 @@ def test_a_checkpoint_of_shares_is_gone_on_with_by_one_process(folder: Path, kin
     run.load(folder / f"fsdp-{kind}")
     saved = trained(tensors(folder / f"fsdp-{kind}"))
     assert all(torch.equal(value, saved[name]) for name, value in run.policy.weights().items())
+
+
+def test_the_model_that_shares_have_made_loads_as_any_other(folder: Path, tmp_path: Path):
+    save_aligned(folder / "model", folder / "fsdp-whole" / "weights", tmp_path / "aligned")
+    saved = trained(tensors(folder / "fsdp-whole"))
+    assert all(torch.equal(value, saved[name]) for name, value in ModelFolder(tmp_path / "aligned").unet().state_dict().items())
 
 
 def test_eight_bit_moments_are_not_shared_out():

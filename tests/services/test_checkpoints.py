@@ -20,9 +20,10 @@ from dde_core.models.folder import ModelFolder
 from services import checkpoints, storage
 from services.checkpoints import CheckpointRecord, ReaderPosition
 from services.contracts import EvaluationConfig, StopRequest, Validated, ValidationConfig
-from services.errors import Conflict
+from services.errors import Overtaken
 from services.observability import read_journal
-from services.training import recorder, selection
+from services.training import selection
+from services.training.fence import Fence
 from services.training.loop import FAILED
 from tests.encoded_pairs import train_here, train_spec, write_encoded
 from tests.s3_server import Harm
@@ -98,7 +99,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(model, encoded, tmp_
     assert same(state(tmp_path, 8), undisturbed)
 
 
-def test_a_checkpoint_whose_files_have_changed_is_passed_over(model, encoded, tmp_path, undisturbed):
+def test_a_checkpoint_whose_files_have_changed_is_put_aside(model, encoded, tmp_path, undisturbed):
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
     weights = tmp_path / "run/checkpoints/step-00000004/optimizer.safetensors"
     data = bytearray(weights.read_bytes())
@@ -109,9 +110,48 @@ def test_a_checkpoint_whose_files_have_changed_is_passed_over(model, encoded, tm
     ):
         state(tmp_path, 4)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
-    assert any("the checkpoint of step 4 is passed over" in event for event in events(tmp_path))
+    assert any("the checkpoint of step 4 is put aside" in event for event in events(tmp_path))
     assert "training on 1 workers from step 2" in events(tmp_path)
     assert same(state(tmp_path, 8), undisturbed)
+
+
+def test_pruning_that_fails_costs_no_checkpoint(model, encoded, tmp_path, monkeypatch):
+    newest, delete = [0], checkpoints.delete
+
+    def failing(run: str, step: int) -> None:
+        newest.append(max(checkpoints.steps(run), default=0))
+        if len(newest) in (4, 7):
+            raise OSError("busy")
+        delete(run, step)
+
+    monkeypatch.setattr(checkpoints, "delete", failing)
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING | {"keep_checkpoints": 1})
+    assert any("busy" in event for event in events(tmp_path))
+    assert newest == sorted(newest)
+    assert checkpoints.steps(run_of(tmp_path)) == [8]
+
+
+def test_a_record_that_cannot_be_read_is_put_aside(model, encoded, tmp_path, undisturbed):
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
+    (tmp_path / "run/checkpoints/step-00000004/checkpoint.json").write_text('{"step": 4}')
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    assert any("the checkpoint of step 4 is put aside: the record of" in event for event in events(tmp_path))
+    assert same(state(tmp_path, 8), undisturbed)
+
+
+def test_workers_that_others_have_replaced_write_no_checkpoint_any_more(tmp_path):
+    run = tmp_path.as_uri()
+    driver, cut_off, new = Fence(run, 1), Fence(run, 1, "a"), Fence(run, 1, "b")
+    for each in (driver, cut_off, new):
+        each.take()
+    driver.check()
+    new.check()
+    with pytest.raises(Overtaken, match="other workers of attempt 1 go on with this run"):
+        cut_off.check()
+    Fence(run, 2).take()
+    for each in (driver, new):
+        with pytest.raises(Overtaken, match="attempt 1 was given up: attempt 2 goes on"):
+            each.take()
 
 
 def test_files_without_a_record_are_no_checkpoint(model, encoded, tmp_path, undisturbed):
@@ -132,8 +172,8 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs(model,
 
 
 def test_an_attempt_that_was_given_up_writes_no_checkpoint_any_more(model, encoded, tmp_path):
-    storage.write_json(storage.join(run_of(tmp_path), recorder.FENCE), {"attempt": 2})
-    with pytest.raises(Conflict, match="attempt 1 was given up: attempt 2 goes on with this run"):
+    Fence(run_of(tmp_path), 2).take()
+    with pytest.raises(Overtaken, match="attempt 1 was given up: attempt 2 goes on with this run"):
         train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
     assert checkpoints.steps(run_of(tmp_path)) == []
 
@@ -217,7 +257,7 @@ def records(folder: Path, *steps: int) -> str:
             alarms={},
             files={},
         )
-        with checkpoints.committed(folder.as_uri(), record) as files:
+        with checkpoints.committed(folder.as_uri(), record, before_record=lambda: None) as files:
             (files / "state.json").write_text("{}")
     return folder.as_uri()
 
