@@ -10,6 +10,7 @@ state.json               steps done, pairs seen
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +61,8 @@ class Snapshot:
             save_file(self.optimizer, folder / OPTIMIZER)
             save_file(self.calibration, folder / CALIBRATION)
         except SafetensorError as error:
-            raise OSError(f"{folder}: {error}") from error
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(found[1]) if found else None, str(error), str(folder)) from error
         (folder / "state.json").write_text(json.dumps(asdict(self.progress)))
 
 

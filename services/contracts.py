@@ -7,7 +7,7 @@ A job is a chain of stages, each one Ray job that is told what to do by a spec f
                                            /done.json       the stage's result, written last
                                            /failed.json     or why it could not
                                            /stopped.json    or how far it came before it was asked to stop
-                                           /stop.json       that it is asked to, written by the control plane (train alone)
+                                           /stop.json       that it is asked to, written by the control plane (train alone reads it)
     {storage}/jobs/{job}/train/run/checkpoints/step-*/      the run's state (services/checkpoints.py)
                                   /validation/step-*.json   what validation measured of it, and its pictures as .png
                                   /tensorboard/             event files
@@ -444,7 +444,7 @@ class Validated(Strict):
 
 
 class StopRequest(Strict):
-    """``stop.json``: training writes a checkpoint after the step it is at, and ends."""
+    """``stop.json``: training writes a checkpoint after the step it is at, and ends. Other stages do not read it."""
 
     why: Literal["pause", "signal"]
 

@@ -31,7 +31,7 @@ class Settings(BaseSettings):
     max_active_jobs: int = 8
     """How many jobs may have a stage on the cluster at once; the others wait as queued, the oldest first."""
     max_attempts: Annotated[int, Field(ge=1)] = 5
-    """How often a stage is started whose driver died, was stopped by others or lacked something, before its job fails."""
+    """How often a stage is started without coming further, whose driver died or lacked something, before its job fails."""
     driver_grace_s: float = 10.0
     """How long a marker is waited for after Ray says that a driver has ended."""
     unreachable_s: float = 300.0

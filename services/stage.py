@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import TypeVar
 
 from dde_core.errors import ConfigError, DdeError
 from services import storage
 from services.contracts import Level, StageFailure, StageSpec, StageStopped, Strict
-from services.errors import ServiceError, Stopped
+from services.errors import ServiceError, Stopped, Unavailable
 from services.observability import Journal
 
 Spec = TypeVar("Spec", bound=StageSpec)
+PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
+"""What the operating system says of a disk that is full or away: it may be well again when the stage is tried again."""
 
 
 def run_stage(spec_type: type[Spec], work: Callable[[Spec, Journal], Strict], argv: Sequence[str] | None = None) -> None:
@@ -48,25 +52,37 @@ def _leave(journal: Journal, spec: StageSpec, name: str, marker: Strict, message
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error of ours inside what Ray wraps around it (workers' failures, a task's cause), else the error itself."""
-    if isinstance(error, (DdeError, ServiceError)) and not hasattr(error, "cause"):
-        return error
-    inside = [getattr(error, "cause", None), getattr(error, "controller_failure", None), error.__cause__]
-    for each in [*getattr(error, "worker_failures", {}).values(), *inside]:
-        if isinstance(each, BaseException) and isinstance(found := root_cause(each), (DdeError, ServiceError)):
-            return found
-    return error
+    """The error of ours inside what Ray wraps around it (workers' failures, a task's cause), else the disk's that may pass,
+    else the error itself."""
+    ours = (each for each in _inside(error) if isinstance(each, (DdeError, ServiceError)))
+    passing = (each for each in _inside(error) if _may_pass(each))
+    return next(chain(ours, passing), error)
+
+
+def _inside(error: BaseException) -> Iterator[BaseException]:
+    """The error and what brought it about, outermost first, without Ray's wrappers, which pass for what they hold."""
+    if not hasattr(error, "cause"):
+        yield error
+    causes = [getattr(error, "cause", None), getattr(error, "controller_failure", None), error.__cause__]
+    for each in [*getattr(error, "worker_failures", {}).values(), *causes]:
+        if isinstance(each, BaseException):
+            yield from _inside(each)
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in PASSING
 
 
 def failure_of(error: BaseException) -> StageFailure:
-    """What failed.json says: an error of ours as it is, another by its class and first line."""
+    """What failed.json says: an error of ours as it is, another by its class and first line; a full or absent disk is
+    unavailable."""
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
         return StageFailure(message="the stage was stopped", code="stopped")
     cause = root_cause(error)
     if isinstance(cause, ServiceError):
         return StageFailure(message=cause.message, code=cause.code, param=cause.param)
     name = type(cause).__name__
-    code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    code = Unavailable.default_code if _may_pass(cause) else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
     if isinstance(cause, DdeError):
         return StageFailure(message=str(cause), code=code, param=cause.field if isinstance(cause, ConfigError) else None)
     return StageFailure(message=f"{name}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}", code=code)

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from pydantic import ValidationError
 
-from services import storage
+from services import checkpoints, storage
 from services.contracts import JournalEvent, StageFailure, StageStopped, StopRequest
 from services.control import stages
 from services.control.launcher import Launcher, RunState
@@ -61,11 +61,25 @@ class Attempt:
         """The next files of the journal with their numbers, ``JOURNAL_FILES`` at most."""
         return read_journal(self.prefix, start, JOURNAL_FILES)
 
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint of training, 0 before the first and for other stages."""
+        if self.job.stage != "train":
+            return 0
+        return max(checkpoints.steps(stages.run_folder(self.job.id, self.root)), default=0)
+
     def ask_to_stop(self) -> None:
-        """Tell training to store its state after the step it is at, and to end."""
+        """Tell training to store its state after the step it is at, and to end. Other stages do not read it: it says why they
+        were ended."""
         request = storage.join(self.prefix, "stop.json")
         if not storage.exists(request):
             storage.write_json(request, StopRequest(why="pause").model_dump())
+
+    def was_asked_to_end(self) -> bool:
+        """By a pause, or by a signal that training heard in time: such an end is nobody's fault."""
+        request = self.marker("stop.json")
+        if request is not None and StopRequest.model_validate_json(request).why == "pause":
+            return True
+        return (stopped := self.stopped()) is not None and stopped.why == "signal"
 
     def state(self) -> RunState | None:
         """How Ray says that the run stands; None where it does not answer."""

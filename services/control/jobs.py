@@ -10,9 +10,11 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session, aliased
 
+from dde_core.errors import DataError
 from services import checkpoints, storage
 from services.contracts import CREDIT, AlignmentJobCreate, EvaluationCreate
 from services.control import checks, journal, models, stages
+from services.control.change import fresh
 from services.control.database import Database, update_one
 from services.control.idempotency import Once, create_once
 from services.control.listing import by_id, is_id, listed, newest
@@ -105,14 +107,14 @@ def list_checkpoints(database: Database, root: str, job_id: str, after: int | No
 
 
 def _checkpoint(run: str, step: int) -> dict[str, Any] | None:
-    """None where training has dropped it since it was listed."""
+    """None where training has dropped it since it was listed, and where its record is damaged: it cannot be gone on with."""
     try:
         record = checkpoints.read(run, step)
-    except FileNotFoundError:
+    except (FileNotFoundError, DataError):
         return None
     try:
         validation = storage.read_json(checkpoints.outcome_uri(run, step))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         validation = None
     return checkpoint_view(record, checkpoints.folder(run, step), validation)
 
@@ -180,7 +182,6 @@ def resume(database: Database, job_id: str) -> dict[str, Any]:
                 row.stage_started_at += now - row.pause_requested_at  # a pause is no part of a stage's seconds
         else:
             journal.say(session, job_id, "the pause is withdrawn")
-            row.restarts -= 1  # the end that it may have brought about is nobody's fault
         row.pause_requested_at = row.lock_token = row.lock_expires_at = None
         row.next_at = now
         return job_view(row)
@@ -219,8 +220,8 @@ def _not_read(asked: AlignmentJobCreate, request: dict[str, Any]) -> Iterator[st
 
 def _row(job_id: str, kind: str, status: str, request: dict[str, Any]) -> Job:
     now = time.time()
-    fresh = {"results": {}, "stage_seconds": {}, "attempt": 1, "restarts": 0, "journal_cursor": 0, "failures": 0}
-    return Job(id=job_id, kind=kind, status=status, request=request, created_at=now, next_at=now, **fresh)
+    none = {"results": {}, "stage_seconds": {}, "failures": 0}
+    return Job(id=job_id, kind=kind, status=status, request=request, created_at=now, next_at=now, **none, **fresh(1))
 
 
 def _dataset(session: Session, asked: AlignmentJobCreate) -> Dataset:

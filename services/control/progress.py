@@ -5,16 +5,17 @@ What lies in storage decides: a marker ends a stage, whatever Ray says of its dr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from pydantic import ValidationError
 
 from services import registry, storage
-from services.contracts import RESULTS, JournalEvent, ModelRecord, Stage, StageFailure, Strict
+from services.contracts import RESULTS, Stage, StageFailure, Strict
 from services.control import attempt, stages, transitions
 from services.control.attempt import Attempt
+from services.control.change import Change, fresh
 from services.control.journal import printable
 from services.control.launcher import Launcher, RunState
 from services.control.tables import Job
@@ -24,26 +25,6 @@ from services.settings import Settings
 LONGEST_PAUSE_S = 60.0
 PASSING = ("unavailable", "stopped")
 """Codes of failures that another attempt may not have: something was out of reach, or others ended the driver."""
-
-
-@dataclass
-class Change:
-    """What one look at a job found: new column values, entries of its journal, a model that is there now.
-
-    ``publish``: a model to be made known. ``point``: the job's name means its model from now on. ``again``: there is
-    more to do at once. ``pause_s``: when there is, where that is not at the next poll.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    entries: list[JournalEvent] = field(default_factory=list)
-    publish: ModelRecord | None = None
-    point: bool = False
-    again: bool = False
-    pause_s: float | None = None
-
-    def say(self, at: float, message: str, level: str = "info") -> None:
-        """Add an event of the control plane's own."""
-        self.entries.append(JournalEvent.model_validate({"at": at, "level": level, "message": message}))
 
 
 @dataclass(frozen=True)
@@ -106,13 +87,13 @@ class Watch:
         else:
             self._move(change, status, f"stage {stage}")
         change.values |= {"stage": stage, "stage_started_at": self.now, "started_at": self.job.started_at or self.now}
-        change.values |= _fresh(1)
+        change.values |= fresh(1)
 
     def _go_on(self, change: Change) -> None:
         """Take a stage up where a pause has left it."""
         stage, number = self.job.stage, self.job.attempt + 1
         self._move(change, transitions.STAGE_STATUS[stage], f"stage {stage} goes on as attempt {number}")  # type: ignore[index]
-        change.values |= _fresh(number)
+        change.values |= fresh(number)
         change.again = True
 
     def _submit(self, change: Change) -> None:
@@ -191,20 +172,23 @@ class Watch:
         return False
 
     def _start_again(self, change: Change, why: StageFailure, *, at_once: bool = False) -> None:
-        """Start the stage as a new attempt once the old one is surely over. After the last attempt the job fails."""
+        """Start the stage as a new attempt once the old one is surely over. After the last attempt the job fails: attempts
+        count that brought the stage no further and were not asked to end."""
         job, since = self.job, self.job.ended_at or self.now
         change.values["ended_at"] = since
         if not self._is_over(change, since):
             return
-        last = job.restarts + 1 >= self.settings.max_attempts
+        step = self.attempt.newest_step()
+        restarts = (job.restarts if step <= job.restart_step else 0) + (not self.attempt.was_asked_to_end())
+        last = restarts >= self.settings.max_attempts
         if not at_once:
             self._show_log(change, "error" if last else "warning")
         if last:
             return self._fail(change, why)
         change.say(self.now, f"stage {job.stage} starts again as attempt {job.attempt + 1}: {why.message}", "warning")
-        change.values |= _fresh(job.attempt + 1) | {"restarts": job.restarts + 1}
+        change.values |= fresh(job.attempt + 1) | {"restarts": restarts, "restart_step": max(step, job.restart_step)}
         change.again = at_once
-        change.pause_s = min(LONGEST_PAUSE_S, self.settings.poll_interval_s * 2 ** (job.restarts + 1))
+        change.pause_s = min(LONGEST_PAUSE_S, self.settings.poll_interval_s * 2**restarts)
 
     def _show_log(self, change: Change, level: str) -> None:
         try:
@@ -228,20 +212,37 @@ class Watch:
         asked_at, state = float(self.job.pause_requested_at or 0), self.attempt.state()
         gives_up = state is None and self.now - asked_at >= self.settings.unreachable_s
         if has_ended or self.job.submitted_at is None or gives_up:
-            at_rest = self._is_over(change, asked_at)
+            at_rest = self._is_over(change, self.job.ended_at or asked_at)
+        elif state == "running" and self._was_given_time():
+            at_rest = self._end_what_hangs(change)
         elif state is None or state in attempt.RUNNING:
-            self._ask_to_end(state)
+            self._ask_to_end(change, state)
             at_rest = False
         else:
             at_rest = self._has_died(change, state)
         if at_rest:
             self._rest(change)
 
-    def _ask_to_end(self, state: RunState | None) -> None:
-        if self.job.stage == "train" and state != "pending":
-            self.attempt.ask_to_stop()
-        else:
+    def _was_given_time(self) -> bool:
+        """From when the run was asked, not the pause: nobody may have been there to pass it on."""
+        since = self.job.stop_asked_at
+        return since is not None and self.now - since >= self.settings.unreachable_s
+
+    def _ask_to_end(self, change: Change, state: RunState | None) -> None:
+        change.values["stop_asked_at"] = self.job.stop_asked_at or self.now
+        self.attempt.ask_to_stop()
+        if self.job.stage != "train" or state == "pending":
             self.attempt.end()
+
+    def _end_what_hangs(self, change: Change) -> bool:
+        """What was asked to stop and goes on is ended; its end is waited for as long as it was. Is it over?"""
+        since = self.job.ended_at or self.now
+        change.values["ended_at"] = since
+        if self.job.ended_at is None:
+            waited = f"{self.settings.unreachable_s:.0f} s after it was asked to"
+            message = f"stage {self.job.stage} has not stopped {waited}, and is ended: what it stored last stands"
+            change.say(self.now, message, "warning")
+        return self._is_over(change, since)
 
     def _rest(self, change: Change) -> None:
         """Nothing runs any more."""
@@ -289,9 +290,3 @@ class Watch:
         transitions.check(self.job.status, status)
         change.values["status"] = status
         change.say(self.now, f"{self.job.status} -> {status}: {why}", level)
-
-
-def _fresh(number: int) -> dict[str, Any]:
-    """The columns of an attempt that has not begun."""
-    plain = {"submitted_at": None, "journal_cursor": 0, "ended_at": None, "unreachable_at": None}
-    return {"attempt": number, "restarts": 0, **plain}

@@ -18,10 +18,11 @@ from sqlalchemy.orm import Session
 
 from services import registry
 from services.contracts import ModelRecord
+from services.control.change import Change
 from services.control.database import Database, update_one
 from services.control.journal import printable, record
 from services.control.launcher import Launcher
-from services.control.progress import LONGEST_PAUSE_S, Change, Watch
+from services.control.progress import LONGEST_PAUSE_S, Watch
 from services.control.tables import Job, Model
 from services.control.transitions import ACTIVE, UNFINISHED
 from services.settings import Settings

@@ -85,10 +85,11 @@ class Model(Resource):
 class Job(Resource):
     """A chain of stages. ``kind`` is alignment or evaluation; ``inputs`` holds the records that it was created with.
 
-    ``attempt`` counts the runs of the present stage, ``restarts`` those among them that nobody asked for.
-    ``pause_requested_at`` stands until the job is resumed or ends. ``ended_at`` is when the stage's driver was first seen to
-    be over, ``unreachable_at`` when Ray was first out of reach. A row is worked on by whoever holds ``lock_token`` until
-    ``lock_expires_at``.
+    ``attempt`` counts the runs of the present stage, ``restarts`` how often it was started again, unasked, since it last came
+    further; ``restart_step`` is how far training had come by then.
+    ``pause_requested_at`` stands until the job is resumed or ends. ``stop_asked_at`` is when the attempt was asked to stop,
+    ``ended_at`` when its driver was first seen to be over, or was ended, ``unreachable_at`` when Ray was first out of reach. A
+    row is worked on by whoever holds ``lock_token`` until ``lock_expires_at``.
     """
 
     __tablename__ = "jobs"
@@ -113,9 +114,11 @@ class Job(Resource):
     stage: Mapped[str | None] = mapped_column(String(16))
     attempt: Mapped[int] = mapped_column(Integer)
     restarts: Mapped[int] = mapped_column(Integer)
+    restart_step: Mapped[int] = mapped_column(Integer)
     stage_started_at: Mapped[float | None]
     submitted_at: Mapped[float | None]
     journal_cursor: Mapped[int] = mapped_column(Integer)
+    stop_asked_at: Mapped[float | None]
     ended_at: Mapped[float | None]
     unreachable_at: Mapped[float | None]
 

@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Callable
 from typing import Literal
 
-from services import storage
+from services import checkpoints, storage
+from services.checkpoints import CheckpointRecord, ReaderPosition
 from services.contracts import (
     EncodeResult,
     EncodeSpec,
@@ -143,6 +144,26 @@ def fail(spec, message: str, code: str, param: str | None = None) -> RunState:
     failure = StageFailure(message=message, code=code, param=param)
     storage.write_json(storage.join(spec.prefix, "failed.json"), failure.model_dump())
     return "failed"
+
+
+def checkpoint(run: str, step: int) -> None:
+    """A checkpoint as training writes it."""
+    record = CheckpointRecord(
+        step=step,
+        pairs_seen=4 * step,
+        images_seen=8 * step,
+        reader=ReaderPosition(epoch=0, pair=4 * step),
+        ledger=None,
+        identity={},
+        workers=2,
+        attempt=1,
+        created_at=1700000000.5,
+        metrics={"loss": 1.0 / step},
+        alarms={},
+        files={},
+    )
+    with checkpoints.committed(run, record, lambda: None) as folder:
+        (folder / "weights.bin").write_bytes(b"x" * 100)
 
 
 def journal(spec: StageSpec, steps: int) -> None:

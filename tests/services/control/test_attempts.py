@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 from sqlalchemy import select
 
-from services import storage
-from services.control.progress import Change
+from services import checkpoints, storage
+from services.control.change import Change
 from services.control.reconciler import StaleToken
 from services.control.tables import Job
 from tests.services.control import fakes
@@ -120,6 +120,53 @@ def test_training_that_others_stopped_goes_on_in_the_same_run(plane, ends):
     if ends == "stopped":
         said = "stage train starts again as attempt 2: the stage was stopped after step 7 (signal)"
         assert said in plane.events(job)
+
+
+def fails_at(plane, job: str, number: int, step: int | None) -> None:
+    """Let an attempt to train fail for a reason that may pass, after a checkpoint (or none)."""
+    spec = plane.launcher.specs[f"{job}-train-a{number}"]
+    if step is not None:
+        fakes.checkpoint(spec.run, step)
+    plane.launcher.states[f"{job}-train-a{number}"] = fakes.lacks(spec)
+    plane.settle(20)
+
+
+def test_training_that_comes_further_each_time_is_started_again_as_often_as_it_takes(any_plane):
+    plane = any_plane
+    at_most_twice(plane)
+    plane.launcher.plays["train"] = fakes.runs
+    job = plane.job()["id"]
+    plane.settle()
+    for number in range(1, 6):
+        fails_at(plane, job, number, 10 * number)
+        row = row_of(plane, job)
+        assert (row.status, row.attempt, row.restarts, row.restart_step) == ("running", number + 1, 1, 10 * number)
+    fails_at(plane, job, 6, None)
+    ended = plane.get(f"{JOBS}/{job}")
+    assert (ended["status"], ended["reason"]["code"]) == ("failed", "unavailable")
+
+
+def test_steps_that_were_done_before_are_no_progress(plane):
+    at_most_twice(plane)
+    plane.launcher.plays["train"] = fakes.runs
+    job = plane.job()["id"]
+    plane.settle()
+    fails_at(plane, job, 1, 20)
+    checkpoints.discard(plane.launcher.specs[f"{job}-train-a1"].run, 20)
+    fails_at(plane, job, 2, 10)
+    assert plane.get(f"{JOBS}/{job}")["status"] == "failed"
+
+
+def test_a_machine_that_drains_properly_uses_up_no_attempt(plane):
+    plane.settings.max_attempts = 1
+    plane.launcher.plays["train"] = fakes.runs
+    job = plane.job()["id"]
+    plane.settle()
+    for number in (1, 2, 3):
+        plane.launcher.leave(f"{job}-train-a{number}", 7, "signal")
+        plane.settle(8)
+    row = row_of(plane, job)
+    assert (row.status, row.attempt, row.restarts) == ("running", 4, 0)
 
 
 def test_the_old_run_is_over_before_the_new_one_starts(plane):

@@ -5,32 +5,12 @@ from __future__ import annotations
 import pytest
 
 from services import checkpoints, storage
-from services.checkpoints import CheckpointRecord, ReaderPosition
 from services.contracts import Validated
 from services.control import stages
 from tests.services.control import fakes
 
 JOBS = "/v1/alignment/jobs"
 OUTCOME = Validated(step=20, metrics={"held_out_accuracy": 0.75}, picture="file:///p.png", seconds=1.5)
-
-
-def store(run: str, step: int) -> None:
-    """A checkpoint as training writes it."""
-    record = CheckpointRecord(
-        step=step,
-        pairs_seen=4 * step,
-        images_seen=8 * step,
-        reader=ReaderPosition(epoch=0, pair=4 * step),
-        ledger=None,
-        identity={},
-        workers=2,
-        attempt=1,
-        created_at=1700000000.5,
-        metrics={"loss": 1.0 / step},
-        files={},
-    )
-    with checkpoints.committed(run, record) as folder:
-        (folder / "weights.bin").write_bytes(b"x" * 100)
 
 
 @pytest.fixture
@@ -50,7 +30,7 @@ def test_every_checkpoint_is_told_with_what_validation_measured_of_it(plane, job
     job, run = job
     assert plane.launcher.specs[f"{job}-train-a1"].run == run
     for step in (10, 20):
-        store(run, step)
+        fakes.checkpoint(run, step)
     storage.write_json(storage.join(run, "validation", "step-00000020.json"), OUTCOME.model_dump())
     answer = plane.get(f"{JOBS}/{job}/checkpoints")
     assert (answer["object"], answer["has_more"], steps(answer)) == ("list", False, [10, 20])
@@ -73,7 +53,7 @@ def test_every_checkpoint_is_told_with_what_validation_measured_of_it(plane, job
 def test_pages_follow_one_another_by_step(plane, job):
     job, run = job
     for step in (5, 10, 15):
-        store(run, step)
+        fakes.checkpoint(run, step)
     page = plane.get(f"{JOBS}/{job}/checkpoints?limit=2")
     assert (steps(page), page["has_more"]) == ([5, 10], True)
     page = plane.get(f"{JOBS}/{job}/checkpoints?limit=2&after=10")
@@ -82,9 +62,20 @@ def test_pages_follow_one_another_by_step(plane, job):
 
 def test_what_has_no_record_is_no_checkpoint(plane, job):
     job, run = job
-    store(run, 10)
+    fakes.checkpoint(run, 10)
     storage.write_bytes(storage.join(checkpoints.folder(run, 20), "weights.bin"), b"half")
     assert steps(plane.get(f"{JOBS}/{job}/checkpoints")) == [10]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"\xff\xfe", b'{"step": 20', b'{"step": 20}'])
+def test_what_has_a_damaged_record_is_left_out_and_a_damaged_outcome_is_none(plane, job, damaged):
+    job, run = job
+    for step in (10, 20, 30):
+        fakes.checkpoint(run, step)
+    storage.write_bytes(storage.join(checkpoints.folder(run, 20), checkpoints.RECORD), damaged)
+    storage.write_bytes(checkpoints.outcome_uri(run, 30), b"{")
+    answer = plane.get(f"{JOBS}/{job}/checkpoints")
+    assert (steps(answer), answer["data"][1]["validation"]) == ([10, 30], None)
 
 
 def test_a_job_that_has_not_trained_has_none_and_an_unknown_one_is_named(plane):

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select, update
 
 from services import storage
-from services.control.progress import Change
+from services.control.change import Change
 from services.control.reconciler import StaleToken
 from services.control.tables import Job
 from tests.services.control import fakes
@@ -81,7 +81,6 @@ def test_other_stages_are_stopped_and_start_again_from_what_they_committed(plane
     plane.settle(10)
     assert (status(plane, job), plane.get(f"{JOBS}/{job}")["stage"]) == ("paused", stage)
     assert f"{job}-{stage}-a1" in plane.launcher.stopped
-    assert not asked_to_stop(plane, f"{job}-{stage}-a1")
     plane.launcher.plays[stage] = getattr(fakes, stage)
     ask(plane, "resume", job)
     plane.settle(40)
@@ -177,6 +176,42 @@ def test_a_pause_with_ray_out_of_reach_holds_after_a_while_and_says_so(plane):
     assert "Ray did not say that the run has ended; it may go on" in plane.events(job)
 
 
+@pytest.mark.parametrize("deaf", [False, True])
+def test_training_that_hangs_is_ended_after_a_while_and_its_end_is_waited_for(plane, deaf):
+    job = training(plane)
+    ask(plane, "pause", job)
+    plane.settle(5)
+    if deaf:
+        plane.launcher.deaf.add(f"{job}-train-a1")
+    plane.clock.now += plane.settings.unreachable_s
+    plane.settle(8)
+    assert f"{job}-train-a1" in plane.launcher.stopped
+    assert status(plane, job) == ("running" if deaf else "paused")
+    plane.clock.now += plane.settings.unreachable_s
+    plane.settle(8)
+    assert status(plane, job) == "paused"
+    said = plane.get(f"{JOBS}/{job}/events?limit=1000")["data"]
+    ended = "stage train has not stopped 300 s after it was asked to, and is ended: what it stored last stands"
+    lives = "Ray did not say that the run has ended; it may go on"
+    assert [event["message"] for event in said if event["level"] == "warning"] == [ended, lives][: 1 + deaf]
+    plane.launcher.plays["train"] = fakes.train
+    ask(plane, "resume", job)
+    plane.settle()
+    assert status(plane, job) == "succeeded"
+
+
+def test_training_that_was_never_asked_to_stop_is_given_its_time_after_an_outage_of_the_control_plane(plane):
+    job = training(plane)
+    ask(plane, "pause", job)
+    plane.clock.now += 2 * plane.settings.unreachable_s
+    plane.settle(8)
+    assert asked_to_stop(plane, f"{job}-train-a1")
+    assert (status(plane, job), plane.launcher.stopped) == ("running", [])
+    plane.launcher.leave(f"{job}-train-a1", 7)
+    plane.settle(8)
+    assert status(plane, job) == "paused"
+
+
 def test_a_crash_between_submit_and_its_record_leaves_no_run_behind_a_pause(plane):
     plane.launcher.plays["encode"] = fakes.runs
     job = plane.job()["id"]
@@ -212,6 +247,41 @@ def test_a_pause_may_be_withdrawn_before_training_has_stopped(any_plane):
     assert status(plane, job) == "succeeded"
     assert "the pause is withdrawn" in plane.events(job)
     assert plane.launcher.submitted.count(f"{job}-train-a2") == 1
+
+
+def test_a_stage_whose_pause_was_withdrawn_too_late_starts_again_at_no_cost(plane):
+    plane.settings.max_attempts = 1
+    plane.launcher.plays["encode"] = fakes.runs
+    job = plane.job()["id"]
+    plane.settle()
+    plane.launcher.deaf.add(f"{job}-encode-a1")
+    ask(plane, "pause", job)
+    plane.settle(4)
+    ask(plane, "resume", job)
+    plane.launcher.plays["encode"] = fakes.encode
+    plane.launcher.states[f"{job}-encode-a1"] = fakes.fail(
+        plane.launcher.specs[f"{job}-encode-a1"], "the stage was stopped", "stopped"
+    )
+    plane.settle(40)
+    assert (status(plane, job), f"{job}-encode-a2" in plane.launcher.submitted) == ("succeeded", True)
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_pauses_that_are_withdrawn_give_no_attempts_away(plane, heard):
+    plane.settings.max_attempts = 1
+    job = training(plane)
+    for number in (1, 2, 3):
+        ask(plane, "pause", job)
+        if heard:
+            plane.settle(4)
+            plane.launcher.leave(f"{job}-train-a{number}", number)
+        ask(plane, "resume", job)
+        plane.settle(8)
+    last = f"{job}-train-a{4 if heard else 1}"
+    assert plane.launcher.submitted[-1] == last
+    plane.launcher.states[last] = fakes.lacks(plane.launcher.specs[last])
+    plane.settle(20)
+    assert (status(plane, job), plane.launcher.submitted[-1]) == ("failed", last)
 
 
 def test_a_job_may_be_paused_and_resumed_more_often_than_it_may_fail(plane):

@@ -10,7 +10,7 @@ from sqlalchemy import select, update
 
 from services import registry, storage
 from services.control import attempt
-from services.control.progress import Change
+from services.control.change import Change
 from services.control.reconciler import StaleToken
 from services.control.tables import Event, Job, Metric, Model
 from services.control.transitions import STAGES
