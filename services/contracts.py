@@ -7,7 +7,7 @@ A job is a chain of stages, each one Ray job that is told what to do by a spec f
                                            /done.json       the stage's result, written last
                                            /failed.json     or why it could not
                                            /stopped.json    or how far it came before it was asked to stop
-                                           /stop.json       that it is asked to, written by the control plane (train alone reads it)
+                                           /stop.json       that it is asked to, by the control plane (train alone reads it)
     {storage}/jobs/{job}/train/run/checkpoints/step-*/      the run's state (services/checkpoints.py)
                                   /validation/step-*.json   what validation measured of it, and its pictures as .png
                                   /tensorboard/             event files

@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import threading
 import time
+from collections import deque
 from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from services import storage
 from services.contracts import JournalEvent
@@ -22,13 +24,15 @@ _ENTRIES = TypeAdapter(list[JournalEvent])
 
 
 class Journal:
-    """A writer's side. Several processes may write one journal at once: a file is made where there is none, or the next one
-    is tried. What could not be written stays, and is written with the next flush."""
+    """A writer's side, for several threads. Several processes may write one journal at once: a file is made where there is
+    none, or the next one is tried. What could not be written stays for the next flush, and raises OSError or Unavailable."""
 
     def __init__(self, prefix: str, flush_every_s: float = 1.0) -> None:
         self._folder, self._flush_every_s = storage.join(prefix, "journal"), flush_every_s
-        self._pending: list[dict] = []
+        self._pending: deque[dict] = deque()
+        self._begun = b""
         self._number, self._flushed_at = 0, 0.0
+        self._writing = threading.Lock()
 
     def event(self, message: str, level: Literal["info", "warning", "error"] = "info") -> None:
         """Tell people something."""
@@ -46,21 +50,37 @@ class Journal:
 
     def flush(self) -> None:
         """Write what is gathered."""
-        entries = json.dumps(self._pending).encode() if self._pending else None
-        while entries and not storage.create_bytes(storage.join(self._folder, f"{self._number:08d}.json"), entries):
-            self._number = max(self._number + 1, len(storage.list_files(self._folder)))
-        self._pending, self._flushed_at = [], time.monotonic()
+        with self._writing:
+            self._write()  # as it was, where it failed before: it may be there, and only the answer was lost
+            if some := [self._pending.popleft() for _ in range(len(self._pending))]:
+                self._begun = json.dumps(some).encode()
+                self._write()
+            self._flushed_at = time.monotonic()
+
+    def _write(self) -> None:
+        while self._begun:
+            if storage.create_bytes(storage.join(self._folder, f"{self._number:08d}.json"), self._begun):
+                self._number, self._begun = self._number + 1, b""
+            else:
+                self._number = max(self._number + 1, len(storage.list_files(self._folder)))
 
 
 def read_journal(prefix: str, start: int, limit: int | None = None) -> list[tuple[int, list[JournalEvent]]]:
-    """The journal's files from number ``start`` on (at most ``limit``), each with its entries. Numbers have no gaps."""
+    """The journal's files from number ``start`` on (at most ``limit``), each with its entries. Numbers have no gaps.
+
+    A file that is no JSON is still being written (storage.create_bytes), and counts as not there yet.
+    """
     folder, found = storage.join(prefix, "journal"), []
     for number in itertools.count(start):
         try:
-            data = storage.read_bytes(storage.join(folder, f"{number:08d}.json"))
+            entries = _ENTRIES.validate_json(storage.read_bytes(storage.join(folder, f"{number:08d}.json")))
         except FileNotFoundError:
             break
-        found.append((number, _ENTRIES.validate_json(data)))
+        except ValidationError as error:
+            if error.errors()[0]["type"] == "json_invalid":
+                break
+            raise
+        found.append((number, entries))
         if len(found) == limit:
             break
     return found

@@ -24,6 +24,7 @@ from services import object_store
 from services.errors import BadRequest
 
 PART = ".part"
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
@@ -77,13 +78,16 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Write a file where there is none, and say whether it was so. Of several who try at once, one does."""
+    """Write a file where there is none, and say whether it was so, also where the same data come again after an error. Of
+    several who try at once, one does. An object store must know conditional writes (If-None-Match). On file systems without
+    hard links the file is written in its place, so a reader may see a part of it, which a writer that is killed leaves.
+    """
     if _is_object(uri):
         return object_store.create(uri, data)
     try:
-        _put(_local(uri), lambda beside: beside.write_bytes(data), place=os.link)
+        _put(_local(uri), lambda beside: beside.write_bytes(data), place=_link)
     except FileExistsError:
-        return False
+        return _local(uri).read_bytes() == data
     return True
 
 
@@ -174,6 +178,23 @@ def _put(path: Path, write: Callable[[Path], Any], place: Callable[[Path, Path],
         place(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _link(beside: Path, path: Path) -> None:
+    """Raises FileExistsError where there is a file."""
+    try:
+        return os.link(beside, path)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+    with path.open("xb") as file:
+        try:
+            file.write(beside.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:  # a full disk: the place is free again
+            path.unlink()
+            raise
 
 
 def _sync(path: Path) -> None:

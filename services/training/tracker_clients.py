@@ -9,7 +9,7 @@ import io
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -18,9 +18,13 @@ from services import storage
 from services.contracts import TrainSpec
 from services.settings import TrackerSettings
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 GIVES_UP_AFTER_S = 10.0
-"""So long may a tracker keep its caller, who also stores checkpoints."""
-CLOSES_WITHIN_S = 20.0
+"""So long may a tracker keep the thread that tells all of them."""
+CLOSES_WITHIN_S = 40.0
+"""All of them together, when training ends: half of it for what waits, half for letting go."""
 ROTATED_BYTES = 4_000_000
 """TensorBoard's files are begun anew at this size: to be seen in storage, a file is uploaded whole."""
 
@@ -67,17 +71,13 @@ class Mirror:
 class TensorBoard:
     """Event files below {run}/tensorboard, as two runs: training and validation.
 
-    Every process writes files of its own, which begin by hiding what earlier ones have said of the steps that now come again.
+    Every process writes files of its own, which begin by hiding what earlier ones have said from the first step on that it is
+    told: what they lack is not known, and all that follows comes again.
     """
 
-    def __init__(self, spec: TrainSpec, done_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, spec: TrainSpec) -> None:
         self._mirror = Mirror(storage.join(spec.run, "tensorboard"))
-        self._writers = {
-            kind: SummaryWriter(str(self._mirror.folder / kind), purge_step=step)
-            for kind, step in (("training", done_step + 1), ("validation", 0))
-        }
+        self._writers: dict[Kind, SummaryWriter] = {}
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._scalars("training", step, values)
@@ -86,11 +86,18 @@ class TensorBoard:
         self._scalars("validation", step, values)
         if picture:
             pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
-            self._writers["validation"].add_image("pictures", pixels, step, dataformats="HWC")
+            self._writer("validation", step).add_image("pictures", pixels, step, dataformats="HWC")
 
     def _scalars(self, kind: Kind, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writers[kind].add_scalar(name, value, step)
+            self._writer(kind, step).add_scalar(name, value, step)
+
+    def _writer(self, kind: Kind, step: int) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if kind not in self._writers:
+            self._writers[kind] = SummaryWriter(str(self._mirror.folder / kind), purge_step=step)
+        return self._writers[kind]
 
     def flush(self) -> None:
         for writer in self._writers.values():
@@ -186,7 +193,7 @@ class WandB:
             dir=str(self._mirror.folder),
             settings=wandb.Settings(
                 init_timeout=GIVES_UP_AFTER_S,
-                finish_timeout=CLOSES_WITHIN_S,
+                finish_timeout=CLOSES_WITHIN_S / 2,
                 console="off",
                 silent=True,
                 disable_git=True,

@@ -1,14 +1,16 @@
 """Where people look at a run: TensorBoard always, MLflow and Weights & Biases where they are configured, by their own clients.
 
-None of them may end or hold up training. Each has an outbox, emptied by the one thread that calls this module; what cannot be
-delivered (a server that is down, storage that fails) stays there, in order, and is tried again. That a tracker fails is said
-once, and once that it works again. A run that goes on after a kill tells some steps again: trackers show each once.
+None of them may end or hold up training. Each has an outbox, emptied by the one thread that calls this module, and at the end
+by one of its own; what cannot be delivered (a server that is down, storage that fails) stays there, in order, and is tried
+again. That a tracker fails is said once, and once that it works again.
+A run that goes on after a kill tells every step again: trackers show each once.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,9 +18,10 @@ from collections.abc import Callable
 from services.contracts import Level, TrainSpec
 from services.errors import ServiceError
 from services.settings import TrackerSettings
-from services.training.tracker_clients import CLOSES_WITHIN_S, GIVES_UP_AFTER_S, MLflow, TensorBoard, Tracker, WandB
+from services.training.tracker_clients import GIVES_UP_AFTER_S, MLflow, TensorBoard, Tracker, WandB
 
 FLUSH_EVERY_S = 10.0
+"""TensorBoard's file is uploaded whole, each time."""
 LONGEST_PAUSE_S = 300.0
 MAX_WAITING = 5000
 """Steps that an outbox holds, about 14 KB each; the oldest go first. The published runs have 2,000."""
@@ -35,12 +38,12 @@ def check_trackers(settings: TrackerSettings) -> None:
             raise ServiceError(message, code="tracker_not_installed")
 
 
-def open_trackers(settings: TrackerSettings, spec: TrainSpec, done_step: int, tell: Callable[[str, Level], None]) -> Trackers:
-    """What is configured, for a run that has done ``done_step`` steps. ``tell`` gets events: a message and its level.
+def open_trackers(settings: TrackerSettings, spec: TrainSpec, tell: Callable[[str, Level], None]) -> Trackers:
+    """What is configured. ``tell`` gets events, a message and its level, from several threads; it raises nothing.
 
-    Connections are made by the first flush.
+    Connections are made by the first delivery.
     """
-    made: dict[str, Callable[[], Tracker]] = {"TensorBoard": lambda: TensorBoard(spec, done_step)}
+    made: dict[str, Callable[[], Tracker]] = {"TensorBoard": lambda: TensorBoard(spec)}
     if settings.mlflow:
         made["MLflow"] = lambda: MLflow(settings, spec)
     if settings.wandb:
@@ -52,8 +55,8 @@ class Trackers:
     """All of them as one, for one thread. ``made`` opens each by name. Raises nothing that a tracker raises."""
 
     def __init__(self, made: dict[str, Callable[[], Tracker]], tell: Callable[[str, Level], None]) -> None:
-        self._outboxes = [Outbox(name, make, tell) for name, make in made.items()]
-        self._flushed_at = 0.0
+        self._outboxes = {name: Outbox(name, make, tell) for name, make in made.items()}
+        self._tell = tell
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Of a training step. The values are not changed any more."""
@@ -63,21 +66,24 @@ class Trackers:
         """Of the model after ``step`` steps. A run that goes on tells all that is known, from the first one on."""
         self._put(lambda tracker: tracker.validation(step, values, picture))
 
-    def flush(self, now: bool = False) -> None:
-        """Deliver what waits: every FLUSH_EVERY_S, or ``now`` (before a checkpoint: a run that goes on from there does not tell
-        again what came before it)."""
-        if now or time.monotonic() - self._flushed_at >= FLUSH_EVERY_S:
-            for outbox in self._outboxes:
-                outbox.deliver()
-            self._flushed_at = time.monotonic()
+    def deliver(self) -> None:
+        """Tell what waits, for GIVES_UP_AFTER_S each at most."""
+        for outbox in self._outboxes.values():
+            outbox.deliver()
 
-    def close(self) -> None:
-        """Deliver what can be delivered within CLOSES_WITHIN_S each, and let go."""
-        for outbox in self._outboxes:
-            outbox.close()
+    def close(self, within_s: float) -> None:
+        """Deliver what can be delivered, and let go; one that takes longer is left to itself."""
+        ends_at, closing = time.monotonic() + within_s, dict[str, threading.Thread]()
+        for name, outbox in self._outboxes.items():
+            closing[name] = threading.Thread(target=outbox.close, args=(within_s,), name=f"close {name}", daemon=True)
+            closing[name].start()
+        for name, thread in closing.items():
+            thread.join(max(0.0, ends_at - time.monotonic()))
+            if thread.is_alive():
+                self._tell(f"{name} was not closed within {within_s:.1f} s, and may lack the last steps", "warning")
 
     def _put(self, call: Callable[[Tracker], None]) -> None:
-        for outbox in self._outboxes:
+        for outbox in self._outboxes.values():
             outbox.put(call)
 
 
@@ -88,16 +94,17 @@ class Outbox:
         self._name, self._make, self._tell = name, make, tell
         self._tracker: Tracker | None = None
         self._waiting: deque[Callable[[Tracker], None]] = deque(maxlen=MAX_WAITING)
-        self._failures, self._lost, self._again_at = 0, 0, 0.0
+        self._failures, self._lost = 0, 0
+        self._again_at, self._flush_at = 0.0, 0.0
 
     def put(self, call: Callable[[Tracker], None]) -> None:
         """One more thing to tell."""
         self._lost += len(self._waiting) == MAX_WAITING
         self._waiting.append(call)
 
-    def deliver(self) -> None:
-        """Tell what waits, for some seconds at most."""
-        ends_at = time.monotonic() + GIVES_UP_AFTER_S
+    def deliver(self, within_s: float = GIVES_UP_AFTER_S) -> None:
+        """Tell what waits, as far as there is time, and let it be seen every FLUSH_EVERY_S."""
+        ends_at = time.monotonic() + within_s
         if time.monotonic() < self._again_at:
             return
         try:
@@ -105,7 +112,9 @@ class Outbox:
             while self._waiting and time.monotonic() < ends_at:
                 self._waiting[0](self._tracker)
                 self._waiting.popleft()
-            self._tracker.flush()
+            if self._failures or time.monotonic() >= self._flush_at:
+                self._tracker.flush()
+                self._flush_at = time.monotonic() + FLUSH_EVERY_S
         except Exception as error:  # whatever a client raises: no tracker is worth a run
             self._failed(error)
         else:
@@ -113,13 +122,13 @@ class Outbox:
                 self._tell(f"{self._name} is told again, {self._lost} steps are lost", "info")
             self._failures = self._lost = 0
 
-    def close(self) -> None:
-        """Tell what waits, trying again for a while, then say what could not be told."""
-        gives_up_at, self._again_at = time.monotonic() + CLOSES_WITHIN_S, 0.0
-        self.deliver()
+    def close(self, within_s: float) -> None:
+        """Tell what waits, trying again for half of the time, then say what could not be told, and let go."""
+        gives_up_at, self._again_at = time.monotonic() + within_s / 2, 0.0
+        self.deliver(within_s / 2)
         while (self._waiting or self._failures) and time.monotonic() < gives_up_at:
             time.sleep(0.1)
-            self.deliver()
+            self.deliver(gives_up_at - time.monotonic())
         if self._waiting:
             self._tell(f"{self._name} lacks the last {len(self._waiting)} things that it was to be told", "warning")
         if self._tracker:

@@ -21,7 +21,6 @@ import pytest
 from services import object_store, registry, storage
 from services.contracts import ModelRecord
 from services.errors import Unavailable
-from services.observability import Journal, read_journal
 from tests.s3_server import BUCKET, Harm, S3Server, every, first, part
 
 ROOT = Path(__file__).parents[2]
@@ -107,27 +106,6 @@ def test_a_stream_is_read_in_one_request(s3_server: S3Server, bucket: str):
     with filesystem.open_input_stream(path) as stream:
         assert stream.read() == b"x" * 3_000_000
     assert s3_server.done == {"HEAD": 1, "GET": 1}
-
-
-def test_a_journal_loses_and_repeats_nothing(s3_server: S3Server, bucket: str):
-    s3_server.harm(Harm("lose_answer", every(3)), Harm("cut_upload", every(4), "PUT"))
-    journal = Journal(bucket, flush_every_s=0)
-    for step in range(8):
-        journal.metrics(step, {"loss": 0.1 * step})
-    read = read_journal(bucket, 0)
-    assert [number for number, _ in read] == list(range(8))
-    assert [entry.step for _, entries in read for entry in entries] == list(range(8))
-    assert s3_server.done["lose_answer"] > 0 < s3_server.done["cut_upload"]
-
-
-def test_a_journals_folder_is_listed_once_for_each_change_of_writers(s3_server: S3Server, bucket: str):
-    s3_server.harm(listing := Harm("delay", method="GET", target="journal%2F&"))
-    driver, worker = Journal(bucket, flush_every_s=0), Journal(bucket, flush_every_s=0)
-    for listed, writer in ((0, driver), (1, worker), (2, driver)):
-        for step in range(5):
-            writer.metrics(step, {"loss": 1.0})
-        assert s3_server.done[listing.kind] == listed
-    assert len(read_journal(bucket, 0)) == 15
 
 
 def test_more_objects_are_listed_and_deleted_than_one_answer_holds(s3_server: S3Server, bucket: str):

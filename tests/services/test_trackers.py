@@ -25,20 +25,23 @@ from services import storage
 from services.client.processes import Child, free_ports, wait_until
 from services.contracts import ModelRecord, TrainSpec
 from services.errors import ServiceError, Unavailable
+from services.observability import Journal, read_journal
 from services.settings import TrackerSettings
-from services.training import tracker_clients, trackers
-from services.training.trackers import Outbox, check_trackers, open_trackers
+from services.training import tracker_clients, trackers, tracking
+from services.training.tracker_clients import CLOSES_WITHIN_S, Tracker
+from services.training.trackers import Outbox, Trackers, check_trackers, open_trackers
+from services.training.tracking import Tracking
 from tests.s3_server import Harm, Proxy, S3Server, first
 
 STEPS = 8
 
 
-def train_spec(run: str, job: str = "job-1") -> TrainSpec:
+def train_spec(run: str, job: str = "job-1", attempt: int = 1) -> TrainSpec:
     model = ModelRecord(id="m", name="base", uri="file:///m", family="sd15", digest="", created_at=0)
     return TrainSpec(
         job=job,
-        attempt=1,
-        prefix=f"{run}/a1",
+        attempt=attempt,
+        prefix=f"{run}/a{attempt}",
         dataset="file:///d",
         model=model,
         model_id="aligned",
@@ -81,8 +84,13 @@ def nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def opened(spec: TrainSpec, events: list, done_step: int = 0) -> trackers.Trackers:
-    return open_trackers(TrackerSettings(), spec, done_step, lambda message, level: events.append((level, message)))
+@pytest.fixture(autouse=True)
+def seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "FLUSH_EVERY_S", 0.0)
+
+
+def opened(spec: TrainSpec, events: list) -> trackers.Trackers:
+    return open_trackers(TrackerSettings(), spec, lambda message, level: events.append((level, message)))
 
 
 def read_tensorboard(folder: Path, kind: str) -> EventAccumulator:
@@ -97,7 +105,7 @@ def read_tensorboard(folder: Path, kind: str) -> EventAccumulator:
 def test_tensorboard_shows_every_step_and_every_picture(tmp_path, events):
     told = opened(train_spec(tmp_path.as_uri()), events)
     tell(told, range(1, STEPS + 1), looks=[0, 4, 8])
-    told.close()
+    told.close(CLOSES_WITHIN_S)
     training = read_tensorboard(tmp_path / "tensorboard", "training")
     assert training.Tags()["scalars"] == ["loss", "margin_t0100"]
     assert [(each.step, each.value) for each in training.Scalars("margin_t0100")] == [(n, 0.5 * n) for n in range(1, STEPS + 1)]
@@ -113,11 +121,11 @@ def test_a_run_that_was_killed_and_goes_on_shows_each_step_once_in_tensorboard(t
     spec = train_spec(tmp_path.as_uri())
     killed = opened(spec, events)
     tell(killed, range(1, 7), looks=[0, 4])
-    killed.flush(now=True)  # seen up to step 6; the last checkpoint is that of step 4
+    killed.deliver()
     time.sleep(1.1)  # event files are ordered by the second in which they began
-    goes_on = opened(spec, events, done_step=4)
-    tell(goes_on, range(5, STEPS + 1), looks=[0, 4, 8])
-    goes_on.close()
+    goes_on = opened(spec, events)
+    tell(goes_on, range(1, STEPS + 1), looks=[0, 4, 8])
+    goes_on.close(CLOSES_WITHIN_S)
     assert len(storage.list_files(storage.join(spec.run, "tensorboard", "training"))) == 2
     training = read_tensorboard(tmp_path / "tensorboard", "training")
     assert [each.step for each in training.Scalars("loss")] == list(range(1, STEPS + 1))
@@ -129,8 +137,8 @@ def test_tensorboards_files_are_begun_anew_when_they_are_long_and_nothing_is_los
     told = opened(train_spec(tmp_path.as_uri()), events)
     for step in range(1, STEPS + 1):
         tell(told, [step])
-        told.flush(now=True)
-    told.close()
+        told.deliver()
+    told.close(CLOSES_WITHIN_S)
     assert len(list((tmp_path / "tensorboard" / "training").iterdir())) > 2
     training = read_tensorboard(tmp_path / "tensorboard", "training")
     assert [each.step for each in training.Scalars("loss")] == list(range(1, STEPS + 1))
@@ -141,14 +149,14 @@ def test_tensorboards_files_are_begun_anew_when_they_are_long_and_nothing_is_los
 def test_tensorboards_files_reach_an_object_store_also_after_it_failed(bucket, s3_server: S3Server, tmp_path, events):
     told = opened(train_spec(bucket), events)
     tell(told, range(1, 5))
-    told.flush(now=True)
+    told.deliver()
     s3_server.harm(Harm("slow_down"))
     tell(told, range(5, STEPS + 1))
-    told.flush(now=True)
+    told.deliver()
     assert [level for level, _ in events] == ["warning"]
     assert "TensorBoard is not told" in events[0][1]
     s3_server.harm()
-    told.close()
+    told.close(CLOSES_WITHIN_S)
     storage.copy_folder(storage.join(bucket, "tensorboard"), tmp_path.as_uri())
     assert [each.step for each in read_tensorboard(tmp_path, "training").Scalars("loss")] == list(range(1, STEPS + 1))
     assert events[1:] == [("info", "TensorBoard is told again, 0 steps are lost")]
@@ -199,7 +207,7 @@ def test_a_tracker_that_fails_is_told_everything_in_order_once_it_works(broken, 
     outbox.deliver()
     put(outbox, 3)
     broken.broken = False
-    outbox.close()
+    outbox.close(CLOSES_WITHIN_S)
     assert broken.told == [1, 2, 3]
     assert broken.closed
     assert [level for level, _ in events] == ["warning", "info"]
@@ -214,10 +222,9 @@ def test_a_tracker_that_goes_on_failing_is_left_alone_and_spoken_of_once_without
     assert events == [("warning", said)]
 
 
-def test_what_could_not_be_told_when_training_ends_is_said(broken, outbox, events, monkeypatch):
-    monkeypatch.setattr(trackers, "CLOSES_WITHIN_S", 0.2)
+def test_what_could_not_be_told_when_training_ends_is_said(broken, outbox, events):
     put(outbox, 1, 2, 3)
-    outbox.close()
+    outbox.close(within_s=0.2)
     assert events[-1] == ("warning", "B lacks the last 3 things that it was to be told")
 
 
@@ -225,9 +232,117 @@ def test_an_outbox_keeps_the_newest(broken, outbox, events, monkeypatch):
     put(outbox, *range(trackers.MAX_WAITING + 2))
     outbox.deliver()
     broken.broken = False
-    outbox.close()
+    outbox.close(CLOSES_WITHIN_S)
     assert broken.told == list(range(2, trackers.MAX_WAITING + 2))
     assert events[-1] == ("info", "B is told again, 2 steps are lost")
+
+
+class Stuck(Broken):
+    """A tracker that holds whoever calls it until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Event()
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self.tried += 1
+        self.let_go.wait()
+        self.told.append(step)
+
+
+def test_a_tracker_that_never_answers_is_left_behind_and_the_others_are_told_and_closed(broken, events):
+    stuck, broken.broken = Stuck(), False
+    told = Trackers({"S": lambda: stuck, "B": lambda: broken}, lambda message, level: events.append((level, message)))
+    tell(told, [1, 2])
+    told.close(within_s=1.0)
+    assert (stuck.told, broken.told, broken.closed) == ([], [1, 2], True)
+    assert events == [("warning", "S was not closed within 1.0 s, and may lack the last steps")]
+    stuck.let_go.set()
+
+
+# ---- from the journal
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "LOOK_EVERY_S", 0.02)
+
+
+def train(spec: TrainSpec, steps: range) -> None:
+    """What a worker's journal tells, one file a step."""
+    journal = Journal(spec.prefix, flush_every_s=0)
+    for step in steps:
+        journal.metrics(step, values(step))
+
+
+def given(monkeypatch: pytest.MonkeyPatch, tracker: Tracker) -> None:
+    """This tracker instead of those that the environment names."""
+    monkeypatch.setattr(tracking, "open_trackers", lambda settings, spec, tell: Trackers({"B": lambda: tracker}, tell))
+
+
+def warnings_of(spec: TrainSpec) -> list[str]:
+    entries = [entry for _, some in read_journal(spec.prefix, 0) for entry in some]
+    return [entry.message or "" for entry in entries if entry.level == "warning"]
+
+
+def test_an_attempt_tells_what_the_attempts_before_it_did_not_deliver(tmp_path, monkeypatch, quick):
+    monkeypatch.setattr(tracking, "FILES_AT_ONCE", 2)
+    run = tmp_path.as_uri()
+    train(train_spec(run, attempt=1), range(1, 5))
+    tell(before := opened(train_spec(run), []), [1, 2])
+    before.deliver()  # and the driver is killed
+    train(train_spec(run, attempt=3), range(4, STEPS + 1))  # from the checkpoint of step 3; attempt 2 did not begin
+    time.sleep(1.1)  # event files are ordered by the second in which they began
+    spec = train_spec(run, attempt=3)
+    Tracking(spec, Journal(spec.prefix)).close()
+    shown = read_tensorboard(tmp_path / "tensorboard", "training").Scalars("margin_t0100")
+    assert [(each.step, each.value) for each in shown] == [(n, 0.5 * n) for n in range(1, STEPS + 1)]
+    assert warnings_of(spec) == []
+
+
+def test_tracking_goes_on_though_something_that_it_reads_is_broken_and_says_so_once(tmp_path, broken, monkeypatch, quick):
+    broken.broken = False
+    given(monkeypatch, broken)
+    spec = train_spec(tmp_path.as_uri())
+    storage.write_bytes(storage.join(spec.run, "validation", "step-00000001.json"), b"no JSON")
+    passed_on = Tracking(spec, Journal(spec.prefix, flush_every_s=0))
+    for step in range(1, STEPS + 1):
+        train(spec, range(step, step + 1))
+        wait_until(lambda step=step: broken.told == list(range(1, step + 1)), "a step was not passed on", [], 10.0)
+    passed_on.close()
+    assert broken.closed
+    (warning,) = warnings_of(spec)
+    assert warning.startswith("trackers lack something of this run: ValidationError")
+
+
+def test_what_is_said_of_a_tracker_while_storage_is_away_ends_nothing_and_is_in_the_journal_later(
+    tmp_path, broken, monkeypatch, quick
+):
+    given(monkeypatch, broken)
+    spec = train_spec(tmp_path.as_uri(), attempt=2)
+    train(train_spec(spec.run, attempt=1), range(1, 3))
+    blocked = tmp_path / "a2"
+    blocked.write_bytes(b"a file where the folder must be")
+    passed_on = Tracking(spec, Journal(spec.prefix, flush_every_s=0))
+    wait_until(lambda: broken.tried > 0, "the tracker is not told", [], 10.0)
+    blocked.unlink()
+    broken.broken = False
+    passed_on.close()
+    assert broken.told == [1, 2]
+    assert [message for message in warnings_of(spec) if message.startswith("B is not told")]
+
+
+def test_who_closes_tracking_is_not_held_by_a_tracker(tmp_path, monkeypatch, quick):
+    given(monkeypatch, stuck := Stuck())
+    spec = train_spec(tmp_path.as_uri())
+    train(spec, range(1, 3))
+    passed_on = Tracking(spec, Journal(spec.prefix))
+    wait_until(lambda: stuck.tried > 0, "the tracker is not told", [], 10.0)
+    passed_on.close(within_s=0.2)
+    assert stuck.told == []
+    stuck.let_go.set()
+    wait_until(lambda: stuck.closed, "the thread that was left behind does not end", [], 10.0)
+    assert stuck.told == [1, 2]
 
 
 # ---- settings
@@ -325,11 +440,11 @@ def test_mlflow_has_a_runs_settings_metrics_and_pictures_once_though_it_was_kill
     spec = train_spec(tmp_path.as_uri(), job="job-killed")
     killed = opened(spec, events)
     tell(killed, range(1, 7), looks=[0, 4])
-    killed.flush(now=True)
+    killed.deliver()
     assert mlflow_run(mlflow_client, spec.job).info.status == "RUNNING"
-    goes_on = opened(spec, events, done_step=4)
-    tell(goes_on, range(5, STEPS + 1), looks=[0, 4, 8])
-    goes_on.close()
+    goes_on = opened(spec, events)
+    tell(goes_on, range(1, STEPS + 1), looks=[0, 4, 8])
+    goes_on.close(CLOSES_WITHIN_S)
     run = mlflow_run(mlflow_client, spec.job)
     assert (run.info.run_name, run.info.status) == ("my-aligned", "FINISHED")
     assert run.data.params["objective.beta"] == "2000.0"
@@ -350,16 +465,16 @@ def test_an_mlflow_server_that_is_away_for_a_while_lacks_nothing_and_holds_nobod
     spec = train_spec(tmp_path.as_uri(), job="job-away")
     told = opened(spec, events)
     tell(told, range(1, 4))
-    told.flush(now=True)
+    told.deliver()
     mlflow_server.stop()
     began = time.monotonic()
     tell(told, range(4, 6), looks=[4])
-    told.flush(now=True)
+    told.deliver()
     assert time.monotonic() - began < 2 * tracker_clients.GIVES_UP_AFTER_S
     assert [level for level, _ in events] == ["warning"]
     mlflow_server.start()
     tell(told, range(6, STEPS + 1))
-    told.close()
+    told.close(CLOSES_WITHIN_S)
     run = mlflow_run(mlflow_client, spec.job)
     history = mlflow_client.get_metric_history(run.info.run_id, "training/loss")
     assert [each.step for each in history] == list(range(1, STEPS + 1))
@@ -375,10 +490,10 @@ def test_a_step_whose_answer_was_lost_is_in_mlflow_once(mlflow_server, mlflow_cl
     spec = train_spec(tmp_path.as_uri(), job="job-lost")
     told = opened(spec, events)
     tell(told, [1])
-    told.flush(now=True)
+    told.deliver()
     proxy.harms = [Harm("lose_answer", first(1), target="log-batch")]
     tell(told, range(2, STEPS + 1))
-    told.close()
+    told.close(CLOSES_WITHIN_S)
     proxy.shutdown()
     proxy.server_close()
     assert proxy.done["lose_answer"] == 1
@@ -392,7 +507,7 @@ def test_a_run_that_ends_before_its_last_step_is_not_finished_in_mlflow(mlflow_c
     spec = train_spec(tmp_path.as_uri(), job="job-paused")
     told = opened(spec, events)
     tell(told, [1, 2])
-    told.close()
+    told.close(CLOSES_WITHIN_S)
     assert mlflow_run(mlflow_client, spec.job).info.status == "KILLED"
 
 
@@ -421,9 +536,9 @@ def test_weights_and_biases_writes_offline_what_it_would_show(tmp_path, events, 
     spec = train_spec(tmp_path.as_uri())
     told = opened(spec, events)
     tell(told, range(1, 4), looks=[0])
-    told.flush(now=True)
+    told.deliver()
     tell(told, range(4, STEPS + 1), looks=[4])
-    told.close()
+    told.close(CLOSES_WITHIN_S)
     assert events == []
     records = list(wandb_records(tmp_path / "wandb"))
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
