@@ -56,7 +56,7 @@ def state_bytes(training: TrainConfig, num_parameters: int) -> int:
     each = 4 + 2 * (training.precision == "bf16")
     if not training.lora:
         moments = 2 if training.optimizer == "adamw_8bit" else 8
-        each += 4 + moments + 4 * (training.ema_decay > 0) + 4 * (training.reference == "online")
+        each += 4 + moments + 4 * (training.ema_decay > 0) + 4 * (training.reference != "ledger")
     return each * num_parameters
 
 

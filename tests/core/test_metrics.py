@@ -24,6 +24,7 @@ def metrics():
         logit=column(0, 0, 0, 0),
         margin=column(0.2, -0.1, 0.0, 0.5),
         gradient_weight=column(10, 20, 30, 40),
+        gradient_weight_at_zero=column(10, 20, 30, 60),
     )
     return step_metrics(torch.tensor([1, 100, 101, 1000]), theta, ref, terms, 1000)
 
@@ -39,6 +40,7 @@ def test_a_step_is_summed_up_by_means_over_the_global_batch(metrics):
             "winner_error_diff": 0.05,
             "loser_error_diff": 0.0,
             "gradient_weight": 25.0,
+            "gradient_weight_at_zero": 30.0,
         }
     )
     assert all(type(value) is float for value in metrics.values())
@@ -58,9 +60,8 @@ def test_every_timestep_has_a_tenth_named_by_the_last_timestep_in_it(timesteps):
     for t in range(1, timesteps + 1):
         one = column(1.0)
         pair = PairErrors(one, one)
-        named = [
-            n for n in step_metrics(torch.tensor([t]), pair, pair, StepTerms(one, one, one, one), timesteps) if "loss_t" in n
-        ]
+        terms = StepTerms(*[one] * 5)
+        named = [n for n in step_metrics(torch.tensor([t]), pair, pair, terms, timesteps) if "loss_t" in n]
         (name,) = named
         last[name] = t
     assert all(name == f"loss_t{t:04d}" for name, t in last.items())

@@ -220,6 +220,7 @@ def test_a_full_disk_costs_no_step(model, encoded, small_disk, undisturbed):
     assert same(state(small_disk, 8), undisturbed)
 
 
+@pytest.mark.slow
 def test_an_object_store_that_does_not_answer_for_a_while_costs_no_step(model, encoded, s3_server, bucket, undisturbed):
     failed = Counter[str]()
 

@@ -298,7 +298,7 @@ def test_cached_is_online_for_every_method_and_noise_mode(here, tmp_path, small,
     assert all(value == 0 for name, value in online[0].items() if name.startswith("step0"))
     assert 0 < cached[0]["step0_logit_std_half"] < 0.01, "the pass had batches of another shape"
     assert not any(name.startswith("step0") for name in cached[1])
-    same_loss(cached, online, rel=2e-3)
+    same_loss(cached, online, rel=4e-3)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
