@@ -107,11 +107,6 @@ class BatchMaker:
             yield "z", torch.stack(z).to(self._device)
 
 
-def num_draws(training: TrainConfig, num_pairs: int) -> int:
-    """How many draws a run of this many pairs makes use of: those it asks for, else one for each epoch that it begins."""
-    return training.draws or -(-training.steps * training.batch_size // num_pairs)
-
-
 class Rows(Protocol):
     """Anything that is cut by pairs."""
 

@@ -185,6 +185,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self)
 
+    def num_draws(self, num_pairs: int) -> int:
+        """How many draws a run on this many pairs makes use of: those it asks for, else one for each epoch that it begins."""
+        return self.draws or -(-self.steps * self.batch_size // num_pairs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

@@ -216,7 +216,7 @@ def data_terms(run: Run, pairs_per_s: float) -> Iterator[Term]:
     yield Term("from storage", f"to a node x {run.cluster.nodes} nodes", run.cluster.nodes * pair * pairs_per_s / 1e6, "MB/s")
     if _reads_ledger(run):
         numbers = 2 * (2 if run.objective.method in CALIBRATED and run.objective.calibration_point == "sampled" else 1)
-        entry, draws = numbers * FLOAT32, _draws(run)
+        entry, draws = numbers * FLOAT32, run.training.num_draws(run.num_pairs)
         yield Term("ledger", f"{run.num_pairs:,} pairs x {draws} draws x {entry} bytes", run.num_pairs * draws * entry / 1e9)
         yield Term("ledger read", f"{entry} bytes x {pairs_per_s:.4g} pairs/s", entry * pairs_per_s / 1e6, "MB/s")
 
@@ -225,18 +225,13 @@ def _reads_ledger(run: Run) -> bool:
     return run.objective.method != "sft" and not runs_reference(run.objective, run.training)
 
 
-def _draws(run: Run) -> int:
-    """Of a pair in the ledger: as many as the run has epochs, unless it says how many."""
-    return run.training.draws or -(-run.training.steps * run.training.batch_size // run.num_pairs)
-
-
 def hours_terms(run: Run, step_s: float) -> Iterator[Term]:
     """Of the passes before training, of training, together, and their price."""
     gpus, a_second = run.cluster.gpus, run.flops_per_s * run.cluster.gpus
     encode = 2 * run.num_pairs * run.facts.vae_flops / a_second / 3600
     shown = f"2 x {run.num_pairs:,} pictures x {run.facts.vae_flops / 1e12:.3f} TFLOP of the VAE / (speed x {gpus} GPUs)"
     yield Term("encode", f"{shown}: once for a dataset, less where pairs share pictures", encode, "h")
-    draws, a_pair = _draws(run), forward_flops(run.facts)
+    draws, a_pair = run.training.num_draws(run.num_pairs), forward_flops(run.facts)
     ledger = draws * run.num_pairs * a_pair / a_second / 3600
     asked = _reads_ledger(run)
     shown = f"{run.num_pairs:,} pairs x {draws} draws x {a_pair / 1e12:.3f} TFLOP / (speed x {gpus} GPUs)"

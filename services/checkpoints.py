@@ -147,7 +147,7 @@ def _fetched(target: str) -> Iterator[Path]:
         while True:  # until it is there while this process reads: who drops it must be alone
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not copy.exists():
-                _download(target, copy)
+                storage.fetch_folder(target, copy)
             fcntl.flock(lock, fcntl.LOCK_SH)
             if copy.exists():
                 break
@@ -157,16 +157,6 @@ def _fetched(target: str) -> Iterator[Path]:
             with suppress(BlockingIOError):  # somebody reads it still, and drops it later
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(copy, ignore_errors=True)
-
-
-def _download(target: str, copy: Path) -> None:
-    beside = copy.with_suffix(".part")
-    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
-    try:
-        storage.copy_folder(target, storage.as_uri(beside))
-        beside.rename(copy)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def digest_of(file: Path) -> FileDigest:

@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dde_core.batches import num_draws
 from dde_core.config import NoiseMode, ObjectiveConfig
 from dde_core.errors import ConfigError, DataError
 from dde_core.latents.ledger import LedgerKey, LedgerRecord, is_record
@@ -47,7 +46,7 @@ def needed(spec: LedgerSpec | TrainSpec) -> Needed:
     modes = [own] if spec.objective.noise else [own, OTHER[own]]
     objectives = [on_ledger(spec.objective, noise) for noise in modes]
     keys = [LedgerKey.of_run(digest, manifest, folder, objective, spec.training) for objective in objectives]
-    return Needed(spec.dataset, num_draws(spec.training, num_pairs), tuple(zip(keys, objectives, strict=True)))
+    return Needed(spec.dataset, spec.training.num_draws(num_pairs), tuple(zip(keys, objectives, strict=True)))
 
 
 def on_ledger(objective: ObjectiveConfig, noise: NoiseMode) -> ObjectiveConfig:

@@ -6,9 +6,14 @@ from services import storage
 from services.errors import BadRequest
 
 
+def prompt_lines(uri: str) -> list[str]:
+    """Every line of a file that is not blank, as it stands."""
+    return [line for line in storage.read_bytes(uri).decode().splitlines() if line.strip()]
+
+
 def read_prompts(uri: str, num_prompts: int, skip: int = 0, param: str = "num_prompts") -> list[str]:
     """So many prompts of a file, after the first ``skip``; empty lines do not count. Raises BadRequest where it has too few."""
-    lines = [line.strip() for line in storage.read_bytes(uri).decode().splitlines() if line.strip()]
+    lines = [line.strip() for line in prompt_lines(uri)]
     if len(lines) < skip + num_prompts:
         after = f" after the first {skip}" if skip else ""
         raise BadRequest(f"{param} is {num_prompts}{after}, {uri!r} holds {len(lines)}", param=param)

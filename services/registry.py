@@ -154,18 +154,12 @@ def _fetch(record: ModelRecord) -> Path:
     if filesystem.type_name == "local":
         return Path(path)
     cache = Path(tempfile.gettempdir()) / "dde-models"
-    target, beside = cache / record.digest, cache / f"{record.digest}.part"
+    target = cache / record.digest
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f"{record.digest}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of this node wait for one download; let go with the file
         if not target.exists():
-            try:
-                storage.delete_folder(storage.as_uri(beside))  # of a process that was killed
-                storage.copy_folder(record.uri, storage.as_uri(beside))
-                check_digest(record, storage.as_uri(beside))
-                beside.rename(target)
-            finally:
-                storage.delete_folder(storage.as_uri(beside))
+            storage.fetch_folder(record.uri, target, lambda copy: check_digest(record, storage.as_uri(copy)))
     return target
 
 

@@ -144,6 +144,21 @@ def settle(folder: Path, uri: str) -> None:
             _sync(file)
 
 
+def fetch_folder(uri: str, target: Path, check: Callable[[Path], None] = lambda beside: None) -> None:
+    """Copy a folder to a local place, where it appears whole or not at all, and not where ``check`` raises for the copy.
+
+    One process at a time: what another, that was killed, has left is cleared away.
+    """
+    beside = target.with_name(f"{target.name}{PART}")
+    try:
+        delete_folder(as_uri(beside))
+        copy_folder(uri, as_uri(beside))
+        check(beside)
+        beside.rename(target)
+    finally:
+        delete_folder(as_uri(beside))
+
+
 def delete_file(uri: str) -> None:
     """Delete a file; nothing where there is none."""
     if _is_object(uri):

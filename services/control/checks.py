@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dde_core.errors import DataError
 from dde_core.shapes import scorers
-from services import registry, storage
+from services import registry
 from services.contracts import AlignmentJobCreate, EvaluationConfig, ModelRecord, ValidationConfig, most_workers
 from services.control.problems import show
 from services.control.tables import Dataset
 from services.errors import BadRequest
 from services.inspection import check_bad
+from services.prompts import prompt_lines
 
 
 def check_alignment(asked: AlignmentJobCreate) -> None:
@@ -108,10 +109,9 @@ def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationCo
 def _prompts(uri: str, param: str) -> list[str]:
     """Every line of a file that is not blank."""
     try:
-        lines = storage.read_bytes(uri).decode().splitlines()
+        return prompt_lines(uri)
     except (OSError, ValueError) as error:  # a BadRequest for the URI's scheme is a ValueError too
         raise BadRequest(f"{param}: cannot be read, got {uri!r}: {error}", param=param) from error
-    return [line for line in lines if line.strip()]
 
 
 def _check_scored(prompts: list[str], config: EvaluationConfig, param: str) -> None:

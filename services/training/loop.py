@@ -11,6 +11,7 @@ from dde_core.batches import BatchMaker, micro_batches
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
 from dde_core.errors import DdeError
+from dde_core.estimate import pairs_of_a_worker
 from dde_core.latents.ledger import Ledger
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
@@ -60,9 +61,9 @@ def _train(spec: TrainSpec) -> None:
     optimizer = make_optimizer(policy.parameters(), training)
     calibration, method = Calibration(schedule, objective), OBJECTIVES[objective.method]
     # A share that fits when all workers are there must fit when some are gone.
-    micro_batch_size = training.micro_batch_size or -(-training.batch_size // most_workers(spec.workers))
+    micro_batch_size = training.micro_batch_size or pairs_of_a_worker(training, most_workers(spec.workers))
 
-    same = identity(spec, reader.manifest)
+    same = identity(spec, reader.manifest, ledger)
     done = resume(spec.run, same, State(policy, optimizer, calibration), rank, Journal(spec.prefix))
     recorder = Recorder(spec, same, policy, schedule, len(reader), done) if rank == 0 else None
     if recorder:

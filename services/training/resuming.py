@@ -12,7 +12,7 @@ from dde_core import checkpoint
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
 from dde_core.errors import ConfigError, DataError
-from dde_core.latents.ledger import LedgerRecord
+from dde_core.latents.ledger import Ledger
 from dde_core.latents.schema import Manifest
 from dde_core.models.policy import Policy
 from services import checkpoints, ledgers
@@ -26,14 +26,13 @@ FREE = ("steps", "micro_batch_size", "gradient_checkpointing", "parallelism", "c
 BEGINNING = Progress(step=0, pairs_seen=0, images_seen=0)
 
 
-def identity(spec: TrainSpec, manifest: Manifest) -> dict[str, Any]:
+def identity(spec: TrainSpec, manifest: Manifest, ledger: Ledger | None) -> dict[str, Any]:
     """Everything that the weights after a step depend on, beside the order of additions. In JSON's types."""
-    ledger: LedgerRecord | None = ledgers.read(spec.ledger) if spec.ledger else None
     training = {name: value for name, value in asdict(spec.training).items() if name not in FREE}
     values = {
         "dataset": manifest.digest,
         "model": ledgers.reference_digest(spec.model),
-        "ledger": ledger.key.name if ledger else None,
+        "ledger": ledger.record.key.name if ledger else None,
         **{f"objective.{name}": value for name, value in asdict(spec.objective).items()},
         **{f"training.{name}": value for name, value in training.items()},
     }

@@ -21,16 +21,12 @@ from services.ingest.ledger import ledger
 from services.observability import Journal, read_journal
 from tests.encoded_pairs import train_here, train_spec, write_encoded
 from tests.tiny_folders import WIDTH, sd15_folder
-from tests.unet_configs import SD15_VAE
+from tests.unet_configs import SD15, SD15_VAE
 
 OBJECTIVE = ObjectiveConfig(method="uniform", noise="independent")
-MID_SIZE: dict[str, Any] = {
+MID_SIZE: dict[str, Any] = SD15 | {
     "sample_size": 32,
     "block_out_channels": (96, 192, 384, 384),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
     "cross_attention_dim": WIDTH,
 }
 """Stable Diffusion 1.5's blocks at three tenths of their width, at 32 x 32 latents."""
