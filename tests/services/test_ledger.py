@@ -289,8 +289,8 @@ def test_progress_is_told_in_pairs_and_the_rounding_is_reported(here, tmp_path, 
 @pytest.mark.parametrize(("method", "point", "noise"), CASES)
 def test_cached_is_online_for_every_method_and_noise_mode(here, tmp_path, small, method, point, noise):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    objective = ObjectiveConfig(method=method, calibration_point=point, noise=noise, beta=500.0, t_sampling="uniform")
-    training = {"steps": 6, "batch_size": BATCH, "micro_batch_size": 3, "learning_rate": 1e-5, "caption_dropout": 0.3}
+    objective = ObjectiveConfig(method=method, calibration_point=point, noise=noise, beta=5.0, t_sampling="uniform")
+    training = {"steps": 6, "batch_size": BATCH, "micro_batch_size": 3, "learning_rate": 1e-4, "caption_dropout": 0.3}
     uri = write(asked(tmp_path, small, encoded, objective, **training | {"micro_batch_size": 0})).ledger
     cached = train_here(tmp_path / "cached", small, encoded, objective, ledger=uri, **training)
     online = train_here(tmp_path / "online", small, encoded, objective, **training)
@@ -298,12 +298,12 @@ def test_cached_is_online_for_every_method_and_noise_mode(here, tmp_path, small,
     assert all(value == 0 for name, value in online[0].items() if name.startswith("step0"))
     assert 0 < cached[0]["step0_logit_std_half"] < 0.01, "the pass had batches of another shape"
     assert not any(name.startswith("step0") for name in cached[1])
-    same_loss(cached, online, rel=4e-3)
+    same_loss(cached, online, rel=2e-4)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
 def test_a_run_on_a_ledger_never_asks_the_reference(here, tmp_path, model, monkeypatch, lora):
-    encoded, objective = write_encoded(tmp_path / "pairs", model, PAIRS, PER_SHARD), ObjectiveConfig(beta=500.0)
+    encoded, objective = write_encoded(tmp_path / "pairs", model, PAIRS, PER_SHARD), ObjectiveConfig(beta=5.0)
     training = {"steps": 4, "batch_size": BATCH, "learning_rate": 1e-2 if lora else 1e-3, "lora": lora, "micro_batch_size": 4}
     uri = write(asked(tmp_path, model, encoded, objective, **training)).ledger
     online = train_here(tmp_path / "online", model, encoded, objective, **training)
@@ -312,8 +312,8 @@ def test_a_run_on_a_ledger_never_asks_the_reference(here, tmp_path, model, monke
     monkeypatch.setattr(Policy, "reference", lambda *told, **more: pytest.fail("the reference was asked"))
     cached = train_here(tmp_path / "cached", model, encoded, objective, ledger=uri, **training)
     assert len(loaded) == 1
-    assert cached[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
-    same_loss(cached, online, rel=2e-3)
+    assert cached[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    same_loss(cached, online, rel=2e-4)
 
 
 def test_one_draw_is_used_again_in_every_epoch(here, tmp_path, small, monkeypatch):
