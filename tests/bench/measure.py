@@ -29,10 +29,11 @@ def in_turn(rounds: int, sides: Mapping[str, Callable[[], float]]) -> dict[str, 
 
 
 def ratio(found: Mapping[str, list[float]], side: str, against: str, unit: str, what: str) -> Result:
-    """The median of ``side`` over the median of ``against``; the spread is that of the rounds' own ratios."""
+    """The median of the rounds' own ratios, ``side`` over ``against``: what slows the machine for a while is on both sides."""
     ratios = sorted(a / b for a, b in zip(found[side], found[against], strict=True))
     a, b = statistics.median(found[side]), statistics.median(found[against])
-    return result(a / b, a, unit, f"{what}: {b:.4g} {unit}; rounds {ratios[0]:.3f} to {ratios[-1]:.3f}")
+    spread = f"{len(ratios)} rounds, {ratios[0]:.3f} to {ratios[-1]:.3f}"
+    return result(statistics.median(ratios), a, unit, f"{what}: {b:.4g} {unit}; {spread}")
 
 
 def result(ratio: float | None, value: float, unit: str, against: str) -> Result:

@@ -20,14 +20,15 @@ from tests.synthetic_pairs import synthetic_rows
 CPU = torch.device("cpu")
 
 
-def train_speed(scratch: Path, rounds: int = 3) -> dict[str, Result]:
+def train_speed(scratch: Path) -> dict[str, Result]:
     """``train_vs_public_recipe`` and ``train_vs_floor`` on the shapes model and on the mid-size U-Net."""
-    shapes = measure(Case.shapes(scratch / "shapes"), 14, rounds)
-    return shapes | measure(Case.mid_size(scratch / "mid"), 4, rounds)
+    shapes = measure(Case.shapes(scratch / "shapes"), 8, rounds=9)
+    return shapes | measure(Case.mid_size(scratch / "mid"), 3, rounds=3)
 
 
 def measure(case: Case, steps: int, rounds: int) -> dict[str, Result]:
-    """By the median of ``steps`` steps a side and round, after warming up."""
+    """By the median of ``steps`` steps a side and round, after warming up. Short rounds: sides that follow each other
+    closely meet the same machine."""
     ledger, runs, steps = case.write_ledger(), itertools.count(), steps + WARM_UP
     public, floor = public_recipe(case), a_floor(case)
     sides = {

@@ -201,6 +201,7 @@ def processes(system: LocalSystem, *words: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_job_whose_driver_dies_starts_again_and_frees_its_workers_when_it_is_cancelled(
     client: Client, system: LocalSystem, base: str, dataset: str
 ):

@@ -484,6 +484,7 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_killed_driver_costs_what_was_not_yet_written(cluster, tmp_path):
     model = ModelFolder(MODEL_DIR)
     encoded = write_encoded(tmp_path / "pairs", model, 240, 40)
