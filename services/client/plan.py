@@ -112,6 +112,7 @@ def ceilings(family: str) -> Table:
 def checks(at: Speed, results: Mapping[str, Any]) -> Table:
     """Predictions of what is known, from numbers that were not taken from it."""
     table = _table("the model, checked", "run", ">predicted", ">known", ">ratio", "predicted from")
+    table.columns[0].no_wrap = False  # long names give way to the numbers, on 80 columns, too
     for check in (*speed.checks(at), *speed.benchmarks(results)):
         numbers = (rounded(check.predicted), rounded(check.known), f"{check.ratio:.2f}")
         table.add_row(f"{check.name}, {check.unit}", *numbers, escape(check.source))

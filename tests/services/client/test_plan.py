@@ -20,8 +20,8 @@ CLUSTER = {"gpus": 256, "gpu": "h100"}
 ON = ("--gpus", 256, "--gpu", "h100")
 
 
-def dde(*arguments: object) -> Result:
-    told = {"DDE_URL": "http://127.0.0.1:9", "DDE_API_KEY": "", "DDE_HOME": "/nowhere", "COLUMNS": "200"}
+def dde(*arguments: object, columns: int = 200) -> Result:
+    told = {"DDE_URL": "http://127.0.0.1:9", "DDE_API_KEY": "", "DDE_HOME": "/nowhere", "COLUMNS": str(columns)}
     return CliRunner().invoke(app, list(map(str, arguments)), env=told)
 
 
@@ -48,6 +48,13 @@ def test_every_recipe_is_planned_term_by_term(name):
     for check in speed.checks(run.speed):
         assert check.name in result.stdout
     assert ("reference ledger" in result.stdout) == (recipe.method != "sft")
+
+
+def test_no_number_is_cut_on_80_columns():
+    shown = dde("plan", "--recipe", "sdxl_dde", *ON, columns=80).stdout
+    assert "…" not in shown
+    for check in speed.checks(speed.published("sdxl")):
+        assert f"{check.ratio:.2f}" in shown
 
 
 def test_a_job_file_goes_before_the_recipe_and_says_how_many_gpus(tmp_path):
