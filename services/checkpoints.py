@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import ValidationError
 
@@ -26,6 +28,17 @@ from services.contracts import Strict
 
 FOLDER, RECORD, VALIDATION = "checkpoints", "checkpoint.json", "validation"
 BROKEN = "broken.json"
+
+
+class BrokenCheckpoint(DataError):
+    """Files or record of the checkpoint after ``step`` steps are not what was written: nobody can go on from it."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message, step)
+        self.message, self.step = message, step
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class FileDigest(Strict):
@@ -85,12 +98,15 @@ def steps(run: str) -> list[int]:
 
 
 def read(run: str, step: int) -> CheckpointRecord:
-    """Raises FileNotFoundError where there is no checkpoint, DataError for a record that cannot be read."""
-    data = storage.read_bytes(storage.join(folder(run, step), RECORD))
+    """Raises FileNotFoundError where there is no checkpoint, BrokenCheckpoint for a record that is no JSON, and DataError for
+    one of another version of this code."""
+    data, where = storage.read_bytes(storage.join(folder(run, step), RECORD)), folder(run, step)
     try:
-        return CheckpointRecord.model_validate_json(data)
+        return CheckpointRecord.model_validate(json.loads(data))
     except ValidationError as error:
-        raise DataError(f"the record of the checkpoint at {folder(run, step)!r} cannot be read: {error}") from error
+        raise DataError(f"the checkpoint at {where!r} was written by another version of this code: {error}") from error
+    except ValueError as error:
+        raise BrokenCheckpoint(f"the record of the checkpoint at {where!r} cannot be read: {error}", step) from error
 
 
 @contextmanager
@@ -118,45 +134,68 @@ def _written(target: str) -> Iterator[Path]:
     if (local := storage.local_path(target)) is not None:
         local.mkdir(parents=True, exist_ok=True)
         yield local
-    else:
-        with tempfile.TemporaryDirectory(prefix="dde-checkpoint-") as scratch:
-            yield Path(scratch)
+        return
+    with _scratch(uuid.uuid4().hex) as (place, lock):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        place.mkdir()
+        try:
+            yield place
+        finally:
+            _drop(place)
 
 
 @contextmanager
 def opened(run: str, record: CheckpointRecord, verify: bool = True) -> Iterator[Path]:
-    """A local folder with a checkpoint's files. Raises DataError where they are not those that were written."""
+    """A local folder with a checkpoint's files. Raises BrokenCheckpoint where they are not those that were written."""
     target = folder(run, record.step)
-    with _fetched(target) as path:
+    with _fetched(target, record) as path:
         for name, written in record.files.items():
             if verify and (not (path / name).is_file() or digest_of(path / name) != written):
-                raise DataError(f"{name} of the checkpoint at {target!r} is not what was written")
+                raise BrokenCheckpoint(f"{name} of the checkpoint at {target!r} is not what was written", record.step)
         yield path
 
 
 @contextmanager
-def _fetched(target: str) -> Iterator[Path]:
+def _fetched(target: str, record: CheckpointRecord) -> Iterator[Path]:
     """The folder itself where storage is local, else one copy for all processes of this node that want it at the time."""
     if (local := storage.local_path(target)) is not None:
         yield local
         return
-    cache = Path(tempfile.gettempdir()) / "dde-checkpoints"
-    cache.mkdir(parents=True, exist_ok=True)
-    copy = cache / hashlib.sha256(target.encode()).hexdigest()[:32]
-    with copy.with_suffix(".lock").open("w") as lock:
-        while True:  # until it is there while this process reads: who drops it must be alone
+    with _scratch(hashlib.sha256(f"{target} {record.model_dump_json()}".encode()).hexdigest()) as (copy, lock):
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        while not copy.exists():  # it must be there when the shared lock is had: one lock becomes the other by letting go
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not copy.exists():
                 storage.fetch_folder(target, copy)
             fcntl.flock(lock, fcntl.LOCK_SH)
-            if copy.exists():
-                break
         try:
             yield copy
         finally:
             with suppress(BlockingIOError):  # somebody reads it still, and drops it later
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(copy, ignore_errors=True)
+                _drop(copy)
+
+
+@contextmanager
+def _scratch(name: str) -> Iterator[tuple[Path, TextIO]]:
+    """A place for a folder on this node, and the file whose lock whoever uses it holds. Those of killed processes go."""
+    cache = Path(tempfile.gettempdir()) / "dde-checkpoints"
+    cache.mkdir(parents=True, exist_ok=True)
+    for path in cache.glob("*.lock"):
+        with path.open("w") as other, suppress(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _drop(path.with_suffix(""))
+    with (cache / f"{name}.lock").open("w") as lock:
+        yield cache / name, lock
+
+
+def _drop(place: Path) -> None:
+    """Out of sight first: who is killed while deleting leaves no half of a folder."""
+    beside = place.with_name(f"{place.name}{storage.PART}")
+    shutil.rmtree(beside, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        place.rename(beside)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def digest_of(file: Path) -> FileDigest:

@@ -272,6 +272,8 @@ class ModelRecord(Strict):
     created_at: int
 
 
+STOP, HEARD = "stop.json", "stopping.json"
+"""In a train attempt's folder: a request to stop, and that a worker has heard it."""
 CREDIT = "credit.json"
 """Lies beside the weights of an aligned model."""
 

@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     unreachable_s: float = 300.0
     """How long Ray may be out of reach before a job that runs there is failed, and how long the end of a run that was told to
     end is waited for."""
+    stopping_s: float = 3600.0
+    """How long training that has heard of a pause may take over the step in hand and its checkpoint, outages of storage
+    included."""
 
 
 class ClientSettings(BaseSettings):

@@ -8,7 +8,7 @@ from functools import cached_property
 from pydantic import ValidationError
 
 from services import checkpoints, storage
-from services.contracts import JournalEvent, StageFailure, StageStopped, StopRequest
+from services.contracts import HEARD, STOP, JournalEvent, StageFailure, StageStopped, StopRequest
 from services.control import stages
 from services.control.launcher import Launcher, RunState
 from services.control.tables import Job
@@ -70,13 +70,17 @@ class Attempt:
     def ask_to_stop(self) -> None:
         """Tell training to store its state after the step it is at, and to end. Other stages do not read it: it says why they
         were ended."""
-        request = storage.join(self.prefix, "stop.json")
+        request = storage.join(self.prefix, STOP)
         if not storage.exists(request):
             storage.write_json(request, StopRequest(why="pause").model_dump())
 
+    def has_heard(self) -> bool:
+        """Whether training knows that it is asked to stop: it stores its state once the step in hand is done."""
+        return self.job.stage == "train" and storage.exists(storage.join(self.prefix, HEARD))
+
     def was_asked_to_end(self) -> bool:
         """By a pause, or by a signal that training heard in time: such an end is nobody's fault."""
-        request = self.marker("stop.json")
+        request = self.marker(STOP)
         if request is not None and StopRequest.model_validate_json(request).why == "pause":
             return True
         return (stopped := self.stopped()) is not None and stopped.why == "signal"

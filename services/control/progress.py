@@ -226,7 +226,9 @@ class Watch:
     def _was_given_time(self) -> bool:
         """From when the run was asked, not the pause: nobody may have been there to pass it on."""
         since = self.job.stop_asked_at
-        return since is not None and self.now - since >= self.settings.unreachable_s
+        if since is None or self.now - since < self.settings.unreachable_s:
+            return False
+        return self.now - since >= self.settings.stopping_s or not self.attempt.has_heard()
 
     def _ask_to_end(self, change: Change, state: RunState | None) -> None:
         change.values["stop_asked_at"] = self.job.stop_asked_at or self.now
@@ -239,7 +241,7 @@ class Watch:
         since = self.job.ended_at or self.now
         change.values["ended_at"] = since
         if self.job.ended_at is None:
-            waited = f"{self.settings.unreachable_s:.0f} s after it was asked to"
+            waited = f"{self.now - float(self.job.stop_asked_at or since):.0f} s after it was asked to"
             message = f"stage {self.job.stage} has not stopped {waited}, and is ended: what it stored last stands"
             change.say(self.now, message, "warning")
         return self._is_over(change, since)
@@ -252,8 +254,9 @@ class Watch:
     def _cancel(self, change: Change) -> None:
         """Stop the run and end once Ray says that it is over, or when Ray was given long enough to say so."""
         if self.job.status in transitions.ACTIVE:
+            is_over = self._is_over(change, float(self.job.cancel_requested_at or 0))  # first: its workers are wanted
             self._read_journal(change)
-            if change.again or not self._is_over(change, float(self.job.cancel_requested_at or 0)):
+            if change.again or not is_over:
                 return
         self._finish(change, "cancelled", StageFailure(code="cancelled", message="cancelled on request"))
 

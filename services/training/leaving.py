@@ -10,11 +10,10 @@ import ray.train
 import torch
 
 from services import storage
+from services.contracts import HEARD, STOP
 from services.errors import Unavailable
 from services.training.gathering import agreed
 
-STOP, HEARD = "stop.json", "stopping.json"
-"""In the attempt's folder: a request to stop, and that a worker has heard it."""
 LISTEN_EVERY_S = 1.0
 LOOK_EVERY_S = 5.0
 """Asking Ray for nodes that are about to go makes workers wait for one another."""

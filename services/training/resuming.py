@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from dde_core import checkpoint
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
-from dde_core.errors import ConfigError, DataError
+from dde_core.errors import ConfigError
 from dde_core.latents.ledger import Ledger
 from dde_core.latents.schema import Manifest
 from dde_core.models.policy import Policy
 from services import checkpoints, ledgers
-from services.checkpoints import CheckpointRecord
+from services.checkpoints import BrokenCheckpoint, CheckpointRecord
 from services.contracts import TrainSpec
 from services.observability import Journal
 from services.training.gathering import from_rank_zero
@@ -48,7 +48,7 @@ class State:
     calibration: Calibration
 
     def load(self, run: str, record: CheckpointRecord, verify: bool) -> Progress:
-        """Raises DataError where the files are not those that were written."""
+        """Raises BrokenCheckpoint where the files are not those that were written."""
         with checkpoints.opened(run, record, verify) as folder:
             return checkpoint.load(folder, self.policy, self.optimizer, self.calibration)
 
@@ -57,7 +57,8 @@ def resume(run: str, same: dict[str, Any], state: State, rank: int, journal: Jou
     """Go on from the newest checkpoint that is whole; without one the run begins. Rank 0 chooses, all follow.
 
     A checkpoint whose files are not those that were written is put aside, with a warning. Raises ConfigError where one
-    belongs to another run, naming the first thing that differs.
+    belongs to another run, naming the first thing that differs, and DataError where it is whole and this code cannot read it:
+    work that another version can go on with is not thrown away.
     """
     done = _newest(run, same, state, journal) if rank == 0 else BEGINNING
     step = from_rank_zero(done.step, state.policy.device)
@@ -72,7 +73,7 @@ def _newest(run: str, same: dict[str, Any], state: State, journal: Journal) -> P
             record = checkpoints.read(run, step)
             _refuse_other(record, same)
             return state.load(run, record, verify=True)
-        except DataError as error:
+        except BrokenCheckpoint as error:
             journal.event(f"the checkpoint of step {step} is put aside: {error}", "warning")
             journal.flush()
             checkpoints.discard(run, step)
@@ -80,7 +81,7 @@ def _newest(run: str, same: dict[str, Any], state: State, journal: Journal) -> P
 
 
 def _refuse_other(record: CheckpointRecord, same: dict[str, Any]) -> None:
-    for name, value in same.items():
-        if record.identity.get(name) != value:
-            reason = f"differs from the checkpoint of step {record.step}, which has {record.identity.get(name)!r}"
-            raise ConfigError(name, value, reason)
+    for name in [name for name in same if name in record.identity]:  # another version may know of more
+        if record.identity[name] != same[name]:
+            reason = f"differs from the checkpoint of step {record.step}, which has {record.identity[name]!r}"
+            raise ConfigError(name, same[name], reason)

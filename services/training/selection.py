@@ -7,11 +7,9 @@ from services.contracts import Metric, TrainSpec, Validated
 
 
 def outcomes(run: str) -> dict[int, Validated]:
-    """What validation has said so far, by step."""
-    folder = storage.join(run, checkpoints.VALIDATION)
-    names = [name for name in storage.list_files(folder) if name.endswith(".json")]
-    found = [Validated.model_validate_json(storage.read_bytes(storage.join(folder, name))) for name in names]
-    return {each.step: each for each in found}
+    """What validation has said of the checkpoints that are there, by step."""
+    steps = looked_at(run) & set(checkpoints.steps(run))
+    return {step: Validated.model_validate_json(storage.read_bytes(checkpoints.outcome_uri(run, step))) for step in steps}
 
 
 def looked_at(run: str) -> set[int]:

@@ -19,11 +19,10 @@ import ray
 from ray.train.torch import TorchTrainer
 
 from services import checkpoints, storage
-from services.contracts import StageFailure, StopRequest, TrainSpec, Validated, least_workers
+from services.contracts import HEARD, STOP, StageFailure, StopRequest, TrainSpec, Validated, least_workers
 from services.errors import ServiceError, Stopped, Unavailable
 from services.observability import Journal
 from services.training import selection
-from services.training.leaving import HEARD, STOP
 from services.training.loop import FAILED
 from services.training.tracking import Tracking
 from services.training.validating import validate
@@ -33,8 +32,8 @@ LOOK_EVERY_S = 2.0
 CPUS_PER_WORKER = 1
 WORKERS_WITHIN_S = 300.0
 """How long the cluster may lack the workers that a run needs at least."""
-UNHEARD_AFTER_S = 30.0
-"""A worker that runs hears a request to stop within seconds."""
+UNHEARD_AFTER_S = 90.0
+"""A worker that runs hears a request to stop within seconds, where storage does not hang."""
 TRIES = 3
 """Of one validation."""
 

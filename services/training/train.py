@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ from dde_core.models.policy import check_optimizer
 from dde_core.models.saving import save_adapters, save_aligned
 from dde_core.objectives import conventions
 from services import checkpoints, registry, storage
+from services.checkpoints import BrokenCheckpoint
 from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec, most_workers
 from services.errors import Unavailable
 from services.observability import Journal
@@ -49,11 +51,15 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     steps, batch_size = spec.training.steps, spec.training.batch_size
     journal.event(f"{steps} steps of {batch_size} pairs with {spec.objective.method} on {_in_words(spec)} workers")
     journal.flush()
-    with tempfile.TemporaryDirectory(prefix="dde-ray-train-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="dde-ray-train-", ignore_cleanup_errors=True) as scratch:
         _fit(spec, scratch, journal)
-    step, metrics = _chosen(spec, journal)
     fence.check()
-    record = _write_model(spec, manifest, step, journal)
+    try:
+        step, metrics = _chosen(spec, journal)
+        record = _write_model(spec, manifest, step, journal)
+    except BrokenCheckpoint as error:
+        checkpoints.discard(spec.run, error.step)
+        raise Unavailable(f"{error}: put aside, the next attempt goes on from what is left") from error
     return TrainResult(model=record, step=step, metrics=metrics, seconds=time.monotonic() - began)
 
 
@@ -80,6 +86,8 @@ def _fit(spec: TrainSpec, scratch: str, journal: Journal) -> None:
         raise Unavailable(message, param="workers") from error
     except ray.train.WorkerGroupError as error:
         raise Unavailable(f"workers have failed {MAX_WORKER_FAILURES} times, at last: {root_cause(error)}") from error
+    except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as error:  # Ray Train's own actor, or Ray itself
+        raise Unavailable(f"what runs the workers has died: {error}") from error
 
 
 def _in_words(spec: TrainSpec) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ from services.checkpoints import CheckpointRecord, ReaderPosition
 from services.contracts import EvaluationConfig, StopRequest, Validated, ValidationConfig
 from services.errors import Overtaken
 from services.observability import read_journal
-from services.training import selection
+from services.training import leaving, loop, selection
 from services.training.fence import Fence
 from services.training.loop import FAILED
 from tests.encoded_pairs import train_here, train_spec, write_encoded
@@ -133,9 +136,30 @@ def test_pruning_that_fails_costs_no_checkpoint(model, encoded, tmp_path, monkey
 
 def test_a_record_that_cannot_be_read_is_put_aside(model, encoded, tmp_path, undisturbed):
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
-    (tmp_path / "run/checkpoints/step-00000004/checkpoint.json").write_text('{"step": 4}')
+    (tmp_path / "run/checkpoints/step-00000004/checkpoint.json").write_text('{"step": ')
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     assert any("the checkpoint of step 4 is put aside: the record of" in event for event in events(tmp_path))
+    assert same(state(tmp_path, 8), undisturbed)
+
+
+def test_a_checkpoint_of_another_version_ends_the_run_and_stays_as_it_is(model, encoded, tmp_path):
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=2, **TRAINING)
+    record = tmp_path / "run/checkpoints/step-00000002/checkpoint.json"
+    newer = json.loads(record.read_text()) | {"mood": "good"}
+    record.write_text(json.dumps(newer))
+    with pytest.raises(DataError, match=r"step-00000002' was written by another version of this code: .*\n?.*mood"):
+        train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
+    assert json.loads(record.read_text()) == newer
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_yet_is_no_other_run(model, encoded, tmp_path, undisturbed):
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
+    record = tmp_path / "run/checkpoints/step-00000004/checkpoint.json"
+    older = json.loads(record.read_text())
+    del older["identity"]["training.draw_seed"]
+    record.write_text(json.dumps(older))
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    assert "training on 1 workers from step 4" in events(tmp_path)
     assert same(state(tmp_path, 8), undisturbed)
 
 
@@ -152,6 +176,34 @@ def test_workers_that_others_have_replaced_write_no_checkpoint_any_more(tmp_path
     for each in (driver, new):
         with pytest.raises(Overtaken, match="attempt 1 was given up: attempt 2 goes on"):
             each.take()
+
+
+def test_a_run_that_is_overtaken_makes_no_further_checkpoint_visible(model, encoded, tmp_path, monkeypatch):
+    real = loop.learning_rate
+
+    def overtaken(training, step: int) -> float:
+        if step == 3:
+            Fence(run_of(tmp_path), 2).take()
+        return real(training, step)
+
+    monkeypatch.setattr(loop, "learning_rate", overtaken)
+    with pytest.raises(Overtaken, match="attempt 1 was given up: attempt 2 goes on with this run"):
+        train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    assert not {4, 6, 8} & set(checkpoints.steps(run_of(tmp_path)))
+
+
+def test_a_checkpoint_that_is_overtaken_while_it_is_written_stays_invisible(tmp_path):
+    run, fence = tmp_path.as_uri(), Fence(tmp_path.as_uri(), 1, "a")
+    fence.take()
+
+    def write() -> None:
+        with checkpoints.committed(run, record_of(5), fence.check) as files:
+            (files / "state.json").write_text("{}")
+            Fence(run, 1, "b").take()
+
+    with pytest.raises(Overtaken):
+        write()
+    assert checkpoints.steps(run) == []
 
 
 def test_files_without_a_record_are_no_checkpoint(model, encoded, tmp_path, undisturbed):
@@ -178,14 +230,17 @@ def test_an_attempt_that_was_given_up_writes_no_checkpoint_any_more(model, encod
     assert checkpoints.steps(run_of(tmp_path)) == []
 
 
-def test_a_run_that_is_asked_to_stop_ends_after_a_step_and_goes_on_to_the_same_bits(model, encoded, tmp_path, undisturbed):
+def test_a_run_that_is_asked_to_stop_ends_after_a_step_and_goes_on_to_the_same_bits(
+    model, encoded, tmp_path, undisturbed, monkeypatch
+):
+    monkeypatch.setattr(leaving, "LISTEN_EVERY_S", 0.01)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=2, **TRAINING | {"checkpoint_every": 100})
     stop = storage.join(tmp_path.as_uri(), "stop.json")
     storage.write_json(stop, StopRequest(why="pause").model_dump())
     again = TRAINING | {"checkpoint_every": 100}
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **again)
     stopped_after = checkpoints.steps(run_of(tmp_path))[-1]
-    assert 2 < stopped_after <= 8
+    assert 2 < stopped_after < 8
     storage.delete_file(stop)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **again)
     assert same(state(tmp_path, 8), undisturbed)
@@ -239,28 +294,76 @@ def test_an_object_store_that_does_not_answer_for_a_while_costs_no_step(model, e
     assert same(state(bucket, 8), undisturbed)
 
 
+# ---- copies on a node, where storage is an object store
+
+
+@pytest.fixture
+def node(tmp_path, monkeypatch) -> Path:
+    """The place for temporary files of a node of its own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
+    return tmp_path / "node" / "dde-checkpoints"
+
+
+def folders(node: Path) -> list[str]:
+    return [path.name for path in node.iterdir() if path.is_dir()]
+
+
+def test_all_that_want_a_checkpoint_at_a_time_read_one_copy(bucket, node, monkeypatch):
+    run, fetched, fetch = records(bucket, 5), [], storage.fetch_folder
+    record, together = checkpoints.read(run, 5), threading.Barrier(4)
+    monkeypatch.setattr(storage, "fetch_folder", lambda uri, target: fetched.append(uri) or fetch(uri, target))
+
+    def reads(_: int) -> str:
+        with checkpoints.opened(run, record) as files:
+            together.wait(60)  # broken where one must wait for another to be done
+            return (files / "state.json").read_text()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(reads, range(4))) == ["{}"] * 4
+    assert len(fetched) == 1
+    assert folders(node) == []
+
+
+def test_what_killed_processes_have_left_on_a_node_is_cleared_away_and_never_read(bucket, node):
+    run = records(bucket, 5)
+    record = checkpoints.read(run, 5)
+    with checkpoints.opened(run, record) as files:
+        name = files.name
+    (node / name).mkdir()  # of a reader that was killed while it deleted
+    (node / "upload").mkdir()
+    (node / "upload.lock").touch()
+    with checkpoints.opened(run, record) as files:
+        assert (files / "state.json").read_text() == "{}"
+        assert folders(node) == [name]
+    assert folders(node) == []
+
+
 # ---- which are kept
 
 
-def records(folder: Path, *steps: int) -> str:
+def record_of(step: int) -> CheckpointRecord:
+    return CheckpointRecord(
+        step=step,
+        pairs_seen=step,
+        images_seen=step,
+        reader=ReaderPosition(epoch=0, pair=0),
+        ledger=None,
+        identity={},
+        workers=1,
+        attempt=1,
+        created_at=0.0,
+        metrics={},
+        alarms={},
+        files={},
+    )
+
+
+def records(folder: Path | str, *steps: int) -> str:
+    run = storage.as_uri(folder)
     for step in steps:
-        record = CheckpointRecord(
-            step=step,
-            pairs_seen=step,
-            images_seen=step,
-            reader=ReaderPosition(epoch=0, pair=0),
-            ledger=None,
-            identity={},
-            workers=1,
-            attempt=1,
-            created_at=0.0,
-            metrics={},
-            alarms={},
-            files={},
-        )
-        with checkpoints.committed(folder.as_uri(), record, before_record=lambda: None) as files:
+        with checkpoints.committed(run, record_of(step), before_record=lambda: None) as files:
             (files / "state.json").write_text("{}")
-    return folder.as_uri()
+    return run
 
 
 def validated(run: str, step: int, **metrics: float) -> None:
@@ -281,6 +384,8 @@ def test_the_last_the_best_and_what_validation_has_not_seen_are_kept(model, enco
     assert selection.best(selection.outcomes(run), "held_out_accuracy") == 20, "the first of equals, and never the base"
     assert selection.superfluous(spec) == [10, 30, 40, 50]
     validated(run, 60, held_out_accuracy=0.8)
+    validated(run, 70, held_out_accuracy=0.9)  # of a checkpoint that was put aside since
+    assert selection.best(selection.outcomes(run), "held_out_accuracy") == 60
     assert selection.superfluous(spec) == [10, 20, 30, 40, 50]
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
 from sqlalchemy import select, update
 
 from services import storage
+from services.contracts import HEARD
+from services.control import attempt
 from services.control.change import Change
 from services.control.reconciler import StaleToken
 from services.control.tables import Job
+from services.errors import Unavailable
 from tests.services.control import fakes
 
 JOBS = "/v1/alignment/jobs"
@@ -191,13 +195,44 @@ def test_training_that_hangs_is_ended_after_a_while_and_its_end_is_waited_for(pl
     plane.settle(8)
     assert status(plane, job) == "paused"
     said = plane.get(f"{JOBS}/{job}/events?limit=1000")["data"]
-    ended = "stage train has not stopped 300 s after it was asked to, and is ended: what it stored last stands"
+    ended = r"stage train has not stopped 30\d s after it was asked to, and is ended: what it stored last stands"
     lives = "Ray did not say that the run has ended; it may go on"
-    assert [event["message"] for event in said if event["level"] == "warning"] == [ended, lives][: 1 + deaf]
+    warnings = [event["message"] for event in said if event["level"] == "warning"]
+    assert re.fullmatch(ended, warnings[0])
+    assert warnings[1:] == [lives] * deaf
     plane.launcher.plays["train"] = fakes.train
     ask(plane, "resume", job)
     plane.settle()
     assert status(plane, job) == "succeeded"
+
+
+def test_training_that_has_heard_is_given_the_time_of_its_step_and_its_checkpoint(plane):
+    job = training(plane)
+    ask(plane, "pause", job)
+    plane.settle(5)
+    storage.write_json(f"{plane.launcher.specs[f'{job}-train-a1'].prefix}/{HEARD}", {})
+    plane.clock.now += 2 * plane.settings.unreachable_s
+    plane.settle(8)
+    assert (status(plane, job), plane.launcher.stopped) == ("running", [])
+    plane.clock.now += plane.settings.stopping_s
+    plane.settle(8)
+    assert (status(plane, job), plane.launcher.stopped) == ("paused", [f"{job}-train-a1"])
+
+
+def test_a_cancel_frees_the_workers_while_the_journal_cannot_be_read(plane, monkeypatch):
+    job = training(plane)
+
+    def away(*_):
+        raise Unavailable("storage is away")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(attempt, "read_journal", away)
+        ask(plane, "cancel", job)
+        plane.settle(5)
+        assert (status(plane, job), plane.launcher.states[f"{job}-train-a1"]) == ("running", "stopped")
+    plane.clock.now += 60
+    plane.settle(8)
+    assert status(plane, job) == "cancelled"
 
 
 def test_training_that_was_never_asked_to_stop_is_given_its_time_after_an_outage_of_the_control_plane(plane):
