@@ -17,11 +17,11 @@ STEPS = WARM_UP + PERIODS * EVERY + 1
 """The last step, which always stores a checkpoint, is not counted; so every period that is has one."""
 
 
-def checkpoint_stall(scratch: Path, rounds: int = 2) -> dict[str, Result]:
+def checkpoint_stall(scratch: Path) -> dict[str, Result]:
     """``checkpoint_stall``: a share of the steps' time, on the shapes model and on the mid-size U-Net (2 pairs a step: the
     less a step does, the more a checkpoint weighs)."""
-    shapes = measure(Case.shapes(scratch / "shapes"), rounds)
-    return shapes | measure(Case.mid_size(scratch / "mid", batch_size=2), rounds)
+    shapes = measure(Case.shapes(scratch / "shapes"), rounds=3)
+    return shapes | measure(Case.mid_size(scratch / "mid", batch_size=2), rounds=1)
 
 
 def measure(case: Case, rounds: int) -> dict[str, Result]:
