@@ -52,7 +52,8 @@ def wide_pairs(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd15", marks=pytest.mark.slow), "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", WAYS)
 def test_a_small_model_of_each_family_aligns_end_to_end(client: Client, tmp_path: Path, family: str):
     dataset = client.create_dataset(f"wide-pairs-{family}", wide_pairs(tmp_path / "pairs.parquet").as_uri())
     folder = FOLDERS[family](tmp_path / family, prediction_type=PREDICTION[family])

@@ -14,7 +14,9 @@ from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
 from dde_core.objectives import OBJECTIVES
 from dde_core.train_step import pair_errors
-from services.training import loop, selection
+from services import checkpoints, storage
+from services.contracts import Validated
+from services.training import loop
 from services.training.validating import validate
 from tests.encoded_pairs import batch_maker, train_here, train_spec, write_encoded
 from tests.tiny_folders import FOLDERS
@@ -117,7 +119,7 @@ def test_the_base_has_no_margin_on_held_out_pairs(model, encoded, tmp_path):
     spec = train_spec(tmp_path, model, encoded, ObjectiveConfig(), steps=1, held_out_pairs=5)
     found = validate(spec, 0)
     assert (found.metrics["held_out_margin"], found.metrics["held_out_accuracy"]) == (0, 0.5)
-    assert found == selection.outcomes(spec.run)[0]
+    assert found == Validated.model_validate_json(storage.read_bytes(checkpoints.outcome_uri(spec.run, 0)))
 
 
 @pytest.mark.parametrize("method", ["dde", "sft"])
