@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -119,8 +120,23 @@ class Rows(Protocol):
 AnyRows = TypeVar("AnyRows", bound=Rows)
 
 
-def micro_batches(rows: AnyRows, size: int) -> Iterator[tuple[AnyRows, bool]]:
-    """Parts of at most ``size`` pairs (0: one part), and whether a part is the last."""
-    size = size or len(rows)
-    for start in range(0, len(rows), size):
-        yield rows.rows(slice(start, start + size)), start + size >= len(rows)
+def slices(rows: AnyRows, size: int) -> Iterator[AnyRows]:
+    """Parts of ``size`` pairs, the last of what is left (0: one part)."""
+    for start in range(0, len(rows), size or len(rows)):
+        yield rows.rows(slice(start, start + (size or len(rows))))
+
+
+def parts_of_a_share(batch_size: int, world_size: int, size: int) -> int:
+    """How many micro-batches of at most ``size`` pairs a worker's share of a global batch is cut into.
+
+    The same for all workers, though shares may differ by a pair: a model in shares is gathered by all of them at once, and
+    who has a part more would wait for ever. So where ``size`` is 1 and shares differ, a part may have 2.
+    """
+    return min(-(-batch_size // (world_size * size)), batch_size // world_size)
+
+
+def micro_batches(rows: AnyRows, num_parts: int) -> Iterator[tuple[AnyRows, bool]]:
+    """So many parts of nearly equal length, and whether a part is the last."""
+    ends = [len(rows) * number // num_parts for number in range(num_parts + 1)]
+    for start, end in pairwise(ends):
+        yield rows.rows(slice(start, end)), end == len(rows)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from dde_core.batches import BatchMaker, micro_batches
+from dde_core.batches import BatchMaker, slices
 from dde_core.config import MAX_DRAWS, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
 from dde_core.latents.ledger import LedgerKey, LedgerRecord, committed, files_of, ledger_file
@@ -148,7 +148,7 @@ class ReferencePass:
     def _errors(self, rows: LatentRows, size: int) -> tuple[torch.Tensor, PairErrors]:
         """The timesteps and the errors of these rows, ``size`` pairs at a time."""
         times, parts = [], []
-        for part, _ in micro_batches(rows, size):
+        for part in slices(rows, size):
             batch = self._batches.make(part)
             with self._frozen.arithmetic():
                 parts.append(pair_errors(self._frozen.unet, self._schedule, batch))

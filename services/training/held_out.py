@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dde_core.batches import BatchMaker, micro_batches
+from dde_core.batches import BatchMaker, slices
 from dde_core.latents.reader import LatentReader
 from dde_core.metrics import beat_ratio
 from dde_core.models.policy import Policy
@@ -29,7 +29,7 @@ def held_out_metrics(
     """
     margins = []
     with policy.arithmetic():
-        for part, _ in micro_batches(reader.held_out(), size or PAIRS_AT_ONCE):
+        for part in slices(reader.held_out(), size or PAIRS_AT_ONCE):
             visits = (batches.held_out(part, draw, DRAWS) for draw in range(DRAWS))  # one at a time
             margins.append(torch.stack([_margin(policy, schedule, batch) for batch in visits]).mean(0))
     everywhere = torch.cat(margins).cpu().numpy()

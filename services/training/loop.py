@@ -7,7 +7,7 @@ import ray.train.torch
 import torch
 
 from dde_core import checkpoint
-from dde_core.batches import BatchMaker, micro_batches
+from dde_core.batches import BatchMaker, micro_batches, parts_of_a_share
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
 from dde_core.errors import DdeError
@@ -61,7 +61,8 @@ def _train(spec: TrainSpec) -> None:
     optimizer = make_optimizer(policy.parameters(), training)
     calibration, method = Calibration(schedule, objective), OBJECTIVES[objective.method]
     # A share that fits when all workers are there must fit when some are gone.
-    micro_batch_size = training.micro_batch_size or pairs_of_a_worker(training, most_workers(spec.workers))
+    size = training.micro_batch_size or pairs_of_a_worker(training, most_workers(spec.workers))
+    num_parts = parts_of_a_share(training.batch_size, world_size, size)
 
     same = identity(spec, reader.manifest, ledger)
     done = resume(spec.run, same, State(policy, optimizer, calibration), rank, Journal(spec.prefix))
@@ -79,7 +80,7 @@ def _train(spec: TrainSpec) -> None:
             optimizer.zero_grad(set_to_none=True)
             with clock.waiting():
                 rows, parts = batches.rows(step, rank, world_size), []
-            for part, is_last in micro_batches(rows, micro_batch_size):
+            for part, is_last in micro_batches(rows, num_parts):
                 with clock.waiting():
                     batch = batches.make(part)
                 with synchronised(policy.trained, is_last):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pyarrow import fs
 
-from dde_core.batches import BatchMaker, micro_batches
+from dde_core.batches import BatchMaker, slices
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.latents.ledger import Ledger
 from dde_core.latents.reader import LatentReader
@@ -43,7 +43,7 @@ class Ours:
         """What the loop tells of it."""
         self._optimizer.zero_grad(set_to_none=True)
         rows, parts = self._maker.rows(self._number, 0, 1), []
-        for part, _ in micro_batches(rows, self._training.micro_batch_size):
+        for part in slices(rows, self._training.micro_batch_size):
             batch = self._maker.make(part)
             with self._policy.arithmetic():
                 ref, theta = self._ledger.errors(part), pair_errors(self._policy.trained, self._schedule, batch)

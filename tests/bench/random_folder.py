@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from pyarrow import fs
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dde_core.batches import BatchMaker, micro_batches
+from dde_core.batches import BatchMaker, slices
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.latents.ledger import LedgerKey, LedgerRecord, ledger_file
 from dde_core.latents.reader import LatentReader
@@ -112,7 +112,7 @@ def write_ledger(
     with LatentReader(fs.LocalFileSystem(), str(target)) as reader:
         maker = BatchMaker(reader, folder, folder.schedule(), objective, training, device)
         policy, rows, errors = Policy(folder, training, device), reader.shard(0), []
-        for part, _ in micro_batches(rows, training.micro_batch_size):
+        for part in slices(rows, training.micro_batch_size):
             batch = maker.make(part)
             with policy.arithmetic():
                 errors.append(pair_errors(policy.unet, schedule(device), batch))

@@ -10,21 +10,23 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 
-from dde_core.batches import micro_batches
+from dde_core.batches import micro_batches, parts_of_a_share
 from dde_core.calibration import Calibration
 from dde_core.config import ObjectiveConfig
+from dde_core.models.parallel import shard, synchronised, whole, wrap
 from dde_core.noise import draw_evaluation_point, draw_noise, draw_timestep
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors, step_losses
 from services.training.gathering import gather, gather_errors
-from services.training.loop import synchronised
 from tests.tiny_unet import TEXT_WIDTH, tiny_unet
 
-STEPS, BATCH, MICRO, SHAPE = 20, 7, 2, (4, 8, 8)
+STEPS, BATCH, MICRO, SHAPE = 8, 7, 2, (4, 8, 8)
+WAYS = ("ddp", "fsdp")
 CONFIG = ObjectiveConfig(beta=500.0, calibration_bins=20)
 POINTS = ("expected", "sampled", "mode")
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -46,21 +48,29 @@ def make_batch(step: int, places: np.ndarray) -> PairBatch:
     return PairBatch(pair_ids=tuple(names), t=t, **sides, **conditioning)
 
 
-def train(rank: int, world_size: int, folder: str) -> None:
+def three(rank: int, folder: str) -> None:
+    """One of three workers, in every way to hold the model."""
     torch.set_num_threads(1)
-    if world_size > 1:
-        store = distributed.FileStore(f"{folder}/store", world_size)
-        distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    distributed.init_process_group("gloo", store=distributed.FileStore(f"{folder}/store", 3), rank=rank, world_size=3)
+    for parallelism in WAYS:
+        train(rank, 3, f"{folder}/{parallelism}-{rank}", parallelism)
+    distributed.destroy_process_group()
+
+
+def train(rank: int, world_size: int, file: str, parallelism: str) -> None:
     schedule = Schedule.from_config(SCHEDULE)
     policy, reference = tiny_unet().double(), tiny_unet().double().requires_grad_(False)
-    parallel = DistributedDataParallel(policy, gradient_as_bucket_view=True) if world_size > 1 else policy
+    if parallelism == "fsdp":
+        shard(policy, torch.device("cpu"), world_size)
+        shard(reference, torch.device("cpu"), world_size)
+    parallel = wrap(policy, parallelism, torch.device("cpu"))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
     calibrations = {point: Calibration(schedule, replace(CONFIG, calibration_point=point)) for point in POINTS}
     for step in range(STEPS):
         places = np.arange(rank, BATCH, world_size)
         batch, errors = make_batch(step, places), []
         optimizer.zero_grad()
-        for part, is_last in micro_batches(batch, MICRO):
+        for part, is_last in micro_batches(batch, parts_of_a_share(BATCH, world_size, MICRO)):
             with synchronised(parallel, is_last):
                 theta = pair_errors(parallel, schedule, part)
                 with torch.no_grad():
@@ -74,19 +84,26 @@ def train(rank: int, world_size: int, folder: str) -> None:
         for calibration in calibrations.values():
             calibration.update(*gathered)
     arrays = {point: torch.cat(list(calibration.state_dict().values())) for point, calibration in calibrations.items()}
-    weights = torch.cat([value.flatten() for value in policy.state_dict().values()])
-    save_file({"weights": weights, **arrays}, f"{folder}/{world_size}-{rank}.safetensors")
-    if world_size > 1:
-        distributed.destroy_process_group()
+    weights = torch.cat([whole(value).flatten() for value in policy.state_dict().values()])
+    save_file({"weights": weights, **arrays}, file)
 
 
-def test_workers_do_not_change_the_update_in_float64(tmp_path: Path):
-    train(0, 1, str(tmp_path))
-    mp.spawn(train, args=(3, str(tmp_path)), nprocs=3)
-    one, *three = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "3-0", "3-1", "3-2"))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one worker and what three of them have made."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(0, 1, f"{folder}/one", "none")
+    mp.spawn(three, args=(str(folder),), nprocs=3)
+    return folder
+
+
+@pytest.mark.parametrize("parallelism", WAYS)
+def test_workers_do_not_change_the_update_in_float64(trained: Path, parallelism: str):
+    """Of three, the first has one pair more; under FSDP2 all gather at once, and so must have equally many micro-batches."""
+    one, *three = (load_file(trained / name) for name in ("one", *(f"{parallelism}-{rank}" for rank in range(3))))
     start = torch.cat([value.flatten() for value in tiny_unet().double().state_dict().values()])
     distance = (three[0]["weights"] - one["weights"]).norm() / (one["weights"] - start).norm()
-    print(f"relative L2 distance of the update, 1 against 3 workers, float64: {distance:.1e}")
+    print(f"relative L2 distance of the update, 1 against 3 workers ({parallelism}), float64: {distance:.1e}")
     assert distance < 1e-9
     assert all(torch.equal(each["weights"], three[0]["weights"]) for each in three)
     for point in POINTS:
@@ -96,7 +113,7 @@ def test_workers_do_not_change_the_update_in_float64(tmp_path: Path):
     assert not torch.equal(three[0]["expected"], three[0]["sampled"])
 
 
-@pytest.mark.parametrize(("size", "lengths"), [(0, [7]), (3, [3, 3, 1]), (7, [7]), (1, [1] * 7), (100, [7])])
+@pytest.mark.parametrize(("size", "lengths"), [(3, [2, 2, 3]), (7, [7]), (1, [1] * 7), (100, [7])])
 def test_micro_batches_have_the_gradient_of_the_whole_batch(size: int, lengths: list[int]):
     schedule, batch = Schedule.from_config(SCHEDULE), make_batch(0, np.arange(BATCH))
     correction, reference = torch.linspace(0, 1e-3, BATCH, dtype=torch.float64), tiny_unet().double().requires_grad_(False)
@@ -112,7 +129,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(size: int, lengths: 
             done += len(part)
         return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
 
-    parts = list(micro_batches(batch, size))
+    parts = list(micro_batches(batch, parts_of_a_share(BATCH, 1, size)))
     assert [len(part) for part, _ in parts] == lengths
     assert [is_last for _, is_last in parts] == [False] * (len(lengths) - 1) + [True]
     assert [name for part, _ in parts for name in part.pair_ids] == list(batch.pair_ids)
@@ -124,3 +141,20 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(size: int, lengths: 
 def test_gathering_puts_values_where_they_belong():
     table = gather([torch.tensor([1.0, 2.0]), torch.tensor([3, 4])], np.array([2, 0]), 3)
     assert table.tolist() == [[2.0, 0.0, 1.0], [4.0, 0.0, 3.0]]
+
+
+@given(batch_size=st.integers(1, 200), world_size=st.integers(1, 16), size=st.integers(1, 50))
+def test_all_workers_have_equally_many_micro_batches_of_no_more_pairs_than_asked_for(batch_size, world_size, size):
+    assume(world_size <= batch_size)
+    num_parts = parts_of_a_share(batch_size, world_size, size)
+    for share in {batch_size // world_size, -(-batch_size // world_size)}:
+        lengths = [len(part) for part, _ in micro_batches(Numbers(range(share)), num_parts)]
+        assert (len(lengths), sum(lengths)) == (num_parts, share)
+        assert 1 <= min(lengths) <= max(lengths) <= (size if size > 1 or batch_size % world_size == 0 else 2)
+
+
+class Numbers(list):
+    """Rows that are no more than their numbers."""
+
+    def rows(self, keep: slice) -> Numbers:
+        return Numbers(self[keep])

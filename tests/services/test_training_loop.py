@@ -65,7 +65,7 @@ def test_reference_and_policy_are_given_the_very_same_inputs_part_by_part(model,
     maker = batch_maker(model, encoded, objective, **training)
     for step in range(2):
         pairs = maker.rows(step, 0, 1).pair_ids
-        expected += [(name, pairs[i : i + 3]) for i in range(0, BATCH, 3) for name in whose]
+        expected += [(name, pairs[start:end]) for start, end in ((0, 2), (2, 4), (4, 7)) for name in whose]
     assert [(name, pairs) for name, pairs, _ in seen.calls] == expected
     sides = 2 if method in PREFERENCE else 1
     for i in range(0, len(seen.calls), len(whose)):
