@@ -38,6 +38,7 @@ def step_metrics(t: Any, theta: PairErrors, ref: PairErrors | None, terms: StepT
     if ref is not None:
         values["margin"] = _array(terms.margin)
         values["implicit_accuracy"] = (np.sign(values["margin"]) + 1) / 2
+        values["loser_error"] = _array(theta.l)
         values["winner_error_diff"] = _array(theta.w) - _array(ref.w)
         values["loser_error_diff"] = _array(theta.l) - _array(ref.l)
     metrics = {name: float(value.mean()) for name, value in values.items()}

@@ -28,6 +28,7 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionError,
+    CredentialRetrievalError,
     FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
@@ -55,6 +56,8 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
 DELETED_AT_ONCE = 1000
 """S3's limit."""
 Call = TypeVar("Call", bound=Callable[..., Any])
+PASSING = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "ExpiredToken", "ExpiredTokenException")
+"""Codes of answers that may be others soon: under load, and while credentials are renewed."""
 _TORN = (ResponseStreamingError, IncompleteReadError, FlexibleChecksumError, ReadTimeoutError)
 _NO_ANSWER = (HTTPClientError, ConnectionError, RetriesExceededError, S3DownloadFailedError, *_TORN)
 
@@ -267,6 +270,8 @@ def _naming(uri: str) -> Iterator[None]:
         yield
     except ClientError as error:
         raise _said(uri, error) from error
+    except CredentialRetrievalError as error:
+        raise Unavailable(f"uri {uri!r}: whoever gives the credentials does not answer: {error}", param="uri") from error
     except NoCredentialsError as error:
         message = (
             f"uri {uri!r} cannot be opened: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give a role"
@@ -288,6 +293,6 @@ def _said(uri: str, error: ClientError) -> OSError | ServiceError:
         return BadRequest(f"uri {uri!r}: bucket {_parts(uri)[0]!r} does not exist", param="uri", code="no_such_bucket")
     if code == "NoSuchKey" or code == "404":
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri)
-    if status >= 500 or code in ("SlowDown", "RequestTimeout"):
+    if status >= 500 or status == 429 or code in PASSING:
         return Unavailable(f"uri {uri!r}: the object store goes on failing: {error}", param="uri")
     return BadRequest(f"uri {uri!r} cannot be opened: {error}", param="uri")

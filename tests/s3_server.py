@@ -33,8 +33,10 @@ from services.client.processes import Child, free_ports, port_is_free, wait_unti
 BUCKET = "bucket"
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
-Kind = Literal["slow_down", "delay", "refuse_upload", "cut_upload", "lose_answer", "cut_download"]
-"""What happens: 503; a pause of ``seconds`` before the body is read; the connection is closed after a part of the upload, of
+EXPIRED = b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+
+Kind = Literal["slow_down", "expired", "delay", "refuse_upload", "cut_upload", "lose_answer", "cut_download"]
+"""What happens: 503; 400, as while credentials are renewed; a pause of ``seconds`` before the body is read; the connection is closed after a part of the upload, of
 which nothing is passed on; the server gets a part of the upload and then a closed connection; the request is done and its
 answer is lost; the connection is closed after a part of the answer's body, whose length was announced whole."""
 
@@ -116,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_part(body, at)
         elif kind == "slow_down":
             self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+        elif kind == "expired":
+            self._answer(400, {"Content-Type": "application/xml"}, EXPIRED)
         elif kind != "refuse_upload":
             status, headers, answer = self._ask(body)
             if kind != "lose_answer":

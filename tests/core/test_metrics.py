@@ -37,6 +37,7 @@ def test_a_step_is_summed_up_by_means_over_the_global_batch(metrics):
             "implicit_accuracy": 2.5 / 4,  # two wins, a tie, a loss
             "margin": 0.15,
             "winner_error": 0.25,
+            "loser_error": 0.5,
             "winner_error_diff": 0.05,
             "loser_error_diff": 0.0,
             "gradient_weight": 25.0,

@@ -226,6 +226,14 @@ def test_endpoints_of_aws_are_left_to_the_region_of_the_bucket_and_others_are_us
         assert object_store.own_endpoint(url) == url
 
 
+def test_credentials_that_are_just_being_renewed_are_no_mistake_of_the_caller(s3_server: S3Server, bucket: str):
+    s3_server.harm(Harm("expired"))
+    with pytest.raises(Unavailable, match="ExpiredToken"):
+        storage.write_bytes(f"{bucket}/a", b"1")
+    s3_server.harm()
+    storage.write_bytes(f"{bucket}/a", b"1")
+
+
 REFUSED = {
     "a bucket that is not there": ("s3://nowhere/a", {}, "BadRequest uri 's3://nowhere/a': bucket 'nowhere' does not exist"),
     "no credentials": (
