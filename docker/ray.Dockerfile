@@ -9,8 +9,8 @@ FROM python:3.11-slim
 
 ARG PIP_ARGS=""
 
-# KubeRay's readiness probe for Serve workers runs wget inside the container.
-RUN apt-get update && apt-get install -y --no-install-recommends wget && rm -rf /var/lib/apt/lists/* \
+# KubeRay's readiness probe for Serve workers runs wget inside the container; torch.compile (training.compile) needs a C compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends wget gcc g++ libc6-dev && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home dde
 
 WORKDIR /src

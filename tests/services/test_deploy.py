@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import jsonschema
 import pytest
 import yaml
+from ray.scripts.scripts import drain_node
 
 from services.contracts import ENTRY_MODULES
 from services.settings import Settings
@@ -233,9 +234,14 @@ def check_groups(document: dict) -> Iterator[str]:
 
 
 def check_containers(document: dict) -> Iterator[str]:
-    for container in containers(document):
-        if container["lifecycle"]["preStop"]["exec"]["command"] != ["ray", "stop"]:
-            yield f"{container['name']}: preStop is not ray stop"
+    for pod in pods(document):
+        for container in pod["spec"]["containers"]:
+            *before, last = " ".join(container["lifecycle"]["preStop"]["exec"]["command"]).split("; ")
+            if not last.endswith("ray stop"):
+                yield f"{container['name']}: preStop is not ray stop"
+            waits = sum(int(command.removeprefix("sleep ")) for command in before if command.startswith("sleep "))
+            if waits >= pod["spec"].get("terminationGracePeriodSeconds", 30):
+                yield f"{container['name']}: the pod is killed before its preStop is over"
 
 
 def check_job(document: dict) -> Iterator[str]:
@@ -270,6 +276,16 @@ def broken_rules(document: dict) -> list[str]:
     return [message for rule in RULES for message in rule(document)]
 
 
+@pytest.mark.parametrize(("kind", "name"), [("RayCluster", "dde-train"), ("RayJob", "dde-align")])
+def test_a_pod_that_trains_tells_ray_before_it_goes(kind: str, name: str) -> None:
+    (gpu,) = [group for group in groups(only(kind, name)) if group.get("groupName") == "gpu"]
+    _, _, script = gpu["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    drain = shlex.split(script.split(";")[0])
+    told = drain_node.make_context("drain-node", drain[2:]).params
+    assert drain[:2] == ["ray", "drain-node"]
+    assert (told["reason"], told["deadline_remaining_seconds"]) == ("DRAIN_NODE_REASON_PREEMPTION", 100)
+
+
 @each_ray
 def test_a_ray_document_keeps_the_operators_rules(document: dict) -> None:
     assert broken_rules(document) == []
@@ -292,6 +308,7 @@ def test_a_ray_document_keeps_the_operators_rules(document: dict) -> None:
         ("dde-train", lambda d: groups(d)[0].update(resources={"CPU": "0"}), "both in rayStartParams and in resources"),
         ("dde-train", lambda d: pods(d)[2]["spec"].pop("tolerations"), "GPU and toleration do not go together"),
         ("dde-train", lambda d: next(containers(d))["lifecycle"]["preStop"]["exec"].update(command=["true"]), "not ray stop"),
+        ("dde-train", lambda d: pods(d)[2]["spec"].pop("terminationGracePeriodSeconds"), "killed before its preStop is over"),
         ("dde-align", lambda d: d["spec"].pop("shutdownAfterJobFinishes"), "needs shutdownAfterJobFinishes"),
         ("dde-align", lambda d: d["spec"].update(submissionMode="K8sJobMode"), "neither HTTPMode nor SidecarMode"),
         ("dde-align", lambda d: d["spec"].pop("activeDeadlineSeconds"), "activeDeadlineSeconds is not positive"),
