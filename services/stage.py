@@ -55,7 +55,7 @@ def root_cause(error: BaseException) -> BaseException:
     """The error of ours inside what Ray wraps around it (workers' failures, a task's cause), else the disk's that may pass,
     else the error itself."""
     ours = (each for each in _inside(error) if isinstance(each, (DdeError, ServiceError)))
-    passing = (each for each in _inside(error) if _may_pass(each))
+    passing = (each for each in _inside(error) if may_pass(each))
     return next(chain(ours, passing), error)
 
 
@@ -69,7 +69,8 @@ def _inside(error: BaseException) -> Iterator[BaseException]:
             yield from _inside(each)
 
 
-def _may_pass(error: BaseException) -> bool:
+def may_pass(error: BaseException) -> bool:
+    """Whether it is about a disk that is full or away."""
     return isinstance(error, OSError) and error.errno in PASSING
 
 
@@ -82,7 +83,7 @@ def failure_of(error: BaseException) -> StageFailure:
     if isinstance(cause, ServiceError):
         return StageFailure(message=cause.message, code=cause.code, param=cause.param)
     name = type(cause).__name__
-    code = Unavailable.default_code if _may_pass(cause) else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    code = Unavailable.default_code if may_pass(cause) else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
     if isinstance(cause, DdeError):
         return StageFailure(message=str(cause), code=code, param=cause.field if isinstance(cause, ConfigError) else None)
     return StageFailure(message=f"{name}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}", code=code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -60,6 +61,15 @@ class Nodes:
                     process.kill()
             self.node.stop(0.0)
             self.node = None
+
+    def drain(self) -> None:
+        """Tell Ray that the second node is about to go, as a pod tells it before its end."""
+        raylet = self.raylet()
+        assert raylet
+        node = next(argument for argument in raylet.cmdline() if argument.startswith("--node_id="))
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=it is about to go"]
+        command = [str(executables() / "ray"), "drain-node", f"--address={self.address}", node.replace("_", "-"), *reason]
+        subprocess.run(command, env=self.env, check=True, capture_output=True)
 
     def close(self) -> None:
         """The second node, and what keeps it."""

@@ -36,9 +36,10 @@ SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please r
 EXPIRED = b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 
 Kind = Literal["slow_down", "expired", "delay", "refuse_upload", "cut_upload", "lose_answer", "cut_download"]
-"""What happens: 503; 400, as while credentials are renewed; a pause of ``seconds`` before the body is read; the connection is closed after a part of the upload, of
-which nothing is passed on; the server gets a part of the upload and then a closed connection; the request is done and its
-answer is lost; the connection is closed after a part of the answer's body, whose length was announced whole."""
+"""What happens: 503; 400, as while credentials are renewed; a pause of ``seconds`` before the body is read; the connection is
+closed after a part of the upload, of which nothing is passed on; the server gets a part of the upload and then a closed
+connection; the request is done and its answer is lost; the connection is closed after a part of the answer's body, whose length
+was announced whole."""
 
 CLOSING = ("refuse_upload", "cut_upload", "lose_answer", "cut_download")
 

@@ -5,6 +5,7 @@ Whoever was given up for dead, and is not, finds out before a checkpoint becomes
 
 from __future__ import annotations
 
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -22,6 +23,11 @@ class Fence:
     attempt: int
     group: str = ""
 
+    @classmethod
+    def of_workers(cls, run: str, attempt: int) -> Fence:
+        """For workers that start now."""
+        return cls(run, attempt, uuid.uuid4().hex)
+
     def take(self) -> None:
         """From now on this one writes. Raises Overtaken where a newer attempt does."""
         self._refuse_newer_attempt()
@@ -32,6 +38,11 @@ class Fence:
         self._refuse_newer_attempt()
         if self.group and self._now()[1] != self.group:
             raise Overtaken(f"other workers of attempt {self.attempt} go on with this run")
+
+    def has_workers(self) -> bool:
+        """Whether workers of this attempt have started."""
+        attempt, group = self._now()
+        return attempt == self.attempt and group != ""
 
     def _refuse_newer_attempt(self) -> None:
         if (newest := self._now()[0]) > self.attempt:

@@ -1,4 +1,4 @@
-"""Why training leaves its workers before it is done: it was asked to stop, or a node is about to go. All of them agree."""
+"""Why training leaves its workers before it is done: it was asked to stop, or a node goes or comes. All of them agree."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import threading
 import time
 from contextlib import suppress
 
+import ray
 import ray.train
 import torch
 
 from services import storage
-from services.contracts import HEARD, STOP
+from services.contracts import HEARD, STOP, TrainSpec, most_workers
 from services.errors import Unavailable
 from services.training.gathering import agreed
+from services.training.resources import lacking, needs
 
 LISTEN_EVERY_S = 1.0
 LOOK_EVERY_S = 5.0
@@ -42,26 +44,31 @@ class StopListener:
 class Leaving:
     """Every worker asks after every step, and all get one answer. ``stopped``: the run ends here."""
 
-    def __init__(self, prefix: str, rank: int, device: torch.device) -> None:
-        self._listener = StopListener(prefix) if rank == 0 else None
+    def __init__(self, spec: TrainSpec, rank: int, world_size: int, device: torch.device) -> None:
+        self._listener = StopListener(spec.prefix) if rank == 0 else None
+        self._one_more = needs(spec) if rank == 0 and world_size < most_workers(spec.workers) else None
         self._device, self._looked_at = device, time.monotonic()
-        self._node_goes = self.stopped = False
+        self._node_goes = self._node_comes = self.stopped = False
 
     def after_step(self) -> bool:
         """Whether a checkpoint is needed now.
 
-        For a node that is about to go (a spot machine that is taken back, a pod that is moved) there is one checkpoint, and
-        training goes on: Ray Train starts the workers again once the node has gone.
+        For a node that is about to go (a spot machine that is taken back, a pod that is moved), and for one that has come and
+        has room for a worker that is missing, there is one checkpoint, and training goes on: Ray Train starts the workers again
+        once the node has gone, or when it next looks for more of them.
         """
         look = time.monotonic() - self._looked_at >= LOOK_EVERY_S
         heard = self._listener is not None and self._listener.heard
         self.stopped, look = agreed([heard, look], self._device)
         if not look:
             return self.stopped
-        self._looked_at = time.monotonic()
-        goes, knew = ray.train.get_preemption_info() is not None, self._node_goes
-        self._node_goes = goes
-        return self.stopped or (goes and not knew)
+        self._looked_at, goes_before, comes_before = time.monotonic(), self._node_goes, self._node_comes
+        goes = ray.train.get_preemption_info() is not None
+        self._node_goes, self._node_comes = agreed([goes, self._is_room_for_one_more()], self._device)
+        return self.stopped or (self._node_goes and not goes_before) or (self._node_comes and not comes_before)
+
+    def _is_room_for_one_more(self) -> bool:
+        return self._one_more is not None and lacking(self._one_more, ray.available_resources()) is None
 
     def close(self) -> None:
         """Nobody asks any more."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ray.train
 import ray.train.torch
-import torch
 
 from dde_core import checkpoint
 from dde_core.batches import BatchMaker, micro_batches, parts_of_a_share
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
-from dde_core.errors import DdeError
 from dde_core.estimate import pairs_of_a_worker
 from dde_core.latents.ledger import Ledger
 from dde_core.latents.reader import LatentReader
@@ -21,36 +19,33 @@ from dde_core.objectives import OBJECTIVES
 from dde_core.train_step import check_finite, pair_errors, step_losses
 from services import registry, storage
 from services.contracts import TrainSpec, most_workers
-from services.errors import Overtaken, ServiceError, Unavailable
 from services.observability import Journal
-from services.stage import failure_of
+from services.training import failing
 from services.training.clock import StepClock
+from services.training.fence import Fence
 from services.training.gathering import gather_errors
 from services.training.leaving import Leaving
 from services.training.recorder import PairValues, Recorder
 from services.training.resuming import State, identity, resume
 
-FAILED = "worker-failed.json"
-"""In the attempt's folder: why a worker failed, where starting it again would end in the same way."""
-
 
 def train_loop(config: dict) -> None:
     """Fine-tune on this worker's share of every global batch. ``config`` is {"spec": TrainSpec as JSON}."""
-    spec, world_size = TrainSpec.model_validate_json(config["spec"]), ray.train.get_context().get_world_size()
+    spec, context = TrainSpec.model_validate_json(config["spec"]), ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     try:
-        _train(spec)
-    except (DdeError, ServiceError, torch.OutOfMemoryError) as error:
-        fewer = isinstance(error, torch.OutOfMemoryError) and world_size < most_workers(spec.workers)
-        if not isinstance(error, (Unavailable, Overtaken)) and not fewer:
-            storage.write_json(storage.join(spec.prefix, FAILED), failure_of(error).model_dump())
+        _train(spec, rank, world_size)
+    except Exception as error:
+        failing.tell(spec, error, rank, world_size)
         raise
 
 
-def _train(spec: TrainSpec) -> None:
+def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
     objective, training = spec.objective, spec.training
     use_repeatable_kernels()
-    device, context = ray.train.torch.get_device(), ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device, fence = ray.train.torch.get_device(), Fence.of_workers(spec.run, spec.attempt)
+    if rank == 0:
+        fence.take()
 
     folder = ModelFolder(*registry.fetch(spec.model))
     schedule = folder.schedule()
@@ -66,11 +61,11 @@ def _train(spec: TrainSpec) -> None:
 
     same = identity(spec, reader.manifest, ledger)
     done = resume(spec.run, same, State(policy, optimizer, calibration), rank, Journal(spec.prefix))
-    recorder = Recorder(spec, same, policy, schedule, len(reader), done) if rank == 0 else None
+    recorder = Recorder(spec, fence, same, policy, schedule, len(reader), done) if rank == 0 else None
     if recorder:
         how = f" ({policy.parallelism})" if world_size > 1 else ""
         recorder.event(f"training on {world_size} workers{how} from step {done.step}")
-    clock, leaving = StepClock(training.batch_size, training.steps), Leaving(spec.prefix, rank, device)
+    clock, leaving = StepClock(training.batch_size, training.steps), Leaving(spec, rank, world_size, device)
 
     try:
         for step in range(done.step, training.steps):

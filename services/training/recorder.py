@@ -10,7 +10,6 @@ import math
 import queue
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -60,9 +59,16 @@ class Recorder:
     somebody else goes on with the run."""
 
     def __init__(
-        self, spec: TrainSpec, same: dict[str, Any], policy: Policy, schedule: Schedule, num_pairs: int, done: Progress
+        self,
+        spec: TrainSpec,
+        fence: Fence,
+        same: dict[str, Any],
+        policy: Policy,
+        schedule: Schedule,
+        num_pairs: int,
+        done: Progress,
     ) -> None:
-        self._spec, self._same, self._policy = spec, same, policy
+        self._spec, self._fence, self._same, self._policy = spec, fence, same, policy
         self._schedule, self._num_pairs = schedule, num_pairs
         self._journal = Journal(spec.prefix, flush_every_s=math.inf)  # by this thread alone, which tries again
         self._pair_log, self._alarms = PairLog(spec.run), Alarms(spec.objective)
@@ -70,10 +76,8 @@ class Recorder:
             self._alarms.load_state_dict(checkpoints.read(spec.run, done.step).alarms)
         self._metrics: dict[str, float] = {}
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._on_their_way = 0  # checkpoints; each thread changes it in one place
+        self._begun = self._stored = 0  # checkpoints: the one is changed by training alone, the other by the thread
         self._failure: BaseException | None = None
-        self._fence = Fence(spec.run, spec.attempt, uuid.uuid4().hex)
-        self._fence.take()
         self._thread = threading.Thread(target=self._run, name="recorder")
         self._thread.start()
 
@@ -90,11 +94,11 @@ class Recorder:
 
     def checkpoint(self, state: Snapshot, workers: int, needed: bool) -> None:
         """Store a state. Left out where one is still on its way, unless it is ``needed``."""
-        if self._on_their_way and not needed:
+        if self._begun > self._stored and not needed:
             step = state.progress.step
             warning = f"no checkpoint of step {step}: the one before is still on its way"
             return self._todo.put(partial(self._journal.event, warning, "warning"))
-        self._on_their_way += 1
+        self._begun += 1
         self._todo.put(partial(self._commit, state, workers))
 
     def close(self) -> None:
@@ -167,7 +171,7 @@ class Recorder:
         self._patiently(self._journal.flush)
         self._patiently(self._pair_log.flush)
         self._patiently(partial(self._write, state, self._record(state.progress, workers)))
-        self._on_their_way -= 1
+        self._stored += 1
         self._patiently(self._prune)
 
     def _write(self, state: Snapshot, record: CheckpointRecord) -> None:

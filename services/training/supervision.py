@@ -19,17 +19,18 @@ import ray
 from ray.train.torch import TorchTrainer
 
 from services import checkpoints, storage
-from services.contracts import HEARD, STOP, StageFailure, StopRequest, TrainSpec, Validated, least_workers
+from services.contracts import HEARD, STOP, StageFailure, StopRequest, TrainSpec, Validated, least_workers, most_workers
 from services.errors import ServiceError, Stopped, Unavailable
 from services.observability import Journal
 from services.training import selection
-from services.training.loop import FAILED
+from services.training.failing import FAILED
+from services.training.fence import Fence
+from services.training.resources import lacking, needs
 from services.training.tracking import Tracking
 from services.training.validating import validate
 
 log = logging.getLogger("dde")
 LOOK_EVERY_S = 2.0
-CPUS_PER_WORKER = 1
 WORKERS_WITHIN_S = 300.0
 """How long the cluster may lack the workers that a run needs at least."""
 UNHEARD_AFTER_S = 90.0
@@ -65,10 +66,13 @@ def _watch(fit: Fit, spec: TrainSpec, journal: Journal) -> None:
         _raise_final(spec)
         fit.result()
         stop.raise_before_the_last_step()
-        while not validator.is_done():
-            time.sleep(LOOK_EVERY_S)
+        validator.workers_have_gone()
+        while not validator.is_done:
             with _storage_may_be_away():
                 stop.look()
+                validator.look()
+            if not validator.is_done:
+                time.sleep(LOOK_EVERY_S)
 
 
 @contextmanager
@@ -160,19 +164,17 @@ class MissingWorkers:
     """Ray Train waits for ever for workers that a cluster has no room for; here that has an end."""
 
     def __init__(self, spec: TrainSpec, journal: Journal) -> None:
-        workers = least_workers(spec.workers)
-        self._workers, self._journal = workers, journal
-        self._needed = {"CPU": workers * CPUS_PER_WORKER, "GPU": workers if spec.use_gpu else 0}
+        self._workers, self._journal = least_workers(spec.workers), journal
+        self._needed = needs(spec, self._workers)
         self._since: float | None = None
 
     def look(self) -> None:
         """Raises Unavailable where the cluster has been too small for WORKERS_WITHIN_S: it may grow until then."""
         there = ray.cluster_resources()
-        name = next((name for name, amount in self._needed.items() if amount > there.get(name, 0)), None)
-        if name is None:
+        if (name := lacking(self._needed, there)) is None:
             self._since = None
             return
-        message = f"workers = {self._workers} need {self._needed[name]} {name}, the cluster has {there.get(name, 0):g}"
+        message = f"workers = {self._workers} need {self._needed[name]:g} {name}, the cluster has {there.get(name, 0):g}"
         if self._since is None:
             self._since = time.monotonic()
             with _storage_may_be_away():
@@ -183,27 +185,45 @@ class MissingWorkers:
 
 class Validator:
     """Has one checkpoint after the other looked at, by a task of its own. What was looked at stands in storage, so a run that
-    goes on looks at what is missing."""
+    goes on looks at what is missing. ``is_done``: nothing is due.
+
+    A task takes what a worker takes. It must not be what workers wait for, at their start or after they have died; so it is
+    begun where the cluster has room for it beside all workers, and after training where it has not.
+    """
 
     def __init__(self, spec: TrainSpec, journal: Journal) -> None:
         self._spec, self._journal = spec, journal
         self._running: tuple[int, ray.ObjectRef] | None = None
         self._tries: Counter[int] = Counter()
-        self._validate = ray.remote(num_cpus=1, num_gpus=1 if spec.use_gpu else 0)(validate)
+        self._needs, self._beside = needs(spec), needs(spec, most_workers(spec.workers) + 1)
+        self._workers_run, self._is_told = True, False
+        self.is_done = False
+        self._validate = ray.remote(num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"])(validate)
 
     def look(self) -> None:
         """Take what is ready, begin what is due."""
         if self._running and ray.wait([self._running[1]], timeout=0)[0]:
             ready, self._running = self._running, None
             self._take(*ready)
-        if self._running is None and (due := self._next()) is not None:
+        due = None if self._running else self._next()
+        if due is not None and self._has_room():
             self._tries[due] += 1
             self._running = due, self._validate.remote(self._spec, due)
+        self.is_done = self._running is None and due is None
 
-    def is_done(self) -> bool:
-        """Look. Whether everything that is due was looked at."""
-        self.look()
-        return self._running is None
+    def workers_have_gone(self) -> None:
+        """From now on there is nobody to keep room for, and nothing more falls due."""
+        self._workers_run = self.is_done = False
+
+    def _has_room(self) -> bool:
+        if not self._workers_run:
+            return True
+        if lacking(self._beside, ray.cluster_resources()):
+            if not self._is_told:
+                self._journal.event("the cluster has no room for validation beside the workers: it follows training", "warning")
+            self._is_told = True
+            return False
+        return not lacking(self._needs, ray.available_resources()) and Fence(self._spec.run, self._spec.attempt).has_workers()
 
     def _next(self) -> int | None:
         first = [0] if self._spec.validation else []

@@ -31,13 +31,17 @@ from services.stage import root_cause
 from services.training import pair_log, reference, selection
 from services.training.fence import Fence
 from services.training.loop import train_loop
-from services.training.supervision import CPUS_PER_WORKER, supervise
+from services.training.resources import needs
+from services.training.supervision import supervise
 from services.training.trackers import check_trackers
 
 MAX_WORKER_FAILURES = 30
 """Of one attempt. Errors that would come again end it at once."""
-MAX_START_FAILURES = 5
-"""Each is a minute of waiting for workers that the cluster does not give."""
+MAX_START_FAILURES = 30
+"""Each is a minute of waiting for workers that the cluster does not give, since others have what they need."""
+RESIZE_EVERY_S = 90.0
+"""So often Ray Train looks whether there is room for more workers. It ends those that run; where a step is short against this,
+they have stored a checkpoint by then (`leaving.py`)."""
 
 
 def train(spec: TrainSpec, journal: Journal) -> TrainResult:
@@ -69,7 +73,10 @@ def _fit(spec: TrainSpec, scratch: str, journal: Journal) -> None:
         train_loop,
         train_loop_config={"spec": spec.model_dump_json()},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=spec.workers, use_gpu=spec.use_gpu, resources_per_worker={"CPU": CPUS_PER_WORKER}
+            num_workers=spec.workers,
+            use_gpu=spec.use_gpu,
+            resources_per_worker=needs(spec),
+            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
         ),
         run_config=ray.train.RunConfig(
             name="run",

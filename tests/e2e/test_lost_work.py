@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
-from dde_core.shapes import MODEL_DIR
+from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
 from services import checkpoints, storage
 from services.contracts import EvaluationConfig, StageStopped, StopRequest, TrainSpec, ValidationConfig
 from tests.encoded_pairs import write_encoded
@@ -26,7 +26,7 @@ from tests.weights import base_weights, same_bits, update_distance, weights_of
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=50)
 TRAINING = TrainConfig(steps=300, batch_size=32, learning_rate=1e-4, checkpoint_every=3)
-LONG_STEPS = TrainConfig(steps=20, batch_size=1024, micro_batch_size=64, learning_rate=1e-4, checkpoint_every=1)
+LONG_STEPS = TrainConfig(steps=30, batch_size=1024, micro_batch_size=64, learning_rate=1e-4, checkpoint_every=1000)
 
 
 class Trial(StageRuns):
@@ -170,13 +170,14 @@ def test_a_run_that_is_stopped_gives_its_workers_back_and_goes_on_to_the_same_bi
 
 
 def test_an_elastic_run_loses_a_node_and_gets_it_again(trial: Trial):
-    """In few and long steps: rounding differs with the number of workers, and over hundreds of steps it grows."""
+    """In few and long steps: rounding differs with the number of workers, and over hundreds of steps it grows.
+
+    No checkpoint is due but for the node that comes: Ray Train ends the one worker that runs, and no step of it is lost."""
     spec, whole = trial.spec("elastic", (1, 2), LONG_STEPS), trial.spec("elastic-undisturbed", 2, LONG_STEPS)
     trial.run(whole)
 
     def lose_a_node(running: Running, attempt: int) -> None:
         wait_for(lambda: started(running, 2), running)
-        wait_for(lambda: trial.steps(spec), running)
         trial.nodes.lose()
         wait_for(lambda: started(running, 1), running)
         trial.nodes.add()
@@ -188,7 +189,43 @@ def test_an_elastic_run_loses_a_node_and_gets_it_again(trial: Trial):
     distance = update_distance(weights_of(spec), weights_of(whole), base_weights())
     print(f"relative L2 distance of the update, 2 -> 1 -> 2 workers against 2: {distance:.1e}")
     assert [event.split()[2] for event in starts] == ["2", "1", "2"]
+    assert int(starts[-1].split()[-1]) > 0, "the checkpoint that was written because a node had come"
     assert distance < 1e-3
+
+
+def test_a_node_that_is_drained_has_a_checkpoint_written_for_it(trial: Trial):
+    """As a pod's preStop hook drains it."""
+    spec = trial.spec("drained", 2, replace(TRAINING, checkpoint_every=1000))
+
+    def drain(running: Running, attempt: int) -> None:
+        wait_for(lambda: started(running, 2), running)
+        trial.nodes.drain()
+        wait_for(lambda: trial.steps(spec), running)
+        print(f"drained: a checkpoint of step {trial.steps(spec)}")
+        trial.nodes.lose()
+        trial.nodes.add()
+
+    events = trial.run(spec, drain)
+    starts = [event for event in events if "workers" in event and "from step" in event]
+    assert int(starts[1].split()[-1]) > 0
+
+
+def test_validation_takes_no_workers_place_and_follows_training_where_there_is_no_room(trial: Trial):
+    """The cluster has two CPUs, and two workers."""
+    prompts = EvaluationConfig(prompts_uri=PROMPTS_FILE.as_uri(), num_prompts=2, sample=SampleConfig(steps=2))
+    validation = ValidationConfig(every=3, num_prompts=2, best_metric="match")
+    spec = trial.spec("no-room", 2, replace(TRAINING, steps=6))
+    running = trial.start("train", spec.model_copy(update={"evaluation": prompts, "validation": validation}))
+    running.finish()
+    told = [event for event in running.events() if "workers" in event or "the model after step" in event]
+    print("\n".join(told))
+    assert [event.split(":")[0] for event in told[1:]] == [
+        "the cluster has no room for validation beside the workers",
+        "training on 2 workers (ddp) from step 0",
+        "the model after step 0",
+        "the model after step 3",
+        "the model after step 6",
+    ]
 
 
 def test_a_validation_that_fails_costs_a_warning_and_not_the_run(trial: Trial):

@@ -26,8 +26,8 @@ from services.contracts import EvaluationConfig, StopRequest, Validated, Validat
 from services.errors import Overtaken
 from services.observability import read_journal
 from services.training import leaving, loop, selection
+from services.training.failing import FAILED
 from services.training.fence import Fence
-from services.training.loop import FAILED
 from tests.encoded_pairs import train_here, train_spec, write_encoded
 from tests.s3_server import Harm
 from tests.tiny_folders import sd15_folder
@@ -221,6 +221,22 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs(model,
         train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING | {"learning_rate": 2e-3})
     failed = storage.read_json(storage.join(tmp_path.as_uri(), FAILED))
     assert failed["param"] == "training.learning_rate", "what would only come again is told to the driver"
+
+
+def test_an_error_that_nobody_foresaw_is_final_when_it_has_come_three_times_without_progress(
+    model, encoded, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise KeyError("down_blocks")
+
+    failed = tmp_path / FAILED
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=2, **TRAINING)
+    monkeypatch.setattr(loop, "pair_errors", fail)
+    for number in (1, 2, 3):
+        assert not failed.exists(), number
+        with pytest.raises(KeyError):
+            train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    assert storage.read_json(failed.as_uri())["message"] == "KeyError: 'down_blocks'"
 
 
 def test_an_attempt_that_was_given_up_writes_no_checkpoint_any_more(model, encoded, tmp_path):
