@@ -35,8 +35,8 @@ class Settings(BaseSettings):
     driver_grace_s: float = 10.0
     """How long a marker is waited for after Ray says that a driver has ended."""
     unreachable_s: float = 300.0
-    """How long Ray may be out of reach before a job that runs there is failed, and how long the end of a run that was told to
-    end is waited for."""
+    """How long Ray may be out of reach, with nothing new in the run's journal, before a job that runs there is failed, and how
+    long the end of a run that was told to end is waited for."""
     stopping_s: float = 3600.0
     """How long training that has heard of a pause may take over the step in hand and its checkpoint, outages of storage
     included."""

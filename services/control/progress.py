@@ -197,12 +197,15 @@ class Watch:
             change.say(self.now, f"the driver's log cannot be had: {error}", "warning")
 
     def _unreachable(self, change: Change, error: Unavailable) -> None:
-        since = self.job.unreachable_at
+        """Fail the job once neither Ray nor the journal has said anything for long enough. A run that lives nevertheless is
+        asked, through storage, to store its state and to end: nobody looks after it any more."""
+        since = change.values.get("unreachable_at", self.job.unreachable_at)
         if since is None:
             change.values["unreachable_at"] = self.now
             change.say(self.now, f"waiting for Ray: {error}", "warning")
         elif self.now - since >= self.settings.unreachable_s:
-            message = f"out of reach for {self.now - since:.0f} s: {error}"
+            self.attempt.ask_to_stop()
+            message = f"out of reach for {self.now - since:.0f} s, and nothing new in the journal: {error}"
             self._fail(change, StageFailure(message=message, code="cluster_unreachable"))
 
     # ---- on request
@@ -276,6 +279,8 @@ class Watch:
         for number, entries in files:
             change.entries += entries
             change.values["journal_cursor"] = number + 1
+        if change.entries and self.job.unreachable_at is not None:
+            change.values["unreachable_at"] = self.now  # the run lives: the time without Ray begins anew
         change.again = len(files) == attempt.JOURNAL_FILES
 
     def _fail(self, change: Change, why: StageFailure) -> None:

@@ -247,6 +247,45 @@ def test_ray_out_of_reach_fails_the_job_after_a_while_and_not_before(plane, befo
     assert (ended["status"], ended["reason"]["code"]) == ("failed", "cluster_unreachable")
 
 
+def test_a_run_that_writes_its_journal_lives_however_long_ray_is_away(plane):
+    plane.launcher.plays["train"] = fakes.runs
+    job = plane.job()["id"]
+    plane.settle()
+    spec = plane.launcher.specs[f"{job}-train-a1"]
+    plane.launcher.down = True
+    plane.settle(2)
+    for _ in range(4):
+        fakes.journal(spec, 1)
+        plane.clock.now += plane.settings.unreachable_s
+        plane.settle(2)
+        assert plane.get(f"{JOBS}/{job}")["status"] == "running"
+    assert sum(text.startswith("waiting for Ray:") for text in plane.events(job)) == 1, "it is said once"
+    assert not storage.exists(f"{spec.prefix}/stop.json")
+
+    plane.clock.now += plane.settings.unreachable_s - 5
+    plane.settle(2)
+    assert plane.get(f"{JOBS}/{job}")["status"] == "running", "silence is counted from the journal's last entry"
+    plane.clock.now += 5
+    plane.settle(2)
+    ended = plane.get(f"{JOBS}/{job}")
+    assert (ended["status"], ended["reason"]["code"]) == ("failed", "cluster_unreachable")
+    assert "and nothing new in the journal: Ray at http://nowhere does not answer" in ended["reason"]["message"]
+    assert storage.exists(f"{spec.prefix}/stop.json"), "a run that lives nevertheless stores its state and ends"
+
+
+def test_a_long_journal_of_a_run_without_ray_is_read_to_its_end_before_its_job_is_given_up(plane, monkeypatch):
+    monkeypatch.setattr(attempt, "JOURNAL_FILES", 2)
+    plane.launcher.plays["encode"] = fakes.runs
+    job = plane.job()["id"]
+    plane.settle(8)
+    plane.launcher.down = True
+    plane.settle(2)
+    fakes.journal(plane.launcher.specs[f"{job}-encode-a1"], 2)
+    plane.clock.now += plane.settings.unreachable_s
+    plane.settle(4)
+    assert plane.get(f"{JOBS}/{job}")["status"] == "preparing"
+
+
 def test_ray_that_comes_back_in_time_lets_the_job_go_on(plane):
     plane.launcher.down = True
     job = plane.job()
