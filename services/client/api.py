@@ -142,7 +142,7 @@ class Client:
         return self._post(Job, f"/v1/alignment/jobs/{job_id}/pause")
 
     def resume_job(self, job_id: str) -> Job:
-        """Let a paused job go on where it was."""
+        """Let a paused job, or one that failed in a stage, go on where it was."""
         return self._post(Job, f"/v1/alignment/jobs/{job_id}/resume")
 
     def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
@@ -166,7 +166,7 @@ class Client:
         return CreditRecord.model_validate_json(json.dumps(self._send("GET", f"/v1/alignment/jobs/{job_id}/credit")))
 
     def wait(self, job_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0) -> Job:
-        """The job once it has succeeded, failed or been cancelled. Raises TimeoutError."""
+        """The job once it has succeeded, failed (it may be resumed) or been cancelled. Raises TimeoutError."""
         return _until_finished(lambda: self.job(job_id), timeout_s, poll_s)
 
     # ---- evaluations, pictures, scores

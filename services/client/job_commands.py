@@ -13,6 +13,7 @@ from services.client import recipes, tables
 from services.client.api import Client
 from services.client.bodies import TO_BE_NAMED, job_body, workers_of
 from services.client.connection import connect
+from services.client.types import Job
 from services.client.watch import watch
 from services.contracts import AlignmentJobCreate, most_workers
 from services.errors import BadRequest, ServiceError
@@ -107,7 +108,7 @@ def pause_job(job: str) -> None:
 
 @jobs.command("resume")
 def resume_job(job: str) -> None:
-    """Let a paused job go on where it was."""
+    """Let a paused or a failed job go on where it was."""
     with connect() as client:
         typer.echo(client.resume_job(job).state)
 
@@ -126,4 +127,12 @@ def _follow(client: Client, job_id: str) -> None:
     if job.result and job.result.evaluate:
         console.print(tables.comparison(job.result.evaluate, "its base", job.name or "aligned"))
     if job.status != "succeeded":
-        raise ServiceError(f"{job.id} {job.status}" + (f": {job.reason}" if job.reason else ""))
+        raise ServiceError(f"{job.id} {job.status}" + (f": {job.reason}" if job.reason else "") + _way_on(job))
+
+
+def _way_on(job: Job) -> str:
+    """What can be done about a failure: what is stored need not be done again."""
+    if job.status != "failed" or job.stage is None:
+        return ""
+    stored = "its last checkpoint" if job.stage == "train" else f"stage {job.stage}"
+    return f"; once the cause is gone, `dde jobs resume {job.id}` goes on from {stored}"

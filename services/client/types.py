@@ -93,7 +93,7 @@ class Job(Resource):
 
     @property
     def finished(self) -> bool:
-        """Will the status stay as it is?"""
+        """Will the status stay as it is, unless a failed job is resumed?"""
         return self.status in FINISHED
 
     @property

@@ -167,24 +167,48 @@ def pause(database: Database, job_id: str) -> dict[str, Any]:
 
 
 def resume(database: Database, job_id: str) -> dict[str, Any]:
-    """Queue a paused job again. One that is still being paused goes on as after a stop that nobody asked for: looks in
-    hand lose their token, since what they find is no longer wanted. Raises Conflict for any other job."""
+    """Queue a paused or a failed job again. One that is still being paused goes on as after a stop that nobody asked for: looks
+    in hand lose their token, since what they find is no longer wanted. Raises Conflict for any other job, and for a failed one
+    that has entered no stage, or lacks now what it needs."""
     now = time.time()
-    with database.write() as session:
+    with database.write(alone=True) as session:
         row = _held(session, job_id)
-        if row.pause_requested_at is None or row.cancel_requested_at is not None:
-            raise _conflict(row, f"is not paused: it is {row.status}")
-        if row.status == "paused":
-            check(row.status, "queued")
-            row.status = "queued"
-            journal.say(session, job_id, "paused -> queued: resumed on request")
-            if row.stage_started_at is not None:
-                row.stage_started_at += now - row.pause_requested_at  # a pause is no part of a stage's seconds
+        if row.status == "failed":
+            _refuse_what_is_gone(session, row)
+            row.submitted_at = row.submitted_at or now  # its run may live, and is ended before another one starts
+            _queue_again(session, row, now - float(row.finished_at or now))
+        elif row.pause_requested_at is None or row.cancel_requested_at is not None:
+            raise _conflict(row, f"is neither paused nor failed: it is {row.status}")
+        elif row.status == "paused":
+            _queue_again(session, row, now - row.pause_requested_at)
         else:
             journal.say(session, job_id, "the pause is withdrawn")
         row.pause_requested_at = row.lock_token = row.lock_expires_at = None
         row.next_at = now
         return job_view(row)
+
+
+def _queue_again(session: Session, row: Job, rested_s: float) -> None:
+    """The time for which the job did nothing is no part of its stage's seconds."""
+    check(row.status, "queued")
+    journal.say(session, row.id, f"{row.status} -> queued: resumed on request")
+    row.status = "queued"
+    row.reason = row.finished_at = row.cancel_requested_at = row.ended_at = row.unreachable_at = None
+    if row.stage_started_at is not None:
+        row.stage_started_at += rested_s
+
+
+def _refuse_what_is_gone(session: Session, row: Job) -> None:
+    """A failed job holds nothing: what it needs to go on may have been deleted since, and its name given to a base."""
+    if row.stage is None:
+        raise _conflict(row, "has failed before its first stage: there is nothing to go on with")
+    for model in (row.model, row.output_model if "train" in row.results else None):
+        if model and session.scalar(select(Model.id).where(Model.id == model)) is None:
+            raise _conflict(row, f"cannot go on: its model {model} was deleted", "model_not_found")
+    if row.stage == "encode" and session.scalar(select(Dataset.id).where(Dataset.id == row.dataset)) is None:
+        raise _conflict(row, f"cannot go on: its dataset {row.dataset} was deleted", "dataset_not_found")
+    if base := _base_of(session, str(row.name)):
+        raise _conflict(row, f"cannot go on: its name {row.name!r} belongs to the base model {base}", "name_taken")
 
 
 def _held(session: Session, job_id: str) -> Job:
@@ -235,6 +259,10 @@ def _dataset(session: Session, asked: AlignmentJobCreate) -> Dataset:
 def _refuse_base_name(session: Session, name: str) -> None:
     if is_id(name):
         raise BadRequest(f"name: must not have the form of an id, got {name!r}", param="name")
-    base = session.scalar(select(Model.id).where(Model.name == name, Model.base.is_(None)).limit(1))
-    if base:
+    if base := _base_of(session, name):
         raise BadRequest(f"name: belongs to the base model {base}, got {name!r}", param="name", code="name_taken")
+
+
+def _base_of(session: Session, name: str) -> str | None:
+    """The id of the base model that has this name."""
+    return session.scalar(select(Model.id).where(Model.name == name, Model.base.is_(None)).limit(1))

@@ -41,6 +41,11 @@ class Watch:
         """The attempt of the stage that the job is at."""
         return Attempt(self.job, self.settings.storage_uri, self.launcher)
 
+    @property
+    def _may_run(self) -> bool:
+        """Whether something of the job may be on the cluster: of its stage, or left there when the job failed."""
+        return self.job.status in transitions.ACTIVE or self.job.submitted_at is not None
+
     def look(self) -> Change:
         """What has happened, and what follows from it. Starts and stops runs; changes nothing else."""
         change, job = Change(), self.job
@@ -48,7 +53,7 @@ class Watch:
             self._cancel(change)
         elif job.status == "validating":
             self._validate(change)
-        elif job.pause_requested_at is not None and job.status not in transitions.ACTIVE:
+        elif job.pause_requested_at is not None and not self._may_run:
             self._rest(change)
         elif job.stage is None:
             self._enter(change, transitions.next_stage(job.kind, None, job.request))
@@ -90,11 +95,26 @@ class Watch:
         change.values |= fresh(1)
 
     def _go_on(self, change: Change) -> None:
-        """Take a stage up where a pause has left it."""
+        """Take a stage up where a pause or a failure has left it, once nothing of it runs any more."""
+        if self._may_run and not self._end_what_was_left(change):
+            return
+        if self.job.pause_requested_at is not None:
+            return self._rest(change)
         stage, number = self.job.stage, self.job.attempt + 1
         self._move(change, transitions.STAGE_STATUS[stage], f"stage {stage} goes on as attempt {number}")  # type: ignore[index]
         change.values |= fresh(number)
         change.again = True
+
+    def _end_what_was_left(self, change: Change) -> bool:
+        """A job that failed may have a run that lives: it is ended, and its journal read. Are both done? Ray's answer is waited
+        for, as for that to a submission: no run is started beside one that nobody has asked to end."""
+        if self._ray_says(change) is None:
+            return False
+        since = change.values["ended_at"] = self.job.ended_at or self.now
+        if not self._is_over(change, since):
+            return False
+        self._read_journal(change)
+        return not change.again
 
     def _submit(self, change: Change) -> None:
         job, root = self.job, self.settings.storage_uri
@@ -152,14 +172,20 @@ class Watch:
 
     def _ask_ray(self, change: Change) -> None:
         """No marker yet: does the driver live?"""
+        state = self._ray_says(change)
+        if state is not None and self._has_died(change, state):
+            message = f"the driver of stage {self.job.stage} ended without a result; Ray says {state}"
+            self._start_again(change, StageFailure(message=message, code="driver_died"))
+
+    def _ray_says(self, change: Change) -> RunState | None:
+        """How the run stands; None where Ray does not answer, which the job survives for a while."""
         try:
             state = self.launcher.state(self.attempt.submission)
         except Unavailable as error:
-            return self._unreachable(change, error)
+            self._unreachable(change, error)
+            return None
         change.values["unreachable_at"] = None
-        if self._has_died(change, state):
-            message = f"the driver of stage {self.job.stage} ended without a result; Ray says {state}"
-            self._start_again(change, StageFailure(message=message, code="driver_died"))
+        return state
 
     def _has_died(self, change: Change, state: RunState) -> bool:
         """Ray's word that the driver has ended counts once the grace is over and the journal is silent."""
@@ -256,7 +282,7 @@ class Watch:
 
     def _cancel(self, change: Change) -> None:
         """Stop the run and end once Ray says that it is over, or when Ray was given long enough to say so."""
-        if self.job.status in transitions.ACTIVE:
+        if self._may_run:
             is_over = self._is_over(change, float(self.job.cancel_requested_at or 0))  # first: its workers are wanted
             self._read_journal(change)
             if change.again or not is_over:

@@ -1,6 +1,6 @@
 """Which status may follow which, and what a job of each kind goes through. Anything else is a programming error.
 
-A job that was paused is queued once more, and goes on at the stage where it was.
+A job that was paused, or that has failed, is queued once more when it is resumed, and goes on at the stage where it was.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     "evaluating": frozenset({"succeeded", "paused", "failed", "cancelled"}),
     "paused": frozenset({"queued", "cancelled"}),
     "succeeded": frozenset(),
-    "failed": frozenset(),
+    "failed": frozenset({"queued"}),
     "cancelled": frozenset(),
 }
 
-UNFINISHED: tuple[JobStatus, ...] = tuple(status for status, following in TRANSITIONS.items() if following)
+ENDED: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
+"""Nothing moves a job on from these but a request: a failed one may be resumed."""
+UNFINISHED: tuple[JobStatus, ...] = tuple(status for status in TRANSITIONS if status not in ENDED)
 STAGES: dict[str, tuple[Stage, ...]] = {"alignment": ("encode", "ledger", "train", "evaluate"), "evaluation": ("evaluate",)}
 STAGE_STATUS: dict[Stage, JobStatus] = {
     "encode": "preparing",

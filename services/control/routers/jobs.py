@@ -57,7 +57,8 @@ def pause_job(job_id: str, db: Db) -> JSONResponse:
 
 @router.post(PATH + "/{job_id}/resume", response_model=JobView)
 def resume_job(job_id: str, db: Db) -> JSONResponse:
-    """Queue a paused job again: it goes on where it was."""
+    """Queue a paused job again, or one that failed in a stage: it goes on at that stage, from what is stored. What a failed
+    one has left on the cluster is ended first."""
     return JSONResponse(jobs.resume(db, job_id))
 
 

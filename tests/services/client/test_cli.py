@@ -186,6 +186,20 @@ def test_a_job_is_paused_and_resumed_and_says_how_it_stands(server, dde) -> None
     assert dde("jobs", "pause", "ajob_1").stderr == "error: id: job ajob_1 has ended already: it is failed\n"
 
 
+@pytest.mark.parametrize(("stage", "stored"), [("train", "its last checkpoint"), ("evaluate", "stage evaluate")])
+def test_watching_a_job_that_fails_ends_with_what_can_be_done(server, dde, stage, stored) -> None:
+    server.single[f"{JOBS}/ajob_1"] = deque([job("failed", stage=stage, reason={"code": "x", "message": "the disk is full"})])
+    result = dde("jobs", "watch", "ajob_1")
+    way = f"once the cause is gone, `dde jobs resume ajob_1` goes on from {stored}"
+    assert (result.exit_code, result.stderr) == (1, f"error: ajob_1 failed: the disk is full; {way}\n")
+
+
+@pytest.mark.parametrize("other", [{"status": "cancelled", "stage": "train"}, {"status": "failed"}])
+def test_a_job_that_was_cancelled_or_never_began_is_not_said_to_go_on(server, dde, other) -> None:
+    server.single[f"{JOBS}/ajob_1"] = deque([job(**other)])
+    assert dde("jobs", "watch", "ajob_1").stderr == f"error: ajob_1 {other['status']}\n"
+
+
 def test_checkpoints_are_listed_with_what_validation_measured(server, dde) -> None:
     record = {"object": "alignment.job.checkpoint", "pairs_seen": 640, "images_seen": 1280, "bytes": 26_400_000, "workers": 2}
     plain = {**record, "created_at": 1, "metrics": {"loss": 0.5}}

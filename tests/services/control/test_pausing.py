@@ -362,14 +362,15 @@ def test_a_paused_job_and_one_that_is_being_paused_are_cancelled(plane, at_rest)
     assert plane.launcher.states[f"{job}-train-a1"] == ("succeeded" if at_rest else "stopped")
 
 
-@pytest.mark.parametrize(("play", "ended"), [(fakes.evaluate, "succeeded"), (fakes.fails, "failed")])
-def test_what_has_ended_is_neither_paused_nor_resumed(plane, play, ended):
-    plane.launcher.plays["evaluate"] = play
-    job = plane.job()["id"]
+@pytest.mark.parametrize("ended", ["succeeded", "cancelled"])
+def test_what_has_ended_is_neither_paused_nor_resumed(plane, ended):
+    job = plane.job()["id"] if ended == "succeeded" else training(plane)
+    if ended == "cancelled":
+        ask(plane, "cancel", job)
     plane.settle()
     paused, resumed = (ask(plane, verb, job, 409)["error"] for verb in ("pause", "resume"))
     assert paused["message"] == f"job {job} has ended already: it is {ended}"
-    assert resumed["message"] == f"job {job} is not paused: it is {ended}"
+    assert resumed["message"] == f"job {job} is neither paused nor failed: it is {ended}"
     assert (paused["param"], paused["code"], resumed["code"]) == ("id", f"job_{ended}", f"job_{ended}")
 
 
