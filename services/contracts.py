@@ -181,10 +181,11 @@ def least_workers(workers: Workers) -> int:
 
 
 class ValidationConfig(Strict):
-    """Looks at checkpoints while training goes on, every ``every`` steps (a multiple of ``training.checkpoint_every``) and at
-    step 0, beside the training workers: implicit accuracy on the held-out pairs, where there are any, and ``num_prompts``
-    pictures with the evaluation's settings and scorers. Prompts are those of ``prompts_uri``, or without one those that follow
-    the evaluation's in its own file. Picture i is drawn from ``seed`` + i, the same at every step.
+    """Looks at checkpoints while training goes on, every ``every`` steps (a multiple of ``training.checkpoint_every``, at
+    most ``training.steps``) and at step 0, beside the training workers: implicit accuracy on the held-out pairs, where there
+    are any, and ``num_prompts`` pictures with the evaluation's settings and scorers. Prompts are those of ``prompts_uri``, or
+    without one those that follow the evaluation's in its own file. Picture i is drawn from ``seed`` + i, the same at every
+    step.
 
     The model is made from the checkpoint with the largest ``best_metric`` (None: from the last one).
     """

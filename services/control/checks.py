@@ -20,9 +20,19 @@ def check_alignment(asked: AlignmentJobCreate) -> None:
     """What the request says by itself, and whether its prompts are there."""
     if most_workers(asked.workers) > asked.training.batch_size:
         raise BadRequest(f"workers: must be at most training.batch_size, got {show(asked.workers)}", param="workers")
+    _check_parallelism(asked)
     check_evaluation(asked.evaluation, "evaluation.")
     if asked.validation is not None:
         _check_validation(asked, asked.validation)
+
+
+def _check_parallelism(asked: AlignmentJobCreate) -> None:
+    """Refuse 8-bit moments on shares; what "auto" comes to is known on the GPUs alone."""
+    training, most = asked.training, most_workers(asked.workers)
+    if training.parallelism == "fsdp" and training.optimizer == "adamw_8bit" and most > 1:
+        refused = f'training.parallelism "fsdp" where workers may be {most}'
+        message = f"training.optimizer: does not go with {refused}, got {show(training.optimizer)}"
+        raise BadRequest(message, param="training.optimizer")
 
 
 def check_base(base: ModelRecord, asked: AlignmentJobCreate) -> None:
@@ -68,9 +78,12 @@ def check_evaluation(config: EvaluationConfig, at: str = "") -> None:
 
 def _check_validation(asked: AlignmentJobCreate, config: ValidationConfig) -> None:
     """Refuse a validation that no checkpoint meets, that has nothing to measure, or no prompts."""
-    interval, held_out = asked.training.checkpoint_every, asked.training.held_out_pairs
+    interval, held_out, steps = asked.training.checkpoint_every, asked.training.held_out_pairs, asked.training.steps
     if config.every % interval:
         message = f"validation.every: must be a multiple of training.checkpoint_every = {interval}, got {config.every}"
+        raise BadRequest(message, param="validation.every")
+    if config.every > steps:
+        message = f"validation.every: must be at most training.steps = {steps}, got {config.every}"
         raise BadRequest(message, param="validation.every")
     if not config.num_prompts and not held_out:
         message = "validation.num_prompts: must be above 0 where training.held_out_pairs is 0: nothing is measured, got 0"

@@ -67,6 +67,14 @@ TABLE = [
     ),
     ({"workers": 5}, "workers", "workers: must be at most training.batch_size, got 5"),
     ({"workers": [1, 9]}, "workers", "workers: must be at most training.batch_size, got [1, 9]"),
+    *(
+        (
+            {"training": {"batch_size": 4, "parallelism": "fsdp", "optimizer": "adamw_8bit"}, "workers": workers},
+            "training.optimizer",
+            'training.optimizer: does not go with training.parallelism "fsdp" where workers may be 4, got "adamw_8bit"',
+        )
+        for workers in (4, [1, 4])
+    ),
     ({"name": "a b"}, "name", "name: String should match pattern"),
     ({"name": "shapes"}, "name", "name: belongs to the base model"),
     ({"name": "model_" + "0" * 24}, "name", "name: must not have the form of an id"),
@@ -176,6 +184,7 @@ def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(steady, pr
 VALIDATION = [
     ({"every": 0}, {}, "every", "Input should be greater than 0, got 0"),
     ({"every": 60}, {}, "every", "must be a multiple of training.checkpoint_every = 50, got 60"),
+    ({"every": 150}, {}, "every", "must be at most training.steps = 100, got 150"),
     ({"num_prompts": 0}, {}, "num_prompts", "must be above 0 where training.held_out_pairs is 0: nothing is measured, got 0"),
     ({"num_prompts": 257}, {}, "num_prompts", "Input should be less than or equal to 256, got 257"),
     ({"best_metric": "loss"}, {}, "best_metric", "Input should be 'held_out_accuracy', 'held_out_margin', 'match'"),
@@ -224,7 +233,7 @@ def test_a_validation_that_could_not_work_is_refused_before_anything_runs(steady
     asked = {"every": 50, "num_prompts": 1} | validation
     if "prompts_uri" in asked:
         asked["prompts_uri"] = asked["prompts_uri"].format(root=root)
-    training = {"steps": 2, "batch_size": 4, "held_out_pairs": other.get("held_out_pairs", 0)}
+    training = {"steps": 100, "batch_size": 4, "held_out_pairs": other.get("held_out_pairs", 0)}
     evaluation = {"prompts_uri": f"{root}/prompts.txt", "num_prompts": 2, "scorers": other.get("scorers", ["match", "taste"])}
     body = steady.job_body(validation=asked, training=training, evaluation=evaluation)
     refused(steady, JOBS, body, 400, f"validation.{field}", f"validation.{field}: {message.format(root=root)}")

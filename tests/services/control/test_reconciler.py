@@ -69,7 +69,9 @@ def test_training_is_told_how_to_validate_with_places_as_uris(plane):
     evaluation = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2, "seed": 3}
     validation = {"every": 50, "num_prompts": 1, "best_metric": "taste"}
     own = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 3}
-    jobs = [plane.job(evaluation=evaluation, validation=asked) for asked in (None, validation, validation | own)]
+    training = {"steps": 50, "batch_size": 4}
+    asked = (None, validation, validation | own)
+    jobs = [plane.job(evaluation=evaluation, validation=each, training=training) for each in asked]
     plane.settle(60)
     without, following, separate = (plane.launcher.specs[f"{job['id']}-train-a1"] for job in jobs)
     uri = storage.as_uri(plane.root / "prompts.txt")
@@ -82,8 +84,13 @@ def test_training_is_told_how_to_validate_with_places_as_uris(plane):
 
 def test_prompts_that_validation_does_not_draw_are_said_not_to_be_read(plane):
     idle = {"every": 50, "prompts_uri": "nowhere.txt"}
-    job = plane.job(validation=idle, training={"steps": 2, "batch_size": 4, "held_out_pairs": 2})
+    job = plane.job(validation=idle, training={"steps": 50, "batch_size": 4, "held_out_pairs": 2})
     assert "validation.prompts_uri is not read: validation.num_prompts is 0" in plane.events(job["id"])
+
+
+def test_a_single_worker_shares_nothing_out_and_may_have_8_bit_moments(plane):
+    asked = {"steps": 2, "batch_size": 4, "parallelism": "fsdp", "optimizer": "adamw_8bit"}
+    assert plane.job(training=asked)["training"]["optimizer"] == "adamw_8bit"
 
 
 def test_training_is_told_between_how_many_workers_it_may_have(plane):
