@@ -1,4 +1,4 @@
-"""Pause, resume and cancel of a real training on a real cluster."""
+"""Pause, resume and cancel of a real training on a real cluster. `pytest -s` shows the seconds that they took."""
 
 from __future__ import annotations
 
@@ -58,9 +58,13 @@ def workers(system: LocalSystem) -> list[int]:
 def test_a_paused_training_frees_its_workers_keeps_its_step_and_goes_on_from_it(client, system, request_of):
     job = client.create_job(request_of(60)).id
     wait_for(lambda: len(list(client.metrics(job, "train"))) >= 5)
+    asked = time.monotonic()
     assert client.pause_job(job).state == "pausing"
     wait_for(lambda: client.job(job).status == "paused")
+    paused = time.monotonic()
     wait_for(lambda: not workers(system), WORKERS_ARE_FREE_WITHIN_S)
+    freed = f"workers gone {time.monotonic() - paused:.1f} s later (limit {WORKERS_ARE_FREE_WITHIN_S:g})"
+    print(f"pause: job paused after {paused - asked:.1f} s, {freed}")
     (kept,) = client.checkpoints(job)
     assert 0 < kept.step < 60
     assert kept.step == max(row.step for row in client.metrics(job, "train")), "the step at which it was paused"
@@ -84,6 +88,9 @@ def test_a_cancelled_training_frees_its_workers_and_leaves_its_last_checkpoint(c
     often = request.model_copy(update={"training": TrainConfig(steps=100_000, batch_size=16, checkpoint_every=2)})
     job = client.create_job(often).id
     wait_for(lambda: list(client.checkpoints(job)))
+    asked = time.monotonic()
     client.cancel_job(job)
     wait_for(lambda: client.job(job).status == "cancelled" and not workers(system), WORKERS_ARE_FREE_WITHIN_S)
+    seconds = time.monotonic() - asked
+    print(f"cancel: job cancelled and workers gone after {seconds:.1f} s (limit {WORKERS_ARE_FREE_WITHIN_S:g})")
     assert [kept.bytes > 0 for kept in client.checkpoints(job)]
