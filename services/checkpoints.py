@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -179,7 +180,7 @@ def _fetched(target: str, record: CheckpointRecord) -> Iterator[Path]:
 @contextmanager
 def _scratch(name: str) -> Iterator[tuple[Path, TextIO]]:
     """A place for a folder on this node, and the file whose lock whoever uses it holds. Those of killed processes go."""
-    cache = Path(tempfile.gettempdir()) / "dde-checkpoints"
+    cache = Path(tempfile.gettempdir()) / f"dde-checkpoints-{os.getuid()}"
     cache.mkdir(parents=True, exist_ok=True)
     for path in cache.glob("*.lock"):
         with path.open("w") as other, suppress(BlockingIOError):
