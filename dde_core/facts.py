@@ -148,6 +148,7 @@ class Benched:
 
 BENCHED: dict[str, Benched] = {
     "": Benched(forward_flops=112.7e6, vae_flops=107.2e6, text_flops=2.1e6),
-    ", SD1.5-kind mid-size": Benched(forward_flops=17.54e9, vae_flops=272.7e9, text_flops=0.59e6),
+    ", SD1.5-kind mid-size": Benched(forward_flops=17.54e9, vae_flops=17.55e9, text_flops=0.59e6),
 }
-"""By what follows the name of a result: the shapes model, and Stable Diffusion 1.5's blocks at 3/10 width with its VAE."""
+"""By what follows the name of a result: the shapes model, and Stable Diffusion 1.5's U-Net at 3/10 of its width with its VAE
+at 1/4."""

@@ -125,19 +125,25 @@ def ceilings(family: str) -> Iterator[tuple[bool, float, float]]:
 def benchmarks(results: Mapping[str, Any]) -> Iterator[Check]:
     """Measured ratios, wherever they were measured, as arithmetic alone predicts them: a ledger's run against one with the
     reference in every step, and against the public recipe, in `make bench` and on a GPU."""
-    predicted = {}
+    for name in sorted(results):
+        if predicted := by_arithmetic(name):
+            known = _positive(results, name, "ratio")
+            yield Check(name=name, source="FLOPs of both", predicted=predicted, known=known, unit="x")
+
+
+def by_arithmetic(name: str) -> float | None:
+    """The ratio that a benchmark of this name would have if both sides computed at one speed, and did nothing else: FLOPs of a
+    pair there over those here. None where it measures something else, or a model that is not counted."""
+    if entry := MEASURED.fullmatch(name):
+        counted = ceilings(entry[1]) if entry[1] in FACTS else ()
+        return next((public / ours for checkpointing, ours, public in counted if checkpointing == (entry[3] == "with")), None)
+    quotients = {}
     for title, model in BENCHED.items():
         ours = model.text_flops + 6 * model.forward_flops
         online = ours + 2 * model.forward_flops
-        predicted[f"ledger_vs_online{title}"] = online / ours
-        predicted[f"train_vs_public_recipe{title}"] = (online + 2 * model.vae_flops) / ours
-    for name, entry in _measured(results):
-        if entry[1] in FACTS:
-            quotients = {checkpointing: public / ours for checkpointing, ours, public in ceilings(entry[1])}
-            predicted[name] = quotients[entry[3] == "with"]
-    for name in sorted(predicted.keys() & results.keys()):
-        known = _positive(results, name, "ratio")
-        yield Check(name=name, source="FLOPs of both", predicted=predicted[name], known=known, unit="x")
+        quotients[f"ledger_vs_online{title}"] = online / ours
+        quotients[f"train_vs_public_recipe{title}"] = (online + 2 * model.vae_flops) / ours
+    return quotients.get(name)
 
 
 def _positive(results: Mapping[str, Any], name: str, field: str) -> float:

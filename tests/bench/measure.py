@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from dde_core import speed
+
 Result = dict[str, Any]
 """``ratio`` of the two sides, ``value`` in ``unit``, ``against`` what, on which ``machine``."""
 
@@ -34,6 +36,12 @@ def ratio(found: Mapping[str, list[float]], side: str, against: str, unit: str, 
     a, b = statistics.median(found[side]), statistics.median(found[against])
     spread = f"{len(ratios)} rounds, {ratios[0]:.3f} to {ratios[-1]:.3f}"
     return result(statistics.median(ratios), a, unit, f"{what}: {b:.4g} {unit}; {spread}")
+
+
+def ceiling(name: str) -> str:
+    """What FLOPs alone make of the ratio of this name, as the end of a text. Nothing where the model is not counted."""
+    quotient = speed.by_arithmetic(name)
+    return "" if quotient is None else f"; by arithmetic, at one speed of all of it, the ratio is {quotient:.3f}"
 
 
 def result(ratio: float | None, value: float, unit: str, against: str) -> Result:

@@ -12,7 +12,7 @@ import torch
 
 from tests.bench.cases import OBJECTIVE, WARM_UP, Case, pairs_per_s
 from tests.bench.floor import Floor
-from tests.bench.measure import Result, Stopwatch, in_turn, ratio
+from tests.bench.measure import Result, Stopwatch, ceiling, in_turn, ratio
 from tests.bench.public_recipe import PublicRecipe
 from tests.encoded_pairs import batch_maker
 from tests.synthetic_pairs import synthetic_rows
@@ -39,11 +39,9 @@ def measure(case: Case, steps: int, rounds: int) -> dict[str, Result]:
     found = in_turn(rounds, sides)
     total = sum(public.seconds.values())
     shares = ", ".join(f"{part} {100 * seconds / total:.0f}%" for part, seconds in public.seconds.items())
-    of = f"steps of {case.batch_size} pairs, pictures of {case.size_px} px"
+    of, name = f"steps of {case.batch_size} pairs, pictures of {case.size_px} px", f"train_vs_public_recipe{case.title}"
     return {
-        f"train_vs_public_recipe{case.title}": ratio(
-            found, "ours", "public recipe", "pairs/s", f"the public recipe ({shares}), {of}"
-        ),
+        name: ratio(found, "ours", "public recipe", "pairs/s", f"the public recipe ({shares}), {of}{ceiling(name)}"),
         f"train_vs_floor{case.title}": ratio(found, "ours", "floor", "pairs/s", f"tensors in memory, {of}"),
     }
 

@@ -24,7 +24,7 @@ from dde_core.models.folder import ModelFolder
 from dde_core.models.tokens import tokenize
 from dde_core.shapes import MODEL_DIR
 from tests.activation_bytes import activation_bytes
-from tests.bench.cases import MID_SIZE
+from tests.bench.cases import MID_SIZE, MID_SIZE_VAE
 from tests.tiny_folders import sd15_folder
 from tests.unet_configs import SD15_VAE, TOKENS, conditioning, random_pairs, unet
 
@@ -92,13 +92,22 @@ def test_the_models_of_the_benchmarks_are_counted(tmp_path):
     vae = folder.vae().to("meta")
     assert shapes.vae_flops == pytest.approx(flops(lambda: vae.encode(torch.empty(1, 3, 32, 32, device="meta"))), rel=1e-3)
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**MID_SIZE), AutoencoderKL(**SD15_VAE)
+        unet, vae = UNet2DConditionModel(**MID_SIZE), AutoencoderKL(**MID_SIZE_VAE)
     assert mid_size.forward_flops == pytest.approx(unet_flops(unet, 32), rel=1e-3)
     assert mid_size.vae_flops == pytest.approx(flops(lambda: vae.encode(torch.empty(1, 3, 256, 256, device="meta"))), rel=1e-3)
     for counted, where in ((shapes, folder), (mid_size, ModelFolder(sd15_folder(tmp_path)))):
         (encoder,) = where.text_encoders()
         ids = torch.from_numpy(tokenize(where.tokenizers(), ["a circle"])[:, 0]).long().to("meta")
         assert counted.text_flops == pytest.approx(flops(lambda it=encoder.to("meta"), ids=ids: it(ids)), rel=0.1)
+
+
+def test_the_benchmarks_vaes_weigh_no_more_beside_their_unets_than_stable_diffusions():
+    """What the public recipe pays for pictures, and ours does not, is not made larger than it is."""
+    of_sd15 = FACTS["sd15"].vae_flops / FACTS["sd15"].forward_flops
+    assert of_sd15 == pytest.approx(1.39, abs=1e-3)
+    proportions = [model.vae_flops / model.forward_flops for model in BENCHED.values()]
+    assert proportions == pytest.approx([0.951, 1.001], abs=1e-3)
+    assert max(proportions) <= of_sd15
 
 
 def unet_flops(unet, size) -> int:

@@ -357,9 +357,10 @@ def test_the_ceiling_over_the_public_recipe_is_a_quotient_of_counted_flops(famil
 
 def test_benchmarks_are_held_against_arithmetic():
     on_a_gpu = "sd15 at 512 px, bf16, micro 8, with gradient checkpointing, train_vs_public_recipe"
-    results = {name: {"ratio": 1.5} for name in ("ledger_vs_online", "train_vs_public_recipe", on_a_gpu)}
+    mid_size = "train_vs_public_recipe, SD1.5-kind mid-size"
+    results = {name: {"ratio": 1.5} for name in ("ledger_vs_online", "train_vs_public_recipe", mid_size, on_a_gpu)}
     found = {check.name: check.predicted for check in speed.benchmarks(results | {"another": {"ratio": None}})}
-    by_hand = {"ledger_vs_online": 4 / 3, "train_vs_public_recipe": 1.648, on_a_gpu: 1.597}
+    by_hand = {"ledger_vs_online": 4 / 3, "train_vs_public_recipe": 1.648, mid_size: (8 + 2) / 6, on_a_gpu: 1.597}
     assert found == pytest.approx(by_hand, abs=2e-3)
     with pytest.raises(ConfigError, match=r"calibration\['ledger_vs_online'\].ratio must be a number greater than 0, got None"):
         list(speed.benchmarks({"ledger_vs_online": {"ratio": None}}))

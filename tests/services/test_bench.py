@@ -10,6 +10,7 @@ from services.contracts import JournalEvent
 from tests.bench import __main__ as bench
 from tests.bench.cases import WARM_UP, pairs_per_s, step_seconds
 from tests.bench.checkpoint_stall import stalled_share
+from tests.bench.measure import ceiling
 
 
 def told(seconds: list[float], stalled_s: list[float]) -> list[JournalEvent]:
@@ -30,6 +31,13 @@ def test_steps_are_counted_from_one_telling_to_the_next_after_the_warm_up():
 
 def test_the_share_of_checkpoints_is_that_of_all_counted_steps():
     assert stalled_share(told([9.0, 5.0, 1.0, 1.5, 7.5], [3.0, 2.0, 0.0, 0.5, 0.0])) == 0.05
+
+
+def test_a_ratio_over_the_public_recipe_says_how_much_is_possible():
+    assert ceiling("train_vs_public_recipe, SD1.5-kind mid-size").endswith("the ratio is 1.667")
+    on_a_gpu = "sd15 at 512 px, bf16, micro 8, without gradient checkpointing, compiled, train_vs_public_recipe"
+    assert ceiling(on_a_gpu).endswith("the ratio is 1.795")
+    assert ceiling(on_a_gpu.replace("sd15", "tiny")) == ceiling("train_vs_floor") == ""
 
 
 def test_every_benchmark_is_listed_and_an_unknown_one_is_refused(capsys, monkeypatch):
