@@ -21,7 +21,7 @@ class TextEncoders:
     """
 
     def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu") -> None:
-        self._encoders = [encoder.to(device) for encoder in folder.text_encoders()]
+        self.encoders = [encoder.to(device) for encoder in folder.text_encoders()]
         self._device = device
         self._is_sdxl = folder.family == "sdxl"
         self._zeros = folder.no_caption_is_zeros
@@ -32,8 +32,8 @@ class TextEncoders:
         """What captions say to the U-Net: sd15's conditioning is complete, sdxl's lacks the sizes."""
         ids = torch.from_numpy(np.asarray(token_ids, dtype=np.int64)).to(self._device)
         if not self._is_sdxl:
-            return {"encoder_hidden_states": self._encoders[0](ids[:, 0]).last_hidden_state}
-        outputs = [encoder(ids[:, k], output_hidden_states=True) for k, encoder in enumerate(self._encoders)]
+            return {"encoder_hidden_states": self.encoders[0](ids[:, 0]).last_hidden_state}
+        outputs = [encoder(ids[:, k], output_hidden_states=True) for k, encoder in enumerate(self.encoders)]
         text = {
             "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
             "text_embeds": outputs[-1].text_embeds,

@@ -7,7 +7,8 @@ loser share t and the noise eps, m is a model's squared error on eps (or on v), 
     loss = mean over pairs of -log sigmoid(-0.5 beta ((m_theta^w - m_theta^l) - (m_ref^w - m_ref^l)))
 
 How the policy is loaded, compiled and checkpointed, and its optimizer, are those of our own runs, so that the two differ by
-what a step does alone.
+what a step does alone. In bf16 the policy runs under autocast, as ours does; what is frozen (VAE, text encoders, the copy that
+is the reference) is cast to bf16 once and runs without it, as public scripts have it.
 """
 
 from __future__ import annotations
@@ -52,13 +53,19 @@ class PublicRecipe:
         """``rows`` are gone through in order, over and over, by ``workers`` processes that decode ahead (0: in line)."""
         self._training, self._device, self._size_px, self._beta = training, device, size_px, beta
         self._schedule: Schedule = folder.schedule().to(device)
-        self._text, self._vae = TextEncoders(folder, device), folder.vae().to(device)
-        self._policy = Policy(folder, training, device)
-        self._optimizer = make_optimizer(self._policy.parameters(), training)
+        self._frozen = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        self.text, self.vae = TextEncoders(folder, device), folder.vae().to(device, self._frozen)
+        for encoder in self.text.encoders:
+            encoder.to(self._frozen)
+        self.policy = Policy(folder, training, device)
+        self.reference = folder.unet().requires_grad_(False).to(device, self._frozen)
+        if training.compile:
+            self.reference.compile()
+        self._optimizer = make_optimizer(self.policy.parameters(), training)
         self._micro = training.micro_batch_size or training.batch_size
-        pictures = Pictures(rows, folder.tokenizers(), size_px)
+        self.pictures = Pictures(rows, folder.tokenizers(), size_px)
         ahead = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
-        self._loader = DataLoader(pictures, self._micro, **ahead)
+        self._loader = DataLoader(self.pictures, self._micro, **ahead)
         self._batches = self._endless()
         self.seconds = dict.fromkeys(("pictures", "VAE", "text encoders", "policy", "reference", "optimizer"), 0.0)
 
@@ -71,32 +78,34 @@ class PublicRecipe:
             with self._timed("VAE"):
                 latents = self._encoded(torch.cat([pixels_w, pixels_l]).to(self._device, non_blocking=True))
             with self._timed("text encoders"):
-                told = self._text.with_sizes(self._text(ids.numpy()), sizes.numpy(), np.zeros_like(sizes), (self._size_px,) * 2)
-            loss = self._loss(latents, told)
+                told = self.text.with_sizes(self.text(ids.numpy()), sizes.numpy(), np.zeros_like(sizes), (self._size_px,) * 2)
+            loss = self.loss(latents, told)
             with self._timed("policy"):
                 (loss * self._micro / self._training.batch_size).backward()
         with self._timed("optimizer"):
-            self._policy.clip_gradients()
+            self.policy.clip_gradients()
             self._optimizer.step()
         return loss.item()
 
-    def _loss(self, latents: Tensor, told: Conditioning) -> Tensor:
+    def loss(self, latents: Tensor, told: Conditioning) -> Tensor:
+        """Of float32 latents [2b c h w], winners first, and what the U-Net is told of each pair. Draws t and noise."""
         noise = torch.randn_like(latents[: len(latents) // 2]).repeat(2, 1, 1, 1)
         t = torch.randint(1, self._schedule.T + 1, (len(latents) // 2,), device=self._device).repeat(2)
         told = stacked(told, told)
-        with self._policy.arithmetic():
-            with self._timed("policy"):
-                theta = noise_errors(self._policy.trained, self._schedule, latents, noise, t, told)
-            with self._timed("reference"), torch.no_grad():
-                ref = noise_errors(self._policy.reference, self._schedule, latents, noise, t, told)
+        with self._timed("policy"), self.policy.arithmetic():
+            theta = noise_errors(self.policy.trained, self._schedule, latents, noise, t, told)
+        with self._timed("reference"), torch.no_grad():
+            told = {name: rows.to(self._frozen) for name, rows in told.items()}
+            ref = noise_errors(self._reference, self._schedule, latents, noise, t, told)
         return diffusion_dpo_loss(theta, ref, self._beta)
+
+    def _reference(self, x_t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.reference(x_t.to(self._frozen), *args, **kwargs)
 
     @torch.no_grad()
     def _encoded(self, pixels: Tensor) -> Tensor:
-        """A sample of the posterior of each picture, winners first. In the arithmetic of the run."""
-        with self._policy.arithmetic():
-            latents = self._vae.encode(pixels).latent_dist.sample()
-        return latents.float() * self._vae.config.scaling_factor
+        """A sample of the posterior of each picture, winners first: float32, whatever the VAE computes in."""
+        return self.vae.encode(pixels.to(self._frozen)).latent_dist.sample().float() * self.vae.config.scaling_factor
 
     def _endless(self) -> Iterator[list[Tensor]]:
         while True:

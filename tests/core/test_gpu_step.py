@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 
 from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors, step_losses
 from tests.bench.gpu_speed import Ours, Sides
 from tests.bench.gpu_step import counted, published
-from tests.bench.public_recipe import Pictures, diffusion_dpo_loss, noise_errors
+from tests.bench.public_recipe import Pictures, PublicRecipe, diffusion_dpo_loss, noise_errors
 from tests.bench.random_folder import RandomFolder
+from tests.synthetic_pairs import synthetic_rows
 from tests.unet_configs import SCHEDULER, random_pairs, unet
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +98,35 @@ def test_the_public_recipes_loss_is_uniform_on_the_same_draws(prediction_type):
     else:  # the error on v is that on eps over alpha_bar: Salimans and Ho, 2022, appendix D
         alpha_bar = schedule.alpha_bar[pairs.t].float()
         assert torch.allclose(theta.chunk(2)[0], ours[0].w / alpha_bar, rtol=1e-3)
+
+
+def test_the_public_recipe_casts_its_frozen_parts_to_bf16_once_and_its_loss_stays():
+    rows, encoded, losses = list(synthetic_rows(4, size=64)), {}, {}
+    for precision, frozen in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        training = TrainConfig(batch_size=4, precision=precision)
+        recipe = PublicRecipe(RandomFolder("tiny", CPU), training, CPU, rows, 64, beta=20.0, workers=0)
+        assert {model.dtype for model in (recipe.vae, recipe.reference, *recipe.text.encoders)} == {frozen}
+        assert {parameter.dtype for parameter in recipe.policy.parameters()} == {torch.float32}
+        move_away(recipe.policy)
+        pixels, _, ids, _ = recipe.pictures[0]
+        with torch.no_grad():
+            encoded[precision] = recipe.vae.encode(pixels[None].to(frozen)).latent_dist.mean.float()
+        torch.manual_seed(0)
+        latents = torch.randn(8, 4, 8, 8)
+        losses[precision] = recipe.loss(latents, recipe.text(ids.repeat(4, 1, 1).numpy())).item()
+        assert math.isfinite(recipe.step())
+    off = (encoded["bf16"] - encoded["fp32"]).square().mean().sqrt() / encoded["fp32"].std()
+    assert off < 0.05, "of the latents' own spread: bf16 has 8 bits"
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert abs(losses["fp32"] - math.log(2)) > 4 * abs(losses["bf16"] - losses["fp32"]), "the reference counts"
+
+
+@torch.no_grad()
+def move_away(policy: Policy) -> None:
+    """From its reference, by the same numbers every time."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def test_the_public_recipe_scales_the_shorter_side_cuts_the_centre_and_takes_the_winner_first():
