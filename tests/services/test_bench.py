@@ -9,7 +9,7 @@ import pytest
 from services.contracts import JournalEvent
 from tests.bench import __main__ as bench
 from tests.bench.cases import WARM_UP, pairs_per_s, step_seconds
-from tests.bench.checkpoint_stall import stalled_share
+from tests.bench.checkpoint_stall import EVERY, PERIODS, STEPS, counted, entries, stalled_share
 from tests.bench.measure import ceiling
 
 
@@ -31,6 +31,25 @@ def test_steps_are_counted_from_one_telling_to_the_next_after_the_warm_up():
 
 def test_the_share_of_checkpoints_is_that_of_all_counted_steps():
     assert stalled_share(told([9.0, 5.0, 1.0, 1.5, 7.5], [3.0, 2.0, 0.0, 0.5, 0.0])) == 0.05
+
+
+def test_a_run_is_counted_over_whole_periods_whose_checkpoints_are_stored_in_them():
+    checkpoints = [step for step in range(1, STEPS + 1) if step % EVERY == 0 or step == STEPS]
+    run = told([1.0] * STEPS, [0.5 if step in checkpoints else 0.0 for step in range(1, STEPS + 1)])
+    assert len(step_seconds(counted(run))) == PERIODS * EVERY == 40
+    assert stalled_share(counted(run)) == PERIODS * 0.5 / 40, "not the last one, which every run has"
+    assert counted(run)[-1].at - run[checkpoints[-2] - 1].at == 10.0
+
+
+def test_the_stall_and_what_a_whole_run_loses_are_told_apart():
+    seconds = {"with": [44.0, 42.0, 48.0], "without": [40.0, 41.2, 40.0]}
+    stall, run = entries(", small", "steps of 2 pairs", [0.01, 0.02, 0.03], seconds).items()
+    assert (stall[0], run[0]) == ("checkpoint_stall, small", "checkpoint_stall, small, whole run")
+    assert stall[1]["ratio"] == 0.02
+    assert stall[1]["value"] == pytest.approx(1000 * 0.02 * 44 / 40 * 20)
+    assert run[1]["ratio"] == pytest.approx(0.1)
+    assert run[1]["value"] == pytest.approx(1000 * 4 / 2)
+    assert run[1]["against"].endswith("3 rounds, +1.9% to +20.0%")
 
 
 def test_a_ratio_over_the_public_recipe_says_how_much_is_possible():
