@@ -11,8 +11,9 @@ FLOAT32, BFLOAT16, FLOAT16 = 4, 2, 2
 @dataclass(frozen=True)
 class Gpu:
     """``peak`` is dense bf16 FLOP/s, ``memory_gb`` as sold, ``nvlink_gb_s`` what NVLink carries in one direction (half of what
-    is advertised), ``host_gb_s`` the same of PCIe x16 to the host: NVIDIA's data sheets, the SXM variants. ``node_gb_s`` is
-    one GPU's network card in NVIDIA's own eight-GPU machine. ``cuda_gb`` is what CUDA reports as total memory, about.
+    is advertised), ``host_gb_s`` the same of PCIe x16 to the host, ``memory_gb_s`` what the GPU reads and writes of its own
+    memory together: NVIDIA's data sheets, the SXM variants. ``node_gb_s`` is one GPU's network card in NVIDIA's own eight-GPU
+    machine. ``cuda_gb`` is what CUDA reports as total memory, about.
 
     ``usd_per_hour`` is a round figure for planning and nobody's offer.
     """
@@ -21,6 +22,7 @@ class Gpu:
     peak: float
     memory_gb: float
     cuda_gb: float
+    memory_gb_s: float
     nvlink_gb_s: float
     node_gb_s: float
     host_gb_s: float
@@ -28,10 +30,27 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {
-    "a100": Gpu("A100 80 GB", 312e12, 80, 85, nvlink_gb_s=300, node_gb_s=25, host_gb_s=32, usd_per_hour=2.0),
-    "h100": Gpu("H100 80 GB", 989e12, 80, 85, nvlink_gb_s=450, node_gb_s=50, host_gb_s=64, usd_per_hour=3.0),
-    "h200": Gpu("H200 141 GB", 989e12, 141, 150, nvlink_gb_s=450, node_gb_s=50, host_gb_s=64, usd_per_hour=3.5),
+    "a100": Gpu("A100 80 GB", 312e12, 80, 85, 2000, nvlink_gb_s=300, node_gb_s=25, host_gb_s=32, usd_per_hour=2.0),
+    "h100": Gpu("H100 80 GB", 989e12, 80, 85, 3350, nvlink_gb_s=450, node_gb_s=50, host_gb_s=64, usd_per_hour=3.0),
+    "h200": Gpu("H200 141 GB", 989e12, 141, 150, 4800, nvlink_gb_s=450, node_gb_s=50, host_gb_s=64, usd_per_hour=3.5),
 }
+
+PAGEABLE_GB_S = 3.0
+"""What one process copies from a GPU into memory that is fresh and can be paged out, a tensor at a time (`checkpoint.py`): its
+pages are made and zeroed as they are first written, and CUDA goes by way of a buffer of its own. A guess until it is measured;
+memory that is pinned and kept would come near ``host_gb_s``."""
+STORAGE_GB_S = 1.0
+"""What one worker writes to an object store: ours, for planning."""
+PROCESS_GB = 4.0
+"""What a worker takes of the host's memory beside checkpoints: torch, CUDA, Ray, rows that are read ahead. Ours, for planning.
+Weights are read from files that are mapped, which the workers of a node have in common."""
+
+ADAMW_BYTES = {"adamw": 28, "adamw_8bit": 16}
+"""Read and written for each trained parameter in a step, in one pass: weight, gradient and two moments are read, all but the
+gradient are written; each is of 4 bytes, 8-bit Adam's moments of 1."""
+CLIPPING_BYTES, AVERAGE_BYTES = 12, 32
+"""The same of clipping (the norm reads gradients, scaling reads and writes them), and of the running average, which diffusers
+computes in three passes: a difference (8 read, 4 written), times the rate (4, 4), taken off the average (8, 4)."""
 
 
 @dataclass(frozen=True)

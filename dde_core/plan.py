@@ -2,12 +2,15 @@
 
 Every number is a sum, product or quotient of terms with their formulas. The arithmetic is `estimate.py`'s at a share of the
 GPU's peak (`speed.py`), exchange and memory are `cluster.py`'s. Exchange is hidden behind a part (``Cluster.overlap``) of the
-arithmetic beside it: DDP's the backward pass of the last micro-batch, FSDP2's the whole step. What is longer is exposed.
-Training stands while a checkpoint is copied to the host at PCIe's speed (with FSDP2 after it was gathered); storing it goes on
-beside. Of the data every node fetches whole shards, once an epoch where its cache is smaller than the dataset, and every GPU
-takes its rows. Encoding pictures, and the ledger's pass where the job asks for one, are arithmetic at the same share.
+arithmetic beside it: DDP's the backward pass of the last micro-batch, FSDP2's the whole step. What is longer is exposed. The
+optimizer waits for the GPU's memory: its bytes over what the memory gives. Training stands while a checkpoint is copied to
+pageable memory of the host (with FSDP2 each tensor is gathered before); storing it goes on beside. Of the data every node
+fetches whole shards, once an epoch where its cache is smaller than the dataset, and every GPU takes its rows. Encoding
+pictures, and the ledger's pass where the job asks for one, are arithmetic at the same share.
 
-Not in it: start-up, validation, evaluation, stragglers, failures and the latency of networks.
+A share of the peak that was measured, or is of published hours, holds the optimizer of those steps already: here it is counted
+once more, as what grows beside the arithmetic when a GPU has few pairs. Not in it: start-up, validation, evaluation,
+stragglers, failures and the latency of networks.
 """
 
 from __future__ import annotations
@@ -31,12 +34,21 @@ from dde_core.estimate import (
     sides_of,
     trained_parameters,
 )
-from dde_core.facts import FACTS, FLOAT16, FLOAT32, Facts
+from dde_core.facts import (
+    ADAMW_BYTES,
+    AVERAGE_BYTES,
+    CLIPPING_BYTES,
+    FACTS,
+    FLOAT16,
+    FLOAT32,
+    PAGEABLE_GB_S,
+    PROCESS_GB,
+    STORAGE_GB_S,
+    Facts,
+)
 from dde_core.speed import Speed
 
 PICK_A_PIC_PAIRS = 851_293
-STORAGE_GB_S = 1.0
-"""What one worker writes to an object store: ours, for planning."""
 TOKEN_BYTES = 2
 
 
@@ -141,7 +153,7 @@ def changed(planned: Plan) -> Iterator[tuple[str, Plan]]:
 
 
 def step_terms(run: Run, parallelism: Parallelism, stall_s: float) -> Iterator[Term]:
-    """Seconds of a step: arithmetic, what of exchange shows, checkpoints."""
+    """Seconds of a step: arithmetic, what of exchange shows, the optimizer, checkpoints."""
     pairs, flops = pairs_of_a_worker(run.training, run.cluster.gpus), pair_flops(run.facts, run.objective, run.training)
     parts = passes(run.objective, run.training)
     compute_s = pairs * flops / run.flops_per_s
@@ -156,10 +168,11 @@ def step_terms(run: Run, parallelism: Parallelism, stall_s: float) -> Iterator[T
     if parallelism == "ddp":
         backward = (parts["backward"] + parts.get("recomputed", 0)) / sum(parts.values()) / run.micro_batches
     yield from (exposed := list(_exchange(run, parallelism, backward * compute_s)))
+    yield (optimizer := _optimizer(run, parallelism))
     yield Term("checkpoints", f"{stall_s:.3g} s / every {run.training.checkpoint_every} steps",
                stall_s / run.training.checkpoint_every, "s")  # fmt: skip
-    step_s = compute_s + value(exposed, "exposed") + stall_s / run.training.checkpoint_every
-    yield Term("step", "compute + exposed + checkpoints", step_s, "s")
+    step_s = compute_s + value(exposed, "exposed") + optimizer.value + stall_s / run.training.checkpoint_every
+    yield Term("step", "compute + exposed + optimizer + checkpoints", step_s, "s")
     yield Term("pace", f"{run.training.batch_size} pairs / step", run.training.batch_size / step_s, "pairs/s")
 
 
@@ -179,25 +192,44 @@ def _exchange(run: Run, parallelism: Parallelism, beside_s: float) -> Iterator[T
     yield Term("exposed", exposed, max(0.0, seconds - hidden), "s")
 
 
+def _optimizer(run: Run, parallelism: Parallelism) -> Term:
+    """All that a GPU does with trained parameters once a step, of its part of them under FSDP2."""
+    training, trained = run.training, trained_parameters(run.facts, run.training)
+    moved = {"clipping": CLIPPING_BYTES, training.optimizer: ADAMW_BYTES[training.optimizer]}
+    moved |= {"average": AVERAGE_BYTES} if training.ema_decay else {}
+    gpus, gb_s = run.cluster.gpus if parallelism == "fsdp" else 1, run.cluster.kind.memory_gb_s
+    shown = " + ".join(f"{count} {name}" for name, count in moved.items())
+    part = f" / {gpus} GPUs" if gpus > 1 else ""
+    formula = f"{trained / 1e6:,.1f}M trained parameters x ({shown}) bytes{part}, at {gb_s:,g} GB/s of the GPU's memory"
+    return Term("optimizer", formula, trained * sum(moved.values()) / gpus / 1e9 / gb_s, "s")
+
+
 # ---- checkpoints, data, hours
 
 
 def checkpoint_terms(run: Run, parallelism: Parallelism) -> Iterator[Term]:
-    """Size of the state that is stored, and for how long training stands."""
+    """Size of the state that is stored, for how long training stands, and what room the host of rank 0 needs."""
     trained, training = trained_parameters(run.facts, run.training), run.training
     moments = 2 * (1 if training.optimizer == "adamw_8bit" else FLOAT32)
     copies = FLOAT32 * (2 if training.ema_decay else 1)
-    size, gpu = trained * (copies + moments) / 1e9, run.cluster.kind
+    size, cluster = trained * (copies + moments) / 1e9, run.cluster
     what = "weights, average" if training.ema_decay else "weights"
     yield Term("size", f"{trained / 1e6:,.1f}M trained parameters x ({copies} {what} + {moments} moments) bytes", size)
-    gathered_s = run.cluster.seconds(size) if parallelism == "fsdp" else 0.0
-    stall = f"size / {gpu.host_gb_s:g} GB/s of PCIe" + (f" + {gathered_s:.3g} s to gather it" if gathered_s else "")
-    yield Term("stall", f"{stall}; training stands", size / gpu.host_gb_s + gathered_s, "s")
+    gathered_s = cluster.seconds(size) if parallelism == "fsdp" else 0.0
+    stall = f"size / {PAGEABLE_GB_S:g} GB/s" + (f" + {gathered_s:.3g} s to gather it" if gathered_s else "")
+    guess = f"a guess for pageable memory, where PCIe carries {cluster.kind.host_gb_s:g}"
+    yield Term("stall", f"{stall}; training stands ({guess})", size / PAGEABLE_GB_S + gathered_s, "s")
     yield Term("stored", f"size / {STORAGE_GB_S:g} GB/s to storage, beside training", size / STORAGE_GB_S, "s")
+    processes = cluster.in_a_node * PROCESS_GB
+    each = f"{cluster.in_a_node} workers x {PROCESS_GB:g} GB"
+    yield Term("processes", f"{each} of a node's memory beside checkpoints: ours, for planning", processes)
+    yield Term("host memory", "processes + size, until it is stored: rank 0's node", processes + size)
+    yield Term("at most", "processes + 2 x size, where one comes due while another is stored", processes + 2 * size)
+    yield Term("scratch disk", "size, where storage is an object store: written whole, then uploaded", size)
 
 
 def interval_terms(run: Run, checkpoint: Sequence[Term], step_s: float) -> Iterator[Term]:
-    """How far apart checkpoints are; where storing takes longer, training waits for it, which is not counted."""
+    """How far apart checkpoints are; where storing takes longer, the next one is left out, which is not counted."""
     interval_s = run.training.checkpoint_every * step_s
     yield Term("interval", f"{run.training.checkpoint_every} steps x {step_s:.4g} s", interval_s, "s")
     yield Term("part of a step", "stall / interval", 100 * value(checkpoint, "stall") / interval_s, "%")

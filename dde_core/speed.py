@@ -99,7 +99,13 @@ def ours_flops(family: str, checkpointing: bool) -> float:
 
 
 def checks(speed: Speed) -> Iterator[Check]:
-    """A100-hours of the published runs as a share predicts them that was not taken from them."""
+    """A100-hours of published runs as a share predicts them that was not taken from them."""
+    yield from training_checks(speed)
+    yield from encoding_checks(speed)
+
+
+def training_checks(speed: Speed) -> Iterator[Check]:
+    """Diffusion-DPO's runs."""
     for family, facts in FACTS.items():
         for other in [speed] if speed.family is None else [published(name) for name in FACTS if name != family]:
             hours = facts.published.gpu_hours * published_share(facts) / other.share
@@ -110,6 +116,10 @@ def checks(speed: Speed) -> Iterator[Check]:
                 known=facts.published.gpu_hours,
                 unit="A100-hours",
             )
+
+
+def encoding_checks(speed: Speed) -> Iterator[Check]:
+    """MosaicML's precompute, under both readings."""
     for run in PRECOMPUTES:
         hours = run.gpu_hours * run.pictures_per_s * run.vae_flops / (speed.share * A100.peak)
         yield Check(name=run.title, source=speed.source, predicted=hours, known=run.gpu_hours, unit="A100-hours")

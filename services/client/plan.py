@@ -15,7 +15,7 @@ from dde_core import speed
 from dde_core.cluster import Cluster
 from dde_core.estimate import Term
 from dde_core.plan import PICK_A_PIC_PAIRS, Plan, Run, changed, plan, value
-from dde_core.speed import Speed
+from dde_core.speed import Check, Speed
 from services.contracts import AlignmentJobCreate
 
 HELD = {"none": "on one GPU", "ddp": "DDP, a whole model each", "fsdp": "FSDP2, a part of the model each"}
@@ -52,11 +52,19 @@ def speed_of(family: str, cluster: Cluster, body: AlignmentJobCreate, results: M
 
 
 def headline(planned: Plan) -> str:
-    """The run in one line."""
+    """The run in one line, with the error that is known of such numbers."""
     cluster, step = planned.run.cluster, value(planned.step, "step")
     where = f"{cluster.gpus} x {cluster.kind.title} in {cluster.nodes} nodes"
     price = f"{value(planned.hours, 'together'):,.1f} h, {value(planned.hours, 'price'):,.0f} USD"
-    return f"{planned.run.facts.title}, {planned.run.objective.method}, on {where}: {step:.3g} s a step, {price}"
+    run = f"{planned.run.facts.title}, {planned.run.objective.method}, on {where}: {step:.3g} s a step, {price}"
+    training, encoding = speed.training_checks(planned.run.speed), speed.encoding_checks(planned.run.speed)
+    return f"{run} (checks: {spread(training)} of published hours of training, {spread(encoding)} of encoding)"
+
+
+def spread(found: Iterable[Check]) -> str:
+    """Least and largest of what predictions are of what is known."""
+    ratios = [check.ratio for check in found]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def tables(planned: Plan, results: Mapping[str, Any]) -> Iterable[Table]:

@@ -50,6 +50,19 @@ def test_every_recipe_is_planned_term_by_term(name):
     assert ("reference ledger" in result.stdout) == (recipe.method != "sft")
 
 
+def test_the_headline_says_how_far_off_such_numbers_are_known_to_be():
+    first = dde("plan", "--recipe", "sdxl_dde", *ON).stdout.splitlines()[0]
+    speeds = {  # TFLOP/s of an A100 in Diffusion-DPO's runs: pairs, times TFLOP of text, VAE and passes, over hours
+        "sd15": 2000 * 2048 * (0.0133 + 2 * (1.1167 + 4 * 0.8033)) / (384 * 3600),
+        "sdxl": 2000 * 2048 * (0.1112 + 2 * (4.879 + 5 * 6.761)) / (4800 * 3600),
+    }
+    training = speeds["sdxl"] / speeds["sd15"]
+    encoding = [pictures_per_s * tflop / speeds["sdxl"] for pictures_per_s, tflop in ((58, 1.1167), (210, 0.2727))]
+    said = f"{training:.2f} to {1 / training:.2f} of published hours of training, {min(encoding):.2f} to {max(encoding):.2f}"
+    assert first.endswith(f" USD (checks: {said} of encoding)")
+    assert "0.71 to 1.40 of published" in first
+
+
 def test_no_number_is_cut_on_80_columns():
     shown = dde("plan", "--recipe", "sdxl_dde", *ON, columns=80).stdout
     assert "…" not in shown
