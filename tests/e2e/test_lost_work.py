@@ -172,7 +172,7 @@ def test_a_run_that_is_stopped_gives_its_workers_back_and_goes_on_to_the_same_bi
 def test_an_elastic_run_loses_a_node_and_gets_it_again(trial: Trial):
     """In few and long steps: rounding differs with the number of workers, and over hundreds of steps it grows.
 
-    No checkpoint is due but for the node that comes: Ray Train ends the one worker that runs, and no step of it is lost."""
+    No checkpoint is due but for the node that comes: what Ray Train ends goes on from there, not from the beginning."""
     spec, whole = trial.spec("elastic", (1, 2), LONG_STEPS), trial.spec("elastic-undisturbed", 2, LONG_STEPS)
     trial.run(whole)
 
