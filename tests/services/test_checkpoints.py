@@ -317,7 +317,7 @@ def test_an_object_store_that_does_not_answer_for_a_while_costs_no_step(model, e
 def node(tmp_path, monkeypatch) -> Path:
     """The place for temporary files of a node of its own."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
-    return tmp_path / "node" / "dde-checkpoints"
+    return tmp_path / "node" / f"dde-checkpoints-{os.getuid()}"
 
 
 def folders(node: Path) -> list[str]:
