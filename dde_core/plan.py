@@ -224,7 +224,6 @@ def checkpoint_terms(run: Run, parallelism: Parallelism) -> Iterator[Term]:
     each = f"{cluster.in_a_node} workers x {PROCESS_GB:g} GB"
     yield Term("processes", f"{each} of a node's memory beside checkpoints: ours, for planning", processes)
     yield Term("host memory", "processes + size, until it is stored: rank 0's node", processes + size)
-    yield Term("at most", "processes + 2 x size, where one comes due while another is stored", processes + 2 * size)
     yield Term("scratch disk", "size, where storage is an object store: written whole, then uploaded", size)
 
 

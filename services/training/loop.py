@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ray.train
 import ray.train.torch
+import torch
 
 from dde_core import checkpoint
 from dde_core.batches import BatchMaker, micro_batches, parts_of_a_share
@@ -23,7 +24,7 @@ from services.observability import Journal
 from services.training import failing
 from services.training.clock import StepClock
 from services.training.fence import Fence
-from services.training.gathering import gather_errors
+from services.training.gathering import agreed, gather_errors
 from services.training.leaving import Leaving
 from services.training.recorder import PairValues, Recorder
 from services.training.resuming import State, identity, resume
@@ -109,14 +110,16 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
 
             state, is_last = None, done.step == training.steps
             needed = leaving.after_step() or is_last
-            if needed or done.step % training.checkpoint_every == 0:
+            if needed or (done.step % training.checkpoint_every == 0 and not _left_out(recorder, done.step, device)):
                 with clock.stalled():
+                    if recorder:
+                        recorder.wait()
                     state = checkpoint.snapshot(policy, optimizer, calibration, done, rank)
             if recorder:
                 more = {"grad_norm": float(grad_norm), "learning_rate": learning_rate(training, step)}
                 recorder.step(done, PairValues(t, theta, ref, terms), more | clock.metrics(done.step, device))
                 if state:
-                    recorder.checkpoint(state, world_size, needed)
+                    recorder.checkpoint(state, world_size)
         if recorder:
             recorder.close()
     except BaseException:
@@ -126,3 +129,8 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
     finally:
         leaving.close()
         reader.close()
+
+
+def _left_out(recorder: Recorder | None, step: int, device: torch.device) -> bool:
+    """Whether a checkpoint that is due is left out, since the one before is still on its way. All workers know."""
+    return agreed([recorder is not None and recorder.leaves_out(step)], device)[0]

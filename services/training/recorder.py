@@ -1,7 +1,7 @@
 """What rank 0 tells and keeps: metrics, the pair log, checkpoints. On a thread of its own, so training waits for none of it.
 
 Writes go out in order. Where storage does not take one (an outage, a full disk) it is tried again for PATIENCE_S, while
-training goes on; a checkpoint that comes due while another is still on its way is left out, but for the last one.
+training goes on; a checkpoint that comes due while another is still on its way is left out, and one that is needed waits.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Recorder:
             self._alarms.load_state_dict(checkpoints.read(spec.run, done.step).alarms)
         self._metrics: dict[str, float] = {}
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._begun = self._stored = 0  # checkpoints: the one is changed by training alone, the other by the thread
+        self._has_stored = threading.Event()
+        self._has_stored.set()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="recorder")
         self._thread.start()
@@ -92,14 +93,24 @@ class Recorder:
         self._raise_failure()
         self._todo.put(partial(self._tell, done.step, pairs, more))
 
-    def checkpoint(self, state: Snapshot, workers: int, needed: bool) -> None:
-        """Store a state. Left out where one is still on its way, unless it is ``needed``."""
-        if self._begun > self._stored and not needed:
-            step = state.progress.step
-            warning = f"no checkpoint of step {step}: the one before is still on its way"
-            return self._todo.put(partial(self._journal.event, warning, "warning"))
-        self._begun += 1
+    def leaves_out(self, step: int) -> bool:
+        """Whether there is no checkpoint of this step, because one is still on its way. It is told."""
+        if self._has_stored.is_set():
+            return False
+        warning = f"no checkpoint of step {step}: the one before is still on its way"
+        self._todo.put(partial(self._journal.event, warning, "warning"))
+        return True
+
+    def wait(self) -> None:
+        """Return once no checkpoint is on its way: the host has memory for one copy of the state."""
+        self._has_stored.wait()
+        self._raise_failure()
+
+    def checkpoint(self, state: Snapshot, workers: int) -> None:
+        """Store a state."""
+        self._has_stored.clear()
         self._todo.put(partial(self._commit, state, workers))
+        self._todo.put(partial(self._patiently, self._prune))
 
     def close(self) -> None:
         """Return once all is written."""
@@ -127,6 +138,7 @@ class Recorder:
                 with suppress(queue.Empty):
                     if todo := self._todo.get(timeout=FLUSH_EVERY_S):
                         todo()
+                        todo = _nothing  # a state that is stored is let go
                 if time.monotonic() - flushed_at >= FLUSH_EVERY_S:
                     self._patiently(self._journal.flush)
                     flushed_at = time.monotonic()
@@ -137,6 +149,8 @@ class Recorder:
             self._failure = Unavailable(f"storage has not taken what training stores for {minutes}: {error}")
         except BaseException as error:  # told to training, which ends
             self._failure = error
+        finally:
+            self._has_stored.set()
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         again = Retrying(
@@ -171,8 +185,7 @@ class Recorder:
         self._patiently(self._journal.flush)
         self._patiently(self._pair_log.flush)
         self._patiently(partial(self._write, state, self._record(state.progress, workers)))
-        self._stored += 1
-        self._patiently(self._prune)
+        self._has_stored.set()
 
     def _write(self, state: Snapshot, record: CheckpointRecord) -> None:
         with checkpoints.committed(self._spec.run, record, before_record=self._fence.check) as folder:

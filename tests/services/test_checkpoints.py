@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dde_core import checkpoint
+from dde_core.checkpoint import Snapshot
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, DataError
 from dde_core.models.folder import ModelFolder
+from dde_core.models.policy import Policy
 from services import checkpoints, storage
 from services.checkpoints import CheckpointRecord, ReaderPosition
 from services.contracts import EvaluationConfig, StopRequest, Validated, ValidationConfig
@@ -115,6 +119,32 @@ def test_a_checkpoint_whose_files_have_changed_is_put_aside(model, encoded, tmp_
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     assert any("the checkpoint of step 4 is put aside" in event for event in events(tmp_path))
     assert "training on 1 workers from step 2" in events(tmp_path)
+    assert same(state(tmp_path, 8), undisturbed)
+
+
+def test_while_a_checkpoint_is_stored_one_that_is_due_is_left_out_and_the_last_one_waits(
+    model, encoded, tmp_path, monkeypatch, undisturbed
+):
+    alive, most = weakref.WeakSet(), []
+
+    class Slow(Snapshot):
+        """Stored as slowly as a large model."""
+
+        def __init__(self, *values) -> None:
+            super().__init__(*values)
+            alive.add(self)
+            most.append(len(alive))
+
+        def write(self, folder: Path, policy: Policy) -> None:
+            time.sleep(2.0)
+            super().write(folder, policy)
+
+    monkeypatch.setattr(checkpoint, "Snapshot", Slow)
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    said = [event for event in events(tmp_path) if event.startswith("no checkpoint of step")]
+    assert said == [f"no checkpoint of step {step}: the one before is still on its way" for step in (4, 6)]
+    assert most == [1, 1], "the host has memory for one copy of the state"
+    assert checkpoints.steps(run_of(tmp_path)) == [2, 8]
     assert same(state(tmp_path, 8), undisturbed)
 
 
