@@ -143,7 +143,8 @@ class TrainConfig:
 
     ``learning_rate`` is constant after ``warmup_steps`` of linear warm-up. ``caption_dropout`` is the probability that
     a pair's caption is empty (the same for winner and loser). ``seed`` keys the order of pairs and the first adapters.
-    ``lora`` None trains the whole U-Net. A worker runs ``micro_batch_size`` pairs at a time (0: its whole share at once).
+    ``lora`` None trains the whole U-Net. A worker runs ``micro_batch_size`` pairs at a time (0: its whole share at once; 1
+    can become 2 where ``batch_size`` does not divide by the workers, who must all have equally many parts).
     ``precision`` is that of the U-Net's arithmetic; weights, errors and losses are float32 or wider. ``ema_decay`` 0 keeps
     no average of the weights; otherwise the average is what is saved as the model. ``held_out_pairs`` are kept out of
     training, whole captions at a time, and the policy's implicit accuracy is measured on them at the end.

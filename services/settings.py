@@ -73,6 +73,16 @@ def _first_line(path: Path) -> str | None:
     return path.read_text().strip() if path.is_file() else None
 
 
+class TrainingSettings(BaseSettings):
+    """How training goes about the cluster: ``DDE_*`` variables where Ray runs."""
+
+    model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
+
+    resize_every_s: Annotated[float, Field(gt=0)] = 600.0
+    """So often an elastic run looks whether there is room for more workers. Those that run end then; where a step and an upload
+    are short against this, they have stored a checkpoint for it."""
+
+
 class TrackerSettings(BaseSettings):
     """Where training tells its metrics beside the journal and TensorBoard's files: the variables that the clients of MLflow and
     of Weights & Biases read themselves. They are set where Ray runs, so no key passes through a spec or storage.

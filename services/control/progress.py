@@ -101,9 +101,20 @@ class Watch:
         if self.job.pause_requested_at is not None:
             return self._rest(change)
         stage, number = self.job.stage, self.job.attempt + 1
-        self._move(change, transitions.STAGE_STATUS[stage], f"stage {stage} goes on as attempt {number}")  # type: ignore[index]
+        status, change.again = transitions.STAGE_STATUS[stage], True  # type: ignore[index]
+        if self._has_result():
+            self._move(change, status, f"stage {stage} had ended well")
+            change.values["submitted_at"] = self.job.submitted_at or self.now
+            return
+        self._move(change, status, f"stage {stage} goes on as attempt {number}")
         change.values |= fresh(number)
-        change.again = True
+
+    def _has_result(self) -> bool:
+        """Whether the last attempt was done after all, when nobody looked after it any more."""
+        try:
+            return RESULTS[self.job.stage].model_validate_json(self.attempt.marker("done.json") or b"") is not None  # type: ignore[index]
+        except ValidationError:
+            return False
 
     def _end_what_was_left(self, change: Change) -> bool:
         """A job that failed may have a run that lives: it is ended, and its journal read. Are both done? Ray's answer is waited
@@ -112,6 +123,7 @@ class Watch:
             return False
         since = change.values["ended_at"] = self.job.ended_at or self.now
         if not self._is_over(change, since):
+            self.attempt.ask_to_stop()
             return False
         self._read_journal(change)
         return not change.again
@@ -284,6 +296,8 @@ class Watch:
         """Stop the run and end once Ray says that it is over, or when Ray was given long enough to say so."""
         if self._may_run:
             is_over = self._is_over(change, float(self.job.cancel_requested_at or 0))  # first: its workers are wanted
+            if not is_over:
+                self.attempt.ask_to_stop()  # Ray may not answer: training reads it in storage, too
             self._read_journal(change)
             if change.again or not is_over:
                 return

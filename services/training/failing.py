@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 import torch
+import torch.distributed
 
 from dde_core.errors import DdeError
 from services import checkpoints, storage
@@ -21,21 +22,20 @@ SAME_ERROR_TIMES = 3
 def tell(spec: TrainSpec, error: Exception, rank: int, world_size: int) -> None:
     """Write what ended a worker, where that is worth it: our own errors and too little memory at once, others when they repeat.
 
-    What may pass is left to Ray Train, and so is memory that does not suffice for fewer workers than there may be.
+    What may pass is left to Ray Train: storage, workers that another one lacks, memory that would do if all workers were there.
     """
-    if isinstance(error, (Unavailable, Overtaken)) or may_pass(error):
+    if isinstance(error, (Unavailable, Overtaken, torch.distributed.DistError)) or may_pass(error):
         return
-    if isinstance(error, torch.OutOfMemoryError):
-        is_final = world_size == most_workers(spec.workers)
-    else:
-        is_final = isinstance(error, (DdeError, ServiceError))
-    with suppress(OSError, Unavailable):
+    if isinstance(error, torch.OutOfMemoryError) and world_size < most_workers(spec.workers):
+        return
+    is_final = isinstance(error, (DdeError, ServiceError, torch.OutOfMemoryError))
+    with suppress(Exception):  # what ended the worker is what its caller is to see
         if is_final or _repeats(spec, error, rank):
             storage.write_json(storage.join(spec.prefix, FAILED), failure_of(error).model_dump())
 
 
 def _repeats(spec: TrainSpec, error: Exception, rank: int) -> bool:
-    """Count it. A rank whose peers have died says so each time with another address."""
+    """Count it."""
     uri = storage.join(spec.prefix, f"worker-error-{rank}.json")
     said = {"error": failure_of(error).message, "step": max(checkpoints.steps(spec.run), default=0)}
     times = 1

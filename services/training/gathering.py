@@ -17,12 +17,13 @@ from dde_core.train_step import PairErrors
 def gather(columns: list[Tensor], positions: np.ndarray, num_rows: int) -> Float[Tensor, "columns rows"]:
     """Per-pair values of all workers in the order of the global batch, in float64 on the CPU.
 
-    Each worker fills its own places of a table of zeros and the tables are added, so the result is exact.
+    Each worker fills its own places of a table of zeros and the tables are added, so the result is exact. Raises what torch
+    raises where other workers have rows and are gone.
     """
     stacked = torch.stack([column.detach().double() for column in columns])
     table = torch.zeros(len(columns), num_rows, dtype=torch.float64, device=stacked.device)
     table[:, torch.from_numpy(positions).to(stacked.device)] = stacked
-    if torch.distributed.is_initialized():
+    if len(positions) < num_rows:
         torch.distributed.all_reduce(table)
     return table.cpu()
 

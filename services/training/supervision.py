@@ -31,8 +31,8 @@ from services.training.validating import validate
 
 log = logging.getLogger("dde")
 LOOK_EVERY_S = 2.0
-WORKERS_WITHIN_S = 300.0
-"""How long the cluster may lack the workers that a run needs at least."""
+GROWS_WITHIN_S = 300.0
+"""How long the cluster may be too small for what a run needs at least."""
 UNHEARD_AFTER_S = 90.0
 """A worker that runs hears a request to stop within seconds, where storage does not hang."""
 TRIES = 3
@@ -55,7 +55,9 @@ def supervise(trainer: TorchTrainer, spec: TrainSpec, journal: Journal) -> None:
 
 
 def _watch(fit: Fit, spec: TrainSpec, journal: Journal) -> None:
-    validator, missing, stop = Validator(spec, journal), MissingWorkers(spec, journal), StopRequests(spec)
+    validator, stop, workers = Validator(spec, journal), StopRequests(spec), least_workers(spec.workers)
+    missing = Missing(f"workers = {workers} need", needs(spec, workers), journal)
+    missing_after = Missing("validation needs", needs(spec), journal)
     with stop.on_sigterm():
         while not fit.over(LOOK_EVERY_S):
             missing.look()
@@ -68,6 +70,7 @@ def _watch(fit: Fit, spec: TrainSpec, journal: Journal) -> None:
         stop.raise_before_the_last_step()
         validator.workers_have_gone()
         while not validator.is_done:
+            missing_after.look()
             with _storage_may_be_away():
                 stop.look()
                 validator.look()
@@ -160,26 +163,26 @@ class StopRequests:
         return max(checkpoints.steps(self._spec.run), default=0)
 
 
-class MissingWorkers:
-    """Ray Train waits for ever for workers that a cluster has no room for; here that has an end."""
+class Missing:
+    """Ray waits for ever for what a cluster is too small for; here that has an end. What others hold is not looked at here, but
+    by Ray Train (train.MAX_START_FAILURES)."""
 
-    def __init__(self, spec: TrainSpec, journal: Journal) -> None:
-        self._workers, self._journal = least_workers(spec.workers), journal
-        self._needed = needs(spec, self._workers)
+    def __init__(self, who: str, needed: dict[str, float], journal: Journal) -> None:
+        self._who, self._needed, self._journal = who, needed, journal
         self._since: float | None = None
 
     def look(self) -> None:
-        """Raises Unavailable where the cluster has been too small for WORKERS_WITHIN_S: it may grow until then."""
+        """Raises Unavailable where the cluster has been too small for GROWS_WITHIN_S: it may grow until then."""
         there = ray.cluster_resources()
         if (name := lacking(self._needed, there)) is None:
             self._since = None
             return
-        message = f"workers = {self._workers} need {self._needed[name]:g} {name}, the cluster has {there.get(name, 0):g}"
+        message = f"{self._who} {self._needed[name]:g} {name}, the cluster has {there.get(name, 0):g}"
         if self._since is None:
             self._since = time.monotonic()
             with _storage_may_be_away():
-                self._journal.event(f"{message}: waiting {WORKERS_WITHIN_S:.0f} s for more", "warning")
-        elif time.monotonic() - self._since >= WORKERS_WITHIN_S:
+                self._journal.event(f"{message}: waiting {GROWS_WITHIN_S:.0f} s for more", "warning")
+        elif time.monotonic() - self._since >= GROWS_WITHIN_S:
             raise Unavailable(message, param="workers")
 
 
@@ -198,13 +201,17 @@ class Validator:
         self._needs, self._beside = needs(spec), needs(spec, most_workers(spec.workers) + 1)
         self._workers_run, self._is_told = True, False
         self.is_done = False
-        self._validate = ray.remote(num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"])(validate)
+        self._validate = ray.remote(num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], max_retries=0)(validate)
 
     def look(self) -> None:
         """Take what is ready, begin what is due."""
         if self._running and ray.wait([self._running[1]], timeout=0)[0]:
             ready, self._running = self._running, None
             self._take(*ready)
+        elif self._running and self._workers_run and self._is_too_small():  # a node has gone, and workers want what is left
+            (step, task), self._running = self._running, None
+            ray.cancel(task, force=True)
+            self._tries[step] -= 1
         due = None if self._running else self._next()
         if due is not None and self._has_room():
             self._tries[due] += 1
@@ -218,12 +225,16 @@ class Validator:
     def _has_room(self) -> bool:
         if not self._workers_run:
             return True
-        if lacking(self._beside, ray.cluster_resources()):
-            if not self._is_told:
-                self._journal.event("the cluster has no room for validation beside the workers: it follows training", "warning")
-            self._is_told = True
+        if self._is_too_small():
+            if self._spec.validation and not self._is_told:
+                self._is_told = True
+                message = "the cluster has no room for validation beside the workers: it waits for room, or for their end"
+                self._journal.event(message, "warning")
             return False
         return not lacking(self._needs, ray.available_resources()) and Fence(self._spec.run, self._spec.attempt).has_workers()
+
+    def _is_too_small(self) -> bool:
+        return lacking(self._beside, ray.cluster_resources()) is not None
 
     def _next(self) -> int | None:
         first = [0] if self._spec.validation else []

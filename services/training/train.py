@@ -26,7 +26,7 @@ from services.checkpoints import BrokenCheckpoint
 from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec, most_workers
 from services.errors import Unavailable
 from services.observability import Journal
-from services.settings import TrackerSettings
+from services.settings import TrackerSettings, TrainingSettings
 from services.stage import root_cause
 from services.training import pair_log, reference, selection
 from services.training.fence import Fence
@@ -39,9 +39,6 @@ MAX_WORKER_FAILURES = 30
 """Of one attempt. Errors that would come again end it at once."""
 MAX_START_FAILURES = 30
 """Each is a minute of waiting for workers that the cluster does not give, since others have what they need."""
-RESIZE_EVERY_S = 90.0
-"""So often Ray Train looks whether there is room for more workers. It ends those that run; where a step is short against this,
-they have stored a checkpoint by then (`leaving.py`)."""
 
 
 def train(spec: TrainSpec, journal: Journal) -> TrainResult:
@@ -76,7 +73,7 @@ def _fit(spec: TrainSpec, scratch: str, journal: Journal) -> None:
             num_workers=spec.workers,
             use_gpu=spec.use_gpu,
             resources_per_worker=needs(spec),
-            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
+            elastic_resize_monitor_interval_s=TrainingSettings().resize_every_s,
         ),
         run_config=ray.train.RunConfig(
             name="run",

@@ -33,7 +33,7 @@ class Trial(StageRuns):
     """One run after the other, each under its own name; a driver that has died is started again as the next attempt."""
 
     def __init__(self, nodes: Nodes, folder: Path) -> None:
-        super().__init__(folder, nodes.env)
+        super().__init__(folder, {**nodes.env, "DDE_RESIZE_EVERY_S": "60"})
         self.nodes = nodes
         self.dataset = write_encoded(folder / "data", ModelFolder(MODEL_DIR), pairs=1024).as_uri()
 

@@ -289,3 +289,26 @@ def test_of_requests_to_resume_at_once_one_queues_the_job(any_plane):
     assert plane.events(job).count("failed -> queued: resumed on request") == 1
     plane.settle(40)
     assert (status(plane, job), plane.launcher.submitted.count(f"{job}-train-a2")) == ("succeeded", 1)
+
+
+def test_a_result_that_came_after_the_job_had_failed_is_taken_and_nothing_is_done_again(plane):
+    job = left_by_ray(plane)
+    first = f"{job}-train-a1"
+    fakes.train(plane.launcher.specs[first])
+    plane.launcher.states[first], plane.launcher.down = "succeeded", False
+    resume(plane, job)
+    plane.settle(40)
+    assert status(plane, job) == "succeeded"
+    assert [each for each in plane.launcher.submitted if "train" in each] == [first]
+    assert "queued -> running: stage train had ended well" in plane.events(job)
+
+
+def test_training_that_is_cancelled_while_ray_is_away_is_asked_through_storage(plane):
+    plane.launcher.plays["train"] = fakes.runs
+    job = plane.job()["id"]
+    plane.settle()
+    plane.launcher.down = True
+    plane.post(f"{JOBS}/{job}/cancel", None)
+    plane.settle(3)
+    assert status(plane, job) == "running"
+    assert storage.exists(f"{plane.launcher.specs[f'{job}-train-a1'].prefix}/stop.json")
