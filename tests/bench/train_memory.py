@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from services.training.clock import peak_resident_bytes
 from tests.bench.cases import Case
 from tests.bench.measure import Result, result
 from tests.bench.train_speed import a_floor
@@ -50,7 +50,7 @@ def _measure(case: Case, side: str, ledger: str) -> dict[str, float]:
         floor = a_floor(case)
         for _ in range(STEPS):
             floor.step()
-    return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}
+    return {"peak_mb": peak_resident_bytes() / 1e6}
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 
 from services.contracts import JournalEvent
+from services.training.clock import peak_resident_bytes
 from tests.bench import __main__ as bench
 from tests.bench.cases import WARM_UP, pairs_per_s, step_seconds
 from tests.bench.checkpoint_stall import EVERY, PERIODS, STEPS, counted, entries, stalled_share
@@ -57,6 +59,13 @@ def test_a_ratio_over_the_public_recipe_says_how_much_is_possible():
     on_a_gpu = "sd15 at 512 px, bf16, micro 8, without gradient checkpointing, compiled, train_vs_public_recipe"
     assert ceiling(on_a_gpu).endswith("the ratio is 1.795")
     assert ceiling(on_a_gpu.replace("sd15", "tiny")) == ceiling("train_vs_floor") == ""
+
+
+def test_the_peak_of_a_process_is_not_that_of_whoever_started_it():
+    large = bytearray(2_000_000_000)
+    code = "from services.training.clock import peak_resident_bytes; print(peak_resident_bytes())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 50_000_000 < int(told) < len(large) < peak_resident_bytes()
 
 
 def test_every_benchmark_is_listed_and_an_unknown_one_is_refused(capsys, monkeypatch):
