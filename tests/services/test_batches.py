@@ -139,8 +139,13 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(size: int, lengths: 
 
 
 def test_gathering_puts_values_where_they_belong():
-    table = gather([torch.tensor([1.0, 2.0]), torch.tensor([3, 4])], np.array([2, 0]), 3)
-    assert table.tolist() == [[2.0, 0.0, 1.0], [4.0, 0.0, 3.0]]
+    table = gather([torch.tensor([1.0, 2.0, 5.0]), torch.tensor([3, 4, 6])], np.array([2, 0, 1]), 3)
+    assert table.tolist() == [[2.0, 5.0, 1.0], [4.0, 6.0, 3.0]]
+
+
+def test_a_share_whose_other_workers_are_gone_is_an_error_and_no_row_of_zeros():
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        gather([torch.tensor([1.0, 2.0])], np.array([2, 0]), 3)
 
 
 @given(batch_size=st.integers(1, 200), world_size=st.integers(1, 16), size=st.integers(1, 50))
