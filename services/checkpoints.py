@@ -12,9 +12,11 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -165,9 +167,12 @@ def _fetched(target: str, record: CheckpointRecord) -> Iterator[Path]:
     with _scratch(hashlib.sha256(f"{target} {record.model_dump_json()}".encode()).hexdigest()) as (copy, lock):
         fcntl.flock(lock, fcntl.LOCK_SH)
         while not copy.exists():  # it must be there when the shared lock is had: one lock becomes the other by letting go
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not copy.exists():
-                storage.fetch_folder(target, copy)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who waits for it here would wait for the readers, too
+                if not copy.exists():
+                    storage.fetch_folder(target, copy)
+            except BlockingIOError:
+                time.sleep(random.uniform(0.0, 0.05))
             fcntl.flock(lock, fcntl.LOCK_SH)
         try:
             yield copy
