@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
 from dde_core import checkpoint
@@ -105,10 +105,7 @@ def run(rank: int, folder: Path) -> None:
     use_repeatable_kernels()
     store = distributed.FileStore(f"{folder}/store", RANKS)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    if rank == 0:
-        torch.save(in_float64(rank, folder), folder / "float64.pt")
-    else:
-        in_float64(rank, folder)
+    save_file(in_float64(rank, folder), folder / f"float64-{rank}.safetensors")
     for parallelism, kind in itertools.product(("ddp", "fsdp"), KINDS):
         first = Run(folder / "model", parallelism, kind, rank)
         assert first.policy.parallelism == parallelism
@@ -122,7 +119,8 @@ def run(rank: int, folder: Path) -> None:
         assert again.train(STEPS) == norms[1]
         again.save(folder / f"{parallelism}-{kind}-resumed")
         x, told = noise(0), (torch.tensor([5, 500]), torch.ones(2, 3, WIDTH))
-        torch.save((norms, again.policy.reference(x, *told).sample), folder / f"{parallelism}-{kind}-{rank}.pt")
+        found = {"norms": torch.tensor(norms, dtype=torch.float64), "reference": again.policy.reference(x, *told).sample}
+        save_file(found, folder / f"{parallelism}-{kind}-{rank}.safetensors")
     distributed.destroy_process_group()
 
 
@@ -151,7 +149,7 @@ def alone(folder: Path, kind: str) -> Run:
 
 
 def test_shares_make_the_update_of_whole_models_in_float64(folder: Path):
-    found = torch.load(folder / "float64.pt")
+    found = load_file(folder / "float64-0.safetensors")
     start = torch.cat([p.detach().flatten() for p in tiny_unet().double().parameters()])
     distance = float((found["ddp"] - found["fsdp"]).norm() / (found["ddp"] - start).norm())
     print(f"relative L2 distance of the update, FSDP2 against DDP, 2 ranks, float64: {distance:.1e}")
@@ -167,9 +165,9 @@ def test_shares_make_the_update_of_whole_models_in_float32_and_the_same_gradient
     distance = (apart / length) ** 0.5
     print(f"relative L2 distance of the update, FSDP2 against DDP, 2 ranks, {kind}: {distance:.1e}")
     assert distance < 1e-3
-    (norms, reference), (its_norms, its_reference) = (torch.load(folder / f"{each}-{kind}-1.pt") for each in ("ddp", "fsdp"))
-    assert its_norms == pytest.approx(norms, rel=1e-4)
-    assert torch.equal(reference, its_reference)
+    its, other = (load_file(folder / f"{each}-{kind}-1.safetensors") for each in ("ddp", "fsdp"))
+    torch.testing.assert_close(other["norms"], its["norms"], rtol=1e-4, atol=0)
+    assert torch.equal(other["reference"], its["reference"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
