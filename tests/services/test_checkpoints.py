@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
 from safetensors.torch import load_file
 
 from dde_core import checkpoint
@@ -27,9 +29,9 @@ from dde_core.models.policy import Policy
 from services import checkpoints, storage
 from services.checkpoints import CheckpointRecord, ReaderPosition
 from services.contracts import EvaluationConfig, StopRequest, Validated, ValidationConfig
-from services.errors import Overtaken
+from services.errors import Overtaken, Unavailable
 from services.observability import read_journal
-from services.training import leaving, loop, selection
+from services.training import failing, leaving, loop, selection
 from services.training.failing import FAILED
 from services.training.fence import Fence
 from tests.encoded_pairs import train_here, train_spec, write_encoded
@@ -267,6 +269,28 @@ def test_an_error_that_nobody_foresaw_is_final_when_it_has_come_three_times_with
         with pytest.raises(KeyError):
             train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     assert storage.read_json(failed.as_uri())["message"] == "KeyError: 'down_blocks'"
+
+
+@pytest.mark.parametrize(
+    ("error", "workers", "world_size", "is_final"),
+    [
+        (torch.OutOfMemoryError("2 GiB"), 1, 1, True),
+        (torch.OutOfMemoryError("2 GiB"), (1, 2), 1, False),
+        (ValueError("Default process group has not been initialized"), 2, 2, False),
+        (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), 1, 1, False),
+        (Unavailable("the object store does not answer"), 1, 1, False),
+        (OSError(errno.ENOSPC, "no space"), 1, 1, False),
+        (DataError("a shard is broken"), 1, 1, True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_what_passes_or_is_of_other_workers_making_ends_no_run_however_often_it_comes(
+    model, encoded, tmp_path, error, workers, world_size, is_final
+):
+    spec = train_spec(tmp_path, model, encoded, OBJECTIVE, steps=1).model_copy(update={"workers": workers})
+    for _ in range(4):
+        failing.tell(spec, error, 0, world_size)
+    assert (tmp_path / FAILED).exists() == is_final
 
 
 def test_an_attempt_that_was_given_up_writes_no_checkpoint_any_more(model, encoded, tmp_path):
