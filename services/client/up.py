@@ -80,7 +80,8 @@ logs      {system.logs}
   {dde} datasets create shapes-pairs {PAIRS_FILE}
   {dde} jobs create deploy/demo.json --dataset DATASET_ID --prompts {PROMPTS_FILE} --watch
 
-Ctrl-C stops everything. What is registered stays in {system.state}; a job that runs then goes on with the next `dde up`, from what is stored."""
+Ctrl-C stops everything. What is registered stays in {system.state}; a job that runs then
+goes on with the next `dde up`, from what is stored."""
 
 
 def picture_command(model: str, state: Path) -> str:

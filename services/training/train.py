@@ -91,7 +91,7 @@ def _fit(spec: TrainSpec, scratch: str, journal: Journal) -> None:
     except ray.train.WorkerGroupError as error:
         raise Unavailable(f"workers have failed {MAX_WORKER_FAILURES} times, at last: {root_cause(error)}") from error
     except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as error:  # Ray Train's own actor, or Ray itself
-        raise Unavailable(f"what runs the workers has died: {str(error).splitlines()[0]}") from error
+        raise Unavailable(f"what runs the workers has died: {str(error).strip().splitlines()[0]}") from error
 
 
 def _in_words(spec: TrainSpec) -> str:
