@@ -25,7 +25,7 @@ from dde_core.train_step import PairBatch, pair_errors, step_losses
 from services.training.gathering import gather, gather_errors
 from tests.tiny_unet import TEXT_WIDTH, tiny_unet
 
-STEPS, BATCH, MICRO, SHAPE = 8, 7, 2, (4, 8, 8)
+STEPS, BATCH, MICRO, SHAPE = 20, 7, 2, (4, 8, 8)
 WAYS = ("ddp", "fsdp")
 CONFIG = ObjectiveConfig(beta=500.0, calibration_bins=20)
 POINTS = ("expected", "sampled", "mode")
