@@ -17,7 +17,7 @@ from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.latents.ledger import Ledger
 from dde_core.latents.reader import LatentReader
 from dde_core.metrics import step_metrics
-from dde_core.models.policy import Policy, make_optimizer
+from dde_core.models.policy import Policy, make_optimizer, use_repeatable_kernels
 from dde_core.train_step import PairErrors, check_finite, pair_errors, step_losses
 from tests.bench.floor import Floor
 from tests.bench.public_recipe import PublicRecipe
@@ -82,7 +82,10 @@ class Sides:
         kernels(self._device, repeatable=False)
         folder, size_px = self._folder, self._folder.size_px
         made = PublicRecipe(folder, self._training, self._device, self._rows, size_px, OBJECTIVE.beta, self._workers)
-        return self._measured("public recipe", made.step)
+        try:
+            return self._measured("public recipe", made.step)
+        finally:
+            made.close()
 
     def floor(self) -> float:
         kernels(self._device, repeatable=False)
@@ -113,6 +116,7 @@ class Sides:
 
 def kernels(device: torch.device, *, repeatable: bool) -> None:
     """What ``use_repeatable_kernels`` sets, or torch's own defaults; and what the side before left is freed."""
+    use_repeatable_kernels()
     torch.use_deterministic_algorithms(repeatable)
     torch.backends.cudnn.allow_tf32 = not repeatable
     gc.collect()

@@ -37,6 +37,7 @@ from tests.bench.gpu_speed import Sides
 from tests.bench.measure import ceiling, in_turn, machine, ratio, result
 from tests.unet_configs import UNETS, random_pairs, schedule, unet
 
+SIDES = ["ours", "public recipe", "floor"]
 OBJECTIVES = {"1/2": ObjectiveConfig(method="uniform"), "1/SNR": ObjectiveConfig(method="dde_single")}
 
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.noise_pairs:
         torch.use_deterministic_algorithms(True)
         tell(dict(Bench(asked.model, torch.device(asked.device), asked.micro).noise(asked.noise_pairs)), asked.out)
-    for checkpointing in {"on": [True], "off": [False], "both": [True, False]}[asked.checkpointing]:
+    for checkpointing in {"on": [True], "off": [False], "both": [True, False], "none": []}[asked.checkpointing]:
         tell(speed(asked, checkpointing), asked.out)
 
 
@@ -62,7 +63,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a side in a round, after two that are not")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--noise-pairs", type=int, default=80, help="pairs for the step-0 noise (0: it is left out)")
-    parser.add_argument("--checkpointing", choices=["on", "off", "both"], default="both")
+    parser.add_argument("--checkpointing", choices=["on", "off", "both", "none"], default="both")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="ours alone gives its pace and memory")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net on all sides")
     parser.add_argument("--decoders", type=int, default=8, help="processes that decode the public recipe's pictures ahead")
     parser.add_argument("--out", type=Path, help="JSON file that the results are merged into")
@@ -135,19 +137,28 @@ def speed(asked: argparse.Namespace, checkpointing: bool) -> dict[str, dict[str,
     )  # fmt: skip
     how = f"micro {asked.micro}, {'with' if checkpointing else 'without'} gradient checkpointing"
     head = f"{headed(asked.model)}, {how}{', compiled' if asked.compile else ''}"
+
+    def told_at_once(side: str, pairs_per_s: float) -> None:
+        row = {**result(None, pairs_per_s, "pairs/s", published(asked.model)), "machine": machine_of(device)}
+        tell({f"{head}, {side}": row}, asked.out)
+
     with tempfile.TemporaryDirectory() as scratch:
         sides = Sides(asked.model, device, training, Path(scratch), asked.decoders, asked.steps)
         measured = {"ours": sides.ours, "public recipe": sides.public_recipe, "floor": sides.floor}
-        found = in_turn(asked.rounds, measured)
+        found = in_turn(asked.rounds, {side: measured[side] for side in asked.sides}, on_figure=told_at_once)
+    results = {}
     name = f"{head}, train_vs_public_recipe"
     public = f"the public recipe, {asked.decoders} processes that decode; {published(asked.model)}{ceiling(name)}"
-    results = {
-        name: ratio(found, "ours", "public recipe", "pairs/s", public),
-        f"{head}, train_vs_floor": ratio(found, "ours", "floor", "pairs/s", "tensors in memory"),
-    }
+    if "public recipe" in found:
+        results[name] = ratio(found, "ours", "public recipe", "pairs/s", public)
+    if "floor" in found:
+        results[f"{head}, train_vs_floor"] = ratio(found, "ours", "floor", "pairs/s", "tensors in memory")
+    floor_gb = sides.peak_gb.get("floor")
     for side, peak_gb in sides.peak_gb.items():
-        against = f"the floor's {sides.peak_gb['floor']:.1f} GB; {counted(training, asked.model)}"
-        results[f"{head}, peak memory, {side}"] = result(peak_gb / sides.peak_gb["floor"], peak_gb, "GB", against)
+        against = (
+            f"the floor's {floor_gb:.1f} GB; {counted(training, asked.model)}" if floor_gb else counted(training, asked.model)
+        )
+        results[f"{head}, peak memory, {side}"] = result(peak_gb / floor_gb if floor_gb else None, peak_gb, "GB", against)
     return {name: {**each, "machine": machine_of(device)} for name, each in results.items()}
 
 

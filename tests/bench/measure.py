@@ -19,14 +19,24 @@ Result = dict[str, Any]
 """``ratio`` of the two sides, ``value`` in ``unit``, ``against`` what, on which ``machine``."""
 
 
-def in_turn(rounds: int, sides: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Each side's figure in every round. Sides take turns and change places, so a machine that slows down harms all alike."""
+def in_turn(
+    rounds: int,
+    sides: Mapping[str, Callable[[], float]],
+    on_figure: Callable[[str, float], None] = lambda side, figure: None,
+) -> dict[str, list[float]]:
+    """Each side's figure in every round. Sides take turns and change places, so a machine that slows down harms all alike.
+
+    ``on_figure(side, figure)`` is called as each comes.
+    """
     found: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
         order = list(sides) if number % 2 == 0 else list(sides)[::-1]
         for name in order:
+            began = time.monotonic()
             found[name].append(sides[name]())
-            print(f"  round {number + 1} of {rounds}, {name}: {found[name][-1]:.4g}", flush=True)
+            seconds = time.monotonic() - began
+            print(f"  round {number + 1} of {rounds}, {name}: {found[name][-1]:.4g} ({seconds:.0f} s)", flush=True)
+            on_figure(name, found[name][-1])
     return found
 
 

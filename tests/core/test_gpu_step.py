@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors, step_losses
+from tests.bench import gpu_laws
 from tests.bench.gpu_speed import Ours, Sides
 from tests.bench.gpu_step import counted, published
 from tests.bench.public_recipe import Pictures, PublicRecipe, diffusion_dpo_loss, noise_errors
@@ -53,6 +55,43 @@ def test_the_benchmark_runs_without_ray_and_merges_its_numbers_into_a_file(tmp_p
         found = results[f"tiny at 64 px, bf16, micro 1, with gradient checkpointing, {against}"]
         assert found["ratio"] > 0
         assert found["value"] > 0
+
+
+def test_the_laws_for_an_accelerator_hold_on_the_cpu(tmp_path):
+    out, before = tmp_path / "results.json", torch.are_deterministic_algorithms_enabled()
+    try:
+        assert gpu_laws.main(["--device", "cpu", "--model", "tiny", "--out", str(out)]) == 0
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert {name.removeprefix("law, ") for name in json.loads(out.read_text())} == set(gpu_laws.ALL)
+
+
+def test_a_law_that_fails_is_reported_and_the_others_run(monkeypatch, capsys):
+    broken = {
+        "raises": (lambda laws: 1 / 0, 1.0, "x"),
+        "too far": (lambda laws: 2.0, 1.0, "x"),
+        "holds": (lambda laws: 0, 0, "x"),
+    }
+    monkeypatch.setattr(gpu_laws, "ALL", broken)
+    try:
+        assert gpu_laws.main(["--device", "cpu", "--model", "tiny"]) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert capsys.readouterr().out.rstrip().endswith("1 passed, 2 failed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_everything_for_an_accelerator_runs_on_a_tiny_model(tmp_path):
+    out = tmp_path / "results.json"
+    small = {"MODEL": "tiny", "LARGE": "tiny", "PAIRS": "4", "MICRO": "2", "DEADLINE_S": "800", "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", "tests/bench/gpu.sh", str(out)], env=os.environ | small, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    names = set(json.loads(out.read_text()))
+    assert {"tiny, VAE encode, tf32", "law, gradient, float32"} <= names
+    assert any("compiled, train_vs_public_recipe" in name for name in names)
 
 
 def test_real_models_are_held_against_the_estimate_and_the_published_pace():

@@ -1,0 +1,76 @@
+"""Images/s of the VAE encoder as ingest runs it, and what other arithmetic would give: dde_core alone.
+
+    python -m tests.bench.gpu_encode --model sd15 --out results.json
+
+Sides in turn on the same images: float32 without TF32 (ingest's own arithmetic, from uint8 on the host to float16 latents on
+the host), float32 with TF32, bfloat16 autocast. Beside each: the largest relative L2 distance of its latents from the first's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dde_core.models.folder import encode_images
+from dde_core.models.policy import use_repeatable_kernels
+from tests.bench.gpu_step import machine_of, tell
+from tests.bench.measure import in_turn, ratio
+from tests.bench.random_folder import RandomFolder
+
+OWN = "float32"
+
+
+class Encode:
+    """The same random images through one VAE, by each arithmetic."""
+
+    def __init__(self, model: str, device: torch.device, images: int) -> None:
+        folder = RandomFolder(model, device)
+        self._device, self._vae = device, folder.vae().to(device)
+        self._images = np.random.default_rng(0).integers(0, 256, (images, folder.size_px, folder.size_px, 3), np.uint8)
+        self.latents: dict[str, np.ndarray] = {}
+
+    def speed(self, arithmetic: str) -> float:
+        """Images/s, after one pass that chooses kernels."""
+        use_repeatable_kernels()
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = arithmetic == "tf32"
+        autocast: Any = contextlib.nullcontext()
+        if arithmetic == "bf16":
+            autocast = torch.autocast(self._device.type, torch.bfloat16)
+        with torch.no_grad(), autocast:
+            encode_images(self._vae, self._images)
+            began = time.monotonic()
+            self.latents[arithmetic] = encode_images(self._vae, self._images).astype(np.float32)
+        return len(self._images) / (time.monotonic() - began)
+
+    def distance(self, arithmetic: str) -> float:
+        """Of its latents from float32's, relative L2 of the worst image."""
+        own, other = (self.latents[name].reshape(len(self._images), -1) for name in (OWN, arithmetic))
+        return float((np.linalg.norm(other - own, axis=1) / np.linalg.norm(own, axis=1)).max())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="sd15")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="JSON file that the results are merged into")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    encode = Encode(options.model, device, options.images)
+    found = in_turn(options.rounds, {name: lambda name=name: encode.speed(name) for name in (OWN, "tf32", "bf16")})
+    for arithmetic in found:
+        what = f"{OWN}, ingest's own; latents differ by {encode.distance(arithmetic):.2g}"
+        row = {**ratio(found, arithmetic, OWN, "images/s", what), "machine": machine_of(device)}
+        tell({f"{options.model}, VAE encode, {arithmetic}": row}, options.out)
+
+
+if __name__ == "__main__":
+    main()
