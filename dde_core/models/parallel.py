@@ -20,9 +20,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dde_core.cluster import AUTO_ROOM
 from dde_core.config import TrainConfig
 from dde_core.errors import ConfigError
+from dde_core.planning.cluster import AUTO_ROOM
 
 Parallelism = Literal["none", "ddp", "fsdp"]
 

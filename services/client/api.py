@@ -25,18 +25,17 @@ import httpx
 from pydantic import BaseModel
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from services.client.types import Checkpoint, Dataset, Evaluation, Event, Item, Job, MetricRow, Model, Page, parse
-from services.contracts import (
+from services.api.records import CreditRecord, DatasetReport
+from services.api.requests import (
     AlignmentJobCreate,
-    CreditRecord,
     DatasetCreate,
-    DatasetReport,
     DatasetSource,
     EvaluationCreate,
     ImageRequest,
     ModelCreate,
     ScoreRequest,
 )
+from services.client.types import Checkpoint, Dataset, Evaluation, Event, Item, Job, MetricRow, Model, Page, parse
 from services.errors import ServiceError, Unavailable
 
 PAGE = 100

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from services.api.requests import AlignmentJobCreate
 from services.client.recipes import merged
-from services.contracts import AlignmentJobCreate
 from services.errors import BadRequest
 
 PLACES = {

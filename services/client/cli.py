@@ -12,11 +12,12 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from dde_core.errors import DdeError
+from services.api.records import CreditRecord
+from services.api.requests import EvaluationCreate, ImageRequest, most_workers
 from services.client import recipes, tables
 from services.client.bodies import TO_BE_NAMED, as_uri, columns_of, job_body, read_body, validation_line
 from services.client.connection import connect
 from services.client.job_commands import jobs
-from services.contracts import CreditRecord, EvaluationCreate, ImageRequest, most_workers
 from services.errors import BadRequest, ServiceError
 from services.settings import ClientSettings
 
@@ -168,8 +169,8 @@ def plan(
     ] = None,
 ) -> None:
     """Show what a job would take on a cluster: step time, exchange, memory, data, checkpoints, hours and price."""
-    from dde_core.cluster import Cluster
-    from dde_core.plan import PICK_A_PIC_PAIRS
+    from dde_core.planning.cluster import Cluster
+    from dde_core.planning.plan import PICK_A_PIC_PAIRS
     from services.client import plan as planning
 
     base = recipes.load(recipe) if recipe else None

@@ -21,7 +21,7 @@ from dde_core.credit import STABLE_DIFFUSION, Curves, curves
 from dde_core.errors import ConfigError
 from dde_core.objectives import OBJECTIVES
 from dde_core.schedule import Schedule
-from services.contracts import CreditBucket, CreditRecord
+from services.api.records import CreditBucket, CreditRecord
 
 BATCH_SIZE = 2048
 """What DDE trains with, where no job says otherwise."""

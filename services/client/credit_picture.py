@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from dde_core.credit import start_left
 from dde_core.objectives import OBJECTIVES, single_shot
+from services.api.records import CreditRecord
 from services.client.credit import Credit
-from services.contracts import CreditRecord
 
 METHODS = [["credit", "terms", "convergence"]]
 WITH_JOB = [*METHODS, ["job_correction", "job", "job"]]

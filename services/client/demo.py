@@ -13,6 +13,8 @@ from urllib.request import url2pathname
 from rich.console import Console
 
 from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
+from services.api.records import EvaluateResult
+from services.api.requests import AlignmentJobCreate, ImageRequest
 from services.client import tables
 from services.client.api import Client
 from services.client.bodies import job_body
@@ -21,7 +23,6 @@ from services.client.processes import executables
 from services.client.types import Job
 from services.client.up import BASE_MODEL, first_prompt, picture_command, register_base, signals_interrupt, stay
 from services.client.watch import watch
-from services.contracts import AlignmentJobCreate, EvaluateResult, ImageRequest
 from services.errors import ServiceError
 
 JOB_FILE = Path(__file__).resolve().parents[2] / "deploy" / "demo.json"

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dde_core.estimate import estimate
+from dde_core.planning.estimate import estimate
+from services.api.requests import AlignmentJobCreate, most_workers
 from services.client import recipes, tables
 from services.client.api import Client
 from services.client.bodies import TO_BE_NAMED, job_body, workers_of
 from services.client.connection import connect
 from services.client.types import Job
 from services.client.watch import watch
-from services.contracts import AlignmentJobCreate, most_workers
 from services.errors import BadRequest, ServiceError
 
 jobs = typer.Typer(no_args_is_help=True, help="Alignment jobs.")

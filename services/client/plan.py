@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dde_core import speed
-from dde_core.cluster import Cluster
-from dde_core.estimate import Term
-from dde_core.plan import PICK_A_PIC_PAIRS, Plan, Run, changed, plan, value
-from dde_core.speed import Check, Speed
-from services.contracts import AlignmentJobCreate
+from dde_core.planning import mfu
+from dde_core.planning.cluster import Cluster
+from dde_core.planning.estimate import Term
+from dde_core.planning.mfu import Check, Speed
+from dde_core.planning.plan import PICK_A_PIC_PAIRS, Plan, Run, changed, plan, value
+from services.api.requests import AlignmentJobCreate
 
 HELD = {"none": "on one GPU", "ddp": "DDP, a whole model each", "fsdp": "FSDP2, a part of the model each"}
 
@@ -43,10 +43,10 @@ def show(
 
 def speed_of(family: str, cluster: Cluster, body: AlignmentJobCreate, results: Mapping[str, Any] | None) -> tuple[Speed, str]:
     """Measured where the results have it, else published; and which of the two, in words."""
-    found = speed.measured(results, family, cluster.gpu, body.training) if results is not None else None
+    found = mfu.measured(results, family, cluster.gpu, body.training) if results is not None else None
     if found:
         return found, f"calibrated: {found.source}"
-    at = speed.published(family)
+    at = mfu.published(family)
     why = "" if results is None else f"the results have no measured step of {family} in bf16 on a known GPU; "
     return at, f"{why}calibrated by {at.source}; better: python -m tests.bench.gpu_step --model {family} --out FILE"
 
@@ -57,7 +57,7 @@ def headline(planned: Plan) -> str:
     where = f"{cluster.gpus} x {cluster.kind.title} in {cluster.nodes} nodes"
     price = f"{value(planned.hours, 'together'):,.1f} h, {value(planned.hours, 'price'):,.0f} USD"
     run = f"{planned.run.facts.title}, {planned.run.objective.method}, on {where}: {step:.3g} s a step, {price}"
-    training, encoding = speed.training_checks(planned.run.speed), speed.encoding_checks(planned.run.speed)
+    training, encoding = mfu.training_checks(planned.run.speed), mfu.encoding_checks(planned.run.speed)
     return f"{run} (checks: {spread(training)} of published hours of training, {spread(encoding)} of encoding)"
 
 
@@ -109,7 +109,7 @@ def memory(planned: Plan) -> Table:
 def ceilings(family: str) -> Table:
     """How much faster than the public recipe training can be by arithmetic."""
     table = _table("arithmetic of a pair, TFLOP", "gradient checkpointing", ">here, ledger", ">public recipe", ">ceiling")
-    for checkpointing, ours, public in speed.ceilings(family):
+    for checkpointing, ours, public in mfu.ceilings(family):
         row = (f"{ours / 1e12:.2f}", f"{public / 1e12:.2f}", f"{public / ours:.2f}x")
         table.add_row("on" if checkpointing else "off", *row)
     table.caption = "Public recipe: VAE, text, policy and reference in every step. Here: text and policy. At one speed of all."
@@ -121,7 +121,7 @@ def checks(at: Speed, results: Mapping[str, Any]) -> Table:
     """Predictions of what is known, from numbers that were not taken from it."""
     table = _table("the model, checked", "run", ">predicted", ">known", ">ratio", "predicted from")
     table.columns[0].no_wrap = False  # long names give way to the numbers, on 80 columns, too
-    for check in (*speed.checks(at), *speed.benchmarks(results)):
+    for check in (*mfu.checks(at), *mfu.benchmarks(results)):
         numbers = (rounded(check.predicted), rounded(check.known), f"{check.ratio:.2f}")
         table.add_row(f"{check.name}, {check.unit}", *numbers, escape(check.source))
     return table

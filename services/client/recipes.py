@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dde_core.family import Family
-from services.contracts import Strict
+from services.api.requests import Strict
 from services.errors import BadRequest
 
 SUFFIX = ".yaml"

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dde_core.estimate import Estimate
+from dde_core.planning.estimate import Estimate
+from services.api.records import DatasetCounts, DatasetReport, EvaluateResult, Interval
+from services.api.requests import ALL_SCORERS
 from services.client.types import Checkpoint
-from services.contracts import ALL_SCORERS, DatasetCounts, DatasetReport, EvaluateResult, Interval
 
 
 def print_list(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

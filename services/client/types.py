@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.contracts import DatasetCounts, EncodeResult, EvaluateResult, LedgerResult, TrainResult, Validated
+from services.api.records import DatasetCounts, EncodeResult, EvaluateResult, LedgerResult, TrainResult, Validated
 
 FINISHED = ("succeeded", "failed", "cancelled")
 Item = TypeVar("Item", bound="Answer")

@@ -10,8 +10,7 @@ from fastapi import Depends, FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
-from services import storage
-from services.contracts import (
+from services.api.requests import (
     AlignmentJobCreate,
     DatasetCreate,
     DatasetSource,
@@ -30,6 +29,7 @@ from services.control.routers import datasets, evaluations, health, images, jobs
 from services.control.telemetry import Telemetry
 from services.control.views import ErrorView
 from services.settings import Settings
+from services.storage import files
 
 BODIES = (DatasetCreate, DatasetSource, ModelCreate, AlignmentJobCreate, EvaluationCreate, ImageRequest, ScoreRequest)
 
@@ -40,7 +40,7 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     ``reconcile=False`` makes a replica that answers requests and leaves the jobs to others.
     """
     app = FastAPI(title="dde", version="1", lifespan=_lifespan, docs_url=None, redoc_url=None)
-    app.state.settings = settings = settings.model_copy(update={"storage_uri": storage.as_uri(settings.storage_uri)})
+    app.state.settings = settings = settings.model_copy(update={"storage_uri": files.as_uri(settings.storage_uri)})
     app.state.launcher = launcher or RayJobsLauncher(settings.ray_url)
     app.state.database = Database(settings.database_url)
     app.state.reconcile = reconcile

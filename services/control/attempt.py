@@ -7,13 +7,15 @@ from functools import cached_property
 
 from pydantic import ValidationError
 
-from services import checkpoints, storage
-from services.contracts import HEARD, STOP, JournalEvent, StageFailure, StageStopped, StopRequest
+from services.artifacts import checkpoints
 from services.control import stages
 from services.control.launcher import Launcher, RunState
 from services.control.tables import Job
 from services.errors import Unavailable
-from services.observability import read_journal
+from services.stages.journal import read_journal
+from services.stages.layout import HEARD, STOP
+from services.stages.specs import JournalEvent, StageFailure, StageStopped, StopRequest
+from services.storage import files
 
 RUNNING: tuple[RunState, ...] = ("pending", "running")
 JOURNAL_FILES = 200
@@ -39,7 +41,7 @@ class Attempt:
     def marker(self, name: str) -> bytes | None:
         """A marker's content, or None where it is not there (yet)."""
         try:
-            return storage.read_bytes(storage.join(self.prefix, name))
+            return files.read_bytes(files.join(self.prefix, name))
         except FileNotFoundError:
             return None
 
@@ -70,13 +72,13 @@ class Attempt:
     def ask_to_stop(self) -> None:
         """Tell training to store its state after the step it is at, and to end. Other stages do not read it: it says why they
         were ended."""
-        request = storage.join(self.prefix, STOP)
-        if not storage.exists(request):
-            storage.write_json(request, StopRequest(why="pause").model_dump())
+        request = files.join(self.prefix, STOP)
+        if not files.exists(request):
+            files.write_json(request, StopRequest(why="pause").model_dump())
 
     def has_heard(self) -> bool:
         """Whether training knows that it is asked to stop: it stores its state once the step in hand is done."""
-        return self.job.stage == "train" and storage.exists(storage.join(self.prefix, HEARD))
+        return self.job.stage == "train" and files.exists(files.join(self.prefix, HEARD))
 
     def was_asked_to_end(self) -> bool:
         """By a pause, or by a signal that training heard in time: such an end is nobody's fault."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dde_core.errors import DataError
 from dde_core.shapes import scorers
-from services import registry
-from services.contracts import AlignmentJobCreate, EvaluationConfig, ModelRecord, ValidationConfig, most_workers
+from services.api.records import ModelRecord
+from services.api.requests import AlignmentJobCreate, EvaluationConfig, ValidationConfig, most_workers
+from services.artifacts import models
+from services.artifacts.prompts import prompt_lines
 from services.control.problems import show
 from services.control.tables import Dataset
 from services.errors import BadRequest
-from services.inspection import check_bad
-from services.prompts import prompt_lines
+from services.pairs.validation import check_bad
 
 
 def check_alignment(asked: AlignmentJobCreate) -> None:
@@ -37,7 +38,7 @@ def _check_parallelism(asked: AlignmentJobCreate) -> None:
 
 def check_base(base: ModelRecord, asked: AlignmentJobCreate) -> None:
     """Refuse timesteps that the base's schedule does not have, and adapters for layers that its U-Net does not have."""
-    last, objective = registry.num_train_timesteps(base), asked.objective
+    last, objective = models.num_train_timesteps(base), asked.objective
     for field in ("t_min", "t_max", "calibration_bins"):
         if getattr(objective, field) > last:
             message = f"objective.{field}: must be at most the {last} timesteps of {base.name}, got {getattr(objective, field)}"
@@ -46,7 +47,7 @@ def check_base(base: ModelRecord, asked: AlignmentJobCreate) -> None:
         if base.adapter_of:
             message = f"training.lora: must be null, {base.name} is LoRA adapters on {base.adapter_of.name} itself"
             raise BadRequest(message, param="training.lora")
-        if idle := asked.training.lora.unmatched(registry.unet_layers(base.uri)):
+        if idle := asked.training.lora.unmatched(models.unet_layers(base.uri)):
             message = f"training.lora.targets: matches no linear or convolution layer of {base.name}'s U-Net, got {idle[0]!r}"
             raise BadRequest(message, param="training.lora.targets")
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from services import storage
-from services.contracts import DatasetCounts, DatasetCreate, DatasetReport, DatasetSource
+from services.api.records import DatasetCounts, DatasetReport
+from services.api.requests import DatasetCreate, DatasetSource
 from services.control.database import Database
 from services.control.idempotency import Once, create_once
 from services.control.listing import by_id, listed, newest
@@ -19,9 +19,10 @@ from services.control.tables import Dataset, Job, new_id
 from services.control.transitions import UNFINISHED
 from services.control.views import dataset_view
 from services.errors import Conflict
-from services.inspection import inspect, validate
-from services.row_files import unreadable
-from services.sources import Source, open_source
+from services.pairs.columnar import unreadable
+from services.pairs.source import Source, open_source
+from services.pairs.validation import inspect, validate
+from services.storage import files
 
 Answer = TypeVar("Answer")
 
@@ -34,7 +35,7 @@ def create(database: Database, once: Once, asked: DatasetCreate) -> dict[str, An
         row = Dataset(
             id=new_id("ds"),
             name=asked.name,
-            uri=storage.as_uri(asked.uri),
+            uri=files.as_uri(asked.uri),
             columns=dict(asked.columns),
             digest=digest,
             counts=counts.model_dump(),

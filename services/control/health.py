@@ -8,17 +8,17 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from services import storage
 from services.control.database import Database
 from services.control.launcher import Launcher
 from services.errors import ServiceError
+from services.storage import files
 
 
 def readiness(database: Database, root: str, launcher: Launcher) -> tuple[bool, dict[str, Any]]:
     """(ready, what each part says)."""
     parts: dict[str, Callable[[], None]] = {
         "database": lambda: _ask(database),
-        "storage": lambda: storage.write_bytes(storage.join(root, ".writable"), b"the control plane can write here\n"),
+        "storage": lambda: files.write_bytes(files.join(root, ".writable"), b"the control plane can write here\n"),
         "ray": lambda: launcher.state("readyz") and None,
     }
     problems = {name: _problem(check) for name, check in parts.items()}

@@ -7,7 +7,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from dde_core.errors import ConfigError
-from services.contracts import ImageRequest, ScoreRequest
+from services.api.requests import ImageRequest, ScoreRequest
 from services.errors import BadRequest, ServiceError, Unavailable
 
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)

@@ -11,18 +11,20 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session, aliased
 
 from dde_core.errors import DataError
-from services import checkpoints, storage
-from services.contracts import CREDIT, AlignmentJobCreate, EvaluationCreate
+from services.api.requests import AlignmentJobCreate, EvaluationCreate
+from services.artifacts import checkpoints
 from services.control import checks, journal, models, stages
-from services.control.change import fresh
 from services.control.database import Database, update_one
 from services.control.idempotency import Once, create_once
+from services.control.job_update import fresh
 from services.control.listing import by_id, is_id, listed, newest
 from services.control.problems import show
 from services.control.tables import Dataset, Job, JobMetadata, Model, new_id
 from services.control.transitions import UNFINISHED, check, writes_ledger
 from services.control.views import checkpoint_view, evaluation_view, job_view
 from services.errors import BadRequest, Conflict, NotFound
+from services.stages.layout import CREDIT
+from services.storage import files
 
 VIEWS = {"alignment": job_view, "evaluation": evaluation_view}
 
@@ -64,7 +66,7 @@ def create_evaluation(database: Database, once: Once, asked: EvaluationCreate) -
 
     def insert(session: Session, _: None) -> dict[str, Any]:
         model, base = models.find(session, asked.model, "model"), models.find(session, asked.base, "base")
-        request = asked.model_dump(mode="json") | {"prompts_uri": storage.as_uri(asked.prompts_uri)}
+        request = asked.model_dump(mode="json") | {"prompts_uri": files.as_uri(asked.prompts_uri)}
         row = _row(new_id("eval"), "evaluation", "queued", request)
         row.model, row.base = model.id, base.id
         row.inputs = {key: models.record_of(value).model_dump(mode="json") for key, value in (("model", model), ("base", base))}
@@ -89,7 +91,7 @@ def credit(database: Database, job_id: str) -> bytes:
         trained, status = row.results.get("train"), row.status
     if trained is not None:
         try:
-            return storage.read_bytes(storage.join(trained["model"]["uri"], CREDIT))
+            return files.read_bytes(files.join(trained["model"]["uri"], CREDIT))
         except FileNotFoundError:
             pass
     why = "its model has none" if trained else "it is written when training is done"
@@ -113,7 +115,7 @@ def _checkpoint(run: str, step: int) -> dict[str, Any] | None:
     except (FileNotFoundError, DataError):
         return None
     try:
-        validation = storage.read_json(checkpoints.outcome_uri(run, step))
+        validation = files.read_json(checkpoints.outcome_uri(run, step))
     except (FileNotFoundError, ValueError):
         validation = None
     return checkpoint_view(record, checkpoints.folder(run, step), validation)
@@ -227,7 +229,7 @@ def _request(asked: AlignmentJobCreate) -> dict[str, Any]:
     request = asked.model_dump(mode="json")
     for part in (request["evaluation"], request["validation"] or {}):
         if part.get("prompts_uri"):
-            part["prompts_uri"] = storage.as_uri(part["prompts_uri"])
+            part["prompts_uri"] = files.as_uri(part["prompts_uri"])
     return request
 
 

@@ -13,13 +13,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from services.contracts import JournalEvent, Level, Stage
+from services.api.records import Stage
 from services.control.database import Database
 from services.control.listing import by_id, listed
 from services.control.tables import Event, Job, Metric
 from services.control.transitions import UNFINISHED
 from services.control.views import event_view, metric_view
 from services.errors import BadRequest
+from services.stages.specs import JournalEvent, Level
 
 PAGE = 500
 MAX_MESSAGE = 20_000

@@ -9,8 +9,9 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from dde_core.family import Family
-from services import registry, storage
-from services.contracts import ModelCreate, ModelRecord
+from services.api.records import ModelRecord
+from services.api.requests import ModelCreate
+from services.artifacts import models
 from services.control.database import Database
 from services.control.idempotency import Once, create_once
 from services.control.listing import by_id, is_id, listed, newest
@@ -19,6 +20,7 @@ from services.control.tables import Job, Model, new_id
 from services.control.transitions import UNFINISHED
 from services.control.views import model_view
 from services.errors import BadRequest, Conflict, NotFound
+from services.storage import files
 
 
 def create(database: Database, root: str, once: Once, asked: ModelCreate) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def create(database: Database, root: str, once: Once, asked: ModelCreate) -> dic
 
     def look() -> tuple[Family, str]:
         try:
-            return registry.check_components(asked.uri, asked.family), registry.folder_digest(asked.uri)
+            return models.check_components(asked.uri, asked.family), models.folder_digest(asked.uri)
         except OSError as error:
             raise BadRequest(f"uri: cannot be read, got {asked.uri!r}: {error}", param="uri") from error
 
@@ -38,7 +40,7 @@ def create(database: Database, root: str, once: Once, asked: ModelCreate) -> dic
         record = ModelRecord(
             id=new_id("model"),
             name=asked.name,
-            uri=storage.as_uri(asked.uri),
+            uri=files.as_uri(asked.uri),
             family=family,
             digest=digest,
             created_at=int(time.time()),
@@ -46,8 +48,8 @@ def create(database: Database, root: str, once: Once, asked: ModelCreate) -> dic
         row = Model(**record.model_dump(), current=True)
         session.add(row)
         session.flush()
-        registry.publish(root, record)
-        registry.point(root, record.name, record.id)
+        models.publish(root, record)
+        models.point(root, record.name, record.id)
         return model_view(row)
 
     return create_once(database, once, look, insert)
@@ -103,5 +105,5 @@ def delete(database: Database, root: str, model_id: str) -> dict[str, Any]:
             raise Conflict(f"model {model_id!r} is what the adapters {adapters} work on", param="id", code="in_use")
         session.delete(row)
         session.flush()
-        registry.retract(root, record_of(row))
+        models.retract(root, record_of(row))
     return {"id": model_id, "object": "model", "deleted": True}

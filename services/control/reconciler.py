@@ -16,13 +16,13 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from services import registry
-from services.contracts import ModelRecord
-from services.control.change import Change
+from services.api.records import ModelRecord
+from services.artifacts import models
 from services.control.database import Database, update_one
+from services.control.job_update import Change
 from services.control.journal import printable, record
 from services.control.launcher import Launcher
-from services.control.progress import LONGEST_PAUSE_S, Watch
+from services.control.review import LONGEST_PAUSE_S, Watch
 from services.control.tables import Job, Model
 from services.control.transitions import ACTIVE, UNFINISHED
 from services.settings import Settings
@@ -125,13 +125,13 @@ class Reconciler:
     def _publish(self, session: Session, model: ModelRecord) -> None:
         session.add(Model(**model.model_dump(), current=False))
         session.flush()
-        registry.publish(self._settings.storage_uri, model)
+        models.publish(self._settings.storage_uri, model)
 
     def _point(self, session: Session, job: Job) -> None:
         """The last step of success: the name means the new model, in the database and for Serve."""
         session.execute(update(Model).where(Model.name == job.name, Model.current).values(current=False))
         session.execute(update(Model).where(Model.id == job.output_model).values(current=True))
-        registry.point(self._settings.storage_uri, str(job.name), str(job.output_model))
+        models.point(self._settings.storage_uri, str(job.name), str(job.output_model))
 
     def _postpone(self, job: Job, error: Exception) -> None:
         """Try again later, with growing pauses; tell people once for each new error."""

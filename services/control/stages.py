@@ -6,31 +6,23 @@ import json
 import shlex
 from typing import Any
 
-from services import registry, storage
-from services.contracts import (
-    ENTRY_MODULES,
-    AlignmentJobCreate,
-    DatasetSource,
-    EncodeSpec,
-    EvaluateSpec,
-    EvaluationConfig,
-    LedgerSpec,
-    ModelRecord,
-    StageSpec,
-    TrainSpec,
-)
+from services.api.records import ModelRecord
+from services.api.requests import AlignmentJobCreate, DatasetSource, EvaluationConfig
+from services.artifacts import models
 from services.control.tables import Job
 from services.settings import Settings
+from services.stages.specs import ENTRY_MODULES, EncodeSpec, EvaluateSpec, LedgerSpec, StageSpec, TrainSpec
+from services.storage import files
 
 
 def prefix(job: Job, root: str) -> str:
     """The folder of the job's current attempt: spec, journal and markers."""
-    return storage.join(root, "jobs", job.id, str(job.stage), f"a{job.attempt}")
+    return files.join(root, "jobs", job.id, str(job.stage), f"a{job.attempt}")
 
 
 def run_folder(job_id: str, root: str) -> str:
     """Where every attempt to train finds and leaves checkpoints, and what validation measured of them."""
-    return storage.join(root, "jobs", job_id, "train", "run")
+    return files.join(root, "jobs", job_id, "train", "run")
 
 
 def submission_id(job: Job) -> str:
@@ -40,7 +32,7 @@ def submission_id(job: Job) -> str:
 
 def entrypoint(job: Job, root: str) -> str:
     """The command of the job's current stage."""
-    uri = storage.join(prefix(job, root), "spec.json")
+    uri = files.join(prefix(job, root), "spec.json")
     return f"python -m {ENTRY_MODULES[job.stage]} --spec {shlex.quote(uri)}"  # type: ignore[index]
 
 
@@ -68,7 +60,7 @@ def _encode(job: Job, settings: Settings, frame: dict[str, Any]) -> EncodeSpec:
         source_digest=dataset["digest"],
         model=ModelRecord(**job.inputs["model"]),
         data=_asked(job).data,
-        output=storage.join(settings.storage_uri, "datasets"),
+        output=files.join(settings.storage_uri, "datasets"),
         actors=settings.encode_actors,
     )
 
@@ -100,7 +92,7 @@ def _train(job: Job, settings: Settings, frame: dict[str, Any]) -> TrainSpec:
         validation=asked.validation,
         ledger=job.results["ledger"]["ledger"] if "ledger" in job.results else None,
         run=run_folder(job.id, root),
-        output=registry.model_uri(root, str(job.output_model)),
+        output=models.model_uri(root, str(job.output_model)),
     )
 
 
@@ -115,7 +107,7 @@ def _evaluate(job: Job, settings: Settings, frame: dict[str, Any]) -> EvaluateSp
         candidate=ModelRecord(**candidate),
         base=ModelRecord(**base),
         evaluation=EvaluationConfig.model_validate_json(json.dumps(evaluation)),
-        output=storage.join(settings.storage_uri, "jobs", job.id, "evaluate", f"a{job.attempt}"),
+        output=files.join(settings.storage_uri, "jobs", job.id, "evaluate", f"a{job.attempt}"),
         actors=settings.evaluate_actors,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from services.contracts import JobStatus, Stage
+from services.api.records import JobStatus, Stage
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     "validating": frozenset({"queued", "failed", "cancelled"}),

@@ -8,19 +8,19 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel
 
 from dde_core.config import DataConfig
-from services.checkpoints import CheckpointRecord
-from services.contracts import (
+from dde_core.family import Family
+from services.api.records import (
     DatasetCounts,
     EncodeResult,
     EvaluateResult,
-    Family,
     JobStatus,
     LedgerResult,
-    Scorer,
     Stage,
     TrainResult,
     Validated,
 )
+from services.api.requests import Scorer
+from services.artifacts.checkpoints import CheckpointRecord
 from services.control.tables import Dataset, Event, Job, Metric, Model
 from services.control.transitions import STAGES
 

@@ -2,9 +2,9 @@
 
 import ray
 
-from services.contracts import EvaluateSpec
 from services.evaluation.evaluate import evaluate
-from services.stage import run_stage
+from services.stages.runner import run_stage
+from services.stages.specs import EvaluateSpec
 
 if __name__ == "__main__":
     ray.init(log_to_driver=False)

@@ -15,8 +15,8 @@ import torch
 from dde_core.generation import TextToImage
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes.scorers import score
-from services.contracts import EvaluateSpec
-from services.registry import fetch
+from services.artifacts.models import fetch
+from services.stages.specs import EvaluateSpec
 
 PROMPTS_PER_CHUNK = 25
 SIDES = ("base", "candidate")

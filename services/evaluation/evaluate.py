@@ -6,13 +6,15 @@ import time
 
 import numpy as np
 
+from dde_core.image_grid import draw_grid
 from dde_core.metrics import beat_ratio, paired_difference
-from services import storage
-from services.contracts import EvaluateResult, EvaluateSpec, Interval, Scorer, ScorerReport
+from services.api.records import EvaluateResult, Interval, ScorerReport
+from services.api.requests import Scorer
+from services.artifacts.prompts import read_prompts
 from services.evaluation.compare import SIDES, compare
-from services.observability import Journal
-from services.picture_grid import draw_grid
-from services.prompts import read_prompts
+from services.stages.journal import Journal
+from services.stages.specs import EvaluateSpec
+from services.storage import files
 
 GRID_PROMPTS = 16
 
@@ -30,11 +32,11 @@ def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
     ordered = [rows[i] for i in range(len(prompts))]
     scores = {name: _compare_scores(name, ordered) for name in spec.evaluation.scorers}
     shown = ordered[:GRID_PROMPTS]
-    grid_uri, report_uri = storage.join(spec.output, "grid.png"), storage.join(spec.output, "report.json")
+    grid_uri, report_uri = files.join(spec.output, "grid.png"), files.join(spec.output, "report.json")
     names = (spec.base.name, spec.candidate.name)
     pictures = [(name, [row[side] for row in shown]) for name, side in zip(names, SIDES, strict=True)]
-    storage.write_bytes(grid_uri, draw_grid([row["prompt"] for row in shown], pictures))
-    storage.write_json(report_uri, _report(spec, ordered, scores))
+    files.write_bytes(grid_uri, draw_grid([row["prompt"] for row in shown], pictures))
+    files.write_json(report_uri, _report(spec, ordered, scores))
     return EvaluateResult(
         report=report_uri, grid=grid_uri, num_prompts=len(prompts), scores=scores, seconds=time.monotonic() - began
     )

@@ -4,10 +4,10 @@ import argparse
 
 import ray
 
-from services.contracts import EncodeSpec, LedgerSpec
 from services.ingest.encode import encode
 from services.ingest.ledger import ledger
-from services.stage import run_stage
+from services.stages.runner import run_stage
+from services.stages.specs import EncodeSpec, LedgerSpec
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)

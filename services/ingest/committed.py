@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dde_core.latents.writer import shard_table
-from services import storage
+from services.storage import files
 
 BLOCKS, BAD = "blocks", "bad"
 READS_AT_ONCE = 16
@@ -27,7 +27,7 @@ def commit(row: dict[str, Any], folder: str) -> dict[str, Any]:
     ``images`` (how many are in it) and ``bad``."""
     about: list[Any] = json.loads(row["about"])
     if row["bad"] != "{}":
-        storage.write_bytes(storage.join(folder, BAD, f"{row['block']:08d}.json"), row["bad"].encode())
+        files.write_bytes(files.join(folder, BAD, f"{row['block']:08d}.json"), row["bad"].encode())
     columns: dict[str, Any] = {
         "uid": [uid for uid, *_ in about],
         "sha256": [bytes.fromhex(sha256) for _, sha256, *_ in about],
@@ -41,7 +41,7 @@ def commit(row: dict[str, Any], folder: str) -> dict[str, Any]:
     pq.write_table(
         shard_table(columns, pa.schema(kinds)), sink, compression="none", use_dictionary=False, write_statistics=False
     )
-    storage.write_bytes(storage.join(folder, BLOCKS, f"{row['block']:08d}.parquet"), sink.getvalue().to_pybytes())
+    files.write_bytes(files.join(folder, BLOCKS, f"{row['block']:08d}.parquet"), sink.getvalue().to_pybytes())
     return {"block": row["block"], "images": len(about), "bad": row["bad"]}
 
 
@@ -50,7 +50,7 @@ def committed_blocks(folder: str) -> set[int]:
     done = set(_numbered(folder, BLOCKS))
     for number, name in _numbered(folder, BAD).items():
         if number not in done:
-            storage.delete_file(storage.join(folder, BAD, name))
+            files.delete_file(files.join(folder, BAD, name))
     return done
 
 
@@ -58,18 +58,18 @@ def bad_pictures(folder: str, blocks: set[int]) -> Iterator[tuple[int, str]]:
     """(block, JSON as ``commit`` got it) of those of these blocks that have any."""
     names = {number: name for number, name in _numbered(folder, BAD).items() if number in blocks}
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        files = pool.map(lambda name: storage.read_bytes(storage.join(folder, BAD, name)).decode(), names.values())
-        yield from zip(names, files, strict=True)
+        contents = pool.map(lambda name: files.read_bytes(files.join(folder, BAD, name)).decode(), names.values())
+        yield from zip(names, contents, strict=True)
 
 
 def _numbered(folder: str, kind: str) -> dict[int, str]:
-    names = storage.list_files(storage.join(folder, kind))
+    names = files.list_files(files.join(folder, kind))
     return {int(found[1]): name for name in names if (found := re.fullmatch(r"(\d{8,})\.(parquet|json)", name))}
 
 
 def read_block(folder: str, number: int, uids: set[str]) -> dict[str, dict[str, Any]]:
     """The committed pictures of a block that are asked for, by uid: ``latents`` float16 [n], ``sha256``, ``size``, ``crop``."""
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, BLOCKS, f"{number:08d}.parquet"))))
+    table = pq.read_table(pa.BufferReader(files.read_bytes(files.join(folder, BLOCKS, f"{number:08d}.parquet"))))
     places = [place for place, uid in enumerate(table["uid"].to_pylist()) if uid in uids]
     latents = table["latents"].combine_chunks().flatten().to_numpy().reshape(len(table), -1) if len(table) else []
     rows = table.drop_columns(["latents"]).take(pa.array(places, pa.int64())).to_pylist()
@@ -79,4 +79,4 @@ def read_block(folder: str, number: int, uids: set[str]) -> dict[str, dict[str, 
 def clear(folder: str) -> None:
     """Drop the blocks once the shards that hold them are there."""
     for name in (BLOCKS, BAD):
-        storage.delete_folder(storage.join(folder, name))
+        files.delete_folder(files.join(folder, name))

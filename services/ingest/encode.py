@@ -13,8 +13,8 @@ from dde_core.errors import DataError
 from dde_core.family import COMPONENTS
 from dde_core.latents.schema import MANIFEST, SCHEMA_VERSION, Manifest, Shard, dataset_digest
 from dde_core.models.folder import ModelFolder
-from services import registry, storage
-from services.contracts import EncodeResult, EncodeSpec
+from services.api.records import EncodeResult
+from services.artifacts import models
 from services.errors import BadRequest
 from services.ingest import committed
 from services.ingest.joining import ShardWork
@@ -22,9 +22,11 @@ from services.ingest.plan import Plan, Planner, images_per_block
 from services.ingest.progress import Progress
 from services.ingest.quarantine import Quarantine
 from services.ingest.stages import encode_blocks, join_shards
-from services.inspection import Summary, check_bad
-from services.observability import Journal
-from services.sources import Source, open_source
+from services.pairs.source import Source, open_source
+from services.pairs.validation import Summary, check_bad
+from services.stages.journal import Journal
+from services.stages.specs import EncodeSpec
+from services.storage import files
 
 SHARD_BYTES = 64 * 1024**2
 PAIRS_PER_SHARD = 1000
@@ -36,13 +38,13 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
     Raises BadRequest where the source has changed or too many rows are bad, DataError where no pair is left.
     """
     began = time.monotonic()
-    folder, source = ModelFolder(*registry.fetch(spec.model)), open_source(spec.source)
+    folder, source = ModelFolder(*models.fetch(spec.model)), open_source(spec.source)
     size = spec.data.resolution or folder.picture_size()
     settings: dict[str, Any] = {"resolution": size, "crop": "centre", "flip": spec.data.flip}
     encoder_digest = _encoder_digest(folder)
     identity = [SCHEMA_VERSION, spec.source_digest, encoder_digest, settings, images_per_block(size)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    target = storage.join(spec.output, key)
+    target = files.join(spec.output, key)
     manifest = _find(target)
     if reused := manifest is not None:
         journal.event(f"dataset {key} is encoded already")
@@ -50,7 +52,7 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
         try:
             made = _encode_new(spec, journal, source, folder, settings, encoder_digest, target)
             if (manifest := _find(target)) is None:  # else another run was faster, and its shards may be in use
-                storage.write_bytes(storage.join(target, MANIFEST), made.to_json())
+                files.write_bytes(files.join(target, MANIFEST), made.to_json())
                 manifest = made
         except Exception:
             if (manifest := _find(target)) is None:  # else another run has cleared the blocks away
@@ -69,8 +71,8 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
 
 
 def _find(target: str) -> Manifest | None:
-    uri = storage.join(target, MANIFEST)
-    return Manifest.from_json(storage.read_bytes(uri)) if storage.exists(uri) else None
+    uri = files.join(target, MANIFEST)
+    return Manifest.from_json(files.read_bytes(uri)) if files.exists(uri) else None
 
 
 def _encode_new(
@@ -179,5 +181,5 @@ def _join(
 def _encoder_digest(folder: ModelFolder) -> str:
     """sha256 of what decides a picture's latents and a caption's tokens: the VAE's and the tokenizers' files."""
     names = [name for name in COMPONENTS[folder.family] if name == "vae" or name.startswith("tokenizer")]
-    parts = [registry.folder_digest(storage.as_uri(folder.path / name)) for name in names]
+    parts = [models.folder_digest(files.as_uri(folder.path / name)) for name in names]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -16,12 +16,12 @@ from dde_core.family import Family
 from dde_core.latents.schema import pair_digest, shard_schema, token_columns
 from dde_core.latents.writer import shard_table, write_shard
 from dde_core.models.tokens import load_tokenizers, tokenize
-from services import storage
-from services.contracts import ModelRecord
+from services.api.records import ModelRecord
+from services.artifacts.models import fetch
 from services.ingest.committed import read_block
-from services.pairs import Preference, Row
-from services.registry import fetch
-from services.sources import Source, Unit
+from services.pairs.row import Preference, Row
+from services.pairs.source import Source, Unit
+from services.storage import files
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def join_shard(
     tokenizers = _tokenizers(fetch(model)[0], model.family)
     schema = shard_schema(latent_shape, len(tokenizers), tokenizers[0].model_max_length)
     table = shard_table(_columns(pairs, pictures, tokenizers), schema)
-    shard = write_shard(work.number, table, lambda name, data: storage.write_bytes(storage.join(folder, name), data))
+    shard = write_shard(work.number, table, lambda name, data: files.write_bytes(files.join(folder, name), data))
     digests = [
         pair_digest(preference.pair_id, pictures[winner]["sha256"], pictures[loser]["sha256"], preference.label, caption)
         for preference, winner, loser, caption in pairs

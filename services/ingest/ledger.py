@@ -28,10 +28,12 @@ from dde_core.metrics import in_words, logit_deviation
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy, use_repeatable_kernels
 from dde_core.train_step import PairErrors, check_finite, pair_errors
-from services import ledgers, registry, storage
-from services.contracts import LedgerResult, LedgerSpec
+from services.api.records import LedgerResult
+from services.artifacts import ledgers, models
 from services.ingest.pace import Pace
-from services.observability import Journal
+from services.stages.journal import Journal
+from services.stages.specs import LedgerSpec
+from services.storage import files
 
 PAIRS_AT_ONCE = 32
 """Where training runs its whole share at once."""
@@ -49,7 +51,7 @@ def ledger(spec: LedgerSpec, journal: Journal) -> LedgerResult:
     Raises ConfigError for more draws than a ledger holds, as a run over very many epochs asks for that sets none.
     """
     began = time.monotonic()
-    registry.check_digests(spec.model)
+    models.check_digests(spec.model)
     asked = ledgers.needed(spec)
     if asked.draws > MAX_DRAWS:
         raise ConfigError("training.draws", asked.draws, f"(one for each epoch where it is 0) must be at most {MAX_DRAWS}")
@@ -73,19 +75,19 @@ def ledger(spec: LedgerSpec, journal: Journal) -> LedgerResult:
 def _write(spec: LedgerSpec, journal: Journal, key: LedgerKey, objective: ObjectiveConfig, draws: int) -> None:
     """Compute what is not there, then write the record of all that is."""
     began, folder = time.monotonic(), ledgers.folder_of(spec.dataset, key)
-    manifest = Manifest.from_json(storage.read_bytes(storage.join(spec.dataset, MANIFEST)))
+    manifest = Manifest.from_json(files.read_bytes(files.join(spec.dataset, MANIFEST)))
     rows = tuple(shard.rows for shard in manifest.shards)
-    there = committed(storage.list_files(folder))
+    there = committed(files.list_files(folder))
     missing = [{"shard": s, "draw": n} for s in range(len(rows)) for n in range(draws) if (s, n) not in there]
     journal.event(f"reference ledger {key.name}: {draws} draws of {sum(rows)} pairs, {len(missing)} files to write")
     progress, samples = Progress(journal, sum(rows[unit["shard"]] for unit in missing)), []
     for done in compute(missing, spec, objective, folder):
         progress.add(done["pairs"])
         samples.append(np.array([done["t"], done["margin"]]))
-    noise = _noise(samples, ModelFolder(*registry.fetch(spec.model)))
-    files = files_of(committed(storage.list_files(folder)), len(rows))
-    record = LedgerRecord(key=key, rows=rows, files=files, noise=noise, seconds=time.monotonic() - began)
-    storage.write_bytes(storage.join(folder, record.name), record.to_json())
+    noise = _noise(samples, ModelFolder(*models.fetch(spec.model)))
+    ledger_files = files_of(committed(files.list_files(folder)), len(rows))
+    record = LedgerRecord(key=key, rows=rows, files=ledger_files, noise=noise, seconds=time.monotonic() - began)
+    files.write_bytes(files.join(folder, record.name), record.to_json())
     if noise:
         journal.event(f"rounding moves the logit of the reference against itself: {in_words(noise)}")
 
@@ -119,10 +121,10 @@ class ReferencePass:
 
     def __init__(self, spec: LedgerSpec, objective: ObjectiveConfig, folder: str) -> None:
         use_repeatable_kernels()
-        device, model = torch.device("cuda" if spec.use_gpu else "cpu"), ModelFolder(*registry.fetch(spec.model))
+        device, model = torch.device("cuda" if spec.use_gpu else "cpu"), ModelFolder(*models.fetch(spec.model))
         arithmetic = TrainConfig(precision=spec.training.precision, compile=spec.training.compile)
         self._frozen = Policy(model, arithmetic, device)
-        self._schedule, self._reader = model.schedule(), LatentReader(*storage.resolve(spec.dataset))
+        self._schedule, self._reader = model.schedule(), LatentReader(*files.resolve(spec.dataset))
         self._batches = BatchMaker(self._reader, model, self._schedule, objective, spec.training, device)
         self._size, self._folder = spec.training.micro_batch_size or PAIRS_AT_ONCE, folder
 
@@ -138,7 +140,7 @@ class ReferencePass:
             if (values := getattr(errors, field.name)) is not None:
                 check_finite(f"reference error {field.name} of shard {shard} at draw {draw}", values)
         name, data = ledger_file(shard, draw, errors)
-        storage.write_bytes(storage.join(self._folder, name), data)
+        files.write_bytes(files.join(self._folder, name), data)
         twice = min(len(rows), PAIRS_TWICE if self._size != PAIRS_TWICE else PAIRS_TWICE - 1)
         t, again = self._errors(rows.rows(slice(twice)), twice)
         margin = (_gap(errors)[:twice] - _gap(again)).cpu()

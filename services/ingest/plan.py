@@ -18,9 +18,9 @@ from itertools import groupby
 
 import numpy as np
 
-from services.inspection import Tally
-from services.pairs import Row
-from services.sources import Unit
+from services.pairs.row import Row
+from services.pairs.source import Unit
+from services.pairs.validation import Tally
 
 KEY_BYTES = 16
 PIXEL_BYTES = 6 * 1024**2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from services.ingest.pace import Pace
 from services.ingest.plan import Plan
 from services.ingest.quarantine import Quarantine
-from services.observability import Journal
+from services.stages.journal import Journal
 
 
 class Progress:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from services import storage
 from services.ingest.plan import Plan
-from services.inspection import check_bad
-from services.sources import Source
+from services.pairs.source import Source
+from services.pairs.validation import check_bad
+from services.storage import files
 
 QUARANTINE = "quarantine.jsonl"
 CAPTION_CHARACTERS = 200
@@ -67,12 +67,12 @@ class Quarantine:
         """One line a row, in the order of the source, as ``quarantine.jsonl``. Its URI, or None where no row is bad."""
         if not self._causes and not self._plan.counts.bad:
             return None
-        target = storage.join(folder, QUARANTINE)
+        target = files.join(folder, QUARANTINE)
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / QUARANTINE
             with path.open("w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in self._lines(source))
-            storage.upload(path, target)
+            files.upload(path, target)
         return target
 
     def _lines(self, source: Source) -> Iterator[dict[str, Any]]:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from services.ingest.plan import Block
-from services.pairs import Row
-from services.pictures import BadPicture, decode
-from services.sources import Source, Unit
+from services.pairs.images import BadPicture, decode
+from services.pairs.row import Row
+from services.pairs.source import Source, Unit
 
 LOADS_AT_ONCE = 8
 """Pictures that lie in files of their own are fetched so many at a time."""

@@ -20,13 +20,13 @@ import ray.data
 
 from dde_core.models.folder import ModelFolder, encode_images
 from dde_core.models.policy import use_repeatable_kernels
-from services.contracts import ModelRecord
+from services.api.records import ModelRecord
+from services.artifacts.models import fetch
 from services.ingest.committed import commit
 from services.ingest.joining import ShardWork, join_shard
 from services.ingest.plan import Plan, images_per_block
 from services.ingest.reading import read_pictures
-from services.registry import fetch
-from services.sources import Source
+from services.pairs.source import Source
 
 READERS_PER_ENCODER = 2
 BLOCKS_IN_FLIGHT = 32

@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve import Application
 
 from dde_core.errors import ConfigError
-from services.contracts import ImageRequest, ScoreRequest
+from services.api.requests import ImageRequest, ScoreRequest
 from services.errors import BadRequest, ServiceError
 
 api = FastAPI(title="dde-align serving")

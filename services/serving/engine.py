@@ -16,8 +16,8 @@ from dde_core.errors import DataError
 from dde_core.generation import TextToImage
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes.scorers import score
-from services import registry
-from services.contracts import ImageRequest, ScoreRequest
+from services.api.requests import ImageRequest, ScoreRequest
+from services.artifacts import models
 from services.errors import BadRequest
 
 
@@ -39,7 +39,7 @@ class Engine:
 
         Raises NotFound for an unknown model, ConfigError for a size it cannot draw, Stopped when ``stopped()``.
         """
-        record, sample = registry.find(self._root, request.model), request.sample()
+        record, sample = models.find(self._root, request.model), request.sample()
 
         def stop_if_gone(step: int, steps: int) -> None:
             if stopped():
@@ -48,7 +48,7 @@ class Engine:
         with self._lock:
             stop_if_gone(0, sample.steps)
             if record.id not in self._models:
-                self._models[record.id] = TextToImage(ModelFolder(*registry.fetch(record)), self._device)
+                self._models[record.id] = TextToImage(ModelFolder(*models.fetch(record)), self._device)
                 while len(self._models) > self._max_models:
                     self._models.popitem(last=False)
             self._models.move_to_end(record.id)

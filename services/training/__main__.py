@@ -2,8 +2,8 @@
 
 import ray
 
-from services.contracts import TrainSpec
-from services.stage import run_stage
+from services.stages.runner import run_stage
+from services.stages.specs import TrainSpec
 from services.training.train import train
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 
-from services import storage
 from services.errors import Overtaken
+from services.storage import files
 
 FILE = "fence.json"
 
@@ -31,7 +31,7 @@ class Fence:
     def take(self) -> None:
         """From now on this one writes. Raises Overtaken where a newer attempt does."""
         self._refuse_newer_attempt()
-        storage.write_json(self._uri, {"attempt": self.attempt, "group": self.group})
+        files.write_json(self._uri, {"attempt": self.attempt, "group": self.group})
 
     def check(self) -> None:
         """Raises Overtaken where somebody else has taken it since; a driver's own workers may."""
@@ -50,10 +50,10 @@ class Fence:
 
     def _now(self) -> tuple[int, str]:
         with suppress(FileNotFoundError):
-            found = storage.read_json(self._uri)
+            found = files.read_json(self._uri)
             return found["attempt"], found["group"]
         return 0, ""
 
     @property
     def _uri(self) -> str:
-        return storage.join(self.run, FILE)
+        return files.join(self.run, FILE)

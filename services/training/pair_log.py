@@ -23,8 +23,8 @@ from dde_core.credit import replay
 from dde_core.errors import DataError
 from dde_core.metrics import bucket_of, bucket_span
 from dde_core.schedule import Schedule
-from services import storage
-from services.contracts import CreditBucket, CreditRecord
+from services.api.records import CreditBucket, CreditRecord
+from services.storage import files
 
 FOLDER = "pairs"
 SCHEMA = pa.schema(
@@ -51,7 +51,7 @@ class PairLog:
     """The writer, on rank 0. What was added since the last flush is in memory: 16 bytes for a pair."""
 
     def __init__(self, run: str) -> None:
-        self._folder = storage.join(run, FOLDER)
+        self._folder = files.join(run, FOLDER)
         self._pending: list[pa.Table] = []
 
     def add(self, step: int, t: Tensor, margin: Tensor | None, gradient_weight: Tensor) -> None:
@@ -72,7 +72,7 @@ class PairLog:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         name = f"{table['step'][0].as_py():08d}-{table['step'][-1].as_py():08d}.parquet"
-        storage.write_bytes(storage.join(self._folder, name), sink.getvalue().to_pybytes())
+        files.write_bytes(files.join(self._folder, name), sink.getvalue().to_pybytes())
         self._pending = []
 
 
@@ -82,10 +82,10 @@ def _floats(values: Tensor) -> pa.Array:
 
 def read(run: str) -> LoggedPairs:
     """A run's pairs, each step once. Raises DataError where there are none."""
-    folder, last = storage.join(run, FOLDER), 0
+    folder, last = files.join(run, FOLDER), 0
     tables = []
-    for name in sorted(storage.list_files(folder), key=_span):
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, name))), schema=SCHEMA)
+    for name in sorted(files.list_files(folder), key=_span):
+        table = pq.read_table(pa.BufferReader(files.read_bytes(files.join(folder, name))), schema=SCHEMA)
         tables.append(table.filter(pc.field("step") > last))  # a file has no gaps: what is not beyond was read before
         last = max(last, pc.max(table["step"]).as_py())
     if not tables:

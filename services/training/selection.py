@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from services import checkpoints, storage
-from services.contracts import Metric, TrainSpec, Validated
+from services.api.records import Validated
+from services.api.requests import Metric
+from services.artifacts import checkpoints
+from services.stages.specs import TrainSpec
+from services.storage import files
 
 
 def outcomes(run: str) -> dict[int, Validated]:
     """What validation has said of the checkpoints that are there, by step."""
     steps = looked_at(run) & set(checkpoints.steps(run))
-    return {step: Validated.model_validate_json(storage.read_bytes(checkpoints.outcome_uri(run, step))) for step in steps}
+    return {step: Validated.model_validate_json(files.read_bytes(checkpoints.outcome_uri(run, step))) for step in steps}
 
 
 def looked_at(run: str) -> set[int]:
     """Steps of which validation has said what it can."""
-    names = storage.list_files(storage.join(run, checkpoints.VALIDATION))
+    names = files.list_files(files.join(run, checkpoints.VALIDATION))
     return {int(name[5:-5]) for name in names if name.endswith(".json")}
 
 

@@ -21,19 +21,24 @@ from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import check_optimizer
 from dde_core.models.saving import save_adapters, save_aligned
 from dde_core.objectives import conventions
-from services import checkpoints, registry, storage
-from services.checkpoints import BrokenCheckpoint
-from services.contracts import CREDIT, ModelRecord, TrainResult, TrainSpec, most_workers
+from services.api.records import ModelRecord, TrainResult
+from services.api.requests import most_workers
+from services.artifacts import checkpoints, models
+from services.artifacts.checkpoints import BrokenCheckpoint
 from services.errors import Unavailable
-from services.observability import Journal
 from services.settings import TrackerSettings, TrainingSettings
-from services.stage import root_cause
-from services.training import pair_log, reference, selection
+from services.stages.journal import Journal
+from services.stages.layout import CREDIT
+from services.stages.runner import root_cause
+from services.stages.specs import TrainSpec
+from services.storage import files
+from services.training import pair_log, selection
+from services.training.driver import reference
+from services.training.driver.capacity import needs
+from services.training.driver.supervision import supervise
 from services.training.fence import Fence
-from services.training.loop import train_loop
-from services.training.resources import needs
-from services.training.supervision import supervise
-from services.training.trackers import check_trackers
+from services.training.tracking.outbox import check_trackers
+from services.training.worker.loop import train_loop
 
 MAX_WORKER_FAILURES = 30
 """Of one attempt. Errors that would come again end it at once."""
@@ -44,7 +49,7 @@ MAX_START_FAILURES = 30
 def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     """Fine-tune, going on from the run's last checkpoint where there is one, and write the aligned model."""
     began = time.monotonic()
-    manifest = Manifest.from_json(storage.read_bytes(storage.join(spec.dataset, MANIFEST)))
+    manifest = Manifest.from_json(files.read_bytes(files.join(spec.dataset, MANIFEST)))
     _check(spec, manifest)
     spec = reference.resolve(spec, journal)
     fence = Fence(spec.run, spec.attempt)
@@ -112,21 +117,21 @@ def _chosen(spec: TrainSpec, journal: Journal) -> tuple[int, dict[str, float]]:
 
 def _write_model(spec: TrainSpec, manifest: Manifest, step: int, journal: Journal) -> ModelRecord:
     """The model version, whole or not at all as far as the control plane can see: its record comes last."""
-    base = ModelFolder(*registry.fetch(spec.model))
+    base = ModelFolder(*models.fetch(spec.model))
     record = _model_record(spec, manifest, base, step)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        with checkpoints.opened(spec.run, checkpoints.read(spec.run, step)) as files:
+        with checkpoints.opened(spec.run, checkpoints.read(spec.run, step)) as state:
             if spec.training.lora:
-                save_adapters(checkpoint.model_weights(files), folder)
+                save_adapters(checkpoint.model_weights(state), folder)
             else:
-                save_aligned(base.path, checkpoint.model_weights(files), folder)
+                save_aligned(base.path, checkpoint.model_weights(state), folder)
         (folder / "README.md").write_text(_model_card(record))
         with checkpoints.opened(spec.run, checkpoints.read(spec.run, spec.training.steps)) as last:
             _write_credit(spec, base, last, folder, journal)
         (folder / "lineage.json").write_text(json.dumps(record.lineage, indent=1, sort_keys=True))
-        storage.copy_folder(storage.as_uri(folder), spec.output)
-    return record.model_copy(update={"digest": registry.folder_digest(spec.output)})
+        files.copy_folder(files.as_uri(folder), spec.output)
+    return record.model_copy(update={"digest": models.folder_digest(spec.output)})
 
 
 def _write_credit(spec: TrainSpec, base: ModelFolder, last: Path, folder: Path, journal: Journal) -> None:
@@ -143,7 +148,7 @@ def _write_credit(spec: TrainSpec, base: ModelFolder, last: Path, folder: Path, 
 
 def _check(spec: TrainSpec, manifest: Manifest) -> None:
     """Refuse what cannot work before a worker starts."""
-    registry.check_digests(spec.model)
+    models.check_digests(spec.model)
     pairs, training = manifest.counts["pairs"], spec.training
     if training.batch_size + training.held_out_pairs > pairs:
         field = "training.held_out_pairs" if training.batch_size <= pairs else "training.batch_size"

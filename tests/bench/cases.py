@@ -15,13 +15,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR
-from services import registry
-from services.contracts import JournalEvent, LedgerSpec, TrainSpec
+from services.artifacts import models
 from services.ingest.ledger import ledger
-from services.observability import Journal, read_journal
-from tests.encoded_pairs import train_here, train_spec, write_encoded
-from tests.tiny_folders import WIDTH, sd15_folder
-from tests.unet_configs import SD15, SD15_VAE
+from services.stages.journal import Journal, read_journal
+from services.stages.specs import JournalEvent, LedgerSpec, TrainSpec
+from tests.support.encoded_pairs import train_here, train_spec, write_encoded
+from tests.support.tiny_folders import WIDTH, sd15_folder
+from tests.support.unet_configs import SD15, SD15_VAE
 
 OBJECTIVE = ObjectiveConfig(method="uniform", noise="independent")
 MID_SIZE: dict[str, Any] = SD15 | {
@@ -94,7 +94,7 @@ class Case:
     def spec(self, name: str, training: dict[str, Any]) -> TrainSpec:
         """What the train stage is told, for one worker."""
         spec = train_spec(Path(self.root) / name, self.folder, self.encoded, OBJECTIVE, **training)
-        record = spec.model.model_copy(update={"digest": registry.folder_digest(spec.model.uri)})
+        record = spec.model.model_copy(update={"digest": models.folder_digest(spec.model.uri)})
         return spec.model_copy(update={"model": record})
 
     def write_ledger(self) -> str:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from services.contracts import JournalEvent
+from services.stages.specs import JournalEvent
 from tests.bench.cases import WARM_UP, Case, step_seconds
 from tests.bench.measure import Result, in_turn, result
 

@@ -39,7 +39,7 @@ from tests.bench.gpu_speed import OBJECTIVE, Ours
 from tests.bench.gpu_step import machine_of, tell
 from tests.bench.measure import result
 from tests.bench.random_folder import RandomFolder, write_ledger, write_shard_of
-from tests.unet_configs import SCHEDULER, random_pairs, schedule, unet
+from tests.support.unet_configs import SCHEDULER, random_pairs, schedule, unet
 
 CPU = torch.device("cpu")
 

@@ -1,5 +1,5 @@
-"""A full-size training step three ways on one device: ours (shards, draws and ledger, as services/training/loop.py goes through
-them), the public recipe, and the floor. dde_core alone: no Ray, no journal, no checkpoints, no exchange between GPUs."""
+"""A full-size training step three ways on one device: ours (shards, draws and ledger, in the order of
+services/training/worker/loop.py), the public recipe, and the floor. dde_core alone: no Ray, no journal, no checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dde_core.train_step import PairErrors, check_finite, pair_errors, step_loss
 from tests.bench.floor import Floor
 from tests.bench.public_recipe import PublicRecipe
 from tests.bench.random_folder import RandomFolder, write_ledger, write_shard_of
-from tests.synthetic_pairs import synthetic_rows
+from tests.support.synthetic_pairs import synthetic_rows
 
 OBJECTIVE = ObjectiveConfig(method="uniform", noise="independent")
 

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from dde_core.config import ObjectiveConfig, TrainConfig
-from dde_core.estimate import FACTS, estimate, published_share
 from dde_core.metrics import BUCKETS, bucket_of, bucket_span
+from dde_core.planning.estimate import FACTS, estimate, published_share
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
 from tests.bench.gpu_speed import Sides
 from tests.bench.measure import ceiling, in_turn, machine, ratio, result
-from tests.unet_configs import UNETS, random_pairs, schedule, unet
+from tests.support.unet_configs import UNETS, random_pairs, schedule, unet
 
 SIDES = ["ours", "public recipe", "floor"]
 OBJECTIVES = {"1/2": ObjectiveConfig(method="uniform"), "1/SNR": ObjectiveConfig(method="dde_single")}
@@ -171,11 +171,11 @@ def machine_of(device: torch.device) -> str:
 
 
 def counted(training: TrainConfig, model: str) -> str:
-    """What `dde_core.estimate` says of a run's memory."""
+    """What `dde_core.planning.estimate` says of a run's memory."""
     if model not in FACTS:
         return "not counted"
     terms = estimate(model, OBJECTIVES["1/2"], training, 1).memory
-    return f"{sum(term.value for term in terms):.1f} GB of ours counted by dde_core.estimate"
+    return f"{sum(term.value for term in terms):.1f} GB of ours counted by dde_core.planning.estimate"
 
 
 def published(model: str) -> str:

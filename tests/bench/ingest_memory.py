@@ -37,9 +37,9 @@ def _measure(rows: int) -> dict[str, float]:
     import ray
 
     from services.ingest.encode import encode
-    from services.observability import Journal
-    from tests.stage_runs import StageRuns, shapes_record
-    from tests.synthetic_pairs import synthetic_rows, write_stream
+    from services.stages.journal import Journal
+    from tests.support.stage_runs import StageRuns, shapes_record
+    from tests.support.synthetic_pairs import synthetic_rows, write_stream
 
     with tempfile.TemporaryDirectory() as scratch:
         pairs = write_stream(Path(scratch) / "pairs.parquet", synthetic_rows(rows))

@@ -16,16 +16,17 @@ from diffusers import AutoencoderKL
 
 from dde_core.config import DataConfig
 from dde_core.models.folder import ModelFolder, encode_images
-from services import registry
-from services.contracts import EncodeSpec, ModelRecord
+from services.api.records import ModelRecord
+from services.artifacts import models
 from services.ingest.encode import encode
-from services.observability import Journal
-from services.pictures import decode
+from services.pairs.images import decode
+from services.stages.journal import Journal
+from services.stages.specs import EncodeSpec
 from tests.bench.measure import Result, Stopwatch, in_turn, ratio
-from tests.stage_runs import StageRuns, shapes_record
-from tests.synthetic_pairs import synthetic_rows, write_stream
-from tests.tiny_folders import sd15_folder
-from tests.unet_configs import SD15_VAE
+from tests.support.stage_runs import StageRuns, shapes_record
+from tests.support.synthetic_pairs import synthetic_rows, write_stream
+from tests.support.tiny_folders import sd15_folder
+from tests.support.unet_configs import SD15_VAE
 
 ACTORS = 2
 
@@ -50,7 +51,7 @@ def _with_vae(folder: Path) -> ModelRecord:
     torch.manual_seed(0)
     AutoencoderKL(**SD15_VAE).save_pretrained(folder / "vae")
     uri = folder.as_uri()
-    return shapes_record().model_copy(update={"uri": uri, "digest": registry.folder_digest(uri)})
+    return shapes_record().model_copy(update={"uri": uri, "digest": models.folder_digest(uri)})
 
 
 class Bench:
@@ -78,7 +79,7 @@ class Bench:
         """Pictures/s of the VAE alone."""
         pixels = np.stack([decode(row[side], self._size).pixels for row in self._rows for side in ("jpg_0", "jpg_1")])
         context = multiprocessing.get_context("spawn")
-        parts = [(str(registry.fetch(self._model)[0]), part) for part in np.array_split(pixels, ACTORS)]
+        parts = [(str(models.fetch(self._model)[0]), part) for part in np.array_split(pixels, ACTORS)]
         ready = context.Barrier(ACTORS)
         with context.Pool(ACTORS, initializer=_share, initargs=(ready,)) as pool:
             seconds = max(pool.map(_encode_part, parts, chunksize=1))

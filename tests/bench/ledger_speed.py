@@ -13,7 +13,7 @@ from dde_core.models.folder import ModelFolder
 from dde_core.train_step import PairBatch, pair_errors
 from tests.bench.cases import OBJECTIVE, WARM_UP, Case, pairs_per_s
 from tests.bench.measure import Result, Stopwatch, in_turn, ratio, result
-from tests.encoded_pairs import batch_maker
+from tests.support.encoded_pairs import batch_maker
 
 
 def ledger_speed(scratch: Path, rounds: int = 3) -> dict[str, Result]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from dde_core import speed
+from dde_core.planning import mfu
 
 Result = dict[str, Any]
 """``ratio`` of the two sides, ``value`` in ``unit``, ``against`` what, on which ``machine``."""
@@ -50,7 +50,7 @@ def ratio(found: Mapping[str, list[float]], side: str, against: str, unit: str, 
 
 def ceiling(name: str) -> str:
     """What FLOPs alone make of the ratio of this name, as the end of a text. Nothing where the model is not counted."""
-    quotient = speed.by_arithmetic(name)
+    quotient = mfu.by_arithmetic(name)
     return "" if quotient is None else f"; by arithmetic, at one speed of all of it, the ratio is {quotient:.3f}"
 
 

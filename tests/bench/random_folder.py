@@ -24,7 +24,7 @@ from dde_core.models.tokens import tokenize
 from dde_core.schedule import Schedule
 from dde_core.shapes import MODEL_DIR
 from dde_core.train_step import PairErrors, pair_errors
-from tests.unet_configs import LATENT_CHANNELS, POOLED_WIDTH, SD15_VAE, TOKENS, UNETS, schedule, unet
+from tests.support.unet_configs import LATENT_CHANNELS, POOLED_WIDTH, SD15_VAE, TOKENS, UNETS, schedule, unet
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_BIG_G = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from services.training.clock import peak_resident_bytes
+from services.training.worker.step_timer import peak_resident_bytes
 from tests.bench.cases import Case
 from tests.bench.measure import Result, result
 from tests.bench.train_speed import a_floor

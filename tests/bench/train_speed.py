@@ -14,8 +14,8 @@ from tests.bench.cases import OBJECTIVE, WARM_UP, Case, pairs_per_s
 from tests.bench.floor import Floor
 from tests.bench.measure import Result, Stopwatch, ceiling, in_turn, ratio
 from tests.bench.public_recipe import PublicRecipe
-from tests.encoded_pairs import batch_maker
-from tests.synthetic_pairs import synthetic_rows
+from tests.support.encoded_pairs import batch_maker
+from tests.support.synthetic_pairs import synthetic_rows
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed
 
 from dde_core.models.policy import use_repeatable_kernels
-from services.observability import Journal
+from services.stages.journal import Journal
 from services.training.train import train
 from tests.bench.cases import WARM_UP, Case, step_seconds, told_steps
 from tests.bench.measure import Result, Stopwatch, in_turn, ratio, result

@@ -13,8 +13,8 @@ from dde_core.config import ObjectiveConfig
 from dde_core.metrics import step_metrics
 from dde_core.models.folder import ModelFolder
 from dde_core.train_step import PairErrors, StepTerms
-from tests.encode_here import EncodeHere
-from tests.encoded_pairs import train_here
+from tests.support.encode_here import EncodeHere
+from tests.support.encoded_pairs import train_here
 
 REFERENCE = 0.02
 BETA = 500.0

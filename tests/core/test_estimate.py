@@ -17,16 +17,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dde_core.conditioning import predict
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
-from dde_core.estimate import estimate, lora_parameters
-from dde_core.facts import BENCHED, FACTS, PRECOMPUTES
 from dde_core.family import Family
 from dde_core.models.folder import ModelFolder
 from dde_core.models.tokens import tokenize
+from dde_core.planning.estimate import estimate, lora_parameters
+from dde_core.planning.facts import BENCHED, FACTS, PRECOMPUTES
 from dde_core.shapes import MODEL_DIR
-from tests.activation_bytes import activation_bytes
 from tests.bench.cases import MID_SIZE, MID_SIZE_VAE
-from tests.tiny_folders import sd15_folder
-from tests.unet_configs import SD15_VAE, TOKENS, conditioning, random_pairs, unet
+from tests.support.activation_bytes import activation_bytes
+from tests.support.tiny_folders import sd15_folder
+from tests.support.unet_configs import SD15_VAE, TOKENS, conditioning, random_pairs, unet
 
 FAMILIES = ("sd15", "sdxl")
 PAPER = TrainConfig(precision="bf16", gradient_checkpointing=True, micro_batch_size=2)
@@ -252,5 +252,5 @@ def test_what_cannot_be_estimated_is_refused_by_field_and_value(change, said):
 
 
 def test_the_estimate_loads_no_torch():
-    code = "import sys, dde_core.estimate; print('torch' in sys.modules)"
+    code = "import sys, dde_core.planning.estimate; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

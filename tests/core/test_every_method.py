@@ -15,7 +15,7 @@ from dde_core.errors import ConfigError
 from dde_core.objectives import OBJECTIVES, importance
 from dde_core.schedule import add_noise
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
-from tests.tiny_unet import TEXT_WIDTH, tiny_unet
+from tests.support.tiny_unet import TEXT_WIDTH, tiny_unet
 
 PREFERENCE = [name for name, objective in OBJECTIVES.items() if objective.preference]
 POINTS = ("expected", "sampled", "mode")

@@ -24,7 +24,7 @@ from dde_core.models.saving import save_adapters, save_aligned
 from dde_core.models.text import TextEncoders, time_ids
 from dde_core.models.tokens import tokenize
 from dde_core.noise import initial_latents
-from tests.tiny_folders import FOLDERS, sdxl_folder
+from tests.support.tiny_folders import FOLDERS, sdxl_folder
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 PROMPTS, SEEDS = ["a small red circle at the left", "a large blue cross on a white background"], [3, 4]

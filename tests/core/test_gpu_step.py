@@ -24,8 +24,8 @@ from tests.bench.gpu_speed import Ours, Sides
 from tests.bench.gpu_step import counted, published
 from tests.bench.public_recipe import Pictures, PublicRecipe, diffusion_dpo_loss, noise_errors
 from tests.bench.random_folder import RandomFolder
-from tests.synthetic_pairs import synthetic_rows
-from tests.unet_configs import SCHEDULER, random_pairs, unet
+from tests.support.synthetic_pairs import synthetic_rows
+from tests.support.unet_configs import SCHEDULER, random_pairs, unet
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from tests.bench.gpu_step import main; main(sys.argv[1:])"
@@ -96,7 +96,7 @@ def test_everything_for_an_accelerator_runs_on_a_tiny_model(tmp_path):
 
 def test_real_models_are_held_against_the_estimate_and_the_published_pace():
     training = TrainConfig(batch_size=32, micro_batch_size=4, precision="bf16", gradient_checkpointing=True, reference="ledger")
-    assert counted(training, "sd15").endswith("GB of ours counted by dde_core.estimate")
+    assert counted(training, "sd15").endswith("GB of ours counted by dde_core.planning.estimate")
     assert published("sd15").startswith("2.96 pairs/s of Diffusion-DPO on an A100 (")
     assert published("sdxl").startswith("0.237 pairs/s of Diffusion-DPO on an A100 (")
 

@@ -18,7 +18,7 @@ from dde_core.latents.held_out import caption_keys, hold_out
 from dde_core.latents.order import VisitOrder
 from dde_core.latents.reader import LatentReader, LatentRows
 from dde_core.latents.schema import MANIFEST, dataset_digest, pair_digest, pair_id
-from tests.latent_shards import Watched, write_shards
+from tests.support.latent_shards import Watched, write_shards
 
 SIZES, PAIRS = (10, 13), 23
 MANY = (3, 1, 7, 4, 6, 2, 5, 3, 9, 1)

@@ -22,8 +22,8 @@ from dde_core.models.folder import ModelFolder
 from dde_core.models.parallel import synchronised
 from dde_core.models.policy import Policy, make_optimizer, use_repeatable_kernels
 from dde_core.models.saving import save_aligned
-from tests.tiny_folders import WIDTH, sd15_folder
-from tests.tiny_unet import TEXT_WIDTH, tiny_unet
+from tests.support.tiny_folders import WIDTH, sd15_folder
+from tests.support.tiny_unet import TEXT_WIDTH, tiny_unet
 
 RANKS, STEPS = 2, 3
 KINDS = ("whole", "lora")

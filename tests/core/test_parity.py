@@ -21,7 +21,7 @@ from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
 from dde_core.schedule import Schedule, add_noise, epsilon_from, x0_from
 from dde_core.train_step import PairBatch, pair_errors, step_losses
-from tests.tiny_folders import FOLDERS
+from tests.support.tiny_folders import FOLDERS
 
 COMMON = {
     "num_train_timesteps": 1000,

@@ -14,22 +14,22 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dde_core import speed
-from dde_core.cluster import STATE, Cluster, exchange_terms, memory_of
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
-from dde_core.estimate import estimate, pair_flops
-from dde_core.facts import FACTS, GPUS
 from dde_core.models import parallel
-from dde_core.plan import Plan, Run, changed, plan, value
+from dde_core.planning import mfu
+from dde_core.planning.cluster import STATE, Cluster, exchange_terms, memory_of
+from dde_core.planning.estimate import estimate, pair_flops
+from dde_core.planning.facts import FACTS, GPUS
+from dde_core.planning.plan import Plan, Run, changed, plan, value
 from dde_core.train_step import pair_errors
-from tests.unet_configs import random_pairs, schedule, unet
+from tests.support.unet_configs import random_pairs, schedule, unet
 
 FAMILIES = ("sd15", "sdxl")
 UNIFORM, SFT = ObjectiveConfig(method="uniform"), ObjectiveConfig(method="sft")
 PAPER = TrainConfig(precision="bf16", gradient_checkpointing=True, micro_batch_size=2)
 LEDGER = dataclasses.replace(PAPER, reference="ledger")
-FAST = speed.Speed(share=0.4, source="measured by nobody")
+FAST = mfu.Speed(share=0.4, source="measured by nobody")
 
 
 def planned(training: TrainConfig = PAPER, objective: ObjectiveConfig = UNIFORM, family: str = "sdxl", **cluster) -> Plan:
@@ -174,7 +174,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_as_slow_as_its_largest_share():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_on_one_gpu_takes_the_estimates_hours(family):
     training = dataclasses.replace(PAPER, checkpoint_every=10**9)
-    run = Run(family=family, objective=UNIFORM, training=training, cluster=Cluster(gpus=1), speed=speed.published(family))
+    run = Run(family=family, objective=UNIFORM, training=training, cluster=Cluster(gpus=1), speed=mfu.published(family))
     told = plan(run)
     beside = 2000 * value(told.step, "optimizer") / 3600
     assert value(told.hours, "training") == pytest.approx(estimate(family, UNIFORM, training, 1).gpu_hours + beside)
@@ -318,7 +318,7 @@ def test_checkpoints_take_their_part_of_the_step(every):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_published_run_is_predicted_from_the_other_one_alone(family):
-    found = {check.name: check for check in speed.checks(speed.published(family))}
+    found = {check.name: check for check in mfu.checks(mfu.published(family))}
     sd15, sdxl = (found[f"Diffusion-DPO, {FACTS[each].title}"] for each in FAMILIES)
     assert "sdxl" in sd15.source
     assert "sd15" in sdxl.source
@@ -328,21 +328,21 @@ def test_a_published_run_is_predicted_from_the_other_one_alone(family):
 
 
 def test_the_precompute_ran_at_more_than_twice_the_share_of_the_training():
-    ratios = [check.ratio for check in speed.checks(speed.published("sd15")) if "MosaicML" in check.name]
+    ratios = [check.ratio for check in mfu.checks(mfu.published("sd15")) if "MosaicML" in check.name]
     assert ratios == pytest.approx([2.520, 2.228], abs=1e-3)
 
 
 def test_a_measured_share_is_what_the_benchmarks_pairs_need():
     name = "sd15 at 512 px, bf16, micro 8, with gradient checkpointing, train_vs_public_recipe"
     results = {name: {"ratio": 1.5, "value": 20.0, "unit": "pairs/s", "machine": "NVIDIA H100 80GB HBM3"}}
-    found = speed.measured(results, "sd15", "a100", PAPER)
+    found = mfu.measured(results, "sd15", "a100", PAPER)
     assert found.share == pytest.approx(20 * (2 * 4 * 0.8033e12 + 13.3e9) / 989e12)
     assert found.source == "measured: 20 pairs/s of sd15 on an H100 80 GB, micro 8, with checkpointing"
-    by_name = {check.name: check for check in speed.checks(found)}
+    by_name = {check.name: check for check in mfu.checks(found)}
     for family in FAMILIES:
         check = by_name[f"Diffusion-DPO, {FACTS[family].title}"]
         assert check.source == found.source, "both are predictions now"
-        assert check.ratio == pytest.approx(speed.published(family).share / found.share)
+        assert check.ratio == pytest.approx(mfu.published(family).share / found.share)
 
 
 def test_the_fastest_of_what_was_measured_alike_is_taken():
@@ -358,16 +358,16 @@ def test_the_fastest_of_what_was_measured_alike_is_taken():
     }
 
     def taken(gpu, **change):
-        return speed.measured(results, "sd15", gpu, dataclasses.replace(PAPER, **change)).source
+        return mfu.measured(results, "sd15", gpu, dataclasses.replace(PAPER, **change)).source
 
     assert "6 pairs/s" in taken("a100")
     assert "7 pairs/s" in taken("a100", compile=True)
     assert "9 pairs/s" in taken("a100", gradient_checkpointing=False)
     assert "90 pairs/s" in taken("h200", gradient_checkpointing=False), "of another kind, but on the same GPU"
-    assert speed.measured(results, "sdxl", "a100", PAPER) is None
+    assert mfu.measured(results, "sdxl", "a100", PAPER) is None
     wrong = results | {step.format(4, "with", ""): {"value": 0, "machine": a100}}
     with pytest.raises(ConfigError, match=r"train_vs_public_recipe'\].value must be a number greater than 0, got 0"):
-        speed.measured(wrong, "sd15", "a100", PAPER)
+        mfu.measured(wrong, "sd15", "a100", PAPER)
 
 
 def test_the_benchmarks_entries_are_those_that_are_looked_for():
@@ -375,13 +375,13 @@ def test_the_benchmarks_entries_are_those_that_are_looked_for():
 
     for more, compiled in (("", None), (", compiled", ", compiled")):
         name = f"{headed('sdxl')}, micro 4, without gradient checkpointing{more}, train_vs_public_recipe"
-        assert speed.MEASURED.fullmatch(name).groups() == ("sdxl", "4", "without", compiled)
+        assert mfu.MEASURED.fullmatch(name).groups() == ("sdxl", "4", "without", compiled)
 
 
 @pytest.mark.parametrize(("family", "with_it", "without"), [("sd15", 1.597, 1.795), ("sdxl", 1.430, 1.572)])
 def test_the_ceiling_over_the_public_recipe_is_a_quotient_of_counted_flops(family, with_it, without):
     """Without attention's matrix products, which common counters leave out, sd15's would be 1.66 and 1.88."""
-    found = {checkpointing: public / ours for checkpointing, ours, public in speed.ceilings(family)}
+    found = {checkpointing: public / ours for checkpointing, ours, public in mfu.ceilings(family)}
     assert found == pytest.approx({True: with_it, False: without}, abs=1e-3)
     facts = FACTS[family]
     ours = pair_flops(facts, UNIFORM, LEDGER)
@@ -392,11 +392,11 @@ def test_benchmarks_are_held_against_arithmetic():
     on_a_gpu = "sd15 at 512 px, bf16, micro 8, with gradient checkpointing, train_vs_public_recipe"
     mid_size = "train_vs_public_recipe, SD1.5-kind mid-size"
     results = {name: {"ratio": 1.5} for name in ("ledger_vs_online", "train_vs_public_recipe", mid_size, on_a_gpu)}
-    found = {check.name: check.predicted for check in speed.benchmarks(results | {"another": {"ratio": None}})}
+    found = {check.name: check.predicted for check in mfu.benchmarks(results | {"another": {"ratio": None}})}
     by_hand = {"ledger_vs_online": 4 / 3, "train_vs_public_recipe": 1.648, mid_size: (8 + 2) / 6, on_a_gpu: 1.597}
     assert found == pytest.approx(by_hand, abs=2e-3)
     with pytest.raises(ConfigError, match=r"calibration\['ledger_vs_online'\].ratio must be a number greater than 0, got None"):
-        list(speed.benchmarks({"ledger_vs_online": {"ratio": None}}))
+        list(mfu.benchmarks({"ledger_vs_online": {"ratio": None}}))
 
 
 # ---- what changes, what is refused
@@ -451,11 +451,11 @@ def test_a_dataset_has_pairs_and_a_published_family_is_known():
     with pytest.raises(ConfigError, match="num_pairs must be greater than 0, got 0"):
         dataclasses.replace(planned().run, num_pairs=0)
     with pytest.raises(ConfigError, match="family must be one of sd15, sdxl, got 'sd3'"):
-        speed.published("sd3")
+        mfu.published("sd3")
 
 
 def test_the_plan_loads_no_torch():
-    code = "import sys, dde_core.plan, services.client.plan; print('torch' in sys.modules)"
+    code = "import sys, dde_core.planning.plan, services.client.plan; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -15,7 +15,7 @@ from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
 from dde_core.objectives import OBJECTIVES
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
-from tests.tiny_folders import FOLDERS
+from tests.support.tiny_folders import FOLDERS
 
 PREFERENCE = [name for name, objective in OBJECTIVES.items() if objective.preference]
 WAYS = {"whole": None, "lora": LoraConfig(rank=4)}

@@ -11,7 +11,7 @@ from dde_core.errors import ConfigError
 from dde_core.noise import initial_latents
 from dde_core.sampling import decode, sample_latents, timesteps
 from dde_core.schedule import Schedule
-from tests.tiny_unet import tiny_unet
+from tests.support.tiny_unet import tiny_unet
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import torch
 
 from dde_core.conditioning import predict
 from dde_core.config import ObjectiveConfig
-from dde_core.estimate import FACTS
+from dde_core.planning.estimate import FACTS
 from dde_core.train_step import pair_errors, step_losses
-from tests.unet_configs import TOKENS, UNETS, random_pairs, schedule, unet
+from tests.support.unet_configs import TOKENS, UNETS, random_pairs, schedule, unet
 
 ROOT = Path(__file__).parents[2]
 REAL = ("sd15", "sdxl")
@@ -63,7 +63,7 @@ def test_winners_alone_go_through_the_real_unets(name):
 @pytest.mark.skipif(psutil.virtual_memory().available < 9e9, reason="8 GB for weights and gradients are not free")
 def test_one_real_step_of_860_million_weights_is_the_same_with_and_without_gradient_checkpointing(capsys):
     size, samples = 16, 2
-    command = [sys.executable, "-W", "ignore", "-m", "tests.cpu_step", str(size)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.cpu_step", str(size)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
     assert done.returncode == 0, done.stderr
     checkpointed, kept = (json.loads(done.stdout)[how] for how in ("checkpointed", "kept"))

@@ -18,7 +18,7 @@ from pyarrow import fs
 from dde_core.errors import ConfigError, DataError
 from dde_core.latents.reader import LatentReader
 from dde_core.latents.schema import MANIFEST
-from tests.latent_shards import Watched, write_shards
+from tests.support.latent_shards import Watched, write_shards
 
 SHAPE, SIZES, WINDOW = (4, 8, 8), (20,) * 12, 60
 """Shards of 20 pairs of 1 KB, read in windows of three."""

@@ -8,7 +8,7 @@ from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, NonFiniteError
 from dde_core.schedule import Schedule, add_noise
 from dde_core.train_step import PairBatch, PairErrors, check_finite, pair_errors, step_losses
-from tests.tiny_unet import tiny_unet
+from tests.support.tiny_unet import tiny_unet
 
 DPO = ObjectiveConfig(method="uniform")
 DDE = ObjectiveConfig(method="dde")

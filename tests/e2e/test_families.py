@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
-from services import storage
+from services.api.requests import AlignmentJobCreate, ImageRequest
 from services.client.api import Client
-from services.contracts import AlignmentJobCreate, ImageRequest
-from tests.pairs_file import png
-from tests.tiny_folders import FOLDERS
+from services.storage import files
+from tests.support.pairs_file import png
+from tests.support.tiny_folders import FOLDERS
 
 ROWS, HELD_OUT = 1000, 200
 LORA = {"rank": 8, "targets": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]}
@@ -78,8 +78,8 @@ def test_a_small_model_of_each_family_aligns_end_to_end(client: Client, tmp_path
 
     base, aligned = client.model(f"tiny-{family}"), client.model(f"tiny-{family}-aligned")
     assert aligned.adapter_of == (base.id if family == "sdxl" else None)
-    ours = storage.resolve(aligned.uri)[1]
-    whole, adapters = (ours, "") if family == "sd15" else (storage.resolve(base.uri)[1], ours)
+    ours = files.resolve(aligned.uri)[1]
+    whole, adapters = (ours, "") if family == "sd15" else (files.resolve(base.uri)[1], ours)
     pipeline = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[family]
     loaded = subprocess.run(
         [sys.executable, "-c", LOAD, pipeline, whole, adapters], capture_output=True, text=True, cwd=tmp_path

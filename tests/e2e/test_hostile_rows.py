@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from dde_core.config import DataConfig
-from services import storage
 from services.client.local import LocalSystem
-from tests.hostile_rows import hostile_rows
-from tests.pairs_file import write_pairs
-from tests.stage_runs import StageRuns, cluster_environment, shapes_record
+from services.storage import files
+from tests.support.hostile_rows import hostile_rows
+from tests.support.pairs_file import write_pairs
+from tests.support.stage_runs import StageRuns, cluster_environment, shapes_record
 
 pytestmark = pytest.mark.slow
 ROWS = 10_000
@@ -34,7 +34,7 @@ def test_hostile_rows_are_counted_by_cause_and_quarantined_by_row(system: LocalS
         expected[outcome] for outcome in ("", "tie", "missing")
     )
     assert result.bad == {cause: number for cause, number in sorted(expected.items()) if cause not in undecided}
-    lines = storage.read_bytes(storage.join(result.dataset, "quarantine.jsonl")).decode().splitlines()
+    lines = files.read_bytes(files.join(result.dataset, "quarantine.jsonl")).decode().splitlines()
     told = {line["row"]: line["cause"] for line in map(json.loads, lines)}
     assert len(lines) == len(told) == result.counts["bad"]
     found = {int(key.rsplit(":", 1)[1]) + 500 * int(key.split(":")[1]): cause for key, cause in told.items()}
@@ -51,6 +51,6 @@ def test_too_many_bad_rows_fail_the_stage_with_the_counts(system: LocalSystem, t
     assert (failure["code"], failure["param"]) == ("too_many_bad_rows", "data.max_bad_fraction")
     assert "of 200 rows are bad (caption_" in failure["message"]
     assert "more than data.max_bad_fraction = 0.01 allows" in failure["message"]
-    folder = Path(storage.resolve(runs.prefix("datasets"))[1])
+    folder = Path(files.resolve(runs.prefix("datasets"))[1])
     assert list(folder.glob("*/quarantine.jsonl")), "what is bad can be read"
     assert not list(folder.glob("*/manifest.json"))

@@ -12,22 +12,22 @@ import pytest
 
 from dde_core.config import DataConfig
 from dde_core.latents.schema import Manifest
-from services import storage
+from services.api.records import EncodeResult
 from services.client.local import LocalSystem
-from services.contracts import EncodeResult
-from tests.stage_runs import StageRuns, cluster_environment, shapes_record
-from tests.synthetic_pairs import synthetic_rows, write_stream
+from services.storage import files
+from tests.support.stage_runs import StageRuns, cluster_environment, shapes_record
+from tests.support.synthetic_pairs import synthetic_rows, write_stream
 
 KILLS, ROWS, SEED = 10, 6000, 20261120
 
 
 def manifest(result: EncodeResult) -> Manifest:
-    return Manifest.from_json(storage.read_bytes(storage.join(result.dataset, "manifest.json")))
+    return Manifest.from_json(files.read_bytes(files.join(result.dataset, "manifest.json")))
 
 
-def files(runs: StageRuns, pattern: str) -> dict[str, int]:
+def written_files(runs: StageRuns, pattern: str) -> dict[str, int]:
     """When each file of the one dataset below ``runs`` was written."""
-    found = Path(storage.resolve(runs.prefix("datasets"))[1]).glob(f"*/{pattern}")
+    found = Path(files.resolve(runs.prefix("datasets"))[1]).glob(f"*/{pattern}")
     written = {}
     for path in found:
         try:
@@ -54,14 +54,14 @@ def test_ten_kills_at_random_points_change_nothing(system: LocalSystem, tmp_path
     for number, point in enumerate(points):
         run = killed.start("encode", killed.encode_spec(f"kill-{number}", pairs, model, **data))
         deadline = time.monotonic() + 120
-        while len(files(killed, "blocks/*.parquet")) + len(files(killed, "shard-*.parquet")) < point:
+        while len(written_files(killed, "blocks/*.parquet")) + len(written_files(killed, "shard-*.parquet")) < point:
             assert run.process.poll() is None, run.failure()
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(rng.random() * 0.5)
         os.kill(run.process.pid, signal.SIGKILL)
         assert run.process.wait() == -signal.SIGKILL, "it was still at work"
-        now = files(killed, "blocks/*.parquet")
+        now = written_files(killed, "blocks/*.parquet")
         assert committed.items() <= now.items(), "what was committed is written once"
         committed = now
         print(f"kill {number + 1} after {point} of {pieces} pieces: {len(committed)} blocks are committed")
@@ -72,7 +72,7 @@ def test_ten_kills_at_random_points_change_nothing(system: LocalSystem, tmp_path
     assert any("are there from an earlier run" in event for event in last.events())
     assert manifest(found) == manifest(expected), "the same digest, counts and shards, to the byte"
     assert not found.reused
-    assert not files(killed, "blocks/*"), "the blocks are gone once the manifest is there"
+    assert not written_files(killed, "blocks/*"), "the blocks are gone once the manifest is there"
 
 
 @pytest.mark.slow

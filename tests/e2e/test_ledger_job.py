@@ -9,9 +9,9 @@ import pytest
 
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.shapes import MODEL_DIR, PAIRS_FILE, PROMPTS_FILE
+from services.api.requests import AlignmentJobCreate, EvaluationConfig
 from services.client.api import Client
 from services.client.types import Job
-from services.contracts import AlignmentJobCreate, EvaluationConfig
 
 STEPS = 40
 TRAINING = {"steps": STEPS, "batch_size": 64, "learning_rate": 5e-5, "draws": 2, "checkpoint_every": STEPS}

@@ -16,12 +16,14 @@ import pytest
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
-from services import checkpoints, storage
-from services.contracts import EvaluationConfig, StageStopped, StopRequest, TrainSpec, ValidationConfig
-from tests.encoded_pairs import write_encoded
-from tests.ray_nodes import Nodes, two_nodes
-from tests.stage_runs import Running, StageRuns, shapes_record
-from tests.weights import base_weights, same_bits, update_distance, weights_of
+from services.api.requests import EvaluationConfig, ValidationConfig
+from services.artifacts import checkpoints
+from services.stages.specs import StageStopped, StopRequest, TrainSpec
+from services.storage import files
+from tests.support.encoded_pairs import write_encoded
+from tests.support.ray_nodes import Nodes, two_nodes
+from tests.support.stage_runs import Running, StageRuns, shapes_record
+from tests.support.weights import base_weights, same_bits, update_distance, weights_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=50)
@@ -38,11 +40,11 @@ class Trial(StageRuns):
         self.dataset = write_encoded(folder / "data", ModelFolder(MODEL_DIR), pairs=1024).as_uri()
 
     def spec(self, name: str, workers: int | tuple[int, int], training: TrainConfig, attempt: int = 1) -> TrainSpec:
-        folder = storage.join(self.root, name)
+        folder = files.join(self.root, name)
         return TrainSpec(
             job=name,
             attempt=attempt,
-            prefix=storage.join(folder, f"a{attempt}"),
+            prefix=files.join(folder, f"a{attempt}"),
             dataset=self.dataset,
             model=shapes_record(),
             model_id=name,
@@ -50,8 +52,8 @@ class Trial(StageRuns):
             objective=OBJECTIVE,
             training=training,
             workers=workers,
-            run=storage.join(folder, "run"),
-            output=storage.join(folder, "model"),
+            run=files.join(folder, "run"),
+            output=files.join(folder, "model"),
         )
 
     def run(self, spec: TrainSpec, disturb: Callable[[Running, int], None] = lambda running, attempt: None) -> list[str]:
@@ -150,7 +152,7 @@ def test_a_run_that_is_stopped_gives_its_workers_back_and_goes_on_to_the_same_bi
     wait_for(lambda: any("from step" in event for event in running.events()), running)
     time.sleep(2)
     if how == "pause":
-        storage.write_json(storage.join(spec.prefix, "stop.json"), StopRequest(why="pause").model_dump())
+        files.write_json(files.join(spec.prefix, "stop.json"), StopRequest(why="pause").model_dump())
     else:
         running.process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
@@ -158,7 +160,7 @@ def test_a_run_that_is_stopped_gives_its_workers_back_and_goes_on_to_the_same_bi
     while trial.nodes.workers():
         time.sleep(0.1)
     print(f"{how}: driver and workers gone after {time.monotonic() - asked:.1f} s")
-    stopped = StageStopped.model_validate_json(storage.read_bytes(storage.join(spec.prefix, "stopped.json")))
+    stopped = StageStopped.model_validate_json(files.read_bytes(files.join(spec.prefix, "stopped.json")))
     assert (stopped.why, 0 < stopped.step < TRAINING.steps) == (how, True)
     assert trial.steps(spec) == [stopped.step]
     again = trial.spec(f"stopped-{how}", 2, replace(TRAINING, checkpoint_every=1000), attempt=2)
@@ -229,7 +231,7 @@ def test_validation_takes_no_workers_place_and_follows_training_where_there_is_n
 
 
 def test_a_validation_that_fails_costs_a_warning_and_not_the_run(trial: Trial):
-    evaluation = EvaluationConfig(prompts_uri=storage.join(trial.root, "no-prompts.txt"), num_prompts=2)
+    evaluation = EvaluationConfig(prompts_uri=files.join(trial.root, "no-prompts.txt"), num_prompts=2)
     validation = ValidationConfig(every=3, num_prompts=2, best_metric="match")
     spec = trial.spec("not-validated", 1, replace(TRAINING, steps=6))
     running = trial.start("train", spec.model_copy(update={"evaluation": evaluation, "validation": validation}))

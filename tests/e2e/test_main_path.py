@@ -20,12 +20,12 @@ from PIL import Image
 
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
-from services import storage
+from services.api.requests import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ImageRequest, ValidationConfig
 from services.client.api import ApiError, Client
 from services.client.local import LocalSystem
 from services.client.types import Job
-from services.contracts import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ImageRequest, ValidationConfig
-from tests.pairs_file import pair_rows, write_pairs
+from services.storage import files
+from tests.support.pairs_file import pair_rows, write_pairs
 
 STEPS = 12
 
@@ -73,7 +73,7 @@ def test_a_posted_job_ends_as_an_aligned_and_evaluated_model(finished: Job):
 
 
 def test_a_broken_picture_is_quarantined_with_its_row(finished: Job):
-    lines = storage.read_bytes(storage.join(finished.result.encode.dataset, "quarantine.jsonl")).decode().splitlines()
+    lines = files.read_bytes(files.join(finished.result.encode.dataset, "quarantine.jsonl")).decode().splitlines()
     (line,) = map(json.loads, lines)
     assert (line["row"], line["cause"], line["pictures"]) == (":0:3", "image_not_an_image", {"0-3-0": "image_not_an_image"})
 
@@ -97,11 +97,11 @@ def test_checkpoints_are_looked_at_and_the_best_one_becomes_the_model(client: Cl
     for step in (0, 6, STEPS):
         assert rows[step]["held_out_pairs"] == 20
         assert 0 < rows[step]["taste"] < 1
-        run = storage.join(finished.result.encode.dataset, *[".."] * 2, "jobs", finished.id, "train", "run")
-        sheet = Image.open(io.BytesIO(storage.read_bytes(storage.join(run, "validation", f"step-{step:08d}.png"))))
+        run = files.join(finished.result.encode.dataset, *[".."] * 2, "jobs", finished.id, "train", "run")
+        sheet = Image.open(io.BytesIO(files.read_bytes(files.join(run, "validation", f"step-{step:08d}.png"))))
         assert min(sheet.size) > 100
     assert rows[0]["held_out_accuracy"] == 0.5, "the base has no margin"
-    assert storage.list_files(storage.join(run, "tensorboard"), recursive=True)
+    assert files.list_files(files.join(run, "tensorboard"), recursive=True)
 
 
 def test_events_tell_the_way_in_order(client: Client, finished: Job):
@@ -129,17 +129,17 @@ def test_serve_draws_from_the_aligned_model_by_name_without_being_redeployed(cli
 
 
 def test_the_report_holds_every_prompt_and_its_grid_is_a_picture(finished: Job):
-    report = storage.read_json(finished.result.evaluate.report)
+    report = files.read_json(finished.result.evaluate.report)
     assert len(report["prompts"]) == 20
     taste = [prompt["candidate_taste"] for prompt in report["prompts"]]
     assert finished.result.evaluate.scores["taste"].candidate == pytest.approx(np.mean(taste))
-    grid = Image.open(io.BytesIO(storage.read_bytes(finished.result.evaluate.grid)))
+    grid = Image.open(io.BytesIO(files.read_bytes(finished.result.evaluate.grid)))
     assert grid.format == "PNG"
     assert min(grid.size) > 100
 
 
 def test_diffusers_alone_loads_the_aligned_model(client: Client, finished: Job):
-    folder = storage.resolve(client.model(finished.aligned_model).uri)[1]
+    folder = files.resolve(client.model(finished.aligned_model).uri)[1]
     code = (
         "import sys; from diffusers import StableDiffusionPipeline as P; p = P.from_pretrained(sys.argv[1]);"
         "p.set_progress_bar_config(disable=True); print(p('a red circle', num_inference_steps=2).images[0].size);"
@@ -177,7 +177,7 @@ def test_prompts_that_no_scorer_knows_are_drawn_without_scores(client: Client, f
     done = client.wait_evaluation(client.create_evaluation(request).id, timeout_s=120)
     assert done.status == "succeeded", done.reason
     assert done.result.scores == {}
-    assert Image.open(io.BytesIO(storage.read_bytes(done.result.grid))).format == "PNG"
+    assert Image.open(io.BytesIO(files.read_bytes(done.result.grid))).format == "PNG"
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 120.0):
@@ -234,9 +234,9 @@ def test_a_dataset_of_broken_pictures_fails_the_job_and_leaves_no_shards(
     assert ended.status == "failed"
     assert ended.reason.code == "too_many_bad_rows"
     assert "18 of 20 rows are bad (image_not_an_image 18)" in ended.reason.message
-    files = storage.list_files(storage.join(system.storage_uri, "datasets"), recursive=True)
-    shards = {name.split("/")[0] for name in files if "/shard-" in name}
-    assert shards == {name.split("/")[0] for name in files if name.endswith("manifest.json")}, "no shards without a manifest"
+    paths = files.list_files(files.join(system.storage_uri, "datasets"), recursive=True)
+    shards = {name.split("/")[0] for name in paths if "/shard-" in name}
+    assert shards == {name.split("/")[0] for name in paths if name.endswith("manifest.json")}, "no shards without a manifest"
 
 
 BAD_JOBS = {

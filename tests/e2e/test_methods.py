@@ -15,9 +15,9 @@ import pytest
 
 from dde_core.config import Method
 from dde_core.shapes import MODEL_DIR, PAIRS_FILE, PROMPTS_FILE
+from services.api.requests import AlignmentJobCreate
 from services.client.api import Client
 from services.client.local import LocalSystem
-from services.contracts import AlignmentJobCreate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

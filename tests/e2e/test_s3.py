@@ -8,12 +8,14 @@ import pytest
 
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.shapes import MODEL_DIR
-from services import checkpoints, registry, storage
+from services.api.records import ModelRecord
+from services.artifacts import checkpoints, models
 from services.client.processes import environment
-from services.contracts import LedgerSpec, ModelRecord, TrainSpec
-from tests.s3_server import BUCKET, Harm, S3Server, part
-from tests.stage_runs import StageRuns, shapes_record
-from tests.synthetic_pairs import synthetic_rows, write_stream
+from services.stages.specs import LedgerSpec, TrainSpec
+from services.storage import files
+from tests.support.s3_server import BUCKET, Harm, S3Server, part
+from tests.support.stage_runs import StageRuns, shapes_record
+from tests.support.synthetic_pairs import synthetic_rows, write_stream
 
 STEPS = 6
 OBJECTIVE = ObjectiveConfig(method="dde", beta=500.0, calibration_bins=50)
@@ -30,8 +32,8 @@ HARMS = (
 def model(s3_server: S3Server) -> ModelRecord:
     """The shipped model, in the object store."""
     uri = f"s3://{BUCKET}/models/shapes"
-    storage.copy_folder(MODEL_DIR.as_uri(), uri)
-    return shapes_record().model_copy(update={"uri": uri, "digest": registry.folder_digest(uri)})
+    files.copy_folder(MODEL_DIR.as_uri(), uri)
+    return shapes_record().model_copy(update={"uri": uri, "digest": models.folder_digest(uri)})
 
 
 @pytest.mark.slow
@@ -41,7 +43,7 @@ def test_pairs_become_a_model_in_an_object_store_that_fails_now_and_then(
 ):
     file = write_stream(tmp_path / "pairs.parquet", synthetic_rows(200), row_group_size=50)
     pairs = f"s3://{BUCKET}/pairs.parquet"
-    storage.upload(file, pairs)
+    files.upload(file, pairs)
     runs = StageRuns(f"s3://{BUCKET}/runs", environment(str(tmp_path), s3_server.env))
     s3_server.harm(*HARMS)
 
@@ -64,7 +66,7 @@ def test_pairs_become_a_model_in_an_object_store_that_fails_now_and_then(
     trained = runs.start("train", spec).finish()
     print(f"the object store did harm: {dict(s3_server.done)}; training ended with {trained.metrics}")
     assert trained.step == STEPS
-    assert trained.model.digest == registry.folder_digest(output), "what lies there is what was made"
+    assert trained.model.digest == models.folder_digest(output), "what lies there is what was made"
     assert checkpoints.steps(runs.prefix("run"))[-1] == STEPS
     assert all(s3_server.done[kind] for kind in ("slow_down", "cut_download", "cut_upload", "lose_answer")), s3_server.done
     s3_server.harm()

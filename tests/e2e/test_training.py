@@ -15,13 +15,15 @@ from safetensors.numpy import load_file
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR, PAIRS_FILE
-from services import checkpoints, registry, storage
+from services.api.records import TrainResult
+from services.artifacts import checkpoints, models
 from services.client.local import LocalSystem
-from services.contracts import TrainResult, TrainSpec
-from services.observability import read_journal
-from tests.encoded_pairs import train_here
-from tests.stage_runs import Running, StageRuns, cluster_environment, shapes_record
-from tests.weights import WEIGHTS, base_weights, same_bits, update_distance
+from services.stages.journal import read_journal
+from services.stages.specs import TrainSpec
+from services.storage import files
+from tests.support.encoded_pairs import train_here
+from tests.support.stage_runs import Running, StageRuns, cluster_environment, shapes_record
+from tests.support.weights import WEIGHTS, base_weights, same_bits, update_distance
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_100.json"
 OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=50)
@@ -50,8 +52,8 @@ class Runs(StageRuns):
             objective=OBJECTIVE,
             training=training,
             workers=workers,
-            run=storage.join(self.prefix(name), "run"),
-            output=storage.join(self.prefix(name), "model"),
+            run=files.join(self.prefix(name), "run"),
+            output=files.join(self.prefix(name), "model"),
         )
         return self.start("train", spec)
 
@@ -61,13 +63,13 @@ class Runs(StageRuns):
 
     def here(self, folder: Path, training: TrainConfig) -> Path:
         """One worker, in this process: the checkpoint after the last step."""
-        dataset = Path(storage.resolve(self.encoded())[1])
+        dataset = Path(files.resolve(self.encoded())[1])
         train_here(folder, ModelFolder(MODEL_DIR), dataset, OBJECTIVE, **asdict(training))
         return folder / "run" / checkpoints.FOLDER / f"step-{training.steps:08d}"
 
     def weights(self, name: str) -> dict[str, np.ndarray]:
-        done = TrainResult.model_validate_json(storage.read_bytes(storage.join(self.prefix(name), "done.json")))
-        return load_file(f"{storage.resolve(done.model.uri)[1]}/unet/{WEIGHTS}")
+        done = TrainResult.model_validate_json(files.read_bytes(files.join(self.prefix(name), "done.json")))
+        return load_file(f"{files.resolve(done.model.uri)[1]}/unet/{WEIGHTS}")
 
     def events(self, name: str) -> list[str]:
         """What the run told."""
@@ -119,10 +121,10 @@ def test_the_loss_curve_of_100_steps_is_the_golden_one(runs: Runs, tmp_path: Pat
 
 def test_the_model_version_says_where_it_came_from(runs: Runs):
     runs.run("two", 2, TWENTY_STEPS)
-    done = TrainResult.model_validate_json(storage.read_bytes(storage.join(runs.prefix("two"), "done.json")))
+    done = TrainResult.model_validate_json(files.read_bytes(files.join(runs.prefix("two"), "done.json")))
     assert done.model.lineage["base_digest"] == runs.base.digest
     assert done.model.lineage["objective"]["noise"] == "independent"
-    assert done.model.digest == registry.folder_digest(done.model.uri)
-    names = storage.list_files(done.model.uri, recursive=True)
+    assert done.model.digest == models.folder_digest(done.model.uri)
+    names = files.list_files(done.model.uri, recursive=True)
     assert {"README.md", "lineage.json", "model_index.json", f"unet/{WEIGHTS}"} <= set(names)
     assert not [name for name in names if name.endswith((".pt", ".pkl", ".bin"))]

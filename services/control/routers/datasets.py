@@ -7,7 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
 
-from services.contracts import DatasetCreate, DatasetReport, DatasetSource
+from services.api.records import DatasetReport
+from services.api.requests import DatasetCreate, DatasetSource
 from services.control import datasets
 from services.control.dependencies import After, Db, Key, Limit, body, takes
 from services.control.idempotency import Once

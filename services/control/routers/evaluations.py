@@ -7,7 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
 
-from services.contracts import EvaluationCreate, JobStatus
+from services.api.records import JobStatus
+from services.api.requests import EvaluationCreate
 from services.control import jobs, journal
 from services.control.dependencies import After, Db, Key, Limit, LongLimit, body, takes
 from services.control.idempotency import Once

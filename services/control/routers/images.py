@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from services.contracts import ImageRequest, ScoreRequest
+from services.api.requests import ImageRequest, ScoreRequest
 from services.control import inference
 from services.control.dependencies import BODY_BYTES, parse, read_body, takes
 

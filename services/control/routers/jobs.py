@@ -7,7 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from services.contracts import AlignmentJobCreate, CreditRecord, JobStatus, Stage
+from services.api.records import CreditRecord, JobStatus, Stage
+from services.api.requests import AlignmentJobCreate
 from services.control import jobs, journal
 from services.control.dependencies import After, Config, Db, Key, Limit, LongLimit, body, metadata_filter, takes
 from services.control.idempotency import Once

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
 
-from services.contracts import ModelCreate
+from services.api.requests import ModelCreate
 from services.control import models
 from services.control.dependencies import After, Config, Db, Key, Limit, body, takes
 from services.control.idempotency import Once

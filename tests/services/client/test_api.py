@@ -12,9 +12,9 @@ import pytest
 from fastapi.responses import PlainTextResponse
 
 from dde_core.config import ObjectiveConfig, SampleConfig
+from services.api.requests import AlignmentJobCreate, EvaluationConfig, ImageRequest, ScoreRequest
 from services.client.api import ApiError, Client
 from services.client.processes import free_ports
-from services.contracts import AlignmentJobCreate, EvaluationConfig, ImageRequest, ScoreRequest
 from services.errors import ServiceError, Unavailable
 
 

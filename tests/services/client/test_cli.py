@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from services.api.requests import AlignmentJobCreate
 from services.client.cli import app
 from services.client.processes import free_ports
-from services.contracts import AlignmentJobCreate
 from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, job
 
 ROOT = Path(__file__).parents[3]

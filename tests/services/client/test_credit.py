@@ -16,9 +16,9 @@ from typer.testing import CliRunner, Result
 from dde_core.config import ObjectiveConfig
 from dde_core.credit import STABLE_DIFFUSION, curves
 from dde_core.schedule import Schedule
+from services.api.records import CreditBucket, CreditRecord
 from services.client.api import ApiError
 from services.client.cli import app
-from services.contracts import CreditBucket, CreditRecord
 from tests.services.client.conftest import KEY
 
 METHODS = ["dde", "dde_single", "dde_step", "uniform", "discounted", "sft"]

@@ -10,11 +10,12 @@ import pytest
 from rich.console import Console
 
 from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
+from services.api.records import EvaluateResult
+from services.api.requests import ImageRequest
 from services.client import tables
 from services.client.demo import JOB_FILE, finished, keep_grid, prepare, write_summary
 from services.client.types import Job, parse
 from services.client.up import first_prompt, picture_command, register_base
-from services.contracts import EvaluateResult, ImageRequest
 from services.errors import ServiceError
 from tests.services.client.conftest import EVALUATED, job
 

@@ -8,9 +8,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from dde_core import speed
-from dde_core.cluster import Cluster
-from dde_core.plan import PICK_A_PIC_PAIRS, Run, plan
+from dde_core.planning import mfu
+from dde_core.planning.cluster import Cluster
+from dde_core.planning.plan import PICK_A_PIC_PAIRS, Run, plan
 from services.client import recipes
 from services.client.bodies import TO_BE_NAMED, job_body
 from services.client.cli import app
@@ -35,7 +35,7 @@ def test_every_recipe_is_planned_term_by_term(name):
         objective=body.objective,
         training=body.training,
         cluster=Cluster(**CLUSTER),
-        speed=speed.published(recipe.family),
+        speed=mfu.published(recipe.family),
     )
     planned = plan(run)
     for term in (*planned.step, *planned.data, *planned.checkpoint, *planned.hours):
@@ -45,7 +45,7 @@ def test_every_recipe_is_planned_term_by_term(name):
     for memory in planned.memory.values():
         assert all(f"{term.value:,.2f}" in result.stdout for term in memory)
         assert f"{sum(term.value for term in memory):,.2f}" in result.stdout
-    for check in speed.checks(run.speed):
+    for check in mfu.checks(run.speed):
         assert check.name in result.stdout
     assert ("reference ledger" in result.stdout) == (recipe.method != "sft")
 
@@ -66,7 +66,7 @@ def test_the_headline_says_how_far_off_such_numbers_are_known_to_be():
 def test_no_number_is_cut_on_80_columns():
     shown = dde("plan", "--recipe", "sdxl_dde", *ON, columns=80).stdout
     assert "…" not in shown
-    for check in speed.checks(speed.published("sdxl")):
+    for check in mfu.checks(mfu.published("sdxl")):
         assert f"{check.ratio:.2f}" in shown
 
 

@@ -12,11 +12,11 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from dde_core.config import Method
-from dde_core.estimate import FACTS, Estimate, estimate
+from dde_core.planning.estimate import FACTS, Estimate, estimate
+from services.api.requests import AlignmentJobCreate
 from services.client import recipes
 from services.client.bodies import job_body
 from services.client.cli import app
-from services.contracts import AlignmentJobCreate
 from services.errors import BadRequest
 from tests.services.client.conftest import KEY
 

@@ -22,10 +22,10 @@ from safetensors.numpy import save_file
 from starlette.testclient import TestClient
 
 from dde_core.family import COMPONENTS, PIPELINES
-from services import storage
 from services.control.app import build_app
 from services.control.reconciler import Reconciler
 from services.settings import Settings
+from services.storage import files
 from tests.services.control.fakes import FakeLauncher
 
 KEY = "sk-test"
@@ -162,7 +162,7 @@ def any_plane(tmp_path, database_url):
 def make_plane(tmp_path: Path, url: str):
     settings = Settings(
         api_key=SecretStr(KEY),
-        storage_uri=storage.as_uri(tmp_path / "store"),
+        storage_uri=files.as_uri(tmp_path / "store"),
         database_url=url,
         ray_url="http://127.0.0.1:1",
         serve_url="http://127.0.0.1:1",

@@ -6,29 +6,16 @@ import shlex
 from collections.abc import Callable
 from typing import Literal
 
-from services import checkpoints, storage
-from services.checkpoints import CheckpointRecord, ReaderPosition
-from services.contracts import (
-    EncodeResult,
-    EncodeSpec,
-    EvaluateResult,
-    EvaluateSpec,
-    Interval,
-    LedgerResult,
-    LedgerSpec,
-    ScorerReport,
-    Stage,
-    StageFailure,
-    StageSpec,
-    StageStopped,
-    Strict,
-    TrainResult,
-    TrainSpec,
-)
+from services.api.records import EncodeResult, EvaluateResult, Interval, LedgerResult, ScorerReport, Stage, TrainResult
+from services.api.requests import Strict
+from services.artifacts import checkpoints
+from services.artifacts.checkpoints import CheckpointRecord, ReaderPosition
 from services.control.launcher import RunState
 from services.control.stages import ENTRY_MODULES
 from services.errors import Unavailable
-from services.observability import Journal
+from services.stages.journal import Journal
+from services.stages.specs import EncodeSpec, EvaluateSpec, LedgerSpec, StageFailure, StageSpec, StageStopped, TrainSpec
+from services.storage import files
 
 Play = Callable[[StageSpec], RunState]
 STAGE_OF = {module: stage for stage, module in ENTRY_MODULES.items()}
@@ -56,7 +43,7 @@ class FakeLauncher:
         self.submitted.append(submission_id)
         _, _, *module, _, uri = shlex.split(entrypoint)
         stage = STAGE_OF[" ".join(module)]
-        spec = SPECS[stage].model_validate_json(storage.read_bytes(uri))
+        spec = SPECS[stage].model_validate_json(files.read_bytes(uri))
         self.specs[submission_id], self.entrypoints[submission_id] = spec, entrypoint
         self.states[submission_id] = self.plays[stage](spec)
 
@@ -73,8 +60,8 @@ class FakeLauncher:
 
     def leave(self, submission_id: str, step: int, why: Literal["pause", "signal"] = "pause") -> None:
         """Let a run end as training does that was asked to stop."""
-        marker = storage.join(self.specs[submission_id].prefix, "stopped.json")
-        storage.write_json(marker, StageStopped(why=why, step=step).model_dump())
+        marker = files.join(self.specs[submission_id].prefix, "stopped.json")
+        files.write_json(marker, StageStopped(why=why, step=step).model_dump())
         self.states[submission_id] = "succeeded"
 
     def log_tail(self, submission_id: str) -> str:
@@ -100,8 +87,8 @@ def ledger(spec) -> RunState:
 
 def train(spec) -> RunState:
     journal(spec, 5)
-    storage.write_bytes(storage.join(spec.output, "model_index.json"), b"{}")
-    storage.write_json(storage.join(spec.output, "scheduler", "scheduler_config.json"), {"num_train_timesteps": 1000})
+    files.write_bytes(files.join(spec.output, "model_index.json"), b"{}")
+    files.write_json(files.join(spec.output, "scheduler", "scheduler_config.json"), {"num_train_timesteps": 1000})
     lineage = {"job": spec.job, "dataset": "d1", "base": spec.model.digest}
     model = spec.model.model_copy(
         update={"id": spec.model_id, "name": spec.name, "uri": spec.output, "digest": "d2", "lineage": lineage}
@@ -142,7 +129,7 @@ def lacks(spec) -> RunState:
 
 def fail(spec, message: str, code: str, param: str | None = None) -> RunState:
     failure = StageFailure(message=message, code=code, param=param)
-    storage.write_json(storage.join(spec.prefix, "failed.json"), failure.model_dump())
+    files.write_json(files.join(spec.prefix, "failed.json"), failure.model_dump())
     return "failed"
 
 
@@ -176,5 +163,5 @@ def journal(spec: StageSpec, steps: int) -> None:
 
 
 def done(spec: StageSpec, result: Strict) -> RunState:
-    storage.write_json(storage.join(spec.prefix, "done.json"), result.model_dump(mode="json"))
+    files.write_json(files.join(spec.prefix, "done.json"), result.model_dump(mode="json"))
     return "succeeded"

@@ -8,10 +8,11 @@ from itertools import pairwise
 import pytest
 from sqlalchemy import select
 
-from services import checkpoints, storage
-from services.control.change import Change
+from services.artifacts import checkpoints
+from services.control.job_update import Change
 from services.control.reconciler import StaleToken
 from services.control.tables import Job
+from services.storage import files
 from tests.services.control import fakes
 
 JOBS = "/v1/alignment/jobs"
@@ -249,6 +250,6 @@ def test_a_cancelled_job_is_not_started_again(plane):
     plane.settle()
     plane.post(f"{JOBS}/{job}/cancel", None)
     plane.settle()
-    assert storage.exists(f"{plane.launcher.specs[f'{job}-train-a1'].prefix}/failed.json")
+    assert files.exists(f"{plane.launcher.specs[f'{job}-train-a1'].prefix}/failed.json")
     assert plane.get(f"{JOBS}/{job}")["status"] == "cancelled"
     assert f"{job}-train-a2" not in plane.launcher.submitted

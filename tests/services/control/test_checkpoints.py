@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from services import checkpoints, storage
-from services.contracts import Validated
+from services.api.records import Validated
+from services.artifacts import checkpoints
 from services.control import stages
+from services.storage import files
 from tests.services.control import fakes
 
 JOBS = "/v1/alignment/jobs"
@@ -31,7 +32,7 @@ def test_every_checkpoint_is_told_with_what_validation_measured_of_it(plane, job
     assert plane.launcher.specs[f"{job}-train-a1"].run == run
     for step in (10, 20):
         fakes.checkpoint(run, step)
-    storage.write_json(storage.join(run, "validation", "step-00000020.json"), OUTCOME.model_dump())
+    files.write_json(files.join(run, "validation", "step-00000020.json"), OUTCOME.model_dump())
     answer = plane.get(f"{JOBS}/{job}/checkpoints")
     assert (answer["object"], answer["has_more"], steps(answer)) == ("list", False, [10, 20])
     first, second = answer["data"]
@@ -63,7 +64,7 @@ def test_pages_follow_one_another_by_step(plane, job):
 def test_what_has_no_record_is_no_checkpoint(plane, job):
     job, run = job
     fakes.checkpoint(run, 10)
-    storage.write_bytes(storage.join(checkpoints.folder(run, 20), "weights.bin"), b"half")
+    files.write_bytes(files.join(checkpoints.folder(run, 20), "weights.bin"), b"half")
     assert steps(plane.get(f"{JOBS}/{job}/checkpoints")) == [10]
 
 
@@ -72,8 +73,8 @@ def test_what_has_a_damaged_record_is_left_out_and_a_damaged_outcome_is_none(pla
     job, run = job
     for step in (10, 20, 30):
         fakes.checkpoint(run, step)
-    storage.write_bytes(storage.join(checkpoints.folder(run, 20), checkpoints.RECORD), damaged)
-    storage.write_bytes(checkpoints.outcome_uri(run, 30), b"{")
+    files.write_bytes(files.join(checkpoints.folder(run, 20), checkpoints.RECORD), damaged)
+    files.write_bytes(checkpoints.outcome_uri(run, 30), b"{")
     answer = plane.get(f"{JOBS}/{job}/checkpoints")
     assert (steps(answer), answer["data"][1]["validation"]) == ([10, 30], None)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dde_core.config import ObjectiveConfig
-from services import storage
-from services.contracts import CREDIT, CreditBucket, CreditRecord
+from services.api.records import CreditBucket, CreditRecord
+from services.stages.layout import CREDIT
+from services.storage import files
 from tests.services.control import fakes
 
 JOBS = "/v1/alignment/jobs"
@@ -22,7 +23,7 @@ RECORD = CreditRecord(
 
 def train(spec):
     """The fake stage, which leaves the record where the real one does."""
-    storage.write_bytes(storage.join(spec.output, CREDIT), RECORD.model_dump_json().encode())
+    files.write_bytes(files.join(spec.output, CREDIT), RECORD.model_dump_json().encode())
     return fakes.train(spec)
 
 

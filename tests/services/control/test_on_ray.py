@@ -10,10 +10,10 @@ import pytest
 
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
-from services import storage
+from services.api.requests import AlignmentJobCreate, EvaluationConfig
 from services.client.api import Client
 from services.client.local import LocalSystem
-from services.contracts import AlignmentJobCreate, EvaluationConfig
+from services.storage import files
 
 pytestmark = pytest.mark.slow
 WORKERS_ARE_FREE_WITHIN_S = 15.0
@@ -73,11 +73,11 @@ def test_a_paused_training_frees_its_workers_keeps_its_step_and_goes_on_from_it(
     assert ended.status == "succeeded", ended.reason
     said = [event.message for event in client.events(job)]
     assert f"stopped after step {kept.step}" in said
-    folder = storage.join(system.storage_uri, "jobs", job, "train", "a2", "journal")
+    folder = files.join(system.storage_uri, "jobs", job, "train", "a2", "journal")
     again = [
         entry["step"]
-        for name in storage.list_files(folder)
-        for entry in storage.read_json(f"{folder}/{name}")
+        for name in files.list_files(folder)
+        for entry in files.read_json(f"{folder}/{name}")
         if "metrics" in entry
     ]
     assert min(again) == kept.step + 1, "no step was made twice"

@@ -8,13 +8,13 @@ import time
 import pytest
 from sqlalchemy import select, update
 
-from services import storage
-from services.contracts import HEARD
 from services.control import attempt
-from services.control.change import Change
+from services.control.job_update import Change
 from services.control.reconciler import StaleToken
 from services.control.tables import Job
 from services.errors import Unavailable
+from services.stages.layout import HEARD
+from services.storage import files
 from tests.services.control import fakes
 
 JOBS = "/v1/alignment/jobs"
@@ -39,7 +39,7 @@ def training(plane) -> str:
 
 
 def asked_to_stop(plane, submission: str) -> bool:
-    return storage.exists(f"{plane.launcher.specs[submission].prefix}/stop.json")
+    return files.exists(f"{plane.launcher.specs[submission].prefix}/stop.json")
 
 
 def test_training_is_asked_to_store_its_state_and_goes_on_in_the_same_run(any_plane):
@@ -50,7 +50,7 @@ def test_training_is_asked_to_store_its_state_and_goes_on_in_the_same_run(any_pl
     assert (answer["status"], type(answer["pause_requested_at"])) == ("running", int)
     plane.settle(10)
     assert asked_to_stop(plane, first)
-    assert storage.read_json(f"{plane.launcher.specs[first].prefix}/stop.json") == {"why": "pause"}
+    assert files.read_json(f"{plane.launcher.specs[first].prefix}/stop.json") == {"why": "pause"}
     assert (status(plane, job), plane.launcher.stopped) == ("running", []), "it is given the time that its step takes"
 
     plane.launcher.leave(first, 7)
@@ -210,7 +210,7 @@ def test_training_that_has_heard_is_given_the_time_of_its_step_and_its_checkpoin
     job = training(plane)
     ask(plane, "pause", job)
     plane.settle(5)
-    storage.write_json(f"{plane.launcher.specs[f'{job}-train-a1'].prefix}/{HEARD}", {})
+    files.write_json(f"{plane.launcher.specs[f'{job}-train-a1'].prefix}/{HEARD}", {})
     plane.clock.now += 2 * plane.settings.unreachable_s
     plane.settle(8)
     assert (status(plane, job), plane.launcher.stopped) == ("running", [])

@@ -8,12 +8,13 @@ import time
 import pytest
 from sqlalchemy import select, update
 
-from services import registry, storage
+from services.artifacts import models
 from services.control import attempt
-from services.control.change import Change
+from services.control.job_update import Change
 from services.control.reconciler import StaleToken
 from services.control.tables import Event, Job, Metric, Model
 from services.control.transitions import STAGES
+from services.storage import files
 from tests.services.control import fakes
 
 JOBS = "/v1/alignment/jobs"
@@ -40,7 +41,7 @@ def test_a_job_goes_through_every_stage_to_a_served_model(any_plane):
     assert set(ended["stage_seconds"]) == set(done(ended)) == {"encode", "train", "evaluate"}
     assert ended["created_at"] <= ended["started_at"] <= ended["finished_at"]
 
-    record = registry.find(plane.settings.storage_uri, "aligned")
+    record = models.find(plane.settings.storage_uri, "aligned")
     base = plane.get("/v1/models/shapes")
     assert record.id == ended["aligned_model"] == plane.get("/v1/models/aligned")["id"]
     assert (record.base, record.job) == (base["id"], job["id"])
@@ -60,7 +61,7 @@ def test_every_stage_is_told_where_its_input_and_output_lie(plane):
     assert (train.run, train.output) == (f"{root}/jobs/{job['id']}/train/run", f"{root}/models/{train.model_id}")
     assert (evaluate.base.name, evaluate.candidate.uri) == ("shapes", train.output)
     assert evaluate.output == f"{root}/jobs/{job['id']}/evaluate/a1"
-    assert evaluate.evaluation.prompts_uri == storage.as_uri(plane.root / "prompts.txt")
+    assert evaluate.evaluation.prompts_uri == files.as_uri(plane.root / "prompts.txt")
     command = f"python -m services.ingest encode --spec {encode.prefix}/spec.json"
     assert plane.launcher.entrypoints[f"{job['id']}-encode-a1"] == command
 
@@ -74,7 +75,7 @@ def test_training_is_told_how_to_validate_with_places_as_uris(plane):
     jobs = [plane.job(evaluation=evaluation, validation=each, training=training) for each in asked]
     plane.settle(60)
     without, following, separate = (plane.launcher.specs[f"{job['id']}-train-a1"] for job in jobs)
-    uri = storage.as_uri(plane.root / "prompts.txt")
+    uri = files.as_uri(plane.root / "prompts.txt")
     assert (without.validation, without.evaluation.seed) == (None, 3)
     assert (following.validation.prompts_uri, following.evaluation.prompts_uri) == (None, uri)
     assert (separate.validation.prompts_uri, separate.validation.num_prompts) == (uri, 3)
@@ -228,7 +229,7 @@ def test_a_driver_that_ray_calls_dead_but_that_still_writes_is_not_given_up(plan
 
 def test_a_result_that_cannot_be_read_fails_the_job(plane):
     def nonsense(spec):
-        storage.write_json(f"{spec.prefix}/done.json", {"dataset": 3})
+        files.write_json(f"{spec.prefix}/done.json", {"dataset": 3})
         return "succeeded"
 
     plane.launcher.plays["encode"] = nonsense
@@ -267,7 +268,7 @@ def test_a_run_that_writes_its_journal_lives_however_long_ray_is_away(plane):
         plane.settle(2)
         assert plane.get(f"{JOBS}/{job}")["status"] == "running"
     assert sum(text.startswith("waiting for Ray:") for text in plane.events(job)) == 1, "it is said once"
-    assert not storage.exists(f"{spec.prefix}/stop.json")
+    assert not files.exists(f"{spec.prefix}/stop.json")
 
     plane.clock.now += plane.settings.unreachable_s - 5
     plane.settle(2)
@@ -277,7 +278,7 @@ def test_a_run_that_writes_its_journal_lives_however_long_ray_is_away(plane):
     ended = plane.get(f"{JOBS}/{job}")
     assert (ended["status"], ended["reason"]["code"]) == ("failed", "cluster_unreachable")
     assert "and nothing new in the journal: Ray at http://nowhere does not answer" in ended["reason"]["message"]
-    assert storage.exists(f"{spec.prefix}/stop.json"), "a run that lives nevertheless stores its state and ends"
+    assert files.exists(f"{spec.prefix}/stop.json"), "a run that lives nevertheless stores its state and ends"
 
 
 def test_a_long_journal_of_a_run_without_ray_is_read_to_its_end_before_its_job_is_given_up(plane, monkeypatch):
@@ -355,7 +356,7 @@ def test_a_model_whose_evaluation_failed_is_kept_without_its_name(plane):
     ended = plane.get(f"{JOBS}/{job['id']}")
     assert not plane.get(f"/v1/models/{ended['aligned_model']}")["current"]
     plane.get("/v1/models/aligned", 404)
-    assert not storage.exists(f"{plane.settings.storage_uri}/aliases/aligned.json")
+    assert not files.exists(f"{plane.settings.storage_uri}/aliases/aligned.json")
 
 
 def test_a_name_means_the_model_that_got_it_last(any_plane):
@@ -365,7 +366,7 @@ def test_a_name_means_the_model_that_got_it_last(any_plane):
     models = [plane.get(f"{JOBS}/{job}")["aligned_model"] for job in (first, second)]
     current = plane.get("/v1/models/aligned")["id"]
     assert current in models
-    assert registry.find(plane.settings.storage_uri, "aligned").id == current
+    assert models.find(plane.settings.storage_uri, "aligned").id == current
     assert [plane.get(f"/v1/models/{model}")["current"] for model in models].count(True) == 1
 
 
@@ -381,13 +382,13 @@ def test_what_is_found_under_a_stale_token_changes_nothing(any_plane):
     assert fast.take().id == job["id"]
     change = Change(values={"status": "succeeded"}, point=True)
     change.say(0.0, "too late")
-    change.publish = registry.find(plane.settings.storage_uri, "shapes").model_copy(update={"id": "model_" + "0" * 24})
+    change.publish = models.find(plane.settings.storage_uri, "shapes").model_copy(update={"id": "model_" + "0" * 24})
     with pytest.raises(StaleToken):
         slow.apply(taken, change)
     assert plane.get(f"{JOBS}/{job['id']}")["status"] == "validating"
     assert "too late" not in plane.events(job["id"])
-    assert not storage.exists(f"{plane.settings.storage_uri}/aliases/aligned.json")
-    assert not storage.exists(f"{plane.settings.storage_uri}/models/model_{'0' * 24}.json")
+    assert not files.exists(f"{plane.settings.storage_uri}/aliases/aligned.json")
+    assert not files.exists(f"{plane.settings.storage_uri}/models/model_{'0' * 24}.json")
 
 
 def test_two_reconcilers_on_one_database_submit_each_stage_once(any_plane):
@@ -466,7 +467,7 @@ def test_jobs_beyond_the_limit_wait_as_queued_the_oldest_first(plane):
 def test_a_dataset_whose_files_went_after_it_was_registered_fails_the_job_at_once(plane):
     dataset = plane.dataset
     job = plane.job()
-    storage.delete_folder(dataset["uri"])
+    files.delete_folder(dataset["uri"])
     plane.settle()
     reason = plane.get(f"{JOBS}/{job['id']}")["reason"]
     assert (reason["code"], reason["param"]) == ("dataset_not_found", "dataset")

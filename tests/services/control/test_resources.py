@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
 
-from services import registry, storage
-from services.contracts import DatasetReport
+from services.api.records import DatasetReport
+from services.artifacts import models
 from services.control import views
+from services.storage import files
 from tests.services.control import fakes
 from tests.services.control.conftest import write_base, write_pairs
 
@@ -22,7 +23,7 @@ def test_a_dataset_is_counted_and_digested_when_it_is_registered(any_plane):
     assert dataset["counts"] == {"rows": 10, "pairs": 8, "ties": 1, "missing": 1, "bad": {}}
     assert len(dataset["digest"]) == 64
     assert dataset["columns"] == {}
-    assert dataset["uri"] == storage.as_uri(any_plane.root / "pairs")
+    assert dataset["uri"] == files.as_uri(any_plane.root / "pairs")
     assert any_plane.get(f"/v1/datasets/{dataset['id']}") == dataset
 
 
@@ -84,7 +85,7 @@ def test_a_dataset_in_use_is_not_deleted_and_afterwards_it_is(any_plane):
         "deleted": True,
     }
     plane.get(f"/v1/datasets/{dataset['id']}", 404)
-    assert storage.exists(dataset["uri"])
+    assert files.exists(dataset["uri"])
 
 
 def test_a_base_model_is_published_for_serve_and_deleted_without_its_files(any_plane):
@@ -92,11 +93,11 @@ def test_a_base_model_is_published_for_serve_and_deleted_without_its_files(any_p
     root = plane.settings.storage_uri
     base = plane.get("/v1/models/shapes")
     assert (base["base"], base["job"], base["lineage"], base["current"]) == (None, None, {}, True)
-    assert base["digest"] == registry.folder_digest(base["uri"])
-    assert registry.find(root, "shapes").id == base["id"]
+    assert base["digest"] == models.folder_digest(base["uri"])
+    assert models.find(root, "shapes").id == base["id"]
     assert plane.http.delete(f"/v1/models/{base['id']}").json()["deleted"] is True
-    assert storage.list_files(root, recursive=True) == []
-    assert storage.exists(base["uri"])
+    assert files.list_files(root, recursive=True) == []
+    assert files.exists(base["uri"])
     plane.post("/v1/models", {"name": "shapes", "uri": write_base(plane.root / "base")})
 
 
@@ -110,10 +111,10 @@ def test_a_model_in_use_is_not_deleted_and_an_aligned_one_loses_its_weights(plan
     plane.post(f"{JOBS}/{job['id']}/cancel", None)
     plane.settle()
     root = plane.settings.storage_uri
-    assert storage.exists(registry.model_uri(root, aligned))
+    assert files.exists(models.model_uri(root, aligned))
     assert plane.http.delete(f"/v1/models/{aligned}").status_code == 200
-    assert not storage.exists(registry.model_uri(root, aligned))
-    assert not storage.exists(f"{root}/models/{aligned}.json")
+    assert not files.exists(models.model_uri(root, aligned))
+    assert not files.exists(f"{root}/models/{aligned}.json")
 
 
 def test_the_default_name_is_made_from_base_method_and_job(plane):

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import update
 
-from services import storage
 from services.control.tables import Job
+from services.storage import files
 from tests.services.control import fakes
 from tests.services.control.conftest import write_base
 
@@ -109,7 +109,7 @@ def test_a_job_that_has_failed_is_resumed_once_and_pausing_it_names_its_status(p
 def test_a_job_that_failed_before_its_first_stage_is_refused(plane):
     dataset = plane.dataset
     job = plane.job()["id"]
-    storage.delete_folder(dataset["uri"])
+    files.delete_folder(dataset["uri"])
     plane.settle()
     assert refusal(plane, job) == (f"job {job} has failed before its first stage: there is nothing to go on with", "job_failed")
 
@@ -311,4 +311,4 @@ def test_training_that_is_cancelled_while_ray_is_away_is_asked_through_storage(p
     plane.post(f"{JOBS}/{job}/cancel", None)
     plane.settle(3)
     assert status(plane, job) == "running"
-    assert storage.exists(f"{plane.launcher.specs[f'{job}-train-a1'].prefix}/stop.json")
+    assert files.exists(f"{plane.launcher.specs[f'{job}-train-a1'].prefix}/stop.json")

@@ -14,9 +14,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import SecretStr
 
-from services import storage
 from services.control.app import build_app
 from services.settings import Settings
+from services.storage import files
 from tests.services.control import fakes
 from tests.services.control.conftest import KEY, write_base, write_pairs
 
@@ -49,7 +49,7 @@ def test_a_stream_tells_a_whole_job_and_ends_with_it_and_resumes_after_the_last_
     launcher = fakes.FakeLauncher(train=fakes.runs)
     settings = Settings(
         api_key=SecretStr(KEY),
-        storage_uri=storage.as_uri(tmp_path / "store"),
+        storage_uri=files.as_uri(tmp_path / "store"),
         database_url=f"sqlite:///{tmp_path}/dde.db",
         poll_interval_s=0.02,
     )

@@ -1,0 +1,20 @@
+"""Files of prompts, one a line."""
+
+from __future__ import annotations
+
+from services.errors import BadRequest
+from services.storage import files
+
+
+def prompt_lines(uri: str) -> list[str]:
+    """Every line of a file that is not blank, as it stands."""
+    return [line for line in files.read_bytes(uri).decode().splitlines() if line.strip()]
+
+
+def read_prompts(uri: str, num_prompts: int, skip: int = 0, param: str = "num_prompts") -> list[str]:
+    """So many prompts of a file, after the first ``skip``; empty lines do not count. Raises BadRequest where it has too few."""
+    lines = [line.strip() for line in prompt_lines(uri)]
+    if len(lines) < skip + num_prompts:
+        after = f" after the first {skip}" if skip else ""
+        raise BadRequest(f"{param} is {num_prompts}{after}, {uri!r} holds {len(lines)}", param=param)
+    return lines[skip : skip + num_prompts]

@@ -1,0 +1,121 @@
+"""What a stage is given, and what it leaves. A job is a chain of stages, each one Ray job; no torch, no Ray."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dde_core.config import DataConfig, ObjectiveConfig, TrainConfig
+from services.api.records import EncodeResult, EvaluateResult, LedgerResult, ModelRecord, Stage, TrainResult
+from services.api.requests import DatasetSource, EvaluationConfig, Strict, Uri, ValidationConfig, Workers
+
+
+class StageSpec(Strict):
+    """What every stage is told. ``prefix`` is the folder of this attempt: spec, journal and markers lie there."""
+
+    job: str
+    attempt: int
+    prefix: Uri
+
+
+class EncodeSpec(StageSpec):
+    """Encode a dataset's pairs with a model's VAE and tokenizer; ``output`` is the folder under which datasets lie."""
+
+    source: DatasetSource
+    source_digest: str
+    model: ModelRecord
+    data: DataConfig = DataConfig()
+    output: Uri
+    actors: int = 1
+    use_gpu: bool = False
+
+
+class LedgerSpec(StageSpec):
+    """Compute the errors of the frozen ``model`` for every draw that the run of ``objective`` and ``training`` makes of the
+    shards at ``dataset``."""
+
+    dataset: Uri
+    model: ModelRecord
+    objective: ObjectiveConfig
+    training: TrainConfig
+    actors: int = 1
+    use_gpu: bool = False
+
+
+class TrainSpec(StageSpec):
+    """Fine-tune ``model`` on the shards at ``dataset``; ``run`` keeps checkpoints, ``output`` receives the weights.
+    ``ledger`` is the record of the reference's errors, where the job has written or found one. Pictures of ``validation`` are
+    drawn with ``evaluation``'s settings and scorers."""
+
+    dataset: Uri
+    model: ModelRecord
+    model_id: str
+    name: str
+    objective: ObjectiveConfig
+    training: TrainConfig
+    workers: Workers
+    evaluation: EvaluationConfig | None = None
+    validation: ValidationConfig | None = None
+    ledger: Uri | None = None
+    run: Uri
+    output: Uri
+    use_gpu: bool = False
+
+
+class EvaluateSpec(StageSpec):
+    """Compare ``candidate`` with ``base``; report and picture grid are written under ``output``."""
+
+    candidate: ModelRecord
+    base: ModelRecord
+    evaluation: EvaluationConfig
+    output: Uri
+    actors: int = 1
+    use_gpu: bool = False
+
+
+class StageFailure(Strict):
+    """``failed.json``: ``code`` is for programs, ``param`` the field that it is about, where there is one."""
+
+    message: str
+    code: str
+    param: str | None = None
+
+
+class StopRequest(Strict):
+    """``stop.json``: training writes a checkpoint after the step it is at, and ends. Other stages do not read it."""
+
+    why: Literal["pause", "signal"]
+
+
+class StageStopped(Strict):
+    """``stopped.json``: the stage ended because it was asked to, after ``step`` steps, and goes on from there."""
+
+    why: Literal["pause", "signal"]
+    step: int
+
+
+Level = Literal["info", "warning", "error"]
+
+
+class JournalEvent(Strict):
+    """One line of a stage's journal: a message for people, or metrics of a step for programs (or both)."""
+
+    at: float
+    level: Level = "info"
+    message: str | None = None
+    step: int | None = None
+    metrics: dict[str, float] | None = None
+
+
+RESULTS: dict[Stage, type[Strict]] = {
+    "encode": EncodeResult,
+    "ledger": LedgerResult,
+    "train": TrainResult,
+    "evaluate": EvaluateResult,
+}
+ENTRY_MODULES: dict[Stage, str] = {
+    "encode": "services.ingest encode",
+    "ledger": "services.ingest ledger",
+    "train": "services.training",
+    "evaluate": "services.evaluation",
+}
+"""What follows ``python -m``: a module, and which of its stages where it has several."""

@@ -1,0 +1,249 @@
+"""Encoding: pairs come out as they went in, every picture is encoded once, what was committed stays, what is bad is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dde_core.errors import DataError
+from dde_core.latents.reader import LatentReader
+from dde_core.models.folder import ModelFolder, encode_images
+from dde_core.shapes import MODEL_DIR
+from services.api.records import EncodeResult
+from services.api.requests import DatasetSource
+from services.errors import BadRequest
+from services.ingest import encode as ingest
+from services.ingest import plan
+from services.ingest.committed import commit
+from services.ingest.plan import Planner
+from services.ingest.reading import read_pictures
+from services.ingest.stages import segments
+from services.pairs.images import decode
+from services.pairs.row import Preference, Row
+from services.pairs.source import Unit, open_source
+from services.stages.journal import read_journal
+from services.storage import files
+from tests.support.encode_here import EncodeHere
+from tests.support.pairs_file import pair_rows, write_pairs
+
+
+@pytest.fixture
+def encode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> EncodeHere:
+    """Blocks of at most 8 pictures, shards of at most 6 pairs."""
+    monkeypatch.setattr(plan, "FEWEST_IMAGES", 1)
+    monkeypatch.setattr(plan, "MOST_IMAGES", 8)
+    monkeypatch.setattr(ingest, "PAIRS_PER_SHARD", 6)
+    return EncodeHere(monkeypatch, ModelFolder(MODEL_DIR), tmp_path / "encoded")
+
+
+def rows_of(result: EncodeResult) -> dict[str, dict]:
+    """The pairs of a dataset by their caption."""
+    reader = LatentReader(*files.resolve(result.dataset))
+    tables = [files.read_bytes(files.join(result.dataset, shard.name)) for shard in reader.manifest.shards]
+    rows = [row for table in tables for row in pq.read_table(pa.BufferReader(table)).to_pylist()]
+    return {row["pair_id"]: row for row in rows}
+
+
+def events(encode: EncodeHere, attempt: int) -> list[str]:
+    prefix = (encode.folder / f"a{attempt}").as_uri()
+    return [entry.message for _, some in read_journal(prefix, 0) for entry in some if entry.message]
+
+
+def test_every_pair_has_the_latents_of_its_own_two_pictures(encode: EncodeHere, tmp_path: Path):
+    rows = pair_rows(20)  # two ties among them
+    rows[7]["image_1_uid"], rows[7]["jpg_1"] = rows[1]["image_0_uid"], rows[1]["jpg_0"]  # of an earlier block
+    rows[15]["image_0_uid"], rows[15]["jpg_0"] = rows[14]["image_0_uid"], rows[14]["jpg_0"]
+    path = write_pairs(tmp_path / "pairs.parquet", rows, row_group_size=6)
+    result = encode(path)
+    assert result.counts == {
+        "rows": 20, "pairs": 18, "ties": 2, "missing": 0, "bad": 0, "duplicates": 0, "images": 34
+    }  # fmt: skip
+    source, vae, found = open_source(DatasetSource(uri=path.as_uri())), ModelFolder(MODEL_DIR).vae(), rows_of(result)
+    by_uid = {row[f"image_{side}_uid"]: row[f"jpg_{side}"] for row in rows for side in (0, 1)}
+    decided = [row for unit in source.units() for row in source.rows(unit) if row.kind == "decided"]
+    assert set(found) == {row.preferences[0].pair_id for row in decided}
+    for row in decided:
+        preference, shard_row = row.preferences[0], found[row.preferences[0].pair_id]
+        for side, slot in (("w", preference.winner), ("l", preference.loser)):
+            uid = row.uids[slot]
+            assert shard_row[f"uid_{side}"] == uid
+            expected = encode_images(vae, decode(by_uid[uid], 32).pixels[None])[0].ravel()
+            np.testing.assert_allclose(np.array(shard_row[f"latents_{side}"], np.float16), expected, atol=0.01)
+
+
+def test_a_ranking_becomes_every_pair_of_unequal_rank(encode: EncodeHere, tmp_path: Path):
+    pictures = [row["jpg_0"] for row in pair_rows(4)]
+    table = pa.table({"images": [pictures], "ranks": [[2, 1, 2, 3]], "caption": ["a red circle"]})
+    pq.write_table(table, tmp_path / "rankings.parquet")
+    result = encode(tmp_path / "rankings.parquet")
+    assert (result.counts["pairs"], result.counts["images"], result.counts["ties"]) == (5, 4, 1)
+
+
+def test_flip_and_resolution_make_another_dataset(encode: EncodeHere, tmp_path: Path):
+    path = write_pairs(tmp_path / "pairs.parquet", pair_rows(6))
+    results = [encode(path), encode(path, flip="all"), encode(path, resolution=64), encode(path, max_bad_fraction=0.5)]
+    assert len({result.dataset for result in results}) == 3
+    assert [result.reused for result in results] == [False, False, False, True]
+    assert LatentReader(*files.resolve(results[2].dataset)).manifest.latent_shape == (4, 16, 16)
+    straight, mirrored = (rows_of(result) for result in results[:2])
+    assert straight.keys() == mirrored.keys()
+    assert all(straight[name]["latents_w"] != mirrored[name]["latents_w"] for name in straight)
+
+
+def test_a_run_that_broke_off_is_gone_on_with_and_ends_the_same(encode: EncodeHere, tmp_path: Path, monkeypatch):
+    rows = pair_rows(30)
+    rows[2]["jpg_0"] = b"no picture"
+    path = write_pairs(tmp_path / "pairs.parquet", rows, row_group_size=10)
+    whole = EncodeHere(monkeypatch, ModelFolder(MODEL_DIR), tmp_path / "whole")(path, max_bad_fraction=0.1)
+
+    dataset = broken_off(encode, path, monkeypatch, blocks=3)
+    before = {file: file.stat().st_mtime_ns for file in dataset.glob("blocks/*")}
+    assert len(before) == 3
+    after: dict[Path, int] = {}
+    monkeypatch.setattr(
+        ingest.committed, "clear", lambda folder: after.update({file: file.stat().st_mtime_ns for file in before})
+    )
+    again = encode(path, max_bad_fraction=0.1)
+    assert after == before, "what was committed is not encoded again"
+    assert "17 are there from an earlier run" in events(encode, 2)[0]
+    manifests = [files.read_bytes(files.join(result.dataset, "manifest.json")) for result in (whole, again)]
+    assert manifests[0] == manifests[1]
+    assert again.bad == {"image_not_an_image": 1}
+
+
+def broken_off(encode: EncodeHere, path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int) -> Path:
+    """The folder of a dataset of which so many blocks are committed."""
+
+    def breaking(*arguments, **more):
+        for number, row in enumerate(encode_blocks(*arguments, **more)):
+            yield row
+            if number + 1 == blocks:
+                raise KeyboardInterrupt
+
+    encode_blocks = ingest.encode_blocks
+    monkeypatch.setattr(ingest, "encode_blocks", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        encode(path, max_bad_fraction=0.1)
+    monkeypatch.setattr(ingest, "encode_blocks", encode_blocks)
+    (dataset,) = (encode.folder / "datasets").iterdir()
+    return dataset
+
+
+def test_a_block_that_lacks_a_picture_is_never_taken_for_a_bad_picture(encode: EncodeHere, tmp_path: Path, monkeypatch):
+    path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
+    dataset = broken_off(encode, path, monkeypatch, blocks=2)
+    commit({"block": 0, "latents": b"", "about": "[]", "bad": "{}"}, dataset.as_uri())
+    with pytest.raises(DataError, match=r"block 0 of .* lacks 8 pictures that were encoded"):
+        encode(path)
+    assert not (dataset / "manifest.json").exists()
+
+
+def test_what_was_said_of_a_block_that_was_not_committed_is_forgotten(encode: EncodeHere, tmp_path: Path, monkeypatch):
+    path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
+    dataset = broken_off(encode, path, monkeypatch, blocks=2)
+    (dataset / "bad").mkdir()
+    (dataset / "bad" / "00000003.json").write_text('{"0": "image_missing"}')
+    (dataset / "blocks" / ".nfs0001").write_bytes(b"")
+    assert encode(path).counts["bad"] == 0
+
+
+def test_a_run_that_another_one_has_overtaken_takes_its_manifest(encode: EncodeHere, tmp_path: Path, monkeypatch):
+    path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
+    results: list[EncodeResult] = []
+
+    def overtaken(work, actors, **shared):
+        monkeypatch.setattr(ingest, "join_shards", join_shards)
+        results.append(encode(path))
+        yield from join_shards(work, actors, **shared)
+
+    join_shards = ingest.join_shards
+    monkeypatch.setattr(ingest, "join_shards", overtaken)
+    slow = encode(path)
+    assert (slow.digest, slow.dataset) == (results[0].digest, results[0].dataset)
+
+
+def test_few_units_are_cut_for_many_readers_and_many_are_not():
+    def cut(units: int, readers: int) -> list[int]:
+        planner = Planner(images_per_block=2)
+        for unit in range(units):
+            rows = [
+                Row(f"{unit}:{n}", (f"{unit}-{n}-a", f"{unit}-{n}-b"), "text", (Preference(0, 1, 1.0, "p"),)) for n in range(12)
+            ]
+            planner.add(Unit("", unit, 12), rows)
+        return [len(work["blocks"]) for work in segments(planner.plan(), set(), readers)]
+
+    assert cut(units=1, readers=2) == [3, 3, 3, 3]
+    assert cut(units=2, readers=2) == [6, 6, 6, 6]
+    assert cut(units=8, readers=4) == [12] * 8
+
+
+def test_blocks_between_that_are_there_are_passed_over(tmp_path: Path):
+    rows = pair_rows(20)
+    source = open_source(DatasetSource(uri=write_pairs(tmp_path / "pairs.parquet", rows).as_uri()))
+    planner = Planner(images_per_block=6)
+    for unit in source.units():
+        planner.add(unit, source.rows(unit))
+    planned = planner.plan()
+    all_of_it = {row["block"]: row for work in segments(planned, set(), 1) for row in read_pictures(work, source, 32, False)}
+    some = {row["block"]: row for work in segments(planned, {0, 2, 3}, 1) for row in read_pictures(work, source, 32, False)}
+    assert some == {number: row for number, row in all_of_it.items() if number not in (0, 2, 3)}
+    assert sum(len(json.loads(row["about"])) for row in all_of_it.values()) == planned.num_images
+
+
+def test_bad_rows_and_bad_pictures_are_quarantined_by_row_and_cause(encode: EncodeHere, tmp_path: Path):
+    rows = pair_rows(20)
+    rows[0]["caption"] = "x\0y"
+    rows[3]["jpg_0"] = b"no picture"
+    rows[4]["image_1_uid"] = rows[3]["image_0_uid"]  # the same uid: its picture is the one that stands first
+    result = encode(write_pairs(tmp_path / "pairs.parquet", rows), max_bad_fraction=0.2)
+    lines = files.read_bytes(files.join(result.dataset, "quarantine.jsonl")).decode().splitlines()
+    told = {line["row"].rsplit(":", 1)[1]: line for line in map(json.loads, lines)}
+    assert {row: line["cause"] for row, line in told.items()} == {
+        "0": "caption_null_byte", "3": "image_not_an_image", "4": "image_not_an_image"
+    }  # fmt: skip
+    assert told["4"]["pictures"] == {rows[3]["image_0_uid"]: "image_not_an_image"}
+    assert result.bad == {"caption_null_byte": 1, "image_not_an_image": 2}
+    assert result.counts["pairs"] == 18 - 3
+
+
+def test_more_bad_rows_than_allowed_fail_with_their_counts_also_where_the_shards_are_there(encode: EncodeHere, tmp_path: Path):
+    rows = pair_rows(20)
+    for number in (1, 2, 3):
+        rows[number]["jpg_1"] = b""
+    path = write_pairs(tmp_path / "pairs.parquet", rows)
+    with pytest.raises(BadRequest, match=r"3 of 20 rows are bad \(image_empty 3\).*max_bad_fraction = 0\.1") as refused:
+        encode(path, max_bad_fraction=0.1)
+    assert (refused.value.code, refused.value.param) == ("too_many_bad_rows", "data.max_bad_fraction")
+    assert encode(path, max_bad_fraction=0.15).counts["bad"] == 3
+    with pytest.raises(BadRequest, match="3 of 20 rows are bad"):
+        encode(path, max_bad_fraction=0.1)
+
+
+def test_a_dataset_without_a_usable_pair_is_refused(encode: EncodeHere, tmp_path: Path):
+    rows = [{**row, "jpg_0": b"broken"} for row in pair_rows(4)]
+    with pytest.raises(DataError, match="has no pair left"):
+        encode(write_pairs(tmp_path / "pairs.parquet", rows), max_bad_fraction=1.0)
+
+
+def test_a_source_that_has_changed_since_it_was_registered_is_refused(encode: EncodeHere, tmp_path: Path):
+    path = write_pairs(tmp_path / "pairs.parquet", pair_rows(6))
+    spec = encode.spec(path)
+    write_pairs(path, pair_rows(6, seed=1))
+    with pytest.raises(BadRequest, match=r"has changed: digest .* registered as") as refused:
+        encode.run(spec)
+    assert refused.value.code == "dataset_changed"
+
+
+def test_progress_is_told_in_rows_pictures_and_what_is_left(encode: EncodeHere, tmp_path: Path):
+    encode(write_pairs(tmp_path / "pairs.parquet", pair_rows(20)))
+    entries = [entry for _, some in read_journal((encode.folder / "a1").as_uri(), 0) for entry in some]
+    last = [entry.metrics for entry in entries if entry.metrics][-1]
+    assert (last["images"], last["images_total"], last["rows"], last["rows_total"]) == (36, 36, 20, 20)
+    assert last["images_per_s"] > 0
+    assert (last["eta_s"], last["quarantined"]) == (0, 0)
+    assert any("36 of 36 pictures encoded (20 of 20 rows)" in entry.message for entry in entries if entry.message)

@@ -1,0 +1,142 @@
+"""What is counted when a dataset is registered, and what a sample shows before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from services.api.records import DatasetReport
+from services.api.requests import DatasetSource
+from services.errors import BadRequest
+from services.pairs.images import BadPicture, decode
+from services.pairs.source import Source, open_source
+from services.pairs.validation import inspect, validate
+from tests.support.hostile_rows import CELLS, PICTURES, hostile_rows
+from tests.support.pairs_file import pair_rows, write_pairs
+from tests.support.source_kinds import KINDS, win_lose, write_lines
+
+UNDECIDED = ("", "tie", "missing")
+
+
+def opened(path: Path) -> Source:
+    return open_source(DatasetSource(uri=path.as_uri()))
+
+
+def write_hostile(path: Path, count: int, seed: int = 0) -> list[str]:
+    rows, ends = zip(*hostile_rows(count, seed), strict=True)
+    write_pairs(path, list(rows))
+    return list(ends)
+
+
+def test_rows_are_counted_by_kind_and_bad_ones_by_cause(tmp_path):
+    rows = [row | {"has_label": True} for row in pair_rows(40)]
+    rows[0]["label_0"] = None
+    rows[1]["has_label"] = False
+    rows[2]["caption"] = rows[3]["caption"] = " "
+    rows[4]["label_1"] = 0.25
+    counts, _ = inspect(opened(write_pairs(tmp_path / "a.parquet", rows)))
+    assert counts.model_dump() == {
+        "rows": 40,
+        "pairs": 31,
+        "ties": 4,
+        "missing": 2,
+        "bad": {"caption_missing": 2, "label_sum": 1},
+    }
+
+
+def test_a_rankings_pairs_and_equal_ranks_are_counted(tmp_path):
+    rows = [
+        {"images": ["a", "b", "c"], "ranks": [1, 1, 2], "caption": "x"},
+        {"images": ["a", "b"], "ranks": [1, 1], "caption": "x"},
+    ]
+    counts, _ = inspect(opened(write_lines(tmp_path / "a.jsonl", rows)))
+    assert (counts.rows, counts.pairs, counts.ties) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_digest_is_the_same_for_the_same_files_at_another_place(kind, tmp_path):
+    first, second = (inspect(opened(KINDS[kind](tmp_path / place / "data"))) for place in ("1", "2"))
+    assert (first == second) == (kind != "json_lines_uris")
+    assert first[0] == second[0]
+
+
+def test_the_digest_changes_with_captions_labels_uids_and_pictures(tmp_path):
+    def digest(**changes) -> str:
+        rows = pair_rows(5)
+        rows[2] |= changes
+        return inspect(opened(write_pairs(tmp_path / "pairs.parquet", rows)))[1]
+
+    other = pair_rows(9, seed=5)[7]
+    changed = [
+        digest(caption="a red circle"),
+        digest(label_0=0.25, label_1=0.75),
+        digest(image_0_uid="another"),
+        digest(jpg_0=other["jpg_1"]),
+    ]
+    assert len({digest(), *changed}) == 5
+
+
+def test_a_dataset_without_a_decided_pair_is_refused_with_what_it_has(tmp_path):
+    rows = [{"chosen": "a", "rejected": "a", "caption": "x"}, {"chosen": "a", "rejected": "b", "caption": ""}]
+    with pytest.raises(BadRequest, match="no decided pair: 2 rows, 1 ties, 0 without a label, 1 caption_missing") as refused:
+        inspect(opened(write_lines(tmp_path / "a.jsonl", rows)))
+    assert refused.value.code == "no_decided_pair"
+
+
+@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_hostile_rows_end_as_what_they_are_and_none_is_lost(count, tmp_path):
+    ends = write_hostile(tmp_path / "a.parquet", count)
+    source, found = opened(tmp_path / "a.parquet"), []
+    for unit in source.units():
+        for row in source.rows(unit, pictures=True):
+            cause = row.cause or ("" if row.kind == "decided" else row.kind)
+            for picture in row.pictures if row.kind == "decided" else ():
+                try:
+                    decode(source.load(picture), 16)
+                except BadPicture as error:
+                    cause = error.cause
+            found.append(cause)
+    assert found == ends
+    assert set(ends) >= {cause for cause, _ in [*PICTURES.values(), *CELLS.values()]}
+    counts, _ = inspect(source)
+    expected = Counter(end for end in ends if end not in UNDECIDED and not end.startswith("image_"))
+    assert counts.bad == expected
+    assert counts.pairs + counts.ties + counts.missing + sum(counts.bad.values()) == counts.rows == count
+
+
+# ---- a sample
+
+
+def test_a_sample_of_a_whole_small_source_counts_what_is_bad_with_examples(tmp_path):
+    ends = write_hostile(tmp_path / "a.parquet", 200, seed=1)
+    report = validate(opened(tmp_path / "a.parquet"), 1000)
+    kinds = Counter({"": "decided", "tie": "tie", "missing": "missing"}.get(end, "bad") for end in ends)
+    assert report.sampled == {"rows": 200, **kinds}
+    assert {cause: bad.count for cause, bad in report.bad.items()} == Counter(end for end in ends if end not in UNDECIDED)
+    for bad in report.bad.values():
+        assert len(bad.examples) == min(3, bad.count)
+        assert all(example.row.startswith(":") and len(example.detail) <= 200 for example in bad.examples)
+    assert DatasetReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_a_report_says_what_is_read_and_how_large_pictures_are(tmp_path):
+    rows = [row | {"created_at": 3} for row in pair_rows(50)]
+    report = validate(opened(write_pairs(tmp_path / "a.parquet", rows)))
+    assert (report.format, report.shape, report.rows, report.columns_not_read) == ("parquet", "pair", 50, ["created_at"])
+    assert report.columns["caption"] == "caption"
+    assert report.pictures is not None
+    assert report.pictures.model_dump() == {"count": 90, "min_px": 32, "median_px": 32, "max_px": 32}
+    assert validate(opened(win_lose(tmp_path / "folders"))).rows is not None
+    lines = write_lines(tmp_path / "a.jsonl", [{"chosen": "a.png", "rejected": "b.png", "caption": "x"}])
+    report = validate(opened(lines))
+    assert (report.rows, report.pictures) == (None, None)
+    assert report.bad["image_missing"].examples[0].model_dump() == {"row": ":0:0", "detail": "a.png"}
+
+
+def test_a_sample_comes_from_all_over_the_source(tmp_path):
+    rows = [row | {"caption": "" if number < 200 else row["caption"]} for number, row in enumerate(pair_rows(400))]
+    report = validate(opened(write_pairs(tmp_path / "a.parquet", rows, row_group_size=10)), 32)
+    assert report.sampled["rows"] == 32
+    assert 12 <= report.bad["caption_missing"].count <= 20

@@ -1,0 +1,107 @@
+"""The frame around a stage, where it is asked to end: by itself, and by the signal that Ray sends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
+from ray.train import ControllerError, WorkerGroupError
+
+from services.errors import Stopped, Unavailable
+from services.stages.journal import read_journal
+from services.stages.runner import PASSING, failure_of, root_cause, run_stage
+from services.stages.specs import StageFailure, StageSpec, StageStopped
+from services.storage import files
+
+WAITS = """
+import sys, time
+from services.contracts import StageSpec
+from services.stage import run_stage
+
+def work(spec, journal):
+    print("at work", flush=True)
+    time.sleep(60)
+
+run_stage(StageSpec, work)
+"""
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> list[str]:
+    """The arguments of a stage whose files lie in ``tmp_path``."""
+    uri = files.join(tmp_path.as_uri(), "spec.json")
+    files.write_json(uri, StageSpec(job="j", attempt=1, prefix=tmp_path.as_uri()).model_dump())
+    return ["--spec", uri]
+
+
+def test_a_stage_that_ended_as_it_was_asked_to_leaves_how_far_it_came_and_has_not_failed(tmp_path, asked):
+    def work(spec, journal):
+        raise Stopped("pause", 7)
+
+    run_stage(StageSpec, work, asked)
+    left = StageStopped.model_validate_json((tmp_path / "stopped.json").read_bytes())
+    assert left == StageStopped(why="pause", step=7)
+    assert not (tmp_path / "failed.json").exists()
+    assert not (tmp_path / "done.json").exists()
+    said = [entry.message for _, entries in read_journal(tmp_path.as_uri(), 0) for entry in entries]
+    assert said == ["stopped after step 7"]
+
+
+def test_a_stop_keeps_why_and_where_across_processes():
+    stopped = pickle.loads(pickle.dumps(Stopped("signal", 12)))
+    assert (stopped.why, stopped.step, stopped.code, str(stopped)) == ("signal", 12, "stopped", "stopped after step 12")
+    assert root_cause(RayTaskError("loop", "a long traceback", stopped).as_instanceof_cause()) is stopped
+
+
+WRAPPERS = {
+    "nothing": lambda error: error,
+    "a task": lambda error: RayTaskError("write", "a long traceback", error).as_instanceof_cause(),
+    "workers": lambda error: WorkerGroupError("they failed", {0: ValueError("torn down"), 1: error}),
+    "the controller": lambda error: ControllerError(RayTaskError("write", "a long traceback", error).as_instanceof_cause()),
+}
+
+
+@pytest.mark.parametrize("number", sorted(PASSING), ids=errno.errorcode.get)
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_disk_that_is_full_or_away_is_unavailable_however_ray_wraps_it(wrap, number):
+    failure = failure_of(cloudpickle.loads(cloudpickle.dumps(wrap(OSError(number, os.strerror(number), "/a/file")))))
+    message = f"{type(OSError(number, '')).__name__}: [Errno {number}] {os.strerror(number)}: '/a/file'"
+    assert failure == StageFailure(message=message, code="unavailable")
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR, None])
+def test_an_error_that_would_come_again_is_not(number):
+    error = OSError("what was not said by the system") if number is None else OSError(number, "refused")
+    assert failure_of(error).code != "unavailable"
+    wrapped = WRAPPERS["a task"](error)
+    assert (root_cause(wrapped), failure_of(wrapped).code == "unavailable") == (wrapped, False)
+
+
+def test_an_error_of_ours_says_more_than_the_disk_that_it_comes_from():
+    ours = Unavailable("the store does not answer")
+    ours.__cause__ = OSError(errno.EIO, "broken")
+    assert root_cause(WRAPPERS["workers"](ours)) is ours
+    assert root_cause(WorkerGroupError("they failed", {0: OSError(errno.ENOSPC, "full"), 1: ours})) is ours
+
+
+def test_a_stage_that_gets_sigint_leaves_its_marker_also_where_the_signal_was_ignored(tmp_path, asked):
+    ignored = subprocess.Popen(
+        [sys.executable, "-c", WAITS, *asked],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell does to what it starts with &
+    )
+    with ignored:
+        assert ignored.stdout.readline() == b"at work\n"
+        ignored.send_signal(signal.SIGINT)
+        assert ignored.wait(30) != 0
+    assert json.loads((tmp_path / "failed.json").read_text())["code"] == "stopped"
