@@ -86,7 +86,9 @@ class Alarms:
     def _loser_fleeing(self) -> str | None:
         if not (self._is_above("winner_error_diff", RISE) and self._is_above("margin", 0.0)):
             return None
-        rise, rise_l, accuracy = map(self._mean, ("winner_error_diff", "loser_error_diff", "implicit_accuracy"))
+        rise, rise_l, accuracy = map(
+            self._mean, ("winner_error_diff", "loser_error_diff", "implicit_accuracy")
+        )
         return (
             f"winners' errors rose by {rise:.3g} from {self._mean('winner_error') - rise:.3g}, losers' {rise_l:.3g}: "
             f"accuracy is {accuracy:.2f} because losers get worse faster, not because winners get better. Lower "
@@ -103,7 +105,14 @@ class Alarms:
         )
 
     def _saturated_tenths(self) -> str:
-        ends = sorted({match[3] for values in self._window for name in values if (match := _READ.match(name)) and match[3]})
+        ends = sorted(
+            {
+                match[3]
+                for values in self._window
+                for name in values
+                if (match := _READ.match(name)) and match[3]
+            }
+        )
         left = {int(end[2:]): self._weight_left(end) for end in ends}
         dead = [str(end) for end, part in left.items() if part is not None and part < SATURATED]
         if len(dead) == len(left):
@@ -122,7 +131,11 @@ class Alarms:
     def _weight_left(self, bucket: str) -> float | None:
         """Of the gradient weights at logit 0 in the window, in one tenth of t or everywhere; None where there is none."""
         names = f"gradient_weight{bucket}", f"gradient_weight_at_zero{bucket}"
-        pairs = [(values[names[0]], values[names[1]]) for values in self._window if names[0] in values and names[1] in values]
+        pairs = [
+            (values[names[0]], values[names[1]])
+            for values in self._window
+            if names[0] in values and names[1] in values
+        ]
         weight, at_zero = np.sum(pairs, axis=0) if pairs else (0.0, 0.0)
         return float(weight / at_zero) if at_zero > 0 else None
 

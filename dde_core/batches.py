@@ -85,16 +85,24 @@ class BatchMaker:
 
     def _batch(self, rows: LatentRows, draws: Draws) -> PairBatch:
         visits = list(zip(rows.pair_ids, rows.draws.tolist(), strict=True))
-        dropped = np.array([draw_dropped(draws.seed, pair, n, draws.caption_dropout) for pair, n in visits], dtype=bool)
-        text = self._text_encoders(np.where(dropped[:, None, None], self._text_encoders.empty_ids, rows.token_ids))
+        dropped = np.array(
+            [draw_dropped(draws.seed, pair, n, draws.caption_dropout) for pair, n in visits], dtype=bool
+        )
+        text = self._text_encoders(
+            np.where(dropped[:, None, None], self._text_encoders.empty_ids, rows.token_ids)
+        )
         sides = "wl" if draws.losers else "w"
         fields_of_sides = {
-            f"{name}_{side}": value for side in sides for name, value in self._side(rows, text, visits, draws, side)
+            f"{name}_{side}": value
+            for side in sides
+            for name, value in self._side(rows, text, visits, draws, side)
         }
         t = [draw_timestep(draws.seed, pair, n, draws.cumulative) for pair, n in visits]
         return PairBatch(pair_ids=rows.pair_ids, t=torch.tensor(t, device=self._device), **fields_of_sides)
 
-    def _side(self, rows: LatentRows, text: Conditioning, visits: Visits, draws: Draws, side: Any) -> Iterator[tuple[str, Any]]:
+    def _side(
+        self, rows: LatentRows, text: Conditioning, visits: Visits, draws: Draws, side: Any
+    ) -> Iterator[tuple[str, Any]]:
         """What belongs to winners or to losers: latents, conditioning, noise, and for `sampled` calibration z."""
         shape = self._reader.manifest.latent_shape
         latents, sizes, crops = (getattr(rows, f"{name}_{side}") for name in ("latents", "sizes", "crops"))
@@ -102,7 +110,12 @@ class BatchMaker:
         target_px = (self._reader.manifest.settings["resolution"],) * 2
         yield "conditioning", self._text_encoders.with_sizes(text, sizes, crops, target_px)
         whose: Side = "shared" if draws.shared_noise else side
-        yield "noise", torch.stack([draw_noise(draws.seed, pair, whose, n, shape) for pair, n in visits]).to(self._device)
+        yield (
+            "noise",
+            torch.stack([draw_noise(draws.seed, pair, whose, n, shape) for pair, n in visits]).to(
+                self._device
+            ),
+        )
         if draws.evaluation_points:
             z = [draw_evaluation_point(draws.seed, pair, side, n, shape) for pair, n in visits]
             yield "z", torch.stack(z).to(self._device)

@@ -91,7 +91,9 @@ class Calibration:
             raise DataError(f"calibration state must hold {', '.join(NAMES)}, got {', '.join(sorted(state))}")
         for name in NAMES:
             if state[name].shape != getattr(self, name).shape:
-                raise DataError(f"{name} must have {len(getattr(self, name))} entries, got {list(state[name].shape)}")
+                raise DataError(
+                    f"{name} must have {len(getattr(self, name))} entries, got {list(state[name].shape)}"
+                )
         for name in NAMES:
             setattr(self, name, state[name].detach().cpu().double())
         self._table = None
@@ -116,7 +118,9 @@ def bin_of_timestep(timesteps: int, config: ObjectiveConfig) -> Int[Tensor, " ti
     return torch.where((t >= first) & (t <= last), entry, -1)
 
 
-def ema(array: Float[Tensor, " n"], bins: Int[Tensor, " b"], value: Float[Tensor, " b"], rate: float) -> Float[Tensor, " n"]:
+def ema(
+    array: Float[Tensor, " n"], bins: Int[Tensor, " b"], value: Float[Tensor, " b"], rate: float
+) -> Float[Tensor, " n"]:
     """(1 - mu) r + mu mean(value), for the entries that have values. Sorted first: then the sum has one order."""
     value, order = value.sort()
     bins = bins[order]

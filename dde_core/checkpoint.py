@@ -66,7 +66,9 @@ class Snapshot:
         (folder / "state.json").write_text(json.dumps(asdict(self.progress)))
 
 
-def snapshot(policy: Policy, optimizer: Optimizer, calibration: Calibration, progress: Progress, rank: int) -> Snapshot | None:
+def snapshot(
+    policy: Policy, optimizer: Optimizer, calibration: Calibration, progress: Progress, rank: int
+) -> Snapshot | None:
     """Copy the state. Every worker must ask, since shares are gathered; rank 0 gets it, the others None."""
     weights, average = _copied(policy.weights(), rank), None
     if policy.ema:
@@ -96,8 +98,12 @@ def load(folder: Path, policy: Policy, optimizer: Optimizer, calibration: Calibr
     policy.read(folder / WEIGHTS)
     states = _nested(load_file(folder / OPTIMIZER))
     for number, parameter in enumerate(policy.parameters()):
-        moments = {name: value for name, value in states[number].items() if isinstance(value, Tensor) and value.dim()}
-        states[number] |= {name: like(value, parameter) for name, value in moments.items() if value.shape == parameter.shape}
+        moments = {
+            name: value for name, value in states[number].items() if isinstance(value, Tensor) and value.dim()
+        }
+        states[number] |= {
+            name: like(value, parameter) for name, value in moments.items() if value.shape == parameter.shape
+        }
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     calibration.load_state_dict(load_file(folder / CALIBRATION))
     return progress

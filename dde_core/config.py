@@ -100,14 +100,20 @@ class ObjectiveConfig:
     @property
     def noise_mode(self) -> NoiseMode:
         """The noise of winner and loser: as asked for, else as the method's own source has it. `sft` sees one side."""
-        return DEFAULT_NOISE[self.method] if self.method == "sft" else self.noise or DEFAULT_NOISE[self.method]
+        return (
+            DEFAULT_NOISE[self.method] if self.method == "sft" else self.noise or DEFAULT_NOISE[self.method]
+        )
 
     def ignored(self) -> dict[str, Any]:
         """The settings that were changed from their defaults and that this method does not read."""
         unread = [] if self.method in CALIBRATED else ["ema_rate", "calibration_point", "calibration_bins"]
         unread += [] if self.method == "discounted" else ["gamma", "t_sampling"]
         unread += ["beta", "noise", "max_weight"] if self.method == "sft" else []
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in unread and getattr(self, f.name) != f.default}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name in unread and getattr(self, f.name) != f.default
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

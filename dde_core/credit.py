@@ -100,7 +100,9 @@ def replay(
     return step_losses(*_with_margin(margin), t, config, schedule, correction).gradient_weight
 
 
-def start_left(config: ObjectiveConfig, schedule: Schedule, batch_size: int, steps: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+def start_left(
+    config: ObjectiveConfig, schedule: Schedule, batch_size: int, steps: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
     """The share of its start value that a coefficient still holds after so many steps of ``batch_size`` pairs, in expectation.
 
     (1 - mu (1 - (1 - 1/N)^B))^s for N coefficients over t drawn uniformly: one for each timestep of the range, or the bins.

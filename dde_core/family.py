@@ -48,7 +48,9 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
     Raises ConfigError with field and value.
     """
     if str(config.get("_class_name", "")).startswith("FlowMatch"):
-        raise ConfigError("_class_name", config["_class_name"], "is of flow matching, which is not supported yet")
+        raise ConfigError(
+            "_class_name", config["_class_name"], "is of flow matching, which is not supported yet"
+        )
     for field in _MUST_BE_FALSE:
         if config.get(field):
             raise ConfigError(field, config[field], "is not supported and must be false")
@@ -56,16 +58,23 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
     if prediction_type not in PREDICTION_TYPES:
         raise ConfigError("prediction_type", prediction_type, f"must be one of {', '.join(PREDICTION_TYPES)}")
     trained = config.get("trained_betas")
-    for field in ("num_train_timesteps", *(() if trained is not None else ("beta_schedule", "beta_start", "beta_end"))):
+    for field in (
+        "num_train_timesteps",
+        *(() if trained is not None else ("beta_schedule", "beta_start", "beta_end")),
+    ):
         if config.get(field) is None:
             raise ConfigError(field, None, "must be in the scheduler's config")
     timesteps = config["num_train_timesteps"]
     if not isinstance(timesteps, int) or timesteps < 1:
         raise ConfigError("num_train_timesteps", timesteps, "must be a positive whole number")
     if trained is not None and len(trained) != timesteps:
-        raise ConfigError("trained_betas", len(trained), f"must hold num_train_timesteps = {timesteps} values")
+        raise ConfigError(
+            "trained_betas", len(trained), f"must hold num_train_timesteps = {timesteps} values"
+        )
     if trained is None and config["beta_schedule"] not in BETA_SCHEDULES:
-        raise ConfigError("beta_schedule", config["beta_schedule"], f"must be one of {', '.join(BETA_SCHEDULES)}")
+        raise ConfigError(
+            "beta_schedule", config["beta_schedule"], f"must be one of {', '.join(BETA_SCHEDULES)}"
+        )
 
 
 def check_unet(config: Mapping[str, Any], family: Family) -> None:
@@ -78,4 +87,6 @@ def check_unet(config: Mapping[str, Any], family: Family) -> None:
         raise ConfigError("unet.in_channels", channels, f"must be out_channels = {made} (no inpainting)")
     added = config.get("addition_embed_type")
     if added != ADDED_EMBEDDING[family]:
-        raise ConfigError("unet.addition_embed_type", added, f"must be {ADDED_EMBEDDING[family]!r} in a {family} model")
+        raise ConfigError(
+            "unet.addition_embed_type", added, f"must be {ADDED_EMBEDDING[family]!r} in a {family} model"
+        )

@@ -23,7 +23,10 @@ class TextToImage:
     and settings."""
 
     def __init__(
-        self, folder: ModelFolder, device: torch.device | str = "cpu", unet: UNet2DConditionModel | None = None
+        self,
+        folder: ModelFolder,
+        device: torch.device | str = "cpu",
+        unet: UNet2DConditionModel | None = None,
     ) -> None:
         self._tokenizers, self._schedule = folder.tokenizers(), folder.schedule()
         self._text_encoders = TextEncoders(folder, device)
@@ -65,7 +68,9 @@ class TextToImage:
         shape = (int(self._unet.config.in_channels), height // self._factor, width // self._factor)
         latents = torch.stack([initial_latents(seed, shape) for seed in seeds]).to(self._device)
         cond, uncond = (self._encode(captions, height, width) for captions in (prompts, [""] * len(prompts)))
-        return decode(self._vae, sample_latents(self._unet, self._schedule, latents, cond, uncond, config, on_step))
+        return decode(
+            self._vae, sample_latents(self._unet, self._schedule, latents, cond, uncond, config, on_step)
+        )
 
     def _encode(self, captions: Sequence[str], height: int, width: int) -> Conditioning:
         """As the diffusers pipelines do: a picture that was never larger, and not cropped."""

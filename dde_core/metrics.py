@@ -26,14 +26,18 @@ Z95 = NormalDist().inv_cdf(0.975)
 """1.95996: 95% of a normal distribution lie within so many standard deviations."""
 
 
-def step_metrics(t: Any, theta: PairErrors, ref: PairErrors | None, terms: StepTerms, timesteps: int) -> dict[str, float]:
+def step_metrics(
+    t: Any, theta: PairErrors, ref: PairErrors | None, terms: StepTerms, timesteps: int
+) -> dict[str, float]:
     """Means over the GLOBAL batch, and over those of its pairs whose t lies in one tenth of 1..``timesteps``.
 
     A tenth is named by its last timestep: ``margin_t0100`` is the mean over t = 1..100 of 1000. Where a tenth has no
     pair its names are absent, as is what compares with a reference where there is none (`sft`).
     ``implicit_accuracy`` is the share of pairs with a positive margin, a margin of 0 counting half.
     """
-    values = {name: _array(getattr(terms, name)) for name in ("loss", "gradient_weight", "gradient_weight_at_zero")}
+    values = {
+        name: _array(getattr(terms, name)) for name in ("loss", "gradient_weight", "gradient_weight_at_zero")
+    }
     values["winner_error"] = _array(theta.w)
     if ref is not None:
         values["margin"] = _array(terms.margin)

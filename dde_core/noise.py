@@ -22,15 +22,21 @@ Side = Literal["w", "l", "shared"]
 
 def draw_timestep(seed: int, pair_id: str, draw: int, cumulative: Float64[np.ndarray, " times"]) -> int:
     """The timestep of a pair's n-th draw, from the cumulative distribution over t = 0..T. Winner and loser share it."""
-    return int(np.searchsorted(cumulative, (_word(seed, "timestep", pair_id, draw) >> 11) * 2.0**-53, side="right"))
+    return int(
+        np.searchsorted(cumulative, (_word(seed, "timestep", pair_id, draw) >> 11) * 2.0**-53, side="right")
+    )
 
 
-def draw_noise(seed: int, pair_id: str, side: Side, draw: int, shape: tuple[int, ...]) -> Float32[Tensor, "*shape"]:
+def draw_noise(
+    seed: int, pair_id: str, side: Side, draw: int, shape: tuple[int, ...]
+) -> Float32[Tensor, "*shape"]:
     """Standard normal noise for one side of a pair's n-th draw."""
     return _normal(shape, seed, f"noise/{side}", pair_id, draw)
 
 
-def draw_evaluation_point(seed: int, pair_id: str, side: Side, draw: int, shape: tuple[int, ...]) -> Float32[Tensor, "*shape"]:
+def draw_evaluation_point(
+    seed: int, pair_id: str, side: Side, draw: int, shape: tuple[int, ...]
+) -> Float32[Tensor, "*shape"]:
     """z of the x_{t-1} at which `sampled` calibration compares p with q: standard normal, the same for every model."""
     return _normal(shape, seed, f"evaluation_point/{side}", pair_id, draw)
 

@@ -79,8 +79,12 @@ OBJECTIVES: dict[str, Objective] = {
     # The literal log-ratio of one step would have w = kappa(t), which is infinite at t = 1: `uniform` plus C is our reading.
     "dde_step": Objective(one_half, "w = 1/2, as uniform, plus C(t): DDE v3 section 4.4", corrected=True),
     "uniform": Objective(one_half, "w = 1/2: Diffusion-DPO"),
-    "discounted": Objective(one_half, "w = 1/2, early steps of sampling drawn more often: Dense Reward", density=early_first),
-    "sft": Objective(one, "the error on winners: named by DDE v3 without a definition; the usual one", preference=False),
+    "discounted": Objective(
+        one_half, "w = 1/2, early steps of sampling drawn more often: Dense Reward", density=early_first
+    ),
+    "sft": Objective(
+        one, "the error on winners: named by DDE v3 without a definition; the usual one", preference=False
+    ),
 }
 
 
@@ -108,10 +112,14 @@ def t_drawn(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " time
 def importance(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """p(t) over what t is drawn from: each pair's loss is weighted by it, so that the expectation is the method's."""
     drawn = t_drawn(config, schedule)
-    return torch.where(drawn > 0, t_distribution(config, schedule) / drawn.clamp(min=torch.finfo(drawn.dtype).tiny), 0.0)
+    return torch.where(
+        drawn > 0, t_distribution(config, schedule) / drawn.clamp(min=torch.finfo(drawn.dtype).tiny), 0.0
+    )
 
 
-def _in_range(density: Float[Tensor, " times"], config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+def _in_range(
+    density: Float[Tensor, " times"], config: ObjectiveConfig, schedule: Schedule
+) -> Float[Tensor, " times"]:
     for name in ("t_min", "t_max"):
         if getattr(config, name) > schedule.T:
             raise ConfigError(name, getattr(config, name), f"must be at most T = {schedule.T}")
@@ -141,7 +149,9 @@ def conventions(config: ObjectiveConfig, schedule: Schedule) -> dict[str, Any]:
     """Everything that a number of this run means, resolved: for lineages and model cards."""
     objective = OBJECTIVES[config.method]
     said: dict[str, Any] = {
-        "loss": "-log sigmoid(beta (w(t) margin + C(t)))" if objective.preference else "e_theta of the winner",
+        "loss": "-log sigmoid(beta (w(t) margin + C(t)))"
+        if objective.preference
+        else "e_theta of the winner",
         "source": objective.source,
         "error": f"{config.reduction} over latent elements of (eps - eps_model)^2, reduced in float32",
         "timesteps": f"{config.t_min}..{config.t_max or schedule.T} of 1..{schedule.T}; the U-Net is called with t - 1",
@@ -155,6 +165,10 @@ def conventions(config: ObjectiveConfig, schedule: Schedule) -> dict[str, Any]:
             f"at the {config.calibration_point} point with mu = {config.ema_rate}"
         )
     if config.method == "discounted":
-        drawn = "drawn from p(t)" if config.t_sampling == "method" else "drawn uniformly, losses weighted by p(t)/u(t)"
+        drawn = (
+            "drawn from p(t)"
+            if config.t_sampling == "method"
+            else "drawn uniformly, losses weighted by p(t)/u(t)"
+        )
         said["t_distribution"] = f"p(t) ~ {config.gamma ** (DISCOUNT_STEPS / schedule.T):.6g}^(T-t), {drawn}"
     return said

@@ -55,7 +55,9 @@ def timesteps(schedule: Schedule, steps: int) -> list[int]:
     stride = schedule.T // steps
     path = [1 + k * stride + schedule.steps_offset for k in reversed(range(steps))]
     if steps > schedule.T or path[0] > schedule.T:
-        raise ConfigError("steps", steps, f"must fit T = {schedule.T} with steps_offset = {schedule.steps_offset}")
+        raise ConfigError(
+            "steps", steps, f"must fit T = {schedule.T} with steps_offset = {schedule.steps_offset}"
+        )
     return path
 
 

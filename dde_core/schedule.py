@@ -104,7 +104,9 @@ def mode_weight(alpha_bar: Float[Tensor, " times"]) -> Float[Tensor, " times"]:
     """1/2 beta_t^2 / (alpha_t (1 - alpha_bar_t)): what 1/2 ||mu_m - mu||^2 is as a multiple of the error of the noise
     (the means of DDE Eq. 3, without the variance). nan at t = 0."""
     alpha = alpha_bar[1:] / alpha_bar[:-1]
-    return torch.cat([alpha_bar.new_tensor([float("nan")]), (1 - alpha) ** 2 / (alpha * (1 - alpha_bar[1:])) / 2])
+    return torch.cat(
+        [alpha_bar.new_tensor([float("nan")]), (1 - alpha) ** 2 / (alpha * (1 - alpha_bar[1:])) / 2]
+    )
 
 
 def add_noise(

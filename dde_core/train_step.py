@@ -22,7 +22,14 @@ from torch import Tensor
 from dde_core.conditioning import Conditioning, predict, stacked
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, NonFiniteError
-from dde_core.objectives import OBJECTIVES, gradient_weight, importance, preference_logit, preference_loss, weights
+from dde_core.objectives import (
+    OBJECTIVES,
+    gradient_weight,
+    importance,
+    preference_logit,
+    preference_loss,
+    weights,
+)
 from dde_core.schedule import Schedule, add_noise, epsilon_from
 
 

@@ -65,7 +65,10 @@ class ClientSettings(BaseSettings):
         """``DDE_API_KEY``, else the key file of `dde up`. Raises BadRequest where there is neither."""
         key = self.api_key.get_secret_value() if self.api_key else _first_line(self.home / "key")
         if not key:
-            raise BadRequest(f"no key: DDE_API_KEY is not set and there is no key file {self.home / 'key'}", param="api_key")
+            raise BadRequest(
+                f"no key: DDE_API_KEY is not set and there is no key file {self.home / 'key'}",
+                param="api_key",
+            )
         return key
 
 

@@ -14,7 +14,9 @@ from services.client.local import LocalSystem
 from tests.support.pairs_file import pair_rows, write_pairs
 from tests.support.s3_server import BUCKET, S3Server, s3
 
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
+)
 
 
 @pytest.fixture(scope="session")

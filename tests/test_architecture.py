@@ -50,7 +50,13 @@ def test_services_never_import_one_another(path: Path):
 
 @pytest.mark.parametrize(
     "module",
-    ["services.control.app", "services.client.cli", "services.api.requests", "services.stages.specs", "dde_core.config"],
+    [
+        "services.control.app",
+        "services.client.cli",
+        "services.api.requests",
+        "services.stages.specs",
+        "dde_core.config",
+    ],
 )
 def test_what_people_and_the_control_plane_run_loads_no_torch(module: str):
     code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"

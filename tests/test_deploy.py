@@ -86,7 +86,9 @@ def ray_pin() -> str:
 RAY = by_kind("RayCluster", "RayJob", "RayService")
 RAY_IDS = [document["metadata"]["name"] for document in RAY]
 each_ray = pytest.mark.parametrize("document", RAY, ids=RAY_IDS)
-each_pod_owner = pytest.mark.parametrize("document", [*RAY, *by_kind("Deployment")], ids=[*RAY_IDS, "dde-control"])
+each_pod_owner = pytest.mark.parametrize(
+    "document", [*RAY, *by_kind("Deployment")], ids=[*RAY_IDS, "dde-control"]
+)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -134,7 +136,9 @@ def close(schema: Any) -> Any:
     """The same schema, refusing fields that it does not name (as they stand, KubeRay's CRDs let them pass)."""
     if not isinstance(schema, dict):
         return schema
-    closed = {key: close(value) for key, value in schema.items() if key not in ("properties", "enum", "default")}
+    closed = {
+        key: close(value) for key, value in schema.items() if key not in ("properties", "enum", "default")
+    }
     closed |= {key: schema[key] for key in ("enum", "default") if key in schema}
     if "properties" in schema:
         closed["properties"] = {name: close(value) for name, value in schema["properties"].items()}
@@ -148,7 +152,10 @@ def validator(kind: str, api_version: str) -> jsonschema.Draft202012Validator:
     folder = os.environ.get("KUBERAY_CRDS")
     if not folder:
         pytest.skip("KUBERAY_CRDS is not set: it names the folder of KubeRay's CRDs (ray.io_*.yaml)")
-    crd = yaml.load((Path(folder) / f"ray.io_{kind.lower()}s.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    crd = yaml.load(
+        (Path(folder) / f"ray.io_{kind.lower()}s.yaml").read_text(),
+        getattr(yaml, "CSafeLoader", yaml.SafeLoader),
+    )
     (version,) = [v for v in crd["spec"]["versions"] if f"{crd['spec']['group']}/{v['name']}" == api_version]
     assert crd["spec"]["names"]["kind"] == kind
     return jsonschema.Draft202012Validator(close(version["schema"]["openAPIV3Schema"]))
@@ -174,7 +181,10 @@ def rename(mapping: dict, old: str, new: str) -> None:
     [
         (lambda d: rename(cluster_of(d), "rayVersion", "rayVerison"), "'rayVerison' was unexpected"),
         (lambda d: rename(groups(d)[1], "maxReplicas", "maxReplica"), "'maxReplica' was unexpected"),
-        (lambda d: rename(groups(d)[1]["template"]["spec"]["containers"][0], "image", "imgae"), "'imgae' was unexpected"),
+        (
+            lambda d: rename(groups(d)[1]["template"]["spec"]["containers"][0], "image", "imgae"),
+            "'imgae' was unexpected",
+        ),
         (lambda d: groups(d)[1].update(replicas="two"), "'two' is not of type 'integer'"),
         (lambda d: cluster_of(d)["authOptions"].update(mode="tokens"), "'tokens' is not one of"),
         (lambda d: groups(d)[0].pop("template"), "'template' is a required property"),
@@ -211,7 +221,9 @@ def check_versions(document: dict) -> Iterator[str]:
     images = {container["image"] for container in containers(document)}
     if len(images) != 1:
         yield f"several images: {sorted(images)}"
-    yield from (f"image {image} is not of Ray {version}" for image in images if not image.endswith(f"-ray{version}"))
+    yield from (
+        f"image {image} is not of Ray {version}" for image in images if not image.endswith(f"-ray{version}")
+    )
 
 
 def check_head(document: dict) -> Iterator[str]:
@@ -225,9 +237,14 @@ def check_head(document: dict) -> Iterator[str]:
 def check_groups(document: dict) -> Iterator[str]:
     for group in groups(document):
         name = group.get("groupName", "head")
-        if group.get("resources") and {"num-cpus", "num-gpus", "memory", "resources"} & set(group.get("rayStartParams", {})):
+        if group.get("resources") and {"num-cpus", "num-gpus", "memory", "resources"} & set(
+            group.get("rayStartParams", {})
+        ):
             yield f"{name}: resources both in rayStartParams and in resources"
-        asks_gpu = any("nvidia.com/gpu" in c["resources"].get("limits", {}) for c in group["template"]["spec"]["containers"])
+        asks_gpu = any(
+            "nvidia.com/gpu" in c["resources"].get("limits", {})
+            for c in group["template"]["spec"]["containers"]
+        )
         tolerates = [t["key"] for t in group["template"]["spec"].get("tolerations", [])] == ["nvidia.com/gpu"]
         if asks_gpu != tolerates:
             yield f"{name}: GPU and toleration do not go together"
@@ -239,7 +256,9 @@ def check_containers(document: dict) -> Iterator[str]:
             *before, last = " ".join(container["lifecycle"]["preStop"]["exec"]["command"]).split("; ")
             if not last.endswith("ray stop"):
                 yield f"{container['name']}: preStop is not ray stop"
-            waits = sum(int(command.removeprefix("sleep ")) for command in before if command.startswith("sleep "))
+            waits = sum(
+                int(command.removeprefix("sleep ")) for command in before if command.startswith("sleep ")
+            )
             if waits >= pod["spec"].get("terminationGracePeriodSeconds", 30):
                 yield f"{container['name']}: the pod is killed before its preStop is over"
 
@@ -264,12 +283,23 @@ def check_service(document: dict) -> Iterator[str]:
     head, *workers = groups(document)
     if head.get("headService", {}).get("metadata", {}).get("name"):
         yield "headService.metadata.name is set"
-    yield from (f"group {g['groupName']} has no replicas of Serve" for g in workers if g["groupName"] != "serve")
+    yield from (
+        f"group {g['groupName']} has no replicas of Serve" for g in workers if g["groupName"] != "serve"
+    )
     if "serve" not in ports(head["template"]["spec"]["containers"][0]):
         yield "head does not expose serve"
 
 
-RULES = [check_name, check_authentication, check_versions, check_head, check_groups, check_containers, check_job, check_service]
+RULES = [
+    check_name,
+    check_authentication,
+    check_versions,
+    check_head,
+    check_groups,
+    check_containers,
+    check_job,
+    check_service,
+]
 
 
 def broken_rules(document: dict) -> list[str]:
@@ -299,19 +329,47 @@ def test_a_ray_document_keeps_the_operators_rules(document: dict) -> None:
         ("dde-train", lambda d: d["metadata"].update(name="d" * 54), "longer than 53"),
         ("dde-serve", lambda d: d["metadata"].update(name="d" * 48), "longer than 47"),
         ("dde-train", lambda d: d["spec"].pop("authOptions"), "authOptions.mode is not token"),
-        ("dde-train", lambda d: d["spec"].update(rayVersion="2.51.0"), "token authentication needs rayVersion 2.52"),
+        (
+            "dde-train",
+            lambda d: d["spec"].update(rayVersion="2.51.0"),
+            "token authentication needs rayVersion 2.52",
+        ),
         ("dde-train", lambda d: d["spec"].update(rayVersion="2.99.0"), "is not of Ray 2.99.0"),
         ("dde-train", lambda d: next(containers(d)).update(image="dde-ray:0.1.0-ray2.0.0"), "several images"),
         ("dde-train", lambda d: [c.update(image="dde-ray:latest") for c in containers(d)], "is not of Ray"),
         ("dde-train", lambda d: groups(d)[0]["rayStartParams"].pop("num-cpus"), "head num-cpus is not '0'"),
         ("dde-train", lambda d: next(containers(d)).pop("ports"), "head does not expose dashboard"),
-        ("dde-train", lambda d: groups(d)[0].update(resources={"CPU": "0"}), "both in rayStartParams and in resources"),
-        ("dde-train", lambda d: pods(d)[2]["spec"].pop("tolerations"), "GPU and toleration do not go together"),
-        ("dde-train", lambda d: next(containers(d))["lifecycle"]["preStop"]["exec"].update(command=["true"]), "not ray stop"),
-        ("dde-train", lambda d: pods(d)[2]["spec"].pop("terminationGracePeriodSeconds"), "killed before its preStop is over"),
+        (
+            "dde-train",
+            lambda d: groups(d)[0].update(resources={"CPU": "0"}),
+            "both in rayStartParams and in resources",
+        ),
+        (
+            "dde-train",
+            lambda d: pods(d)[2]["spec"].pop("tolerations"),
+            "GPU and toleration do not go together",
+        ),
+        (
+            "dde-train",
+            lambda d: next(containers(d))["lifecycle"]["preStop"]["exec"].update(command=["true"]),
+            "not ray stop",
+        ),
+        (
+            "dde-train",
+            lambda d: pods(d)[2]["spec"].pop("terminationGracePeriodSeconds"),
+            "killed before its preStop is over",
+        ),
         ("dde-align", lambda d: d["spec"].pop("shutdownAfterJobFinishes"), "needs shutdownAfterJobFinishes"),
-        ("dde-align", lambda d: d["spec"].update(submissionMode="K8sJobMode"), "neither HTTPMode nor SidecarMode"),
-        ("dde-align", lambda d: d["spec"].pop("activeDeadlineSeconds"), "activeDeadlineSeconds is not positive"),
+        (
+            "dde-align",
+            lambda d: d["spec"].update(submissionMode="K8sJobMode"),
+            "neither HTTPMode nor SidecarMode",
+        ),
+        (
+            "dde-align",
+            lambda d: d["spec"].pop("activeDeadlineSeconds"),
+            "activeDeadlineSeconds is not positive",
+        ),
         ("dde-align", lambda d: d["spec"].pop("backoffLimit"), "backoffLimit is left to its default"),
         (
             "dde-serve",
@@ -359,7 +417,8 @@ def test_a_stopped_job_has_time_to_leave_its_marker(name: str) -> None:
 def test_the_training_cluster_has_a_group_for_decoding_and_one_with_gpus() -> None:
     workers = {group["groupName"]: group for group in groups(only("RayCluster", "dde-train"))[1:]}
     gpus = {
-        name: "nvidia.com/gpu" in g["template"]["spec"]["containers"][0]["resources"]["limits"] for name, g in workers.items()
+        name: "nvidia.com/gpu" in g["template"]["spec"]["containers"][0]["resources"]["limits"]
+        for name, g in workers.items()
     }
     assert gpus == {"decode": False, "gpu": True}
 
@@ -381,7 +440,9 @@ def test_every_variable_of_ours_is_a_setting_and_those_without_a_default_are_giv
     given = {name for name in [*config(), *variables(control())] if name.startswith("DDE_")}
     assert given - set(fields) == set()
     assert {name for name, field in fields.items() if field.is_required()} - given == set()
-    assert [c["name"] for d in RAY for c in containers(d) if any(n.startswith("DDE_") for n in variables(c))] == []
+    assert [
+        c["name"] for d in RAY for c in containers(d) if any(n.startswith("DDE_") for n in variables(c))
+    ] == []
 
 
 def test_the_values_in_the_config_are_good_settings() -> None:
@@ -393,7 +454,11 @@ def test_the_values_in_the_config_are_good_settings() -> None:
 
 def test_the_pod_reads_the_config_and_takes_secrets_from_secrets() -> None:
     assert {"configMapRef": {"name": "dde-config"}} in control()["envFrom"]
-    secret = {name: entry["valueFrom"]["secretKeyRef"] for name, entry in variables(control()).items() if "valueFrom" in entry}
+    secret = {
+        name: entry["valueFrom"]["secretKeyRef"]
+        for name, entry in variables(control()).items()
+        if "valueFrom" in entry
+    }
     assert secret == {
         "DDE_API_KEY": {"name": "dde-control", "key": "api_key"},
         "DDE_DATABASE_URL": {"name": "dde-control", "key": "database_url"},
@@ -431,7 +496,11 @@ def test_probes_ask_health_and_readiness_on_the_port_that_is_served() -> None:
 
 def test_the_service_selects_the_pods_and_their_port() -> None:
     service, deployment = only("Service", "dde-control")["spec"], only("Deployment", "dde-control")["spec"]
-    assert service["selector"] == deployment["selector"]["matchLabels"] == deployment["template"]["metadata"]["labels"]
+    assert (
+        service["selector"]
+        == deployment["selector"]["matchLabels"]
+        == deployment["template"]["metadata"]["labels"]
+    )
     assert service["ports"][0]["targetPort"] in ports(control())
 
 
@@ -440,14 +509,19 @@ def test_the_service_selects_the_pods_and_their_port() -> None:
 
 def admitted(part: str) -> dict[str, set[int | str]]:
     """From whom (a part, "operator" or "anyone") to which ports the pods of a part take connections."""
-    (policy,) = [p for p in by_kind("NetworkPolicy") if p["spec"]["podSelector"] == {"matchLabels": {"dde-part": part}}]
+    (policy,) = [
+        p for p in by_kind("NetworkPolicy") if p["spec"]["podSelector"] == {"matchLabels": {"dde-part": part}}
+    ]
     assert policy["spec"]["policyTypes"] == ["Ingress"]
     found: dict[str, set[int | str]] = {}
     for rule in policy["spec"]["ingress"]:
         numbers = {port["port"] for port in rule.get("ports", [])} or {"all"}
         for peer in rule.get("from", [None]):
             labels = peer["podSelector"]["matchLabels"] if peer else {}
-            is_operator = labels == {"app.kubernetes.io/component": "kuberay-operator"} and peer["namespaceSelector"] == {}
+            is_operator = (
+                labels == {"app.kubernetes.io/component": "kuberay-operator"}
+                and peer["namespaceSelector"] == {}
+            )
             who = "operator" if is_operator else labels["dde-part"] if peer else "anyone"
             found.setdefault(who, set()).update(numbers)
     return found
@@ -471,7 +545,9 @@ def test_every_pod_has_the_label_of_its_network_policy(document: dict) -> None:
 
 def shapes(serve_config: dict) -> list[tuple[str, str, str, set[str]]]:
     """Of each application all but the values of its arguments."""
-    return [(a["name"], a["route_prefix"], a["import_path"], set(a["args"])) for a in serve_config["applications"]]
+    return [
+        (a["name"], a["route_prefix"], a["import_path"], set(a["args"])) for a in serve_config["applications"]
+    ]
 
 
 def in_cluster() -> dict:
@@ -487,7 +563,10 @@ def test_rays_own_schema_accepts_the_serve_config() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(in_cluster())
-    assert (schema.http_options.host, schema.http_options.port) == ("0.0.0.0", urlsplit(config()["DDE_SERVE_URL"]).port)
+    assert (schema.http_options.host, schema.http_options.port) == (
+        "0.0.0.0",
+        urlsplit(config()["DDE_SERVE_URL"]).port,
+    )
 
 
 def test_the_serve_application_is_in_the_repository() -> None:
@@ -495,7 +574,9 @@ def test_the_serve_application_is_in_the_repository() -> None:
     module, function = import_path.split(":")
     path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
     assert path.is_file(), f"{import_path}: there is no {path.relative_to(ROOT)}"
-    assert function in {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+    assert function in {
+        node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+    }
 
 
 def test_the_cluster_runs_the_application_of_the_local_serve_config_with_the_same_arguments() -> None:
@@ -557,5 +638,7 @@ def test_the_ray_image_has_what_kuberays_probes_run_and_a_build_argument_for_pip
 
 
 def test_the_control_image_starts_the_control_plane_and_pods_do_not_override_it() -> None:
-    assert ("CMD", '["python", "-m", "services.control"]') in instructions(ROOT / "docker" / "control.Dockerfile")
+    assert ("CMD", '["python", "-m", "services.control"]') in instructions(
+        ROOT / "docker" / "control.Dockerfile"
+    )
     assert not {"command", "args"} & set(control())

@@ -74,7 +74,9 @@ class ShardCache:
                 continue
             except pa.ArrowInvalid:  # torn by somebody or by the disk
                 local.unlink(missing_ok=True)
-        raise DataError(f"shard {self._shards[number].name!r} does not stay readable in {str(self._folder)!r}")
+        raise DataError(
+            f"shard {self._shards[number].name!r} does not stay readable in {str(self._folder)!r}"
+        )
 
     def fetch(self, number: int) -> None:
         """Make sure that there is a local copy, and mark it as used. Raises RuntimeError after ``close``."""
@@ -120,7 +122,9 @@ class ShardCache:
         if (found := hashlib.sha256(data).hexdigest()) != shard.sha256:
             raise DataError(f"shard {path!r} has sha256 {found}, the manifest says {shard.sha256}")
         # On this thread alone: threads of Arrow's that let go of the data while the process ends would abort it.
-        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False).combine_chunks()
+        table = (
+            pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False).combine_chunks()
+        )
         if len(table) != shard.rows:
             raise DataError(f"shard {path!r} has {len(table)} rows, the manifest says {shard.rows}")
         return table.to_batches()[0]

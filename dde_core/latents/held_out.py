@@ -50,4 +50,6 @@ def _tokens(filesystem: fs.FileSystem, path: str, rows: int, manifest: Manifest)
         raise DataError(f"shard {path!r} cannot be read: {error}") from error
     if len(table) != rows:
         raise DataError(f"shard {path!r} has {len(table)} rows, the manifest says {rows}")
-    return np.stack([table[name].combine_chunks().flatten().to_numpy().reshape(rows, -1) for name in names], axis=1)
+    return np.stack(
+        [table[name].combine_chunks().flatten().to_numpy().reshape(rows, -1) for name in names], axis=1
+    )

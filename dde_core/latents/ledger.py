@@ -68,14 +68,21 @@ class LedgerKey:
 
     @classmethod
     def of_run(
-        cls, reference: str, manifest: Manifest, folder: ModelFolder, objective: ObjectiveConfig, training: TrainConfig
+        cls,
+        reference: str,
+        manifest: Manifest,
+        folder: ModelFolder,
+        objective: ObjectiveConfig,
+        training: TrainConfig,
     ) -> LedgerKey:
         """What a run needs. ``reference`` is the frozen model's digest."""
         schedule = folder.schedule()
         return cls(
             reference=reference,
             dataset=manifest.digest,
-            shards=hashlib.sha256(json.dumps([[shard.rows, shard.sha256] for shard in manifest.shards]).encode()).hexdigest(),
+            shards=hashlib.sha256(
+                json.dumps([[shard.rows, shard.sha256] for shard in manifest.shards]).encode()
+            ).hexdigest(),
             schedule=hashlib.sha256(schedule.alpha_bar.numpy().tobytes()).hexdigest(),
             prediction_type=schedule.prediction_type,
             resolution=manifest.settings["resolution"],
@@ -86,7 +93,8 @@ class LedgerKey:
             t_min=objective.t_min,
             t_max=objective.t_max or schedule.T,
             draw_seed=training.draw_seed,
-            evaluation_points=OBJECTIVES[objective.method].corrected and objective.calibration_point == "sampled",
+            evaluation_points=OBJECTIVES[objective.method].corrected
+            and objective.calibration_point == "sampled",
         )
 
     @property
@@ -171,10 +179,18 @@ def files_of(there: Mapping[tuple[int, int], str], num_shards: int) -> tuple[tup
 
 def ledger_file(shard: int, draw: int, errors: PairErrors) -> tuple[str, bytes]:
     """The name and the content of one shard's errors at one draw, rows in the shard's order."""
-    values = {column: getattr(errors, field) for column, field in COLUMNS.items() if getattr(errors, field) is not None}
-    table = pa.table({column: pa.array(value.cpu().numpy(), pa.float32()) for column, value in values.items()})
+    values = {
+        column: getattr(errors, field)
+        for column, field in COLUMNS.items()
+        if getattr(errors, field) is not None
+    }
+    table = pa.table(
+        {column: pa.array(value.cpu().numpy(), pa.float32()) for column, value in values.items()}
+    )
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False, store_schema=False)
+    pq.write_table(
+        table, sink, compression="none", use_dictionary=False, write_statistics=False, store_schema=False
+    )
     data = sink.getvalue().to_pybytes()
     return f"{shard:05d}-{draw:04d}-{hashlib.sha256(data).hexdigest()}.parquet", data
 
@@ -197,11 +213,15 @@ class Ledger:
             here = (files == (shard, draw)).all(axis=1)
             values[here] = self._file(shard, draw)[rows.places[here]]
         columns = torch.from_numpy(values.T.copy()).to(self._device)
-        return PairErrors(**{COLUMNS[name]: column for name, column in zip(self.record.key.columns, columns, strict=True)})
+        return PairErrors(
+            **{COLUMNS[name]: column for name, column in zip(self.record.key.columns, columns, strict=True)}
+        )
 
     def _load(self, shard: int, draw: int) -> Float[np.ndarray, "rows columns"]:
         if draw >= self.record.draws:
-            raise DataError(f"ledger {self._folder!r} holds {self.record.draws} draws, draw {draw} is asked for")
+            raise DataError(
+                f"ledger {self._folder!r} holds {self.record.draws} draws, draw {draw} is asked for"
+            )
         name = self.record.files[draw][shard]
         data = self._read(f"{self._folder}/{name}")
         if (found := hashlib.sha256(data).hexdigest()) not in name:
@@ -209,7 +229,9 @@ class Ledger:
         table = pq.read_table(pa.BufferReader(data), columns=self.record.key.columns)
         values = np.stack([column.to_numpy() for column in table.columns], axis=1)
         if len(values) != self.record.rows[shard] or not np.isfinite(values).all():
-            raise DataError(f"ledger file {self._folder}/{name} must hold {self.record.rows[shard]} rows of finite numbers")
+            raise DataError(
+                f"ledger file {self._folder}/{name} must hold {self.record.rows[shard]} rows of finite numbers"
+            )
         return values
 
     def _read(self, path: str) -> bytes:

@@ -34,7 +34,9 @@ class Window:
 class VisitOrder:
     """Where the pair of each visit lies. ``held_out`` says of every pair, shard by shard, whether it is never visited."""
 
-    def __init__(self, rows: Sequence[int], held_out: Bool[np.ndarray, " pairs"], window_pairs: int = WINDOW_PAIRS) -> None:
+    def __init__(
+        self, rows: Sequence[int], held_out: Bool[np.ndarray, " pairs"], window_pairs: int = WINDOW_PAIRS
+    ) -> None:
         self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         self._is_held_out, self._window_pairs = held_out, window_pairs
         pairs = np.flatnonzero(held_out)
@@ -50,7 +52,9 @@ class VisitOrder:
         """The number of visits in an epoch."""
         return self._length
 
-    def visits(self, seed: int, numbers: Int[np.ndarray, " b"]) -> Iterator[tuple[Window, np.ndarray, np.ndarray, np.ndarray]]:
+    def visits(
+        self, seed: int, numbers: Int[np.ndarray, " b"]
+    ) -> Iterator[tuple[Window, np.ndarray, np.ndarray, np.ndarray]]:
         """For every window that the visits (ascending, counted from the first epoch on) fall into: the window, which of them
         are made in it, and the shards and places of their pairs."""
         epochs, offsets = np.divmod(numbers, len(self))
@@ -65,7 +69,11 @@ class VisitOrder:
     def after(self, window: Window) -> Window:
         """The window that follows, in this epoch or the next."""
         here = self.windows(window.seed, window.epoch)
-        return here[window.number + 1] if window.number + 1 < len(here) else self.windows(window.seed, window.epoch + 1)[0]
+        return (
+            here[window.number + 1]
+            if window.number + 1 < len(here)
+            else self.windows(window.seed, window.epoch + 1)[0]
+        )
 
     def _places(self, shard: int) -> np.ndarray:
         return np.flatnonzero(~self._is_held_out[self._starts[shard] : self._starts[shard + 1]])

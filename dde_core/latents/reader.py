@@ -64,11 +64,15 @@ class LatentReader:
             held_out = hold_out(dataset_keys(filesystem, path, self.manifest), held_out_pairs)
         self._order = VisitOrder(rows, held_out, window_pairs)
         if not len(self):
-            raise ConfigError("held_out_pairs", held_out_pairs, f"leaves none of {len(held_out)} pairs to train on")
+            raise ConfigError(
+                "held_out_pairs", held_out_pairs, f"leaves none of {len(held_out)} pairs to train on"
+            )
         self._cache = ShardCache(filesystem, path, self.manifest.shards, cache, cache_bytes)
         self._cache_bytes, needed = cache_bytes, self._bytes(min(sum(rows), window_pairs + max(rows)))
         if cache_bytes < needed:
-            raise ConfigError("cache_bytes", cache_bytes, f"must be {needed} for a window of {window_pairs} pairs")
+            raise ConfigError(
+                "cache_bytes", cache_bytes, f"must be {needed} for a window of {window_pairs} pairs"
+            )
         self._batches, self._fetches = (ThreadPoolExecutor(1, name) for name in ("batches", "shards"))
         self._reading = threading.Lock()
         self._next: tuple[Asked, Future[LatentRows]] | None = None
@@ -94,7 +98,10 @@ class LatentReader:
     def batch(self, seed: int, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> LatentRows:
         """Rank's rows of global batch ``step`` (counted from 0). Those of the next step are read while these are used."""
         asked, following = ((seed, some, batch_size, rank, world_size) for some in (step, step + 1))
-        ahead, self._next = self._next, None  # an error is raised once: whoever asks again has the rows read again
+        ahead, self._next = (
+            self._next,
+            None,
+        )  # an error is raised once: whoever asks again has the rows read again
         if ahead and ahead[0] == asked:
             rows = ahead[1].result()
         else:
@@ -136,7 +143,10 @@ class LatentReader:
         if self._at == (window, rank, world_size):
             return
         self._at = window, rank, world_size
-        numbers = [np.roll(some.shards, -len(some.shards) * rank // world_size) for some in (window, self._order.after(window))]
+        numbers = [
+            np.roll(some.shards, -len(some.shards) * rank // world_size)
+            for some in (window, self._order.after(window))
+        ]
         wanted = list(dict.fromkeys(np.concatenate(numbers).tolist()))
         room = accumulate(self._bytes(self.manifest.shards[number].rows) for number in wanted)
         fitting = [number for number, used in zip(wanted, room, strict=True) if used <= self._cache_bytes]
@@ -155,7 +165,10 @@ class LatentReader:
 
     def _bytes(self, rows: int) -> int:
         """Of so many rows in the cache, estimated: two sides of float16, int32 tokens."""
-        latents, tokens = int(np.prod(self.manifest.latent_shape)), self.manifest.num_tokenizers * self.manifest.num_tokens
+        latents, tokens = (
+            int(np.prod(self.manifest.latent_shape)),
+            self.manifest.num_tokenizers * self.manifest.num_tokens,
+        )
         return rows * (4 * latents + 4 * tokens + BYTES_BESIDE)
 
     def _rows(self, positions: np.ndarray, draws: np.ndarray, parts: Iterable[Part]) -> LatentRows:

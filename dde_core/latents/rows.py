@@ -57,11 +57,15 @@ def take_rows(
     arrays = _arrays(len(positions), manifest)
     for rows, in_shards, at_places in parts:
         shards[rows], places[rows] = in_shards, at_places
-        for shard in dict.fromkeys(in_shards.tolist()):  # workers meet them in different orders, and fetch for one another
+        for shard in dict.fromkeys(
+            in_shards.tolist()
+        ):  # workers meet them in different orders, and fetch for one another
             here = rows[in_shards == shard]
             _fill(arrays, here, cache.take(shard, places[here]), manifest)
     pair_ids = tuple(arrays.pop("pair_ids").tolist())
-    return LatentRows(positions=positions, draws=draws, shards=shards, places=places, pair_ids=pair_ids, **arrays)
+    return LatentRows(
+        positions=positions, draws=draws, shards=shards, places=places, pair_ids=pair_ids, **arrays
+    )
 
 
 def _arrays(num_rows: int, manifest: Manifest) -> dict[str, np.ndarray]:

@@ -32,7 +32,12 @@ def shard_schema(latent_shape: tuple[int, int, int], num_tokenizers: int, num_to
     columns = [("pair_id", pa.string()), ("label", pa.float32())]
     columns += [(name, pa.list_(pa.int32(), num_tokens)) for name in token_columns(num_tokenizers)]
     for side in "wl":
-        columns += [(f"uid_{side}", pa.string()), (f"latents_{side}", latents), (f"size_{side}", pair), (f"crop_{side}", pair)]
+        columns += [
+            (f"uid_{side}", pa.string()),
+            (f"latents_{side}", latents),
+            (f"size_{side}", pair),
+            (f"crop_{side}", pair),
+        ]
     return pa.schema(columns)
 
 
@@ -72,7 +77,9 @@ class Manifest:
         """Raises DataError for a manifest of another schema version."""
         values = json.loads(data)
         if values.get("schema_version") != SCHEMA_VERSION:
-            raise DataError(f"manifest has schema_version {values.get('schema_version')!r}, this code reads {SCHEMA_VERSION}")
+            raise DataError(
+                f"manifest has schema_version {values.get('schema_version')!r}, this code reads {SCHEMA_VERSION}"
+            )
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         return cls(shards=shards, latent_shape=tuple(values.pop("latent_shape")), **values)
 
@@ -80,7 +87,9 @@ class Manifest:
 def pair_digest(pair_id: str, sha256_w: bytes, sha256_l: bytes, label: float, caption: str) -> bytes:
     """32 bytes that stand for a pair's content: its id, its pictures' files, the winner's label and the caption (a mapped id
     says nothing of it)."""
-    return hashlib.sha256(json.dumps([pair_id, sha256_w.hex(), sha256_l.hex(), label, caption]).encode()).digest()
+    return hashlib.sha256(
+        json.dumps([pair_id, sha256_w.hex(), sha256_l.hex(), label, caption]).encode()
+    ).digest()
 
 
 def dataset_digest(settings: Mapping[str, Any], encoder_digest: str, pairs: Iterable[bytes]) -> str:

@@ -19,8 +19,14 @@ def write_shard(number: int, table: pa.Table, write: Callable[[str, bytes], None
     A latent's bytes are stored apart by their place in the number: a tenth smaller, and read in a quarter of the time.
     """
     sink = pa.BufferOutputStream()
-    latents = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in table.column_names if name.startswith("latents_")}
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, column_encoding=latents, write_statistics=False)
+    latents = {
+        f"{name}.list.element": "BYTE_STREAM_SPLIT"
+        for name in table.column_names
+        if name.startswith("latents_")
+    }
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=False, column_encoding=latents, write_statistics=False
+    )
     data = sink.getvalue().to_pybytes()
     sha256 = hashlib.sha256(data).hexdigest()
     name = f"shard-{number:05d}-{sha256[:12]}.parquet"

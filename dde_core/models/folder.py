@@ -34,10 +34,14 @@ class ModelFolder:
         try:
             self.index = json.loads((self.path / "model_index.json").read_text())
         except FileNotFoundError as error:
-            raise ModelError(f"{str(self.path)!r} is not a diffusers folder: it has no model_index.json") from error
+            raise ModelError(
+                f"{str(self.path)!r} is not a diffusers folder: it has no model_index.json"
+            ) from error
         self.family = family_of(self.index)
         if missing := missing_components(self.index):
-            raise ModelError(f"{str(self.path)!r} lacks {', '.join(missing)}, which a {self.family} model needs")
+            raise ModelError(
+                f"{str(self.path)!r} lacks {', '.join(missing)}, which a {self.family} model needs"
+            )
 
     def schedule(self) -> Schedule:
         """The noise schedule and prediction type of the folder's scheduler."""
@@ -55,7 +59,9 @@ class ModelFolder:
         check_unet(self._config("unet"), self.family)
         unet = self._load(UNet2DConditionModel, "unet", **WEIGHTS)
         if self.adapter:
-            unet.load_lora_adapter(str(self.adapter), prefix="unet", weight_name=LORA_WEIGHTS, local_files_only=True)
+            unet.load_lora_adapter(
+                str(self.adapter), prefix="unet", weight_name=LORA_WEIGHTS, local_files_only=True
+            )
             unet.fuse_lora()
             unet.unload_lora()
         return unet.eval()
@@ -81,7 +87,9 @@ class ModelFolder:
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """[c h w] of a square picture's latents. Raises ModelError for a size in pixels that the VAE cannot halve so often."""
         if resolution % self._vae_factor:
-            raise ModelError(f"resolution = {resolution} is no multiple of {self._vae_factor}, the factor of the VAE")
+            raise ModelError(
+                f"resolution = {resolution} is no multiple of {self._vae_factor}, the factor of the VAE"
+            )
         side = resolution // self._vae_factor
         return self._config("vae")["latent_channels"], side, side
 
@@ -98,7 +106,9 @@ class ModelFolder:
         try:
             return json.loads((self.path / part / "config.json").read_text())
         except FileNotFoundError as error:
-            raise ModelError(f"{part} of {str(self.path)!r} cannot be loaded: it has no config.json") from error
+            raise ModelError(
+                f"{part} of {str(self.path)!r} cannot be loaded: it has no config.json"
+            ) from error
 
     def _load(self, kind, part: str, **options):
         try:
@@ -108,15 +118,23 @@ class ModelFolder:
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pictures: UInt8[np.ndarray, "b height width 3"]) -> Float[np.ndarray, "b c h w"]:
+def encode_images(
+    vae: AutoencoderKL, pictures: UInt8[np.ndarray, "b height width 3"]
+) -> Float[np.ndarray, "b c h w"]:
     """uint8 pictures to latents: the posterior's mean times scaling_factor, as float16.
 
     Slices are of a fixed size, so what a picture is encoded beside depends on its place alone.
     """
     size, latents = pictures_at_once(*pictures.shape[1:3]), []
     for start in range(0, len(pictures), size):
-        pixels = torch.from_numpy(pictures[start : start + size].copy()).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents.append((vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).to(torch.float16).cpu().numpy())
+        pixels = (
+            torch.from_numpy(pictures[start : start + size].copy()).to(vae.device).permute(0, 3, 1, 2).float()
+            / 127.5
+            - 1
+        )
+        latents.append(
+            (vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).to(torch.float16).cpu().numpy()
+        )
     return np.concatenate(latents)
 
 

@@ -38,7 +38,9 @@ def choose(training: TrainConfig, num_parameters: int, device: torch.device, wor
     if asked == "auto":
         asked = "ddp" if state_bytes(training, num_parameters) <= _room(device) else "fsdp"
     if asked == "fsdp" and training.optimizer == "adamw_8bit":
-        raise ConfigError("training.optimizer", training.optimizer, 'does not go with training.parallelism "fsdp"')
+        raise ConfigError(
+            "training.optimizer", training.optimizer, 'does not go with training.parallelism "fsdp"'
+        )
     return asked
 
 
@@ -101,4 +103,6 @@ def like(value: Tensor, target: Tensor) -> Tensor:
     """A plain tensor, which every worker has, shared out as ``target`` is."""
     if not isinstance(target, DTensor):
         return value
-    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+    )

@@ -38,7 +38,9 @@ def use_repeatable_kernels() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a write more, no other result
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without it
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS refuses deterministic algorithms without it
 
 
 class Policy:
@@ -48,7 +50,11 @@ class Policy:
     """
 
     def __init__(
-        self, folder: ModelFolder, training: TrainConfig, device: torch.device | str = "cpu", world_size: int = 1
+        self,
+        folder: ModelFolder,
+        training: TrainConfig,
+        device: torch.device | str = "cpu",
+        world_size: int = 1,
     ) -> None:
         self._folder, self._training, self.device = folder, training, torch.device(device)
         self._world_size = world_size
@@ -58,9 +64,13 @@ class Policy:
             self._add_adapters(training.lora)
         if training.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.parallelism = parallel.choose(training, sum(p.numel() for p in self.unet.parameters()), self.device, world_size)
+        self.parallelism = parallel.choose(
+            training, sum(p.numel() for p in self.unet.parameters()), self.device, world_size
+        )
         self._place(self.unet)
-        self._trained_parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        self._trained_parameters = [
+            parameter for parameter in self.unet.parameters() if parameter.requires_grad
+        ]
         self._adapted = [module for module in self.unet.modules() if isinstance(module, BaseTunerLayer)]
         self.trained = parallel.wrap(self.unet, self.parallelism, self.device)
         self.ema = EMAModel(self.parameters(), decay=training.ema_decay) if training.ema_decay else None
@@ -152,9 +162,14 @@ class Policy:
     @torch.no_grad()
     def read(self, folder: Path) -> None:
         """Take what ``write`` wrote. Raises DataError, and changes nothing, where it is of another U-Net."""
-        own, saved = self.weights(), load_file(folder / (LORA_WEIGHTS if self._training.lora else UNET_WEIGHTS))
+        own, saved = (
+            self.weights(),
+            load_file(folder / (LORA_WEIGHTS if self._training.lora else UNET_WEIGHTS)),
+        )
         values = {name.removeprefix("unet."): value for name, value in saved.items()}
-        if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in values.items()}:
+        if {name: value.shape for name, value in own.items()} != {
+            name: value.shape for name, value in values.items()
+        }:
             raise DataError(f"checkpoint {str(folder)!r} belongs to another U-Net, or to other adapters")
         for name, value in own.items():
             value.copy_(parallel.like(values[name], value))
@@ -169,7 +184,10 @@ class Policy:
     def _add_adapters(self, lora: LoraConfig) -> None:
         """A is drawn from the run's seed, B is zero: the policy starts as its reference."""
         config = peft.LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=list(lora.targets), init_lora_weights="gaussian"
+            r=lora.rank,
+            lora_alpha=lora.alpha or lora.rank,
+            target_modules=list(lora.targets),
+            init_lora_weights="gaussian",
         )
         self.unet.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):

@@ -40,11 +40,18 @@ class TextEncoders:
         }
         if self._zeros:
             empty = torch.from_numpy((token_ids == self.empty_ids).all(axis=(1, 2))).to(self._device)
-            text = {name: rows.masked_fill(empty.view(-1, *[1] * (rows.ndim - 1)), 0.0) for name, rows in text.items()}
+            text = {
+                name: rows.masked_fill(empty.view(-1, *[1] * (rows.ndim - 1)), 0.0)
+                for name, rows in text.items()
+            }
         return text
 
     def with_sizes(
-        self, text: Conditioning, sizes: Int[np.ndarray, "b 2"], crops: Int[np.ndarray, "b 2"], target_px: tuple[int, int]
+        self,
+        text: Conditioning,
+        sizes: Int[np.ndarray, "b 2"],
+        crops: Int[np.ndarray, "b 2"],
+        target_px: tuple[int, int],
     ) -> Conditioning:
         """``text`` with the pictures' sizes, for the families that are told them (SDXL; see ``time_ids``)."""
         if not self._is_sdxl:
@@ -52,7 +59,9 @@ class TextEncoders:
         return {**text, "time_ids": time_ids(sizes, crops, target_px).to(self._device)}
 
 
-def time_ids(sizes: Int[np.ndarray, "b 2"], crops: Int[np.ndarray, "b 2"], target_px: tuple[int, int]) -> Float[Tensor, "b 6"]:
+def time_ids(
+    sizes: Int[np.ndarray, "b 2"], crops: Int[np.ndarray, "b 2"], target_px: tuple[int, int]
+) -> Float[Tensor, "b 6"]:
     """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2): original (height, width), crop (top, left), target.
 
     ``crops`` are in pixels of the original; the model counts them after its shorter side was scaled to the target's.

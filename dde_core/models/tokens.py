@@ -25,5 +25,7 @@ def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
 def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Int[np.ndarray, "b k s"]:
     """Token ids of each of k tokenizers, padded and cut to the tokenizer's length."""
     settings = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
-    ids = [each(list(captions), max_length=each.model_max_length, **settings).input_ids for each in tokenizers]
+    ids = [
+        each(list(captions), max_length=each.model_max_length, **settings).input_ids for each in tokenizers
+    ]
     return np.stack(ids, axis=1).astype(np.int32)

@@ -113,17 +113,21 @@ def exchange_terms(
     trained, count = trained_parameters(facts, training), micro_batches(training, gpus)
     gradients = trained * FLOAT32 / 1e9
     if parallelism == "ddp":
-        yield Term("gradients", f"2 ways x {trained / 1e6:,.1f}M trained parameters x 4 bytes (all-reduce)", 2 * gradients)
+        yield Term(
+            "gradients",
+            f"2 ways x {trained / 1e6:,.1f}M trained parameters x 4 bytes (all-reduce)",
+            2 * gradients,
+        )
     if parallelism == "fsdp":
         numbers, outside = facts.parameters + (trained if training.lora else 0), facts.outside_blocks
-        shown = (
-            f"x {numbers / 1e6:,.1f}M parameters - {outside / 1e6:,.1f}M outside of blocks, which stay) x 4 bytes (all-gather)"
-        )
+        shown = f"x {numbers / 1e6:,.1f}M parameters - {outside / 1e6:,.1f}M outside of blocks, which stay) x 4 bytes (all-gather)"
         forward, both = ((times * numbers - outside) * FLOAT32 / 1e9 for times in (1, 2))
         yield Term("weights", f"{count} micro-batches x (forward and backward {shown}", count * both)
         if runs_reference(objective, training):
             yield Term("reference", f"{count} micro-batches x (forward {shown}", count * forward)
-        yield Term("gradients", f"{trained / 1e6:,.1f}M trained parameters x 4 bytes (reduce-scatter)", gradients)
+        yield Term(
+            "gradients", f"{trained / 1e6:,.1f}M trained parameters x 4 bytes (reduce-scatter)", gradients
+        )
 
 
 def micro_batches(training: TrainConfig, gpus: int) -> int:
@@ -160,9 +164,15 @@ def _shared_out(
     copies = 2 if runs_reference(objective, training) and not training.lora else 1
     outside, block = (f"{numbers / 1e6:,.1f}M" for numbers in (facts.outside_blocks, facts.largest_block))
     numbers = copies * facts.outside_blocks + 2 * facts.largest_block
-    yield Term("gathered", f"({copies} x {outside} outside of blocks + 2 blocks x {block}) x 4 bytes", numbers * FLOAT32 / 1e9)
+    yield Term(
+        "gathered",
+        f"({copies} x {outside} outside of blocks + 2 blocks x {block}) x 4 bytes",
+        numbers * FLOAT32 / 1e9,
+    )
     if not adding_up:
-        yield Term("scattered", f"2 blocks x {block} gradients x 4 bytes", 2 * facts.largest_block * FLOAT32 / 1e9)
+        yield Term(
+            "scattered", f"2 blocks x {block} gradients x 4 bytes", 2 * facts.largest_block * FLOAT32 / 1e9
+        )
 
 
 def chosen(training: TrainConfig, memory: dict[Parallelism, tuple[Term, ...]], gpu: Gpu) -> Parallelism:
@@ -174,5 +184,7 @@ def chosen(training: TrainConfig, memory: dict[Parallelism, tuple[Term, ...]], g
         state = sum(term.value for term in memory["ddp"] if term.name in STATE)
         asked = "ddp" if state <= AUTO_ROOM * gpu.cuda_gb else "fsdp"
     if asked == "fsdp" and training.optimizer == "adamw_8bit":
-        raise ConfigError("training.optimizer", training.optimizer, 'does not go with training.parallelism "fsdp"')
+        raise ConfigError(
+            "training.optimizer", training.optimizer, 'does not go with training.parallelism "fsdp"'
+        )
     return asked

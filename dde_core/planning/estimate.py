@@ -63,7 +63,9 @@ def room_of(memory_gb: float, gpu: Gpu) -> str:
     return "fits" if memory_gb <= 0.9 * gpu.memory_gb else "tight: less than a tenth stays free"
 
 
-def estimate(family: str, objective: ObjectiveConfig, training: TrainConfig, workers: int, gpu: str = "a100") -> Estimate:
+def estimate(
+    family: str, objective: ObjectiveConfig, training: TrainConfig, workers: int, gpu: str = "a100"
+) -> Estimate:
     """Memory and time of a run with one GPU a worker. ``family`` is a key of FACTS, ``gpu`` of GPUS.
 
     Raises ConfigError with field and value.
@@ -91,7 +93,9 @@ def _check(family: str, training: TrainConfig, workers: int, gpu: str) -> None:
 # ---- memory
 
 
-def memory_terms(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int) -> Iterator[Term]:
+def memory_terms(
+    facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int
+) -> Iterator[Term]:
     """What lies on one GPU while gradients are computed."""
     all_of_it, trained = facts.parameters, trained_parameters(facts, training)
     moments = 2 * (1 if training.optimizer == "adamw_8bit" else FLOAT32)
@@ -154,7 +158,11 @@ def spelled(sides: int) -> str:
 
 def trained_parameters(facts: Facts, training: TrainConfig) -> int:
     """All of the U-Net's, or its adapters'."""
-    return lora_parameters(facts.blocks, facts.text_shape[1], training.lora) if training.lora else facts.parameters
+    return (
+        lora_parameters(facts.blocks, facts.text_shape[1], training.lora)
+        if training.lora
+        else facts.parameters
+    )
 
 
 def lora_parameters(blocks: dict[int, int], text_width: int, lora: LoraConfig) -> int:
@@ -167,13 +175,21 @@ def lora_parameters(blocks: dict[int, int], text_width: int, lora: LoraConfig) -
         for name, (inputs, outputs) in linear_layers(width, text_width).items():
             total += count * lora.rank * (inputs + outputs) if lora.matches(name) else 0
     if unknown := lora.unmatched(linear_layers(1, text_width)):
-        raise ConfigError("training.lora.targets", unknown[0], "must name linear layers of transformer blocks to be estimated")
+        raise ConfigError(
+            "training.lora.targets",
+            unknown[0],
+            "must name linear layers of transformer blocks to be estimated",
+        )
     return total
 
 
 def linear_layers(width: int, text_width: int) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of the linear layers of one transformer block: self-attention, cross-attention, a GEGLU."""
-    layers = {f"{attention}.{name}": (width, width) for attention in ("attn1", "attn2") for name in ("to_q", "to_out.0")}
+    layers = {
+        f"{attention}.{name}": (width, width)
+        for attention in ("attn1", "attn2")
+        for name in ("to_q", "to_out.0")
+    }
     layers |= {f"attn1.{name}": (width, width) for name in ("to_k", "to_v")}
     layers |= {f"attn2.{name}": (text_width, width) for name in ("to_k", "to_v")}
     return layers | {"ff.net.0.proj": (width, 8 * width), "ff.net.2": (4 * width, width)}
@@ -182,14 +198,23 @@ def linear_layers(width: int, text_width: int) -> dict[str, tuple[int, int]]:
 # ---- time
 
 
-def time_terms(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int, gpu: Gpu) -> Iterator[Term]:
+def time_terms(
+    facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int, gpu: Gpu
+) -> Iterator[Term]:
     """From one sample's passes to the hours of the run."""
     parts = passes(objective, training)
     flops, share = pair_flops(facts, objective, training), published_share(facts)
     pairs = training.steps * training.batch_size
     hours = pairs * flops / (share * gpu.peak) / 3600
-    yield Term("passes", " + ".join(f"{count} {name}" for name, count in parts.items()), sum(parts.values()), "forwards")
-    arithmetic = f"passes x {spelled(sides_of(objective))} x {facts.forward_flops / 1e12:.3f} TFLOP of one forward"
+    yield Term(
+        "passes",
+        " + ".join(f"{count} {name}" for name, count in parts.items()),
+        sum(parts.values()),
+        "forwards",
+    )
+    arithmetic = (
+        f"passes x {spelled(sides_of(objective))} x {facts.forward_flops / 1e12:.3f} TFLOP of one forward"
+    )
     arithmetic += f" + {facts.text_flops / 1e12:.3f} of its text"
     yield Term("arithmetic", arithmetic, flops / 1e12, "TFLOP a pair")
     speed = f"{100 * share:.1f}% of peak {gpu.peak / 1e12:.0f}, Diffusion-DPO's share"
@@ -211,7 +236,10 @@ def passes(objective: ObjectiveConfig, training: TrainConfig) -> dict[str, int]:
 
 def pair_flops(facts: Facts, objective: ObjectiveConfig, training: TrainConfig) -> float:
     """FLOPs of a pair in a training step: its text once, and the U-Net's passes on each side."""
-    return facts.text_flops + sides_of(objective) * sum(passes(objective, training).values()) * facts.forward_flops
+    return (
+        facts.text_flops
+        + sides_of(objective) * sum(passes(objective, training).values()) * facts.forward_flops
+    )
 
 
 def forward_flops(facts: Facts) -> float:

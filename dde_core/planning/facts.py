@@ -30,9 +30,15 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {
-    "a100": Gpu("A100 80 GB", 312e12, 80, 85, 2000, nvlink_gb_s=300, node_gb_s=25, host_gb_s=32, usd_per_hour=2.0),
-    "h100": Gpu("H100 80 GB", 989e12, 80, 85, 3350, nvlink_gb_s=450, node_gb_s=50, host_gb_s=64, usd_per_hour=3.0),
-    "h200": Gpu("H200 141 GB", 989e12, 141, 150, 4800, nvlink_gb_s=450, node_gb_s=50, host_gb_s=64, usd_per_hour=3.5),
+    "a100": Gpu(
+        "A100 80 GB", 312e12, 80, 85, 2000, nvlink_gb_s=300, node_gb_s=25, host_gb_s=32, usd_per_hour=2.0
+    ),
+    "h100": Gpu(
+        "H100 80 GB", 989e12, 80, 85, 3350, nvlink_gb_s=450, node_gb_s=50, host_gb_s=64, usd_per_hour=3.0
+    ),
+    "h200": Gpu(
+        "H200 141 GB", 989e12, 141, 150, 4800, nvlink_gb_s=450, node_gb_s=50, host_gb_s=64, usd_per_hour=3.5
+    ),
 }
 
 PAGEABLE_GB_S = 3.0

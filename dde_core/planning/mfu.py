@@ -76,7 +76,11 @@ def measured(results: Mapping[str, Any], family: str, gpu: str, training: TrainC
         share = pairs_per_s * ours_flops(family, checkpointed) / GPUS[on].peak
         how = f"micro {entry[2]}, {entry[3]} checkpointing{entry[4] or ''}"
         source = f"measured: {pairs_per_s:.4g} pairs/s of {family} on an {GPUS[on].title}, {how}"
-        alike = (on == gpu, checkpointed == training.gradient_checkpointing, bool(entry[4]) == training.compile)
+        alike = (
+            on == gpu,
+            checkpointed == training.gradient_checkpointing,
+            bool(entry[4]) == training.compile,
+        )
         found.append((*alike, share, source))
     if not found:
         return None
@@ -95,7 +99,9 @@ def gpu_of(machine: str) -> str | None:
 
 def ours_flops(family: str, checkpointing: bool) -> float:
     """Of a pair in a step of ours on a ledger."""
-    return pair_flops(FACTS[family], UNIFORM, TrainConfig(reference="ledger", gradient_checkpointing=checkpointing))
+    return pair_flops(
+        FACTS[family], UNIFORM, TrainConfig(reference="ledger", gradient_checkpointing=checkpointing)
+    )
 
 
 def checks(speed: Speed) -> Iterator[Check]:
@@ -107,7 +113,9 @@ def checks(speed: Speed) -> Iterator[Check]:
 def training_checks(speed: Speed) -> Iterator[Check]:
     """Diffusion-DPO's runs."""
     for family, facts in FACTS.items():
-        for other in [speed] if speed.family is None else [published(name) for name in FACTS if name != family]:
+        for other in (
+            [speed] if speed.family is None else [published(name) for name in FACTS if name != family]
+        ):
             hours = facts.published.gpu_hours * published_share(facts) / other.share
             yield Check(
                 name=f"Diffusion-DPO, {facts.title}",
@@ -122,14 +130,20 @@ def encoding_checks(speed: Speed) -> Iterator[Check]:
     """MosaicML's precompute, under both readings."""
     for run in PRECOMPUTES:
         hours = run.gpu_hours * run.pictures_per_s * run.vae_flops / (speed.share * A100.peak)
-        yield Check(name=run.title, source=speed.source, predicted=hours, known=run.gpu_hours, unit="A100-hours")
+        yield Check(
+            name=run.title, source=speed.source, predicted=hours, known=run.gpu_hours, unit="A100-hours"
+        )
 
 
 def ceilings(family: str) -> Iterator[tuple[bool, float, float]]:
     """(with gradient checkpointing, FLOPs of a pair here on a ledger, FLOPs of a pair in the public recipe): their quotient is
     how much faster training can be at equal speed of the arithmetic."""
     for checkpointing in (True, False):
-        yield checkpointing, ours_flops(family, checkpointing), public_recipe_flops(FACTS[family], 5 if checkpointing else 4)
+        yield (
+            checkpointing,
+            ours_flops(family, checkpointing),
+            public_recipe_flops(FACTS[family], 5 if checkpointing else 4),
+        )
 
 
 def benchmarks(results: Mapping[str, Any]) -> Iterator[Check]:
@@ -146,7 +160,14 @@ def by_arithmetic(name: str) -> float | None:
     pair there over those here. None where it measures something else, or a model that is not counted."""
     if entry := MEASURED.fullmatch(name):
         counted = ceilings(entry[1]) if entry[1] in FACTS else ()
-        return next((public / ours for checkpointing, ours, public in counted if checkpointing == (entry[3] == "with")), None)
+        return next(
+            (
+                public / ours
+                for checkpointing, ours, public in counted
+                if checkpointing == (entry[3] == "with")
+            ),
+            None,
+        )
     quotients = {}
     for title, model in BENCHED.items():
         ours = model.text_flops + 6 * model.forward_flops

@@ -67,9 +67,13 @@ class Run:
         if self.family not in FACTS:
             raise ConfigError("family", self.family, f"must be one of {', '.join(FACTS)}")
         if self.cluster.gpus > self.training.batch_size:
-            raise ConfigError("gpus", self.cluster.gpus, f"must be at most training.batch_size = {self.training.batch_size}")
+            raise ConfigError(
+                "gpus", self.cluster.gpus, f"must be at most training.batch_size = {self.training.batch_size}"
+            )
         if self.training.precision != "bf16":
-            raise ConfigError("training.precision", self.training.precision, "must be 'bf16': speeds are shares of its peak")
+            raise ConfigError(
+                "training.precision", self.training.precision, "must be 'bf16': speeds are shares of its peak"
+            )
         if self.num_pairs < 1:
             raise ConfigError("num_pairs", self.num_pairs, "must be greater than 0")
 
@@ -135,13 +139,19 @@ def changed(planned: Plan) -> Iterator[tuple[str, Plan]]:
     """What changes the numbers most, one setting at a time; what cannot be run is left out."""
     run, training = planned.run, planned.run.training
     checkpointing = not training.gradient_checkpointing
-    changes = {f"checkpointing {'on' if checkpointing else 'off'}": replace(training, gradient_checkpointing=checkpointing)}
+    changes = {
+        f"checkpointing {'on' if checkpointing else 'off'}": replace(
+            training, gradient_checkpointing=checkpointing
+        )
+    }
     if run.cluster.gpus > 1:
         whole = planned.parallelism == "ddp"
         changes["fsdp" if whole else "ddp"] = replace(training, parallelism="fsdp" if whole else "ddp")
     if run.objective.method != "sft":
         online = not runs_reference(run.objective, training)
-        changes[f"reference {'online' if online else 'ledger'}"] = replace(training, reference="online" if online else "ledger")
+        changes[f"reference {'online' if online else 'ledger'}"] = replace(
+            training, reference="online" if online else "ledger"
+        )
     lora = None if training.lora else LoraConfig()
     changes[f"LoRA, rank {lora.rank}" if lora else "the whole U-Net"] = replace(training, lora=lora)
     for name, other_training in changes.items():
@@ -154,13 +164,23 @@ def changed(planned: Plan) -> Iterator[tuple[str, Plan]]:
 
 def step_terms(run: Run, parallelism: Parallelism, stall_s: float) -> Iterator[Term]:
     """Seconds of a step: arithmetic, what of exchange shows, the optimizer, checkpoints."""
-    pairs, flops = pairs_of_a_worker(run.training, run.cluster.gpus), pair_flops(run.facts, run.objective, run.training)
+    pairs, flops = (
+        pairs_of_a_worker(run.training, run.cluster.gpus),
+        pair_flops(run.facts, run.objective, run.training),
+    )
     parts = passes(run.objective, run.training)
     compute_s = pairs * flops / run.flops_per_s
-    yield Term("pairs a GPU", f"{run.training.batch_size} / {run.cluster.gpus}, {run.micro_batches} micro-batches", pairs, "")
+    yield Term(
+        "pairs a GPU",
+        f"{run.training.batch_size} / {run.cluster.gpus}, {run.micro_batches} micro-batches",
+        pairs,
+        "",
+    )
     spelled = " + ".join(f"{count} {name}" for name, count in parts.items())
     arithmetic = f"{sides_of(run.objective)} x ({spelled}) x {run.facts.forward_flops / 1e12:.3f}"
-    yield Term("arithmetic", f"{arithmetic} + text {run.facts.text_flops / 1e12:.3f}", flops / 1e12, "TFLOP a pair")
+    yield Term(
+        "arithmetic", f"{arithmetic} + text {run.facts.text_flops / 1e12:.3f}", flops / 1e12, "TFLOP a pair"
+    )
     speed = f"{100 * run.speed.share:.1f}% of peak {run.cluster.kind.peak / 1e12:.0f} ({run.speed.source})"
     yield Term("speed", speed, run.flops_per_s / 1e12, "TFLOP/s a GPU")
     yield Term("compute", "pairs a GPU x arithmetic / speed", compute_s, "s")
@@ -178,7 +198,10 @@ def step_terms(run: Run, parallelism: Parallelism, stall_s: float) -> Iterator[T
 
 def _exchange(run: Run, parallelism: Parallelism, beside_s: float) -> Iterator[Term]:
     """What is sent in a step, and how much longer that takes than the arithmetic that hides it."""
-    cluster, terms = run.cluster, list(exchange_terms(run.facts, run.objective, run.training, run.cluster.gpus, parallelism))
+    cluster, terms = (
+        run.cluster,
+        list(exchange_terms(run.facts, run.objective, run.training, run.cluster.gpus, parallelism)),
+    )
     size = sum(term.value for term in terms)
     seconds, hidden = cluster.seconds(size), cluster.overlap * beside_s
     yield from (Term(f"{term.name} sent", term.formula, term.value) for term in terms)
@@ -214,12 +237,18 @@ def checkpoint_terms(run: Run, parallelism: Parallelism) -> Iterator[Term]:
     copies = FLOAT32 * (2 if training.ema_decay else 1)
     size, cluster = trained * (copies + moments) / 1e9, run.cluster
     what = "weights, average" if training.ema_decay else "weights"
-    yield Term("size", f"{trained / 1e6:,.1f}M trained parameters x ({copies} {what} + {moments} moments) bytes", size)
+    yield Term(
+        "size",
+        f"{trained / 1e6:,.1f}M trained parameters x ({copies} {what} + {moments} moments) bytes",
+        size,
+    )
     gathered_s = cluster.seconds(size) if parallelism == "fsdp" else 0.0
     stall = f"size / {PAGEABLE_GB_S:g} GB/s" + (f" + {gathered_s:.3g} s to gather it" if gathered_s else "")
     guess = f"a guess for pageable memory, where PCIe carries {cluster.kind.host_gb_s:g}"
     yield Term("stall", f"{stall}; training stands ({guess})", size / PAGEABLE_GB_S + gathered_s, "s")
-    yield Term("stored", f"size / {STORAGE_GB_S:g} GB/s to storage, beside training", size / STORAGE_GB_S, "s")
+    yield Term(
+        "stored", f"size / {STORAGE_GB_S:g} GB/s to storage, beside training", size / STORAGE_GB_S, "s"
+    )
     processes = cluster.in_a_node * PROCESS_GB
     each = f"{cluster.in_a_node} workers x {PROCESS_GB:g} GB"
     yield Term("processes", f"{each} of a node's memory beside checkpoints: ours, for planning", processes)
@@ -237,19 +266,37 @@ def interval_terms(run: Run, checkpoint: Sequence[Term], step_s: float) -> Itera
 def data_terms(run: Run, pairs_per_s: float) -> Iterator[Term]:
     """Bytes of latents and ledger, at rest and each second."""
     facts = run.facts
-    latents, ids = math.prod(facts.latent_shape) * FLOAT16, facts.tokenizers * facts.text_shape[0] * TOKEN_BYTES
+    latents, ids = (
+        math.prod(facts.latent_shape) * FLOAT16,
+        facts.tokenizers * facts.text_shape[0] * TOKEN_BYTES,
+    )
     pair = 2 * latents + ids
     yield Term("pair", f"2 x {latents:,} latents + {ids} token ids, before compression", pair, "bytes")
     yield Term("dataset", f"{run.num_pairs:,} pairs x pair", run.num_pairs * pair / 1e9)
     yield Term("to a GPU", f"pair x {pairs_per_s:.4g} pairs/s / {run.cluster.gpus}: its rows, from the node's disk",
                pair * pairs_per_s / run.cluster.gpus / 1e6, "MB/s")  # fmt: skip
-    yield Term("to a node", f"pair x {pairs_per_s:.4g} pairs/s: whole shards", pair * pairs_per_s / 1e6, "MB/s")
-    yield Term("from storage", f"to a node x {run.cluster.nodes} nodes", run.cluster.nodes * pair * pairs_per_s / 1e6, "MB/s")
+    yield Term(
+        "to a node", f"pair x {pairs_per_s:.4g} pairs/s: whole shards", pair * pairs_per_s / 1e6, "MB/s"
+    )
+    yield Term(
+        "from storage",
+        f"to a node x {run.cluster.nodes} nodes",
+        run.cluster.nodes * pair * pairs_per_s / 1e6,
+        "MB/s",
+    )
     if _reads_ledger(run):
-        numbers = 2 * (2 if run.objective.method in CALIBRATED and run.objective.calibration_point == "sampled" else 1)
+        numbers = 2 * (
+            2 if run.objective.method in CALIBRATED and run.objective.calibration_point == "sampled" else 1
+        )
         entry, draws = numbers * FLOAT32, run.training.num_draws(run.num_pairs)
-        yield Term("ledger", f"{run.num_pairs:,} pairs x {draws} draws x {entry} bytes", run.num_pairs * draws * entry / 1e9)
-        yield Term("ledger read", f"{entry} bytes x {pairs_per_s:.4g} pairs/s", entry * pairs_per_s / 1e6, "MB/s")
+        yield Term(
+            "ledger",
+            f"{run.num_pairs:,} pairs x {draws} draws x {entry} bytes",
+            run.num_pairs * draws * entry / 1e9,
+        )
+        yield Term(
+            "ledger read", f"{entry} bytes x {pairs_per_s:.4g} pairs/s", entry * pairs_per_s / 1e6, "MB/s"
+        )
 
 
 def _reads_ledger(run: Run) -> bool:
@@ -266,7 +313,12 @@ def hours_terms(run: Run, step_s: float) -> Iterator[Term]:
     ledger = draws * run.num_pairs * a_pair / a_second / 3600
     asked = _reads_ledger(run)
     shown = f"{run.num_pairs:,} pairs x {draws} draws x {a_pair / 1e12:.3f} TFLOP / (speed x {gpus} GPUs)"
-    yield Term("ledger", f"{shown}: once for all runs with its key" + ("" if asked else "; not in this job"), ledger, "h")
+    yield Term(
+        "ledger",
+        f"{shown}: once for all runs with its key" + ("" if asked else "; not in this job"),
+        ledger,
+        "h",
+    )
     training = run.training.steps * step_s / 3600
     yield Term("training", f"{run.training.steps} steps x {step_s:.4g} s", training, "h")
     together = encode + training + (ledger if asked else 0.0)

@@ -64,7 +64,9 @@ def jpeg(picture: np.ndarray) -> bytes:
 
 def label_pairs(captions: list[str], pictures: np.ndarray, rng: np.random.Generator) -> pa.Table:
     """Pick-a-Pic's columns from ``PICTURES_EACH`` pictures a caption [captions * PICTURES_EACH, 32, 32, 3]."""
-    utility = score(pictures, [text for text in captions for _ in range(PICTURES_EACH)])["taste"].reshape(-1, PICTURES_EACH)
+    utility = score(pictures, [text for text in captions for _ in range(PICTURES_EACH)])["taste"].reshape(
+        -1, PICTURES_EACH
+    )
     grouped, rows = pictures.reshape(-1, PICTURES_EACH, *pictures.shape[1:]), []
     for text, images, values in zip(captions, grouped, utility, strict=True):
         pair = rng.permutation([int(values.argmax()), int(values.argmin())])
@@ -88,7 +90,9 @@ def label_pairs(captions: list[str], pictures: np.ndarray, rng: np.random.Genera
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--pairs", type=int, default=2000)
@@ -104,7 +108,12 @@ def main() -> None:
     repeated = [text for text in captions for _ in range(PICTURES_EACH)]
     pictures = sample(TextToImage(ModelFolder(options.model)), repeated, seeds, SAMPLE)
     options.out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(label_pairs(captions, pictures, rng), options.out / "pairs.parquet", compression="zstd", row_group_size=250)
+    pq.write_table(
+        label_pairs(captions, pictures, rng),
+        options.out / "pairs.parquet",
+        compression="zstd",
+        row_group_size=250,
+    )
     (options.out / "prompts.txt").write_text("\n".join(held_out) + "\n")
 
 

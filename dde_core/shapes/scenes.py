@@ -28,7 +28,13 @@ COLOURS = {
     "orange": (244, 128, 24),
 }
 RADII_PX = {"small": 3.6, "medium": 6.0, "large": 9.0}
-PLACES = {"left": (9.0, 16.0), "right": (23.0, 16.0), "top": (16.0, 9.0), "bottom": (16.0, 23.0), "centre": (16.0, 16.0)}
+PLACES = {
+    "left": (9.0, 16.0),
+    "right": (23.0, 16.0),
+    "top": (16.0, 9.0),
+    "bottom": (16.0, 23.0),
+    "centre": (16.0, 16.0),
+}
 BACKGROUNDS = {
     "black": (14, 14, 18),
     "white": (246, 246, 244),
@@ -90,14 +96,18 @@ def parse(text: str) -> Scene:
     """What a caption states. Raises DataError for a sentence outside the world's grammar."""
     match = _CAPTION.fullmatch(text)
     if match is None:
-        raise DataError(f"caption {text!r} is not a sentence of the shapes world, such as {all_captions()[-1]!r}")
+        raise DataError(
+            f"caption {text!r} is not a sentence of the shapes world, such as {all_captions()[-1]!r}"
+        )
     return Scene(**match.groupdict(default=""))
 
 
 def leave_unsaid(scene: Scene, rng: np.random.Generator, probability: float = 0.5) -> Scene:
     """Drop size, place and background from a scene, each with ``probability``."""
     keep = {
-        n: getattr(scene, n) for n, u in zip(("size", "place", "background"), rng.random(3), strict=True) if u >= probability
+        n: getattr(scene, n)
+        for n, u in zip(("size", "place", "background"), rng.random(3), strict=True)
+        if u >= probability
     }
     return Scene(shape=scene.shape, colour=scene.colour, **keep)
 
@@ -108,7 +118,9 @@ def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
     x0, y0 = PLACES[scene.place]
     radius = RADII_PX[scene.size] * (1 + 0.04 * dr)
     axis = np.arange(SIZE_PX) + 0.5
-    distance = _signed_distance(scene.shape, axis[None, :] - x0 - 0.6 * dx, axis[:, None] - y0 - 0.6 * dy, radius)
+    distance = _signed_distance(
+        scene.shape, axis[None, :] - x0 - 0.6 * dx, axis[:, None] - y0 - 0.6 * dy, radius
+    )
     inside = np.clip(0.5 - distance, 0, 1)[..., None]
     shape, ground = np.asarray(COLOURS[scene.colour], float), np.asarray(BACKGROUNDS[scene.background], float)
     picture = inside * shape + (1 - inside) * ground

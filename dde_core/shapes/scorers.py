@@ -17,7 +17,17 @@ from functools import cache
 import numpy as np
 
 from dde_core.errors import DataError
-from dde_core.shapes.scenes import BACKGROUNDS, COLOURS, PLACES, RADII_PX, SIZE_PX, Scene, all_scenes, parse, render
+from dde_core.shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RADII_PX,
+    SIZE_PX,
+    Scene,
+    all_scenes,
+    parse,
+    render,
+)
 
 NAMES = ("match", "taste", "fidelity")
 ATTRIBUTES = ("shape", "colour", "size", "place", "background")
@@ -32,7 +42,9 @@ def check(captions: Sequence[str], height: int, width: int) -> None:
     """Can pictures of this size (in pixels; 0: the model's own) be scored against these captions? Raises DataError."""
     for name, value in (("height", height), ("width", width)):
         if value not in (0, SIZE_PX):
-            raise DataError(f"{name} must be {SIZE_PX} (or 0) for the scorers {', '.join(NAMES)}, got {value}")
+            raise DataError(
+                f"{name} must be {SIZE_PX} (or 0) for the scorers {', '.join(NAMES)}, got {value}"
+            )
     for text in captions:
         parse(text)
 
@@ -65,7 +77,10 @@ def _distances(pictures: np.ndarray) -> np.ndarray:
 
 @cache
 def _bank() -> tuple[np.ndarray, np.ndarray]:
-    bank = np.stack([render(scene) for scene in all_scenes()]).reshape(len(all_scenes()), -1).astype(np.float64) / 255
+    bank = (
+        np.stack([render(scene) for scene in all_scenes()]).reshape(len(all_scenes()), -1).astype(np.float64)
+        / 255
+    )
     return bank, (bank**2).sum(axis=1)
 
 
@@ -92,13 +107,18 @@ def _liking() -> dict[str, np.ndarray]:
     """How much the annotator likes each scene's value of an attribute that the caption leaves unsaid, 0 to 1."""
     size = {name: i / (len(RADII_PX) - 1) for i, name in enumerate(RADII_PX)}
     place = {name: float(name == "centre") for name in PLACES}
-    contrast = {(c, b): np.linalg.norm(np.subtract(COLOURS[c], BACKGROUNDS[b])) for c in COLOURS for b in BACKGROUNDS}
+    contrast = {
+        (c, b): np.linalg.norm(np.subtract(COLOURS[c], BACKGROUNDS[b])) for c in COLOURS for b in BACKGROUNDS
+    }
     most = {c: max(contrast[c, b] for b in BACKGROUNDS) for c in COLOURS}
     least = {c: min(contrast[c, b] for b in BACKGROUNDS) for c in COLOURS}
     return {
         "size": np.array([size[s.size] for s in all_scenes()]),
         "place": np.array([place[s.place] for s in all_scenes()]),
         "background": np.array(
-            [(contrast[s.colour, s.background] - least[s.colour]) / (most[s.colour] - least[s.colour]) for s in all_scenes()]
+            [
+                (contrast[s.colour, s.background] - least[s.colour]) / (most[s.colour] - least[s.colour])
+                for s in all_scenes()
+            ]
         ),
     }

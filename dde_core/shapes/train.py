@@ -48,7 +48,9 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     vocabulary = [*dict.fromkeys(vocabulary), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n"
+    )
     return CLIPTokenizer.from_pretrained(str(folder), model_max_length=MAX_TOKENS)
 
 
@@ -75,7 +77,11 @@ def train_vae(steps: int, rng: np.random.Generator) -> AutoencoderKL:
     )
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
-    scenes, generator, began = all_scenes(), torch.Generator().manual_seed(int(rng.integers(2**31))), time.monotonic()
+    scenes, generator, began = (
+        all_scenes(),
+        torch.Generator().manual_seed(int(rng.integers(2**31))),
+        time.monotonic(),
+    )
     for step in range(steps):
         pictures = np.stack([render(scenes[i], rng) for i in rng.integers(len(scenes), size=32)])
         pixels = to_pixels(pictures)
@@ -157,11 +163,18 @@ def train_denoiser(
     text_encoder, unet = online
     optimizer = torch.optim.AdamW(online.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
-    scenes, generator, began = all_scenes(), torch.Generator().manual_seed(int(rng.integers(2**31))), time.monotonic()
+    scenes, generator, began = (
+        all_scenes(),
+        torch.Generator().manual_seed(int(rng.integers(2**31))),
+        time.monotonic(),
+    )
     for step in range(steps):
         rows = rng.integers(len(scenes), size=128)
         x0 = latents[rows, rng.integers(JITTERED_COPIES, size=128)]
-        texts = [caption(leave_unsaid(scenes[i], rng, UNSAID)) if rng.random() >= EMPTY_CAPTION else "" for i in rows]
+        texts = [
+            caption(leave_unsaid(scenes[i], rng, UNSAID)) if rng.random() >= EMPTY_CAPTION else ""
+            for i in rows
+        ]
         t = torch.from_numpy(rng.integers(scheduler.config.num_train_timesteps, size=128))
         noise = torch.randn(x0.shape, generator=generator)
         tokens = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
@@ -175,14 +188,18 @@ def train_denoiser(
         decay = min(0.999, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1 - decay)
         if step % 100 == 0 or step == steps - 1:
-            print(f"denoiser {step}/{steps} loss {loss.item():.4f} {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"denoiser {step}/{steps} loss {loss.item():.4f} {time.monotonic() - began:.0f} s", flush=True
+            )
         if step and step % 1000 == 0:
             on_snapshot(*average)
     return average[0], average[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=1500)

@@ -9,7 +9,9 @@ from dde_core.family import Family
 from services.api.requests import Scorer, Strict, Uri
 
 Stage = Literal["encode", "ledger", "train", "evaluate"]
-JobStatus = Literal["validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled", "paused"]
+JobStatus = Literal[
+    "validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled", "paused"
+]
 
 
 class DatasetCounts(Strict):

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import PydanticCustomError
 
 from dde_core.config import DataConfig, ObjectiveConfig, SampleConfig, TrainConfig
@@ -159,7 +166,9 @@ class ImageRequest(Strict):
         """The sampling settings. Raises ConfigError for a size that is too large or not a multiple of 8."""
         width, height = (0, 0) if self.size == "auto" else map(int, self.size.split("x"))
         try:
-            return SampleConfig(steps=self.steps, guidance_scale=self.guidance_scale, height=height, width=width)
+            return SampleConfig(
+                steps=self.steps, guidance_scale=self.guidance_scale, height=height, width=width
+            )
         except ConfigError as error:
             raise ConfigError("size", self.size, f"{error.field} {error.reason}") from error
 

@@ -107,9 +107,13 @@ def read(run: str, step: int) -> CheckpointRecord:
     try:
         return CheckpointRecord.model_validate(json.loads(data))
     except ValidationError as error:
-        raise DataError(f"the checkpoint at {where!r} was written by another version of this code: {error}") from error
+        raise DataError(
+            f"the checkpoint at {where!r} was written by another version of this code: {error}"
+        ) from error
     except ValueError as error:
-        raise BrokenCheckpoint(f"the record of the checkpoint at {where!r} cannot be read: {error}", step) from error
+        raise BrokenCheckpoint(
+            f"the record of the checkpoint at {where!r} cannot be read: {error}", step
+        ) from error
 
 
 @contextmanager
@@ -154,7 +158,9 @@ def opened(run: str, record: CheckpointRecord, verify: bool = True) -> Iterator[
     with _fetched(target, record) as path:
         for name, written in record.files.items():
             if verify and (not (path / name).is_file() or digest_of(path / name) != written):
-                raise BrokenCheckpoint(f"{name} of the checkpoint at {target!r} is not what was written", record.step)
+                raise BrokenCheckpoint(
+                    f"{name} of the checkpoint at {target!r} is not what was written", record.step
+                )
         yield path
 
 
@@ -164,11 +170,18 @@ def _fetched(target: str, record: CheckpointRecord) -> Iterator[Path]:
     if (local := files.local_path(target)) is not None:
         yield local
         return
-    with _scratch(hashlib.sha256(f"{target} {record.model_dump_json()}".encode()).hexdigest()) as (copy, lock):
+    with _scratch(hashlib.sha256(f"{target} {record.model_dump_json()}".encode()).hexdigest()) as (
+        copy,
+        lock,
+    ):
         fcntl.flock(lock, fcntl.LOCK_SH)
-        while not copy.exists():  # it must be there when the shared lock is had: one lock becomes the other by letting go
+        while (
+            not copy.exists()
+        ):  # it must be there when the shared lock is had: one lock becomes the other by letting go
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who waits for it here would wait for the readers, too
+                fcntl.flock(
+                    lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # who waits for it here would wait for the readers, too
                 if not copy.exists():
                     files.fetch_folder(target, copy)
             except BlockingIOError:

@@ -108,16 +108,26 @@ def check(uri: str, asked: Needed) -> Found:
 def nearest_misfit(asked: Needed) -> str | None:
     """In which fields the nearest of the dataset's ledgers differs from what the run needs, in words."""
     root = files.join(asked.dataset, FOLDER)
-    uris = [f"{root}/{name}" for name in files.list_files(root, recursive=True) if is_record(name.rpartition("/")[2])]
-    misfits = [(differing, uri) for uri, record in _readable(uris) for differing, _ in _differing(record, asked)]
+    uris = [
+        f"{root}/{name}"
+        for name in files.list_files(root, recursive=True)
+        if is_record(name.rpartition("/")[2])
+    ]
+    misfits = [
+        (differing, uri) for uri, record in _readable(uris) for differing, _ in _differing(record, asked)
+    ]
     if not misfits:
         return f"{uris[0]}, cannot be read" if uris else None
     differing, uri = min(misfits, key=lambda each: len(each[0]))
-    said = ", ".join(f"{field} {here!r} where the run needs {there!r}" for field, (here, there) in differing.items())
+    said = ", ".join(
+        f"{field} {here!r} where the run needs {there!r}" for field, (here, there) in differing.items()
+    )
     return f"{uri} has {said}"
 
 
-def _differing(record: LedgerRecord, asked: Needed) -> Iterator[tuple[dict[str, tuple[Any, Any]], ObjectiveConfig]]:
+def _differing(
+    record: LedgerRecord, asked: Needed
+) -> Iterator[tuple[dict[str, tuple[Any, Any]], ObjectiveConfig]]:
     """For each choice of the run: {field: (here, needed)}."""
     few = {"draws": (record.draws, asked.draws)} if record.draws < asked.draws else {}
     for key, objective in asked.choices:

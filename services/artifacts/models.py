@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from dde_core.errors import ConfigError, ModelError
-from dde_core.family import COMPONENTS, WITH_WEIGHTS, Family, check_scheduler, check_unet, family_of, missing_components
+from dde_core.family import (
+    COMPONENTS,
+    WITH_WEIGHTS,
+    Family,
+    check_scheduler,
+    check_unet,
+    family_of,
+    missing_components,
+)
 from services.api.records import ModelRecord
 from services.api.requests import NAME_PATTERN
 from services.errors import BadRequest, NotFound
@@ -54,7 +62,9 @@ def find(root: str, name_or_id: str) -> ModelRecord:
         except FileNotFoundError:
             model_id = name_or_id
         try:
-            return ModelRecord.model_validate_json(files.read_bytes(files.join(root, "models", f"{model_id}.json")))
+            return ModelRecord.model_validate_json(
+                files.read_bytes(files.join(root, "models", f"{model_id}.json"))
+            )
         except FileNotFoundError:
             pass
     raise NotFound(f"model {name_or_id!r} does not exist", param="model", code="model_not_found")
@@ -71,29 +81,40 @@ def check_components(uri: str, family: Family | None) -> Family:
         missing = missing_components(index)
     except (OSError, ValueError, AttributeError) as error:
         why = str(error) if isinstance(error, ModelError) else "model_index.json cannot be read"
-        raise BadRequest(f"uri {uri!r} is not a diffusers folder that can be aligned: {why}", param="uri") from error
+        raise BadRequest(
+            f"uri {uri!r} is not a diffusers folder that can be aligned: {why}", param="uri"
+        ) from error
     if family not in (None, found):
-        raise BadRequest(f"family: model_index.json of {uri!r} says {found!r}, got {family!r}", param="family")
+        raise BadRequest(
+            f"family: model_index.json of {uri!r} says {found!r}, got {family!r}", param="family"
+        )
     if missing:
         message = f"uri {uri!r} is not of family {found!r}: model_index.json lacks {', '.join(missing)}"
         raise BadRequest(message, param="family" if family else "uri", code="missing_components")
     paths = files.list_files(uri, recursive=True)
     lacking = [name for name in COMPONENTS[found] if not any(file.startswith(f"{name}/") for file in paths)]
     with_weights = [name for name in WITH_WEIGHTS if name in COMPONENTS[found]]
-    lacking += [f"{name}/*.safetensors" for name in with_weights if not any(_is_weights(file, name) for file in paths)]
+    lacking += [
+        f"{name}/*.safetensors" for name in with_weights if not any(_is_weights(file, name) for file in paths)
+    ]
     if lacking:
         raise BadRequest(f"uri {uri!r} lacks {', '.join(lacking)}", param="uri", code="missing_components")
     try:
         check_scheduler(scheduler_config(uri))
         check_unet(files.read_json(files.join(uri, "unet", "config.json")), found)
     except (FileNotFoundError, ConfigError) as error:
-        raise BadRequest(f"uri {uri!r} cannot be aligned: {error}", param="uri", code="unsupported_model") from error
+        raise BadRequest(
+            f"uri {uri!r} cannot be aligned: {error}", param="uri", code="unsupported_model"
+        ) from error
     return found
 
 
 def _is_weights(file: str, part: str) -> bool:
     """Under the names that are loaded by default, in one file or several: not a variant as .fp16.safetensors."""
-    return re.fullmatch(rf"{part}/(diffusion_pytorch_)?model(-\d{{5}}-of-\d{{5}})?\.safetensors", file) is not None
+    return (
+        re.fullmatch(rf"{part}/(diffusion_pytorch_)?model(-\d{{5}}-of-\d{{5}})?\.safetensors", file)
+        is not None
+    )
 
 
 def unet_layers(uri: str) -> set[str]:
@@ -107,7 +128,9 @@ def unet_layers(uri: str) -> set[str]:
             header = json.loads(stream.read(length))
         tensors = {name: len(about["shape"]) for name, about in header.items() if name != "__metadata__"}
         layers |= {
-            name.removesuffix(".weight") for name, rank in tensors.items() if name.endswith(".weight") and rank in (2, 4)
+            name.removesuffix(".weight")
+            for name, rank in tensors.items()
+            if name.endswith(".weight") and rank in (2, 4)
         }
     return layers
 
@@ -158,7 +181,9 @@ def _fetch(record: ModelRecord) -> Path:
     target = cache / record.digest
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f"{record.digest}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of this node wait for one download; let go with the file
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # the other processes of this node wait for one download; let go with the file
         if not target.exists():
             files.fetch_folder(record.uri, target, lambda copy: check_digest(record, files.as_uri(copy)))
     return target
@@ -173,7 +198,5 @@ def check_digests(record: ModelRecord) -> None:
 def check_digest(record: ModelRecord, uri: str) -> None:
     """Refuse files that are not those that were registered."""
     if (found := folder_digest(uri)) != record.digest:
-        message = (
-            f"the files of model {record.name} at {record.uri!r} have changed: digest {found}, registered as {record.digest}"
-        )
+        message = f"the files of model {record.name} at {record.uri!r} have changed: digest {found}, registered as {record.digest}"
         raise BadRequest(message, param="model", code="model_changed")

@@ -35,7 +35,18 @@ from services.api.requests import (
     ModelCreate,
     ScoreRequest,
 )
-from services.client.types import Checkpoint, Dataset, Evaluation, Event, Item, Job, MetricRow, Model, Page, parse
+from services.client.types import (
+    Checkpoint,
+    Dataset,
+    Evaluation,
+    Event,
+    Item,
+    Job,
+    MetricRow,
+    Model,
+    Page,
+    parse,
+)
 from services.errors import ServiceError, Unavailable
 
 PAGE = 100
@@ -103,7 +114,9 @@ class Client:
     def validate_dataset(self, uri: str, columns: Mapping[str, str] | None = None) -> DatasetReport:
         """What a sample of the rows and pictures at a URI shows; nothing is stored."""
         asked = DatasetSource.model_validate({"uri": uri, "columns": dict(columns or {})})
-        return DatasetReport.model_validate(self._send("POST", "/v1/datasets/validate", asked), extra="ignore")
+        return DatasetReport.model_validate(
+            self._send("POST", "/v1/datasets/validate", asked), extra="ignore"
+        )
 
     def dataset(self, dataset_id: str) -> Dataset:
         return self._get(Dataset, f"/v1/datasets/{dataset_id}")
@@ -113,7 +126,9 @@ class Client:
 
     def create_model(self, name: str, uri: str, family: str | None = None) -> Model:
         """Register a base model: a diffusers folder, whose family is told from its files."""
-        return self._post(Model, "/v1/models", ModelCreate.model_validate({"name": name, "uri": uri, "family": family}))
+        return self._post(
+            Model, "/v1/models", ModelCreate.model_validate({"name": name, "uri": uri, "family": family})
+        )
 
     def model(self, model_id: str) -> Model:
         return self._get(Model, f"/v1/models/{model_id}")
@@ -162,7 +177,9 @@ class Client:
 
     def credit(self, job_id: str) -> CreditRecord:
         """Where the training of a job put its credit; there once its model is."""
-        return CreditRecord.model_validate_json(json.dumps(self._send("GET", f"/v1/alignment/jobs/{job_id}/credit")))
+        return CreditRecord.model_validate_json(
+            json.dumps(self._send("GET", f"/v1/alignment/jobs/{job_id}/credit"))
+        )
 
     def wait(self, job_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0) -> Job:
         """The job once it has succeeded, failed (it may be resumed) or been cancelled. Raises TimeoutError."""
@@ -180,7 +197,9 @@ class Client:
     def evaluations(self) -> Iterator[Evaluation]:
         return self._items(Evaluation, "/v1/evaluations")
 
-    def wait_evaluation(self, evaluation_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0) -> Evaluation:
+    def wait_evaluation(
+        self, evaluation_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0
+    ) -> Evaluation:
         """The evaluation once it has ended. Raises TimeoutError."""
         return _until_finished(lambda: self.evaluation(evaluation_id), timeout_s, poll_s)
 
@@ -208,7 +227,9 @@ class Client:
     def _post(self, answer: type[Item], path: str, body: BaseModel | None = None) -> Item:
         return parse(answer, self._send("POST", path, body))
 
-    def _items(self, item: type[Item], path: str, query: dict[str, Any] | None = None, cursor: str = "id") -> Iterator[Item]:
+    def _items(
+        self, item: type[Item], path: str, query: dict[str, Any] | None = None, cursor: str = "id"
+    ) -> Iterator[Item]:
         query = {"limit": PAGE, **(query or {})}
         while True:
             page: Page[Item] = self._get(Page[item], path, query)  # type: ignore[valid-type]
@@ -218,13 +239,20 @@ class Client:
             query["after"] = getattr(page.data[-1], cursor)
 
     def _send(
-        self, method: str, path: str, body: BaseModel | None = None, query: dict[str, Any] | None = None, slow: bool = False
+        self,
+        method: str,
+        path: str,
+        body: BaseModel | None = None,
+        query: dict[str, Any] | None = None,
+        slow: bool = False,
     ) -> Any:
         """The answer's JSON; ``slow`` waits for it without a limit, and tries once."""
         headers = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S) if slow else self._http.timeout
         content = None if body is None else body.model_dump(mode="json", exclude_none=True)
-        request = self._http.build_request(method, path, json=content, params=query, headers=headers, timeout=timeout)
+        request = self._http.build_request(
+            method, path, json=content, params=query, headers=headers, timeout=timeout
+        )
         retrying = Retrying(
             stop=stop_after_attempt(1 if slow else self.retries + 1),
             wait=_pause,
@@ -234,7 +262,9 @@ class Client:
         try:
             return retrying(self._once, request)
         except httpx.TransportError as error:
-            raise Unavailable(f"{self.base_url} does not answer: {error or type(error).__name__}", param="url") from error
+            raise Unavailable(
+                f"{self.base_url} does not answer: {error or type(error).__name__}", param="url"
+            ) from error
 
     def _once(self, request: httpx.Request) -> Any:
         response = self._http.send(request)

@@ -32,7 +32,9 @@ TO_BE_NAMED = {"model": "MODEL", "dataset": "DATASET", "evaluation": {"prompts_u
 """What a dry run does not have to be told."""
 
 
-def job_body(file: Path | None, options: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> AlignmentJobCreate:
+def job_body(
+    file: Path | None, options: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
+) -> AlignmentJobCreate:
     """The body of a job: the recipe's, above it what the file says, and above both every option that is not None."""
     body = merged(recipe or {}, read_body(file) if file else {})
     for option, value in options.items():
@@ -64,7 +66,9 @@ def read_body(file: Path) -> dict[str, Any]:
 def columns_of(options: Sequence[str]) -> dict[str, str]:
     """``["caption=prompt"]`` as a mapping. Raises BadRequest for one without a name or a column."""
     pairs = [option.partition("=") for option in options]
-    if wrong := [option for option, (name, _, column) in zip(options, pairs, strict=True) if not (name and column)]:
+    if wrong := [
+        option for option, (name, _, column) in zip(options, pairs, strict=True) if not (name and column)
+    ]:
         raise BadRequest(f"--column must be NAME=COLUMN, as in caption=prompt, got {wrong[0]!r}")
     return {name: column for name, _, column in pairs}
 

@@ -37,7 +37,10 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, help="Preference alignment of diffusion models."
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Preference alignment of diffusion models.",
 )
 datasets = typer.Typer(no_args_is_help=True, help="Preference pairs.")
 models = typer.Typer(no_args_is_help=True, help="Base models and aligned ones.")
@@ -45,11 +48,16 @@ app.add_typer(datasets, name="datasets")
 app.add_typer(models, name="models")
 app.add_typer(jobs, name="jobs")
 
-PairsUri = Annotated[str, typer.Argument(help="Parquet, JSON lines, a Hugging Face or win/lose folder: path or URI.")]
-ColumnOption = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=COLUMN", help="What the files call a column: caption=prompt. Repeatable.")
+PairsUri = Annotated[
+    str, typer.Argument(help="Parquet, JSON lines, a Hugging Face or win/lose folder: path or URI.")
 ]
-Cpus = Annotated[int, typer.Option(min=1, help="What Ray may hand out: workers and replicas ask for one each.")]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=COLUMN", help="What the files call a column: caption=prompt. Repeatable."),
+]
+Cpus = Annotated[
+    int, typer.Option(min=1, help="What Ray may hand out: workers and replicas ask for one each.")
+]
 
 
 def complain(line: str) -> None:
@@ -62,7 +70,9 @@ def complain(line: str) -> None:
 
 @app.command()
 def up(
-    state: Annotated[Path | None, typer.Option(help="Folder for key, database, models and logs; default DDE_HOME.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder for key, database, models and logs; default DDE_HOME.")
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the API; 0: 8080 where that is free.")] = 0,
     num_cpus: Cpus = 8,
     gpu: Annotated[bool, typer.Option(help="Give each worker a GPU.")] = False,
@@ -75,8 +85,12 @@ def up(
 
 @app.command()
 def demo(
-    state: Annotated[Path | None, typer.Option(help="Folder for all of it, emptied first; default DDE_HOME/demo.")] = None,
-    job: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Another job than deploy/demo.json.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder for all of it, emptied first; default DDE_HOME/demo.")
+    ] = None,
+    job: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Another job than deploy/demo.json.")
+    ] = None,
     num_cpus: Cpus = 8,
     keep: Annotated[bool, typer.Option(help="Go on serving until Ctrl-C.")] = False,
 ) -> None:
@@ -114,7 +128,8 @@ def list_datasets() -> None:
     """Every dataset."""
     with connect() as client:
         rows = [
-            (d.id, d.name, d.counts.pairs if d.counts else "", d.uri, tables.moment(d.created_at)) for d in client.datasets()
+            (d.id, d.name, d.counts.pairs if d.counts else "", d.uri, tables.moment(d.created_at))
+            for d in client.datasets()
         ]
     tables.print_list(Console(), ("id", "name", "pairs", "uri", "created"), rows)
 
@@ -134,7 +149,10 @@ def create_model(
 def list_models() -> None:
     """Every model."""
     with connect() as client:
-        rows = [(m.id, m.name, m.family, m.base or "", m.job or "", tables.moment(m.created_at)) for m in client.models()]
+        rows = [
+            (m.id, m.name, m.family, m.base or "", m.job or "", tables.moment(m.created_at))
+            for m in client.models()
+        ]
     tables.print_list(Console(), ("id", "name", "family", "base", "job", "created"), rows)
 
 
@@ -150,22 +168,31 @@ def list_recipes() -> None:
 
 @app.command()
 def plan(
-    file: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, help="A job's body as JSON or YAML.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="A job's body as JSON or YAML.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="What the file changes: see `dde recipes`.")] = None,
     family: Annotated[str | None, typer.Option(help="sd15 or sdxl; default: the recipe's.")] = None,
     gpus: Annotated[int | None, typer.Option(help="One a worker; default: the job's workers.")] = None,
     gpu: Annotated[str, typer.Option(help="a100, h100 or h200.")] = "a100",
     gpus_per_node: int = 8,
     interconnect: Annotated[
-        float | None, typer.Option(help="GB/s between nodes for each GPU, one way; default: 25 of an a100, else 50.")
+        float | None,
+        typer.Option(help="GB/s between nodes for each GPU, one way; default: 25 of an a100, else 50."),
     ] = None,
     price: Annotated[
-        float | None, typer.Option(help="USD a GPU-hour; default: 2 of an a100, 3 of an h100, 3.5 of an h200.")
+        float | None,
+        typer.Option(help="USD a GPU-hour; default: 2 of an a100, 3 of an h100, 3.5 of an h200."),
     ] = None,
-    overlap: Annotated[float, typer.Option(help="The part of the arithmetic that hides exchange behind it, 0 to 1.")] = 0.5,
+    overlap: Annotated[
+        float, typer.Option(help="The part of the arithmetic that hides exchange behind it, 0 to 1.")
+    ] = 0.5,
     pairs: Annotated[int | None, typer.Option(help="Of the dataset; default: Pick-a-Pic's 851,293.")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Measured speeds: results.json of tests.bench.gpu_step.")
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Measured speeds: results.json of tests.bench.gpu_step."
+        ),
     ] = None,
 ) -> None:
     """Show what a job would take on a cluster: step time, exchange, memory, data, checkpoints, hours and price."""
@@ -199,12 +226,18 @@ def credit(
     gamma: float | None = None,
     calibration_point: Annotated[str | None, typer.Option(help="expected, sampled or mode.")] = None,
     calibration_bins: int | None = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs of the global batch; default: the job's, else 2048.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pairs of the global batch; default: the job's, else 2048.")
+    ] = None,
     job: Annotated[
-        str | None, typer.Option(help="A job that is trained: its objective and schedule, and what it logged.")
+        str | None,
+        typer.Option(help="A job that is trained: its objective and schedule, and what it logged."),
     ] = None,
     scheduler: Annotated[
-        Path | None, typer.Option(exists=True, help="A model's scheduler_config.json; default: Stable Diffusion's schedule.")
+        Path | None,
+        typer.Option(
+            exists=True, help="A model's scheduler_config.json; default: Stable Diffusion's schedule."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The PNG file.")] = Path("credit.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the curves, and draw nothing.")] = False,
@@ -213,7 +246,9 @@ def credit(
     fields: dict[str, Any] = {"beta": beta, "t_min": t_min, "t_max": t_max, "gamma": gamma}
     fields |= {"calibration_point": calibration_point, "calibration_bins": calibration_bins}
     if job and scheduler:
-        raise BadRequest(f"--scheduler {scheduler} is not read with --job, which has its own", param="scheduler")
+        raise BadRequest(
+            f"--scheduler {scheduler} is not read with --job, which has its own", param="scheduler"
+        )
     try:
         from services.client import credit as drawing
 
@@ -249,7 +284,9 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path(),
 ) -> None:
     """Draw pictures; the one of seed S is written to MODEL-S.png."""
-    request = ImageRequest(model=model, prompt=prompt, n=n, size=size, seed=seed, steps=steps, guidance_scale=guidance_scale)
+    request = ImageRequest(
+        model=model, prompt=prompt, n=n, size=size, seed=seed, steps=steps, guidance_scale=guidance_scale
+    )
     with connect() as client:
         pictures = client.generate(request)
     out.mkdir(parents=True, exist_ok=True)
@@ -276,7 +313,13 @@ def evaluate(
     with connect() as client:
         evaluation = client.wait_evaluation(client.create_evaluation(request).id)
     if evaluation.result is None or evaluation.status != "succeeded":
-        raise ServiceError(f"{evaluation.id} {evaluation.status}" + (f": {evaluation.reason}" if evaluation.reason else ""))
+        raise ServiceError(
+            f"{evaluation.id} {evaluation.status}" + (f": {evaluation.reason}" if evaluation.reason else "")
+        )
     console = Console()
     console.print(tables.comparison(evaluation.result, base, model))
-    console.print(f"report {evaluation.result.report}\npictures {evaluation.result.grid}", soft_wrap=True, highlight=False)
+    console.print(
+        f"report {evaluation.result.report}\npictures {evaluation.result.grid}",
+        soft_wrap=True,
+        highlight=False,
+    )

@@ -92,7 +92,9 @@ def as_json(credit: Credit) -> str:
     """The curves as strict JSON, one number for each t."""
     said: dict[str, Any] = {"t": list(credit.t)}
     for method, curve in credit.methods.items():
-        said[method] = {name: getattr(curve, name).tolist() for name in ("gradient_weight", "correction", "density")}
+        said[method] = {
+            name: getattr(curve, name).tolist() for name in ("gradient_weight", "correction", "density")
+        }
     if credit.job is not None and credit.job_correction is not None:
         buckets = [bucket.model_dump() for bucket in credit.job.buckets]
         said["job"] = {"buckets": buckets, "correction": credit.job_correction.tolist()}
@@ -124,7 +126,9 @@ def job_table(job: CreditRecord) -> Table:
     for bucket in job.buckets:
         margin = "" if bucket.margin is None else f"{bucket.margin:+.3e}"
         span = f"{bucket.t_first}..{bucket.t_last}"
-        table.add_row(span, str(bucket.pairs), margin, f"{bucket.logged:.4g}", f"{bucket.predicted:.4g}", _ratio(bucket))
+        table.add_row(
+            span, str(bucket.pairs), margin, f"{bucket.logged:.4g}", f"{bucket.predicted:.4g}", _ratio(bucket)
+        )
     return table
 
 

@@ -70,7 +70,11 @@ def _convergence(axes: Axes, credit: Credit) -> None:
     """DDE's Fig. 5(b), as a law: how much of their start the coefficients still hold."""
     steps = torch.arange(CONVERGENCE_STEPS + 1)
     for batch_size in sorted({*BATCH_SIZES, credit.batch_size}):
-        axes.plot(steps, start_left(credit.objective, credit.schedule, batch_size, steps), label=f"{batch_size} pairs")
+        axes.plot(
+            steps,
+            start_left(credit.objective, credit.schedule, batch_size, steps),
+            label=f"{batch_size} pairs",
+        )
     axes.axhline(0.05, color="0.7", linewidth=0.8)
     axes.set(title="Convergence of the coefficients", xlabel="step", ylabel="share of the start that is left")
     axes.set(yscale="log", ylim=(1e-4, 1.2))

@@ -21,7 +21,14 @@ from services.client.bodies import job_body
 from services.client.local import LocalSystem
 from services.client.processes import executables
 from services.client.types import Job
-from services.client.up import BASE_MODEL, first_prompt, picture_command, register_base, signals_interrupt, stay
+from services.client.up import (
+    BASE_MODEL,
+    first_prompt,
+    picture_command,
+    register_base,
+    signals_interrupt,
+    stay,
+)
 from services.client.watch import watch
 from services.errors import ServiceError
 
@@ -35,7 +42,9 @@ def run_demo(console: Console, state: Path, *, job_file: Path | None, num_cpus: 
         system = stack.enter_context(LocalSystem(state, fresh=True, num_cpus=num_cpus, say=console.print))
         client = stack.enter_context(system.client())
         seconds = {"start-up": time.monotonic() - began}
-        console.print(f"the API is at {system.url}, logs are in {system.logs}", soft_wrap=True, highlight=False)
+        console.print(
+            f"the API is at {system.url}, logs are in {system.logs}", soft_wrap=True, highlight=False
+        )
 
         request = prepare(client, job_file or JOB_FILE)
         job = watch(client, client.create_job(request).id, console)
@@ -74,7 +83,9 @@ def finished(job: Job) -> EvaluateResult:
 def draw(client: Client, model: str, request: AlignmentJobCreate, folder: Path) -> Path:
     """One picture from the aligned model, by its name, with the settings of the evaluation."""
     sample = request.evaluation.sample
-    wanted = ImageRequest(model=model, prompt=first_prompt(), steps=sample.steps, guidance_scale=sample.guidance_scale)
+    wanted = ImageRequest(
+        model=model, prompt=first_prompt(), steps=sample.steps, guidance_scale=sample.guidance_scale
+    )
     path = folder / "picture.png"
     path.write_bytes(client.generate(wanted)[0])
     return path
@@ -86,7 +97,12 @@ def keep_grid(result: EvaluateResult, folder: Path) -> Path:
 
 
 def show(
-    console: Console, job: Job, result: EvaluateResult, seconds: dict[str, float], pictures: list[Path], state: Path
+    console: Console,
+    job: Job,
+    result: EvaluateResult,
+    seconds: dict[str, float],
+    pictures: list[Path],
+    state: Path,
 ) -> None:
     """The tables, where the pictures are, and how to ask the served model for more."""
     name = job.name or "aligned"
@@ -94,7 +110,12 @@ def show(
     console.print()
     console.print(tables.durations(seconds))
     again = f"{name} is kept; to serve it again: {executables() / 'dde'} up --state {state}"
-    lines = [*map(str, pictures), again, "and to draw from it while it is served:", f"  {picture_command(name, state)}"]
+    lines = [
+        *map(str, pictures),
+        again,
+        "and to draw from it while it is served:",
+        f"  {picture_command(name, state)}",
+    ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

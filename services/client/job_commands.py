@@ -27,11 +27,15 @@ NOT_OF_THE_BODY = ("file", "recipe", "dry_run", "family", "gpu", "follow")
 @jobs.command("create")
 def create_job(
     ctx: typer.Context,
-    file: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, help="The body as JSON or YAML.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="The body as JSON or YAML.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Name or id of the base model.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Id of the dataset.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the aligned model.")] = None,
-    method: Annotated[str | None, typer.Option(help="dde, dde_single, dde_step, uniform, discounted or sft.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="dde, dde_single, dde_step, uniform, discounted or sft.")
+    ] = None,
     beta: float | None = None,
     steps: int | None = None,
     batch_size: Annotated[int | None, typer.Option(help="Pairs of the global batch.")] = None,
@@ -39,14 +43,23 @@ def create_job(
     checkpoint_every: int | None = None,
     seed: int | None = None,
     workers: Annotated[
-        str | None, typer.Option(metavar="N|LEAST-MOST", help="1-4: as many of these as the cluster has, at any time.")
+        str | None,
+        typer.Option(metavar="N|LEAST-MOST", help="1-4: as many of these as the cluster has, at any time."),
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="auto, ledger or online: where its errors come from.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="auto, ledger or online: where its errors come from.")
+    ] = None,
     prompts: Annotated[str | None, typer.Option(help="Held-out prompts, one a line: path or URI.")] = None,
     num_prompts: int | None = None,
-    recipe: Annotated[str | None, typer.Option(help="What the file and the options change: see `dde recipes`.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Post nothing: show the body, and what the run needs.")] = False,
-    family: Annotated[str | None, typer.Option(help="sd15 or sdxl, for a dry run; default: the recipe's.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="What the file and the options change: see `dde recipes`.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Post nothing: show the body, and what the run needs.")
+    ] = False,
+    family: Annotated[
+        str | None, typer.Option(help="sd15 or sdxl, for a dry run; default: the recipe's.")
+    ] = None,
     gpu: Annotated[str | None, typer.Option(help="a100, h100 or h200, for a dry run; default: a100.")] = None,
     follow: Annotated[bool, typer.Option("--watch", help="Watch the job until it ends.")] = False,
 ) -> None:
@@ -69,7 +82,9 @@ def create_job(
 
 def _dry_run(body: AlignmentJobCreate, family: str | None, gpu: str) -> None:
     """The body as it would be posted, and where the family is known, memory and time of its training."""
-    needed = estimate(family, body.objective, body.training, most_workers(body.workers), gpu) if family else None
+    needed = (
+        estimate(family, body.objective, body.training, most_workers(body.workers), gpu) if family else None
+    )
     typer.echo(body.model_dump_json(indent=2, exclude_none=True))
     if needed is None:
         typer.echo("no estimate: whose memory and time? --recipe says it, or --family sd15 or sdxl")
@@ -81,7 +96,10 @@ def _dry_run(body: AlignmentJobCreate, family: str | None, gpu: str) -> None:
 def list_jobs(status: Annotated[str | None, typer.Option(help="Only those that stand so.")] = None) -> None:
     """Every job."""
     with connect() as client:
-        rows = [(j.id, j.state, j.stage or "", j.name or "", tables.moment(j.created_at)) for j in client.jobs(status)]
+        rows = [
+            (j.id, j.state, j.stage or "", j.name or "", tables.moment(j.created_at))
+            for j in client.jobs(status)
+        ]
     tables.print_list(Console(), ("id", "status", "stage", "name", "created"), rows)
 
 
@@ -127,7 +145,9 @@ def _follow(client: Client, job_id: str) -> None:
     if job.result and job.result.evaluate:
         console.print(tables.comparison(job.result.evaluate, "its base", job.name or "aligned"))
     if job.status != "succeeded":
-        raise ServiceError(f"{job.id} {job.status}" + (f": {job.reason}" if job.reason else "") + _way_on(job))
+        raise ServiceError(
+            f"{job.id} {job.status}" + (f": {job.reason}" if job.reason else "") + _way_on(job)
+        )
 
 
 def _way_on(job: Job) -> str:

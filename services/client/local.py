@@ -22,7 +22,15 @@ import httpx
 import yaml
 
 from services.client.api import Client
-from services.client.processes import Child, StartFailed, end_marked, environment, free_ports, port_is_free, wait_until
+from services.client.processes import (
+    Child,
+    StartFailed,
+    end_marked,
+    environment,
+    free_ports,
+    port_is_free,
+    wait_until,
+)
 from services.client.ray_head import RayHead, clear_folders
 
 SERVE_CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
@@ -50,7 +58,11 @@ class LocalSystem:
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.state = state.resolve()
-        self.logs, self.key_file, self.storage_uri = self.state / "logs", self.state / "key", (self.state / "storage").as_uri()
+        self.logs, self.key_file, self.storage_uri = (
+            self.state / "logs",
+            self.state / "key",
+            (self.state / "storage").as_uri(),
+        )
         self._fresh, self._ports, self._num_cpus, self._use_gpu = fresh, ports, num_cpus, use_gpu
         self._timeout_s, self._say = timeout_s, say
         self._serve_config = read_serve_config(serve_config)
@@ -157,7 +169,9 @@ def read_serve_config(path: Path) -> dict[str, Any]:
     raise StartFailed(f"serve config {path} has no applications", param="serve_config")
 
 
-def fill_serve_config(config: dict[str, Any], port: int, storage_uri: str, use_gpu: bool = False) -> dict[str, Any]:
+def fill_serve_config(
+    config: dict[str, Any], port: int, storage_uri: str, use_gpu: bool = False
+) -> dict[str, Any]:
     """The config with this system's port on the loopback interface, its storage and its device."""
     own = {"storage_uri": storage_uri, "use_gpu": use_gpu}
     applications = [{**each, "args": {**each.get("args", {}), **own}} for each in config["applications"]]

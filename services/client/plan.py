@@ -34,21 +34,33 @@ def show(
     Raises ConfigError with field and value, before anything is printed.
     """
     at, told = speed_of(family, cluster, body, results)
-    run = Run(family=family, objective=body.objective, training=body.training, cluster=cluster, speed=at, num_pairs=num_pairs)
+    run = Run(
+        family=family,
+        objective=body.objective,
+        training=body.training,
+        cluster=cluster,
+        speed=at,
+        num_pairs=num_pairs,
+    )
     planned = plan(run)
     console.print(headline(planned), told, "", sep="\n", soft_wrap=True, highlight=False, markup=False)
     for table in tables(planned, results or {}):
         console.print(table, "")
 
 
-def speed_of(family: str, cluster: Cluster, body: AlignmentJobCreate, results: Mapping[str, Any] | None) -> tuple[Speed, str]:
+def speed_of(
+    family: str, cluster: Cluster, body: AlignmentJobCreate, results: Mapping[str, Any] | None
+) -> tuple[Speed, str]:
     """Measured where the results have it, else published; and which of the two, in words."""
     found = mfu.measured(results, family, cluster.gpu, body.training) if results is not None else None
     if found:
         return found, f"calibrated: {found.source}"
     at = mfu.published(family)
     why = "" if results is None else f"the results have no measured step of {family} in bf16 on a known GPU; "
-    return at, f"{why}calibrated by {at.source}; better: python -m tests.bench.gpu_step --model {family} --out FILE"
+    return (
+        at,
+        f"{why}calibrated by {at.source}; better: python -m tests.bench.gpu_step --model {family} --out FILE",
+    )
 
 
 def headline(planned: Plan) -> str:
@@ -56,9 +68,13 @@ def headline(planned: Plan) -> str:
     cluster, step = planned.run.cluster, value(planned.step, "step")
     where = f"{cluster.gpus} x {cluster.kind.title} in {cluster.nodes} nodes"
     price = f"{value(planned.hours, 'together'):,.1f} h, {value(planned.hours, 'price'):,.0f} USD"
-    run = f"{planned.run.facts.title}, {planned.run.objective.method}, on {where}: {step:.3g} s a step, {price}"
+    run = (
+        f"{planned.run.facts.title}, {planned.run.objective.method}, on {where}: {step:.3g} s a step, {price}"
+    )
     training, encoding = mfu.training_checks(planned.run.speed), mfu.encoding_checks(planned.run.speed)
-    return f"{run} (checks: {spread(training)} of published hours of training, {spread(encoding)} of encoding)"
+    return (
+        f"{run} (checks: {spread(training)} of published hours of training, {spread(encoding)} of encoding)"
+    )
 
 
 def spread(found: Iterable[Check]) -> str:
@@ -108,7 +124,9 @@ def memory(planned: Plan) -> Table:
 
 def ceilings(family: str) -> Table:
     """How much faster than the public recipe training can be by arithmetic."""
-    table = _table("arithmetic of a pair, TFLOP", "gradient checkpointing", ">here, ledger", ">public recipe", ">ceiling")
+    table = _table(
+        "arithmetic of a pair, TFLOP", "gradient checkpointing", ">here, ledger", ">public recipe", ">ceiling"
+    )
     for checkpointing, ours, public in mfu.ceilings(family):
         row = (f"{ours / 1e12:.2f}", f"{public / 1e12:.2f}", f"{public / ours:.2f}x")
         table.add_row("on" if checkpointing else "off", *row)
@@ -148,5 +166,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
         is_number = name.startswith(">")
-        table.add_column(name.removeprefix(">"), justify="right" if is_number else "left", no_wrap=is_number or number == 0)
+        table.add_column(
+            name.removeprefix(">"), justify="right" if is_number else "left", no_wrap=is_number or number == 0
+        )
     return table

@@ -38,7 +38,13 @@ class Child:
         self.name, self.log = name, log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                command, cwd=log.parent, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command,
+                cwd=log.parent,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         self.pid = self._process.pid
 
@@ -70,7 +76,9 @@ class Child:
             _kill([*family, *_session(self.pid)])
 
 
-def wait_until(ready: Callable[[], bool], what: str, children: Sequence[Child], timeout_s: float, poll_s: float = 0.2) -> None:
+def wait_until(
+    ready: Callable[[], bool], what: str, children: Sequence[Child], timeout_s: float, poll_s: float = 0.2
+) -> None:
     """Ask until the answer is yes. Raises StartFailed at once where a child has ended, and at the deadline.
 
     What is waited for at the deadline is the matter of the first child: the end of its log is shown.

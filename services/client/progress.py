@@ -57,7 +57,10 @@ class StageProgress:
             return self._told
         if self._first is None or len(self._recent) < 2:
             return None
-        (began, first), (ended, last) = self._recent[0] if self.seconds is None else self._first, self._recent[-1]
+        (began, first), (ended, last) = (
+            self._recent[0] if self.seconds is None else self._first,
+            self._recent[-1],
+        )
         return (last - first) / (ended - began) if ended > began else None
 
     @property
@@ -101,7 +104,9 @@ def describe(stage: StageProgress) -> str:
 
 def pace(stage: StageProgress) -> list[str]:
     """The rate, and the time that is left or was taken, as words."""
-    said = [] if stage.rate is None else [f"{stage.rate:,.0f}/s" if stage.rate >= 100 else f"{stage.rate:.3g}/s"]
+    said = (
+        [] if stage.rate is None else [f"{stage.rate:,.0f}/s" if stage.rate >= 100 else f"{stage.rate:.3g}/s"]
+    )
     if stage.seconds is not None:
         said.append(f"done in {stage.seconds:.1f} s")
     elif stage.eta_s is not None:
@@ -112,4 +117,6 @@ def pace(stage: StageProgress) -> list[str]:
 def numbers(stage: StageProgress) -> list[str]:
     """The last step's numbers as words."""
     signed = ("winner error", "loser error")
-    return [f"{words} {value:{'+.5f' if words in signed else '.4f'}}" for words, value in stage.numbers.items()]
+    return [
+        f"{words} {value:{'+.5f' if words in signed else '.4f'}}" for words, value in stage.numbers.items()
+    ]

@@ -68,7 +68,10 @@ class RayHead:
             self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
             env = environment(self._mark, {**ray_environment(self.ports), **self.auth})
             self.child = Child(
-                "ray", start_command(self.ports, self._num_cpus, self._folder / "ray"), self._logs / "ray.log", env
+                "ray",
+                start_command(self.ports, self._num_cpus, self._folder / "ray"),
+                self._logs / "ray.log",
+                env,
             )
             undo.callback(self.child.stop, PATIENCE_S)
             self._undo = undo.pop_all()
@@ -155,5 +158,8 @@ def ray_environment(ports: RayPorts) -> dict[str, str]:
 
 def _messages(application: Mapping[str, Any]) -> str:
     """What Serve says of the application and of its deployments."""
-    said = [application.get("message", ""), *(each.get("message", "") for each in application["deployments"].values())]
+    said = [
+        application.get("message", ""),
+        *(each.get("message", "") for each in application["deployments"].values()),
+    ]
     return "\n".join(dict.fromkeys(text.strip()[-3000:] for text in said if text.strip()))

@@ -50,7 +50,11 @@ def print_report(console: Console, report: DatasetReport) -> None:
     }
     print_list(console, ("fact", report.uri), facts.items())
     if report.bad:
-        found = [(cause, bad.count, one.row, one.detail) for cause, bad in report.bad.items() for one in bad.examples]
+        found = [
+            (cause, bad.count, one.row, one.detail)
+            for cause, bad in report.bad.items()
+            for one in bad.examples
+        ]
         print_list(console, ("bad", "rows", "for example", "detail"), found)
 
 
@@ -89,7 +93,12 @@ def memory(estimate: Estimate) -> Table:
     table = _terms(f"memory of one {estimate.gpu.title}: {estimate.model}", "GB")
     for term in estimate.memory:
         table.add_row(term.name, f"{term.value:,.2f}", escape(term.formula))
-    table.add_row("together", f"{estimate.memory_gb:,.2f}", f"of {estimate.gpu.memory_gb:g} GB: {estimate.room}", style="bold")
+    table.add_row(
+        "together",
+        f"{estimate.memory_gb:,.2f}",
+        f"of {estimate.gpu.memory_gb:g} GB: {estimate.room}",
+        style="bold",
+    )
     table.caption = "Training alone."
     table.caption_justify = "left"
     return table
@@ -120,7 +129,9 @@ def interval(interval: Interval, *, signed: bool = False) -> str:
 def checkpoint(found: Checkpoint) -> tuple[object, ...]:
     """One row under ``CHECKPOINT``."""
     validated = found.validation
-    numbers = " ".join(f"{name}={value:.4f}" for name, value in validated.metrics.items()) if validated else ""
+    numbers = (
+        " ".join(f"{name}={value:.4f}" for name, value in validated.metrics.items()) if validated else ""
+    )
     measured = (validated and validated.error) or numbers
     return (
         found.step,

@@ -8,7 +8,14 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.api.records import DatasetCounts, EncodeResult, EvaluateResult, LedgerResult, TrainResult, Validated
+from services.api.records import (
+    DatasetCounts,
+    EncodeResult,
+    EvaluateResult,
+    LedgerResult,
+    TrainResult,
+    Validated,
+)
 
 FINISHED = ("succeeded", "failed", "cancelled")
 Item = TypeVar("Item", bound="Answer")
@@ -99,7 +106,11 @@ class Job(Resource):
     @property
     def state(self) -> str:
         """The status, or "pausing" while what runs is being brought to rest."""
-        return "pausing" if self.pause_requested_at and self.status != "paused" and not self.finished else self.status
+        return (
+            "pausing"
+            if self.pause_requested_at and self.status != "paused" and not self.finished
+            else self.status
+        )
 
 
 class Event(Resource):

@@ -26,7 +26,9 @@ def run_up(console: Console, state: Path, *, port: int, num_cpus: int, use_gpu: 
     ports = (port,) if port else (USUAL_PORT, 0)
     with signals_interrupt():
         try:
-            with LocalSystem(state, ports=ports, num_cpus=num_cpus, use_gpu=use_gpu, say=console.print) as system:
+            with LocalSystem(
+                state, ports=ports, num_cpus=num_cpus, use_gpu=use_gpu, say=console.print
+            ) as system:
                 with system.client() as client:
                     register_base(client)
                 console.print(guide(system), markup=False, highlight=False, soft_wrap=True)
@@ -58,7 +60,9 @@ def signals_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:

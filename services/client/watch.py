@@ -27,7 +27,9 @@ class Screen(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
-def watch(client: Client, job_id: str, console: Console, *, poll_s: float = 1.0, line_every_s: float = 5.0) -> Job:
+def watch(
+    client: Client, job_id: str, console: Console, *, poll_s: float = 1.0, line_every_s: float = 5.0
+) -> Job:
     """Show a job's events and progress until it has ended; the job as it is then."""
     progress, last_event = JobProgress(), None
     with Bars(console) if console.is_terminal else Lines(console, line_every_s) as screen:
@@ -110,7 +112,9 @@ class Bars:
     def show(self, job: Job, progress: JobProgress) -> None:
         for name, stage in progress.stages.items():
             if name not in self._tasks:
-                self._tasks[name] = self._progress.add_task(name, total=None, stage=name, count="", pace="", numbers="")
+                self._tasks[name] = self._progress.add_task(
+                    name, total=None, stage=name, count="", pace="", numbers=""
+                )
             over = stage.seconds is not None
             total = stage.total or (max(stage.done, 1) if over else None)
             self._progress.update(

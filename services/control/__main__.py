@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         settings = Settings()  # type: ignore[call-arg]
         app = build_app(settings)
-        uvicorn.run(app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=5)
+        uvicorn.run(
+            app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=5
+        )
 
 
 if __name__ == "__main__":

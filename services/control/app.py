@@ -31,7 +31,15 @@ from services.control.views import ErrorView
 from services.settings import Settings
 from services.storage import files
 
-BODIES = (DatasetCreate, DatasetSource, ModelCreate, AlignmentJobCreate, EvaluationCreate, ImageRequest, ScoreRequest)
+BODIES = (
+    DatasetCreate,
+    DatasetSource,
+    ModelCreate,
+    AlignmentJobCreate,
+    EvaluationCreate,
+    ImageRequest,
+    ScoreRequest,
+)
 
 
 def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile: bool = True) -> FastAPI:
@@ -40,7 +48,9 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     ``reconcile=False`` makes a replica that answers requests and leaves the jobs to others.
     """
     app = FastAPI(title="dde", version="1", lifespan=_lifespan, docs_url=None, redoc_url=None)
-    app.state.settings = settings = settings.model_copy(update={"storage_uri": files.as_uri(settings.storage_uri)})
+    app.state.settings = settings = settings.model_copy(
+        update={"storage_uri": files.as_uri(settings.storage_uri)}
+    )
     app.state.launcher = launcher or RayJobsLauncher(settings.ray_url)
     app.state.database = Database(settings.database_url)
     app.state.reconcile = reconcile
@@ -49,7 +59,9 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     problems.install(app)
     app.include_router(health.router)
     for router in (datasets.router, models.router, jobs.router, evaluations.router, images.router):
-        app.include_router(router, dependencies=[Depends(require_key)], responses={"4XX": {"model": ErrorView}})
+        app.include_router(
+            router, dependencies=[Depends(require_key)], responses={"4XX": {"model": ErrorView}}
+        )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -73,7 +85,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's document and the bodies, which our own dependency reads."""
     if not app.openapi_schema:
         document = FastAPI.openapi(app)
-        _, bodies = models_json_schema([(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}")
+        _, bodies = models_json_schema(
+            [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
+        )
         document["components"]["schemas"] |= bodies["$defs"]
         document["paths"] = {path: _without_422(item) for path, item in document["paths"].items()}
     return app.openapi_schema or {}

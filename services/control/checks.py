@@ -20,7 +20,9 @@ from services.pairs.validation import check_bad
 def check_alignment(asked: AlignmentJobCreate) -> None:
     """What the request says by itself, and whether its prompts are there."""
     if most_workers(asked.workers) > asked.training.batch_size:
-        raise BadRequest(f"workers: must be at most training.batch_size, got {show(asked.workers)}", param="workers")
+        raise BadRequest(
+            f"workers: must be at most training.batch_size, got {show(asked.workers)}", param="workers"
+        )
     _check_parallelism(asked)
     check_evaluation(asked.evaluation, "evaluation.")
     if asked.validation is not None:
@@ -45,7 +47,9 @@ def check_base(base: ModelRecord, asked: AlignmentJobCreate) -> None:
             raise BadRequest(message, param=f"objective.{field}")
     if asked.training.lora:
         if base.adapter_of:
-            message = f"training.lora: must be null, {base.name} is LoRA adapters on {base.adapter_of.name} itself"
+            message = (
+                f"training.lora: must be null, {base.name} is LoRA adapters on {base.adapter_of.name} itself"
+            )
             raise BadRequest(message, param="training.lora")
         if idle := asked.training.lora.unmatched(models.unet_layers(base.uri)):
             message = f"training.lora.targets: matches no linear or convolution layer of {base.name}'s U-Net, got {idle[0]!r}"
@@ -59,7 +63,9 @@ def check_dataset(dataset: Dataset, asked: AlignmentJobCreate) -> None:
         message = f"training.held_out_pairs: must leave training.batch_size = {size} of the {pairs} pairs, got {held_out}"
         raise BadRequest(message, param="training.held_out_pairs")
     if size > pairs:
-        message = f"training.batch_size: must be at most the {pairs} pairs of dataset {dataset.id}, got {size}"
+        message = (
+            f"training.batch_size: must be at most the {pairs} pairs of dataset {dataset.id}, got {size}"
+        )
         raise BadRequest(message, param="training.batch_size")
     bad = dataset.counts.get("bad", {})  # what rows say; pictures are looked at when they are encoded
     check_bad(sum(bad.values()), dataset.counts["rows"], bad, asked.data.max_bad_fraction)
@@ -72,14 +78,20 @@ def check_evaluation(config: EvaluationConfig, at: str = "") -> None:
         raise BadRequest(f"{at}scorers: must not repeat, got {config.scorers}", param=f"{at}scorers")
     prompts = _prompts(config.prompts_uri, param)
     if len(prompts) < needed:
-        message = f"{param}: {config.prompts_uri!r} holds {len(prompts)} prompts, {at}num_prompts asks for {needed}"
+        message = (
+            f"{param}: {config.prompts_uri!r} holds {len(prompts)} prompts, {at}num_prompts asks for {needed}"
+        )
         raise BadRequest(message, param=param, code="too_few_prompts")
     _check_scored(prompts[:needed], config, f"{at}scorers")
 
 
 def _check_validation(asked: AlignmentJobCreate, config: ValidationConfig) -> None:
     """Refuse a validation that no checkpoint meets, that has nothing to measure, or no prompts."""
-    interval, held_out, steps = asked.training.checkpoint_every, asked.training.held_out_pairs, asked.training.steps
+    interval, held_out, steps = (
+        asked.training.checkpoint_every,
+        asked.training.held_out_pairs,
+        asked.training.steps,
+    )
     if config.every % interval:
         message = f"validation.every: must be a multiple of training.checkpoint_every = {interval}, got {config.every}"
         raise BadRequest(message, param="validation.every")
@@ -115,7 +127,9 @@ def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationCo
     prompts = _prompts(uri, param)
     if len(prompts) < skipped + needed:
         asks = f"evaluation.num_prompts takes {skipped} and " if skipped else ""
-        message = f"{param}: {uri!r} holds {len(prompts)} prompts, {asks}validation.num_prompts asks for {needed}"
+        message = (
+            f"{param}: {uri!r} holds {len(prompts)} prompts, {asks}validation.num_prompts asks for {needed}"
+        )
         raise BadRequest(message, param=param, code="too_few_prompts")
     _check_scored(prompts[skipped : skipped + needed], evaluation, param)
 

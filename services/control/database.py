@@ -72,7 +72,10 @@ def _lock(connection: Connection) -> None:
 def _engine(url: str) -> Engine:
     if url.startswith("postgres"):
         return create_engine(
-            "postgresql+psycopg://" + url.partition("://")[2], pool_size=10, max_overflow=10, pool_pre_ping=True
+            "postgresql+psycopg://" + url.partition("://")[2],
+            pool_size=10,
+            max_overflow=10,
+            pool_pre_ping=True,
         )
     engine = create_engine(url, pool_size=10, max_overflow=40)
     event.listen(engine, "connect", _prepare_sqlite)

@@ -68,15 +68,21 @@ def get(database: Database, dataset_id: str) -> dict[str, Any]:
 def page(database: Database, after: str | None, limit: int) -> dict[str, Any]:
     """Datasets, newest first."""
     with database.read() as session:
-        return listed([dataset_view(row) for row in newest(session, Dataset, select(Dataset), after, limit)], limit)
+        return listed(
+            [dataset_view(row) for row in newest(session, Dataset, select(Dataset), after, limit)], limit
+        )
 
 
 def delete(database: Database, dataset_id: str) -> dict[str, Any]:
     """Forget a dataset; its files stay. Raises Conflict while a job uses it."""
     with database.write(alone=True) as session:
         row = by_id(session, Dataset, dataset_id)
-        using = session.scalar(select(Job.id).where(Job.dataset == dataset_id, Job.status.in_(UNFINISHED)).limit(1))
+        using = session.scalar(
+            select(Job.id).where(Job.dataset == dataset_id, Job.status.in_(UNFINISHED)).limit(1)
+        )
         if using:
-            raise Conflict(f"dataset {dataset_id!r} is used by the unfinished job {using}", param="id", code="in_use")
+            raise Conflict(
+                f"dataset {dataset_id!r} is used by the unfinished job {using}", param="id", code="in_use"
+            )
         session.delete(row)
     return {"id": dataset_id, "object": "dataset", "deleted": True}

@@ -22,7 +22,9 @@ _bearer = HTTPBearer(auto_error=False, description="The key in DDE_API_KEY.")
 _METADATA = re.compile(r"metadata\[(.+)\]")
 
 
-def require_key(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
+def require_key(
+    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> None:
     """Raises Unauthorized."""
     expected = request.app.state.settings.api_key.get_secret_value()
     if given is None or not hmac.compare_digest(given.credentials.encode(), expected.encode()):
@@ -84,7 +86,11 @@ def takes(model: type[BaseModel]) -> dict[str, Any]:
 
 def metadata_filter(request: Request) -> dict[str, str]:
     """The ``metadata[key]=value`` of the query. Raises BadRequest for text that no metadata can hold."""
-    found = {match[1]: value for name, value in request.query_params.items() if (match := _METADATA.fullmatch(name))}
+    found = {
+        match[1]: value
+        for name, value in request.query_params.items()
+        if (match := _METADATA.fullmatch(name))
+    }
     for key, value in found.items():
         if "\0" in key + value:
             raise BadRequest(f"metadata[{key}]: must not hold a NUL character", param="metadata")

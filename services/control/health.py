@@ -18,7 +18,9 @@ def readiness(database: Database, root: str, launcher: Launcher) -> tuple[bool, 
     """(ready, what each part says)."""
     parts: dict[str, Callable[[], None]] = {
         "database": lambda: _ask(database),
-        "storage": lambda: files.write_bytes(files.join(root, ".writable"), b"the control plane can write here\n"),
+        "storage": lambda: files.write_bytes(
+            files.join(root, ".writable"), b"the control plane can write here\n"
+        ),
         "ray": lambda: launcher.state("readyz") and None,
     }
     problems = {name: _problem(check) for name, check in parts.items()}

@@ -31,7 +31,9 @@ class Once:
     def of(cls, key: str | None, path: str, body: BaseModel) -> Once:
         """Raises BadRequest for a key that cannot be kept."""
         if key is not None and not (0 < len(key) <= 255):
-            raise BadRequest(f"Idempotency-Key: must have 1 to 255 characters, got {len(key)}", param="Idempotency-Key")
+            raise BadRequest(
+                f"Idempotency-Key: must have 1 to 255 characters, got {len(key)}", param="Idempotency-Key"
+            )
         return cls(key, hashlib.sha256(f"{path}\n{body.model_dump_json()}".encode()).hexdigest())
 
     def kept(self, session: Session) -> dict[str, Any] | None:
@@ -51,11 +53,18 @@ class Once:
         """Remember the answer for a day."""
         if self.key:
             session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < time.time() - KEPT_S))
-            session.add(IdempotencyKey(key=self.key, fingerprint=self.fingerprint, answer=answer, created_at=time.time()))
+            session.add(
+                IdempotencyKey(
+                    key=self.key, fingerprint=self.fingerprint, answer=answer, created_at=time.time()
+                )
+            )
 
 
 def create_once(
-    database: Database, once: Once, prepare: Callable[[], Prepared], insert: Callable[[Session, Prepared], dict[str, Any]]
+    database: Database,
+    once: Once,
+    prepare: Callable[[], Prepared],
+    insert: Callable[[Session, Prepared], dict[str, Any]],
 ) -> dict[str, Any]:
     """``prepare`` does the slow checks outside of the transaction, ``insert`` writes and answers, alone, inside it."""
     with database.read() as session:

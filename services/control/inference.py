@@ -51,6 +51,8 @@ async def pass_on(client: httpx.AsyncClient, path: str, raw: bytes, request_id: 
 
 def _in_our_shape(answer: httpx.Response, headers: dict[str, str]) -> Response:
     """An error that Serve's proxy made, not the application: plain text."""
-    error = ServiceError(f"Serve answered {answer.status_code}: {answer.text.strip()[:500]}", code="serve_error")
+    error = ServiceError(
+        f"Serve answered {answer.status_code}: {answer.text.strip()[:500]}", code="serve_error"
+    )
     headers.pop("content-type", None)
     return JSONResponse(error.body(), answer.status_code, headers)

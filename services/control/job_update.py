@@ -31,5 +31,11 @@ class Change:
 
 def fresh(number: int) -> dict[str, Any]:
     """The columns of an attempt that has not begun, of a stage that was not started again."""
-    plain = {"submitted_at": None, "journal_cursor": 0, "stop_asked_at": None, "ended_at": None, "unreachable_at": None}
+    plain = {
+        "submitted_at": None,
+        "journal_cursor": 0,
+        "stop_asked_at": None,
+        "ended_at": None,
+        "unreachable_at": None,
+    }
     return {"attempt": number, "restarts": 0, "restart_step": 0, **plain}

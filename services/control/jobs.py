@@ -52,8 +52,12 @@ def create_alignment(database: Database, once: Once, asked: AlignmentJobCreate) 
         }
         session.add(row)
         session.flush()
-        session.add_all(JobMetadata(job_seq=row.seq, key=key, value=value) for key, value in asked.metadata.items())
-        journal.say(session, job_id, f"created: {asked.objective.method} on {base.name} with dataset {dataset.name}")
+        session.add_all(
+            JobMetadata(job_seq=row.seq, key=key, value=value) for key, value in asked.metadata.items()
+        )
+        journal.say(
+            session, job_id, f"created: {asked.objective.method} on {base.name} with dataset {dataset.name}"
+        )
         for message in _not_read(asked, request):
             journal.say(session, job_id, message, "warning")
         return job_view(row)
@@ -69,7 +73,10 @@ def create_evaluation(database: Database, once: Once, asked: EvaluationCreate) -
         request = asked.model_dump(mode="json") | {"prompts_uri": files.as_uri(asked.prompts_uri)}
         row = _row(new_id("eval"), "evaluation", "queued", request)
         row.model, row.base = model.id, base.id
-        row.inputs = {key: models.record_of(value).model_dump(mode="json") for key, value in (("model", model), ("base", base))}
+        row.inputs = {
+            key: models.record_of(value).model_dump(mode="json")
+            for key, value in (("model", model), ("base", base))
+        }
         session.add(row)
         session.flush()
         journal.say(session, row.id, f"created: {model.name} against {base.name}")
@@ -95,10 +102,14 @@ def credit(database: Database, job_id: str) -> bytes:
         except FileNotFoundError:
             pass
     why = "its model has none" if trained else "it is written when training is done"
-    raise NotFound(f"job {job_id} has no credit record: {why}; the job is {status}", param="id", code="credit_not_found")
+    raise NotFound(
+        f"job {job_id} has no credit record: {why}; the job is {status}", param="id", code="credit_not_found"
+    )
 
 
-def list_checkpoints(database: Database, root: str, job_id: str, after: int | None, limit: int) -> dict[str, Any]:
+def list_checkpoints(
+    database: Database, root: str, job_id: str, after: int | None, limit: int
+) -> dict[str, Any]:
     """What an alignment job's training has stored, of steps beyond ``after``, and what validation measured of it."""
     with database.read() as session:
         by_id(session, Job, job_id, "alignment")
@@ -122,7 +133,12 @@ def _checkpoint(run: str, step: int) -> dict[str, Any] | None:
 
 
 def page(
-    database: Database, kind: str, after: str | None, limit: int, status: str | None, metadata: Mapping[str, str]
+    database: Database,
+    kind: str,
+    after: str | None,
+    limit: int,
+    status: str | None,
+    metadata: Mapping[str, str],
 ) -> dict[str, Any]:
     """Jobs of one kind, newest first, with this status and all of these metadata."""
     query = select(Job).where(Job.kind == kind)
@@ -142,7 +158,9 @@ def cancel(database: Database, kind: str, job_id: str) -> dict[str, Any]:
     now = time.time()
     with database.write() as session:
         by_id(session, Job, job_id, kind)
-        open_jobs = update(Job).where(Job.id == job_id, Job.status.in_(UNFINISHED), Job.cancel_requested_at.is_(None))
+        open_jobs = update(Job).where(
+            Job.id == job_id, Job.status.in_(UNFINISHED), Job.cancel_requested_at.is_(None)
+        )
         if update_one(session, open_jobs.values(cancel_requested_at=now, next_at=now)):
             journal.say(session, job_id, "cancel requested")
         session.expire_all()
@@ -177,7 +195,9 @@ def resume(database: Database, job_id: str) -> dict[str, Any]:
         row = _held(session, job_id)
         if row.status == "failed":
             _refuse_what_is_gone(session, row)
-            row.submitted_at = row.submitted_at or now  # its run may live, and is ended before another one starts
+            row.submitted_at = (
+                row.submitted_at or now
+            )  # its run may live, and is ended before another one starts
             _queue_again(session, row, now - float(row.finished_at or now))
         elif row.pause_requested_at is None or row.cancel_requested_at is not None:
             raise _conflict(row, f"is neither paused nor failed: it is {row.status}")
@@ -210,7 +230,9 @@ def _refuse_what_is_gone(session: Session, row: Job) -> None:
     if row.stage == "encode" and session.scalar(select(Dataset.id).where(Dataset.id == row.dataset)) is None:
         raise _conflict(row, f"cannot go on: its dataset {row.dataset} was deleted", "dataset_not_found")
     if base := _base_of(session, str(row.name)):
-        raise _conflict(row, f"cannot go on: its name {row.name!r} belongs to the base model {base}", "name_taken")
+        raise _conflict(
+            row, f"cannot go on: its name {row.name!r} belongs to the base model {base}", "name_taken"
+        )
 
 
 def _held(session: Session, job_id: str) -> Job:
@@ -247,13 +269,19 @@ def _not_read(asked: AlignmentJobCreate, request: dict[str, Any]) -> Iterator[st
 def _row(job_id: str, kind: str, status: str, request: dict[str, Any]) -> Job:
     now = time.time()
     none = {"results": {}, "stage_seconds": {}, "failures": 0}
-    return Job(id=job_id, kind=kind, status=status, request=request, created_at=now, next_at=now, **none, **fresh(1))
+    return Job(
+        id=job_id, kind=kind, status=status, request=request, created_at=now, next_at=now, **none, **fresh(1)
+    )
 
 
 def _dataset(session: Session, asked: AlignmentJobCreate) -> Dataset:
     row = session.scalar(select(Dataset).where(Dataset.id == asked.dataset)) if is_id(asked.dataset) else None
     if row is None:
-        raise NotFound(f"dataset: dataset {show(asked.dataset)} does not exist", param="dataset", code="dataset_not_found")
+        raise NotFound(
+            f"dataset: dataset {show(asked.dataset)} does not exist",
+            param="dataset",
+            code="dataset_not_found",
+        )
     checks.check_dataset(row, asked)
     return row
 
@@ -262,7 +290,9 @@ def _refuse_base_name(session: Session, name: str) -> None:
     if is_id(name):
         raise BadRequest(f"name: must not have the form of an id, got {name!r}", param="name")
     if base := _base_of(session, name):
-        raise BadRequest(f"name: belongs to the base model {base}, got {name!r}", param="name", code="name_taken")
+        raise BadRequest(
+            f"name: belongs to the base model {base}, got {name!r}", param="name", code="name_taken"
+        )
 
 
 def _base_of(session: Session, name: str) -> str | None:

@@ -31,7 +31,8 @@ def record(session: Session, job: Job, entries: Sequence[JournalEvent]) -> None:
     """Add a journal's entries. Numbers of a step that was recorded before (a resumed training) are laid over the old."""
     said = [entry for entry in entries if entry.message is not None]
     session.add_all(
-        Event(job=job.id, created_at=entry.at, level=entry.level, message=printable(str(entry.message))) for entry in said
+        Event(job=job.id, created_at=entry.at, level=entry.level, message=printable(str(entry.message)))
+        for entry in said
     )
     measured = [entry for entry in entries if entry.metrics is not None and entry.step is not None]
     rows = _metric_rows(session, job, sorted({int(entry.step or 0) for entry in measured}))
@@ -44,7 +45,9 @@ def _metric_rows(session: Session, job: Job, steps: list[int]) -> dict[int, Metr
     """The rows of these steps, made where they are not there."""
     if not steps:
         return {}
-    query = select(Metric).where(Metric.job == job.id, Metric.stage == job.stage, Metric.step.between(steps[0], steps[-1]))
+    query = select(Metric).where(
+        Metric.job == job.id, Metric.stage == job.stage, Metric.step.between(steps[0], steps[-1])
+    )
     rows = {row.step: row for row in session.scalars(query)}
     for step in steps:
         if step not in rows:
@@ -73,7 +76,9 @@ def list_events(database: Database, kind: str, job_id: str, after: str | None, l
     return listed([event_view(row) for row in rows], limit)
 
 
-def list_metrics(database: Database, job_id: str, stage: Stage | None, after: int | None, limit: int) -> dict[str, Any]:
+def list_metrics(
+    database: Database, job_id: str, stage: Stage | None, after: int | None, limit: int
+) -> dict[str, Any]:
     """A job's metrics in order of time, of steps beyond ``after``, of every stage or one."""
     query = select(Metric).where(Metric.job == job_id).order_by(Metric.seq).limit(limit + 1)
     if stage is not None:
@@ -94,7 +99,9 @@ def nothing_left(database: Database, job_id: str, after: str | None) -> bool:
         return after is not None and job.status not in UNFINISHED and not _events(session, job_id, number, 1)
 
 
-async def stream_events(database: Database, job_id: str, after: str | None, poll_s: float) -> AsyncIterator[str]:
+async def stream_events(
+    database: Database, job_id: str, after: str | None, poll_s: float
+) -> AsyncIterator[str]:
     """The job's events as server-sent events, old ones first, until the job has ended."""
     number, quiet_since = _event_number(after), time.monotonic()
     while True:
@@ -120,7 +127,11 @@ def _next_events(database: Database, job_id: str, after: int) -> tuple[list[Even
 
 
 def _events(session: Session, job_id: str, after: int, limit: int) -> list[Event]:
-    return list(session.scalars(select(Event).where(Event.job == job_id, Event.seq > after).order_by(Event.seq).limit(limit)))
+    return list(
+        session.scalars(
+            select(Event).where(Event.job == job_id, Event.seq > after).order_by(Event.seq).limit(limit)
+        )
+    )
 
 
 def _event_number(event_id: str | None) -> int:

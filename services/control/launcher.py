@@ -41,7 +41,10 @@ class RayJobsLauncher:
     def submit(self, submission_id: str, entrypoint: str, metadata: dict[str, str]) -> None:
         try:
             self._call("submit_job", entrypoint=entrypoint, submission_id=submission_id, metadata=metadata)
-        except (RuntimeError, Unavailable) as error:  # a duplicate comes back as a server error: what is there decides
+        except (
+            RuntimeError,
+            Unavailable,
+        ) as error:  # a duplicate comes back as a server error: what is there decides
             if self.state(submission_id) == "unknown":
                 raise Unavailable(f"Ray at {self._url} did not take {submission_id}: {error}") from error
 

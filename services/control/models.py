@@ -68,7 +68,9 @@ def find(session: Session, name_or_id: str, param: str) -> Model:
     known = Model.id == name_or_id if is_id(name_or_id) else (Model.name == name_or_id) & Model.current
     row = session.scalar(select(Model).where(known)) if "\0" not in name_or_id else None
     if row is None:
-        raise NotFound(f"{param}: model {show(name_or_id)} does not exist", param=param, code="model_not_found")
+        raise NotFound(
+            f"{param}: model {show(name_or_id)} does not exist", param=param, code="model_not_found"
+        )
     return row
 
 
@@ -99,10 +101,16 @@ def delete(database: Database, root: str, model_id: str) -> dict[str, Any]:
         uses = or_(Job.model == model_id, Job.base == model_id, Job.output_model == model_id)
         using = session.scalar(select(Job.id).where(uses, Job.status.in_(UNFINISHED)).limit(1))
         if using:
-            raise Conflict(f"model {model_id!r} is used by the unfinished job {using}", param="id", code="in_use")
-        adapters = session.scalar(select(Model.id).where(Model.base == model_id, Model.adapter_of.is_not(None)).limit(1))
+            raise Conflict(
+                f"model {model_id!r} is used by the unfinished job {using}", param="id", code="in_use"
+            )
+        adapters = session.scalar(
+            select(Model.id).where(Model.base == model_id, Model.adapter_of.is_not(None)).limit(1)
+        )
         if adapters:
-            raise Conflict(f"model {model_id!r} is what the adapters {adapters} work on", param="id", code="in_use")
+            raise Conflict(
+                f"model {model_id!r} is what the adapters {adapters} work on", param="id", code="in_use"
+            )
         session.delete(row)
         session.flush()
         models.retract(root, record_of(row))

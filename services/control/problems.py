@@ -34,7 +34,9 @@ def from_validation(errors: Sequence[Any]) -> BadRequest:
         path, message, value = [*path, cause.field], cause.reason, cause.value
     code = _CODES.get(first["type"], "invalid_value")
     if code == "invalid_json":
-        return BadRequest(f"the request body is not JSON: {message.removeprefix('Invalid JSON: ')}", code=code)
+        return BadRequest(
+            f"the request body is not JSON: {message.removeprefix('Invalid JSON: ')}", code=code
+        )
     param = ".".join(path) or None
     got = "" if first["type"] == "missing" else f", got {show(value)}"
     return BadRequest(f"{param or 'the request body'}: {message}{got}", param=param, code=code)
@@ -65,7 +67,9 @@ def _service_error(_: Request, error: Exception) -> JSONResponse:
 def _parameters(request: Request, error: Exception) -> JSONResponse:
     """Query and path parameters: the place where they stood is no part of their name."""
     assert isinstance(error, RequestValidationError)
-    found = [{**each, "loc": [part for part in each["loc"] if part not in _PLACES]} for each in error.errors()]
+    found = [
+        {**each, "loc": [part for part in each["loc"] if part not in _PLACES]} for each in error.errors()
+    ]
     return _service_error(request, from_validation(found))
 
 

@@ -39,11 +39,17 @@ class Reconciler:
     """Background threads. ``once`` is all that each does; tests call that. A slow job holds up one thread only."""
 
     def __init__(
-        self, database: Database, settings: Settings, launcher: Launcher, clock: Callable[[], float] = time.time
+        self,
+        database: Database,
+        settings: Settings,
+        launcher: Launcher,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._database, self._settings, self._launcher, self._clock = database, settings, launcher, clock
         self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._run, name=f"reconciler-{i}", daemon=True) for i in range(THREADS)]
+        self._threads = [
+            threading.Thread(target=self._run, name=f"reconciler-{i}", daemon=True) for i in range(THREADS)
+        ]
 
     def start(self) -> None:
         """Begin."""

@@ -79,7 +79,9 @@ class Watch:
         uri = self.job.inputs["dataset"]["uri"]
         if not files.exists(uri):
             message = f"the files of dataset {self.job.dataset} are gone: {uri}"
-            return self._fail(change, StageFailure(message=message, code="dataset_not_found", param="dataset"))
+            return self._fail(
+                change, StageFailure(message=message, code="dataset_not_found", param="dataset")
+            )
         self._move(change, "queued", "the job is valid")
         change.again = True
 
@@ -94,7 +96,11 @@ class Watch:
             change.say(self.now, f"stage {stage}")
         else:
             self._move(change, status, f"stage {stage}")
-        change.values |= {"stage": stage, "stage_started_at": self.now, "started_at": self.job.started_at or self.now}
+        change.values |= {
+            "stage": stage,
+            "stage_started_at": self.now,
+            "started_at": self.job.started_at or self.now,
+        }
         change.values |= fresh(1)
 
     def _go_on(self, change: Change) -> None:
@@ -115,7 +121,10 @@ class Watch:
     def _has_result(self) -> bool:
         """Whether the last attempt was done after all, when nobody looked after it any more."""
         try:
-            return RESULTS[self.job.stage].model_validate_json(self.attempt.marker("done.json") or b"") is not None  # type: ignore[index]
+            return (
+                RESULTS[self.job.stage].model_validate_json(self.attempt.marker("done.json") or b"")
+                is not None
+            )  # type: ignore[index]
         except ValidationError:
             return False
 
@@ -137,7 +146,9 @@ class Watch:
         files.write_json(files.join(self.attempt.prefix, "spec.json"), spec)
         submission = self.attempt.submission
         try:
-            self.launcher.submit(submission, stages.entrypoint(job, root), {"job": job.id, "stage": str(job.stage)})
+            self.launcher.submit(
+                submission, stages.entrypoint(job, root), {"job": job.id, "stage": str(job.stage)}
+            )
         except Unavailable as error:
             return self._unreachable(change, error)
         change.values |= {"submitted_at": self.now, "unreachable_at": None}
@@ -145,7 +156,11 @@ class Watch:
 
     def _follow(self, change: Change) -> None:
         """Markers are looked for before the journal is read: a stage writes its marker after its last journal file."""
-        done, failure, stopped = self.attempt.marker("done.json"), self.attempt.failure(), self.attempt.stopped()
+        done, failure, stopped = (
+            self.attempt.marker("done.json"),
+            self.attempt.failure(),
+            self.attempt.stopped(),
+        )
         self._read_journal(change)
         if change.again:
             return
@@ -156,7 +171,9 @@ class Watch:
         elif self.job.pause_requested_at is not None:
             self._pause(change, has_ended=failure is not None or stopped is not None)
         elif stopped is not None:
-            why = StageFailure(message=f"the stage was stopped after step {stopped.step} ({stopped.why})", code="stopped")
+            why = StageFailure(
+                message=f"the stage was stopped after step {stopped.step} ({stopped.why})", code="stopped"
+            )
             self._start_again(change, why, at_once=True)
         elif failure is not None:
             self._start_again(change, failure)
@@ -173,7 +190,10 @@ class Watch:
         dumped = self._result(change, result)
         change.values |= {
             "results": {**self.job.results, stage: dumped},
-            "stage_seconds": {**self.job.stage_seconds, stage: round(self.now - (self.job.stage_started_at or self.now), 3)},
+            "stage_seconds": {
+                **self.job.stage_seconds,
+                stage: round(self.now - (self.job.stage_started_at or self.now), 3),
+            },
         }
         change.say(self.now, f"stage {stage} done")
         self._enter(change, transitions.next_stage(self.job.kind, stage, self.job.request))
@@ -226,14 +246,23 @@ class Watch:
             self._show_log(change, "error" if last else "warning")
         if last:
             return self._fail(change, why)
-        change.say(self.now, f"stage {job.stage} starts again as attempt {job.attempt + 1}: {why.message}", "warning")
-        change.values |= fresh(job.attempt + 1) | {"restarts": restarts, "restart_step": max(step, job.restart_step)}
+        change.say(
+            self.now, f"stage {job.stage} starts again as attempt {job.attempt + 1}: {why.message}", "warning"
+        )
+        change.values |= fresh(job.attempt + 1) | {
+            "restarts": restarts,
+            "restart_step": max(step, job.restart_step),
+        }
         change.again = at_once
         change.pause_s = min(LONGEST_PAUSE_S, self.settings.poll_interval_s * 2**restarts)
 
     def _show_log(self, change: Change, level: str) -> None:
         try:
-            change.say(self.now, self.launcher.log_tail(self.attempt.submission) or "the driver's log is empty", level)
+            change.say(
+                self.now,
+                self.launcher.log_tail(self.attempt.submission) or "the driver's log is empty",
+                level,
+            )
         except Unavailable as error:
             change.say(self.now, f"the driver's log cannot be had: {error}", "warning")
 
@@ -286,7 +315,9 @@ class Watch:
         change.values["ended_at"] = since
         if self.job.ended_at is None:
             waited = f"{self.now - float(self.job.stop_asked_at or since):.0f} s after it was asked to"
-            message = f"stage {self.job.stage} has not stopped {waited}, and is ended: what it stored last stands"
+            message = (
+                f"stage {self.job.stage} has not stopped {waited}, and is ended: what it stored last stands"
+            )
             change.say(self.now, message, "warning")
         return self._is_over(change, since)
 
@@ -298,7 +329,9 @@ class Watch:
     def _cancel(self, change: Change) -> None:
         """Stop the run and end once Ray says that it is over, or when Ray was given long enough to say so."""
         if self._may_run:
-            is_over = self._is_over(change, float(self.job.cancel_requested_at or 0))  # first: its workers are wanted
+            is_over = self._is_over(
+                change, float(self.job.cancel_requested_at or 0)
+            )  # first: its workers are wanted
             if not is_over:
                 self.attempt.ask_to_stop()  # Ray may not answer: training reads it in storage, too
             self._read_journal(change)

@@ -45,7 +45,9 @@ def spec(job: Job, settings: Settings) -> StageSpec:
 
 def aligned_record(job: Job, record: ModelRecord) -> ModelRecord:
     """The record of what training made, under the id and name that the job was given."""
-    return record.model_copy(update={"id": job.output_model, "name": job.name, "base": job.model, "job": job.id})
+    return record.model_copy(
+        update={"id": job.output_model, "name": job.name, "base": job.model, "job": job.id}
+    )
 
 
 def _asked(job: Job) -> AlignmentJobCreate:
@@ -98,7 +100,11 @@ def _train(job: Job, settings: Settings, frame: dict[str, Any]) -> TrainSpec:
 
 def _evaluate(job: Job, settings: Settings, frame: dict[str, Any]) -> EvaluateSpec:
     if job.kind == "alignment":
-        candidate, base, evaluation = job.results["train"]["model"], job.inputs["model"], job.request["evaluation"]
+        candidate, base, evaluation = (
+            job.results["train"]["model"],
+            job.inputs["model"],
+            job.request["evaluation"],
+        )
     else:
         candidate, base = job.inputs["model"], job.inputs["base"]
         evaluation = {name: job.request[name] for name in EvaluationConfig.model_fields}

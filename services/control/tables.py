@@ -128,7 +128,11 @@ class Job(Resource):
     lock_token: Mapped[str | None] = mapped_column(String(32))
     lock_expires_at: Mapped[float | None]
 
-    __table_args__ = (Index(None, "kind", "seq"), Index(None, "kind", "status", "seq"), Index(None, "status", "next_at"))
+    __table_args__ = (
+        Index(None, "kind", "seq"),
+        Index(None, "kind", "status", "seq"),
+        Index(None, "status", "next_at"),
+    )
 
 
 class JobMetadata(Base):

@@ -41,9 +41,15 @@ class Telemetry:
         self._registry = CollectorRegistry()
         self._registry.register(JobCounts(database))
         labels = ("method", "route")
-        self._requests = Counter("dde_http_requests", "Requests answered.", (*labels, "status"), registry=self._registry)
+        self._requests = Counter(
+            "dde_http_requests", "Requests answered.", (*labels, "status"), registry=self._registry
+        )
         self._seconds = Histogram(
-            "dde_http_request_seconds", "Time to the last byte.", labels, buckets=BUCKETS_S, registry=self._registry
+            "dde_http_request_seconds",
+            "Time to the last byte.",
+            labels,
+            buckets=BUCKETS_S,
+            registry=self._registry,
         )
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:

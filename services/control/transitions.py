@@ -25,7 +25,10 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
 ENDED: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 """Nothing moves a job on from these but a request: a failed one may be resumed."""
 UNFINISHED: tuple[JobStatus, ...] = tuple(status for status in TRANSITIONS if status not in ENDED)
-STAGES: dict[str, tuple[Stage, ...]] = {"alignment": ("encode", "ledger", "train", "evaluate"), "evaluation": ("evaluate",)}
+STAGES: dict[str, tuple[Stage, ...]] = {
+    "alignment": ("encode", "ledger", "train", "evaluate"),
+    "evaluation": ("evaluate",),
+}
 STAGE_STATUS: dict[Stage, JobStatus] = {
     "encode": "preparing",
     "ledger": "preparing",

@@ -251,7 +251,13 @@ def event_view(row: Event) -> dict[str, Any]:
 
 
 def metric_view(row: Metric) -> dict[str, Any]:
-    return {"object": "alignment.job.metrics", "stage": row.stage, "step": row.step, "at": row.at, "metrics": row.values}
+    return {
+        "object": "alignment.job.metrics",
+        "stage": row.stage,
+        "step": row.step,
+        "at": row.at,
+        "metrics": row.values,
+    }
 
 
 def checkpoint_view(record: CheckpointRecord, uri: str, validation: dict[str, Any] | None) -> dict[str, Any]:

@@ -24,7 +24,9 @@ SIDES = ("base", "candidate")
 
 def compare(spec: EvaluateSpec, prompts: list[str]) -> Iterator[dict[str, np.ndarray]]:
     """Stream chunks of {"index", "prompt", "base", "candidate" (pictures), "base_match", ...} in any order."""
-    rows = [{"index": i, "prompt": prompt, "seed": spec.evaluation.seed + i} for i, prompt in enumerate(prompts)]
+    rows = [
+        {"index": i, "prompt": prompt, "seed": spec.evaluation.seed + i} for i, prompt in enumerate(prompts)
+    ]
     chunks = [{"rows": rows[i : i + PROMPTS_PER_CHUNK]} for i in range(0, len(rows), PROMPTS_PER_CHUNK)]
     drawn = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
         Comparer,
@@ -51,7 +53,10 @@ class Comparer:
     def __call__(self, chunk: dict[str, np.ndarray]) -> dict[str, Any]:
         rows = [row for rows in chunk["rows"] for row in rows]
         prompts, seeds = [row["prompt"] for row in rows], [int(row["seed"]) for row in rows]
-        result: dict[str, Any] = {"index": np.array([row["index"] for row in rows]), "prompt": np.array(prompts)}
+        result: dict[str, Any] = {
+            "index": np.array([row["index"] for row in rows]),
+            "prompt": np.array(prompts),
+        }
         for side, model in self._models.items():
             pictures = model(prompts, seeds, self._evaluation.sample)
             scores = score(pictures, prompts) if self._evaluation.scorers else {}

@@ -25,7 +25,10 @@ def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
     journal.event(f"{len(prompts)} prompts from {spec.base.name} and {spec.candidate.name}")
     rows: dict[int, dict] = {}
     for chunk in compare(spec, prompts):
-        rows |= {int(index): {name: values[i] for name, values in chunk.items()} for i, index in enumerate(chunk["index"])}
+        rows |= {
+            int(index): {name: values[i] for name, values in chunk.items()}
+            for i, index in enumerate(chunk["index"])
+        }
         done = {"pictures": len(SIDES) * len(rows), "pictures_total": len(SIDES) * len(prompts)}
         journal.metrics(len(rows), {**done, "pictures_per_s": done["pictures"] / (time.monotonic() - began)})
 
@@ -38,7 +41,11 @@ def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
     files.write_bytes(grid_uri, draw_grid([row["prompt"] for row in shown], pictures))
     files.write_json(report_uri, _report(spec, ordered, scores))
     return EvaluateResult(
-        report=report_uri, grid=grid_uri, num_prompts=len(prompts), scores=scores, seconds=time.monotonic() - began
+        report=report_uri,
+        grid=grid_uri,
+        num_prompts=len(prompts),
+        scores=scores,
+        seconds=time.monotonic() - began,
     )
 
 
@@ -66,5 +73,8 @@ def _report(spec: EvaluateSpec, rows: list[dict], scores: dict[Scorer, ScorerRep
         "evaluation": spec.evaluation.model_dump(mode="json"),
         "conventions": "sampler DDIM, eta 0; seed of prompt i is seed + i; ties count half; beat ratio: Wilson 95%",
         "scores": {name: report.model_dump() for name, report in scores.items()},
-        "prompts": [{"prompt": str(row["prompt"]), **{column: float(row[column]) for column in columns}} for row in rows],
+        "prompts": [
+            {"prompt": str(row["prompt"]), **{column: float(row[column]) for column in columns}}
+            for row in rows
+        ],
     }

@@ -35,11 +35,18 @@ def commit(row: dict[str, Any], folder: str) -> dict[str, Any]:
         "crop": [crop for *_, crop in about],
         "latents": np.frombuffer(row["latents"], np.float16),
     }
-    pair, latents = pa.list_(pa.int32(), 2), pa.list_(pa.float16(), max(1, len(columns["latents"]) // max(1, len(about))))
+    pair, latents = (
+        pa.list_(pa.int32(), 2),
+        pa.list_(pa.float16(), max(1, len(columns["latents"]) // max(1, len(about)))),
+    )
     kinds = {"uid": pa.string(), "sha256": pa.binary(32), "size": pair, "crop": pair, "latents": latents}
     sink = pa.BufferOutputStream()
     pq.write_table(
-        shard_table(columns, pa.schema(kinds)), sink, compression="none", use_dictionary=False, write_statistics=False
+        shard_table(columns, pa.schema(kinds)),
+        sink,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
     )
     files.write_bytes(files.join(folder, BLOCKS, f"{row['block']:08d}.parquet"), sink.getvalue().to_pybytes())
     return {"block": row["block"], "images": len(about), "bad": row["bad"]}
@@ -58,22 +65,32 @@ def bad_pictures(folder: str, blocks: set[int]) -> Iterator[tuple[int, str]]:
     """(block, JSON as ``commit`` got it) of those of these blocks that have any."""
     names = {number: name for number, name in _numbered(folder, BAD).items() if number in blocks}
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        contents = pool.map(lambda name: files.read_bytes(files.join(folder, BAD, name)).decode(), names.values())
+        contents = pool.map(
+            lambda name: files.read_bytes(files.join(folder, BAD, name)).decode(), names.values()
+        )
         yield from zip(names, contents, strict=True)
 
 
 def _numbered(folder: str, kind: str) -> dict[int, str]:
     names = files.list_files(files.join(folder, kind))
-    return {int(found[1]): name for name in names if (found := re.fullmatch(r"(\d{8,})\.(parquet|json)", name))}
+    return {
+        int(found[1]): name for name in names if (found := re.fullmatch(r"(\d{8,})\.(parquet|json)", name))
+    }
 
 
 def read_block(folder: str, number: int, uids: set[str]) -> dict[str, dict[str, Any]]:
     """The committed pictures of a block that are asked for, by uid: ``latents`` float16 [n], ``sha256``, ``size``, ``crop``."""
-    table = pq.read_table(pa.BufferReader(files.read_bytes(files.join(folder, BLOCKS, f"{number:08d}.parquet"))))
+    table = pq.read_table(
+        pa.BufferReader(files.read_bytes(files.join(folder, BLOCKS, f"{number:08d}.parquet")))
+    )
     places = [place for place, uid in enumerate(table["uid"].to_pylist()) if uid in uids]
-    latents = table["latents"].combine_chunks().flatten().to_numpy().reshape(len(table), -1) if len(table) else []
+    latents = (
+        table["latents"].combine_chunks().flatten().to_numpy().reshape(len(table), -1) if len(table) else []
+    )
     rows = table.drop_columns(["latents"]).take(pa.array(places, pa.int64())).to_pylist()
-    return {row["uid"]: {**row, "latents": latents[place].copy()} for place, row in zip(places, rows, strict=True)}
+    return {
+        row["uid"]: {**row, "latents": latents[place].copy()} for place, row in zip(places, rows, strict=True)
+    }
 
 
 def clear(folder: str) -> None:

@@ -51,7 +51,9 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
     else:
         try:
             made = _encode_new(spec, journal, source, folder, settings, encoder_digest, target)
-            if (manifest := _find(target)) is None:  # else another run was faster, and its shards may be in use
+            if (
+                manifest := _find(target)
+            ) is None:  # else another run was faster, and its shards may be in use
                 files.write_bytes(files.join(target, MANIFEST), made.to_json())
                 manifest = made
         except Exception:
@@ -125,7 +127,9 @@ def _encode_new(
 
 def _tell(quarantine: Quarantine, source: Source, target: str, journal: Journal) -> None:
     if written := quarantine.write(source, target):
-        journal.event(f"{quarantine.num_rows} rows are quarantined, see {written}: {quarantine.by_cause}", "warning")
+        journal.event(
+            f"{quarantine.num_rows} rows are quarantined, see {written}: {quarantine.by_cause}", "warning"
+        )
 
 
 def _plan(spec: EncodeSpec, source: Source, size: int) -> Plan:
@@ -135,14 +139,22 @@ def _plan(spec: EncodeSpec, source: Source, size: int) -> Plan:
     for unit in source.units():
         planner.add(unit, summary.over(source.rows(unit)))
     if (found := summary.digest()) != spec.source_digest:
-        message = f"dataset {spec.source.uri!r} has changed: digest {found}, registered as {spec.source_digest}"
+        message = (
+            f"dataset {spec.source.uri!r} has changed: digest {found}, registered as {spec.source_digest}"
+        )
         message += " (by an earlier version perhaps: register it again)"
         raise BadRequest(message, param="dataset", code="dataset_changed")
     return planner.plan()
 
 
 def _encode_pictures(
-    spec: EncodeSpec, journal: Journal, source: Source, plan: Plan, quarantine: Quarantine, settings: dict, target: str
+    spec: EncodeSpec,
+    journal: Journal,
+    source: Source,
+    plan: Plan,
+    quarantine: Quarantine,
+    settings: dict,
+    target: str,
 ) -> None:
     done = committed.committed_blocks(target)
     for block, bad in committed.bad_pictures(target, done):
@@ -168,10 +180,14 @@ def _join(
     for number, blocks in enumerate(plan.shards(pairs_per_shard)):
         slots = slice(blocks[0].slots.start, blocks[-1].slots.stop)
         stretches = tuple((plan.units[block.unit], block.start, block.stop) for block in blocks)
-        work.append(ShardWork(number, stretches, plan.homes[slots].tobytes(), quarantine.of_slots(slots).tobytes()))
+        work.append(
+            ShardWork(number, stretches, plan.homes[slots].tobytes(), quarantine.of_slots(slots).tobytes())
+        )
     shards: dict[int, Shard] = {}
     pairs: list[bytes] = []
-    for row in join_shards(work, spec.actors, source=source, folder=target, model=spec.model, latent_shape=latent_shape):
+    for row in join_shards(
+        work, spec.actors, source=source, folder=target, model=spec.model, latent_shape=latent_shape
+    ):
         if row["rows"]:
             shards[row["number"]] = Shard(name=row["name"], rows=row["rows"], sha256=row["sha256"])
             pairs += [row["pairs"][start : start + 32] for start in range(0, len(row["pairs"]), 32)]

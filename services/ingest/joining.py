@@ -36,7 +36,11 @@ class ShardWork:
 
 
 def join_shard(
-    row: dict[str, ShardWork], source: Source, folder: str, model: ModelRecord, latent_shape: tuple[int, int, int]
+    row: dict[str, ShardWork],
+    source: Source,
+    folder: str,
+    model: ModelRecord,
+    latent_shape: tuple[int, int, int],
 ) -> dict[str, Any]:
     """Write one shard beside the blocks. Makes ``number``, ``name``, ``rows``, ``sha256`` and ``pairs`` (digests of its pairs).
 
@@ -44,7 +48,9 @@ def join_shard(
     Raises DataError for a picture that should be in a block and is not.
     """
     work = row["work"]
-    rows = [each for unit, start, stop in work.stretches for each in source.rows(unit, start=start, stop=stop)]
+    rows = [
+        each for unit, start, stop in work.stretches for each in source.rows(unit, start=start, stop=stop)
+    ]
     decided = [each for each in rows if each.kind == "decided"]
     pictures = _pictures(folder, decided, np.frombuffer(work.homes, np.int32), work.bad)
     pairs = [pair for pair in _pairs(decided) if pair[1] in pictures and pair[2] in pictures]
@@ -53,18 +59,34 @@ def join_shard(
     tokenizers = _tokenizers(fetch(model)[0], model.family)
     schema = shard_schema(latent_shape, len(tokenizers), tokenizers[0].model_max_length)
     table = shard_table(_columns(pairs, pictures, tokenizers), schema)
-    shard = write_shard(work.number, table, lambda name, data: files.write_bytes(files.join(folder, name), data))
+    shard = write_shard(
+        work.number, table, lambda name, data: files.write_bytes(files.join(folder, name), data)
+    )
     digests = [
-        pair_digest(preference.pair_id, pictures[winner]["sha256"], pictures[loser]["sha256"], preference.label, caption)
+        pair_digest(
+            preference.pair_id,
+            pictures[winner]["sha256"],
+            pictures[loser]["sha256"],
+            preference.label,
+            caption,
+        )
         for preference, winner, loser, caption in pairs
     ]
-    return {"number": work.number, "name": shard.name, "rows": shard.rows, "sha256": shard.sha256, "pairs": b"".join(digests)}
+    return {
+        "number": work.number,
+        "name": shard.name,
+        "rows": shard.rows,
+        "sha256": shard.sha256,
+        "pairs": b"".join(digests),
+    }
 
 
 def _pictures(folder: str, decided: list[Row], homes: np.ndarray, bad: bytes) -> dict[str, dict[str, Any]]:
     """The rows' pictures by uid, read block by block, without the bad ones."""
     wanted: dict[int, set[str]] = {}
-    for uid, home, is_bad in zip((uid for row in decided for uid in row.uids), homes.tolist(), bad, strict=True):
+    for uid, home, is_bad in zip(
+        (uid for row in decided for uid in row.uids), homes.tolist(), bad, strict=True
+    ):
         if not is_bad:
             wanted.setdefault(home, set()).add(uid)
     found: dict[str, dict[str, Any]] = {}
@@ -87,7 +109,9 @@ def _pairs(decided: list[Row]) -> Iterator[Pair]:
             yield each, row.uids[each.winner], row.uids[each.loser], row.caption
 
 
-def _columns(pairs: list[Pair], pictures: dict[str, dict[str, Any]], tokenizers: list[CLIPTokenizer]) -> dict[str, Any]:
+def _columns(
+    pairs: list[Pair], pictures: dict[str, dict[str, Any]], tokenizers: list[CLIPTokenizer]
+) -> dict[str, Any]:
     token_ids = tokenize(tokenizers, [caption for *_, caption in pairs])
     columns: dict[str, Any] = {
         "pair_id": [preference.pair_id for preference, *_ in pairs],
@@ -96,7 +120,10 @@ def _columns(pairs: list[Pair], pictures: dict[str, dict[str, Any]], tokenizers:
     columns |= {name: token_ids[:, k] for k, name in enumerate(token_columns(len(tokenizers)))}
     for side, uids in (("w", [uid for _, uid, _, _ in pairs]), ("l", [uid for _, _, uid, _ in pairs])):
         columns[f"uid_{side}"] = uids
-        columns |= {f"{name}_{side}": np.stack([pictures[uid][name] for uid in uids]) for name in ("latents", "size", "crop")}
+        columns |= {
+            f"{name}_{side}": np.stack([pictures[uid][name] for uid in uids])
+            for name in ("latents", "size", "crop")
+        }
     return columns
 
 

@@ -54,7 +54,9 @@ def ledger(spec: LedgerSpec, journal: Journal) -> LedgerResult:
     models.check_digests(spec.model)
     asked = ledgers.needed(spec)
     if asked.draws > MAX_DRAWS:
-        raise ConfigError("training.draws", asked.draws, f"(one for each epoch where it is 0) must be at most {MAX_DRAWS}")
+        raise ConfigError(
+            "training.draws", asked.draws, f"(one for each epoch where it is 0) must be at most {MAX_DRAWS}"
+        )
     found, reused = ledgers.find(asked), True
     if found is None:
         key, objective = asked.choices[0]
@@ -72,21 +74,27 @@ def ledger(spec: LedgerSpec, journal: Journal) -> LedgerResult:
     )
 
 
-def _write(spec: LedgerSpec, journal: Journal, key: LedgerKey, objective: ObjectiveConfig, draws: int) -> None:
+def _write(
+    spec: LedgerSpec, journal: Journal, key: LedgerKey, objective: ObjectiveConfig, draws: int
+) -> None:
     """Compute what is not there, then write the record of all that is."""
     began, folder = time.monotonic(), ledgers.folder_of(spec.dataset, key)
     manifest = Manifest.from_json(files.read_bytes(files.join(spec.dataset, MANIFEST)))
     rows = tuple(shard.rows for shard in manifest.shards)
     there = committed(files.list_files(folder))
     missing = [{"shard": s, "draw": n} for s in range(len(rows)) for n in range(draws) if (s, n) not in there]
-    journal.event(f"reference ledger {key.name}: {draws} draws of {sum(rows)} pairs, {len(missing)} files to write")
+    journal.event(
+        f"reference ledger {key.name}: {draws} draws of {sum(rows)} pairs, {len(missing)} files to write"
+    )
     progress, samples = Progress(journal, sum(rows[unit["shard"]] for unit in missing)), []
     for done in compute(missing, spec, objective, folder):
         progress.add(done["pairs"])
         samples.append(np.array([done["t"], done["margin"]]))
     noise = _noise(samples, ModelFolder(*models.fetch(spec.model)))
     ledger_files = files_of(committed(files.list_files(folder)), len(rows))
-    record = LedgerRecord(key=key, rows=rows, files=ledger_files, noise=noise, seconds=time.monotonic() - began)
+    record = LedgerRecord(
+        key=key, rows=rows, files=ledger_files, noise=noise, seconds=time.monotonic() - began
+    )
     files.write_bytes(files.join(folder, record.name), record.to_json())
     if noise:
         journal.event(f"rounding moves the logit of the reference against itself: {in_words(noise)}")
@@ -97,10 +105,14 @@ def _noise(samples: list[np.ndarray], folder: ModelFolder) -> dict[str, float]:
     if not samples:
         return {}
     (t, margin), schedule = np.concatenate(samples, axis=1), folder.schedule()
-    return logit_deviation(t, margin, schedule.snr[torch.from_numpy(t).long()], ObjectiveConfig().beta, schedule.T)
+    return logit_deviation(
+        t, margin, schedule.snr[torch.from_numpy(t).long()], ObjectiveConfig().beta, schedule.T
+    )
 
 
-def compute(units: list[Unit], spec: LedgerSpec, objective: ObjectiveConfig, folder: str) -> Iterator[dict[str, Any]]:
+def compute(
+    units: list[Unit], spec: LedgerSpec, objective: ObjectiveConfig, folder: str
+) -> Iterator[dict[str, Any]]:
     """Write the units' files. Yields {pairs, t, margin} as they come, in any order: see ``ReferencePass``."""
     if not units:
         return
@@ -121,7 +133,10 @@ class ReferencePass:
 
     def __init__(self, spec: LedgerSpec, objective: ObjectiveConfig, folder: str) -> None:
         use_repeatable_kernels()
-        device, model = torch.device("cuda" if spec.use_gpu else "cpu"), ModelFolder(*models.fetch(spec.model))
+        device, model = (
+            torch.device("cuda" if spec.use_gpu else "cpu"),
+            ModelFolder(*models.fetch(spec.model)),
+        )
         arithmetic = TrainConfig(precision=spec.training.precision, compile=spec.training.compile)
         self._frozen = Policy(model, arithmetic, device)
         self._schedule, self._reader = model.schedule(), LatentReader(*files.resolve(spec.dataset))

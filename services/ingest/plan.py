@@ -125,7 +125,9 @@ class Planner:
                 start, first_slot, pairs = number, self._num_slots, 0
             self._count(row)
             if slots:
-                self._keys += b"".join(blake2b(uid.encode(), digest_size=KEY_BYTES).digest() for uid in row.uids)
+                self._keys += b"".join(
+                    blake2b(uid.encode(), digest_size=KEY_BYTES).digest() for uid in row.uids
+                )
                 self._row_slots.append(slots)
                 pairs += len(row.preferences)
         if number >= start:
@@ -137,7 +139,8 @@ class Planner:
         keys = np.frombuffer(bytes(self._keys), np.uint64).reshape(-1, 2)
         images, first_slot = _numbered(keys)
         block_of_slot = np.repeat(
-            np.arange(len(self._blocks), dtype=np.int32), [each.slots.stop - each.slots.start for each in self._blocks]
+            np.arange(len(self._blocks), dtype=np.int32),
+            [each.slots.stop - each.slots.start for each in self._blocks],
         )
         first = np.zeros(len(keys), bool)
         first[first_slot] = True

@@ -14,9 +14,13 @@ class Progress:
     def __init__(self, plan: Plan, quarantine: Quarantine, journal: Journal, done: set[int]) -> None:
         self._plan, self._quarantine, self._journal = plan, quarantine, journal
         counts = plan.counts
-        settled = (block for block in plan.blocks if block.number in done or not plan.first[block.slots].any())
+        settled = (
+            block for block in plan.blocks if block.number in done or not plan.first[block.slots].any()
+        )
         self._rows = sum(block.stop - block.start for block in settled)
-        self._before = sum(int(plan.first[plan.blocks[n].slots].sum()) for n in done) - quarantine.num_pictures
+        self._before = (
+            sum(int(plan.first[plan.blocks[n].slots].sum()) for n in done) - quarantine.num_pictures
+        )
         self._images = self._before
         self._pace = Pace(self._before)
         ahead = f"{plan.num_images - self._before} pictures to encode"

@@ -30,7 +30,9 @@ class Quarantine:
     def add(self, block: int, bad: str) -> None:
         """The bad pictures of a block: JSON, by slot."""
         start = self._plan.blocks[block].slots.start
-        self._causes |= {int(self._plan.images[start + int(slot)]): cause for slot, cause in json.loads(bad).items()}
+        self._causes |= {
+            int(self._plan.images[start + int(slot)]): cause for slot, cause in json.loads(bad).items()
+        }
 
     @property
     def num_rows(self) -> int:
@@ -84,6 +86,10 @@ class Quarantine:
             elif row.kind == "decided":
                 numbers = self._plan.images[slot : slot + len(row.uids)].tolist()
                 slot += len(row.uids)
-                pictures = {uid: self._causes[n] for uid, n in zip(row.uids, numbers, strict=True) if n in self._causes}
+                pictures = {
+                    uid: self._causes[n]
+                    for uid, n in zip(row.uids, numbers, strict=True)
+                    if n in self._causes
+                }
                 if pictures:
                     yield {**about, "cause": next(iter(pictures.values())), "pictures": pictures}

@@ -33,7 +33,10 @@ def read_pictures(work: dict[str, Any], source: Source, size: int, flip: bool) -
     rows = source.rows(unit, pictures=True, start=position, stop=blocks[-1].stop)
     for block, wanted in zip(blocks, work["wanted"], strict=True):
         _skip(rows, block.start - position)  # a block between that is there already
-        yield {"block": block.number, **_decoded(source, islice(rows, block.stop - block.start), wanted, size, flip)}
+        yield {
+            "block": block.number,
+            **_decoded(source, islice(rows, block.stop - block.start), wanted, size, flip),
+        }
         position = block.stop
 
 
@@ -57,9 +60,13 @@ def _decoded(source: Source, rows: Iterator[Row], wanted: bytes, size: int, flip
     return {"pixels": bytes(pixels), "about": json.dumps(about), "bad": json.dumps(bad)}
 
 
-def _loaded(source: Source, rows: Iterator[Row], wanted: bytes) -> Iterator[tuple[int, str, bytes | BadPicture | None]]:
+def _loaded(
+    source: Source, rows: Iterator[Row], wanted: bytes
+) -> Iterator[tuple[int, str, bytes | BadPicture | None]]:
     """Slot, uid and file of what is wanted, or why there is none; a few files are fetched at a time."""
-    slots = (each for row in rows if row.kind == "decided" for each in zip(row.uids, row.pictures, strict=True))
+    slots = (
+        each for row in rows if row.kind == "decided" for each in zip(row.uids, row.pictures, strict=True)
+    )
     chosen = ((slot, uid, cell) for slot, (uid, cell) in enumerate(slots) if wanted[slot])
     with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
         while some := list(islice(chosen, LOADS_AT_ONCE)):

@@ -50,11 +50,15 @@ def encode_blocks(
     size, flip = settings["resolution"], settings["flip"] == "all"
     units = ray.data.from_items(work, override_num_blocks=len(work))
     block_bytes = images_per_block(size) * 3 * size**2
-    window = ray.data.ExecutionResources.for_limits(object_store_memory=BLOCKS_IN_FLIGHT * actors * block_bytes)
+    window = ray.data.ExecutionResources.for_limits(
+        object_store_memory=BLOCKS_IN_FLIGHT * actors * block_bytes
+    )
     units.context.execution_options.resource_limits = window
     units.context.target_max_block_size = block_bytes  # else several go through the pipeline as one
     pixels = units.flat_map(
-        partial(read_pictures, source=source, size=size, flip=flip), compute=ray.data.TaskPoolStrategy(size=readers), num_cpus=1
+        partial(read_pictures, source=source, size=size, flip=flip),
+        compute=ray.data.TaskPoolStrategy(size=readers),
+        num_cpus=1,
     )
     encoded = pixels.map_batches(
         Encoder,
@@ -78,7 +82,13 @@ def segments(plan: Plan, done: set[int], readers: int) -> list[dict[str, Any]]:
         length = -(-len(blocks) // parts)
         for start in range(0, len(blocks), length):
             part = blocks[start : start + length]
-            work.append({"unit": unit, "blocks": part, "wanted": [plan.first[block.slots].tobytes() for block in part]})
+            work.append(
+                {
+                    "unit": unit,
+                    "blocks": part,
+                    "wanted": [plan.first[block.slots].tobytes() for block in part],
+                }
+            )
     return work
 
 
@@ -90,14 +100,22 @@ class Encoder:
         self._vae, self._size = ModelFolder(*fetch(model)).vae().to(device), size
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        pixels = [np.frombuffer(each, np.uint8).reshape(-1, self._size, self._size, 3) for each in rows.pop("pixels")]
-        return {**rows, "latents": [encode_images(self._vae, each).tobytes() if len(each) else b"" for each in pixels]}
+        pixels = [
+            np.frombuffer(each, np.uint8).reshape(-1, self._size, self._size, 3)
+            for each in rows.pop("pixels")
+        ]
+        return {
+            **rows,
+            "latents": [encode_images(self._vae, each).tobytes() if len(each) else b"" for each in pixels],
+        }
 
 
 def join_shards(work: Iterable[ShardWork], actors: int, **shared: Any) -> Iterator[dict[str, Any]]:
     """Write every shard. Yields {number, name, rows, sha256, pairs} in any order."""
     items = [{"work": each} for each in work]
     joined = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        partial(join_shard, **shared), compute=ray.data.TaskPoolStrategy(size=READERS_PER_ENCODER * actors), num_cpus=1
+        partial(join_shard, **shared),
+        compute=ray.data.TaskPoolStrategy(size=READERS_PER_ENCODER * actors),
+        num_cpus=1,
     )
     yield from joined.iter_rows()

@@ -29,7 +29,12 @@ def _is_picture(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         fields = {field.name: field.type for field in kind}
         return "bytes" in fields and (pa.types.is_null(fields["bytes"]) or _is_picture(fields["bytes"]))
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) or is_text(kind)
+    return (
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or is_text(kind)
+    )
 
 
 def _is_id(kind: pa.DataType) -> bool:
@@ -39,7 +44,9 @@ def _is_id(kind: pa.DataType) -> bool:
 def _is_list_of(check: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
     def is_list(kind: pa.DataType) -> bool:
         lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-        return any(a_list(kind) for a_list in lists) and (pa.types.is_null(kind.value_type) or check(kind.value_type))
+        return any(a_list(kind) for a_list in lists) and (
+            pa.types.is_null(kind.value_type) or check(kind.value_type)
+        )
 
     return is_list
 

@@ -56,7 +56,9 @@ class Reader(Protocol):
     def format(self) -> Format: ...
     def columns(self) -> Found: ...
     def units(self) -> Iterator[Unit]: ...
-    def rows(self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None) -> Iterator[Cells | str]: ...
+    def rows(
+        self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None
+    ) -> Iterator[Cells | str]: ...
     def identity(self) -> Iterator[bytes]: ...
 
 
@@ -103,12 +105,18 @@ class ParquetFiles:
             for group in range(metadata.num_row_groups):
                 yield Unit(file, group, metadata.row_group(group).num_rows)
 
-    def rows(self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None) -> Iterator[Cells | str]:
+    def rows(
+        self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None
+    ) -> Iterator[Cells | str]:
         stream, footer = self._stream(unit.file)
         parquet = pq.ParquetFile(stream, metadata=footer, buffer_size=STREAM_BYTES, pre_buffer=False)
         check_types(full_uri(self.uri, unit.file), _types(parquet.schema_arrow), columns)
-        leaves, row_bytes, left_out = _leaves(parquet, unit.group, _wanted(parquet.schema_arrow, columns, pictures), pictures)
-        if not pictures and row_bytes * footer.row_group(unit.group).num_rows <= BATCH_BYTES:  # all of it in few requests
+        leaves, row_bytes, left_out = _leaves(
+            parquet, unit.group, _wanted(parquet.schema_arrow, columns, pictures), pictures
+        )
+        if (
+            not pictures and row_bytes * footer.row_group(unit.group).num_rows <= BATCH_BYTES
+        ):  # all of it in few requests
             parquet = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
         at_once = PICTURE_ROWS_AT_ONCE if pictures else ROWS_AT_ONCE
         size = max(1, min(at_once, BATCH_BYTES // max(1, row_bytes)))
@@ -146,7 +154,9 @@ def _footer(uri: str, size: int, mtime_ns: int) -> pq.FileMetaData:
         return pq.read_metadata(stream)
 
 
-def _leaves(parquet: pq.ParquetFile, group: int, names: set[str], pictures: bool) -> tuple[list[str], int, set[str]]:
+def _leaves(
+    parquet: pq.ParquetFile, group: int, names: set[str], pictures: bool
+) -> tuple[list[str], int, set[str]]:
     """The leaf columns to read, their mean bytes a row, and the columns whose bytes are left out although they are there.
 
     Without pictures, bytes inside of structs are left out where the footer says that all or none of them are null.
@@ -188,7 +198,9 @@ class ArrowFiles:
     def units(self) -> Iterator[Unit]:
         yield from (Unit(file) for file in self.files)
 
-    def rows(self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None) -> Iterator[Cells | str]:
+    def rows(
+        self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None
+    ) -> Iterator[Cells | str]:
         with self._open(unit.file) as reader:
             check_types(full_uri(self.uri, unit.file), _types(reader.schema), columns)
             names = sorted(_wanted(reader.schema, columns, pictures))
@@ -244,7 +256,9 @@ def _cells(
         if skip < end:
             part = batch.slice(skip, end - skip)
             values = {
-                name: _without_bytes(part.column(own), own in left_out) if name in light else _python(part.column(own))
+                name: _without_bytes(part.column(own), own in left_out)
+                if name in light
+                else _python(part.column(own))
                 for name, own in columns.items()
                 if own in part.schema.names
             }
@@ -257,12 +271,18 @@ def _without_bytes(column: pa.Array, left_out: bool) -> list[Any]:
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         flat = iter(_without_bytes(column.flatten(), left_out))
-        return [None if n is None else list(islice(flat, n)) for n in pc.list_value_length(column).to_pylist()]
+        return [
+            None if n is None else list(islice(flat, n)) for n in pc.list_value_length(column).to_pylist()
+        ]
     if pa.types.is_struct(kind):
-        fields = {field.name: _without_bytes(column.field(index), left_out) for index, field in enumerate(kind)}
+        fields = {
+            field.name: _without_bytes(column.field(index), left_out) for index, field in enumerate(kind)
+        }
         fields |= {"bytes": [b""] * len(column)} if left_out else {}
         cells = (dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True))
-        return [cell if valid else None for cell, valid in zip(cells, column.is_valid().to_pylist(), strict=True)]
+        return [
+            cell if valid else None for cell, valid in zip(cells, column.is_valid().to_pylist(), strict=True)
+        ]
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return [b"" if valid else None for valid in column.is_valid().to_pylist()]
     return _python(column)

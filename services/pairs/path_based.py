@@ -42,7 +42,9 @@ class JsonLines:
         objects = (row for row in islice(rows, LINES_LOOKED_AT) if isinstance(row, dict))
         found: Found = {key: None for row in objects for key in row}
         if not found:
-            raise BadRequest(f"uri {self.uri!r} holds no line that is a JSON object", param="uri", code="not_jsonl")
+            raise BadRequest(
+                f"uri {self.uri!r} holds no line that is a JSON object", param="uri", code="not_jsonl"
+            )
         return found
 
     def units(self) -> Iterator[Unit]:
@@ -52,7 +54,9 @@ class JsonLines:
             for group, start in enumerate(range(0, size, RANGE_BYTES)):
                 yield Unit(file, group, start=start, stop=min(start + RANGE_BYTES, size))
 
-    def rows(self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None) -> Iterator[Cells | str]:
+    def rows(
+        self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None
+    ) -> Iterator[Cells | str]:
         for row in islice(self._objects(unit), start, stop):
             yield row if isinstance(row, str) else {name: row.get(own) for name, own in columns.items()}
 
@@ -119,7 +123,9 @@ class WinLose:
         for group, part in enumerate(iter(lambda: tuple(islice(names, FOLDER_ROWS)), ())):
             yield Unit("", group, len(part), names=part)
 
-    def rows(self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None) -> Iterator[Cells | str]:
+    def rows(
+        self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None
+    ) -> Iterator[Cells | str]:
         names = unit.names[start:stop]
         with ThreadPoolExecutor(CAPTIONS_AT_ONCE) as pool:
             captions = pool.map(self._caption, [caption for *_, caption in names])
@@ -128,7 +134,9 @@ class WinLose:
 
     def identity(self) -> Iterator[bytes]:
         for folder in ("", *self.sides):
-            yield from (f"{folder}/{name}\0{size}\0".encode() for name, size in sorted(self._listed(folder).items()))
+            yield from (
+                f"{folder}/{name}\0{size}\0".encode() for name, size in sorted(self._listed(folder).items())
+            )
 
     def _names(self) -> Iterator[tuple[str, ...]]:
         """(cause, winner, loser, caption) of every stem; "" for what is not there."""
@@ -138,9 +146,16 @@ class WinLose:
             winners, losers = (side.get(stem, []) for side in sides)
             text = f"{stem}{CAPTION}"
             caption = f"{self.sides[0]}/{text}" if text in win else text if text in above else ""
-            cause = "partner_missing" if not (winners and losers) else "stem_twice" if len(winners + losers) > 2 else ""
+            cause = (
+                "partner_missing"
+                if not (winners and losers)
+                else "stem_twice"
+                if len(winners + losers) > 2
+                else ""
+            )
             pictures = [
-                f"{side}/{names[0]}" if names else "" for side, names in zip(self.sides, (winners, losers), strict=True)
+                f"{side}/{names[0]}" if names else ""
+                for side, names in zip(self.sides, (winners, losers), strict=True)
             ]
             yield cause, *pictures, caption
 
@@ -148,7 +163,9 @@ class WinLose:
         """Names and sizes of the files in a folder, hidden ones left out."""
         filesystem, path = files.resolve(full_uri(self.uri, folder))
         infos = filesystem.get_file_info(fs.FileSelector(path))
-        return {info.base_name: info.size for info in infos if info.is_file and not info.base_name.startswith(".")}
+        return {
+            info.base_name: info.size for info in infos if info.is_file and not info.base_name.startswith(".")
+        }
 
     def _caption(self, file: str) -> str | bytes | None:
         """The text of a caption's file; empty bytes where it is not UTF-8."""

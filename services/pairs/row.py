@@ -71,7 +71,9 @@ def bad_row(key: str, cause: str, caption: str = "") -> Row:
     return Row(key, caption=caption, cause=cause, kind="bad")
 
 
-def read_row(shape: Shape, key: str, cells: Cells, locate: Callable[[str], str], *, pictures: bool = False) -> Row:
+def read_row(
+    shape: Shape, key: str, cells: Cells, locate: Callable[[str], str], *, pictures: bool = False
+) -> Row:
     """What one row says; ``locate`` turns the path of a picture, as the file has it, into one from the dataset's folder."""
     caption = ""
     try:
@@ -80,7 +82,10 @@ def read_row(shape: Shape, key: str, cells: Cells, locate: Callable[[str], str],
         caption = _caption(cells["caption"])
         images, uids = _images(shape, cells)
         found = [_locate(image, locate) for image in images]
-        names = tuple(_uid(uid, image, f"{key}:{slot}") for slot, (uid, image) in enumerate(zip(uids, found, strict=True)))
+        names = tuple(
+            _uid(uid, image, f"{key}:{slot}")
+            for slot, (uid, image) in enumerate(zip(uids, found, strict=True))
+        )
         ordered = [pair for pair in _order(shape, cells, len(names)) if names[pair[0]] != names[pair[1]]]
         return Row(
             key,
@@ -222,7 +227,12 @@ def _number(value: Any) -> float:
 
 
 def _preferences(
-    shape: Shape, key: str, cells: Cells, uids: tuple[str, ...], caption: str, ordered: list[tuple[int, int, float]]
+    shape: Shape,
+    key: str,
+    cells: Cells,
+    uids: tuple[str, ...],
+    caption: str,
+    ordered: list[tuple[int, int, float]],
 ) -> tuple[Preference, ...]:
     """Pair ids are the mapped column, or the hash of what identifies the row; a ranking's are told apart by the slots."""
     given = cells.get("pair_id")
@@ -233,4 +243,6 @@ def _preferences(
         slots = f":{low}:{high}" if shape == "ranking" else ""
         return f"{row_id}{slots}" if row_id else pair_id(uids[low], uids[high], caption, key + slots)
 
-    return tuple(Preference(winner, loser, label, identify(winner, loser)) for winner, loser, label in ordered)
+    return tuple(
+        Preference(winner, loser, label, identify(winner, loser)) for winner, loser, label in ordered
+    )

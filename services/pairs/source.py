@@ -77,13 +77,19 @@ class Source:
         """The source in order, in stretches that can be read apart from each other."""
         return self.reader.units()
 
-    def rows(self, unit: Unit, *, pictures: bool = False, start: int = 0, stop: int | None = None) -> Iterator[Row]:
+    def rows(
+        self, unit: Unit, *, pictures: bool = False, start: int = 0, stop: int | None = None
+    ) -> Iterator[Row]:
         """Rows ``start`` to ``stop`` of a unit. Raises BadRequest where its file has lost a column, OSError and
         pyarrow's errors where it cannot be read."""
         locate = partial(_from_root, posixpath.dirname(unit.file))
         for row, cells in enumerate(self.reader.rows(unit, self.columns, pictures, start, stop), start):
             key = f"{unit.file}:{unit.group}:{row}"
-            yield bad_row(key, cells) if isinstance(cells, str) else read_row(self.shape, key, cells, locate, pictures=pictures)
+            yield (
+                bad_row(key, cells)
+                if isinstance(cells, str)
+                else read_row(self.shape, key, cells, locate, pictures=pictures)
+            )
 
     def load(self, picture: bytes | str | None) -> bytes | None:
         """The bytes of a row's picture, at most MAX_FILE_BYTES + 1 of them; None where there is no such file. Raises BadPicture
@@ -109,7 +115,9 @@ class Source:
 
     def _place(self, picture: str, own: fs.FileSystem, folder: str) -> tuple[fs.FileSystem, str]:
         """Where a picture lies: below the dataset's folder, or at the URI of an object. Raises BadPicture."""
-        filesystem, path = self._resolve(picture) if "://" in picture else (own, posixpath.join(folder, picture))
+        filesystem, path = (
+            self._resolve(picture) if "://" in picture else (own, posixpath.join(folder, picture))
+        )
         if "://" in picture and not isinstance(filesystem, fs.LocalFileSystem):
             return filesystem, path
         below = _below(folder, path) if type(filesystem) is type(own) else None
@@ -185,7 +193,9 @@ def _folder_reader(uri: str) -> Reader:
     if "dataset_dict.json" in top:
         splits = ", ".join(files.read_json(files.join(uri, "dataset_dict.json")).get("splits", []))
         raise BadRequest(
-            f"uri {uri!r} holds several splits, name the folder of one of them: {splits}", param="uri", code="splits"
+            f"uri {uri!r} holds several splits, name the folder of one of them: {splits}",
+            param="uri",
+            code="splits",
         )
     if "state.json" in top:
         return ArrowFiles(uri, _saved_files(uri))
@@ -194,19 +204,26 @@ def _folder_reader(uri: str) -> Reader:
     for sides in SIDES:
         if top.issuperset(sides):
             return WinLose(uri, sides)
-    names = [name for name in files.list_files(uri, recursive=True) if not name.startswith(".") and "/." not in name]
+    names = [
+        name
+        for name in files.list_files(uri, recursive=True)
+        if not name.startswith(".") and "/." not in name
+    ]
     for reader, suffixes in FOLDERS_OF:
         if paths := tuple(name for name in names if name.endswith(suffixes)):
             return reader(uri, _of_one_split(uri, paths))
     raise BadRequest(
-        f"uri {uri!r} holds no .parquet file, no JSON lines, no .arrow file and no win and lose folders", param="uri"
+        f"uri {uri!r} holds no .parquet file, no JSON lines, no .arrow file and no win and lose folders",
+        param="uri",
     )
 
 
 def _saved_files(uri: str) -> tuple[str, ...]:
     """The Arrow files of `save_to_disk`, in the order of its state. Raises BadRequest."""
     try:
-        paths = tuple(str(entry["filename"]) for entry in files.read_json(files.join(uri, "state.json"))["_data_files"])
+        paths = tuple(
+            str(entry["filename"]) for entry in files.read_json(files.join(uri, "state.json"))["_data_files"]
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise BadRequest(f"uri {uri!r} has a state.json that names no data files", param="uri") from error
     if not paths or any("/" in name for name in paths):
@@ -231,17 +248,29 @@ def choose_columns(uri: str, found: Found, mapped: Columns) -> tuple[Shape, Colu
     there = ", ".join(found)
     for name, own in mapped.items():
         if own not in found:
-            raise BadRequest(f"columns.{name}: uri {uri!r} has no column {own!r}; found: {there}", "columns", "missing_columns")
+            raise BadRequest(
+                f"columns.{name}: uri {uri!r} has no column {own!r}; found: {there}",
+                "columns",
+                "missing_columns",
+            )
     if twice := [own for own, count in Counter(mapped.values()).items() if count > 1]:
         raise BadRequest(f"columns: {', '.join(twice)} is read for two columns", "columns")
-    usable: Columns = {name: read for name in get_args(Column) if (read := mapped.get(name) or _own_name(name, found))}
-    lacking = {shape: [name for name in needed if name not in usable] for shape, (needed, _) in SHAPES.items()}
+    usable: Columns = {
+        name: read for name in get_args(Column) if (read := mapped.get(name) or _own_name(name, found))
+    }
+    lacking = {
+        shape: [name for name in needed if name not in usable] for shape, (needed, _) in SHAPES.items()
+    }
     whole = [shape for shape in SHAPES if not lacking[shape]]
     if not whole:
-        raise BadRequest(f"uri {uri!r} lacks {_lacks(lacking)}; found: {there}", param="uri", code="missing_columns")
+        raise BadRequest(
+            f"uri {uri!r} lacks {_lacks(lacking)}; found: {there}", param="uri", code="missing_columns"
+        )
     chosen = max(whole, key=lambda shape: len(mapped.keys() & _read_of(shape)))
     if unread := mapped.keys() - _read_of(chosen):
-        raise BadRequest(f"columns.{min(unread)}: is not read beside {', '.join(SHAPES[chosen][0])}", "columns")
+        raise BadRequest(
+            f"columns.{min(unread)}: is not read beside {', '.join(SHAPES[chosen][0])}", "columns"
+        )
     return chosen, {name: own for name, own in usable.items() if name in _read_of(chosen)}
 
 

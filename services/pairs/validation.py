@@ -33,7 +33,9 @@ def inspect(source: Source) -> tuple[DatasetCounts, str]:
     if not counts.pairs:
         message = f"{counts.rows} rows, {counts.ties} ties, {counts.missing} without a label"
         bad = "".join(f", {count} {cause}" for cause, count in counts.bad.items())
-        raise BadRequest(f"uri {source.uri!r} has no decided pair: {message}{bad}", param="uri", code="no_decided_pair")
+        raise BadRequest(
+            f"uri {source.uri!r} has no decided pair: {message}{bad}", param="uri", code="no_decided_pair"
+        )
     return counts, summary.digest()
 
 
@@ -101,7 +103,10 @@ def check_bad(bad_rows: int, rows: int, by_cause: Mapping[str, int], max_bad_fra
 def _said(row: Row) -> bytes:
     """A row without its pictures, for the digest."""
     preferences = [astuple(preference) for preference in row.preferences]
-    return json.dumps([row.key, row.kind, row.cause, row.uids, row.caption, row.ties, preferences]).encode() + b"\n"
+    return (
+        json.dumps([row.key, row.kind, row.cause, row.uids, row.caption, row.ties, preferences]).encode()
+        + b"\n"
+    )
 
 
 def validate(source: Source, sample_rows: int = SAMPLE_ROWS) -> DatasetReport:
@@ -126,7 +131,10 @@ def validate(source: Source, sample_rows: int = SAMPLE_ROWS) -> DatasetReport:
         columns={str(name): own for name, own in source.columns.items()},
         columns_not_read=list(source.not_read),
         rows=_total(units),
-        sampled={"rows": kinds.total(), **{kind: kinds[kind] for kind in ("decided", "tie", "missing", "bad")}},
+        sampled={
+            "rows": kinds.total(),
+            **{kind: kinds[kind] for kind in ("decided", "tie", "missing", "bad")},
+        },
         bad=dict(sorted(bad.items())),
         pictures=_sizes(shorter_sides),
     )
@@ -164,5 +172,8 @@ def _sizes(shorter_sides: list[int]) -> PictureSizes | None:
     if not shorter_sides:
         return None
     return PictureSizes(
-        count=len(shorter_sides), min_px=min(shorter_sides), median_px=int(median(shorter_sides)), max_px=max(shorter_sides)
+        count=len(shorter_sides),
+        min_px=min(shorter_sides),
+        median_px=int(median(shorter_sides)),
+        max_px=max(shorter_sides),
     )

@@ -68,12 +68,18 @@ class Pictures:
         except asyncio.CancelledError:
             gone.set()
             raise
-        return {"created": int(time.time()), "data": [{"b64_json": base64.b64encode(png).decode()} for png in pictures]}
+        return {
+            "created": int(time.time()),
+            "data": [{"b64_json": base64.b64encode(png).decode()} for png in pictures],
+        }
 
     @api.post("/v1/scores")
     async def score(self, body: ScoreRequest) -> dict:
         scores = await asyncio.to_thread(self._engine.score, body)
-        return {"object": "list", "data": [dict(zip(scores, row, strict=True)) for row in zip(*scores.values(), strict=True)]}
+        return {
+            "object": "list",
+            "data": [dict(zip(scores, row, strict=True)) for row in zip(*scores.values(), strict=True)],
+        }
 
     @api.get("/healthz")
     async def healthz(self) -> dict:

@@ -65,7 +65,9 @@ class Engine:
         try:
             scores = score(_stack(pictures), request.prompts)
         except DataError as error:
-            raise BadRequest(str(error), param="images" if str(error).startswith("pictures") else "prompts") from error
+            raise BadRequest(
+                str(error), param="images" if str(error).startswith("pictures") else "prompts"
+            ) from error
         return {name: scores[name].tolist() for name in request.scorers}
 
 

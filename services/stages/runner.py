@@ -23,7 +23,9 @@ PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.
 """What the operating system says of a disk that is full or away: it may be well again when the stage is tried again."""
 
 
-def run_stage(spec_type: type[Spec], work: Callable[[Spec, Journal], Strict], argv: Sequence[str] | None = None) -> None:
+def run_stage(
+    spec_type: type[Spec], work: Callable[[Spec, Journal], Strict], argv: Sequence[str] | None = None
+) -> None:
     """Run ``work`` on the spec that ``--spec URI`` names and write done.json, or failed.json and raise.
 
     Work that raises Stopped has ended as it was asked to: stopped.json is written.
@@ -31,21 +33,27 @@ def run_stage(spec_type: type[Spec], work: Callable[[Spec, Journal], Strict], ar
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True, metavar="URI")
     spec = spec_type.model_validate_json(files.read_bytes(parser.parse_args(argv).spec))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by all that a shell has started in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored by all that a shell has started in the background
     journal, began = Journal(spec.prefix), time.monotonic()
     try:
         result = work(spec, journal)
     except BaseException as error:
         cause = root_cause(error)
         if isinstance(cause, Stopped):
-            return _leave(journal, spec, "stopped.json", StageStopped(why=cause.why, step=cause.step), cause.message)
+            return _leave(
+                journal, spec, "stopped.json", StageStopped(why=cause.why, step=cause.step), cause.message
+            )
         failure = failure_of(error)
         _leave(journal, spec, "failed.json", failure, f"failed: {failure.message}", "error")
         raise
     _leave(journal, spec, "done.json", result, f"done in {time.monotonic() - began:.1f} s")
 
 
-def _leave(journal: Journal, spec: StageSpec, name: str, marker: Strict, message: str, level: Level = "info") -> None:
+def _leave(
+    journal: Journal, spec: StageSpec, name: str, marker: Strict, message: str, level: Level = "info"
+) -> None:
     """The stage's last act: what it says, then its marker."""
     journal.event(message, level)
     journal.flush()
@@ -86,5 +94,9 @@ def failure_of(error: BaseException) -> StageFailure:
     name = type(cause).__name__
     code = Unavailable.default_code if may_pass(cause) else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
     if isinstance(cause, DdeError):
-        return StageFailure(message=str(cause), code=code, param=cause.field if isinstance(cause, ConfigError) else None)
-    return StageFailure(message=f"{name}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}", code=code)
+        return StageFailure(
+            message=str(cause), code=code, param=cause.field if isinstance(cause, ConfigError) else None
+        )
+    return StageFailure(
+        message=f"{name}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}", code=code
+    )

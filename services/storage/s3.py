@@ -56,7 +56,14 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
 DELETED_AT_ONCE = 1000
 """S3's limit."""
 Call = TypeVar("Call", bound=Callable[..., Any])
-PASSING = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "ExpiredToken", "ExpiredTokenException")
+PASSING = (
+    "SlowDown",
+    "RequestTimeout",
+    "Throttling",
+    "ThrottlingException",
+    "ExpiredToken",
+    "ExpiredTokenException",
+)
 """Codes of answers that may be others soon: under load, and while credentials are renewed."""
 _TORN = (ResponseStreamingError, IncompleteReadError, FlexibleChecksumError, ReadTimeoutError)
 _NO_ANSWER = (HTTPClientError, ConnectionError, RetriesExceededError, S3DownloadFailedError, *_TORN)
@@ -97,7 +104,9 @@ class S3FileSystem(fs.S3FileSystem):
         """For random access."""
         return pa.PythonFile(_Ranges(super().open_input_file(path)), mode="r")
 
-    def open_input_stream(self, path: str, compression: str | None = None, buffer_size: int | None = None) -> pa.NativeFile:
+    def open_input_stream(
+        self, path: str, compression: str | None = None, buffer_size: int | None = None
+    ) -> pa.NativeFile:
         """The same, as it lies there: reading all of pyarrow's stream makes a request for every 256 KB."""
         return self.open_input_file(path)
 
@@ -187,7 +196,10 @@ def create(uri: str, data: bytes) -> bool:
         try:
             client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
         except ClientError as error:
-            if error.response.get("Error", {}).get("Code") not in ("PreconditionFailed", "ConditionalRequestConflict"):
+            if error.response.get("Error", {}).get("Code") not in (
+                "PreconditionFailed",
+                "ConditionalRequestConflict",
+            ):
                 raise
             return _get(bucket, key) == data
     return True
@@ -223,7 +235,11 @@ def keys(uri: str, *, recursive: bool = True) -> Iterator[str]:
 def _keys(uri: str, delimiter: str = "") -> Iterator[str]:
     bucket, prefix = _below(uri)
     with _naming(uri):
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter):
+        for page in (
+            client()
+            .get_paginator("list_objects_v2")
+            .paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter)
+        ):
             yield from (found["Key"] for found in page.get("Contents", []))
 
 
@@ -271,11 +287,11 @@ def _naming(uri: str) -> Iterator[None]:
     except ClientError as error:
         raise _said(uri, error) from error
     except CredentialRetrievalError as error:
-        raise Unavailable(f"uri {uri!r}: whoever gives the credentials does not answer: {error}", param="uri") from error
+        raise Unavailable(
+            f"uri {uri!r}: whoever gives the credentials does not answer: {error}", param="uri"
+        ) from error
     except NoCredentialsError as error:
-        message = (
-            f"uri {uri!r} cannot be opened: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give a role"
-        )
+        message = f"uri {uri!r} cannot be opened: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give a role"
         raise BadRequest(message, param="uri", code="no_credentials") from error
     except _NO_ANSWER as error:
         raise Unavailable(
@@ -290,7 +306,9 @@ def _said(uri: str, error: ClientError) -> OSError | ServiceError:
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = error.response.get("Error", {}).get("Code", "")
     if code == "NoSuchBucket" or (status == 404 and error.operation_name == "HeadBucket"):
-        return BadRequest(f"uri {uri!r}: bucket {_parts(uri)[0]!r} does not exist", param="uri", code="no_such_bucket")
+        return BadRequest(
+            f"uri {uri!r}: bucket {_parts(uri)[0]!r} does not exist", param="uri", code="no_such_bucket"
+        )
     if code == "NoSuchKey" or code == "404":
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri)
     if status >= 500 or status == 429 or code in PASSING:

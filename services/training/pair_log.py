@@ -86,7 +86,9 @@ def read(run: str) -> LoggedPairs:
     tables = []
     for name in sorted(files.list_files(folder), key=_span):
         table = pq.read_table(pa.BufferReader(files.read_bytes(files.join(folder, name))), schema=SCHEMA)
-        tables.append(table.filter(pc.field("step") > last))  # a file has no gaps: what is not beyond was read before
+        tables.append(
+            table.filter(pc.field("step") > last)
+        )  # a file has no gaps: what is not beyond was read before
         last = max(last, pc.max(table["step"]).as_py())
     if not tables:
         raise DataError(f"run {run!r} has no pair log")

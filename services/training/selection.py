@@ -12,7 +12,10 @@ from services.storage import files
 def outcomes(run: str) -> dict[int, Validated]:
     """What validation has said of the checkpoints that are there, by step."""
     steps = looked_at(run) & set(checkpoints.steps(run))
-    return {step: Validated.model_validate_json(files.read_bytes(checkpoints.outcome_uri(run, step))) for step in steps}
+    return {
+        step: Validated.model_validate_json(files.read_bytes(checkpoints.outcome_uri(run, step)))
+        for step in steps
+    }
 
 
 def looked_at(run: str) -> set[int]:
@@ -30,14 +33,18 @@ def is_due(spec: TrainSpec, step: int) -> bool:
 
 def best(found: dict[int, Validated], metric: Metric) -> int | None:
     """The step after which the metric was largest, the first of several; None where it was never measured."""
-    values = {step: each.metrics[metric] for step, each in found.items() if step > 0 and metric in each.metrics}
+    values = {
+        step: each.metrics[metric] for step, each in found.items() if step > 0 and metric in each.metrics
+    }
     return max(values, key=lambda step: (values[step], -step)) if values else None
 
 
 def superfluous(spec: TrainSpec) -> list[int]:
     """Steps whose checkpoints may go: not the last ones, nor the best, nor those that validation has yet to look at."""
     steps, seen = checkpoints.steps(spec.run), looked_at(spec.run)
-    kept = set(steps[-spec.training.keep_checkpoints :]) | {step for step in steps if is_due(spec, step) and step not in seen}
+    kept = set(steps[-spec.training.keep_checkpoints :]) | {
+        step for step in steps if is_due(spec, step) and step not in seen
+    }
     if spec.validation and spec.validation.best_metric:
         kept |= {best(outcomes(spec.run), spec.validation.best_metric) or 0}
     return [step for step in steps if step not in kept]

@@ -55,7 +55,9 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     fence = Fence(spec.run, spec.attempt)
     fence.take()
     steps, batch_size = spec.training.steps, spec.training.batch_size
-    journal.event(f"{steps} steps of {batch_size} pairs with {spec.objective.method} on {_in_words(spec)} workers")
+    journal.event(
+        f"{steps} steps of {batch_size} pairs with {spec.objective.method} on {_in_words(spec)} workers"
+    )
     journal.flush()
     with tempfile.TemporaryDirectory(prefix="dde-ray-train-", ignore_cleanup_errors=True) as scratch:
         _fit(spec, scratch, journal)
@@ -94,8 +96,13 @@ def _fit(spec: TrainSpec, scratch: str, journal: Journal) -> None:
         message = f"workers = {_in_words(spec)} could not be started: {error.controller_failure}"
         raise Unavailable(message, param="workers") from error
     except ray.train.WorkerGroupError as error:
-        raise Unavailable(f"workers have failed {MAX_WORKER_FAILURES} times, at last: {root_cause(error)}") from error
-    except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as error:  # Ray Train's own actor, or Ray itself
+        raise Unavailable(
+            f"workers have failed {MAX_WORKER_FAILURES} times, at last: {root_cause(error)}"
+        ) from error
+    except (
+        ray.exceptions.RayActorError,
+        ray.exceptions.RaySystemError,
+    ) as error:  # Ray Train's own actor, or Ray itself
         raise Unavailable(f"what runs the workers has died: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -108,7 +115,9 @@ def _chosen(spec: TrainSpec, journal: Journal) -> tuple[int, dict[str, float]]:
     found, step = selection.outcomes(spec.run), spec.training.steps
     if spec.validation and (metric := spec.validation.best_metric):
         if (best := selection.best(found, metric)) is None:
-            journal.event(f"{metric} was never measured: the model is that after the last step, {step}", "warning")
+            journal.event(
+                f"{metric} was never measured: the model is that after the last step, {step}", "warning"
+            )
         else:
             journal.event(f"the model is that after step {(step := best)}, by {metric}")
     metrics = checkpoints.read(spec.run, step).metrics
@@ -139,7 +148,9 @@ def _write_credit(spec: TrainSpec, base: ModelFolder, last: Path, folder: Path, 
     config, calibration = base.scheduler_config(), load_file(last / checkpoint.CALIBRATION)
     try:
         pairs, batch_size = pair_log.read(spec.run), spec.training.batch_size
-        record = pair_log.credit_record(pairs, spec.objective, base.schedule(), config, calibration, batch_size)
+        record = pair_log.credit_record(
+            pairs, spec.objective, base.schedule(), config, calibration, batch_size
+        )
     except DataError as error:
         journal.event(f"no credit record: {error}", "warning")
     else:
@@ -158,7 +169,9 @@ def _check(spec: TrainSpec, manifest: Manifest) -> None:
     if workers > training.batch_size:
         raise ConfigError("workers", workers, f"must be at most training.batch_size = {training.batch_size}")
     if training.lora and spec.model.adapter_of:
-        raise ConfigError("training.lora", spec.model.name, "cannot be trained on a model that is LoRA adapters itself")
+        raise ConfigError(
+            "training.lora", spec.model.name, "cannot be trained on a model that is LoRA adapters itself"
+        )
     check_optimizer(training)
     check_trackers(TrackerSettings())
 
@@ -195,4 +208,13 @@ def _model_record(spec: TrainSpec, manifest: Manifest, base: ModelFolder, step: 
 
 def _model_card(record: ModelRecord) -> str:
     lines = [f"- {name}: `{json.dumps(value, sort_keys=True)}`" for name, value in record.lineage.items()]
-    return "\n".join([f"# {record.name}", "", f"{record.base} aligned with preference pairs. How it was made:", "", *lines, ""])
+    return "\n".join(
+        [
+            f"# {record.name}",
+            "",
+            f"{record.base} aligned with preference pairs. How it was made:",
+            "",
+            *lines,
+            "",
+        ]
+    )

@@ -45,7 +45,9 @@ BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
 def main() -> None:
     """Parse, measure, tell."""
     parser = argparse.ArgumentParser(description="Measure, as ratios in one run.")
-    parser.add_argument("names", nargs="*", help=f"which ones, of {', '.join(BENCHES)} (all of them if none is named)")
+    parser.add_argument(
+        "names", nargs="*", help=f"which ones, of {', '.join(BENCHES)} (all of them if none is named)"
+    )
     names = parser.parse_args().names or list(BENCHES)
     if unknown := set(names) - set(BENCHES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(BENCHES)}")

@@ -53,7 +53,14 @@ class Case:
     @classmethod
     def shapes(cls, scratch: Path, batch_size: int = 64) -> Case:
         """The shipped model, 2.2 million parameters, pictures of 32 px."""
-        case = cls(title="", model=str(MODEL_DIR), root=str(scratch), size_px=32, shape=(4, 8, 8), batch_size=batch_size)
+        case = cls(
+            title="",
+            model=str(MODEL_DIR),
+            root=str(scratch),
+            size_px=32,
+            shape=(4, 8, 8),
+            batch_size=batch_size,
+        )
         return case._with_pairs()
 
     @classmethod

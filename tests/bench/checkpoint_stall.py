@@ -52,10 +52,15 @@ def stalled_share(told: Sequence[JournalEvent]) -> float:
     return stalled_s / sum(step_seconds(told))
 
 
-def entries(title: str, of: str, shares: Sequence[float], found: Mapping[str, Sequence[float]]) -> dict[str, Result]:
+def entries(
+    title: str, of: str, shares: Sequence[float], found: Mapping[str, Sequence[float]]
+) -> dict[str, Result]:
     """By the median round, both as parts of the time: that in which training stood, and by which the run was longer."""
     step_s = statistics.median(found["with"]) / (PERIODS * EVERY)
-    share, longer = statistics.median(shares), sorted(a / b - 1 for a, b in zip(found["with"], found["without"], strict=True))
+    share, longer = (
+        statistics.median(shares),
+        sorted(a / b - 1 for a, b in zip(found["with"], found["without"], strict=True)),
+    )
     lost_s = statistics.median(a - b for a, b in zip(found["with"], found["without"], strict=True)) / PERIODS
     what = f"{of} ({step_s:.3g} s), a checkpoint every {EVERY}"
     walls = f"the same without: {len(longer)} rounds, {100 * longer[0]:+.1f}% to {100 * longer[-1]:+.1f}%"

@@ -23,13 +23,19 @@ def bytes_on_disk(scratch: Path) -> dict[str, Result]:
     rng = np.random.default_rng(0)
     words = rng.integers(4, 20, PAIRS)  # captions are short: most of the 77 ids are padding
     token_ids = np.where(np.arange(TOKENS) < words[:, None], rng.integers(0, 49_408, (PAIRS, TOKENS)), 49_407)
-    columns = {"pair_id": [rng.bytes(16).hex() for _ in range(PAIRS)], "label": np.ones(PAIRS), "token_ids": token_ids}
+    columns = {
+        "pair_id": [rng.bytes(16).hex() for _ in range(PAIRS)],
+        "label": np.ones(PAIRS),
+        "token_ids": token_ids,
+    }
     for side in "wl":
         columns[f"uid_{side}"] = [rng.bytes(16).hex() for _ in range(PAIRS)]
         columns[f"latents_{side}"] = rng.standard_normal((PAIRS, int(np.prod(SHAPE)))).astype(np.float16)
         columns |= {f"{name}_{side}": np.full((PAIRS, 2), 512) for name in ("size", "crop")}
     sizes: list[int] = []
-    write_shard(0, shard_table(columns, shard_schema(SHAPE, 1, TOKENS)), lambda name, data: sizes.append(len(data)))
+    write_shard(
+        0, shard_table(columns, shard_schema(SHAPE, 1, TOKENS)), lambda name, data: sizes.append(len(data))
+    )
     shard = sizes[0] / PAIRS
     errors = PairErrors(*(torch.from_numpy(rng.random(PAIRS, np.float32)) for _ in "wl"))
     draw = len(ledger_file(0, 0, errors)[1]) / PAIRS
@@ -41,5 +47,7 @@ def bytes_on_disk(scratch: Path) -> dict[str, Result]:
             "bytes",
             f"{LATENT_BYTES} of two float16 latents {list(SHAPE)} and {2 * TOKENS} of {TOKENS} ids of two bytes",
         ),
-        "bytes_a_pair, ledger, one draw": result(draw / 8, draw, "bytes", f"8 of two float32 errors; {whole}"),
+        "bytes_a_pair, ledger, one draw": result(
+            draw / 8, draw, "bytes", f"8 of two float32 errors; {whole}"
+        ),
     }

@@ -19,7 +19,13 @@ class Floor:
     """``batch`` is a whole optimizer step's, ``token_ids`` [b k s] are its captions. The loss is Diffusion-DPO's."""
 
     def __init__(
-        self, folder: Any, training: TrainConfig, device: torch.device, batch: PairBatch, token_ids: Any, beta: float
+        self,
+        folder: Any,
+        training: TrainConfig,
+        device: torch.device,
+        batch: PairBatch,
+        token_ids: Any,
+        beta: float,
     ) -> None:
         self._batch, self._token_ids, self._training = batch, token_ids, training
         self._half_beta, self._schedule = beta / 2, folder.schedule().to(device)

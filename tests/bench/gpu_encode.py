@@ -32,7 +32,9 @@ class Encode:
     def __init__(self, model: str, device: torch.device, images: int) -> None:
         folder = RandomFolder(model, device)
         self._device, self._vae = device, folder.vae().to(device)
-        self._images = np.random.default_rng(0).integers(0, 256, (images, folder.size_px, folder.size_px, 3), np.uint8)
+        self._images = np.random.default_rng(0).integers(
+            0, 256, (images, folder.size_px, folder.size_px, 3), np.uint8
+        )
         self.latents: dict[str, np.ndarray] = {}
 
     def speed(self, arithmetic: str) -> float:
@@ -65,7 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     encode = Encode(options.model, device, options.images)
-    found = in_turn(options.rounds, {name: lambda name=name: encode.speed(name) for name in (OWN, "tf32", "bf16")})
+    found = in_turn(
+        options.rounds, {name: lambda name=name: encode.speed(name) for name in (OWN, "tf32", "bf16")}
+    )
     for arithmetic in found:
         what = f"{OWN}, ingest's own; latents differ by {encode.distance(arithmetic):.2g}"
         row = {**ratio(found, arithmetic, OWN, "images/s", what), "machine": machine_of(device)}

@@ -59,7 +59,9 @@ class Laws:
     def noising(self) -> float:
         """x_t, and eps and x0 from an output, for both kinds of prediction, in float32."""
         worst = 0.0
-        x0, noise, output = (torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+        x0, noise, output = (
+            torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)
+        )
         t = torch.linspace(1, 1000, 64).round().long()
         for prediction_type in ("epsilon", "v_prediction"):
             here = Schedule.from_config(SCHEDULER | {"prediction_type": prediction_type})
@@ -67,7 +69,10 @@ class Laws:
             x_t = add_noise(here, x0, noise, t)
             worst = max(worst, deviation(add_noise(there, *self._moved(x0, noise, t)), x_t))
             for convert in (epsilon_from, x0_from):
-                worst = max(worst, deviation(convert(there, *self._moved(output, x_t, t)), convert(here, output, x_t, t)))
+                worst = max(
+                    worst,
+                    deviation(convert(there, *self._moved(output, x_t, t)), convert(here, output, x_t, t)),
+                )
         return worst
 
     def losses(self) -> float:
@@ -77,7 +82,9 @@ class Laws:
         w, loser, w_ref, l_ref, correction = torch.rand(5, b, generator=torch.Generator().manual_seed(0))
         for method in OBJECTIVES:
             config = ObjectiveConfig(method=method)
-            here = step_losses(PairErrors(w, loser), PairErrors(w_ref, l_ref), t, config, schedule(CPU), correction)
+            here = step_losses(
+                PairErrors(w, loser), PairErrors(w_ref, l_ref), t, config, schedule(CPU), correction
+            )
             moved = self._moved(w, loser, w_ref, l_ref, t, correction)
             theta, ref = PairErrors(*moved[:2]), PairErrors(*moved[2:4])
             there = step_losses(theta, ref, moved[4], config, schedule(self.device), moved[5])
@@ -92,14 +99,19 @@ class Laws:
             model, pairs = unet("tiny", CPU, seed=0).to(device), random_pairs("tiny", 8, CPU, seed=1)
             terms = pair_errors(model, schedule(device), on(pairs, device))
             (terms.w - terms.l).sum().backward()
-            flat.append(torch.cat([p.grad.flatten().double().cpu() for p in model.parameters() if p.grad is not None]))
+            flat.append(
+                torch.cat([p.grad.flatten().double().cpu() for p in model.parameters() if p.grad is not None])
+            )
         return float((flat[1] - flat[0]).norm() / flat[0].norm())
 
     def images(self) -> float:
         """Levels of 255 between images of the shapes model, prompt and seed for prompt and seed, in float32."""
         prompts, seeds = ["a small red star at the left", "a large blue circle"], [0, 1]
         config = SampleConfig(steps=10)
-        drawn = [TextToImage(ModelFolder(str(MODEL_DIR)), device)(prompts, seeds, config) for device in (CPU, self.device)]
+        drawn = [
+            TextToImage(ModelFolder(str(MODEL_DIR)), device)(prompts, seeds, config)
+            for device in (CPU, self.device)
+        ]
         return float(np.abs(drawn[0].astype(int) - drawn[1].astype(int)).max())
 
     def ledger(self) -> float:
@@ -111,12 +123,18 @@ class Laws:
         return self._ledger_against_online(micro=3)
 
     def _ledger_against_online(self, micro: int) -> float:
-        written = TrainConfig(steps=1, batch_size=12, micro_batch_size=4, draws=1, precision="bf16", reference="ledger")
+        written = TrainConfig(
+            steps=1, batch_size=12, micro_batch_size=4, draws=1, precision="bf16", reference="ledger"
+        )
         online = dataclasses.replace(written, micro_batch_size=micro)
         with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
             folder, data = RandomFolder(self.model, self.device), Path(scratch)
             write_shard_of(folder, data, ["a red circle"] * 12)
-            stored = Ledger(fs.LocalFileSystem(), str(write_ledger(folder, data, OBJECTIVE, written, self.device)), self.device)
+            stored = Ledger(
+                fs.LocalFileSystem(),
+                str(write_ledger(folder, data, OBJECTIVE, written, self.device)),
+                self.device,
+            )
             worst, policy = 0.0, Policy(folder, online, self.device)
             with LatentReader(fs.LocalFileSystem(), scratch) as reader:
                 maker = BatchMaker(reader, folder, folder.schedule(), OBJECTIVE, online, self.device)
@@ -160,7 +178,11 @@ ALL: dict[str, tuple[Callable[[Laws], float], float, str]] = {
     "gradient, float32": (Laws.gradient, 1e-4, "the CPU's, relative L2"),
     "images of the shapes model, float32": (Laws.images, 1.0, "the CPU's, levels of 255"),
     "ledger against online, bf16, one batch shape": (Laws.ledger, 0.0, "online, relative to the largest"),
-    "ledger against online, bf16, another batch shape": (Laws.ledger_other_shape, 0.02, "online, relative to the largest"),
+    "ledger against online, bf16, another batch shape": (
+        Laws.ledger_other_shape,
+        0.02,
+        "online, relative to the largest",
+    ),
     "a run of three bf16 steps, twice": (Laws.repeated_run, 0.0, "the first, relative to the largest weight"),
 }
 """Name: the law, its bound, what the deviation is from."""

@@ -30,7 +30,9 @@ OBJECTIVE = ObjectiveConfig(method="uniform", noise="independent")
 class Ours:
     """One step of the loop after another, on the shard and the ledger at ``data``."""
 
-    def __init__(self, folder: RandomFolder, training: TrainConfig, device: torch.device, data: Path, record: Path) -> None:
+    def __init__(
+        self, folder: RandomFolder, training: TrainConfig, device: torch.device, data: Path, record: Path
+    ) -> None:
         self._training, self._schedule = training, folder.schedule().to(device)
         self.reader = LatentReader(fs.LocalFileSystem(), str(data))
         self._maker = BatchMaker(self.reader, folder, folder.schedule(), OBJECTIVE, training, device)
@@ -46,7 +48,10 @@ class Ours:
         for part in slices(rows, self._training.micro_batch_size):
             batch = self._maker.make(part)
             with self._policy.arithmetic():
-                ref, theta = self._ledger.errors(part), pair_errors(self._policy.trained, self._schedule, batch)
+                ref, theta = (
+                    self._ledger.errors(part),
+                    pair_errors(self._policy.trained, self._schedule, batch),
+                )
             terms = step_losses(theta, ref, batch.t, OBJECTIVE, self._schedule)
             check_finite("loss", terms.loss)
             (terms.loss.sum() / self._training.batch_size).backward()
@@ -54,16 +59,34 @@ class Ours:
         check_finite("gradient", self._policy.clip_gradients())
         self._optimizer.step()
         self._number += 1
-        t, theta, ref = torch.cat([t for t, _, _ in parts]), *(PairErrors.joined([part[i] for part in parts]) for i in (1, 2))
-        return step_metrics(t, theta, ref, step_losses(theta, ref, t, OBJECTIVE, self._schedule), self._schedule.T)
+        t, theta, ref = (
+            torch.cat([t for t, _, _ in parts]),
+            *(PairErrors.joined([part[i] for part in parts]) for i in (1, 2)),
+        )
+        return step_metrics(
+            t, theta, ref, step_losses(theta, ref, t, OBJECTIVE, self._schedule), self._schedule.T
+        )
 
 
 class Sides:
     """What each of ``ours``, ``public_recipe`` and ``floor`` makes of the same settings. Models live one side at a time."""
 
-    def __init__(self, model: str, device: torch.device, training: TrainConfig, scratch: Path, workers: int, timed_steps: int):
+    def __init__(
+        self,
+        model: str,
+        device: torch.device,
+        training: TrainConfig,
+        scratch: Path,
+        workers: int,
+        timed_steps: int,
+    ):
         """``workers`` processes decode the public recipe's pictures ahead; data is written below ``scratch``."""
-        self._device, self._training, self._workers, self._timed_steps = device, training, workers, timed_steps
+        self._device, self._training, self._workers, self._timed_steps = (
+            device,
+            training,
+            workers,
+            timed_steps,
+        )
         self._folder, self._data = RandomFolder(model, device), scratch
         self._rows = list(synthetic_rows(2 * training.batch_size, size=self._folder.size_px, shared=0.0))
         write_shard_of(self._folder, scratch, [row["caption"] for row in self._rows])
@@ -81,7 +104,9 @@ class Sides:
     def public_recipe(self) -> float:
         kernels(self._device, repeatable=False)
         folder, size_px = self._folder, self._folder.size_px
-        made = PublicRecipe(folder, self._training, self._device, self._rows, size_px, OBJECTIVE.beta, self._workers)
+        made = PublicRecipe(
+            folder, self._training, self._device, self._rows, size_px, OBJECTIVE.beta, self._workers
+        )
         try:
             return self._measured("public recipe", made.step)
         finally:
@@ -90,7 +115,9 @@ class Sides:
     def floor(self) -> float:
         kernels(self._device, repeatable=False)
         with LatentReader(fs.LocalFileSystem(), str(self._data)) as reader:
-            maker = BatchMaker(reader, self._folder, self._folder.schedule(), OBJECTIVE, self._training, self._device)
+            maker = BatchMaker(
+                reader, self._folder, self._folder.schedule(), OBJECTIVE, self._training, self._device
+            )
             rows = maker.rows(0, 0, 1)
             batch = maker.make(rows)
         made = Floor(self._folder, self._training, self._device, batch, rows.token_ids, OBJECTIVE.beta)

@@ -48,8 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the GPU is first used
     if asked.noise_pairs:
         torch.use_deterministic_algorithms(True)
-        tell(dict(Bench(asked.model, torch.device(asked.device), asked.micro).noise(asked.noise_pairs)), asked.out)
-    for checkpointing in {"on": [True], "off": [False], "both": [True, False], "none": []}[asked.checkpointing]:
+        tell(
+            dict(Bench(asked.model, torch.device(asked.device), asked.micro).noise(asked.noise_pairs)),
+            asked.out,
+        )
+    for checkpointing in {"on": [True], "off": [False], "both": [True, False], "none": []}[
+        asked.checkpointing
+    ]:
         tell(speed(asked, checkpointing), asked.out)
 
 
@@ -59,14 +64,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(UNETS), default="sd15")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--micro", type=int, default=4, help="pairs in one forward and backward")
-    parser.add_argument("--pairs", type=int, default=32, help="pairs in one optimizer step, whole micro-batches")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a side in a round, after two that are not")
+    parser.add_argument(
+        "--pairs", type=int, default=32, help="pairs in one optimizer step, whole micro-batches"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=5, help="timed steps of a side in a round, after two that are not"
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--noise-pairs", type=int, default=80, help="pairs for the step-0 noise (0: it is left out)")
+    parser.add_argument(
+        "--noise-pairs", type=int, default=80, help="pairs for the step-0 noise (0: it is left out)"
+    )
     parser.add_argument("--checkpointing", choices=["on", "off", "both", "none"], default="both")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="ours alone gives its pace and memory")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=SIDES, help="ours alone gives its pace and memory"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net on all sides")
-    parser.add_argument("--decoders", type=int, default=8, help="processes that decode the public recipe's pictures ahead")
+    parser.add_argument(
+        "--decoders", type=int, default=8, help="processes that decode the public recipe's pictures ahead"
+    )
     parser.add_argument("--out", type=Path, help="JSON file that the results are merged into")
     return parser.parse_args(arguments)
 
@@ -102,7 +117,10 @@ class Bench:
             for first, last, rows in buckets(t):
                 name = f"step-0 logit, {kind}, w = {w}, t {first}..{last}, standard deviation"
                 yield self._row(
-                    name, float(values[rows].std()), "", f"0, but for rounding: {int(rows.sum())} pairs, random weights"
+                    name,
+                    float(values[rows].std()),
+                    "",
+                    f"0, but for rounding: {int(rows.sum())} pairs, random weights",
                 )
 
     def _margins(self, t: Tensor, seed: int) -> dict[str, Tensor]:
@@ -125,7 +143,10 @@ class Bench:
             return pair_errors(model, self.schedule, part)
 
     def _row(self, name: str, value: float, unit: str, against: str) -> tuple[str, dict[str, Any]]:
-        return f"{headed(self.model)}, {name}", {**result(None, value, unit, against), "machine": machine_of(self.device)}
+        return f"{headed(self.model)}, {name}", {
+            **result(None, value, unit, against),
+            "machine": machine_of(self.device),
+        }
 
 
 def speed(asked: argparse.Namespace, checkpointing: bool) -> dict[str, dict[str, Any]]:
@@ -148,7 +169,9 @@ def speed(asked: argparse.Namespace, checkpointing: bool) -> dict[str, dict[str,
         found = in_turn(asked.rounds, {side: measured[side] for side in asked.sides}, on_figure=told_at_once)
     results = {}
     name = f"{head}, train_vs_public_recipe"
-    public = f"the public recipe, {asked.decoders} processes that decode; {published(asked.model)}{ceiling(name)}"
+    public = (
+        f"the public recipe, {asked.decoders} processes that decode; {published(asked.model)}{ceiling(name)}"
+    )
     if "public recipe" in found:
         results[name] = ratio(found, "ours", "public recipe", "pairs/s", public)
     if "floor" in found:
@@ -156,9 +179,13 @@ def speed(asked: argparse.Namespace, checkpointing: bool) -> dict[str, dict[str,
     floor_gb = sides.peak_gb.get("floor")
     for side, peak_gb in sides.peak_gb.items():
         against = (
-            f"the floor's {floor_gb:.1f} GB; {counted(training, asked.model)}" if floor_gb else counted(training, asked.model)
+            f"the floor's {floor_gb:.1f} GB; {counted(training, asked.model)}"
+            if floor_gb
+            else counted(training, asked.model)
         )
-        results[f"{head}, peak memory, {side}"] = result(peak_gb / floor_gb if floor_gb else None, peak_gb, "GB", against)
+        results[f"{head}, peak memory, {side}"] = result(
+            peak_gb / floor_gb if floor_gb else None, peak_gb, "GB", against
+        )
     return {name: {**each, "machine": machine_of(device)} for name, each in results.items()}
 
 
@@ -201,7 +228,9 @@ def margin(theta: PairErrors, ref: PairErrors) -> Tensor:
 
 
 def joined(parts: list[PairErrors]) -> PairErrors:
-    return PairErrors(torch.cat([part.w for part in parts]), torch.cat([part.l for part in parts if part.l is not None]))
+    return PairErrors(
+        torch.cat([part.w for part in parts]), torch.cat([part.l for part in parts if part.l is not None])
+    )
 
 
 def logits(margins: Tensor, t: Tensor, w: str) -> Tensor:

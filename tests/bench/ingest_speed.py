@@ -77,7 +77,9 @@ class Bench:
 
     def bare(self) -> float:
         """Pictures/s of the VAE alone."""
-        pixels = np.stack([decode(row[side], self._size).pixels for row in self._rows for side in ("jpg_0", "jpg_1")])
+        pixels = np.stack(
+            [decode(row[side], self._size).pixels for row in self._rows for side in ("jpg_0", "jpg_1")]
+        )
         context = multiprocessing.get_context("spawn")
         parts = [(str(models.fetch(self._model)[0]), part) for part in np.array_split(pixels, ACTORS)]
         ready = context.Barrier(ACTORS)

@@ -33,7 +33,9 @@ def _measure(case: Case, steps: int, rounds: int) -> dict[str, Result]:
     found = ratio(in_turn(rounds, sides), "ledger", "online", "pairs/s", what)
     maker = batch_maker(case.folder, case.encoded, OBJECTIVE, batch_size=case.batch_size)
     with_gradient, forward = _passes(case.folder, maker.make(maker.rows(0, 0, 1)))
-    against = f"forward and backward {with_gradient:.3f} s, forward {forward:.3f} s, of {case.batch_size} pairs"
+    against = (
+        f"forward and backward {with_gradient:.3f} s, forward {forward:.3f} s, of {case.batch_size} pairs"
+    )
     ceiling = (with_gradient + forward) / with_gradient
     name = f"ledger_vs_online{case.title}"
     return {name: found, f"{name}, ceiling": result(ceiling, with_gradient, "s", against)}

@@ -35,7 +35,10 @@ def in_turn(
             began = time.monotonic()
             found[name].append(sides[name]())
             seconds = time.monotonic() - began
-            print(f"  round {number + 1} of {rounds}, {name}: {found[name][-1]:.4g} ({seconds:.0f} s)", flush=True)
+            print(
+                f"  round {number + 1} of {rounds}, {name}: {found[name][-1]:.4g} ({seconds:.0f} s)",
+                flush=True,
+            )
             on_figure(name, found[name][-1])
     return found
 
@@ -51,7 +54,9 @@ def ratio(found: Mapping[str, list[float]], side: str, against: str, unit: str, 
 def ceiling(name: str) -> str:
     """What FLOPs alone make of the ratio of this name, as the end of a text. Nothing where the model is not counted."""
     quotient = mfu.by_arithmetic(name)
-    return "" if quotient is None else f"; by arithmetic, at one speed of all of it, the ratio is {quotient:.3f}"
+    return (
+        "" if quotient is None else f"; by arithmetic, at one speed of all of it, the ratio is {quotient:.3f}"
+    )
 
 
 def result(ratio: float | None, value: float, unit: str, against: str) -> Result:

@@ -64,10 +64,16 @@ class PublicRecipe:
         self._optimizer = make_optimizer(self.policy.parameters(), training)
         self._micro = training.micro_batch_size or training.batch_size
         self.pictures = Pictures(rows, folder.tokenizers(), size_px)
-        ahead = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
+        ahead = {
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": device.type == "cuda",
+        }
         self._loader = DataLoader(self.pictures, self._micro, **ahead)
         self._batches = self._endless()
-        self.seconds = dict.fromkeys(("pictures", "VAE", "text encoders", "policy", "reference", "optimizer"), 0.0)
+        self.seconds = dict.fromkeys(
+            ("pictures", "VAE", "text encoders", "policy", "reference", "optimizer"), 0.0
+        )
 
     def close(self) -> None:
         """End the processes that decode. Left to the garbage collector, each is waited for 5 s."""
@@ -83,7 +89,9 @@ class PublicRecipe:
             with self._timed("VAE"):
                 latents = self._encoded(torch.cat([pixels_w, pixels_l]).to(self._device, non_blocking=True))
             with self._timed("text encoders"):
-                told = self.text.with_sizes(self.text(ids.numpy()), sizes.numpy(), np.zeros_like(sizes), (self._size_px,) * 2)
+                told = self.text.with_sizes(
+                    self.text(ids.numpy()), sizes.numpy(), np.zeros_like(sizes), (self._size_px,) * 2
+                )
             loss = self.loss(latents, told)
             with self._timed("policy"):
                 (loss * self._micro / self._training.batch_size).backward()
@@ -110,7 +118,10 @@ class PublicRecipe:
     @torch.no_grad()
     def _encoded(self, pixels: Tensor) -> Tensor:
         """A sample of the posterior of each picture, winners first: float32, whatever the VAE computes in."""
-        return self.vae.encode(pixels.to(self._frozen)).latent_dist.sample().float() * self.vae.config.scaling_factor
+        return (
+            self.vae.encode(pixels.to(self._frozen)).latent_dist.sample().float()
+            * self.vae.config.scaling_factor
+        )
 
     def _endless(self) -> Generator[list[Tensor], None, None]:
         while True:
@@ -125,7 +136,12 @@ class PublicRecipe:
 
 
 def noise_errors(
-    unet: Callable[..., Any], schedule: Schedule, latents: Tensor, noise: Tensor, t: Tensor, told: Conditioning
+    unet: Callable[..., Any],
+    schedule: Schedule,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    told: Conditioning,
 ) -> Tensor:
     """Squared error of the model's prediction for each sample, mean over channels, height and width: float32 [2b]."""
     output = predict(unet, add_noise(schedule, latents, noise, t), t, told)

@@ -36,7 +36,11 @@ CLIP_BIG_G = {
     "projection_dim": POOLED_WIDTH,
 }
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-VAES = {"tiny": {**SD15_VAE, "block_out_channels": (32,) * 4, "layers_per_block": 1}, "sd15": SD15_VAE, "sdxl": SD15_VAE}
+VAES = {
+    "tiny": {**SD15_VAE, "block_out_channels": (32,) * 4, "layers_per_block": 1},
+    "sd15": SD15_VAE,
+    "sdxl": SD15_VAE,
+}
 
 
 class RandomFolder:
@@ -61,7 +65,11 @@ class RandomFolder:
     def text_encoders(self) -> list[Any]:
         with self._seeded():
             first = CLIPTextModel(CLIPTextConfig(**(SMALL if self.name == "tiny" else CLIP_L)))
-            both = [first] if self.family == "sd15" else [first, CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_BIG_G))]
+            both = (
+                [first]
+                if self.family == "sd15"
+                else [first, CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_BIG_G))]
+            )
         return [encoder.eval().requires_grad_(False) for encoder in both]
 
     @contextmanager
@@ -88,7 +96,9 @@ def write_shard_of(folder: RandomFolder, target: Path, captions: list[str]) -> N
     columns |= {name: list(token_ids[:, k]) for k, name in enumerate(token_columns(num_tokenizers))}
     for side in "wl":
         columns[f"uid_{side}"] = [f"{i}{side}" for i in range(pairs)]
-        columns[f"latents_{side}"] = list(rng.standard_normal((pairs, int(np.prod(shape)))).astype(np.float16))
+        columns[f"latents_{side}"] = list(
+            rng.standard_normal((pairs, int(np.prod(shape)))).astype(np.float16)
+        )
         columns |= {f"size_{side}": [[folder.size_px] * 2] * pairs, f"crop_{side}": [[0, 0]] * pairs}
     table = shard_table(columns, shard_schema(shape, num_tokenizers, num_tokens))
     manifest = Manifest(
@@ -106,7 +116,11 @@ def write_shard_of(folder: RandomFolder, target: Path, captions: list[str]) -> N
 
 @torch.no_grad()
 def write_ledger(
-    folder: RandomFolder, target: Path, objective: ObjectiveConfig, training: TrainConfig, device: torch.device
+    folder: RandomFolder,
+    target: Path,
+    objective: ObjectiveConfig,
+    training: TrainConfig,
+    device: torch.device,
 ) -> Path:
     """The errors of the model itself at one draw of the pairs at ``target``, in the run's arithmetic. The record's path."""
     with LatentReader(fs.LocalFileSystem(), str(target)) as reader:

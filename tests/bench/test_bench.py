@@ -56,7 +56,9 @@ def test_the_stall_and_what_a_whole_run_loses_are_told_apart():
 
 def test_a_ratio_over_the_public_recipe_says_how_much_is_possible():
     assert ceiling("train_vs_public_recipe, SD1.5-kind mid-size").endswith("the ratio is 1.667")
-    on_a_gpu = "sd15 at 512 px, bf16, micro 8, without gradient checkpointing, compiled, train_vs_public_recipe"
+    on_a_gpu = (
+        "sd15 at 512 px, bf16, micro 8, without gradient checkpointing, compiled, train_vs_public_recipe"
+    )
     assert ceiling(on_a_gpu).endswith("the ratio is 1.795")
     assert ceiling(on_a_gpu.replace("sd15", "tiny")) == ceiling("train_vs_floor") == ""
 
@@ -74,5 +76,11 @@ def test_every_benchmark_is_listed_and_an_unknown_one_is_refused(capsys, monkeyp
         bench.main()
     assert refused.value.code == 2
     error = capsys.readouterr().err
-    named = ("train_vs_public_recipe", "train_vs_floor", "train_memory_vs_floor", "two_workers_vs_one", "checkpoint_stall")
+    named = (
+        "train_vs_public_recipe",
+        "train_vs_floor",
+        "train_memory_vs_floor",
+        "two_workers_vs_one",
+        "checkpoint_stall",
+    )
     assert all(name in error for name in named)

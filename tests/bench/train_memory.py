@@ -26,9 +26,7 @@ def train_memory(scratch: Path) -> dict[str, Result]:
     for case in (Case.shapes(scratch / "shapes"), Case.mid_size(scratch / "mid")):
         ledger = case.write_ledger()
         imports, floor, ours = (_in_a_process(case, side, ledger) for side in ("imports", "floor", "ours"))
-        against = (
-            f"the floor's {floor['peak_mb']:.0f} MB; imports alone {imports['peak_mb']:.0f} MB; {case.batch_size} pairs a step"
-        )
+        against = f"the floor's {floor['peak_mb']:.0f} MB; imports alone {imports['peak_mb']:.0f} MB; {case.batch_size} pairs a step"
         name = f"train_memory_vs_floor{case.title}"
         found[name] = result(ours["peak_mb"] / floor["peak_mb"], ours["peak_mb"], "MB", against)
     return found

@@ -39,9 +39,14 @@ def measure(case: Case, steps: int, rounds: int) -> dict[str, Result]:
     found = in_turn(rounds, sides)
     total = sum(public.seconds.values())
     shares = ", ".join(f"{part} {100 * seconds / total:.0f}%" for part, seconds in public.seconds.items())
-    of, name = f"steps of {case.batch_size} pairs, pictures of {case.size_px} px", f"train_vs_public_recipe{case.title}"
+    of, name = (
+        f"steps of {case.batch_size} pairs, pictures of {case.size_px} px",
+        f"train_vs_public_recipe{case.title}",
+    )
     return {
-        name: ratio(found, "ours", "public recipe", "pairs/s", f"the public recipe ({shares}), {of}{ceiling(name)}"),
+        name: ratio(
+            found, "ours", "public recipe", "pairs/s", f"the public recipe ({shares}), {of}{ceiling(name)}"
+        ),
         f"train_vs_floor{case.title}": ratio(found, "ours", "floor", "pairs/s", f"tensors in memory, {of}"),
     }
 

@@ -46,7 +46,10 @@ def two_workers(scratch: Path, rounds: int = 2, steps: int = 5) -> dict[str, Res
     what = f"one worker, steps of {case.batch_size} pairs of the mid-size U-Net on {os.cpu_count()} cores"
     step_s = case.batch_size / statistics.median(found["two"])
     waited_s = step_s * statistics.median(metrics["data_wait"] for metrics in told[WORKERS])
-    return {"two_workers_vs_one": ratio(found, "two", "one", "pairs/s", what), **_parts(case, steps, step_s, waited_s)}
+    return {
+        "two_workers_vs_one": ratio(found, "two", "one", "pairs/s", what),
+        **_parts(case, steps, step_s, waited_s),
+    }
 
 
 def _trained(case: Case, name: str, steps: int, ledger: str, workers: int) -> list[Any]:
@@ -64,14 +67,25 @@ def _parts(case: Case, steps: int, step_s: float, waited_s: float) -> dict[str, 
     together_s = max(seconds for seconds, _ in at_once)
     communication_s = max(seconds for _, seconds in at_once)
     parts = {
-        "half a batch": (half_s, f"{whole_s:.3g} s of a whole one: at best {whole_s / half_s:.2f} times as fast"),
+        "half a batch": (
+            half_s,
+            f"{whole_s:.3g} s of a whole one: at best {whole_s / half_s:.2f} times as fast",
+        ),
         "at once": (together_s - half_s, "what two halves at once take longer than one alone"),
         "communication": (communication_s, "adding all gradients over gloo, with nothing else to do"),
-        "data": (waited_s, "waiting for rows, text and draws, as the loop tells (the text is in half a batch, too)"),
-        "rest": (step_s - together_s - communication_s, "Ray, gathering errors, telling, and waiting for the slower one"),
+        "data": (
+            waited_s,
+            "waiting for rows, text and draws, as the loop tells (the text is in half a batch, too)",
+        ),
+        "rest": (
+            step_s - together_s - communication_s,
+            "Ray, gathering errors, telling, and waiting for the slower one",
+        ),
     }
     return {
-        f"two_workers_vs_one, {part}": result(seconds / step_s, seconds, "s", f"a step of {step_s:.3g} s; {what}")
+        f"two_workers_vs_one, {part}": result(
+            seconds / step_s, seconds, "s", f"a step of {step_s:.3g} s; {what}"
+        )
         for part, (seconds, what) in parts.items()
     }
 
@@ -88,7 +102,9 @@ def _together(case: Case, steps: int) -> list[tuple[float, float]]:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
-        return pool.starmap(_floor_and_sum, [(case, steps, rank, address) for rank in range(WORKERS)], chunksize=1)
+        return pool.starmap(
+            _floor_and_sum, [(case, steps, rank, address) for rank in range(WORKERS)], chunksize=1
+        )
 
 
 def _floor_step(case: Case, share: int, steps: int) -> float:

@@ -65,7 +65,9 @@ def test_winners_that_get_worse_while_losers_do_so_faster_ring_once_and_once_mor
     assert 60 + WINDOW < over < 60 + 2 * WINDOW
 
 
-@pytest.mark.parametrize(("rise_w", "rise_l"), [(0.05, 0.01), (0.5 * RISE, 0.09), (-0.01, 0.02), (0.05, 0.05)])
+@pytest.mark.parametrize(
+    ("rise_w", "rise_l"), [(0.05, 0.01), (0.5 * RISE, 0.09), (-0.01, 0.02), (0.05, 0.05)]
+)
 def test_loser_fleeing_needs_both_a_rise_and_a_margin_that_grows(alarms, rise_w, rise_l):
     assert not [message for _, message in told(alarms, run(100, rise_w, rise_l)) if "fleeing" in message]
 
@@ -81,13 +83,18 @@ def test_hundreds_of_steps_at_chance_and_at_the_allowed_rise_ring_nothing(alarms
 def test_weights_near_zero_everywhere_are_saturation_and_name_beta(alarms):
     ((step, message),) = told(alarms, run(50, left=SATURATED / 2))
     assert step == WINDOW
-    assert message.startswith("saturation: gradient weights are 0.025 of what they would be at logit 0, below 0.05 at every t:")
+    assert message.startswith(
+        "saturation: gradient weights are 0.025 of what they would be at logit 0, below 0.05 at every t:"
+    )
     assert "Lower objective.beta (now 500)" in message
 
 
 def test_saturation_names_the_tenths_where_it_is_and_those_where_it_is_not(alarms):
     ((_, message),) = told(alarms, run(50, left=lambda t: np.where(t > 900, 0.2, 0.01)))
-    assert "in the tenths of t up to 100, 200, 300, 400, 500, 600, 700, 800, 900, not in those up to 1000" in message
+    assert (
+        "in the tenths of t up to 100, 200, 300, 400, 500, 600, 700, 800, 900, not in those up to 1000"
+        in message
+    )
 
 
 def test_weights_that_are_small_for_some_t_alone_are_no_saturation(alarms):
@@ -137,7 +144,12 @@ def test_a_run_that_spoils_its_model_rings_and_the_demo_does_not(tmp_path, monke
     def said(name, objective, learning_rate):
         folder = tmp_path / name
         metrics = train_here(
-            folder, model, Path(encoded.removeprefix("file://")), objective, learning_rate=learning_rate, **common
+            folder,
+            model,
+            Path(encoded.removeprefix("file://")),
+            objective,
+            learning_rate=learning_rate,
+            **common,
         )
         assert len(metrics) == 30
         return told(Alarms(objective), metrics)

@@ -33,7 +33,9 @@ def encoded(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return write_encoded(tmp_path_factory.mktemp("encoded") / "pairs", model, PAIRS)
 
 
-def one_batch(model: ModelFolder, encoded: Path, objective: ObjectiveConfig, step: int = 0, **training) -> PairBatch:
+def one_batch(
+    model: ModelFolder, encoded: Path, objective: ObjectiveConfig, step: int = 0, **training
+) -> PairBatch:
     """The whole of a global batch. A batch of PAIRS is an epoch: its step is the number of the visit."""
     training = {"batch_size": PAIRS, "draw_seed": SEED} | training
     maker = batch_maker(model, encoded, objective, **training)
@@ -73,7 +75,9 @@ def test_draws_do_not_depend_on_the_runs_seed_and_begin_again_after_as_many_as_t
     visits = [rows_of(one_batch(model, encoded, objective, visit, draws=2, seed=visit)) for visit in range(5)]
     for pair, first in visits[0].items():
         for visit, rows in enumerate(visits):
-            again = [same(rows[pair][name], first[name]) for name in ("t", "noise_w", "noise_l", "z_w", "z_l")]
+            again = [
+                same(rows[pair][name], first[name]) for name in ("t", "noise_w", "noise_l", "z_w", "z_l")
+            ]
             assert all(again[1:]) == (visit % 2 == 0), (pair, visit)
             assert again[0] or visit % 2 == 1
 
@@ -82,7 +86,9 @@ def test_each_method_has_the_noise_of_its_own_source(model, encoded):
     for method, noise in DEFAULT_NOISE.items():
         batch = one_batch(model, encoded, ObjectiveConfig(method=method))
         if method == "sft":
-            assert batch.noise_l is batch.latents_l is batch.conditioning_l is None, "losers are not even made"
+            assert batch.noise_l is batch.latents_l is batch.conditioning_l is None, (
+                "losers are not even made"
+            )
         else:
             assert torch.equal(batch.noise_w, batch.noise_l) == (noise == "shared")
 
@@ -100,7 +106,10 @@ def test_a_pairs_row_does_not_depend_on_the_number_of_workers(model, encoded):
     whole = rows_of(maker.make(maker.rows(1, 0, 1)))
     for rank in range(3):
         for pair, row in rows_of(maker.make(maker.rows(1, rank, 3))).items():
-            text = [told.pop("encoder_hidden_states") for told in (row["conditioning_w"], whole[pair]["conditioning_w"])]
+            text = [
+                told.pop("encoder_hidden_states")
+                for told in (row["conditioning_w"], whole[pair]["conditioning_w"])
+            ]
             torch.testing.assert_close(*text, rtol=1e-5, atol=1e-5)  # encoded beside other captions
             for name in ("t", "latents_w", "latents_l", "noise_w", "noise_l", "z_w", "z_l"):
                 assert same(row[name], whole[pair][name]), name
@@ -119,7 +128,9 @@ def test_t_is_drawn_inside_of_the_range_alone_and_all_over_it(model, encoded, me
             batch_maker(model, encoded, ObjectiveConfig(method=method, **{end: 1001}))
 
 
-@pytest.mark.parametrize(("method", "t_sampling"), [("dde", "method"), ("discounted", "method"), ("discounted", "uniform")])
+@pytest.mark.parametrize(
+    ("method", "t_sampling"), [("dde", "method"), ("discounted", "method"), ("discounted", "uniform")]
+)
 def test_t_follows_the_methods_density(model, encoded, method, t_sampling):
     objective = ObjectiveConfig(method=method, t_sampling=t_sampling)
     drawn = one_batch(model, encoded, objective, batch_size=2000).t.numpy()
@@ -128,7 +139,10 @@ def test_t_follows_the_methods_density(model, encoded, method, t_sampling):
         if objective.t_sampling == "uniform"
         else t_distribution(objective, model.schedule())[1:].numpy()
     )
-    counts, wanted = (np.add.reduceat(each, range(0, 1000, 100)) for each in (np.bincount(drawn, minlength=1001)[1:], 2000 * p))
+    counts, wanted = (
+        np.add.reduceat(each, range(0, 1000, 100))
+        for each in (np.bincount(drawn, minlength=1001)[1:], 2000 * p)
+    )
     assert ((counts - wanted) ** 2 / wanted).sum() < 27.9  # chi-square, 9 degrees of freedom, p = .001
 
 
@@ -143,11 +157,15 @@ def test_winner_and_loser_are_told_the_same_text_and_their_own_sizes(model, enco
     assert set(batch.conditioning_w) == set(batch.conditioning_l) == names
     for name in names - {"time_ids"}:
         assert torch.equal(batch.conditioning_w[name], batch.conditioning_l[name])
-        assert len({row.numpy().tobytes() for row in batch.conditioning_w[name]}) > PAIRS // 2, "captions differ"
+        assert len({row.numpy().tobytes() for row in batch.conditioning_w[name]}) > PAIRS // 2, (
+            "captions differ"
+        )
     if model.family == "sd15":
         return
     for side in "wl":
-        for told, pair in zip(getattr(batch, f"conditioning_{side}")["time_ids"].tolist(), batch.pair_ids, strict=True):
+        for told, pair in zip(
+            getattr(batch, f"conditioning_{side}")["time_ids"].tolist(), batch.pair_ids, strict=True
+        ):
             (height, width), (top, left) = by_pair[pair][f"size_{side}"], by_pair[pair][f"crop_{side}"]
             scale = SIZE_PX / min(height, width)
             assert told == [height, width, round(top * scale), round(left * scale), SIZE_PX, SIZE_PX]
@@ -163,8 +181,12 @@ def test_a_dropped_caption_is_dropped_for_both_sides_and_for_no_other_pair(model
     for told in (batch.conditioning_w, batch.conditioning_l):
         for name, nothing in empty.items():
             assert (nothing == 0).all() == (model.family == "sdxl"), "no caption is zeros in SDXL"
-            torch.testing.assert_close(told[name][dropped], nothing.expand_as(told[name][dropped]), rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(told[name][~dropped], kept.conditioning_w[name][~dropped], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                told[name][dropped], nothing.expand_as(told[name][dropped]), rtol=1e-5, atol=1e-5
+            )
+            torch.testing.assert_close(
+                told[name][~dropped], kept.conditioning_w[name][~dropped], rtol=1e-5, atol=1e-5
+            )
             assert (told[name][~dropped] - nothing).abs().amax(dim=tuple(range(1, nothing.ndim))).min() > 1e-3
     if model.family == "sdxl":
         assert torch.equal(batch.conditioning_w["time_ids"], kept.conditioning_w["time_ids"]), "sizes stay"

@@ -47,7 +47,9 @@ def test_c_sums_what_was_recorded_at_t_plus_1_to_the_last_timestep_and_nothing_e
     columns = errors(1000)
     feed(r, EVERY_T, *columns)
     e_theta_w, e_ref_w, e_theta_l, e_ref_l = columns.double()
-    step = schedule.kappa[1:] * ((e_ref_w - e_theta_w) - (e_ref_l - e_theta_l))  # step[k] was recorded at t = k + 1
+    step = schedule.kappa[1:] * (
+        (e_ref_w - e_theta_w) - (e_ref_l - e_theta_l)
+    )  # step[k] was recorded at t = k + 1
     for t in (1, 2, 500, 998, 999):
         torch.testing.assert_close(r.correction(torch.tensor([t]))[0], step[t:].sum(), rtol=1e-9, atol=1e-12)
     assert r.correction(torch.tensor([1000])) == 0
@@ -102,7 +104,9 @@ def test_a_policy_equal_to_its_reference_has_no_correction_at_all(schedule):
 
 @settings(max_examples=20)
 @given(st.integers(0, 2**32), st.sampled_from([0, 1, 10, 1000]))
-def test_the_arrays_do_not_depend_on_the_order_in_which_workers_were_gathered_to_the_bit(schedule, seed, bins):
+def test_the_arrays_do_not_depend_on_the_order_in_which_workers_were_gathered_to_the_bit(
+    schedule, seed, bins
+):
     g = torch.Generator().manual_seed(seed)
     t, columns = torch.randint(1, 21, (256,), generator=g), errors(256, seed)
     shuffle = torch.randperm(256, generator=g)
@@ -150,7 +154,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(schedule):
 
 def test_after_100_steps_of_2048_pairs_coefficients_have_left_their_start_and_stand_at_their_values(schedule):
     mu, steps, pairs, spread = 0.1, 100, 2048, 0.2
-    law = (1 - mu * (1 - (1 - 1 / 1000) ** pairs)) ** steps  # the share of the start that is left, in expectation over t
+    law = (
+        1 - mu * (1 - (1 - 1 / 1000) ** pairs)
+    ) ** steps  # the share of the start that is left, in expectation over t
     assert law == pytest.approx(1.1e-4, rel=0.01)
     truth, generator = errors(1000).double(), torch.Generator().manual_seed(1)
     value = torch.where(EVERY_T > 1, -schedule.kappa[1:] * truth, 0.0)
@@ -163,12 +169,16 @@ def test_after_100_steps_of_2048_pairs_coefficients_have_left_their_start_and_st
         drawn = truth[:, t - 1] * (1 + spread * torch.randn(4, pairs, generator=generator))
         for r in runs.values():
             feed(r, t, *drawn)
-    zero, far = (torch.stack([getattr(r, name) for name in NAMES])[:, 1:] / value[:, 1:] for r in runs.values())
+    zero, far = (
+        torch.stack([getattr(r, name) for name in NAMES])[:, 1:] / value[:, 1:] for r in runs.values()
+    )
     left = (far - zero) / 5  # the noise is the same in both
     assert left.mean().item() == pytest.approx(law, rel=0.1)
     assert left.max() < 10 * law
     off = zero - 1
-    noise = spread * (mu / (2 - mu)) ** 0.5  # of a running mean of single values; batches hold about two of a timestep
+    noise = (
+        spread * (mu / (2 - mu)) ** 0.5
+    )  # of a running mean of single values; batches hold about two of a timestep
     assert off.mean().abs() < law + 4 * noise / off.numel() ** 0.5
     assert 0.6 * noise < off.std() < noise
     assert off.abs().max() < 5 * noise
@@ -189,17 +199,24 @@ def test_as_many_bins_as_timesteps_are_the_same_as_no_bins(schedule):
 
 @pytest.mark.parametrize("bins", [1, 7, 50])
 def test_bins_that_saw_every_timestep_keep_the_whole_sum_and_c_at_their_edges(schedule, bins):
-    plain, binned = calibration(schedule, ema_rate=1.0), calibration(schedule, ema_rate=1.0, calibration_bins=bins)
+    plain, binned = (
+        calibration(schedule, ema_rate=1.0),
+        calibration(schedule, ema_rate=1.0, calibration_bins=bins),
+    )
     for r in (plain, binned):
         feed(r, EVERY_T, *with_margin(1e-4))
     assert binned.theta_w.shape == (bins,)
-    edges = torch.tensor([t for t in range(1, 1001) if t == 1 or t == 1000 or (t - 1) * bins // 999 != (t - 2) * bins // 999])
+    edges = torch.tensor(
+        [t for t in range(1, 1001) if t == 1 or t == 1000 or (t - 1) * bins // 999 != (t - 2) * bins // 999]
+    )
     assert len(edges) == bins + 1
     torch.testing.assert_close(binned.correction(edges), plain.correction(edges), rtol=1e-9, atol=1e-14)
 
 
 def test_one_sample_in_a_bin_speaks_for_all_of_its_timesteps(schedule):
-    r = calibration(schedule, calibration_bins=9, ema_rate=1.0)  # 999 timesteps: bins of 111, the last 890..1000
+    r = calibration(
+        schedule, calibration_bins=9, ema_rate=1.0
+    )  # 999 timesteps: bins of 111, the last 890..1000
     feed(r, torch.tensor([900]), *with_margin(1e-4, n=1))
     value = schedule.kappa[900] * 1e-4
     c = r.correction(torch.tensor([1, 889, 890, 999, 1000]))

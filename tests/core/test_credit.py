@@ -79,7 +79,9 @@ def test_a_correction_of_the_wrong_sign_and_that_of_the_mode_would_raise_the_wei
 
 
 def test_the_sampled_point_converges_to_the_expected_one(schedule):
-    assert torch.equal(of(schedule, calibration_point="sampled").gradient_weight, of(schedule).gradient_weight)
+    assert torch.equal(
+        of(schedule, calibration_point="sampled").gradient_weight, of(schedule).gradient_weight
+    )
 
 
 def test_dde_step_is_uniform_with_the_correction_of_dde(schedule):
@@ -98,7 +100,9 @@ def test_sft_weighs_every_timestep_alike_whatever_the_margin(schedule, margin):
 
 def test_discounted_draws_late_timesteps_more_often(schedule):
     density = of(schedule, "discounted").density
-    torch.testing.assert_close(density[1:] / density[:-1], torch.full((999,), 0.9 ** (1 / 20), dtype=torch.float64) ** -1)
+    torch.testing.assert_close(
+        density[1:] / density[:-1], torch.full((999,), 0.9 ** (1 / 20), dtype=torch.float64) ** -1
+    )
     assert density.mean().item() == pytest.approx(1, rel=1e-12)
     assert density.max().item() == pytest.approx(5.28, abs=5e-3)
     assert (1 / density.square().mean()).item() == pytest.approx(0.38, abs=5e-3)
@@ -178,7 +182,10 @@ def straight_run(schedule, config, steps=40, pairs=32):
     for step in range(1, steps + 1):
         t = torch.randint(config.t_min, (config.t_max or 1000) + 1, (pairs,), generator=generator)
         ref = 0.2 + 0.1 * torch.rand(2, pairs, generator=generator, dtype=torch.float64)
-        theta, z = ref + 3e-4 * torch.randn(2, pairs, generator=generator, dtype=torch.float64), torch.zeros(pairs)
+        theta, z = (
+            ref + 3e-4 * torch.randn(2, pairs, generator=generator, dtype=torch.float64),
+            torch.zeros(pairs),
+        )
         theta_errors, ref_errors = PairErrors(theta[0], theta[1], z, z), PairErrors(ref[0], ref[1], z, z)
         terms = step_losses(theta_errors, ref_errors, t, config, schedule, calibration.correction(t))
         calibration.update(t, theta_errors, ref_errors)

@@ -53,9 +53,15 @@ def test_parameters_and_shapes_are_those_of_the_real_models(family):
 
 def text_encoders():
     """CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 without weights."""
-    large = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    large = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
     huge = CLIPTextConfig(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        projection_dim=1280,
     )
     with torch.device("meta"):
         return CLIPTextModel(large), CLIPTextModelWithProjection(huge)
@@ -72,7 +78,9 @@ def test_text_encoders_have_the_parameters_and_flops_of_the_real_ones():
     assert [FACTS[family].text_encoder_parameters for family in FAMILIES] == [counts[0], sum(counts)]
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     counted = [flops(lambda model=model: model(ids)) for model in text_encoders()]
-    assert [FACTS[family].text_flops for family in FAMILIES] == pytest.approx([counted[0], sum(counted)], rel=1e-3)
+    assert [FACTS[family].text_flops for family in FAMILIES] == pytest.approx(
+        [counted[0], sum(counted)], rel=1e-3
+    )
 
 
 def test_the_vaes_flops_are_counted_at_each_size():
@@ -90,15 +98,21 @@ def test_the_models_of_the_benchmarks_are_counted(tmp_path):
     folder = ModelFolder(MODEL_DIR)
     assert shapes.forward_flops == pytest.approx(unet_flops(folder.unet(), 8), rel=1e-3)
     vae = folder.vae().to("meta")
-    assert shapes.vae_flops == pytest.approx(flops(lambda: vae.encode(torch.empty(1, 3, 32, 32, device="meta"))), rel=1e-3)
+    assert shapes.vae_flops == pytest.approx(
+        flops(lambda: vae.encode(torch.empty(1, 3, 32, 32, device="meta"))), rel=1e-3
+    )
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**MID_SIZE), AutoencoderKL(**MID_SIZE_VAE)
     assert mid_size.forward_flops == pytest.approx(unet_flops(unet, 32), rel=1e-3)
-    assert mid_size.vae_flops == pytest.approx(flops(lambda: vae.encode(torch.empty(1, 3, 256, 256, device="meta"))), rel=1e-3)
+    assert mid_size.vae_flops == pytest.approx(
+        flops(lambda: vae.encode(torch.empty(1, 3, 256, 256, device="meta"))), rel=1e-3
+    )
     for counted, where in ((shapes, folder), (mid_size, ModelFolder(sd15_folder(tmp_path)))):
         (encoder,) = where.text_encoders()
         ids = torch.from_numpy(tokenize(where.tokenizers(), ["a circle"])[:, 0]).long().to("meta")
-        assert counted.text_flops == pytest.approx(flops(lambda it=encoder.to("meta"), ids=ids: it(ids)), rel=0.1)
+        assert counted.text_flops == pytest.approx(
+            flops(lambda it=encoder.to("meta"), ids=ids: it(ids)), rel=0.1
+        )
 
 
 def test_the_benchmarks_vaes_weigh_no_more_beside_their_unets_than_stable_diffusions():
@@ -119,7 +133,10 @@ def unet_flops(unet, size) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_flops_are_counted_and_a_backward_is_two_forwards(family):
     model, told = unet(family), conditioning(family, 1, "meta")
-    x_t, t = torch.empty(1, *FACTS[family].latent_shape, device="meta"), torch.ones(1, dtype=torch.long, device="meta")
+    x_t, t = (
+        torch.empty(1, *FACTS[family].latent_shape, device="meta"),
+        torch.ones(1, dtype=torch.long, device="meta"),
+    )
     with FlopCounterMode(display=False) as forward:
         output = predict(model, x_t, t, told)
     with FlopCounterMode(display=False) as backward:
@@ -143,7 +160,8 @@ def test_activation_bytes_grow_with_samples(checkpointing):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "targets", [LoraConfig().targets, ("attn2.to_k", "to_out.0"), ("ff.net.0.proj", "ff.net.2"), ("to_q", "attn1.to_q")]
+    "targets",
+    [LoraConfig().targets, ("attn2.to_k", "to_out.0"), ("ff.net.0.proj", "ff.net.2"), ("to_q", "attn1.to_q")],
 )
 def test_lora_parameters_are_those_that_peft_adds(family, targets):
     model, facts = unet(family).requires_grad_(False), FACTS[family]
@@ -175,7 +193,9 @@ def test_adapters_need_less_than_the_whole_unet(family):
     assert adapters.memory_gb < whole.memory_gb / 2
     assert adapters.gpu_hours < whole.gpu_hours
     assert "reference" not in {each.name for each in adapters.memory}
-    assert term(adapters, "passes") == 4  # the reference is the U-Net with its adapters off: no memory, but a pass
+    assert (
+        term(adapters, "passes") == 4
+    )  # the reference is the U-Net with its adapters off: no memory, but a pass
 
 
 def test_winners_alone_need_no_reference_and_one_side():
@@ -198,23 +218,27 @@ def test_a_run_on_a_ledger_has_no_reference_in_memory_or_time_but_the_pass_that_
 
 @pytest.mark.parametrize("change", [{"optimizer": "adamw_8bit"}, {"micro_batch_size": 1}])
 def test_small_moments_and_small_micro_batches_save_memory_and_no_time(change):
-    before, after = (estimate("sdxl", UNIFORM, training, 8) for training in (PAPER, dataclasses.replace(PAPER, **change)))
+    before, after = (
+        estimate("sdxl", UNIFORM, training, 8) for training in (PAPER, dataclasses.replace(PAPER, **change))
+    )
     assert after.memory_gb < before.memory_gb
     assert after.gpu_hours == before.gpu_hours
 
 
 def test_a_running_average_costs_a_copy_of_what_is_trained():
     copy = 4 * FACTS["sd15"].parameters / 1e9
-    plain, averaged = (estimate("sd15", UNIFORM, dataclasses.replace(PAPER, ema_decay=decay), 8) for decay in (0, 0.999))
+    plain, averaged = (
+        estimate("sd15", UNIFORM, dataclasses.replace(PAPER, ema_decay=decay), 8) for decay in (0, 0.999)
+    )
     assert averaged.memory_gb - plain.memory_gb == pytest.approx(copy)
 
 
 def test_without_micro_batches_a_worker_runs_its_whole_share():
     whole = dataclasses.replace(PAPER, micro_batch_size=0, batch_size=100)
     assert term(estimate("sd15", UNIFORM, whole, 8), "activations") == pytest.approx(13 * 2 * 0.281)
-    assert term(estimate("sd15", UNIFORM, dataclasses.replace(whole, micro_batch_size=64), 8), "activations") == pytest.approx(
-        13 * 2 * 0.281
-    )
+    assert term(
+        estimate("sd15", UNIFORM, dataclasses.replace(whole, micro_batch_size=64), 8), "activations"
+    ) == pytest.approx(13 * 2 * 0.281)
 
 
 def test_more_workers_share_the_hours():
@@ -225,7 +249,8 @@ def test_more_workers_share_the_hours():
 
 def test_a_gpu_says_what_fits_and_how_fast_it_is():
     a100, h200 = (
-        estimate("sdxl", UNIFORM, dataclasses.replace(PAPER, micro_batch_size=16), 8, gpu) for gpu in ("a100", "h200")
+        estimate("sdxl", UNIFORM, dataclasses.replace(PAPER, micro_batch_size=16), 8, gpu)
+        for gpu in ("a100", "h200")
     )
     assert (a100.room, h200.room) == ("does not fit", "fits")
     assert a100.gpu_hours / h200.gpu_hours == pytest.approx(989 / 312)
@@ -253,4 +278,7 @@ def test_what_cannot_be_estimated_is_refused_by_field_and_value(change, said):
 
 def test_the_estimate_loads_no_torch():
     code = "import sys, dde_core.planning.estimate; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )

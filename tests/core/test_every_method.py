@@ -19,7 +19,9 @@ from tests.support.tiny_unet import TEXT_WIDTH, tiny_unet
 
 PREFERENCE = [name for name, objective in OBJECTIVES.items() if objective.preference]
 POINTS = ("expected", "sampled", "mode")
-CASES = [(method, point) for method in OBJECTIVES for point in (POINTS if method in CALIBRATED else POINTS[:1])]
+CASES = [
+    (method, point) for method in OBJECTIVES for point in (POINTS if method in CALIBRATED else POINTS[:1])
+]
 WITHOUT_SFT = [(method, point) for method, point in CASES if method in PREFERENCE]
 
 
@@ -59,7 +61,9 @@ def moved(unet: torch.nn.Module, amount: float = 0.02) -> torch.nn.Module:
 
 @pytest.mark.parametrize("t_sampling", ["method", "uniform"])
 @pytest.mark.parametrize(("method", "point"), WITHOUT_SFT)
-def test_a_policy_that_is_its_reference_has_logit_0_and_loses_log_2_exactly(schedule, method, point, t_sampling):
+def test_a_policy_that_is_its_reference_has_logit_0_and_loses_log_2_exactly(
+    schedule, method, point, t_sampling
+):
     config = ObjectiveConfig(method=method, calibration_point=point, t_sampling=t_sampling)
     batch, calibration = pairs([1, 2, 50, 500, 999, 1000], dtype=torch.float32), Calibration(schedule, config)
     for _ in range(2):  # and what it records keeps C at 0
@@ -80,7 +84,9 @@ def test_what_is_given_to_a_method_counts(schedule, method):
     """So that the laws around this one are about something: another policy has another loss."""
     batch = pairs([2, 500, 999])
     theta, ref = errors_of(moved(tiny_unet().double()), tiny_unet().double(), schedule, batch)
-    terms = step_losses(theta, ref, batch.t, ObjectiveConfig(method=method), schedule, torch.zeros(3, dtype=torch.float64))
+    terms = step_losses(
+        theta, ref, batch.t, ObjectiveConfig(method=method), schedule, torch.zeros(3, dtype=torch.float64)
+    )
     assert ((terms.loss - math.log(2)).abs() > 1e-3).all()
     assert not any(value.requires_grad for value in (terms.margin, terms.logit, terms.gradient_weight))
     assert terms.loss.requires_grad
@@ -92,7 +98,11 @@ def test_what_is_given_to_a_method_counts(schedule, method):
 @pytest.mark.parametrize(("method", "point"), WITHOUT_SFT)
 def test_turning_the_preference_round_turns_logits_and_corrections_round(schedule, method, point):
     config = ObjectiveConfig(method=method, calibration_point=point, beta=50.0)
-    policy, reference, batch = moved(tiny_unet().double()), tiny_unet().double(), pairs([2, 50, 500, 999, 1000])
+    policy, reference, batch = (
+        moved(tiny_unet().double()),
+        tiny_unet().double(),
+        pairs([2, 50, 500, 999, 1000]),
+    )
     found = []
     for each in (batch, turned_round(batch)):
         calibration = Calibration(schedule, config)
@@ -126,7 +136,11 @@ def test_a_preference_without_reference_or_loser_is_refused(schedule, method):
 
 
 def test_sft_is_plain_denoising_on_winners_and_has_its_gradient(schedule):
-    ours, plain, batch = tiny_unet().double(), tiny_unet().double(), pairs([1, 2, 500, 999, 1000], losers=False)
+    ours, plain, batch = (
+        tiny_unet().double(),
+        tiny_unet().double(),
+        pairs([1, 2, 500, 999, 1000], losers=False),
+    )
     calls = []
     hook = ours.register_forward_hook(lambda module, arguments, output: calls.append(len(arguments[0])))
     theta = pair_errors(ours, schedule, batch)
@@ -134,7 +148,9 @@ def test_sft_is_plain_denoising_on_winners_and_has_its_gradient(schedule):
     assert calls == [5], "winners alone went through the U-Net"
     terms = step_losses(theta, None, batch.t, ObjectiveConfig(method="sft"), schedule)
     noisy = add_noise(schedule, batch.latents_w, batch.noise_w, batch.t)
-    loss = F.mse_loss(plain(noisy, batch.t - 1, batch.conditioning_w["encoder_hidden_states"]).sample, batch.noise_w)
+    loss = F.mse_loss(
+        plain(noisy, batch.t - 1, batch.conditioning_w["encoder_hidden_states"]).sample, batch.noise_w
+    )
     torch.testing.assert_close(terms.loss.mean(), loss, rtol=1e-12, atol=0)
     assert (terms.gradient_weight == 1).all()
     assert terms.margin is terms.logit is None
@@ -151,7 +167,9 @@ def test_sft_reads_neither_losers_nor_reference_nor_beta_where_they_are_given(sc
         theta = pair_errors(tiny_unet().double(), schedule, batch)
     alone = step_losses(theta, None, batch.t, ObjectiveConfig(method="sft"), schedule).loss
     config = ObjectiveConfig(method="sft", beta=1.0, max_weight=1e-3)
-    among = step_losses(PairErrors(theta.w, nan), PairErrors(nan, nan), batch.t, config, schedule, nan.double()).loss
+    among = step_losses(
+        PairErrors(theta.w, nan), PairErrors(nan, nan), batch.t, config, schedule, nan.double()
+    ).loss
     assert torch.equal(alone, among)
 
 

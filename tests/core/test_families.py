@@ -47,7 +47,10 @@ def theirs(family: str, folder: Path, adapters: Path | None = None) -> np.ndarra
     if adapters:
         pipeline.load_lora_weights(adapters)
     latents = torch.stack([initial_latents(seed, (4, 8, 8)) for seed in SEEDS])
-    return pipeline(PROMPTS, latents=latents, num_inference_steps=4, guidance_scale=3.0, output_type="np").images * 255
+    return (
+        pipeline(PROMPTS, latents=latents, num_inference_steps=4, guidance_scale=3.0, output_type="np").images
+        * 255
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -104,7 +107,9 @@ def conditioning(folder: Path) -> dict[str, torch.Tensor]:
 LORA = TrainConfig(learning_rate=1e-2, lora=LoraConfig(rank=4, alpha=8))
 
 
-def test_adapters_load_in_diffusers_as_they_are_and_draw_what_we_draw(family: str, folder: Path, tmp_path: Path):
+def test_adapters_load_in_diffusers_as_they_are_and_draw_what_we_draw(
+    family: str, folder: Path, tmp_path: Path
+):
     save(train_a_little(folder, LORA), tmp_path / "weights")
     save_adapters(tmp_path / "weights", tmp_path / "lora")
     assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
@@ -123,7 +128,9 @@ def test_merged_adapters_are_the_policy_that_was_trained(folder: Path, tmp_path:
         base = predict(ModelFolder(folder).unet(), x, t, text)
     torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-5)
     assert (trained - base).abs().max() > 1e-2
-    assert torch.equal(predict(policy.reference, x, t, text), base), "the reference is the policy with its adapters off"
+    assert torch.equal(predict(policy.reference, x, t, text), base), (
+        "the reference is the policy with its adapters off"
+    )
 
 
 def test_adapters_start_as_the_reference_to_the_bit_and_the_same_at_every_start(folder: Path):
@@ -138,7 +145,11 @@ def test_adapters_start_as_the_reference_to_the_bit_and_the_same_at_every_start(
 def test_only_adapters_are_trained_where_they_are_asked_for(folder: Path):
     base = ModelFolder(folder).unet().state_dict()
     policy = train_a_little(folder, LORA)
-    frozen = {name.replace(".base_layer", ""): value for name, value in policy.unet.state_dict().items() if "lora_" not in name}
+    frozen = {
+        name.replace(".base_layer", ""): value
+        for name, value in policy.unet.state_dict().items()
+        if "lora_" not in name
+    }
     assert frozen.keys() == base.keys()
     assert all(torch.equal(frozen[name], base[name]) for name in base)
 
@@ -161,7 +172,9 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("dde_core", "
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-def test_a_process_without_our_code_loads_what_was_saved(family: str, folder: Path, tmp_path: Path, lora: bool):
+def test_a_process_without_our_code_loads_what_was_saved(
+    family: str, folder: Path, tmp_path: Path, lora: bool
+):
     save(train_a_little(folder, LORA if lora else TrainConfig(learning_rate=1e-3)), tmp_path / "weights")
     version = save_adapters if lora else partial(save_aligned, folder)
     version(tmp_path / "weights", tmp_path / "model")
@@ -189,7 +202,9 @@ def test_another_family_is_named_as_not_supported_before_a_weight_is_read(folder
     for pipeline in ("StableDiffusion3Pipeline", "FluxPipeline"):
         path = tmp_path / pipeline
         path.mkdir()
-        (path / "model_index.json").write_text(json.dumps({"_class_name": pipeline, "transformer": ["diffusers", "X"]}))
+        (path / "model_index.json").write_text(
+            json.dumps({"_class_name": pipeline, "transformer": ["diffusers", "X"]})
+        )
         with pytest.raises(ModelError, match=f"pipeline '{pipeline}' is not supported yet"):
             ModelFolder(path)
 
@@ -206,18 +221,26 @@ def test_another_prediction_type_is_refused_with_its_value(folder: Path, tmp_pat
     shutil.copytree(folder, tmp_path / "model")
     path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
-    with pytest.raises(ConfigError, match="prediction_type must be one of epsilon, v_prediction, got 'sample'"):
+    with pytest.raises(
+        ConfigError, match="prediction_type must be one of epsilon, v_prediction, got 'sample'"
+    ):
         ModelFolder(tmp_path / "model").schedule()
 
 
 def test_adapters_that_match_nothing_are_refused_by_name(folder: Path):
     for target in ("to_qq", "norm1", "q"):
-        with pytest.raises(ConfigError, match=f"matches no linear or convolution layer of the U-Net, got '{target}'"):
+        with pytest.raises(
+            ConfigError, match=f"matches no linear or convolution layer of the U-Net, got '{target}'"
+        ):
             Policy(ModelFolder(folder), TrainConfig(lora=LoraConfig(targets=("to_q", target))))
 
 
-def test_an_optimizer_whose_library_is_missing_is_refused_with_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_optimizer_whose_library_is_missing_is_refused_with_what_to_install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     training = TrainConfig(optimizer="adamw_8bit")
-    with pytest.raises(ConfigError, match=r"needs bitsandbytes, which is not installed: pip install 'dde-align\[8bit\]'"):
+    with pytest.raises(
+        ConfigError, match=r"needs bitsandbytes, which is not installed: pip install 'dde-align\[8bit\]'"
+    ):
         make_optimizer(Policy(ModelFolder(folder), training).parameters(), training)

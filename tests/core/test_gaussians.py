@@ -19,7 +19,9 @@ EVERY_T = list(range(2, 1001))
 
 
 def randn(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*(shape or (1, *SHAPE)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        *(shape or (1, *SHAPE)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 class Step:
@@ -54,7 +56,9 @@ def test_kappa_times_the_error_is_the_kl_of_one_step_at_every_t(schedule):
     x0, eps, eps_hat = (randn(seed) for seed in range(3))
     e = (eps - eps_hat).square().mean().item()
     kl = [Step(schedule, t, x0, eps, eps_hat).kl() for t in EVERY_T]
-    torch.testing.assert_close(schedule.kappa[2:] * e, torch.tensor(kl, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        schedule.kappa[2:] * e, torch.tensor(kl, dtype=torch.float64), rtol=1e-12, atol=0
+    )
 
 
 def test_in_terms_of_x0_the_kl_of_one_step_is_half_the_loss_of_snr_times_the_error(schedule):
@@ -79,7 +83,9 @@ def test_one_shot_of_ddim_from_t_to_0_misses_by_the_error_over_snr(schedule, t):
 def test_the_distance_of_the_means_is_the_mode_weight_times_the_error_at_every_t(schedule):
     x0, eps, eps_hat = (randn(seed) for seed in range(3))
     steps = [Step(schedule, t, x0, eps, eps_hat) for t in (1, *EVERY_T)]
-    halves = torch.tensor([(step.mean_hat - step.mean).square().mean().item() / 2 for step in steps], dtype=torch.float64)
+    halves = torch.tensor(
+        [(step.mean_hat - step.mean).square().mean().item() / 2 for step in steps], dtype=torch.float64
+    )
     e = (eps - eps_hat).square().mean().item()
     weight = mode_weight(schedule.alpha_bar)
     torch.testing.assert_close(weight[1:] * e, halves, rtol=1e-11, atol=0)
@@ -92,7 +98,9 @@ def test_the_distance_of_the_means_is_the_mode_weight_times_the_error_at_every_t
 def a_model(seed: int):
     """Predicts noise by its own lights, whatever it is told."""
     weight = randn(seed, 4, 4, 3, 3) / 6
-    return lambda x_t, timestep, **_: SimpleNamespace(sample=torch.nn.functional.conv2d(x_t, weight, padding=1))
+    return lambda x_t, timestep, **_: SimpleNamespace(
+        sample=torch.nn.functional.conv2d(x_t, weight, padding=1)
+    )
 
 
 def pairs(t: list[int], z_seed: int) -> PairBatch:
@@ -103,10 +111,15 @@ def pairs(t: list[int], z_seed: int) -> PairBatch:
     return PairBatch(pair_ids=tuple(map(str, range(len(t)))), t=torch.tensor(t), **drawn, **told, **z)
 
 
-def recorded(schedule, point: str, batch: PairBatch, policy, reference, reference_batch: PairBatch | None = None):
+def recorded(
+    schedule, point: str, batch: PairBatch, policy, reference, reference_batch: PairBatch | None = None
+):
     """The four arrays after one update at rate 1."""
     calibration = Calibration(schedule, ObjectiveConfig(calibration_point=point, ema_rate=1.0))
-    theta, ref = pair_errors(policy, schedule, batch), pair_errors(reference, schedule, reference_batch or batch)
+    theta, ref = (
+        pair_errors(policy, schedule, batch),
+        pair_errors(reference, schedule, reference_batch or batch),
+    )
     calibration.update(batch.t, theta, ref)
     return {name: getattr(calibration, name) for name in NAMES}
 
@@ -146,7 +159,9 @@ def test_the_sampled_point_averages_to_the_expected_one(schedule, t):
     drawn = Step(schedule, t, x0, eps, eps_hat).log_ratio(z)
     assert arrays["sampled"] == pytest.approx(drawn.mean().item(), rel=1e-9)
     standard_error = drawn.std().item() / math.sqrt(n)
-    assert standard_error == pytest.approx(math.sqrt(2 * schedule.kappa[t] * e / (n * math.prod(SHAPE))), rel=0.05)
+    assert standard_error == pytest.approx(
+        math.sqrt(2 * schedule.kappa[t] * e / (n * math.prod(SHAPE))), rel=0.05
+    )
     assert abs(arrays["sampled"] - arrays["expected"]) < 4 * standard_error
     assert abs(arrays["expected"]) > 8 * standard_error, "it could have been told apart from nothing"
 
@@ -155,7 +170,9 @@ def test_policy_and_reference_share_z_and_with_two_of_them_the_noise_would_drown
     t, reference = list(range(200, 800)), a_model(1)
 
     def policy(x_t, timestep, **_):  # a hundredth of a percent away, as after a few steps
-        return SimpleNamespace(sample=reference(x_t, timestep).sample + 1e-4 * a_model(2)(x_t, timestep).sample)
+        return SimpleNamespace(
+            sample=reference(x_t, timestep).sample + 1e-4 * a_model(2)(x_t, timestep).sample
+        )
 
     batch, other_z = pairs(t, z_seed=10), pairs(t, z_seed=20)
     kept = torch.tensor(t) - 1
@@ -163,7 +180,8 @@ def test_policy_and_reference_share_z_and_with_two_of_them_the_noise_would_drown
     def noise(reference_batch: PairBatch) -> torch.Tensor:
         """What is recorded less its expectation, policy less reference."""
         sampled, expected = (
-            recorded(schedule, point, batch, policy, reference, reference_batch) for point in ("sampled", "expected")
+            recorded(schedule, point, batch, policy, reference, reference_batch)
+            for point in ("sampled", "expected")
         )
         off = {name: (sampled[name] - expected[name])[kept] for name in NAMES}
         return off["theta_w"] - off["ref_w"]

@@ -28,7 +28,9 @@ from tests.support.synthetic_pairs import synthetic_rows
 from tests.support.unet_configs import SCHEDULER, random_pairs, unet
 
 ROOT = Path(__file__).parents[2]
-WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from tests.bench.gpu_step import main; main(sys.argv[1:])"
+WITHOUT_RAY = (
+    "import sys; sys.modules['ray'] = None; from tests.bench.gpu_step import main; main(sys.argv[1:])"
+)
 SMALL = "--model tiny --device cpu --pairs 2 --micro 1 --steps 1 --rounds 1 --noise-pairs 20 --decoders 0 --checkpointing on"
 CPU = torch.device("cpu")
 
@@ -48,7 +50,10 @@ def test_the_benchmark_runs_without_ray_and_merges_its_numbers_into_a_file(tmp_p
     assert results["tiny at 64 px, bf16, step-0 logit, identical arithmetic, largest"]["value"] == 0.0
     spreads = {name: result["value"] for name, result in results.items() if "standard deviation" in name}
     assert len(spreads) == 2 * 2 * 10  # how the reference ran, w, tenths of 1..T
-    rounded = {w: [value for name, value in spreads.items() if f"float32, w = {w}," in name] for w in ("1/2", "1/SNR")}
+    rounded = {
+        w: [value for name, value in spreads.items() if f"float32, w = {w}," in name]
+        for w in ("1/2", "1/SNR")
+    }
     assert min(map(min, rounded.values())) > 0
     assert max(rounded["1/SNR"]) > 10 * max(rounded["1/2"])  # 1/SNR is 214 at t = T
     for against in ("train_vs_public_recipe", "train_vs_floor"):
@@ -84,9 +89,20 @@ def test_a_law_that_fails_is_reported_and_the_others_run(monkeypatch, capsys):
 @pytest.mark.timeout(900)
 def test_everything_for_an_accelerator_runs_on_a_tiny_model(tmp_path):
     out = tmp_path / "results.json"
-    small = {"MODEL": "tiny", "LARGE": "tiny", "PAIRS": "4", "MICRO": "2", "DEADLINE_S": "800", "PYTHON": sys.executable}
+    small = {
+        "MODEL": "tiny",
+        "LARGE": "tiny",
+        "PAIRS": "4",
+        "MICRO": "2",
+        "DEADLINE_S": "800",
+        "PYTHON": sys.executable,
+    }
     done = subprocess.run(
-        ["bash", "tests/bench/gpu.sh", str(out)], env=os.environ | small, cwd=ROOT, capture_output=True, text=True
+        ["bash", "tests/bench/gpu.sh", str(out)],
+        env=os.environ | small,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     names = set(json.loads(out.read_text()))
@@ -95,14 +111,18 @@ def test_everything_for_an_accelerator_runs_on_a_tiny_model(tmp_path):
 
 
 def test_real_models_are_held_against_the_estimate_and_the_published_pace():
-    training = TrainConfig(batch_size=32, micro_batch_size=4, precision="bf16", gradient_checkpointing=True, reference="ledger")
+    training = TrainConfig(
+        batch_size=32, micro_batch_size=4, precision="bf16", gradient_checkpointing=True, reference="ledger"
+    )
     assert counted(training, "sd15").endswith("GB of ours counted by dde_core.planning.estimate")
     assert published("sd15").startswith("2.96 pairs/s of Diffusion-DPO on an A100 (")
     assert published("sdxl").startswith("0.237 pairs/s of Diffusion-DPO on an A100 (")
 
 
 def test_our_side_begins_at_log_2_on_a_ledger_of_the_model_itself(tmp_path):
-    training = TrainConfig(steps=1, batch_size=2, micro_batch_size=1, draws=1, precision="bf16", reference="ledger")
+    training = TrainConfig(
+        steps=1, batch_size=2, micro_batch_size=1, draws=1, precision="bf16", reference="ledger"
+    )
     try:
         sides = Sides("tiny", CPU, training, tmp_path, workers=0, timed_steps=1)
         ours = Ours(RandomFolder("tiny", CPU), training, CPU, tmp_path, sides.record)
@@ -124,7 +144,12 @@ def test_the_public_recipes_loss_is_uniform_on_the_same_draws(prediction_type):
     pairs = PairBatch(**{**vars(pairs), "noise_l": pairs.noise_w})
     policy, reference = (unet("tiny", "cpu", seed=seed) for seed in (1, 2))
     told = {name: torch.cat([rows, rows]) for name, rows in pairs.conditioning_w.items()}
-    given = (torch.cat([pairs.latents_w, pairs.latents_l]), torch.cat([pairs.noise_w] * 2), torch.cat([pairs.t] * 2), told)
+    given = (
+        torch.cat([pairs.latents_w, pairs.latents_l]),
+        torch.cat([pairs.noise_w] * 2),
+        torch.cat([pairs.t] * 2),
+        told,
+    )
     beta = 20.0
     with torch.no_grad():
         theta, ref = (noise_errors(model, schedule, *given) for model in (policy, reference))
@@ -157,7 +182,9 @@ def test_the_public_recipe_casts_its_frozen_parts_to_bf16_once_and_its_loss_stay
     off = (encoded["bf16"] - encoded["fp32"]).square().mean().sqrt() / encoded["fp32"].std()
     assert off < 0.05, "of the latents' own spread: bf16 has 8 bits"
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
-    assert abs(losses["fp32"] - math.log(2)) > 4 * abs(losses["bf16"] - losses["fp32"]), "the reference counts"
+    assert abs(losses["fp32"] - math.log(2)) > 4 * abs(losses["bf16"] - losses["fp32"]), (
+        "the reference counts"
+    )
 
 
 @torch.no_grad()
@@ -170,7 +197,9 @@ def move_away(policy: Policy) -> None:
 
 def test_the_public_recipe_scales_the_shorter_side_cuts_the_centre_and_takes_the_winner_first():
     left_to_right = np.tile(np.linspace(0, 255, 96, dtype=np.uint8), (48, 1))
-    winner, loser = (_png(np.stack([grey] * 3, axis=2)) for grey in (left_to_right, np.zeros((48, 96), np.uint8)))
+    winner, loser = (
+        _png(np.stack([grey] * 3, axis=2)) for grey in (left_to_right, np.zeros((48, 96), np.uint8))
+    )
     row = {"jpg_0": loser, "jpg_1": winner, "label_0": 0.0, "caption": "a small red circle"}
     pixels_w, pixels_l, ids, size = Pictures([row], RandomFolder("tiny", CPU).tokenizers(), 24)[0]
     assert pixels_w.shape == pixels_l.shape == (3, 24, 24)

@@ -36,7 +36,9 @@ def many(tmp_path: Path) -> Path:
 
 
 def reader(folder: Path, held_out_pairs: int = 0, **options) -> LatentReader:
-    return LatentReader(fs.LocalFileSystem(), str(folder), held_out_pairs, cache=folder.parent / "cache", **options)
+    return LatentReader(
+        fs.LocalFileSystem(), str(folder), held_out_pairs, cache=folder.parent / "cache", **options
+    )
 
 
 def numbers(rows: LatentRows) -> list[int]:
@@ -52,7 +54,9 @@ def test_rows_come_back_as_they_were_written(folder: Path):
         assert (batch.token_ids[row] == [[number], [number + 1]]).all()
         assert batch.sizes_w[row].tolist() == batch.sizes_l[row].tolist() == [number, number + 1]
         assert batch.crops_w[row].tolist() == batch.crops_l[row].tolist() == [number + 2, number + 3]
-        assert (batch.shards[row], batch.places[row]) == divmod(number, 10) if number < 10 else (1, number - 10)
+        assert (
+            (batch.shards[row], batch.places[row]) == divmod(number, 10) if number < 10 else (1, number - 10)
+        )
     assert batch.latents_w.shape == (PAIRS, 4, 2, 2)
     assert batch.latents_w.dtype == np.float16
 
@@ -99,7 +103,9 @@ def test_an_epoch_of_many_windows_visits_every_pair_once_each_window_in_shards_o
 
 def test_shards_meet_others_in_each_epoch_and_with_each_seed(many: Path):
     order = reader(many, window_pairs=8)._order
-    groups = [[window.shards.tolist() for window in order.windows(*which)] for which in ((0, 0), (0, 1), (1, 0))]
+    groups = [
+        [window.shards.tolist() for window in order.windows(*which)] for which in ((0, 0), (0, 1), (1, 0))
+    ]
     assert groups[0] != groups[1] != groups[2] != groups[0]
 
 
@@ -109,8 +115,14 @@ def test_shards_meet_others_in_each_epoch_and_with_each_seed(many: Path):
     seed=st.integers(0, 3),
     data=st.data(),
 )
-def test_whatever_the_shards_and_the_held_out_pairs_an_epoch_visits_the_others_once(rows, window_pairs, seed, data):
-    held_out = np.array(data.draw(st.lists(st.booleans(), min_size=sum(rows), max_size=sum(rows)).filter(lambda h: not all(h))))
+def test_whatever_the_shards_and_the_held_out_pairs_an_epoch_visits_the_others_once(
+    rows, window_pairs, seed, data
+):
+    held_out = np.array(
+        data.draw(
+            st.lists(st.booleans(), min_size=sum(rows), max_size=sum(rows)).filter(lambda h: not all(h))
+        )
+    )
     order = VisitOrder(rows, held_out, window_pairs)
     pairs = np.array([(shard, place) for shard, size in enumerate(rows) for place in range(size)])
     for epoch in range(2):
@@ -124,13 +136,21 @@ def test_whatever_the_shards_and_the_held_out_pairs_an_epoch_visits_the_others_o
 def test_the_global_batch_does_not_depend_on_the_number_of_workers(many: Path, world_size: int):
     for step in (0, 2, 5):  # 32 rows: several windows, and the end of an epoch of 41
         whole = reader(many, window_pairs=8).batch(1, step, 32)
-        parts = [reader(many, window_pairs=8).batch(1, step, 32, rank, world_size) for rank in range(world_size)]
-        found = {int(place): row for part in parts for place, row in zip(part.positions, numbers(part), strict=True)}
+        parts = [
+            reader(many, window_pairs=8).batch(1, step, 32, rank, world_size) for rank in range(world_size)
+        ]
+        found = {
+            int(place): row
+            for part in parts
+            for place, row in zip(part.positions, numbers(part), strict=True)
+        }
         assert [found[place] for place in range(32)] == numbers(whole)
 
 
 @pytest.mark.parametrize("window_pairs", [8, 65_536])
-def test_a_step_is_the_same_after_all_steps_before_it_in_any_order_and_from_a_new_reader(many: Path, window_pairs: int):
+def test_a_step_is_the_same_after_all_steps_before_it_in_any_order_and_from_a_new_reader(
+    many: Path, window_pairs: int
+):
     went_on = reader(many, window_pairs=window_pairs)
     in_turn = [numbers(went_on.batch(5, step, 7)) for step in range(14)]
     for step in (13, 3, 4, 0, 9, 9, 8):
@@ -151,7 +171,9 @@ def test_held_out_captions_are_in_no_batch_and_do_not_depend_on_the_seed(many: P
     kept = [number for part in range(3) for number in numbers(partly.held_out(part, 3))]
     assert len(kept) == len(set(kept)) == partly.num_held_out == 5
     assert numbers(partly.held_out()) == sorted(kept)
-    trained = [number for step in range(4) for number in numbers(partly.batch(seed=4, step=step, batch_size=9))]
+    trained = [
+        number for step in range(4) for number in numbers(partly.batch(seed=4, step=step, batch_size=9))
+    ]
     assert len(trained) == len(partly) == sum(MANY) - 5
     assert sorted(trained + kept) == list(range(sum(MANY)))
     assert numbers(reader(many, 5).held_out()) == sorted(kept)
@@ -231,10 +253,23 @@ def test_the_digest_depends_on_content_and_not_on_order():
     assert dataset_digest({"resolution": 32}, "e", pairs[::-1]) == digest
     assert dataset_digest({"resolution": 64}, "e", pairs) != digest
     assert dataset_digest({"resolution": 32}, "f", pairs) != digest
-    assert dataset_digest({"resolution": 32}, "e", [pair_digest("a", b"y", b"x", 1.0, "c"), pairs[1]]) != digest
-    assert dataset_digest({"resolution": 32}, "e", [pair_digest("a", b"x", b"y", 1.0, "d"), pairs[1]]) != digest
+    assert (
+        dataset_digest({"resolution": 32}, "e", [pair_digest("a", b"y", b"x", 1.0, "c"), pairs[1]]) != digest
+    )
+    assert (
+        dataset_digest({"resolution": 32}, "e", [pair_digest("a", b"x", b"y", 1.0, "d"), pairs[1]]) != digest
+    )
 
 
 def test_pair_ids_keep_rows_apart():
-    assert len({pair_id("a", "b", "c", "f:0:0"), pair_id("a", "b", "c", "f:0:1"), pair_id("ab", "", "c", "f:0:0")}) == 3
+    assert (
+        len(
+            {
+                pair_id("a", "b", "c", "f:0:0"),
+                pair_id("a", "b", "c", "f:0:1"),
+                pair_id("ab", "", "c", "f:0:0"),
+            }
+        )
+        == 3
+    )
     assert len(pair_id("a", "b", "c", "f:0:0")) == 32

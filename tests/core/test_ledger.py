@@ -13,7 +13,15 @@ from pyarrow import fs
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.errors import DataError
 from dde_core.latents import ledger as ledger_module
-from dde_core.latents.ledger import Ledger, LedgerKey, LedgerRecord, committed, files_of, is_record, ledger_file
+from dde_core.latents.ledger import (
+    Ledger,
+    LedgerKey,
+    LedgerRecord,
+    committed,
+    files_of,
+    is_record,
+    ledger_file,
+)
 from dde_core.latents.rows import LatentRows
 from dde_core.latents.schema import Manifest, Shard
 from dde_core.metrics import logit_deviation
@@ -47,7 +55,9 @@ def value_of(shard: int, draw: int, row: int, column: int) -> float:
 
 
 def errors_of(shard: int, draw: int, rows: int, points: bool = False) -> PairErrors:
-    columns = [[value_of(shard, draw, row, column) for row in range(rows)] for column in range(4 if points else 2)]
+    columns = [
+        [value_of(shard, draw, row, column) for row in range(rows)] for column in range(4 if points else 2)
+    ]
     return PairErrors(*(torch.tensor(column) for column in columns))
 
 
@@ -84,7 +94,9 @@ def opened(path: Path) -> Ledger:
 @pytest.mark.parametrize("point", ["expected", "sampled"])
 def test_every_row_gets_the_errors_of_its_shard_draw_and_place_in_whatever_order(tmp_path, point):
     ledger = opened(write(tmp_path, key_of(ObjectiveConfig(calibration_point=point))))
-    where = [(shard, draw, row) for shard, rows in enumerate(ROWS) for draw in range(DRAWS) for row in range(rows)]
+    where = [
+        (shard, draw, row) for shard, rows in enumerate(ROWS) for draw in range(DRAWS) for row in range(rows)
+    ]
     where = [where[i] for i in np.random.default_rng(0).permutation(len(where))] + where[:3]
     errors = ledger.errors(rows_at(*where))
     columns = [errors.w, errors.l, errors.z_w, errors.z_l]
@@ -100,7 +112,10 @@ def test_a_file_is_read_when_a_row_asks_for_it_and_forgotten_when_others_need_th
     ledger.errors(rows_at((0, 0, 0), (1, 0, 0)))
     for path in tmp_path.glob("*.parquet"):
         path.unlink()
-    assert ledger.errors(rows_at((1, 0, 3), (0, 0, 6))).w.tolist() == [value_of(1, 0, 3, 0), value_of(0, 0, 6, 0)]
+    assert ledger.errors(rows_at((1, 0, 3), (0, 0, 6))).w.tolist() == [
+        value_of(1, 0, 3, 0),
+        value_of(0, 0, 6, 0),
+    ]
     with pytest.raises(DataError, match="lacks"):
         ledger.errors(rows_at((2, 0, 0)))
 
@@ -136,7 +151,12 @@ def test_a_record_says_what_it_said(tmp_path):
     path = write(tmp_path, key_of())
     record = LedgerRecord.from_json(path.read_bytes())
     assert path.name == record.name == "ledger-0003.json"
-    assert (record.key, record.rows, record.draws, record.noise) == (key_of(), ROWS, DRAWS, {"step0_logit_std_half": 0.5})
+    assert (record.key, record.rows, record.draws, record.noise) == (
+        key_of(),
+        ROWS,
+        DRAWS,
+        {"step0_logit_std_half": 0.5},
+    )
     assert record.to_json() == path.read_bytes()
 
 
@@ -154,7 +174,9 @@ def test_a_changed_file_is_refused_by_name(tmp_path):
     assert ledger.errors(rows_at((1, 1, 0))).w.tolist() == [value_of(1, 1, 0, 0)]
 
 
-@pytest.mark.parametrize(("bad", "rows"), [(float("nan"), ROWS[1]), (float("inf"), ROWS[1]), (1.0, ROWS[1] - 1)])
+@pytest.mark.parametrize(
+    ("bad", "rows"), [(float("nan"), ROWS[1]), (float("inf"), ROWS[1]), (1.0, ROWS[1] - 1)]
+)
 def test_values_that_are_no_numbers_and_missing_rows_are_refused(tmp_path, bad, rows):
     write(tmp_path, key_of())
     (path,) = tmp_path.glob("00001-0002-*")
@@ -222,7 +244,15 @@ def test_evaluation_points_that_nobody_reads_do_no_harm():
 
 
 def test_what_does_not_change_the_errors_is_not_in_the_key():
-    own = {"batch_size": 7, "learning_rate": 1e-3, "steps": 9, "seed": 3, "draws": 8, "micro_batch_size": 2, "ema_decay": 0.9}
+    own = {
+        "batch_size": 7,
+        "learning_rate": 1e-3,
+        "steps": 9,
+        "seed": 3,
+        "draws": 8,
+        "micro_batch_size": 2,
+        "ema_decay": 0.9,
+    }
     assert key_of(ObjectiveConfig(beta=1.0, t_max=1000), **own) == key_of()
     for method in ("dde_single", "dde_step"):
         assert key_of(ObjectiveConfig(method=method)) == key_of()

@@ -50,7 +50,9 @@ def test_a_step_is_summed_up_by_means_over_the_global_batch(metrics):
 def test_each_tenth_of_the_timesteps_has_its_own_means_and_an_empty_one_has_none(metrics):
     assert {name[-6:] for name in metrics if "_t" in name} == {"_t0100", "_t0200", "_t1000"}
     assert [metrics[f"gradient_weight_t{last}"] for last in ("0100", "0200", "1000")] == [15.0, 30.0, 40.0]
-    assert [metrics[f"margin_t{last}"] for last in ("0100", "0200", "1000")] == pytest.approx([0.05, 0.0, 0.5])
+    assert [metrics[f"margin_t{last}"] for last in ("0100", "0200", "1000")] == pytest.approx(
+        [0.05, 0.0, 0.5]
+    )
     assert metrics["implicit_accuracy_t0100"] == 0.5
     assert metrics["winner_error_diff_t1000"] == pytest.approx(0.2)
 

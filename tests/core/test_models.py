@@ -38,7 +38,9 @@ def test_diffusers_loads_the_shipped_folder_as_it_is_and_draws_the_same_pictures
     assert isinstance(pipeline.scheduler, DDIMScheduler)
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.stack([initial_latents(seed, (4, 8, 8)) for seed in SEEDS])
-    theirs = pipeline(PROMPTS, latents=latents, num_inference_steps=10, guidance_scale=3.0, output_type="np").images
+    theirs = pipeline(
+        PROMPTS, latents=latents, num_inference_steps=10, guidance_scale=3.0, output_type="np"
+    ).images
     ours = model(PROMPTS, SEEDS, SampleConfig(steps=10, guidance_scale=3.0))
     assert ours.shape == (2, 32, 32, 3)
     assert np.abs(ours - theirs * 255).max() <= 1.0, "equal but for rounding"
@@ -74,7 +76,10 @@ def test_an_aligned_folder_takes_over_no_pickle(tmp_path: Path):
     (base / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
     (base / "v1-5-pruned.ckpt").write_bytes(b"another")
     save_aligned(base, MODEL_DIR / "unet", tmp_path / "aligned")
-    ours, theirs = ({p.relative_to(root) for p in root.rglob("*") if p.is_file()} for root in (tmp_path / "aligned", MODEL_DIR))
+    ours, theirs = (
+        {p.relative_to(root) for p in root.rglob("*") if p.is_file()}
+        for root in (tmp_path / "aligned", MODEL_DIR)
+    )
     assert ours == theirs
 
 
@@ -82,7 +87,10 @@ def test_parts_that_cannot_be_taken_over_do_not_cost_the_aligned_model(tmp_path:
     base = tmp_path / "base"
     shutil.copytree(MODEL_DIR, base)
     index = json.loads((base / "model_index.json").read_text())
-    named = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "feature_extractor": ["transformers", "X"]}
+    named = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "X"],
+    }
     (base / "model_index.json").write_text(json.dumps(index | named))
     (base / "safety_checker").mkdir()
     (base / "safety_checker" / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -145,7 +153,9 @@ def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path, lora, ema_decay
         averages = [[p.clone() for p in each.parameters()] for each in (policy, other)]
     assert all(torch.equal(p, q) for p, q in zip(*averages, strict=True))
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), other.parameters(), strict=True))
-    assert ema_decay == 0 or any((p != q).any() for p, q in zip(policy.parameters(), averages[0], strict=True))
+    assert ema_decay == 0 or any(
+        (p != q).any() for p, q in zip(policy.parameters(), averages[0], strict=True)
+    )
     t = torch.tensor([1, 150, 999])
     assert torch.equal(calibration.correction(t), other_calibration.correction(t))
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors", ".json"}

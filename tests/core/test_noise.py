@@ -4,7 +4,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dde_core.noise import draw_dropped, draw_evaluation_point, draw_noise, draw_timestep, initial_latents, permutation
+from dde_core.noise import (
+    draw_dropped,
+    draw_evaluation_point,
+    draw_noise,
+    draw_timestep,
+    initial_latents,
+    permutation,
+)
 
 SHAPE = (4, 8, 8)
 PAIRS = [f"pair-{i}" for i in range(4000)]

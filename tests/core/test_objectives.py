@@ -18,7 +18,9 @@ def test_the_table_holds_exactly_the_methods_of_the_config():
 
 def test_weights_are_one_over_snr_and_one_half(schedule):
     dde, uniform = (weights(ObjectiveConfig(method=method), schedule) for method in ("dde", "uniform"))
-    torch.testing.assert_close(dde[1:] * schedule.snr[1:], torch.ones(1000, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        dde[1:] * schedule.snr[1:], torch.ones(1000, dtype=torch.float64), rtol=1e-12, atol=0
+    )
     assert dde[0] == 0
     assert dde[1000].item() == pytest.approx(213.588, abs=1e-3)
     assert (uniform == 0.5).all()

@@ -30,14 +30,29 @@ KINDS = ("whole", "lora")
 
 
 def train_config(parallelism: str, kind: str) -> TrainConfig:
-    lora = LoraConfig(rank=4, targets=("to_q", "to_v", "conv1", "conv_in", "proj_out")) if kind == "lora" else None
+    lora = (
+        LoraConfig(rank=4, targets=("to_q", "to_v", "conv1", "conv_in", "proj_out"))
+        if kind == "lora"
+        else None
+    )
     return TrainConfig(
-        parallelism=parallelism, lora=lora, learning_rate=1e-3, ema_decay=0.9, gradient_checkpointing=True, max_grad_norm=0.5
+        parallelism=parallelism,
+        lora=lora,
+        learning_rate=1e-3,
+        ema_decay=0.9,
+        gradient_checkpointing=True,
+        max_grad_norm=0.5,
     )
 
 
 def step(
-    model: Callable, inputs: Callable[[int], Tensor], optimizer, number: int, rank: int, text: Tensor, reference=None
+    model: Callable,
+    inputs: Callable[[int], Tensor],
+    optimizer,
+    number: int,
+    rank: int,
+    text: Tensor,
+    reference=None,
 ) -> None:
     """The gradients of two micro-batches on each rank, that differ from rank to rank; the reference runs before the policy."""
     optimizer.zero_grad()
@@ -59,7 +74,14 @@ def in_float64(rank: int, folder: Path) -> dict[str, Tensor]:
         model = parallel.wrap(unet, kind, torch.device("cpu"))
         optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
         for number in range(STEPS):
-            step(model, lambda seed: noise(seed).double(), optimizer, number, rank, torch.ones(2, 3, TEXT_WIDTH).double())
+            step(
+                model,
+                lambda seed: noise(seed).double(),
+                optimizer,
+                number,
+                rank,
+                torch.ones(2, 3, TEXT_WIDTH).double(),
+            )
             optimizer.step()
         found[kind] = torch.cat([parallel.whole(p).detach().flatten() for p in unet.parameters()])
     return found
@@ -119,7 +141,10 @@ def run(rank: int, folder: Path) -> None:
         assert again.train(STEPS) == norms[1]
         again.save(folder / f"{parallelism}-{kind}-resumed")
         x, told = noise(0), (torch.tensor([5, 500]), torch.ones(2, 3, WIDTH))
-        found = {"norms": torch.tensor(norms, dtype=torch.float64), "reference": again.policy.reference(x, *told).sample}
+        found = {
+            "norms": torch.tensor(norms, dtype=torch.float64),
+            "reference": again.policy.reference(x, *told).sample,
+        }
         save_file(found, folder / f"{parallelism}-{kind}-{rank}.safetensors")
     distributed.destroy_process_group()
 
@@ -134,7 +159,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     files = sorted(path for path in folder.rglob("*.safetensors"))
-    return {f"{path.relative_to(folder)}/{name}": value for path in files for name, value in load_file(path).items()}
+    return {
+        f"{path.relative_to(folder)}/{name}": value
+        for path in files
+        for name, value in load_file(path).items()
+    }
 
 
 def trained(found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,9 +186,13 @@ def test_shares_make_the_update_of_whole_models_in_float64(folder: Path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shares_make_the_update_of_whole_models_in_float32_and_the_same_gradient_norms(folder: Path, kind: str):
+def test_shares_make_the_update_of_whole_models_in_float32_and_the_same_gradient_norms(
+    folder: Path, kind: str
+):
     whole, shares = (tensors(folder / f"{each}-{kind}") for each in ("ddp", "fsdp"))
-    assert {n: t.shape for n, t in whole.items()} == {n: t.shape for n, t in shares.items()}, "files are those of a whole model"
+    assert {n: t.shape for n, t in whole.items()} == {n: t.shape for n, t in shares.items()}, (
+        "files are those of a whole model"
+    )
     start, (a, b) = alone(folder, kind).policy.weights(), map(trained, (whole, shares))
     apart, length = (sum(float((a[n] - each[n]).double().square().sum()) for n in a) for each in (b, start))
     distance = (apart / length) ** 0.5
@@ -172,7 +205,9 @@ def test_shares_make_the_update_of_whole_models_in_float32_and_the_same_gradient
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
-def test_a_run_that_goes_on_from_its_checkpoint_is_the_undisturbed_one_to_the_bit(folder: Path, parallelism: str, kind: str):
+def test_a_run_that_goes_on_from_its_checkpoint_is_the_undisturbed_one_to_the_bit(
+    folder: Path, parallelism: str, kind: str
+):
     one, other = (tensors(folder / f"{parallelism}-{kind}{which}") for which in ("", "-resumed"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -190,11 +225,15 @@ def test_a_checkpoint_of_shares_is_gone_on_with_by_one_process(folder: Path, kin
 def test_the_model_that_shares_have_made_loads_as_any_other(folder: Path, tmp_path: Path):
     save_aligned(folder / "model", folder / "fsdp-whole" / "weights", tmp_path / "aligned")
     saved = trained(tensors(folder / "fsdp-whole"))
-    assert all(torch.equal(value, saved[name]) for name, value in ModelFolder(tmp_path / "aligned").unet().state_dict().items())
+    assert all(
+        torch.equal(value, saved[name])
+        for name, value in ModelFolder(tmp_path / "aligned").unet().state_dict().items()
+    )
 
 
 def test_eight_bit_moments_are_not_shared_out():
     with pytest.raises(
-        ConfigError, match=r"training\.optimizer does not go with training\.parallelism \"fsdp\", got 'adamw_8bit'"
+        ConfigError,
+        match=r"training\.optimizer does not go with training\.parallelism \"fsdp\", got 'adamw_8bit'",
     ):
         parallel.choose(TrainConfig(parallelism="fsdp", optimizer="adamw_8bit"), 10, torch.device("cpu"), 2)

@@ -63,14 +63,18 @@ def prediction_type(request) -> str:
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear"])
 @pytest.mark.parametrize("family", PUBLISHED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_tables_and_noised_samples_are_those_of_diffusers_at_every_timestep(kind, family, beta_schedule, prediction_type):
+def test_tables_and_noised_samples_are_those_of_diffusers_at_every_timestep(
+    kind, family, beta_schedule, prediction_type
+):
     config = PUBLISHED[family] | {"beta_schedule": beta_schedule, "prediction_type": prediction_type}
     theirs, ours = KINDS[kind].from_config(config), Schedule.from_config(config)
     assert ours.prediction_type == prediction_type == theirs.config.prediction_type
     torch.testing.assert_close(ours.alpha_bar[1:], theirs.alphas_cumprod.double(), rtol=1e-6, atol=0)
     x0, noise = (randn(1000, 4, 8, 8, seed=seed) for seed in range(2))
     if kind == "Euler":  # its samples are x0 + sigma noise
-        noised = theirs.add_noise(x0, noise, EVERY_T.float() - 1) * ours.alpha_bar[1:].sqrt().view(-1, 1, 1, 1)
+        noised = theirs.add_noise(x0, noise, EVERY_T.float() - 1) * ours.alpha_bar[1:].sqrt().view(
+            -1, 1, 1, 1
+        )
     else:
         noised = theirs.add_noise(x0, noise, EVERY_T - 1)
     assert distance(add_noise(ours, x0, noise, EVERY_T), noised) < 1e-6
@@ -78,7 +82,9 @@ def test_tables_and_noised_samples_are_those_of_diffusers_at_every_timestep(kind
 
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear"])
 @pytest.mark.parametrize("kind", ["DDPM", "DDIM"])  # Euler's get_velocity reads its table from the other end
-def test_a_velocity_of_diffusers_is_read_as_the_noise_and_the_sample_that_it_was_made_from(kind, beta_schedule):
+def test_a_velocity_of_diffusers_is_read_as_the_noise_and_the_sample_that_it_was_made_from(
+    kind, beta_schedule
+):
     config = PUBLISHED["sdxl"] | {"beta_schedule": beta_schedule, "prediction_type": "v_prediction"}
     theirs, ours = KINDS[kind].from_config(config), Schedule.from_config(config)
     x0, noise = (randn(1000, 4, 8, 8, seed=seed) for seed in range(2))
@@ -104,7 +110,10 @@ def published_loss(unet, reference, scheduler, batch: PairBatch, compared: str) 
     timesteps, latents = (batch.t - 1).repeat(2), torch.cat([batch.latents_w, batch.latents_l])
     target = batch.noise_w.repeat(2, 1, 1, 1)
     noisy = scheduler.add_noise(latents, target, timesteps)
-    told = {name: torch.cat([batch.conditioning_w[name], batch.conditioning_l[name]]) for name in batch.conditioning_w}
+    told = {
+        name: torch.cat([batch.conditioning_w[name], batch.conditioning_l[name]])
+        for name in batch.conditioning_w
+    }
     text, added = told.pop("encoder_hidden_states"), told or None
     signal = scheduler.alphas_cumprod.double()[timesteps].sqrt().view(-1, 1, 1, 1)
     velocity = scheduler.config.prediction_type == "v_prediction"
@@ -154,7 +163,13 @@ def ours_of(model: ModelFolder, unet, reference, batch: PairBatch):
     schedule = model.schedule()
     with torch.no_grad():
         ref = pair_errors(reference, schedule, batch)
-    return step_losses(pair_errors(unet, schedule, batch), ref, batch.t, ObjectiveConfig(method="uniform", beta=BETA), schedule)
+    return step_losses(
+        pair_errors(unet, schedule, batch),
+        ref,
+        batch.t,
+        ObjectiveConfig(method="uniform", beta=BETA),
+        schedule,
+    )
 
 
 def test_uniform_is_the_published_loss_of_diffusion_dpo_and_has_its_gradient(model: ModelFolder):
@@ -181,5 +196,7 @@ def test_comparing_velocities_would_be_the_same_logit_without_the_factor_alpha_b
         logit = ours_of(model, unet, reference, batch).logit
         loss = published_loss(unet, reference, scheduler, batch, "output")
     of_velocities = -torch.log(torch.expm1(loss))  # loss = log(1 + exp(-logit))
-    torch.testing.assert_close(logit, model.schedule().alpha_bar[batch.t] * of_velocities, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        logit, model.schedule().alpha_bar[batch.t] * of_velocities, rtol=1e-5, atol=1e-9
+    )
     assert (of_velocities[-1] / logit[-1]).abs() > 100

@@ -32,7 +32,9 @@ LEDGER = dataclasses.replace(PAPER, reference="ledger")
 FAST = mfu.Speed(share=0.4, source="measured by nobody")
 
 
-def planned(training: TrainConfig = PAPER, objective: ObjectiveConfig = UNIFORM, family: str = "sdxl", **cluster) -> Plan:
+def planned(
+    training: TrainConfig = PAPER, objective: ObjectiveConfig = UNIFORM, family: str = "sdxl", **cluster
+) -> Plan:
     on = Cluster(**{"gpus": 16, "gpu": "h100", **cluster})
     return plan(Run(family=family, objective=objective, training=training, cluster=on, speed=FAST))
 
@@ -44,7 +46,9 @@ def test_a_buffer_crosses_nvlink_and_then_the_card_of_every_gpu():
     cluster = Cluster(gpus=16, gpu="h100", gpus_per_node=8)
     assert cluster.nodes == 2
     assert cluster.inside(8.0) == 7.0
-    assert cluster.between(8.0) == 0.5, "an eighth through each of eight cards, half of it from the other node"
+    assert cluster.between(8.0) == 0.5, (
+        "an eighth through each of eight cards, half of it from the other node"
+    )
     assert cluster.seconds(8.0) == pytest.approx(7 / 450 + 0.5 / 50)
     assert Cluster(gpus=16, gpu="h100", interconnect_gb_s=5).seconds(8.0) == pytest.approx(7 / 450 + 0.5 / 5)
 
@@ -69,20 +73,30 @@ def test_fsdp_gathers_in_every_micro_batch_and_scatters_once():
     training = dataclasses.replace(PAPER, batch_size=64, micro_batch_size=1)
     sent = {term.name: term.value for term in exchange_terms(FACTS["sdxl"], UNIFORM, training, 16, "fsdp")}
     weights, outside = 4 * 2.567463684, 4 * 0.054163204
-    by_hand = {"weights": 4 * (2 * weights - outside), "reference": 4 * (weights - outside), "gradients": weights}
+    by_hand = {
+        "weights": 4 * (2 * weights - outside),
+        "reference": 4 * (weights - outside),
+        "gradients": weights,
+    }
     assert sent == pytest.approx(by_hand)
-    ledger = exchange_terms(FACTS["sdxl"], UNIFORM, dataclasses.replace(training, reference="ledger"), 16, "fsdp")
+    ledger = exchange_terms(
+        FACTS["sdxl"], UNIFORM, dataclasses.replace(training, reference="ledger"), 16, "fsdp"
+    )
     assert "reference" not in {term.name for term in ledger}
 
 
 def test_fsdp_sends_what_is_counted(process_group):
     """Two micro-batches of the training loop on real FSDP2 shares, in a process group that sends nothing: buffers count."""
     policy, reference = (unet("tiny", "cpu", seed=0) for _ in range(2))
-    blocks = [module for module in policy.modules() if isinstance(module, ResnetBlock2D | BasicTransformerBlock)]
+    blocks = [
+        module for module in policy.modules() if isinstance(module, ResnetBlock2D | BasicTransformerBlock)
+    ]
     parameters = size_of([policy])
     policy.enable_gradient_checkpointing()
     reference.requires_grad_(False)
-    facts = dataclasses.replace(FACTS["sd15"], parameters=parameters, outside_blocks=parameters - size_of(blocks))
+    facts = dataclasses.replace(
+        FACTS["sd15"], parameters=parameters, outside_blocks=parameters - size_of(blocks)
+    )
     for model in (policy, reference):
         parallel.shard(model, torch.device("cpu"), 2)
     one_batch(reference, policy, is_last=True)  # what stays of the reference is gathered here
@@ -174,10 +188,18 @@ def test_a_batch_that_cannot_be_shared_evenly_is_as_slow_as_its_largest_share():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_on_one_gpu_takes_the_estimates_hours(family):
     training = dataclasses.replace(PAPER, checkpoint_every=10**9)
-    run = Run(family=family, objective=UNIFORM, training=training, cluster=Cluster(gpus=1), speed=mfu.published(family))
+    run = Run(
+        family=family,
+        objective=UNIFORM,
+        training=training,
+        cluster=Cluster(gpus=1),
+        speed=mfu.published(family),
+    )
     told = plan(run)
     beside = 2000 * value(told.step, "optimizer") / 3600
-    assert value(told.hours, "training") == pytest.approx(estimate(family, UNIFORM, training, 1).gpu_hours + beside)
+    assert value(told.hours, "training") == pytest.approx(
+        estimate(family, UNIFORM, training, 1).gpu_hours + beside
+    )
     assert value(told.step, "optimizer") < 1e-3 * value(told.step, "step"), "one GPU has 2048 pairs a step"
 
 
@@ -192,14 +214,20 @@ def test_the_optimizer_moves_its_bytes_at_the_speed_of_the_gpus_memory():
         assert seconds(gpu, parallelism="ddp") == pytest.approx(parameters * (12 + 7 * 4) / bandwidth)
     eight_bit = parameters * (12 + 3 * 4 + 4 * 1) / 3350
     assert seconds(parallelism="ddp", optimizer="adamw_8bit") == pytest.approx(eight_bit)
-    assert seconds(parallelism="ddp", ema_decay=0.9) == pytest.approx(parameters * (12 + 28 + 12 + 8 + 12) / 3350)
-    assert seconds(parallelism="fsdp") == pytest.approx(parameters * 40 / 16 / 3350), "each of 16 GPUs has its part"
+    assert seconds(parallelism="ddp", ema_decay=0.9) == pytest.approx(
+        parameters * (12 + 28 + 12 + 8 + 12) / 3350
+    )
+    assert seconds(parallelism="fsdp") == pytest.approx(parameters * 40 / 16 / 3350), (
+        "each of 16 GPUs has its part"
+    )
     assert seconds(parallelism="ddp", lora=LoraConfig()) < 0.02 * seconds(parallelism="ddp")
 
 
 def test_hours_and_price_add_up():
     hours = planned(LEDGER, gpus=32, price_usd=2.5).hours
-    assert value(hours, "together") == pytest.approx(sum(value(hours, name) for name in ("encode", "ledger", "training")))
+    assert value(hours, "together") == pytest.approx(
+        sum(value(hours, name) for name in ("encode", "ledger", "training"))
+    )
     assert value(hours, "GPU-hours") == pytest.approx(32 * value(hours, "together"))
     assert value(hours, "price") == pytest.approx(2.5 * value(hours, "GPU-hours"))
     online = planned(gpus=32).hours
@@ -210,7 +238,9 @@ def test_hours_and_price_add_up():
 def test_the_passes_before_training_are_arithmetic_too():
     hours = planned(dataclasses.replace(LEDGER, draws=3), gpus=10).hours
     assert value(hours, "encode") == pytest.approx(2 * 851_293 * 4.879 / (10 * 0.4 * 989) / 3600, rel=1e-4)
-    assert value(hours, "ledger") == pytest.approx(3 * 851_293 * (2 * 6.761 + 0.11116) / (10 * 0.4 * 989) / 3600, rel=1e-4)
+    assert value(hours, "ledger") == pytest.approx(
+        3 * 851_293 * (2 * 6.761 + 0.11116) / (10 * 0.4 * 989) / 3600, rel=1e-4
+    )
 
 
 # ---- memory
@@ -223,7 +253,10 @@ def test_a_share_of_the_model_takes_less_the_more_gpus_there_are(family, change)
     held = [memory_of(FACTS[family], UNIFORM, training, gpus) for gpus in (2, 4, 16, 64)]
     shares = [sum(term.value for term in memory["fsdp"]) for memory in held]
     assert shares == sorted(shares, reverse=True)
-    assert all(share < sum(term.value for term in memory["ddp"]) for share, memory in zip(shares[1:], held[1:], strict=True))
+    assert all(
+        share < sum(term.value for term in memory["ddp"])
+        for share, memory in zip(shares[1:], held[1:], strict=True)
+    )
 
 
 def test_gradients_are_whole_until_the_last_micro_batch_is_scattered():
@@ -237,7 +270,9 @@ def test_gradients_are_whole_until_the_last_micro_batch_is_scattered():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("change", [{}, {"reference": "ledger"}, {"ema_decay": 0.9}, {"optimizer": "adamw_8bit"}])
+@pytest.mark.parametrize(
+    "change", [{}, {"reference": "ledger"}, {"ema_decay": 0.9}, {"optimizer": "adamw_8bit"}]
+)
 def test_auto_counts_what_the_training_loop_counts(family, change):
     training = dataclasses.replace(PAPER, **change)
     whole = memory_of(FACTS[family], UNIFORM, training, 2)["ddp"]
@@ -255,7 +290,9 @@ def test_auto_shares_the_model_out_where_a_whole_one_does_not_fit():
 def test_the_gathered_blocks_are_those_that_fsdp_shards():
     for family in FAMILIES:
         model = unet(family)
-        blocks = [module for module in model.modules() if isinstance(module, ResnetBlock2D | BasicTransformerBlock)]
+        blocks = [
+            module for module in model.modules() if isinstance(module, ResnetBlock2D | BasicTransformerBlock)
+        ]
         sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
         assert max(sizes) == FACTS[family].largest_block
         assert FACTS[family].parameters - sum(sizes) == FACTS[family].outside_blocks
@@ -277,14 +314,18 @@ def test_every_node_fetches_whole_shards_and_every_gpu_reads_its_rows():
 @pytest.mark.parametrize(("point", "entry"), [("expected", 8), ("sampled", 16)])
 def test_a_ledger_is_two_floats_a_draw_or_four(point, entry):
     data = planned(dataclasses.replace(LEDGER, steps=1500), ObjectiveConfig(calibration_point=point)).data
-    assert value(data, "ledger") == pytest.approx(851_293 * 4 * entry / 1e9), "1500 x 2048 pairs are 3.6 epochs"
+    assert value(data, "ledger") == pytest.approx(851_293 * 4 * entry / 1e9), (
+        "1500 x 2048 pairs are 3.6 epochs"
+    )
     assert "ledger" not in {term.name for term in planned().data}
     assert "ledger" not in {term.name for term in planned(LEDGER, SFT).data}
 
 
 def test_a_checkpoint_holds_weights_moments_and_average_of_what_is_trained():
     parameters = 4 * 2.567463684
-    plain, averaged = (planned(dataclasses.replace(PAPER, ema_decay=decay)).checkpoint for decay in (0.0, 0.9))
+    plain, averaged = (
+        planned(dataclasses.replace(PAPER, ema_decay=decay)).checkpoint for decay in (0.0, 0.9)
+    )
     assert value(plain, "size") == pytest.approx(3 * parameters)
     assert value(averaged, "size") == pytest.approx(4 * parameters)
     assert value(plain, "stall") == pytest.approx(3 * parameters / 3), "pageable memory, not PCIe"
@@ -366,7 +407,9 @@ def test_the_fastest_of_what_was_measured_alike_is_taken():
     assert "90 pairs/s" in taken("h200", gradient_checkpointing=False), "of another kind, but on the same GPU"
     assert mfu.measured(results, "sdxl", "a100", PAPER) is None
     wrong = results | {step.format(4, "with", ""): {"value": 0, "machine": a100}}
-    with pytest.raises(ConfigError, match=r"train_vs_public_recipe'\].value must be a number greater than 0, got 0"):
+    with pytest.raises(
+        ConfigError, match=r"train_vs_public_recipe'\].value must be a number greater than 0, got 0"
+    ):
         mfu.measured(wrong, "sd15", "a100", PAPER)
 
 
@@ -391,11 +434,21 @@ def test_the_ceiling_over_the_public_recipe_is_a_quotient_of_counted_flops(famil
 def test_benchmarks_are_held_against_arithmetic():
     on_a_gpu = "sd15 at 512 px, bf16, micro 8, with gradient checkpointing, train_vs_public_recipe"
     mid_size = "train_vs_public_recipe, SD1.5-kind mid-size"
-    results = {name: {"ratio": 1.5} for name in ("ledger_vs_online", "train_vs_public_recipe", mid_size, on_a_gpu)}
+    results = {
+        name: {"ratio": 1.5} for name in ("ledger_vs_online", "train_vs_public_recipe", mid_size, on_a_gpu)
+    }
     found = {check.name: check.predicted for check in mfu.benchmarks(results | {"another": {"ratio": None}})}
-    by_hand = {"ledger_vs_online": 4 / 3, "train_vs_public_recipe": 1.648, mid_size: (8 + 2) / 6, on_a_gpu: 1.597}
+    by_hand = {
+        "ledger_vs_online": 4 / 3,
+        "train_vs_public_recipe": 1.648,
+        mid_size: (8 + 2) / 6,
+        on_a_gpu: 1.597,
+    }
     assert found == pytest.approx(by_hand, abs=2e-3)
-    with pytest.raises(ConfigError, match=r"calibration\['ledger_vs_online'\].ratio must be a number greater than 0, got None"):
+    with pytest.raises(
+        ConfigError,
+        match=r"calibration\['ledger_vs_online'\].ratio must be a number greater than 0, got None",
+    ):
         list(mfu.benchmarks({"ledger_vs_online": {"ratio": None}}))
 
 
@@ -408,11 +461,18 @@ def test_what_changes_the_numbers_does_so(family):
     found = dict(changed(online))
     assert set(found) == {"checkpointing off", "reference ledger", "fsdp", "LoRA, rank 16"}
     for name in ("checkpointing off", "reference ledger", "LoRA, rank 16"):
-        assert value(found[name].step, "compute") / value(online.step, "compute") == pytest.approx(4 / 5, rel=3e-3)
-    whole, shared_out = (value(each.step, "step") - value(each.step, "optimizer") for each in (online, found["fsdp"]))
+        assert value(found[name].step, "compute") / value(online.step, "compute") == pytest.approx(
+            4 / 5, rel=3e-3
+        )
+    whole, shared_out = (
+        value(each.step, "step") - value(each.step, "optimizer") for each in (online, found["fsdp"])
+    )
     assert shared_out >= whole, "but for the optimizer, of which each GPU has its part"
     assert found["checkpointing off"].memory_gb("ddp") > online.memory_gb("ddp")
-    assert all(found[name].memory_gb("ddp") < online.memory_gb("ddp") for name in ("reference ledger", "LoRA, rank 16"))
+    assert all(
+        found[name].memory_gb("ddp") < online.memory_gb("ddp")
+        for name in ("reference ledger", "LoRA, rank 16")
+    )
     assert "reference online" in dict(changed(planned(LEDGER)))
     assert set(dict(changed(planned(objective=SFT, gpus=1)))) == {"checkpointing off", "LoRA, rank 16"}
 
@@ -456,7 +516,10 @@ def test_a_dataset_has_pairs_and_a_published_family_is_known():
 
 def test_the_plan_loads_no_torch():
     code = "import sys, dde_core.planning.plan, services.client.plan; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )
 
 
 def test_gpus_have_less_memory_as_sold_than_cuda_reports():

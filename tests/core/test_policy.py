@@ -38,7 +38,9 @@ def pairs(folder: ModelFolder, b: int = 6) -> PairBatch:
     names = ("latents_w", "latents_l", "noise_w", "noise_l")
     drawn = {name: torch.randn(b, 4, 8, 8, generator=generator) for name in names}
     t = torch.tensor([1, 2, 200, 500, 999, 1000])[:b]
-    return PairBatch(pair_ids=tuple(map(str, range(b))), t=t, **drawn, conditioning_w=told, conditioning_l=told)
+    return PairBatch(
+        pair_ids=tuple(map(str, range(b))), t=t, **drawn, conditioning_w=told, conditioning_l=told
+    )
 
 
 def both(policy: Policy, folder: ModelFolder, batch: PairBatch) -> tuple[PairErrors, PairErrors]:
@@ -82,7 +84,9 @@ def test_bf16_errors_are_reduced_in_float32_and_are_not_those_of_a_bf16_reductio
 def test_bf16_rounds_and_fp32_does_not(folder, lora):
     batch, found = pairs(folder), {}
     for precision in ("fp32", "bf16"):
-        found[precision] = both(Policy(folder, TrainConfig(precision=precision, lora=lora)), folder, batch)[0].w
+        found[precision] = both(Policy(folder, TrainConfig(precision=precision, lora=lora)), folder, batch)[
+            0
+        ].w
     exact = pair_errors(folder.unet().requires_grad_(False), folder.schedule(), batch).w
     torch.testing.assert_close(found["fp32"], exact, rtol=1e-5, atol=0)
     assert (found["bf16"] - exact).abs().max() > 1e-5
@@ -113,8 +117,12 @@ def test_under_bf16_all_that_is_trained_has_a_gradient_although_the_reference_ra
     """autocast keeps its casts of weights: those of a pass without gradient must not serve the one with it."""
     policy, batch = Policy(folder, TrainConfig(precision="bf16", lora=lora)), pairs(folder)
     theta, ref = both(policy, folder, batch)
-    step_losses(theta, ref, batch.t, ObjectiveConfig(method="uniform", beta=1.0), folder.schedule()).loss.mean().backward()
-    moved = [p for name, p in policy.unet.named_parameters() if p.requires_grad and "lora_A" not in name]  # A waits for B
+    step_losses(
+        theta, ref, batch.t, ObjectiveConfig(method="uniform", beta=1.0), folder.schedule()
+    ).loss.mean().backward()
+    moved = [
+        p for name, p in policy.unet.named_parameters() if p.requires_grad and "lora_A" not in name
+    ]  # A waits for B
     assert moved
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.parameters())
     assert sum(p.grad.count_nonzero() > 0 for p in moved) > 0.9 * len(moved)
@@ -123,9 +131,13 @@ def test_under_bf16_all_that_is_trained_has_a_gradient_although_the_reference_ra
 def test_gradient_checkpointing_works_everything_out_again_in_the_same_arithmetic(folder, lora):
     batch, gradients = pairs(folder), []
     for checkpointing in (False, True):
-        policy = Policy(folder, TrainConfig(precision="bf16", lora=lora, gradient_checkpointing=checkpointing))
+        policy = Policy(
+            folder, TrainConfig(precision="bf16", lora=lora, gradient_checkpointing=checkpointing)
+        )
         theta, ref = both(policy, folder, batch)
-        terms = step_losses(theta, ref, batch.t, ObjectiveConfig(method="uniform", beta=1.0), folder.schedule())
+        terms = step_losses(
+            theta, ref, batch.t, ObjectiveConfig(method="uniform", beta=1.0), folder.schedule()
+        )
         assert (terms.logit == 0).all()
         terms.loss.mean().backward()
         gradients.append([parameter.grad for parameter in policy.parameters()])
@@ -155,8 +167,12 @@ def test_the_average_follows_diffusers_rule_and_the_weights_come_back_to_the_bit
     for step in range(1, 13):
         shake(policy, step)
         policy.ema.step(policy.parameters())
-        used.append(min(decay, step / (9 + step)) if step > 1 else 0.0)  # (1 + n) / (10 + n), the first n being 0: a copy
-        average = [used[-1] * a + (1 - used[-1]) * p.double() for a, p in zip(average, copies(policy), strict=True)]
+        used.append(
+            min(decay, step / (9 + step)) if step > 1 else 0.0
+        )  # (1 + n) / (10 + n), the first n being 0: a copy
+        average = [
+            used[-1] * a + (1 - used[-1]) * p.double() for a, p in zip(average, copies(policy), strict=True)
+        ]
     assert used[:3] == pytest.approx([0, 2 / 11, min(decay, 3 / 12)])
     before = copies(policy)
     with policy.averaged():

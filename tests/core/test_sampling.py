@@ -38,7 +38,9 @@ def parts():
     unet, vae, text = (part.eval().requires_grad_(False) for part in (unet, vae, text))
     embeds = text(torch.randint(0, 99, (3, 77)))[0]
     latents = torch.stack([initial_latents(seed, (4, 8, 8)) for seed in (11, 12)])
-    return SimpleNamespace(unet=unet, vae=vae, text=text, cond=embeds[:2], uncond=embeds[2:].repeat(2, 1, 1), latents=latents)
+    return SimpleNamespace(
+        unet=unet, vae=vae, text=text, cond=embeds[:2], uncond=embeds[2:].repeat(2, 1, 1), latents=latents
+    )
 
 
 def theirs(parts, config, sample, output_type="latent"):
@@ -67,7 +69,9 @@ def theirs(parts, config, sample, output_type="latent"):
 
 def ours(parts, config, sample, **more):
     cond, uncond = {"encoder_hidden_states": parts.cond}, {"encoder_hidden_states": parts.uncond}
-    return sample_latents(parts.unet, Schedule.from_config(config), parts.latents, cond, uncond, sample, **more)
+    return sample_latents(
+        parts.unet, Schedule.from_config(config), parts.latents, cond, uncond, sample, **more
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,14 +85,20 @@ def ours(parts, config, sample, **more):
         (5, 5.0, {"prediction_type": "v_prediction"}),
         (5, 5.0, {"num_train_timesteps": 100, "beta_end": 0.1}),
         (5, 5.0, {"num_train_timesteps": 10, "beta_end": 0.5}),  # ends at t = 0, which is not alpha_bar = 1
-        (9, 5.0, {"num_train_timesteps": 10, "beta_end": 0.5, "set_alpha_to_one": True}),  # ends at t = 1, not 0
+        (
+            9,
+            5.0,
+            {"num_train_timesteps": 10, "beta_end": 0.5, "set_alpha_to_one": True},
+        ),  # ends at t = 1, not 0
     ],
 )
 def test_latents_equal_the_stable_diffusion_pipelines(parts, sd_config, steps, guidance, change):
     config, sample = sd_config | change, SampleConfig(steps=steps, guidance_scale=guidance)
     expected = theirs(parts, config, sample)
     assert (expected - parts.latents).abs().max() > 0.1
-    torch.testing.assert_close(ours(parts, config, sample), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        ours(parts, config, sample), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 def test_pictures_equal_the_stable_diffusion_pipelines(parts, sd_config):

@@ -32,7 +32,11 @@ def test_a_step_of_pairs_goes_through_the_real_unets(name, method):
     model, batch, tables = unet(name), random_pairs(name, 3), schedule("meta")
     size = UNETS[name]["sample_size"]
     assert batch.latents_w.shape == (3, 4, size, size)
-    assert batch.conditioning_w["encoder_hidden_states"].shape == (3, TOKENS, UNETS[name]["cross_attention_dim"])
+    assert batch.conditioning_w["encoder_hidden_states"].shape == (
+        3,
+        TOKENS,
+        UNETS[name]["cross_attention_dim"],
+    )
     with torch.no_grad():
         ref = pair_errors(model, tables, batch)
     theta = pair_errors(model, tables, batch)
@@ -60,7 +64,9 @@ def test_winners_alone_go_through_the_real_unets(name):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(psutil.virtual_memory().available < 9e9, reason="8 GB for weights and gradients are not free")
+@pytest.mark.skipif(
+    psutil.virtual_memory().available < 9e9, reason="8 GB for weights and gradients are not free"
+)
 def test_one_real_step_of_860_million_weights_is_the_same_with_and_without_gradient_checkpointing(capsys):
     size, samples = 16, 2
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.cpu_step", str(size)]
@@ -73,10 +79,13 @@ def test_one_real_step_of_860_million_weights_is_the_same_with_and_without_gradi
     assert kept["grad_norm"] > 0
 
     facts, saved = FACTS["sd15"], kept["peak_gb"] - checkpointed["peak_gb"]
-    whole, parts = (facts.activation_bytes["fp32", ckpt] * samples * (size / 64) ** 2 / 1e9 for ckpt in (False, True))
+    whole, parts = (
+        facts.activation_bytes["fp32", ckpt] * samples * (size / 64) ** 2 / 1e9 for ckpt in (False, True)
+    )
     with capsys.disabled():
         print(
-            f"\npeak {checkpointed['peak_gb']:.2f} GB with gradient checkpointing, {kept['peak_gb']:.2f} GB without:", end=" "
+            f"\npeak {checkpointed['peak_gb']:.2f} GB with gradient checkpointing, {kept['peak_gb']:.2f} GB without:",
+            end=" ",
         )
         print(f"{saved:.3f} GB more, {whole - parts:.3f} counted")
     assert 2 * 4 * facts.parameters / 1e9 < checkpointed["peak_gb"] < 1.2 * 2 * 4 * facts.parameters / 1e9

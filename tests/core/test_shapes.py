@@ -39,7 +39,9 @@ def test_a_drawn_scene_matches_its_caption_and_has_full_fidelity():
     assert found["fidelity"] > 0.99
 
 
-@pytest.mark.parametrize("wrong", [{"colour": "blue"}, {"shape": "cross"}, {"place": "left"}, {"background": "white"}])
+@pytest.mark.parametrize(
+    "wrong", [{"colour": "blue"}, {"shape": "cross"}, {"place": "left"}, {"background": "white"}]
+)
 def test_each_wrong_attribute_costs_a_fifth_of_the_match(wrong: dict[str, str]):
     other = Scene(**{**FULL.stated(), **wrong})
     assert scores(other, caption(FULL))["match"] == pytest.approx(0.8, abs=0.02)
@@ -95,7 +97,15 @@ def test_the_shipped_weights_are_float32_and_fit_their_budget():
 
 def test_the_shipped_pairs_have_pick_a_pics_columns_ties_and_no_held_out_prompt():
     table = pq.read_table(PAIRS_FILE)
-    assert table.column_names == ["jpg_0", "jpg_1", "label_0", "label_1", "caption", "image_0_uid", "image_1_uid"]
+    assert table.column_names == [
+        "jpg_0",
+        "jpg_1",
+        "label_0",
+        "label_1",
+        "caption",
+        "image_0_uid",
+        "image_1_uid",
+    ]
     assert table.num_rows == 2000
     assert 10 < table["label_0"].to_pylist().count(0.5) < 400
     assert PAIRS_FILE.stat().st_size <= 6e6

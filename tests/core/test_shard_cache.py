@@ -48,11 +48,23 @@ def cache(tmp_path: Path) -> Path:
 
 
 def reader(folder: Path, cache: Path, watched: Watched | None = None, **options) -> LatentReader:
-    return LatentReader(fs.PyFileSystem(watched or Watched()), str(folder), cache=cache, window_pairs=WINDOW, **options)
+    return LatentReader(
+        fs.PyFileSystem(watched or Watched()), str(folder), cache=cache, window_pairs=WINDOW, **options
+    )
 
 
-def process(code: str, folder: Path, cache: Path, delay_s: float = 0.0, window_pairs: int = WINDOW) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", OF_A_PROCESS + code, str(folder), str(cache), str(delay_s), str(window_pairs)]
+def process(
+    code: str, folder: Path, cache: Path, delay_s: float = 0.0, window_pairs: int = WINDOW
+) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-c",
+        OF_A_PROCESS + code,
+        str(folder),
+        str(cache),
+        str(delay_s),
+        str(window_pairs),
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
 
 
@@ -91,13 +103,18 @@ def test_the_cache_never_holds_more_than_its_bytes_and_every_row_is_right(folder
     reader(folder, cache).shard(0)
     one = kept(cache)[0].stat().st_size
     watched = Watched()
-    with reader(folder, cache, watched, cache_bytes=7 * one) as bounded, reader(folder, cache.with_name("unbounded")) as free:
+    with (
+        reader(folder, cache, watched, cache_bytes=7 * one) as bounded,
+        reader(folder, cache.with_name("unbounded")) as free,
+    ):
         for step in range(2 * STEPS):
             rows = bounded.batch(0, step, 20)
             assert (rows.latents_w == free.batch(0, step, 20).latents_w).all()
             assert held_bytes(cache) <= 7 * one
     shards = [name for name in watched.read if name != MANIFEST]
-    assert len(SIZES) < len(shards) <= 3 * len(SIZES)  # two epochs, two windows ahead: each was there while it was read
+    assert (
+        len(SIZES) < len(shards) <= 3 * len(SIZES)
+    )  # two epochs, two windows ahead: each was there while it was read
 
 
 def test_the_least_recently_used_shards_of_others_go_first(folder: Path, cache: Path):
@@ -139,7 +156,9 @@ def test_a_shard_that_was_changed_is_refused_and_not_kept(folder: Path, cache: P
     assert not kept(cache)
 
 
-def test_an_error_of_a_batch_that_was_read_ahead_is_raised_where_it_is_asked_for_and_may_pass(folder: Path, cache: Path):
+def test_an_error_of_a_batch_that_was_read_ahead_is_raised_where_it_is_asked_for_and_may_pass(
+    folder: Path, cache: Path
+):
     with reader(folder, cache) as expected:
         steps = [expected.batch(0, step, 5).pair_ids for step in range(13)]
         late = int(expected.batch(0, 12, 5).shards[0])  # of the second window
@@ -154,7 +173,9 @@ def test_an_error_of_a_batch_that_was_read_ahead_is_raised_where_it_is_asked_for
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, tear])
-def test_a_kept_file_that_somebody_deletes_or_tears_is_fetched_again(folder: Path, cache: Path, harm: Callable[[Path], object]):
+def test_a_kept_file_that_somebody_deletes_or_tears_is_fetched_again(
+    folder: Path, cache: Path, harm: Callable[[Path], object]
+):
     with reader(folder, cache) as running, reader(folder, cache.with_name("other")) as expected:
         running.batch(0, 0, 20)
         wait_until(lambda: len(kept(cache)) == 6)
@@ -164,7 +185,9 @@ def test_a_kept_file_that_somebody_deletes_or_tears_is_fetched_again(folder: Pat
             assert (running.batch(0, step, 20).latents_l == expected.batch(0, step, 20).latents_l).all()
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
     fsync, synced = os.fsync, []
 
     def watched(descriptor: int) -> None:
@@ -179,7 +202,9 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(folder: Path, cache: Path,
     assert synced == [(stat.st_ino, stat.st_size, [])]
 
 
-def test_a_process_that_is_killed_while_it_fetches_leaves_nothing_behind_that_harms(folder: Path, cache: Path):
+def test_a_process_that_is_killed_while_it_fetches_leaves_nothing_behind_that_harms(
+    folder: Path, cache: Path
+):
     killed = process("print('here', flush=True); reader.shard(0)", folder, cache, delay_s=30)
     assert killed.stdout
     assert killed.stdout.readline() == "here\n"
@@ -190,7 +215,9 @@ def test_a_process_that_is_killed_while_it_fetches_leaves_nothing_behind_that_ha
     assert (reader(folder, cache).shard(0).latents_w[:, 0, 0, 0] == np.arange(20)).all()
 
 
-def test_a_shard_that_the_disk_cannot_hold_is_an_error_that_names_the_cache_and_no_file(folder: Path, cache: Path):
+def test_a_shard_that_the_disk_cannot_hold_is_an_error_that_names_the_cache_and_no_file(
+    folder: Path, cache: Path
+):
     code = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
@@ -263,7 +290,9 @@ def test_reading_overlaps_with_what_is_done_between_batches(folder: Path, cache:
 
 def test_a_reader_that_nobody_closes_does_not_keep_its_process_alive(folder: Path, cache: Path):
     said(process("reader.batch(0, 0, 1)", folder, cache, delay_s=0.5, window_pairs=100_000))
-    assert 1 <= len(kept(cache)) <= 4  # that of the pair, of the next pair, and what was on its way: not all twelve
+    assert (
+        1 <= len(kept(cache)) <= 4
+    )  # that of the pair, of the next pair, and what was on its way: not all twelve
 
 
 def test_a_closed_reader_hands_out_nothing(folder: Path, cache: Path):

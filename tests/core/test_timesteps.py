@@ -37,13 +37,19 @@ def test_discounted_draws_t_in_proportion_to_a_power_of_what_09_in_50_steps_is_i
     ratio = p[1:] * 1000
     assert ratio.max().item() == pytest.approx(5.28, abs=5e-3)
     assert ratio.argmax() == 999
-    assert (ratio.mean() ** 2 / ratio.square().mean()).item() == pytest.approx(0.38, abs=5e-3), "effective sample size"
+    assert (ratio.mean() ** 2 / ratio.square().mean()).item() == pytest.approx(0.38, abs=5e-3), (
+        "effective sample size"
+    )
     halved = t_distribution(ObjectiveConfig(method="discounted", gamma=0.5), schedule)
-    assert (halved[1000] / halved[980]).item() == pytest.approx(2, rel=1e-9), "20 timesteps are one of 50 steps"
+    assert (halved[1000] / halved[980]).item() == pytest.approx(2, rel=1e-9), (
+        "20 timesteps are one of 50 steps"
+    )
 
 
 def test_the_discount_of_a_shorter_schedule_is_the_same_over_its_whole_length(sd_config):
-    short = t_distribution(ObjectiveConfig(method="discounted"), Schedule.from_config(sd_config | {"num_train_timesteps": 100}))
+    short = t_distribution(
+        ObjectiveConfig(method="discounted"), Schedule.from_config(sd_config | {"num_train_timesteps": 100})
+    )
     assert (short[100] / short[98]).item() == pytest.approx(1 / 0.9, rel=1e-9)
 
 
@@ -74,7 +80,10 @@ def expected(config: ObjectiveConfig, schedule: Schedule) -> tuple[torch.Tensor,
     generator, loss = torch.Generator().manual_seed(0), torch.zeros((), dtype=torch.float64)
     drawn = t_drawn(config, schedule)[1:]
     for _ in range(3):
-        slopes, ref = torch.rand(2, 1000, 2, generator=generator).double(), torch.rand(2, 1000, generator=generator).double()
+        slopes, ref = (
+            torch.rand(2, 1000, 2, generator=generator).double(),
+            torch.rand(2, 1000, generator=generator).double(),
+        )
         theta = 0.01 * (slopes @ parameters) + ref
         terms = step_losses(PairErrors(*theta), PairErrors(*ref), EVERY_T, config, schedule, ref[0] * 1e-3)
         loss = loss + (drawn * terms.loss).sum() / 3
@@ -84,7 +93,9 @@ def expected(config: ObjectiveConfig, schedule: Schedule) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize("limits", RANGES, ids=str)
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_uniform_draws_that_are_weighted_have_the_expectation_of_drawing_by_the_density(schedule, method, limits):
+def test_uniform_draws_that_are_weighted_have_the_expectation_of_drawing_by_the_density(
+    schedule, method, limits
+):
     drawn, weighted = (
         expected(ObjectiveConfig(method=method, t_sampling=how, beta=500.0, **limits), schedule)
         for how in ("method", "uniform")
@@ -95,7 +106,9 @@ def test_uniform_draws_that_are_weighted_have_the_expectation_of_drawing_by_the_
 
 
 def test_uniform_draws_without_the_weights_would_not(schedule):
-    discounted, uniform = (expected(ObjectiveConfig(method=m, beta=500.0), schedule) for m in ("discounted", "uniform"))
+    discounted, uniform = (
+        expected(ObjectiveConfig(method=m, beta=500.0), schedule) for m in ("discounted", "uniform")
+    )
     assert ((discounted[0] - uniform[0]) / discounted[0]).abs() > 1e-3
     assert ((discounted[1] - uniform[1]).norm() / discounted[1].norm()) > 1e-3
 
@@ -103,12 +116,17 @@ def test_uniform_draws_without_the_weights_would_not(schedule):
 def chi_square(drawn: np.ndarray, p: np.ndarray, cells: int = 10) -> float:
     """Of as many cells of about equal probability; cells - 1 degrees of freedom."""
     cell = np.minimum((np.cumsum(p) - p / 2) * cells, cells - 1).astype(int)
-    counts, wanted = np.bincount(cell[drawn], minlength=cells), len(drawn) * np.bincount(cell, weights=p, minlength=cells)
+    counts, wanted = (
+        np.bincount(cell[drawn], minlength=cells),
+        len(drawn) * np.bincount(cell, weights=p, minlength=cells),
+    )
     return float(((counts - wanted) ** 2 / wanted).sum())
 
 
 @pytest.mark.parametrize("limits", RANGES[:2], ids=str)
-@pytest.mark.parametrize(("method", "t_sampling"), [("dde", "method"), ("discounted", "method"), ("discounted", "uniform")])
+@pytest.mark.parametrize(
+    ("method", "t_sampling"), [("dde", "method"), ("discounted", "method"), ("discounted", "uniform")]
+)
 def test_draws_follow_the_density(schedule, method, t_sampling, limits):
     config = ObjectiveConfig(method=method, t_sampling=t_sampling, **limits)
     p = t_drawn(config, schedule).numpy()
@@ -116,7 +134,9 @@ def test_draws_follow_the_density(schedule, method, t_sampling, limits):
     drawn = np.array([draw_timestep(0, f"pair-{i}", 0, cumulative) for i in range(5000)])
     assert inside(config)[drawn].all()
     assert chi_square(drawn, p) < 27.9  # p = .001 with 9 degrees of freedom
-    other = ObjectiveConfig(method="dde" if t_sampling == "method" and method == "discounted" else "discounted", **limits)
+    other = ObjectiveConfig(
+        method="dde" if t_sampling == "method" and method == "discounted" else "discounted", **limits
+    )
     assert chi_square(drawn, t_drawn(other, schedule).numpy()) > 100, "and not another one"
 
 
@@ -127,7 +147,10 @@ def test_draws_follow_the_density(schedule, method, t_sampling, limits):
 @pytest.mark.parametrize("method", CALIBRATED)
 def test_coefficients_outside_of_the_range_stay_as_they_are(schedule, method, point):
     config = ObjectiveConfig(method=method, calibration_point=point, ema_rate=1.0, t_min=200, t_max=700)
-    free, ranged = Calibration(schedule, ObjectiveConfig(calibration_point=point, ema_rate=1.0)), Calibration(schedule, config)
+    free, ranged = (
+        Calibration(schedule, ObjectiveConfig(calibration_point=point, ema_rate=1.0)),
+        Calibration(schedule, config),
+    )
     start = {name: torch.full((1000,), 7.0, dtype=torch.float64) for name in NAMES}
     columns = torch.rand(8, 1000, generator=torch.Generator().manual_seed(0))
     for calibration in (free, ranged):

@@ -35,7 +35,10 @@ def pairs(b=4, seed=0, dtype=torch.float32):
     return PairBatch(
         pair_ids=tuple(f"pair-{i}" for i in range(b)),
         t=torch.randint(1, 1001, (b,)),
-        **{name: torch.randn(b, 4, 8, 8, dtype=dtype) for name in ("latents_w", "latents_l", "noise_w", "noise_l")},
+        **{
+            name: torch.randn(b, 4, 8, 8, dtype=dtype)
+            for name in ("latents_w", "latents_l", "noise_w", "noise_l")
+        },
         conditioning_w=text,
         conditioning_l=text,
     )
@@ -105,10 +108,14 @@ def test_a_real_unet_gives_each_pair_the_same_errors_alone_and_in_a_batch(schedu
 def test_a_policy_wrapped_for_distributed_training_gets_the_gradient_of_the_bare_one(schedule, tmp_path):
     bare, wrapped, reference, batch = tiny_unet(), tiny_unet(), TinyUnet(2), pairs()
     config = ObjectiveConfig(method="uniform", beta=5.0)
-    distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     try:
         policy = nn.parallel.DistributedDataParallel(wrapped)
-        (run(policy, reference, schedule, batch, config).loss.sum() / 4 * distributed.get_world_size()).backward()
+        (
+            run(policy, reference, schedule, batch, config).loss.sum() / 4 * distributed.get_world_size()
+        ).backward()
     finally:
         distributed.destroy_process_group()
     run(bare, reference, schedule, batch, config).loss.mean().backward()

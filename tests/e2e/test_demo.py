@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def run_demo(state: Path) -> dict:
-    done = subprocess.run([executables() / "dde", "demo", "--state", state], capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [executables() / "dde", "demo", "--state", state], capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "curl" in done.stdout
     assert (state / "grid.png").exists()

@@ -46,7 +46,10 @@ def wide_pairs(path: Path) -> Path:
     table = pq.read_table(PAIRS_FILE).slice(0, ROWS)
     for column in ("jpg_0", "jpg_1"):
         pictures = (np.asarray(Image.open(io.BytesIO(data))) for data in table[column].to_pylist())
-        wide = [png(np.pad(picture, ((0, 0), (i % 7, i % 7), (0, 0)), mode="edge")) for i, picture in enumerate(pictures)]
+        wide = [
+            png(np.pad(picture, ((0, 0), (i % 7, i % 7), (0, 0)), mode="edge"))
+            for i, picture in enumerate(pictures)
+        ]
         table = table.set_column(table.column_names.index(column), column, pa.array(wide, pa.binary()))
     pq.write_table(table, path, row_group_size=200)
     return path
@@ -63,9 +66,20 @@ def test_a_small_model_of_each_family_aligns_end_to_end(client: Client, tmp_path
         "dataset": dataset.id,
         "name": f"tiny-{family}-aligned",
         "objective": {"method": "uniform", "beta": 500.0},
-        "training": {"steps": 30, "batch_size": 64, "checkpoint_every": 20, "held_out_pairs": HELD_OUT, **WAYS[family]},
+        "training": {
+            "steps": 30,
+            "batch_size": 64,
+            "checkpoint_every": 20,
+            "held_out_pairs": HELD_OUT,
+            **WAYS[family],
+        },
         "workers": WORKERS[family],
-        "evaluation": {"prompts_uri": PROMPTS_FILE.as_uri(), "num_prompts": 2, "scorers": [], "sample": {"steps": 2}},
+        "evaluation": {
+            "prompts_uri": PROMPTS_FILE.as_uri(),
+            "num_prompts": 2,
+            "scorers": [],
+            "sample": {"steps": 2},
+        },
     }
     job = client.wait(client.create_job(AlignmentJobCreate.model_validate_json(json.dumps(body))).id)
     assert job.status == "succeeded", job.reason

@@ -33,7 +33,9 @@ def test_hostile_rows_are_counted_by_cause_and_quarantined_by_row(system: LocalS
     assert (result.counts["pairs"], result.counts["ties"], result.counts["missing"]) == tuple(
         expected[outcome] for outcome in ("", "tie", "missing")
     )
-    assert result.bad == {cause: number for cause, number in sorted(expected.items()) if cause not in undecided}
+    assert result.bad == {
+        cause: number for cause, number in sorted(expected.items()) if cause not in undecided
+    }
     lines = files.read_bytes(files.join(result.dataset, "quarantine.jsonl")).decode().splitlines()
     told = {line["row"]: line["cause"] for line in map(json.loads, lines)}
     assert len(lines) == len(told) == result.counts["bad"]
@@ -45,7 +47,9 @@ def test_too_many_bad_rows_fail_the_stage_with_the_counts(system: LocalSystem, t
     rows = [row for row, _ in hostile_rows(200, seed=1)]
     uri = write_pairs(tmp_path / "pairs.parquet", rows).as_uri()
     runs = StageRuns(tmp_path, cluster_environment(system))
-    run = runs.start("encode", runs.encode_spec("hostile", uri, shapes_record(), data=DataConfig(max_bad_fraction=0.01)))
+    run = runs.start(
+        "encode", runs.encode_spec("hostile", uri, shapes_record(), data=DataConfig(max_bad_fraction=0.01))
+    )
     assert run.process.wait(120) != 0
     failure = json.loads(run.failure())
     assert (failure["code"], failure["param"]) == ("too_many_bad_rows", "data.max_bad_fraction")

@@ -43,7 +43,10 @@ def test_ten_kills_at_random_points_change_nothing(system: LocalSystem, tmp_path
     rows = list(synthetic_rows(ROWS))
     for number in range(0, ROWS, 250):
         rows[number]["jpg_0"] = b"no picture"
-    pairs, env = write_stream(tmp_path / "pairs.parquet", rows, row_group_size=100).as_uri(), cluster_environment(system)
+    pairs, env = (
+        write_stream(tmp_path / "pairs.parquet", rows, row_group_size=100).as_uri(),
+        cluster_environment(system),
+    )
     calm, killed = StageRuns(tmp_path / "calm", env), StageRuns(tmp_path / "killed", env)
     model, data = shapes_record(), {"data": DataConfig(max_bad_fraction=0.1)}
     expected = calm.start("encode", calm.encode_spec("calm", pairs, model, **data)).finish()
@@ -54,7 +57,10 @@ def test_ten_kills_at_random_points_change_nothing(system: LocalSystem, tmp_path
     for number, point in enumerate(points):
         run = killed.start("encode", killed.encode_spec(f"kill-{number}", pairs, model, **data))
         deadline = time.monotonic() + 120
-        while len(written_files(killed, "blocks/*.parquet")) + len(written_files(killed, "shard-*.parquet")) < point:
+        while (
+            len(written_files(killed, "blocks/*.parquet")) + len(written_files(killed, "shard-*.parquet"))
+            < point
+        ):
             assert run.process.poll() is None, run.failure()
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -82,6 +88,8 @@ def test_the_same_request_again_is_no_work_and_another_setting_is(system: LocalS
     first = runs.start("encode", runs.encode_spec("first", pairs, model)).finish()
     again = runs.start("encode", runs.encode_spec("again", pairs, model)).finish()
     assert (again.digest, again.dataset, again.reused) == (first.digest, first.dataset, True)
-    flipped = runs.start("encode", runs.encode_spec("flipped", pairs, model, data=DataConfig(flip="all"))).finish()
+    flipped = runs.start(
+        "encode", runs.encode_spec("flipped", pairs, model, data=DataConfig(flip="all"))
+    ).finish()
     assert not flipped.reused
     assert flipped.digest != first.digest

@@ -21,7 +21,9 @@ def run(client: Client, dataset: str, method: str, reference: str) -> Job:
     request = AlignmentJobCreate(
         model="shapes",
         dataset=dataset,
-        objective=ObjectiveConfig(method=method, noise="independent", calibration_bins=50 if method == "dde" else 0),
+        objective=ObjectiveConfig(
+            method=method, noise="independent", calibration_bins=50 if method == "dde" else 0
+        ),
         training=TrainConfig(**TRAINING, reference=reference),
         workers=1,
         evaluation=EvaluationConfig(
@@ -42,7 +44,10 @@ def metrics(client: Client, job: Job) -> list[dict[str, float]]:
 def test_a_job_on_a_ledger_trains_as_one_whose_reference_runs_in_every_step(client: Client, tmp_path: Path):
     client.create_model("shapes", MODEL_DIR.as_uri())
     dataset = client.create_dataset("pairs", PAIRS_FILE.as_uri()).id
-    for method, reference in (("uniform", "ledger"), ("dde", "auto")):  # the second finds what the first has written
+    for method, reference in (
+        ("uniform", "ledger"),
+        ("dde", "auto"),
+    ):  # the second finds what the first has written
         cached, online = (run(client, dataset, method, each) for each in (reference, "online"))
         events = [event.message for event in client.events(cached.id)]
         assert any(event.startswith("reference errors from ledger") for event in events), events
@@ -52,7 +57,10 @@ def test_a_job_on_a_ledger_trains_as_one_whose_reference_runs_in_every_step(clie
         for step in range(0, STEPS, 4):
             print(f"  step {step + 1:3}: {with_ledger[step]['loss']:.6f} {without[step]['loss']:.6f}")
         noise = {name: value for name, value in with_ledger[0].items() if name.startswith("step0_logit_std")}
-        print("  logit at step 0, root mean square with ledger: " + ", ".join(f"{n} {v:.2e}" for n, v in noise.items()))
+        print(
+            "  logit at step 0, root mean square with ledger: "
+            + ", ".join(f"{n} {v:.2e}" for n, v in noise.items())
+        )
         print(f"  pairs/s with ledger {speed(with_ledger):.1f}, online {speed(without):.1f}")
         assert noise["step0_logit_std_half"] < 0.01
         assert all(value == 0.0 for name, value in without[0].items() if name.startswith("step0_logit_std"))

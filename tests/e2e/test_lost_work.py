@@ -28,7 +28,9 @@ from tests.support.weights import base_weights, same_bits, update_distance, weig
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=50)
 TRAINING = TrainConfig(steps=300, batch_size=32, learning_rate=1e-4, checkpoint_every=3)
-LONG_STEPS = TrainConfig(steps=30, batch_size=1024, micro_batch_size=64, learning_rate=1e-4, checkpoint_every=1000)
+LONG_STEPS = TrainConfig(
+    steps=30, batch_size=1024, micro_batch_size=64, learning_rate=1e-4, checkpoint_every=1000
+)
 
 
 class Trial(StageRuns):
@@ -39,7 +41,9 @@ class Trial(StageRuns):
         self.nodes = nodes
         self.dataset = write_encoded(folder / "data", ModelFolder(MODEL_DIR), pairs=1024).as_uri()
 
-    def spec(self, name: str, workers: int | tuple[int, int], training: TrainConfig, attempt: int = 1) -> TrainSpec:
+    def spec(
+        self, name: str, workers: int | tuple[int, int], training: TrainConfig, attempt: int = 1
+    ) -> TrainSpec:
         folder = files.join(self.root, name)
         return TrainSpec(
             job=name,
@@ -56,11 +60,15 @@ class Trial(StageRuns):
             output=files.join(folder, "model"),
         )
 
-    def run(self, spec: TrainSpec, disturb: Callable[[Running, int], None] = lambda running, attempt: None) -> list[str]:
+    def run(
+        self, spec: TrainSpec, disturb: Callable[[Running, int], None] = lambda running, attempt: None
+    ) -> list[str]:
         """To its end, whatever ``disturb`` does to it. All events."""
         events: list[str] = []
         for attempt in range(1, 40):
-            again = spec.model_copy(update={"attempt": attempt, "prefix": spec.prefix.rsplit("/", 1)[0] + f"/a{attempt}"})
+            again = spec.model_copy(
+                update={"attempt": attempt, "prefix": spec.prefix.rsplit("/", 1)[0] + f"/a{attempt}"}
+            )
             running = self.start("train", again)
             disturb(running, attempt)
             code = running.process.wait(900)
@@ -95,7 +103,13 @@ class Killer:
     """
 
     def __init__(self, trial: Trial, spec: TrainSpec, times: int, seed: int, kinds: tuple[str, ...]) -> None:
-        self._trial, self._spec, self._left, self._random, self._kinds = trial, spec, times, random.Random(seed), kinds
+        self._trial, self._spec, self._left, self._random, self._kinds = (
+            trial,
+            spec,
+            times,
+            random.Random(seed),
+            kinds,
+        )
         self.kills: list[str] = []
 
     def __call__(self, running: Running, attempt: int) -> None:
@@ -109,7 +123,9 @@ class Killer:
                 continue
             self._left -= 1
             self.kills.append(kind)
-            print(f"kill {len(self.kills)}: {kind}, newest checkpoint {before}, attempt {attempt}", flush=True)
+            print(
+                f"kill {len(self.kills)}: {kind}, newest checkpoint {before}, attempt {attempt}", flush=True
+            )
             if kind == "worker":
                 self._random.choice(workers).kill()
             elif kind == "driver":
@@ -145,7 +161,9 @@ def test_twenty_kills_of_worker_driver_or_raylet_change_no_bit(trial: Trial, und
 
 
 @pytest.mark.parametrize("how", ["pause", "signal"])
-def test_a_run_that_is_stopped_gives_its_workers_back_and_goes_on_to_the_same_bits(trial: Trial, undisturbed, how: str):
+def test_a_run_that_is_stopped_gives_its_workers_back_and_goes_on_to_the_same_bits(
+    trial: Trial, undisturbed, how: str
+):
     """A pause asks by a file, a machine that is taken away by SIGTERM to the driver."""
     spec = trial.spec(f"stopped-{how}", 2, replace(TRAINING, checkpoint_every=1000))
     running = trial.start("train", spec)
@@ -234,10 +252,14 @@ def test_a_validation_that_fails_costs_a_warning_and_not_the_run(trial: Trial):
     evaluation = EvaluationConfig(prompts_uri=files.join(trial.root, "no-prompts.txt"), num_prompts=2)
     validation = ValidationConfig(every=3, num_prompts=2, best_metric="match")
     spec = trial.spec("not-validated", 1, replace(TRAINING, steps=6))
-    running = trial.start("train", spec.model_copy(update={"evaluation": evaluation, "validation": validation}))
+    running = trial.start(
+        "train", spec.model_copy(update={"evaluation": evaluation, "validation": validation})
+    )
     assert running.finish().step == 6, "the last one, where nothing was measured"
     for step in (0, 3, 6):
-        assert any(f"the model after step {step} could not be validated" in event for event in running.events())
+        assert any(
+            f"the model after step {step} could not be validated" in event for event in running.events()
+        )
 
 
 def started(running: Running, workers: int) -> bool:

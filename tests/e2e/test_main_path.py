@@ -20,7 +20,13 @@ from PIL import Image
 
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
-from services.api.requests import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ImageRequest, ValidationConfig
+from services.api.requests import (
+    AlignmentJobCreate,
+    EvaluationConfig,
+    EvaluationCreate,
+    ImageRequest,
+    ValidationConfig,
+)
 from services.client.api import ApiError, Client
 from services.client.local import LocalSystem
 from services.client.types import Job
@@ -48,7 +54,9 @@ def job_request(base: str, dataset: str, **changes) -> AlignmentJobCreate:
         "training": TrainConfig(steps=STEPS, batch_size=32, learning_rate=1e-4, checkpoint_every=6),
         "workers": 2,
         "evaluation": EvaluationConfig(
-            prompts_uri=PROMPTS_FILE.as_uri(), num_prompts=20, sample=SampleConfig(steps=5, guidance_scale=3.0)
+            prompts_uri=PROMPTS_FILE.as_uri(),
+            num_prompts=20,
+            sample=SampleConfig(steps=5, guidance_scale=3.0),
         ),
     }
     return AlignmentJobCreate(**{**fields, **changes})
@@ -57,7 +65,9 @@ def job_request(base: str, dataset: str, **changes) -> AlignmentJobCreate:
 @pytest.fixture(scope="module")
 def finished(client: Client, base: str, dataset: str) -> Job:
     """One job, followed to its end, with two looks at its model on the way."""
-    training = TrainConfig(steps=STEPS, batch_size=32, learning_rate=1e-4, checkpoint_every=6, held_out_pairs=20)
+    training = TrainConfig(
+        steps=STEPS, batch_size=32, learning_rate=1e-4, checkpoint_every=6, held_out_pairs=20
+    )
     validation = ValidationConfig(every=6, num_prompts=4, best_metric="held_out_margin")
     asked = job_request(base, dataset, name="aligned", training=training, validation=validation)
     return client.wait(client.create_job(asked).id, timeout_s=240)
@@ -73,17 +83,32 @@ def test_a_posted_job_ends_as_an_aligned_and_evaluated_model(finished: Job):
 
 
 def test_a_broken_picture_is_quarantined_with_its_row(finished: Job):
-    lines = files.read_bytes(files.join(finished.result.encode.dataset, "quarantine.jsonl")).decode().splitlines()
+    lines = (
+        files.read_bytes(files.join(finished.result.encode.dataset, "quarantine.jsonl")).decode().splitlines()
+    )
     (line,) = map(json.loads, lines)
-    assert (line["row"], line["cause"], line["pictures"]) == (":0:3", "image_not_an_image", {"0-3-0": "image_not_an_image"})
+    assert (line["row"], line["cause"], line["pictures"]) == (
+        ":0:3",
+        "image_not_an_image",
+        {"0-3-0": "image_not_an_image"},
+    )
 
 
 def test_every_step_reports_finite_metrics_of_winner_and_loser(client: Client, finished: Job):
     rows = [row for row in client.metrics(finished.id, "train") if row.step > 0]
     assert [row.step for row in rows] == list(range(1, STEPS + 1))
-    for name in ("loss", "implicit_accuracy", "winner_error_diff", "loser_error_diff", "gradient_weight", "pairs_per_s"):
+    for name in (
+        "loss",
+        "implicit_accuracy",
+        "winner_error_diff",
+        "loser_error_diff",
+        "gradient_weight",
+        "pairs_per_s",
+    ):
         assert all(np.isfinite(row.metrics[name]) for row in rows), name
-    assert rows[0].metrics["loss"] == pytest.approx(np.log(2), abs=1e-6), "policy and reference begin as the same model"
+    assert rows[0].metrics["loss"] == pytest.approx(np.log(2), abs=1e-6), (
+        "policy and reference begin as the same model"
+    )
     assert rows[-1].metrics["winner_error_diff"] != 0.0
 
 
@@ -92,13 +117,18 @@ def test_checkpoints_are_looked_at_and_the_best_one_becomes_the_model(client: Cl
     assert [each.step for each in found] == [6, STEPS]
     margins = {each.step: each.validation.metrics["held_out_margin"] for each in found}
     best = max(margins, key=margins.get)
-    assert (finished.result.train.step, finished.result.train.metrics["held_out_margin"]) == (best, margins[best])
+    assert (finished.result.train.step, finished.result.train.metrics["held_out_margin"]) == (
+        best,
+        margins[best],
+    )
     rows = {row.step: row.metrics for row in client.metrics(finished.id, "train")}
     for step in (0, 6, STEPS):
         assert rows[step]["held_out_pairs"] == 20
         assert 0 < rows[step]["taste"] < 1
         run = files.join(finished.result.encode.dataset, *[".."] * 2, "jobs", finished.id, "train", "run")
-        sheet = Image.open(io.BytesIO(files.read_bytes(files.join(run, "validation", f"step-{step:08d}.png"))))
+        sheet = Image.open(
+            io.BytesIO(files.read_bytes(files.join(run, "validation", f"step-{step:08d}.png")))
+        )
         assert min(sheet.size) > 100
     assert rows[0]["held_out_accuracy"] == 0.5, "the base has no margin"
     assert files.list_files(files.join(run, "tensorboard"), recursive=True)
@@ -118,7 +148,9 @@ def test_events_tell_the_way_in_order(client: Client, finished: Job):
 
 def test_serve_draws_from_the_aligned_model_by_name_without_being_redeployed(client: Client, finished: Job):
     def draw(model: str, seed: int) -> np.ndarray:
-        wanted = ImageRequest(model=model, prompt="a large red circle", seed=seed, steps=5, guidance_scale=3.0)
+        wanted = ImageRequest(
+            model=model, prompt="a large red circle", seed=seed, steps=5, guidance_scale=3.0
+        )
         return np.asarray(Image.open(io.BytesIO(client.generate(wanted)[0])))
 
     aligned, base = draw("aligned", 0), draw("shapes", 0)
@@ -167,13 +199,17 @@ def test_a_model_can_be_evaluated_again_with_the_same_scores(client: Client, fin
     )
     done = client.wait_evaluation(client.create_evaluation(request).id, timeout_s=120)
     assert done.status == "succeeded", done.reason
-    assert done.result.scores == finished.result.evaluate.scores, "the same models, prompts and seeds give the same scores"
+    assert done.result.scores == finished.result.evaluate.scores, (
+        "the same models, prompts and seeds give the same scores"
+    )
 
 
 def test_prompts_that_no_scorer_knows_are_drawn_without_scores(client: Client, finished: Job, tmp_path: Path):
     prompts = tmp_path / "own.txt"
     prompts.write_text("a photo of an astronaut\nan oil painting of a lighthouse\n")
-    request = EvaluationCreate(model="aligned", base="shapes", prompts_uri=prompts.as_uri(), num_prompts=2, scorers=[])
+    request = EvaluationCreate(
+        model="aligned", base="shapes", prompts_uri=prompts.as_uri(), num_prompts=2, scorers=[]
+    )
     done = client.wait_evaluation(client.create_evaluation(request).id, timeout_s=120)
     assert done.status == "succeeded", done.reason
     assert done.result.scores == {}
@@ -208,7 +244,9 @@ def test_a_job_whose_driver_dies_starts_again_and_frees_its_workers_when_it_is_c
     training = TrainConfig(steps=5000, batch_size=32, checkpoint_every=5000)
     job = client.create_job(job_request(base, dataset, training=training))
     wait_for(lambda: list(client.metrics(job.id, "train")))
-    drivers = [each for each in processes(system, "-m services.training", job.id) if each.name().startswith("python")]
+    drivers = [
+        each for each in processes(system, "-m services.training", job.id) if each.name().startswith("python")
+    ]
     assert drivers
     for driver in drivers:
         os.kill(driver.pid, signal.SIGKILL)
@@ -236,7 +274,9 @@ def test_a_dataset_of_broken_pictures_fails_the_job_and_leaves_no_shards(
     assert "18 of 20 rows are bad (image_not_an_image 18)" in ended.reason.message
     paths = files.list_files(files.join(system.storage_uri, "datasets"), recursive=True)
     shards = {name.split("/")[0] for name in paths if "/shard-" in name}
-    assert shards == {name.split("/")[0] for name in paths if name.endswith("manifest.json")}, "no shards without a manifest"
+    assert shards == {name.split("/")[0] for name in paths if name.endswith("manifest.json")}, (
+        "no shards without a manifest"
+    )
 
 
 BAD_JOBS = {
@@ -251,7 +291,11 @@ BAD_JOBS = {
     "unknown field": ({"colour": "red"}, "colour", "red"),
     "unknown nested field": ({"training": {"epochs": 3}}, "training.epochs", "3"),
     "odd size": ({"evaluation": {"height": 33}}, "evaluation.sample.height", "33"),
-    "batch larger than the dataset": ({"training": {"steps": 1, "batch_size": 500}}, "training.batch_size", "500"),
+    "batch larger than the dataset": (
+        {"training": {"steps": 1, "batch_size": 500}},
+        "training.batch_size",
+        "500",
+    ),
 }
 
 
@@ -260,7 +304,9 @@ def test_a_bad_job_is_refused_with_field_and_value(system: LocalSystem, base: st
     changes, field, value = BAD_JOBS[name]
     body = job_request(base, dataset).model_dump(mode="json") | changes
     if "evaluation" in changes:
-        body["evaluation"] = job_request(base, dataset).evaluation.model_dump(mode="json") | {"sample": changes["evaluation"]}
+        body["evaluation"] = job_request(base, dataset).evaluation.model_dump(mode="json") | {
+            "sample": changes["evaluation"]
+        }
     answer = post(system, "/v1/alignment/jobs", body)
     assert answer.status_code in (400, 404)
     error = answer.json()["error"]
@@ -292,9 +338,13 @@ def bad_dataset(tmp_path: Path, name: str) -> tuple[Path, str]:
         path.write_bytes(b"PAR1 but not really")
         return path, "not a Parquet file"
     if name == "missing columns":
-        return write_pairs(path, [{key: row[key] for key in ("jpg_0", "caption")} for row in rows]), "jpg_1, label_0, label_1"
+        return write_pairs(
+            path, [{key: row[key] for key in ("jpg_0", "caption")} for row in rows]
+        ), "jpg_1, label_0, label_1"
     if name == "no decided pair":
-        return write_pairs(path, [{**row, "label_0": 0.5, "label_1": 0.5} for row in rows]), "no decided pair: 10 rows, 10 ties"
+        return write_pairs(
+            path, [{**row, "label_0": 0.5, "label_1": 0.5} for row in rows]
+        ), "no decided pair: 10 rows, 10 ties"
     return path, "does not exist"
 
 
@@ -316,4 +366,6 @@ def test_a_wrong_key_is_refused(system: LocalSystem):
 
 
 def post(system: LocalSystem, path: str, body: dict) -> httpx.Response:
-    return httpx.post(f"{system.url}{path}", json=body, headers={"Authorization": f"Bearer {system.key}"}, timeout=60)
+    return httpx.post(
+        f"{system.url}{path}", json=body, headers={"Authorization": f"Bearer {system.key}"}, timeout=60
+    )

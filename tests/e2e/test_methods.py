@@ -36,8 +36,17 @@ def jobs(client: Client) -> dict[str, str]:
             "model": "shapes-methods",
             "dataset": dataset.id,
             "name": f"shapes-{method.replace('_', '-')}",
-            "objective": {"method": method, **({"calibration_bins": BINS} if method in ("dde", "dde_step") else {})},
-            "training": {"steps": 60, "batch_size": 64, "learning_rate": 5e-5, "checkpoint_every": 25, "held_out_pairs": 300},
+            "objective": {
+                "method": method,
+                **({"calibration_bins": BINS} if method in ("dde", "dde_step") else {}),
+            },
+            "training": {
+                "steps": 60,
+                "batch_size": 64,
+                "learning_rate": 5e-5,
+                "checkpoint_every": 25,
+                "held_out_pairs": 300,
+            },
             "evaluation": {
                 "prompts_uri": PROMPTS_FILE.as_uri(),
                 "num_prompts": 25,
@@ -45,7 +54,10 @@ def jobs(client: Client) -> dict[str, str]:
             },
         }
 
-    asked = {method: AlignmentJobCreate.model_validate_json(json.dumps(body(method))) for method in get_args(Method)}
+    asked = {
+        method: AlignmentJobCreate.model_validate_json(json.dumps(body(method)))
+        for method in get_args(Method)
+    }
     return {method: client.create_job(each).id for method, each in asked.items()}
 
 
@@ -77,9 +89,19 @@ def test_the_gradient_weight_that_was_logged_is_the_predicted_one(
 ):
     job = client.wait(jobs[method])
     assert job.status == "succeeded", job.reason
-    command = [str(Path(sys.executable).with_name("dde")), "credit", "--method", method, "--job", job.id, "--json"]
+    command = [
+        str(Path(sys.executable).with_name("dde")),
+        "credit",
+        "--method",
+        method,
+        "--job",
+        job.id,
+        "--json",
+    ]
     where = {"DDE_URL": system.url, "DDE_API_KEY": system.key}
-    printed = json.loads(subprocess.run(command, env=os.environ | where, capture_output=True, check=True).stdout)
+    printed = json.loads(
+        subprocess.run(command, env=os.environ | where, capture_output=True, check=True).stdout
+    )
     buckets = printed["job"]["buckets"]
     metrics = job.result.train.metrics
     print(f"\n{method}: held-out implicit accuracy {metrics['held_out_accuracy']:.3f} "
@@ -88,13 +110,18 @@ def test_the_gradient_weight_that_was_logged_is_the_predicted_one(
     for each in buckets:
         margin = "-" if each["margin"] is None else f"{each['margin']:.6f}"
         span = f"{each['t_first']}..{each['t_last']}"
-        print(f"{span:>12} {each['pairs']:>6} {margin:>11} {each['logged']:>11.6g} {each['predicted']:>11.6g}")
+        print(
+            f"{span:>12} {each['pairs']:>6} {margin:>11} {each['logged']:>11.6g} {each['predicted']:>11.6g}"
+        )
     assert sum(each["pairs"] for each in buckets) == 60 * 64
     files = sorted((system.state / "storage" / "jobs" / job.id / "train" / "run" / "pairs").glob("*.parquet"))
     step, t, margin = (
-        np.concatenate([pq.read_table(file)[name].to_numpy() for file in files]) for name in ("step", "t", "margin")
+        np.concatenate([pq.read_table(file)[name].to_numpy() for file in files])
+        for name in ("step", "t", "margin")
     )
     g = by_hand(method, step, t, margin.astype(np.float64))
     for each in buckets:
         assert each["logged"] == pytest.approx(each["predicted"], rel=WITHIN)
-        assert each["predicted"] == pytest.approx(g[(t >= each["t_first"]) & (t <= each["t_last"])].mean(), rel=1e-3)
+        assert each["predicted"] == pytest.approx(
+            g[(t >= each["t_first"]) & (t <= each["t_last"])].mean(), rel=1e-3
+        )

@@ -19,7 +19,9 @@ from tests.support.synthetic_pairs import synthetic_rows, write_stream
 
 STEPS = 6
 OBJECTIVE = ObjectiveConfig(method="dde", beta=500.0, calibration_bins=50)
-TRAINING = TrainConfig(steps=STEPS, batch_size=16, checkpoint_every=2, reference="ledger", draws=1, held_out_pairs=20)
+TRAINING = TrainConfig(
+    steps=STEPS, batch_size=16, checkpoint_every=2, reference="ledger", draws=1, held_out_pairs=20
+)
 HARMS = (
     Harm("slow_down", part(0.05, seed=0)),
     Harm("cut_download", part(0.03, seed=1), method="GET"),
@@ -68,7 +70,9 @@ def test_pairs_become_a_model_in_an_object_store_that_fails_now_and_then(
     assert trained.step == STEPS
     assert trained.model.digest == models.folder_digest(output), "what lies there is what was made"
     assert checkpoints.steps(runs.prefix("run"))[-1] == STEPS
-    assert all(s3_server.done[kind] for kind in ("slow_down", "cut_download", "cut_upload", "lose_answer")), s3_server.done
+    assert all(s3_server.done[kind] for kind in ("slow_down", "cut_download", "cut_upload", "lose_answer")), (
+        s3_server.done
+    )
     s3_server.harm()
 
     here = StageRuns(tmp_path / "here", runs.env)

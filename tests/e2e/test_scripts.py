@@ -19,10 +19,14 @@ SCRIPTS = {
 def files_of(script: str, out: Path) -> dict[str, bytes]:
     command = [sys.executable, "-m", f"dde_core.shapes.{script}", "--out", str(out), *SCRIPTS[script]]
     subprocess.run(command, check=True, timeout=280, capture_output=True)
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()
+    }
 
 
-@pytest.mark.parametrize("script", ["pairs", pytest.param("train", marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize(
+    "script", ["pairs", pytest.param("train", marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
 def test_a_script_writes_the_same_bytes_from_the_same_seed(script: str, tmp_path: Path):
     first, second = (files_of(script, tmp_path / name) for name in "ab")
     assert first

@@ -40,7 +40,9 @@ class Runs(StageRuns):
         self.encoded = cache(self._encoded)
 
     def _encoded(self) -> str:
-        return self.start("encode", self.encode_spec("encode", PAIRS_FILE.as_uri(), self.base)).finish().dataset
+        return (
+            self.start("encode", self.encode_spec("encode", PAIRS_FILE.as_uri(), self.base)).finish().dataset
+        )
 
     def train(self, name: str, workers: int, training: TrainConfig) -> Running:
         spec = TrainSpec(
@@ -73,7 +75,9 @@ class Runs(StageRuns):
 
     def events(self, name: str) -> list[str]:
         """What the run told."""
-        return [entry.message for _, some in read_journal(self.prefix(name), 0) for entry in some if entry.message]
+        return [
+            entry.message for _, some in read_journal(self.prefix(name), 0) for entry in some if entry.message
+        ]
 
     def metrics(self, name: str, metric: str) -> dict[int, float]:
         """The last value of each step."""
@@ -112,7 +116,12 @@ def test_the_same_number_of_workers_twice_is_the_same_to_the_bit(runs: Runs):
 def test_the_loss_curve_of_100_steps_is_the_golden_one(runs: Runs, tmp_path: Path):
     """Written by ``make golden`` after a change that is meant to change it."""
     runs.here(tmp_path, TrainConfig(steps=100, batch_size=16, learning_rate=2e-5, checkpoint_every=100))
-    losses = [entry.metrics["loss"] for _, some in read_journal(tmp_path.as_uri(), 0) for entry in some if entry.metrics]
+    losses = [
+        entry.metrics["loss"]
+        for _, some in read_journal(tmp_path.as_uri(), 0)
+        for entry in some
+        if entry.metrics
+    ]
     assert len(losses) == 100
     if os.environ.get("DDE_WRITE_GOLDEN"):
         GOLDEN.write_text(json.dumps(losses))

@@ -28,7 +28,10 @@ def activation_bytes(name: str, *, bf16: bool, checkpointing: bool, samples: int
     if checkpointing:
         model.enable_gradient_checkpointing()
     size = UNETS[name]["sample_size"]
-    x_t, t = torch.empty(samples, 4, size, size, device="meta"), torch.ones(samples, dtype=torch.long, device="meta")
+    x_t, t = (
+        torch.empty(samples, 4, size, size, device="meta"),
+        torch.ones(samples, dtype=torch.long, device="meta"),
+    )
     told = conditioning(name, samples, "meta")
     text = told.pop("encoder_hidden_states")
     copies = bf16_copies(model) if bf16 else {}

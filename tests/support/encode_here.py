@@ -28,7 +28,13 @@ from services.stages.specs import EncodeSpec
 
 
 def encode_blocks(
-    plan: Plan, done: set[int], source: Source, folder: str, model: ModelRecord, settings: dict[str, Any], *resources: Any
+    plan: Plan,
+    done: set[int],
+    source: Source,
+    folder: str,
+    model: ModelRecord,
+    settings: dict[str, Any],
+    *resources: Any,
 ) -> Iterator[dict[str, Any]]:
     """As in `services.ingest.stages`."""
     size, encoder = settings["resolution"], Encoder(model, settings["resolution"], "cpu")

@@ -28,7 +28,11 @@ SHAPE, SIZE_PX = (4, 8, 8), 32
 
 
 def write_encoded(
-    target: Path, model: ModelFolder, pairs: int = 16, pairs_per_shard: int = 0, shape: tuple[int, int, int] = SHAPE
+    target: Path,
+    model: ModelFolder,
+    pairs: int = 16,
+    pairs_per_shard: int = 0,
+    shape: tuple[int, int, int] = SHAPE,
 ) -> Path:
     """A folder of shards (0: one with all pairs) and their manifest, as ingest leaves it."""
     target.mkdir(parents=True)
@@ -43,7 +47,9 @@ def write_encoded(
     columns |= {name: list(token_ids[:, k]) for k, name in enumerate(token_columns(len(tokenizers)))}
     for side in "wl":
         columns[f"uid_{side}"] = [f"{i}{side}" for i in range(pairs)]
-        columns[f"latents_{side}"] = [rng.standard_normal(np.prod(shape)).astype(np.float16) for _ in range(pairs)]
+        columns[f"latents_{side}"] = [
+            rng.standard_normal(np.prod(shape)).astype(np.float16) for _ in range(pairs)
+        ]
         sizes = rng.integers(SIZE_PX, 4 * SIZE_PX, (pairs, 2))
         columns[f"size_{side}"] = sizes.tolist()
         columns[f"crop_{side}"] = ((sizes - sizes.min(axis=1, keepdims=True)) // 2).tolist()
@@ -66,13 +72,19 @@ def write_encoded(
 def batch_maker(model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training) -> BatchMaker:
     """What a worker's loop has."""
     reader = LatentReader(fs.LocalFileSystem(), str(encoded))
-    return BatchMaker(reader, model, model.schedule(), objective, TrainConfig(**training), torch.device("cpu"))
+    return BatchMaker(
+        reader, model, model.schedule(), objective, TrainConfig(**training), torch.device("cpu")
+    )
 
 
-def train_spec(folder: Path | str, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training) -> TrainSpec:
+def train_spec(
+    folder: Path | str, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training
+) -> TrainSpec:
     """What a train stage is told, whose files lie in a folder or below a URI."""
     root = files.as_uri(folder)
-    record = ModelRecord(id="m", name="m", uri=model.path.as_uri(), family=model.family, digest="", created_at=0)
+    record = ModelRecord(
+        id="m", name="m", uri=model.path.as_uri(), family=model.family, digest="", created_at=0
+    )
     return TrainSpec(
         job="job",
         attempt=1,
@@ -90,13 +102,20 @@ def train_spec(folder: Path | str, model: ModelFolder, encoded: Path, objective:
 
 
 def train_here(
-    folder: Path | str, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, ledger: str | None = None, **training
+    folder: Path | str,
+    model: ModelFolder,
+    encoded: Path,
+    objective: ObjectiveConfig,
+    ledger: str | None = None,
+    **training,
 ) -> list[dict[str, float]]:
     """The real training loop as one worker in this process, without a cluster. The metrics of each step."""
     spec = train_spec(folder, model, encoded, objective, **training).model_copy(update={"ledger": ledger})
     here = ray.train.ScalingConfig(num_workers=0)
     try:
-        TorchTrainer(train_loop, train_loop_config={"spec": spec.model_dump_json()}, scaling_config=here).fit()
+        TorchTrainer(
+            train_loop, train_loop_config={"spec": spec.model_dump_json()}, scaling_config=here
+        ).fit()
     finally:
         torch.use_deterministic_algorithms(False)
     return [entry.metrics for _, some in read_journal(spec.prefix, 0) for entry in some if entry.metrics]

@@ -35,15 +35,24 @@ def saved(pixels: np.ndarray, kind: str = "PNG", mode: str = "RGB", **options) -
 
 def chunk(kind: bytes, data: bytes, length: int | None = None) -> bytes:
     """A PNG chunk, with a length that may lie."""
-    return struct.pack(">I", len(data) if length is None else length) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (
+        struct.pack(">I", len(data) if length is None else length)
+        + kind
+        + data
+        + struct.pack(">I", zlib.crc32(kind + data))
+    )
 
 
 def png_header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + chunk(
+        b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    )
 
 
 def png_of(width: int, height: int, body: bytes, depth: int = 8, colour: int = 2) -> bytes:
-    return png_header(width, height, depth, colour) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+    return (
+        png_header(width, height, depth, colour) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+    )
 
 
 def animated(rng: np.random.Generator, kind: str) -> bytes:
@@ -79,12 +88,18 @@ PICTURES: dict[str, tuple[str, Callable[[np.random.Generator], bytes | None]]] =
     "a png header alone": ("image_broken", lambda rng: png_header(24, 24)),
     "a chunk that lies about its length": (
         "image_broken",
-        lambda rng: png_header(24, 24) + chunk(b"IDAT", zlib.compress(bytes(24 * 73)), length=5) + chunk(b"IEND", b""),
+        lambda rng: (
+            png_header(24, 24) + chunk(b"IDAT", zlib.compress(bytes(24 * 73)), length=5) + chunk(b"IEND", b"")
+        ),
     ),
     "a flipped byte": ("image_broken", _flipped),
     "a text bomb": (
         "image_broken",
-        lambda rng: png_header(24, 24) + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 23))) + chunk(b"IEND", b""),
+        lambda rng: (
+            png_header(24, 24)
+            + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 23)))
+            + chunk(b"IEND", b"")
+        ),
     ),
     "a pixel bomb": ("image_too_large", lambda rng: png_of(50_000, 50_000, b"")),
     "a smaller pixel bomb": ("image_too_large", lambda rng: png_of(9_000, 9_000, b"")),

@@ -17,7 +17,9 @@ from dde_core.latents.writer import shard_table, write_shard
 TOKENS = 5
 
 
-def write_shards(folder: Path, sizes: Sequence[int], shape: tuple[int, int, int] = (4, 2, 2), captions: int = 0) -> Path:
+def write_shards(
+    folder: Path, sizes: Sequence[int], shape: tuple[int, int, int] = (4, 2, 2), captions: int = 0
+) -> Path:
     """Shards of so many rows: pair i is named pair-i, all of its winner's latents are i, its loser's -i (in float16), and
     its caption is number i, or i modulo ``captions``."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,13 @@ class Nodes:
     def _start(self) -> None:
         self._started += 1
         command = [
-            *(str(executables() / "ray"), "start", "--block", "--disable-usage-stats", f"--address={self.address}"),
+            *(
+                str(executables() / "ray"),
+                "start",
+                "--block",
+                "--disable-usage-stats",
+                f"--address={self.address}",
+            ),
             *("--num-cpus=1", f"--object-store-memory={OBJECT_STORE_BYTES}"),
             f"--dashboard-agent-listen-port={free_ports(1)[0]}",
         ]
@@ -55,7 +61,10 @@ class Nodes:
         """The second node is gone at once, with all that runs there."""
         with self._lock:
             assert self.node
-            family = [*_children(self.node.pid), *([] if ended(self.node) else [psutil.Process(self.node.pid)])]
+            family = [
+                *_children(self.node.pid),
+                *([] if ended(self.node) else [psutil.Process(self.node.pid)]),
+            ]
             for process in family:
                 with suppress(psutil.Error):
                     process.kill()
@@ -68,7 +77,13 @@ class Nodes:
         assert raylet
         node = next(argument for argument in raylet.cmdline() if argument.startswith("--node_id="))
         reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=it is about to go"]
-        command = [str(executables() / "ray"), "drain-node", f"--address={self.address}", node.replace("_", "-"), *reason]
+        command = [
+            str(executables() / "ray"),
+            "drain-node",
+            f"--address={self.address}",
+            node.replace("_", "-"),
+            *reason,
+        ]
         subprocess.run(command, env=self.env, check=True, capture_output=True)
 
     def close(self) -> None:

@@ -38,7 +38,9 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 
 def as_structs(rows: list[dict]) -> list[dict]:
     """As Hugging Face's Image feature writes cells."""
-    return [row | {side: {"bytes": row[side], "path": "image.png"} for side in ("jpg_0", "jpg_1")} for row in rows]
+    return [
+        row | {side: {"bytes": row[side], "path": "image.png"} for side in ("jpg_0", "jpg_1")} for row in rows
+    ]
 
 
 def parquet(folder: Path) -> Path:
@@ -75,7 +77,9 @@ def saved_to_disk(folder: Path) -> Path:
     for name, part in zip(names, (table.slice(0, 11), table.slice(11)), strict=True):
         with pa.ipc.new_stream(folder / name, table.schema) as writer:
             writer.write_table(part, max_chunksize=4)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names], "_split": "train"}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names], "_split": "train"})
+    )
     (folder / "dataset_info.json").write_text("{}")
     return folder
 
@@ -91,13 +95,19 @@ def json_lines_folder(folder: Path) -> Path:
 
 
 def json_lines_uris(folder: Path) -> Path:
-    rows = [row | {side: (folder / row[side]).as_uri() for side in ("jpg_0", "jpg_1")} for row in as_paths(folder, ROWS)]
+    rows = [
+        row | {side: (folder / row[side]).as_uri() for side in ("jpg_0", "jpg_1")}
+        for row in as_paths(folder, ROWS)
+    ]
     write_lines(folder / "lists" / "pairs.jsonl", rows)
     return folder
 
 
 def image_folder(folder: Path) -> Path:
-    rows = [{f"{name}_file_name" if "jpg" in name else name: row[name] for name in row} for row in as_paths(folder, ROWS)]
+    rows = [
+        {f"{name}_file_name" if "jpg" in name else name: row[name] for name in row}
+        for row in as_paths(folder, ROWS)
+    ]
     write_lines(folder / "metadata.jsonl", rows)
     return folder
 
@@ -119,7 +129,10 @@ def chosen_rejected(folder: Path) -> Path:
 
 def path_structs(folder: Path) -> Path:
     """As Hugging Face writes cells whose pictures were not embedded; in the last group some were."""
-    rows = [row | {side: {"bytes": None, "path": row[side]} for side in ("jpg_0", "jpg_1")} for row in as_paths(folder, ROWS)]
+    rows = [
+        row | {side: {"bytes": None, "path": row[side]} for side in ("jpg_0", "jpg_1")}
+        for row in as_paths(folder, ROWS)
+    ]
     rows[-2] |= {side: {"bytes": ROWS[-2][side], "path": "image.png"} for side in ("jpg_0", "jpg_1")}
     write_pairs(folder / "pairs.parquet", rows, row_group_size=20)
     return folder
@@ -141,7 +154,10 @@ def rankings(folder: Path) -> Path:
 def ranked_structs(folder: Path) -> Path:
     sides = [(row, (winner(row), 1 - winner(row))) for row in DECIDED]
     rows = [
-        {"images": [{"bytes": row[f"jpg_{side}"], "path": "x.png"} for side in both], "caption": row["caption"]}
+        {
+            "images": [{"bytes": row[f"jpg_{side}"], "path": "x.png"} for side in both],
+            "caption": row["caption"],
+        }
         for row, both in sides
     ]
     return write_pairs(folder / "rankings.parquet", rows)
@@ -150,7 +166,9 @@ def ranked_structs(folder: Path) -> Path:
 def ranked_path_structs(folder: Path) -> Path:
     rows = [
         {
-            "images": [{"bytes": None, "path": row[f"jpg_{side}"]} for side in (winner(row), 1 - winner(row))],
+            "images": [
+                {"bytes": None, "path": row[f"jpg_{side}"]} for side in (winner(row), 1 - winner(row))
+            ],
             "caption": row["caption"],
         }
         for row in as_paths(folder, DECIDED)
@@ -172,7 +190,11 @@ def saved_paths(folder: Path) -> Path:
 
 def chosen_parquet(folder: Path) -> Path:
     rows = [
-        {"chosen": row[f"jpg_{winner(row)}"], "rejected": row[f"jpg_{1 - winner(row)}"], "caption": row["caption"]}
+        {
+            "chosen": row[f"jpg_{winner(row)}"],
+            "rejected": row[f"jpg_{1 - winner(row)}"],
+            "caption": row["caption"],
+        }
         for row in DECIDED
     ]
     return write_pairs(folder / "pairs.parquet", rows)
@@ -181,7 +203,16 @@ def chosen_parquet(folder: Path) -> Path:
 ALL_ROWS = {
     each.__name__: each
     for each in (
-        *(parquet, parquet_folder, parquet_structs, parquet_paths, hub_layout, saved_to_disk, json_lines, json_lines_folder),
+        *(
+            parquet,
+            parquet_folder,
+            parquet_structs,
+            parquet_paths,
+            hub_layout,
+            saved_to_disk,
+            json_lines,
+            json_lines_folder,
+        ),
         *(json_lines_uris, image_folder, path_structs, rankings),
     )
 }

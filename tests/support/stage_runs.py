@@ -24,7 +24,9 @@ from services.storage import files
 def cluster_environment(system: LocalSystem) -> dict[str, str]:
     """For a driver on a system's cluster."""
     address = f"127.0.0.1:{system.ray.ports.gcs}"
-    return environment(str(system.state), {"RAY_ADDRESS": address, "RAY_TRAIN_V2_ENABLED": "1", **system.ray.auth})
+    return environment(
+        str(system.state), {"RAY_ADDRESS": address, "RAY_TRAIN_V2_ENABLED": "1", **system.ray.auth}
+    )
 
 
 def shapes_record() -> ModelRecord:
@@ -43,7 +45,9 @@ class Running:
     def finish(self, timeout_s: float = 240.0) -> Any:
         """What done.json says."""
         assert self.process.wait(timeout_s) == 0, self.failure()
-        result: Strict = RESULTS[self.stage].model_validate_json(files.read_bytes(files.join(self.prefix, "done.json")))
+        result: Strict = RESULTS[self.stage].model_validate_json(
+            files.read_bytes(files.join(self.prefix, "done.json"))
+        )
         return result
 
     def failure(self) -> str:
@@ -72,7 +76,13 @@ class StageRuns:
         """Encode the pairs at ``uri``, as they are now, into ``{root}/datasets``."""
         source = DatasetSource(uri=uri)
         digest, output = inspect(open_source(source))[1], files.join(self.root, "datasets")
-        given = {**self.frame(name), "source": source, "source_digest": digest, "model": model, "output": output}
+        given = {
+            **self.frame(name),
+            "source": source,
+            "source_digest": digest,
+            "model": model,
+            "output": output,
+        }
         return EncodeSpec(**{**given, **more})
 
     def start(self, stage: Stage, spec: StageSpec) -> Running:

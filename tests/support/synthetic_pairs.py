@@ -51,9 +51,13 @@ def synthetic_rows(count: int, seed: int = 0, size: int = 32, shared: float = 0.
 
 
 def _picture(scene, rng: np.random.Generator, size: int) -> bytes:
-    pixels = np.clip(render(scene).astype(np.int16) + rng.integers(-4, 5, (32, 32, 3)), 0, 255).astype(np.uint8)
+    pixels = np.clip(render(scene).astype(np.int16) + rng.integers(-4, 5, (32, 32, 3)), 0, 255).astype(
+        np.uint8
+    )
     image, out = Image.fromarray(pixels), io.BytesIO()
-    (image if size == 32 else image.resize((size, size), Image.Resampling.BICUBIC)).save(out, "JPEG", quality=90)
+    (image if size == 32 else image.resize((size, size), Image.Resampling.BICUBIC)).save(
+        out, "JPEG", quality=90
+    )
     return out.getvalue()
 
 

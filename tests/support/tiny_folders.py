@@ -85,7 +85,12 @@ def _text_config(hidden_size: int = WIDTH, **more) -> CLIPTextConfig:
     names = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     shared = {name: known[name] for name in names if name in known}
     return CLIPTextConfig(
-        hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2, num_attention_heads=4, **shared, **more
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **shared,
+        **more,
     )
 
 

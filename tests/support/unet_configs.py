@@ -18,7 +18,12 @@ LATENT_CHANNELS = 4
 SD15: dict[str, Any] = {
     "sample_size": 64,
     "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "down_block_types": (
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    ),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     "layers_per_block": 2,
     "cross_attention_dim": 768,
@@ -110,18 +115,28 @@ def fill(model: torch.nn.Module, normal: Tensor) -> None:
             torch.nn.init.ones_(module.weight)
 
 
-def conditioning(name: str, b: int, device: torch.device | str, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+def conditioning(
+    name: str, b: int, device: torch.device | str, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
     """Random text of b samples, and for SDXL what it is told beside it."""
     draw = {"device": device, "generator": generator}
     told = {"encoder_hidden_states": torch.randn(b, TOKENS, UNETS[name]["cross_attention_dim"], **draw)}
     if name == "sdxl":
         told["text_embeds"] = torch.randn(b, POOLED_WIDTH, **draw)
-        told["time_ids"] = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0], device=device).repeat(b, 1)
+        told["time_ids"] = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0], device=device).repeat(
+            b, 1
+        )
     return told
 
 
 def random_pairs(
-    name: str, b: int, device: torch.device | str = "meta", *, size: int = 0, seed: int | None = None, losers: bool = True
+    name: str,
+    b: int,
+    device: torch.device | str = "meta",
+    *,
+    size: int = 0,
+    seed: int | None = None,
+    losers: bool = True,
 ) -> PairBatch:
     """b random pairs with ``size`` x ``size`` latents (0: the model's own), t spread over 1..1000."""
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -130,7 +145,13 @@ def random_pairs(
     sides: dict[str, Any] = {}
     for side in "wl"[: 1 + losers]:
         for kind in ("latents", "noise"):
-            sides[f"{kind}_{side}"] = torch.randn(b, LATENT_CHANNELS, size, size, device=device, generator=generator)
+            sides[f"{kind}_{side}"] = torch.randn(
+                b, LATENT_CHANNELS, size, size, device=device, generator=generator
+            )
         sides[f"conditioning_{side}"] = told
-    t = torch.linspace(1, 1000, b, device=device).round().long() if b > 1 else torch.full((b,), 500, device=device)
+    t = (
+        torch.linspace(1, 1000, b, device=device).round().long()
+        if b > 1
+        else torch.full((b,), 500, device=device)
+    )
     return PairBatch(pair_ids=tuple(f"pair-{i}" for i in range(b)), t=t, **sides)

@@ -8,7 +8,12 @@ from services.settings import Settings
 
 
 def run(connection) -> None:  # type: ignore[no-untyped-def]
-    context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True, compare_server_default=True)
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        render_as_batch=True,
+        compare_server_default=True,
+    )
     with context.begin_transaction():
         context.run_migrations()
 

@@ -18,7 +18,9 @@ router = APIRouter(tags=["datasets"])
 
 
 @router.post("/v1/datasets", response_model=DatasetView, openapi_extra=takes(DatasetCreate))
-def create_dataset(asked: Annotated[DatasetCreate, Depends(body(DatasetCreate))], db: Db, key: Key = None) -> JSONResponse:
+def create_dataset(
+    asked: Annotated[DatasetCreate, Depends(body(DatasetCreate))], db: Db, key: Key = None
+) -> JSONResponse:
     """Register preference pairs: every row is read, checked, counted and digested; pictures are not."""
     return JSONResponse(datasets.create(db, Once.of(key, "/v1/datasets", asked), asked))
 

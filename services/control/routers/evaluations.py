@@ -27,7 +27,9 @@ def create_evaluation(
 
 
 @router.get(PATH, response_model=ListView[EvaluationView])
-def list_evaluations(db: Db, after: After = None, limit: Limit = 20, status: JobStatus | None = None) -> JSONResponse:
+def list_evaluations(
+    db: Db, after: After = None, limit: Limit = 20, status: JobStatus | None = None
+) -> JSONResponse:
     return JSONResponse(jobs.page(db, "evaluation", after, limit, status, {}))
 
 
@@ -37,7 +39,9 @@ def get_evaluation(evaluation_id: str, db: Db) -> JSONResponse:
 
 
 @router.get(PATH + "/{evaluation_id}/events", response_model=ListView[EventView])
-def list_evaluation_events(evaluation_id: str, db: Db, after: After = None, limit: LongLimit = 100) -> JSONResponse:
+def list_evaluation_events(
+    evaluation_id: str, db: Db, after: After = None, limit: LongLimit = 100
+) -> JSONResponse:
     """In order of time."""
     return JSONResponse(journal.list_events(db, "evaluation", evaluation_id, after, limit))
 

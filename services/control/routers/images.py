@@ -16,7 +16,9 @@ async def generate(request: Request) -> Response:
     """Draw pictures with a registered model."""
     raw = await read_body(request, BODY_BYTES)
     inference.check_image(parse(ImageRequest, raw))
-    return await inference.pass_on(request.app.state.serve, "/v1/images/generations", raw, request.state.request_id)
+    return await inference.pass_on(
+        request.app.state.serve, "/v1/images/generations", raw, request.state.request_id
+    )
 
 
 @router.post("/v1/scores", openapi_extra=takes(ScoreRequest))

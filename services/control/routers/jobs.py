@@ -10,7 +10,17 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from services.api.records import CreditRecord, JobStatus, Stage
 from services.api.requests import AlignmentJobCreate
 from services.control import jobs, journal
-from services.control.dependencies import After, Config, Db, Key, Limit, LongLimit, body, metadata_filter, takes
+from services.control.dependencies import (
+    After,
+    Config,
+    Db,
+    Key,
+    Limit,
+    LongLimit,
+    body,
+    metadata_filter,
+    takes,
+)
 from services.control.idempotency import Once
 from services.control.views import CheckpointView, EventView, JobView, ListView, MetricView
 
@@ -96,7 +106,9 @@ def list_metrics(
 
 
 @router.get(PATH + "/{job_id}/checkpoints", response_model=ListView[CheckpointView])
-def list_checkpoints(job_id: str, db: Db, settings: Config, after: AfterStep = None, limit: Limit = 20) -> JSONResponse:
+def list_checkpoints(
+    job_id: str, db: Db, settings: Config, after: AfterStep = None, limit: Limit = 20
+) -> JSONResponse:
     """In order of steps: those that training has stored and kept."""
     return JSONResponse(jobs.list_checkpoints(db, settings.storage_uri, job_id, after, limit))
 

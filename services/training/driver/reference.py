@@ -41,7 +41,9 @@ def _found(spec: TrainSpec, asked: ledgers.Needed, journal: Journal) -> ledgers.
     found = ledgers.find(asked)
     nearest = None if found else ledgers.nearest_misfit(asked)
     if found is None and spec.training.reference == "ledger":
-        raise ConfigError("training.reference", "ledger", f"needs a ledger that fits; {nearest or 'the dataset has none'}")
+        raise ConfigError(
+            "training.reference", "ledger", f"needs a ledger that fits; {nearest or 'the dataset has none'}"
+        )
     if nearest:
         journal.event(f"no ledger fits; the nearest, {nearest}")
     return found
@@ -53,7 +55,9 @@ def _online(spec: TrainSpec, journal: Journal) -> TrainSpec:
 
 
 def _on_ledger(spec: TrainSpec, found: ledgers.Found, draws: int, journal: Journal) -> TrainSpec:
-    journal.event(f"reference errors from ledger {found.uri}, {draws} draws of each pair, {found.objective.noise} noise")
+    journal.event(
+        f"reference errors from ledger {found.uri}, {draws} draws of each pair, {found.objective.noise} noise"
+    )
     if found.objective.noise != spec.objective.noise_mode:
         own = f"method {spec.objective.method!r} has {spec.objective.noise_mode} noise of its own"
         followed = f"this run follows the ledger's {found.objective.noise} noise"

@@ -149,7 +149,10 @@ class StopRequests:
         if (why := self._why()) is None:
             return
         self._since = self._since or time.monotonic()
-        heard = files.exists(files.join(self._spec.prefix, HEARD)) and self._steps_done() < self._spec.training.steps
+        heard = (
+            files.exists(files.join(self._spec.prefix, HEARD))
+            and self._steps_done() < self._spec.training.steps
+        )
         if not heard and time.monotonic() - self._since >= UNHEARD_AFTER_S:
             raise Stopped(why, self._steps_done())
 
@@ -205,14 +208,18 @@ class Validator:
         self._needs, self._beside = needs(spec), needs(spec, most_workers(spec.workers) + 1)
         self._workers_run, self._is_told = True, False
         self.is_done = False
-        self._validate = ray.remote(num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], max_retries=0)(validate)
+        self._validate = ray.remote(num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], max_retries=0)(
+            validate
+        )
 
     def look(self) -> None:
         """Take what is ready, begin what is due."""
         if self._running and ray.wait([self._running[1]], timeout=0)[0]:
             ready, self._running = self._running, None
             self._take(*ready)
-        elif self._running and self._workers_run and self._is_too_small():  # a node has gone, and workers want what is left
+        elif (
+            self._running and self._workers_run and self._is_too_small()
+        ):  # a node has gone, and workers want what is left
             (step, task), self._running = self._running, None
             ray.cancel(task, force=True)
             self._tries[step] -= 1
@@ -235,14 +242,19 @@ class Validator:
                 message = "the cluster has no room for validation beside the workers: it waits for room, or for their end"
                 self._journal.event(message, "warning")
             return False
-        return not lacking(self._needs, ray.available_resources()) and Fence(self._spec.run, self._spec.attempt).has_workers()
+        return (
+            not lacking(self._needs, ray.available_resources())
+            and Fence(self._spec.run, self._spec.attempt).has_workers()
+        )
 
     def _is_too_small(self) -> bool:
         return lacking(self._beside, ray.cluster_resources()) is not None
 
     def _next(self) -> int | None:
         first = [0] if self._spec.validation else []
-        due = [step for step in first + checkpoints.steps(self._spec.run) if selection.is_due(self._spec, step)]
+        due = [
+            step for step in first + checkpoints.steps(self._spec.run) if selection.is_due(self._spec, step)
+        ]
         there = selection.looked_at(self._spec.run) if due else set()
         return next((step for step in due if step not in there), None)
 
@@ -256,7 +268,9 @@ class Validator:
                 return
             found = Validated(step=step, seconds=0.0, error=why)
             files.write_json(checkpoints.outcome_uri(self._spec.run, step), found.model_dump())
-            return self._journal.event(f"the model after step {step} could not be validated: {why}", "warning")
+            return self._journal.event(
+                f"the model after step {step} could not be validated: {why}", "warning"
+            )
         said = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
         pictures = f"; pictures {found.picture}" if found.picture else ""
         self._journal.event(f"the model after step {step}: {said}{pictures}")

@@ -129,7 +129,10 @@ class MLflow:
         self._steps = spec.training.steps
         self._client = MlflowClient(tracking_uri=settings.mlflow_tracking_uri)
         self._run = self._find(settings.mlflow_experiment_name, spec)
-        self._last: dict[Kind, int] = {"training": self._last_step("training"), "validation": self._last_step("validation")}
+        self._last: dict[Kind, int] = {
+            "training": self._last_step("training"),
+            "validation": self._last_step("validation"),
+        }
         self._tried_ms: dict[tuple[Kind, int], int] = {}
 
     def _find(self, experiment_name: str, spec: TrainSpec) -> str:
@@ -137,8 +140,14 @@ class MLflow:
 
         experiment = self._client.get_experiment_by_name(experiment_name)
         place = experiment.experiment_id if experiment else self._client.create_experiment(experiment_name)
-        found = self._client.search_runs([place], f"tags.`{self.TAG}` = '{spec.job}'", order_by=["start_time ASC"])
-        run = found[0] if found else self._client.create_run(place, tags={self.TAG: spec.job}, run_name=spec.name)
+        found = self._client.search_runs(
+            [place], f"tags.`{self.TAG}` = '{spec.job}'", order_by=["start_time ASC"]
+        )
+        run = (
+            found[0]
+            if found
+            else self._client.create_run(place, tags={self.TAG: spec.job}, run_name=spec.name)
+        )
         if not run.data.params:
             params = [Param(name, str(value)) for name, value in settings_of(spec).items()]
             self._client.log_batch(run.info.run_id, params=params, synchronous=True)
@@ -146,7 +155,9 @@ class MLflow:
         return run.info.run_id
 
     def _last_step(self, kind: Kind) -> int:
-        return max((each.step for each in self._client.get_metric_history(self._run, f"{kind}_step")), default=-1)
+        return max(
+            (each.step for each in self._client.get_metric_history(self._run, f"{kind}_step")), default=-1
+        )
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._tell("training", step, values)
@@ -219,7 +230,9 @@ class WandB:
 
     def _tell(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
         if step > self._last[kind]:
-            self._run.log({f"{kind}_step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+            self._run.log(
+                {f"{kind}_step": step, **{f"{kind}/{name}": value for name, value in values.items()}}
+            )
             self._last[kind] = step
 
     def flush(self) -> None:

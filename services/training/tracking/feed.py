@@ -38,7 +38,9 @@ class Tracking:
         self._told, self._seen = 0, set[str]()
         self._said: deque[tuple[str, Level]] = deque()
         self._errors = set[str]()
-        self._trackers = open_trackers(TrackerSettings(), spec, lambda message, level: self._said.append((message, level)))
+        self._trackers = open_trackers(
+            TrackerSettings(), spec, lambda message, level: self._said.append((message, level))
+        )
         self._over, self._ends_at = threading.Event(), 0.0
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
@@ -66,7 +68,9 @@ class Tracking:
             if (kind := type(error).__name__) not in self._errors:
                 log.exception("trackers lack something of this run")
                 self._errors.add(kind)
-                self._said.append((f"trackers lack something of this run: {kind}: {error}".splitlines()[0], "warning"))
+                self._said.append(
+                    (f"trackers lack something of this run: {kind}: {error}".splitlines()[0], "warning")
+                )
 
     def _pass_on_the_rest(self) -> None:
         while self._pass_on_steps() and time.monotonic() < self._ends_at:
@@ -88,7 +92,9 @@ class Tracking:
 
     def _pass_on_validation(self) -> None:
         folder = files.join(self._spec.run, checkpoints.VALIDATION)
-        names = [name for name in files.list_files(folder) if name.endswith(".json") and name not in self._seen]
+        names = [
+            name for name in files.list_files(folder) if name.endswith(".json") and name not in self._seen
+        ]
         for name in names:
             found = Validated.model_validate_json(files.read_bytes(files.join(folder, name)))
             picture = files.read_bytes(found.picture) if found.picture else None

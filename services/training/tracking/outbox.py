@@ -75,12 +75,16 @@ class Trackers:
         """Deliver what can be delivered, and let go; one that takes longer is left to itself."""
         ends_at, closing = time.monotonic() + within_s, dict[str, threading.Thread]()
         for name, outbox in self._outboxes.items():
-            closing[name] = threading.Thread(target=outbox.close, args=(within_s,), name=f"close {name}", daemon=True)
+            closing[name] = threading.Thread(
+                target=outbox.close, args=(within_s,), name=f"close {name}", daemon=True
+            )
             closing[name].start()
         for name, thread in closing.items():
             thread.join(max(0.0, ends_at - time.monotonic()))
             if thread.is_alive():
-                self._tell(f"{name} was not closed within {within_s:.1f} s, and may lack the last steps", "warning")
+                self._tell(
+                    f"{name} was not closed within {within_s:.1f} s, and may lack the last steps", "warning"
+                )
 
     def _put(self, call: Callable[[Tracker], None]) -> None:
         for outbox in self._outboxes.values():
@@ -130,7 +134,9 @@ class Outbox:
             time.sleep(0.1)
             self.deliver(gives_up_at - time.monotonic())
         if self._waiting:
-            self._tell(f"{self._name} lacks the last {len(self._waiting)} things that it was to be told", "warning")
+            self._tell(
+                f"{self._name} lacks the last {len(self._waiting)} things that it was to be told", "warning"
+            )
         if self._tracker:
             try:
                 self._tracker.close()
@@ -141,7 +147,9 @@ class Outbox:
         self._failures += 1
         self._again_at = time.monotonic() + min(2.0 ** (self._failures - 1), LONGEST_PAUSE_S)
         if self._failures == 1:
-            self._tell(f"{self._name} is not told, and tried again while training goes on: {_safe(error)}", "warning")
+            self._tell(
+                f"{self._name} is not told, and tried again while training goes on: {_safe(error)}", "warning"
+            )
 
 
 def _safe(error: Exception) -> str:

@@ -44,7 +44,9 @@ def held_out_metrics(
 
 
 def _margin(policy: Policy, schedule: Schedule, batch: PairBatch) -> torch.Tensor:
-    return _gap(pair_errors(policy.unet, schedule, batch)) - _gap(pair_errors(policy.reference, schedule, batch))
+    return _gap(pair_errors(policy.unet, schedule, batch)) - _gap(
+        pair_errors(policy.reference, schedule, batch)
+    )
 
 
 def _gap(errors: PairErrors) -> torch.Tensor:

@@ -62,7 +62,9 @@ def _pictures(spec: TrainSpec, model: TextToImage, target: str) -> dict[str, flo
     assert asked
     assert evaluation
     skip = 0 if asked.prompts_uri else evaluation.num_prompts
-    prompts = read_prompts(asked.prompts_uri or evaluation.prompts_uri, asked.num_prompts, skip, "validation.num_prompts")
+    prompts = read_prompts(
+        asked.prompts_uri or evaluation.prompts_uri, asked.num_prompts, skip, "validation.num_prompts"
+    )
     pictures = model(prompts, [asked.seed + i for i in range(len(prompts))], evaluation.sample)
     files.write_bytes(target, draw_grid(prompts, [("", list(pictures))]))
     scores = score(pictures, prompts) if evaluation.scorers else {}

@@ -54,7 +54,9 @@ def gather_errors(
     t, *columns = zip(*parts, strict=True)
     models = [PairErrors.joined(column) for column in columns if column[0] is not None]
     names = [field.name for field in fields(PairErrors) if getattr(models[0], field.name) is not None]
-    table = gather([torch.cat(t), *(getattr(model, name) for model in models for name in names)], positions, num_rows)
+    table = gather(
+        [torch.cat(t), *(getattr(model, name) for model in models for name in names)], positions, num_rows
+    )
     values = iter(table[1:].float())
     theta, *ref = [PairErrors(**{name: next(values) for name in names}) for _ in models]
     return table[0].long(), theta, ref[0] if ref else None

@@ -28,7 +28,9 @@ def tell(spec: TrainSpec, error: Exception, rank: int, world_size: int) -> None:
     """
     if isinstance(error, (Unavailable, Overtaken, torch.distributed.DistError)) or may_pass(error):
         return
-    if world_size > 1 and not torch.distributed.is_initialized():  # Ray has ended the group, since another worker is gone
+    if (
+        world_size > 1 and not torch.distributed.is_initialized()
+    ):  # Ray has ended the group, since another worker is gone
         return
     if isinstance(error, torch.OutOfMemoryError) and world_size < most_workers(spec.workers):
         return

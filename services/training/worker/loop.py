@@ -87,7 +87,9 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
                         if ref is None and method.preference:
                             ref = pair_errors(policy.reference, schedule, batch)
                         theta = pair_errors(policy.trained, schedule, batch)
-                    terms = step_losses(theta, ref, batch.t, objective, schedule, calibration.correction(batch.t))
+                    terms = step_losses(
+                        theta, ref, batch.t, objective, schedule, calibration.correction(batch.t)
+                    )
                     check_finite("loss", terms.loss)
                     (terms.loss.sum() / training.batch_size * world_size).backward()
                 parts.append((batch.t, theta, ref))
@@ -112,7 +114,9 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
 
             state, is_last = None, done.step == training.steps
             needed = leaving.after_step() or is_last
-            if needed or (done.step % training.checkpoint_every == 0 and not _left_out(recorder, done.step, device)):
+            if needed or (
+                done.step % training.checkpoint_every == 0 and not _left_out(recorder, done.step, device)
+            ):
                 with clock.stalled():
                     if recorder:
                         recorder.wait()

@@ -67,7 +67,9 @@ class Leaving:
         self._looked_at, goes_before, comes_before = time.monotonic(), self._node_goes, self._node_comes
         goes = ray.train.get_preemption_info() is not None
         self._node_goes, self._node_comes = agreed([goes, self._is_room_for_one_more()], self._device)
-        return self.stopped or (self._node_goes and not goes_before) or (self._node_comes and not comes_before)
+        return (
+            self.stopped or (self._node_goes and not goes_before) or (self._node_comes and not comes_before)
+        )
 
     def _is_room_for_one_more(self) -> bool:
         return self._one_more is not None and lacking(self._one_more, ray.available_resources()) is None

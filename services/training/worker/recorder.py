@@ -17,7 +17,13 @@ from functools import partial
 from typing import Any
 
 from jaxtyping import Int
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
 from torch import Tensor
 
 from dde_core.alarms import Alarms
@@ -70,7 +76,9 @@ class Recorder:
     ) -> None:
         self._spec, self._fence, self._same, self._policy = spec, fence, same, policy
         self._schedule, self._num_pairs = schedule, num_pairs
-        self._journal = Journal(spec.prefix, flush_every_s=math.inf)  # by this thread alone, which tries again
+        self._journal = Journal(
+            spec.prefix, flush_every_s=math.inf
+        )  # by this thread alone, which tries again
         self._pair_log, self._alarms = PairLog(spec.run), Alarms(spec.objective)
         if done.step:
             self._alarms.load_state_dict(checkpoints.read(spec.run, done.step).alarms)

@@ -21,7 +21,14 @@ from services.stages.journal import Journal
 from services.stages.specs import TrainSpec
 from services.training.worker.collectives import from_rank_zero
 
-FREE = ("steps", "micro_batch_size", "gradient_checkpointing", "parallelism", "checkpoint_every", "keep_checkpoints")
+FREE = (
+    "steps",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "parallelism",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
 """Settings of training that may differ between a checkpoint and the run that goes on from it."""
 BEGINNING = Progress(step=0, pairs_seen=0, images_seen=0)
 

@@ -21,7 +21,12 @@ from services.client.api import Client
 KEY = "dde-test-key"
 PNG = b"\x89PNG\r\n\x1a\n-a-picture"
 INTERVAL = {"value": 0.64, "low": 0.571, "high": 0.703}
-SCORES = {"base": 0.5, "candidate": 0.6, "difference": {"value": 0.1, "low": 0.05, "high": 0.15}, "beat_ratio": INTERVAL}
+SCORES = {
+    "base": 0.5,
+    "candidate": 0.6,
+    "difference": {"value": 0.1, "low": 0.05, "high": 0.15},
+    "beat_ratio": INTERVAL,
+}
 EVALUATED = {
     "report": "file:///r.json",
     "grid": "file:///g.png",
@@ -34,7 +39,14 @@ EVALUATED = {
 def job(status: str, **other: Any) -> dict[str, Any]:
     """A job as the API answers it."""
     asked = {"name": "better", "model": "model_1", "dataset": "ds_1", "training": {"steps": 40}}
-    state = {"stage": None, "reason": None, "aligned_model": None, "result": {}, "stage_seconds": {}, "created_at": 1}
+    state = {
+        "stage": None,
+        "reason": None,
+        "aligned_model": None,
+        "result": {},
+        "stage_seconds": {},
+        "created_at": 1,
+    }
     return {"id": "ajob_1", "object": "alignment.job", "status": status, **asked, **state, **other}
 
 
@@ -56,7 +68,9 @@ class ScriptedServer:
         app = FastAPI()
         app.add_api_route("/{path:path}", self._answer, methods=["GET", "POST"])
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self.socket]}, daemon=True
+        )
 
     def start(self) -> None:
         self._thread.start()
@@ -69,7 +83,9 @@ class ScriptedServer:
             self._thread.join(10)
         self.socket.close()
 
-    def fail(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str) -> None:
+    def fail(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str
+    ) -> None:
         """Answer one request with an error in the API's form."""
         error = {"message": message, "type": "t", "param": param, "code": code}
         plain = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -77,7 +93,9 @@ class ScriptedServer:
 
     def sent(self, method: str, path: str) -> list[tuple[dict[str, str], dict[str, str], Any]]:
         """Headers, query and body of every request of this kind."""
-        return [(headers, query, body) for m, p, headers, query, body in self.requests if (m, p) == (method, path)]
+        return [
+            (headers, query, body) for m, p, headers, query, body in self.requests if (m, p) == (method, path)
+        ]
 
     async def _answer(self, path: str, request: Request) -> Response:
         body = await request.json() if await request.body() else None
@@ -88,7 +106,12 @@ class ScriptedServer:
         if self.failures:
             return self.failures.popleft()
         if request.headers.get("authorization") != f"Bearer {KEY}":
-            error = {"message": "no such key", "type": "authentication_error", "param": None, "code": "invalid_api_key"}
+            error = {
+                "message": "no such key",
+                "type": "authentication_error",
+                "param": None,
+                "code": "invalid_api_key",
+            }
             return JSONResponse({"error": error}, 401)
         return JSONResponse(self._success(f"/{path}", request.method, query, body))
 
@@ -98,7 +121,14 @@ class ScriptedServer:
         if path == "/v1/images/generations":
             return {"created": 1, "data": [{"b64_json": base64.b64encode(PNG).decode()}] * body["n"]}
         if method == "POST":
-            return {"id": "new_1", "created_at": 1, "status": "queued", "training": {}, "family": "sd15", **body}
+            return {
+                "id": "new_1",
+                "created_at": 1,
+                "status": "queued",
+                "training": {},
+                "family": "sd15",
+                **body,
+            }
         return self._page(self.items.get(path, []), query)
 
     def _page(self, items: list[dict], query: dict[str, str]) -> dict:

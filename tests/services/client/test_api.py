@@ -20,7 +20,14 @@ from services.errors import ServiceError, Unavailable
 
 def dataset(number: int) -> dict:
     counts = {"rows": 10, "pairs": 8, "ties": 1, "missing": 1}
-    return {"id": f"ds_{number}", "name": "d", "uri": "file:///d", "digest": "0", "counts": counts, "created_at": number}
+    return {
+        "id": f"ds_{number}",
+        "name": "d",
+        "uri": "file:///d",
+        "digest": "0",
+        "counts": counts,
+        "created_at": number,
+    }
 
 
 REQUEST = AlignmentJobCreate(
@@ -39,7 +46,9 @@ def test_a_request_is_repeated_until_it_succeeds(server, client, status) -> None
     assert len(server.sent("POST", "/v1/models")) == 3
 
 
-def test_every_repeat_of_a_create_carries_the_same_idempotency_key_and_another_create_a_new_one(server, client) -> None:
+def test_every_repeat_of_a_create_carries_the_same_idempotency_key_and_another_create_a_new_one(
+    server, client
+) -> None:
     server.fail(503, "not now")
     server.fail(503, "not now")
     client.create_model("a", "file:///a")
@@ -50,7 +59,9 @@ def test_every_repeat_of_a_create_carries_the_same_idempotency_key_and_another_c
     assert len(keys[0]) >= 32
 
 
-def test_the_registration_of_a_dataset_is_waited_for_longer_than_other_answers_and_not_asked_for_twice(server) -> None:
+def test_the_registration_of_a_dataset_is_waited_for_longer_than_other_answers_and_not_asked_for_twice(
+    server,
+) -> None:
     server.pauses.append(0.6)
     with Client(server.url, "dde-test-key", timeout_s=0.2) as client:
         assert client.create_dataset("a", "file:///a").name == "a"
@@ -142,12 +153,20 @@ def test_a_list_is_read_page_by_page(server, client) -> None:
     found = list(client.datasets())
     assert [each.id for each in found] == [f"ds_{number}" for number in range(250)]
     assert found[3].counts.pairs == 8
-    assert [query.get("after") for _, query, _ in server.sent("GET", "/v1/datasets")] == [None, "ds_99", "ds_199"]
+    assert [query.get("after") for _, query, _ in server.sent("GET", "/v1/datasets")] == [
+        None,
+        "ds_99",
+        "ds_199",
+    ]
 
 
 def test_events_and_metrics_go_on_after_what_was_seen(server, client) -> None:
     events = [{"id": f"event_{n}", "level": "info", "message": str(n), "created_at": n} for n in range(120)]
-    rows = [{"stage": stage, "step": n, "at": n, "metrics": {"loss": 0.5}} for n in range(120) for stage in ("encode", "train")]
+    rows = [
+        {"stage": stage, "step": n, "at": n, "metrics": {"loss": 0.5}}
+        for n in range(120)
+        for stage in ("encode", "train")
+    ]
     server.items |= {"/v1/alignment/jobs/ajob_1/events": events, "/v1/alignment/jobs/ajob_1/metrics": rows}
     assert [event.message for event in client.events("ajob_1", "event_7")] == [str(n) for n in range(8, 120)]
     read = list(client.metrics("ajob_1", "train", 10))

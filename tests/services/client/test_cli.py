@@ -27,7 +27,9 @@ REPORT = {
     "columns_not_read": ["user_id"],
     "rows": 959_040,
     "sampled": {"rows": 256, "decided": 200, "tie": 50, "missing": 0, "bad": 6},
-    "bad": {"image_broken": {"count": 6, "examples": [{"row": "a.parquet:0:7", "detail": "picture 1: OSError"}]}},
+    "bad": {
+        "image_broken": {"count": 6, "examples": [{"row": "a.parquet:0:7", "detail": "picture 1: OSError"}]}
+    },
     "pictures": {"count": 400, "min_px": 512, "median_px": 768, "max_px": 1024},
     "made_by_a_newer_server": 1,
 }
@@ -38,7 +40,13 @@ def dde(server, tmp_path):
     """Run the command against the server."""
 
     def run(*arguments: object, **env: str) -> Result:
-        told = {"DDE_URL": server.url, "DDE_API_KEY": KEY, "DDE_HOME": str(tmp_path / "home"), "COLUMNS": "200", **env}
+        told = {
+            "DDE_URL": server.url,
+            "DDE_API_KEY": KEY,
+            "DDE_HOME": str(tmp_path / "home"),
+            "COLUMNS": "200",
+            **env,
+        }
         return CliRunner().invoke(app, list(map(str, arguments)), env=told)
 
     return run
@@ -63,7 +71,9 @@ def test_an_error_that_does_not_name_its_field_is_led_by_it(server, dde) -> None
 
 
 def test_a_wrong_value_is_refused_before_anything_is_sent(server, dde) -> None:
-    result = dde("jobs", "create", "--model", "m", "--dataset", "d", "--prompts", "p.txt", "--steps", -5, "--beta", 0)
+    result = dde(
+        "jobs", "create", "--model", "m", "--dataset", "d", "--prompts", "p.txt", "--steps", -5, "--beta", 0
+    )
     assert result.exit_code == 1
     assert "training.steps: Input should be greater than 0, got -5" in result.stderr
     assert "objective.beta: Input should be greater than 0, got 0.0" in result.stderr
@@ -98,13 +108,26 @@ def test_a_server_that_is_not_there_is_one_line(dde, monkeypatch) -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     result = dde("models", "list", DDE_URL=url)
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"error: url: {url} does not answer") or f"{url} does not answer" in result.stderr
+    assert (
+        result.stderr.startswith(f"error: url: {url} does not answer")
+        or f"{url} does not answer" in result.stderr
+    )
     assert result.stderr.count("\n") == 1
 
 
 def test_a_job_comes_from_a_file_and_options_go_before_it(server, dde, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = dde("jobs", "create", ROOT / "deploy" / "demo.json", "--dataset", "ds_1", "--prompts", "p.txt", "--steps", 7)
+    result = dde(
+        "jobs",
+        "create",
+        ROOT / "deploy" / "demo.json",
+        "--dataset",
+        "ds_1",
+        "--prompts",
+        "p.txt",
+        "--steps",
+        7,
+    )
     assert (result.exit_code, result.stdout) == (0, "new_1\n"), result.stderr
     body, told = the_body(server), json.loads((ROOT / "deploy" / "demo.json").read_text())
     AlignmentJobCreate.model_validate_json(json.dumps(body))
@@ -117,13 +140,17 @@ def test_a_job_comes_from_a_file_and_options_go_before_it(server, dde, tmp_path,
 
 def test_a_job_file_may_be_yaml(server, dde, tmp_path) -> None:
     file = tmp_path / "job.yaml"
-    file.write_text("model: m\ndataset: d\nobjective: {beta: 500}\nevaluation: {prompts_uri: 's3://b/p.txt', num_prompts: 5}\n")
+    file.write_text(
+        "model: m\ndataset: d\nobjective: {beta: 500}\nevaluation: {prompts_uri: 's3://b/p.txt', num_prompts: 5}\n"
+    )
     assert dde("jobs", "create", file).exit_code == 0
     body = the_body(server)
     assert (body["objective"]["beta"], body["evaluation"]["prompts_uri"]) == (500, "s3://b/p.txt")
 
 
-@pytest.mark.parametrize(("text", "said"), [("[1]", "must hold an object, got list"), ("a: [", "is neither JSON nor YAML")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("[1]", "must hold an object, got list"), ("a: [", "is neither JSON nor YAML")]
+)
 def test_a_file_that_holds_no_job_is_named(dde, tmp_path, text, said) -> None:
     file = tmp_path / "job.json"
     file.write_text(text)
@@ -138,7 +165,10 @@ def test_lists_are_tab_separated_where_stdout_is_no_terminal(server, dde) -> Non
     server.items[JOBS] = [job("succeeded"), job("failed", stage="train")]
     result = dde("jobs", "list", "--status", "failed")
     lines = [line.split("\t") for line in result.stdout.splitlines()]
-    assert [line[:4] for line in lines[1:]] == [["ajob_1", "succeeded", "", "better"], ["ajob_1", "failed", "train", "better"]]
+    assert [line[:4] for line in lines[1:]] == [
+        ["ajob_1", "succeeded", "", "better"],
+        ["ajob_1", "failed", "train", "better"],
+    ]
     assert server.sent("GET", JOBS)[0][1]["status"] == "failed"
 
 
@@ -161,7 +191,16 @@ def test_workers_are_a_number_or_the_least_and_the_most(server, dde, option, sen
     ],
 )
 def test_workers_that_are_neither_are_refused_before_anything_is_sent(server, dde, option, said) -> None:
-    result = dde("jobs", "create", ROOT / "deploy" / "demo.json", "--dataset", "d", "--prompts", "p", f"--workers={option}")
+    result = dde(
+        "jobs",
+        "create",
+        ROOT / "deploy" / "demo.json",
+        "--dataset",
+        "d",
+        "--prompts",
+        "p",
+        f"--workers={option}",
+    )
     assert (result.exit_code, result.stderr) == (1, f"error: {said}\n")
     assert server.requests == []
 
@@ -169,9 +208,7 @@ def test_workers_that_are_neither_are_refused_before_anything_is_sent(server, dd
 def test_prompts_of_validation_may_be_a_path(server, dde, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "job.yaml"
-    told = (
-        "model: m\ndataset: d\nevaluation: {prompts_uri: p.txt}\nvalidation: {every: 50, num_prompts: 4, prompts_uri: v.txt}\n"
-    )
+    told = "model: m\ndataset: d\nevaluation: {prompts_uri: p.txt}\nvalidation: {every: 50, num_prompts: 4, prompts_uri: v.txt}\n"
     file.write_text(told)
     assert dde("jobs", "create", file).exit_code == 0
     assert the_body(server)["validation"]["prompts_uri"] == (tmp_path / "v.txt").as_uri()
@@ -186,9 +223,13 @@ def test_a_job_is_paused_and_resumed_and_says_how_it_stands(server, dde) -> None
     assert dde("jobs", "pause", "ajob_1").stderr == "error: id: job ajob_1 has ended already: it is failed\n"
 
 
-@pytest.mark.parametrize(("stage", "stored"), [("train", "its last checkpoint"), ("evaluate", "stage evaluate")])
+@pytest.mark.parametrize(
+    ("stage", "stored"), [("train", "its last checkpoint"), ("evaluate", "stage evaluate")]
+)
 def test_watching_a_job_that_fails_ends_with_what_can_be_done(server, dde, stage, stored) -> None:
-    server.single[f"{JOBS}/ajob_1"] = deque([job("failed", stage=stage, reason={"code": "x", "message": "the disk is full"})])
+    server.single[f"{JOBS}/ajob_1"] = deque(
+        [job("failed", stage=stage, reason={"code": "x", "message": "the disk is full"})]
+    )
     result = dde("jobs", "watch", "ajob_1")
     way = f"once the cause is gone, `dde jobs resume ajob_1` goes on from {stored}"
     assert (result.exit_code, result.stderr) == (1, f"error: ajob_1 failed: the disk is full; {way}\n")
@@ -201,7 +242,13 @@ def test_a_job_that_was_cancelled_or_never_began_is_not_said_to_go_on(server, dd
 
 
 def test_checkpoints_are_listed_with_what_validation_measured(server, dde) -> None:
-    record = {"object": "alignment.job.checkpoint", "pairs_seen": 640, "images_seen": 1280, "bytes": 26_400_000, "workers": 2}
+    record = {
+        "object": "alignment.job.checkpoint",
+        "pairs_seen": 640,
+        "images_seen": 1280,
+        "bytes": 26_400_000,
+        "workers": 2,
+    }
     plain = {**record, "created_at": 1, "metrics": {"loss": 0.5}}
     measured = {
         "step": 20,
@@ -237,17 +284,24 @@ def test_columns_are_mapped_by_options(server, dde) -> None:
 
 
 @pytest.mark.parametrize("option", ["caption", "=prompt", "caption="])
-def test_a_column_without_a_name_on_both_sides_is_refused_before_anything_is_sent(option, server, dde) -> None:
+def test_a_column_without_a_name_on_both_sides_is_refused_before_anything_is_sent(
+    option, server, dde
+) -> None:
     result = dde("datasets", "create", "pairs", "s3://b/pairs", "--column", option)
     assert result.stderr == f"error: --column must be NAME=COLUMN, as in caption=prompt, got {option!r}\n"
-    assert "columns.kaption" in dde("datasets", "validate", "s3://b/pairs", "--column", "kaption=prompt").stderr
+    assert (
+        "columns.kaption" in dde("datasets", "validate", "s3://b/pairs", "--column", "kaption=prompt").stderr
+    )
     assert server.requests == []
 
 
 def test_a_sample_of_a_dataset_is_told_with_its_columns_its_rows_and_what_is_bad(server, dde) -> None:
     server.single["/v1/datasets/validate"] = deque([REPORT])
     lines = dde("datasets", "validate", "s3://b/pairs", "--column", "caption=prompt").stdout.splitlines()
-    assert the_body(server, "/v1/datasets/validate") == {"uri": "s3://b/pairs", "columns": {"caption": "prompt"}}
+    assert the_body(server, "/v1/datasets/validate") == {
+        "uri": "s3://b/pairs",
+        "columns": {"caption": "prompt"},
+    }
     assert [line.split("\t") for line in lines] == [
         ["fact", "s3://b/pairs"],
         ["rows", "959,040; parquet, one pair a row"],
@@ -269,7 +323,9 @@ def test_pictures_are_written_as_files_named_by_seed(server, dde, tmp_path) -> N
 
 def test_an_evaluation_ends_in_a_table(server, dde) -> None:
     evaluation = {"id": "new_1", "model": "better", "base": "shapes", "created_at": 1}
-    server.single["/v1/evaluations/new_1"] = deque([{**evaluation, "status": "succeeded", "result": EVALUATED}])
+    server.single["/v1/evaluations/new_1"] = deque(
+        [{**evaluation, "status": "succeeded", "result": EVALUATED}]
+    )
     result = dde("evaluate", "better", "shapes", "--prompts", "s3://b/p.txt", "--num-prompts", 200)
     assert result.exit_code == 0, result.stderr
     assert "0.640 [0.571, 0.703]" in result.stdout
@@ -279,10 +335,20 @@ def test_an_evaluation_ends_in_a_table(server, dde) -> None:
 
 def test_an_evaluation_that_fails_says_why(server, dde) -> None:
     reason = {"code": "DataError", "message": "12 prompts, 200 asked for", "param": "num_prompts"}
-    evaluation = {"id": "new_1", "model": "better", "base": "shapes", "created_at": 1, "status": "failed", "reason": reason}
+    evaluation = {
+        "id": "new_1",
+        "model": "better",
+        "base": "shapes",
+        "created_at": 1,
+        "status": "failed",
+        "reason": reason,
+    }
     server.single["/v1/evaluations/new_1"] = deque([evaluation])
     result = dde("evaluate", "better", "shapes", "--prompts", "s3://b/p.txt")
-    assert (result.exit_code, result.stderr) == (1, "error: new_1 failed: num_prompts: 12 prompts, 200 asked for\n")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: new_1 failed: num_prompts: 12 prompts, 200 asked for\n",
+    )
 
 
 def test_importing_the_command_loads_neither_torch_nor_ray() -> None:
@@ -292,5 +358,10 @@ def test_importing_the_command_loads_neither_torch_nor_ray() -> None:
 
 
 def test_the_installed_command_answers() -> None:
-    done = subprocess.run([Path(sys.executable).parent / "dde", "--help"], capture_output=True, text=True, check=True)
-    assert all(command in done.stdout for command in ("up", "demo", "datasets", "models", "jobs", "generate", "evaluate"))
+    done = subprocess.run(
+        [Path(sys.executable).parent / "dde", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(
+        command in done.stdout
+        for command in ("up", "demo", "datasets", "models", "jobs", "generate", "evaluate")
+    )

@@ -39,7 +39,9 @@ def record(method: str = "dde", margin: float | None = 2e-4, **objective) -> Cre
         batch_size=32,
         calibration={"theta_w": (2e-4 * kappa).tolist(), "ref_w": none, "theta_l": none, "ref_l": none},
         buckets=[
-            CreditBucket(t_first=10 * j + 1, t_last=10 * j + 10, pairs=128, margin=margin, logged=0.5, predicted=0.4)
+            CreditBucket(
+                t_first=10 * j + 1, t_last=10 * j + 10, pairs=128, margin=margin, logged=0.5, predicted=0.4
+            )
             for j in range(10)
         ],
     )
@@ -51,7 +53,13 @@ def dde(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object, **env: str) -> Result:
-        told = {"DDE_URL": server.url, "DDE_API_KEY": KEY, "DDE_HOME": str(tmp_path / "home"), "COLUMNS": "200", **env}
+        told = {
+            "DDE_URL": server.url,
+            "DDE_API_KEY": KEY,
+            "DDE_HOME": str(tmp_path / "home"),
+            "COLUMNS": "200",
+            **env,
+        }
         return CliRunner().invoke(app, ["credit", *map(str, arguments)], env=told)
 
     return run
@@ -66,7 +74,9 @@ def answer_with(server, job: CreditRecord) -> None:
     server.single[PATH] = deque([job.model_dump(mode="json")])
 
 
-def test_json_holds_every_method_at_every_timestep_and_nothing_is_asked_or_drawn(server, dde, tmp_path) -> None:
+def test_json_holds_every_method_at_every_timestep_and_nothing_is_asked_or_drawn(
+    server, dde, tmp_path
+) -> None:
     result = dde("--json")
     assert result.exit_code == 0, result.stderr
     said, schedule = strict(result.stdout), Schedule.from_config(STABLE_DIFFUSION)
@@ -74,16 +84,40 @@ def test_json_holds_every_method_at_every_timestep_and_nothing_is_asked_or_drawn
     assert said["t"] == list(range(1, 1001))
     for method in METHODS:
         curve = curves(ObjectiveConfig(method=method), schedule, 1e-4)
-        assert said[method] == {name: getattr(curve, name).tolist() for name in ("gradient_weight", "correction", "density")}
+        assert said[method] == {
+            name: getattr(curve, name).tolist() for name in ("gradient_weight", "correction", "density")
+        }
     assert server.requests == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_options_are_the_objective(dde) -> None:
-    options = ["--beta", 500, "--margin", -1e-3, "--t-min", 20, "--t-max", 900, "--gamma", 0.8, "--calibration-point", "mode"]
-    said = strict(dde("--method", "discounted", "--method", "dde", "--calibration-bins", 10, *options, "--json").stdout)
+    options = [
+        "--beta",
+        500,
+        "--margin",
+        -1e-3,
+        "--t-min",
+        20,
+        "--t-max",
+        900,
+        "--gamma",
+        0.8,
+        "--calibration-point",
+        "mode",
+    ]
+    said = strict(
+        dde("--method", "discounted", "--method", "dde", "--calibration-bins", 10, *options, "--json").stdout
+    )
     assert list(said) == ["t", "discounted", "dde"]
-    shared = {"beta": 500.0, "t_min": 20, "t_max": 900, "gamma": 0.8, "calibration_point": "mode", "calibration_bins": 10}
+    shared = {
+        "beta": 500.0,
+        "t_min": 20,
+        "t_max": 900,
+        "gamma": 0.8,
+        "calibration_point": "mode",
+        "calibration_bins": 10,
+    }
     for method in ("discounted", "dde"):
         config = ObjectiveConfig(method=method, **shared)
         expected = curves(config, Schedule.from_config(STABLE_DIFFUSION), -1e-3)
@@ -138,12 +172,16 @@ def test_a_job_without_a_correction_has_c_0(server, dde, method) -> None:
     assert set(strict(dde("--job", "ajob_1", "--json").stdout)["job"]["correction"]) == {0.0}
 
 
-def test_a_jobs_table_holds_logged_beside_predicted_and_its_picture_has_two_rows(server, dde, tmp_path) -> None:
+def test_a_jobs_table_holds_logged_beside_predicted_and_its_picture_has_two_rows(
+    server, dde, tmp_path
+) -> None:
     answer_with(server, record())
     result = dde("--job", "ajob_1", "--out", tmp_path / "job.png")
     assert result.exit_code == 0, result.stderr
     assert "dde, 40 steps of 32 pairs" in result.stdout
-    assert ["1..10", "128", "+2.000e-04", "0.5", "0.4", "1.2500"] in [line.split() for line in result.stdout.splitlines()]
+    assert ["1..10", "128", "+2.000e-04", "0.5", "0.4", "1.2500"] in [
+        line.split() for line in result.stdout.splitlines()
+    ]
     assert Image.open(tmp_path / "job.png").size == (1500, 880)
 
 
@@ -162,7 +200,10 @@ def test_a_jobs_table_holds_logged_beside_predicted_and_its_picture_has_two_rows
         (["--t-min", 0], "t_min must be at least 1, got 0"),
         (["--t-max", 1001], "t_max must be at most T = 1000, got 1001"),
         (["--calibration-bins", 1001], "calibration_bins must be at most T = 1000, got 1001"),
-        (["--calibration-point", "mean"], "calibration_point must be one of 'expected', 'sampled', 'mode', got 'mean'"),
+        (
+            ["--calibration-point", "mean"],
+            "calibration_point must be one of 'expected', 'sampled', 'mode', got 'mean'",
+        ),
         (["--gamma", 1.5], "gamma must be at most 1, got 1.5"),
         (["--batch-size", 0], "batch_size must be at least 1, got 0"),
     ],
@@ -178,7 +219,9 @@ def test_a_job_without_a_record_is_said_in_one_line(server, dde) -> None:
     server.fail(404, "job ajob_1 has no credit record: it is written when training is done", param="id")
     result = dde("--job", "ajob_1")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "error: id: job ajob_1 has no credit record: it is written when training is done\n"
+    assert (
+        result.stderr == "error: id: job ajob_1 has no credit record: it is written when training is done\n"
+    )
 
 
 def test_a_folder_that_is_not_there_is_named(dde, tmp_path) -> None:
@@ -189,12 +232,11 @@ def test_a_folder_that_is_not_there_is_named(dde, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "arguments", "code"), [("torch", ["--json"], 1), ("matplotlib", [], 1), ("matplotlib", ["--json"], 0)]
+    ("missing", "arguments", "code"),
+    [("torch", ["--json"], 1), ("matplotlib", [], 1), ("matplotlib", ["--json"], 0)],
 )
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(missing, arguments, code, tmp_path) -> None:
-    script = (
-        f"import sys; sys.modules[{missing!r}] = None; from services.client.cli import app; app(['credit', *{arguments!r}])"
-    )
+    script = f"import sys; sys.modules[{missing!r}] = None; from services.client.cli import app; app(['credit', *{arguments!r}])"
     where = {"cwd": Path(__file__).parents[3], "capture_output": True, "text": True, "timeout": 120}
     done = subprocess.run([sys.executable, "-c", script], check=False, **where)
     assert done.returncode == code, done.stderr

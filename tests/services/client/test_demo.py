@@ -28,7 +28,9 @@ def test_the_demo_registers_what_is_shipped_and_fills_in_the_job(server, client)
 
 
 def test_the_base_model_is_registered_once(server, client) -> None:
-    server.items["/v1/models"] = [{"id": "model_1", "name": "shapes", "uri": "file:///m", "family": "sd15", "created_at": 1}]
+    server.items["/v1/models"] = [
+        {"id": "model_1", "name": "shapes", "uri": "file:///m", "family": "sd15", "created_at": 1}
+    ]
     register_base(client)
     assert server.sent("POST", "/v1/models") == []
 
@@ -53,7 +55,9 @@ def test_the_grid_is_copied_from_storage(tmp_path) -> None:
     (tmp_path / "a folder").mkdir()
     source = tmp_path / "a folder" / "grid.png"
     source.write_bytes(b"picture")
-    result = parse(Job, job("succeeded", result={"evaluate": {**EVALUATED, "grid": source.as_uri()}})).result.evaluate
+    result = parse(
+        Job, job("succeeded", result={"evaluate": {**EVALUATED, "grid": source.as_uri()}})
+    ).result.evaluate
     assert keep_grid(result, tmp_path) == tmp_path / "grid.png"
     assert (tmp_path / "grid.png").read_bytes() == b"picture"
 

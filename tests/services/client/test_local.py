@@ -18,7 +18,14 @@ import psutil
 import pytest
 
 from services.client.bodies import job_body
-from services.client.local import SERVE_CONFIG, LocalSystem, fill_serve_config, locked, read_serve_config, write_private
+from services.client.local import (
+    SERVE_CONFIG,
+    LocalSystem,
+    fill_serve_config,
+    locked,
+    read_serve_config,
+    write_private,
+)
 from services.client.processes import MARK, StartFailed, end_marked, free_ports, wait_until
 from services.client.ray_head import RayHead
 from services.settings import ClientSettings
@@ -70,7 +77,10 @@ def test_a_private_file_can_be_read_by_its_owner_alone(tmp_path) -> None:
 
 
 def test_a_state_folder_has_one_owner(tmp_path) -> None:
-    with locked(tmp_path / "lock"), pytest.raises(StartFailed, match=f"another system is running in {tmp_path}"):
+    with (
+        locked(tmp_path / "lock"),
+        pytest.raises(StartFailed, match=f"another system is running in {tmp_path}"),
+    ):
         locked(tmp_path / "lock").__enter__()
     with locked(tmp_path / "lock"):
         pass
@@ -178,8 +188,15 @@ def test_a_job_sees_the_token_file_and_the_threads_and_reaches_the_cluster(ray_h
 def serve_config(tmp_path: Path, import_path: str) -> tuple[dict, int]:
     port = free_ports(1)[0]
     environment = {"env_vars": {"PYTHONPATH": str(APPS)}}
-    application = {"name": "small", "route_prefix": "/", "import_path": import_path, "runtime_env": environment}
-    return fill_serve_config({"proxy_location": "HeadOnly", "applications": [application]}, port, "file:///s"), port
+    application = {
+        "name": "small",
+        "route_prefix": "/",
+        "import_path": import_path,
+        "runtime_env": environment,
+    }
+    return fill_serve_config(
+        {"proxy_location": "HeadOnly", "applications": [application]}, port, "file:///s"
+    ), port
 
 
 def wait_serving(ray: RayHead, name: str) -> None:
@@ -193,7 +210,10 @@ def test_an_application_is_deployed_and_one_that_cannot_be_says_why(ray_head, tm
     config, port = serve_config(tmp_path, "small_app:build_app")
     ray_head.deploy(config)
     wait_serving(ray_head, "small")
-    assert httpx.get(f"http://127.0.0.1:{port}/healthz").json() == {"storage_uri": "file:///s", "use_gpu": False}
+    assert httpx.get(f"http://127.0.0.1:{port}/healthz").json() == {
+        "storage_uri": "file:///s",
+        "use_gpu": False,
+    }
 
     broken, _ = serve_config(tmp_path, "small_app:broken_app")
     broken["applications"][0] |= {"name": "broken", "route_prefix": "/broken"}
@@ -244,7 +264,9 @@ def test_what_a_killed_system_leaves_is_ended_by_the_next_one_in_its_folder(scri
     script.kill()
     script.communicate(timeout=60)
     assert len(alive(processes)) > 5
-    folder = next(Path(word.split("=")[1]).parent for word in processes[0].cmdline() if word.startswith("--temp-dir="))
+    folder = next(
+        Path(word.split("=")[1]).parent for word in processes[0].cmdline() if word.startswith("--temp-dir=")
+    )
     assert folder.is_dir()
     (tmp_path / "dde.db").write_text("this is no database " * 100)
     with pytest.raises(StartFailed, match="control ended"):
@@ -265,7 +287,9 @@ def test_a_ray_that_cannot_start_says_so_and_is_gone(tmp_path, monkeypatch) -> N
 
 def test_a_control_plane_that_cannot_start_is_reported_and_everything_is_ended(tmp_path) -> None:
     (tmp_path / "dde.db").write_text("this is no database " * 100)
-    with pytest.raises(StartFailed, match=r"control ended with exit code [1-9][\s\S]*control\.log[\s\S]*database"):
+    with pytest.raises(
+        StartFailed, match=r"control ended with exit code [1-9][\s\S]*control\.log[\s\S]*database"
+    ):
         LocalSystem(tmp_path).__enter__()
     assert marked(str(tmp_path)) == []
     assert not (tmp_path / "url").exists()

@@ -21,7 +21,12 @@ ON = ("--gpus", 256, "--gpu", "h100")
 
 
 def dde(*arguments: object, columns: int = 200) -> Result:
-    told = {"DDE_URL": "http://127.0.0.1:9", "DDE_API_KEY": "", "DDE_HOME": "/nowhere", "COLUMNS": str(columns)}
+    told = {
+        "DDE_URL": "http://127.0.0.1:9",
+        "DDE_API_KEY": "",
+        "DDE_HOME": "/nowhere",
+        "COLUMNS": str(columns),
+    }
     return CliRunner().invoke(app, list(map(str, arguments)), env=told)
 
 
@@ -57,7 +62,9 @@ def test_the_headline_says_how_far_off_such_numbers_are_known_to_be():
         "sdxl": 2000 * 2048 * (0.1112 + 2 * (4.879 + 5 * 6.761)) / (4800 * 3600),
     }
     training = speeds["sdxl"] / speeds["sd15"]
-    encoding = [pictures_per_s * tflop / speeds["sdxl"] for pictures_per_s, tflop in ((58, 1.1167), (210, 0.2727))]
+    encoding = [
+        pictures_per_s * tflop / speeds["sdxl"] for pictures_per_s, tflop in ((58, 1.1167), (210, 0.2727))
+    ]
     said = f"{training:.2f} to {1 / training:.2f} of published hours of training, {min(encoding):.2f} to {max(encoding):.2f}"
     assert first.endswith(f" USD (checks: {said} of encoding)")
     assert "0.71 to 1.40 of published" in first
@@ -72,8 +79,12 @@ def test_no_number_is_cut_on_80_columns():
 
 def test_a_job_file_goes_before_the_recipe_and_says_how_many_gpus(tmp_path):
     file = tmp_path / "job.json"
-    file.write_text(json.dumps({"workers": [2, 16], "training": {"micro_batch_size": 4, "gradient_checkpointing": False}}))
-    result = dde("plan", file, "--recipe", "sd15_uniform", "--price", 1.25, "--interconnect", 12, "--pairs", 10_000)
+    file.write_text(
+        json.dumps({"workers": [2, 16], "training": {"micro_batch_size": 4, "gradient_checkpointing": False}})
+    )
+    result = dde(
+        "plan", file, "--recipe", "sd15_uniform", "--price", 1.25, "--interconnect", 12, "--pairs", 10_000
+    )
     assert "on 16 x A100 80 GB in 2 nodes" in result.stdout
     assert "32 micro-batches" in result.stdout
     assert "checkpointing on" in result.stdout, "what would change the numbers"
@@ -94,14 +105,23 @@ def test_a_measured_speed_is_taken_where_there_is_one_and_said_where_not(tmp_pat
         tmp_path / "results.json",
         "sdxl at 1024 px, bf16, micro 2, with gradient checkpointing, train_vs_public_recipe",
     )
-    rows = {"ledger_vs_online": {"ratio": 1.25}, name: {"ratio": 1.4, "value": 3.0, "machine": "NVIDIA H100 80GB HBM3"}}
+    rows = {
+        "ledger_vs_online": {"ratio": 1.25},
+        name: {"ratio": 1.4, "value": 3.0, "machine": "NVIDIA H100 80GB HBM3"},
+    }
     file.write_text(json.dumps(rows))
     measured = dde("plan", "--recipe", "sdxl_dde", *ON, "--calibration", file)
-    assert "calibrated: measured: 3 pairs/s of sdxl on an H100 80 GB, micro 2, with checkpointing" in measured.stdout
+    assert (
+        "calibrated: measured: 3 pairs/s of sdxl on an H100 80 GB, micro 2, with checkpointing"
+        in measured.stdout
+    )
     assert "16.4% of peak 989" in measured.stdout
     assert "ledger_vs_online" in measured.stdout
     other = dde("plan", "--recipe", "sd15_dde", "--calibration", file).stdout
-    assert "the results have no measured step of sd15 in bf16 on a known GPU; calibrated by Diffusion-DPO's 384" in other
+    assert (
+        "the results have no measured step of sd15 in bf16 on a known GPU; calibrated by Diffusion-DPO's 384"
+        in other
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.client.processes import MARK, Child, StartFailed, end_marked, environment, free_ports, port_is_free, wait_until
+from services.client.processes import (
+    MARK,
+    Child,
+    StartFailed,
+    end_marked,
+    environment,
+    free_ports,
+    port_is_free,
+    wait_until,
+)
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -43,7 +52,9 @@ def alive(process: psutil.Process) -> bool:
 
 def test_a_process_that_ends_early_is_reported_with_the_end_of_its_log(tmp_path) -> None:
     child = start("print('line one'); raise SystemExit('no storage: bucket x')", tmp_path)
-    with pytest.raises(StartFailed, match=r"helper ended with exit code 1; the end of .*helper\.log") as caught:
+    with pytest.raises(
+        StartFailed, match=r"helper ended with exit code 1; the end of .*helper\.log"
+    ) as caught:
         wait_until(lambda: False, "never", [child], timeout_s=20)
     assert "no storage: bucket x" in str(caught.value)
 

@@ -32,7 +32,13 @@ CREATE = ("jobs", "create")
 
 def dde(*arguments: object, **env: str) -> Result:
     """Run the command without a server and without a key."""
-    told = {"DDE_URL": "http://127.0.0.1:9", "DDE_API_KEY": "", "DDE_HOME": "/nowhere", "COLUMNS": "160", **env}
+    told = {
+        "DDE_URL": "http://127.0.0.1:9",
+        "DDE_API_KEY": "",
+        "DDE_HOME": "/nowhere",
+        "COLUMNS": "160",
+        **env,
+    }
     return CliRunner().invoke(app, list(map(str, arguments)), env=told)
 
 
@@ -94,7 +100,14 @@ def test_recipes_of_a_family_differ_in_the_objective_alone(family):
 def test_noise_is_that_of_each_methods_own_source():
     noise = {recipe.method: recipe.job["objective"].get("noise") for recipe in recipes.all_recipes()}
     alike, each = "shared", "independent"
-    expected = {"dde": each, "dde_single": each, "dde_step": each, "uniform": alike, "discounted": alike, "sft": None}
+    expected = {
+        "dde": each,
+        "dde_single": each,
+        "dde_step": each,
+        "uniform": alike,
+        "discounted": alike,
+        "sft": None,
+    }
     assert noise == expected
 
 
@@ -117,10 +130,16 @@ def test_recipes_are_listed():
 
 def test_an_option_goes_before_the_file_and_the_file_before_the_recipe(tmp_path):
     file = tmp_path / "job.yaml"
-    file.write_text(yaml.safe_dump({"objective": {"beta": 2000}, "training": {"steps": 7, "seed": 3}, "workers": 2}))
+    file.write_text(
+        yaml.safe_dump({"objective": {"beta": 2000}, "training": {"steps": 7, "seed": 3}, "workers": 2})
+    )
     body = printed_body(dde(*CREATE, file, "--recipe", "sd15_dde", *OPTIONS, "--steps", 9, "--dry-run"))
     assert (body["objective"]["beta"], body["objective"]["method"]) == (2000, "dde")
-    assert (body["training"]["steps"], body["training"]["seed"], body["training"]["batch_size"]) == (9, 3, 2048)
+    assert (body["training"]["steps"], body["training"]["seed"], body["training"]["batch_size"]) == (
+        9,
+        3,
+        2048,
+    )
     assert (body["workers"], body["model"]) == (2, "base")
     AlignmentJobCreate.model_validate_json(json.dumps(body))
 
@@ -168,7 +187,10 @@ def test_without_a_recipe_the_estimate_needs_a_family():
     [
         (["--gpu", "b300"], "gpu must be one of a100, h100, h200, got 'b300'"),
         (["--family", "sd3"], "family must be one of sd15, sdxl, got 'sd3'"),
-        (["--workers", "4096"], "workers: must be a number from 1 to 1024, or two of them as [least, most], got 4096"),
+        (
+            ["--workers", "4096"],
+            "workers: must be a number from 1 to 1024, or two of them as [least, most], got 4096",
+        ),
         (["--batch-size", "4"], "workers must be at most training.batch_size = 4, got 8"),
         (["--beta", "0"], "objective.beta: Input should be greater than 0, got 0.0"),
     ],
@@ -190,7 +212,10 @@ def test_a_dry_run_needs_no_model_no_dataset_and_no_prompts_and_a_job_does():
     assert (body["model"], body["dataset"]) == ("MODEL", "DATASET")
     refused = dde(*CREATE, "--recipe", "sd15_dde")
     assert refused.exit_code == 1
-    assert refused.stderr == "error: model: Field required; dataset: Field required; evaluation.prompts_uri: Field required\n"
+    assert (
+        refused.stderr
+        == "error: model: Field required; dataset: Field required; evaluation.prompts_uri: Field required\n"
+    )
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("sd15_uniform", 0.9277), ("sdxl_uniform", 0.6555)])

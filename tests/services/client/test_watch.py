@@ -17,12 +17,24 @@ PATH = "/v1/alignment/jobs/ajob_1"
 
 
 def train_rows(first: int, last: int) -> list[dict]:
-    numbers = {"loss": 0.5, "implicit_accuracy": 0.75, "winner_error_diff": -0.001, "loser_error_diff": 0.002, "margin": 9.0}
-    return [{"stage": "train", "step": n, "at": 100.0 + 0.5 * n, "metrics": numbers} for n in range(first, last + 1)]
+    numbers = {
+        "loss": 0.5,
+        "implicit_accuracy": 0.75,
+        "winner_error_diff": -0.001,
+        "loser_error_diff": 0.002,
+        "margin": 9.0,
+    }
+    return [
+        {"stage": "train", "step": n, "at": 100.0 + 0.5 * n, "metrics": numbers}
+        for n in range(first, last + 1)
+    ]
 
 
 def encode_rows(*done: int) -> list[dict]:
-    return [{"stage": "encode", "step": n, "at": float(n), "metrics": {"images": n, "images_total": 80}} for n in done]
+    return [
+        {"stage": "encode", "step": n, "at": float(n), "metrics": {"images": n, "images_total": 80}}
+        for n in done
+    ]
 
 
 def read(rows: list[dict]) -> list[MetricRow]:
@@ -48,7 +60,10 @@ def test_encoding_counts_images() -> None:
 
 
 def test_writing_a_ledger_counts_pairs() -> None:
-    rows = [{"stage": "ledger", "step": n, "at": float(n), "metrics": {"pairs": n, "pairs_total": 900}} for n in (100, 300)]
+    rows = [
+        {"stage": "ledger", "step": n, "at": float(n), "metrics": {"pairs": n, "pairs_total": 900}}
+        for n in (100, 300)
+    ]
     ledger = progress_of("preparing", "ledger", rows).stages["ledger"]
     assert describe(ledger) == "ledger   300/900 pairs (33%), 1/s, 600 s left"
 
@@ -98,10 +113,16 @@ def scripted(server):
     """A job that encodes, trains and succeeds within three looks."""
     seconds = {"encode": 4.0, "train": 20.0}
     done = job("succeeded", stage_seconds={**seconds, "evaluate": 9.5}, result={"evaluate": EVALUATED})
-    states = [job("preparing", stage="encode"), job("running", stage="train", stage_seconds={"encode": 4.0}), done]
+    states = [
+        job("preparing", stage="encode"),
+        job("running", stage="train", stage_seconds={"encode": 4.0}),
+        done,
+    ]
     server.single[PATH] = deque(states)
     events = [{"id": "event_1", "level": "info", "message": "encoding", "created_at": 1}]
-    events.append({"id": "event_2", "level": "warning", "message": "one picture is broken [1/80]", "created_at": 2})
+    events.append(
+        {"id": "event_2", "level": "warning", "message": "one picture is broken [1/80]", "created_at": 2}
+    )
     server.items |= {f"{PATH}/events": events, f"{PATH}/metrics": [*encode_rows(40, 80), *train_rows(1, 40)]}
     return server
 
@@ -114,7 +135,13 @@ def test_watching_shows_events_and_every_stage_and_ends_with_the_job(scripted, c
     text = out.getvalue()
     assert text.count("encoding") == 1
     assert "warning: one picture is broken [1/80]" in text
-    for said in ("80/80 images", "40/40 steps", "loss 0.5000", "implicit accuracy 0.7500", "winner error -0.00100"):
+    for said in (
+        "80/80 images",
+        "40/40 steps",
+        "loss 0.5000",
+        "implicit accuracy 0.7500",
+        "winner error -0.00100",
+    ):
         assert said in text
     assert ("\x1b[" in text) is terminal
 
@@ -134,8 +161,15 @@ def test_a_job_that_is_paused_is_watched_on_until_it_ends(server, client) -> Non
     server.single[PATH] = deque(job(status, stage="train", **asked) for status, asked in states)
     server.items |= {f"{PATH}/events": [], f"{PATH}/metrics": []}
     out = io.StringIO()
-    assert watch(client, "ajob_1", Console(file=out, width=60), poll_s=0.01, line_every_s=60.0).status == "cancelled"
-    said = [line.removeprefix("ajob_1 is ") for line in out.getvalue().splitlines() if line.startswith("ajob_1 is ")]
+    assert (
+        watch(client, "ajob_1", Console(file=out, width=60), poll_s=0.01, line_every_s=60.0).status
+        == "cancelled"
+    )
+    said = [
+        line.removeprefix("ajob_1 is ")
+        for line in out.getvalue().splitlines()
+        if line.startswith("ajob_1 is ")
+    ]
     assert said == ["pausing", "paused", "queued", "running", "cancelled"]
 
 

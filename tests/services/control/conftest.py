@@ -46,14 +46,32 @@ def postgres(tmp_path_factory):
     run = ["runuser", "-u", "postgres", "--"]
     options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=200"
     subprocess.run(
-        [*run, f"{POSTGRES[-1]}/initdb", "-D", folder / "data", "-A", "trust", "-N"], check=True, capture_output=True, cwd="/"
+        [*run, f"{POSTGRES[-1]}/initdb", "-D", folder / "data", "-A", "trust", "-N"],
+        check=True,
+        capture_output=True,
+        cwd="/",
     )
-    start = [*run, f"{POSTGRES[-1]}/pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", options, "start"]
+    start = [
+        *run,
+        f"{POSTGRES[-1]}/pg_ctl",
+        "-D",
+        folder / "data",
+        "-w",
+        "-l",
+        folder / "log",
+        "-o",
+        options,
+        "start",
+    ]
     subprocess.run(start, check=True, capture_output=True, cwd="/")
     try:
         yield f"postgresql://postgres@127.0.0.1:{port}"
     finally:
-        subprocess.run([*run, f"{POSTGRES[-1]}/pg_ctl", "-D", folder / "data", "-m", "immediate", "stop"], check=False, cwd="/")
+        subprocess.run(
+            [*run, f"{POSTGRES[-1]}/pg_ctl", "-D", folder / "data", "-m", "immediate", "stop"],
+            check=False,
+            cwd="/",
+        )
         shutil.rmtree(folder)
 
 
@@ -140,12 +158,18 @@ class Plane:
         return self.post(path, body, status)["error"]
 
     def events(self, job_id: str) -> list[str]:
-        return [event["message"] for event in self.get(f"/v1/alignment/jobs/{job_id}/events?limit=1000")["data"]]
+        return [
+            event["message"] for event in self.get(f"/v1/alignment/jobs/{job_id}/events?limit=1000")["data"]
+        ]
 
     @property
     def dataset(self) -> dict:
         found = self.get("/v1/datasets")["data"]
-        return found[0] if found else self.post("/v1/datasets", {"name": "pairs", "uri": write_pairs(self.root / "pairs")})
+        return (
+            found[0]
+            if found
+            else self.post("/v1/datasets", {"name": "pairs", "uri": write_pairs(self.root / "pairs")})
+        )
 
 
 @pytest.fixture
@@ -212,5 +236,7 @@ def write_pairs(path: Path, rows: list[dict] | None = None, **columns) -> str:
         **columns,
     }
     path.mkdir(exist_ok=True)
-    pq.write_table(pa.table({name: column for name, column in table.items() if column is not None}), path / "0.parquet")
+    pq.write_table(
+        pa.table({name: column for name, column in table.items() if column is not None}), path / "0.parquet"
+    )
     return str(path)

@@ -6,7 +6,15 @@ import shlex
 from collections.abc import Callable
 from typing import Literal
 
-from services.api.records import EncodeResult, EvaluateResult, Interval, LedgerResult, ScorerReport, Stage, TrainResult
+from services.api.records import (
+    EncodeResult,
+    EvaluateResult,
+    Interval,
+    LedgerResult,
+    ScorerReport,
+    Stage,
+    TrainResult,
+)
 from services.api.requests import Strict
 from services.artifacts import checkpoints
 from services.artifacts.checkpoints import CheckpointRecord, ReaderPosition
@@ -14,12 +22,25 @@ from services.control.launcher import RunState
 from services.control.stages import ENTRY_MODULES
 from services.errors import Unavailable
 from services.stages.journal import Journal
-from services.stages.specs import EncodeSpec, EvaluateSpec, LedgerSpec, StageFailure, StageSpec, StageStopped, TrainSpec
+from services.stages.specs import (
+    EncodeSpec,
+    EvaluateSpec,
+    LedgerSpec,
+    StageFailure,
+    StageSpec,
+    StageStopped,
+    TrainSpec,
+)
 from services.storage import files
 
 Play = Callable[[StageSpec], RunState]
 STAGE_OF = {module: stage for stage, module in ENTRY_MODULES.items()}
-SPECS: dict[Stage, type[StageSpec]] = {"encode": EncodeSpec, "ledger": LedgerSpec, "train": TrainSpec, "evaluate": EvaluateSpec}
+SPECS: dict[Stage, type[StageSpec]] = {
+    "encode": EncodeSpec,
+    "ledger": LedgerSpec,
+    "train": TrainSpec,
+    "evaluate": EvaluateSpec,
+}
 
 
 class FakeLauncher:
@@ -27,7 +48,13 @@ class FakeLauncher:
     runs that go on when they are stopped. Others leave the marker that the frame around every stage leaves."""
 
     def __init__(self, **plays: Play) -> None:
-        self.plays: dict[Stage, Play] = {"encode": encode, "ledger": ledger, "train": train, "evaluate": evaluate, **plays}
+        self.plays: dict[Stage, Play] = {
+            "encode": encode,
+            "ledger": ledger,
+            "train": train,
+            "evaluate": evaluate,
+            **plays,
+        }
         self.states: dict[str, RunState] = {}
         self.submitted: list[str] = []
         self.stopped: list[str] = []
@@ -76,7 +103,12 @@ class FakeLauncher:
 def encode(spec) -> RunState:
     """Does what the encode stage leaves in storage."""
     journal(spec, 3)
-    return done(spec, EncodeResult(dataset=f"{spec.output}/key", digest="d1", counts={"pairs": 8}, reused=False, seconds=0.5))
+    return done(
+        spec,
+        EncodeResult(
+            dataset=f"{spec.output}/key", digest="d1", counts={"pairs": 8}, reused=False, seconds=0.5
+        ),
+    )
 
 
 def ledger(spec) -> RunState:
@@ -88,10 +120,18 @@ def ledger(spec) -> RunState:
 def train(spec) -> RunState:
     journal(spec, 5)
     files.write_bytes(files.join(spec.output, "model_index.json"), b"{}")
-    files.write_json(files.join(spec.output, "scheduler", "scheduler_config.json"), {"num_train_timesteps": 1000})
+    files.write_json(
+        files.join(spec.output, "scheduler", "scheduler_config.json"), {"num_train_timesteps": 1000}
+    )
     lineage = {"job": spec.job, "dataset": "d1", "base": spec.model.digest}
     model = spec.model.model_copy(
-        update={"id": spec.model_id, "name": spec.name, "uri": spec.output, "digest": "d2", "lineage": lineage}
+        update={
+            "id": spec.model_id,
+            "name": spec.name,
+            "uri": spec.output,
+            "digest": "d2",
+            "lineage": lineage,
+        }
     )
     return done(spec, TrainResult(model=model, step=5, metrics={"loss": 0.5}, seconds=1))
 
@@ -99,9 +139,16 @@ def train(spec) -> RunState:
 def evaluate(spec) -> RunState:
     journal(spec, 1)
     half = Interval(value=0.5, low=0.4, high=0.6)
-    scores = {name: ScorerReport(base=0.1, candidate=0.2, difference=half, beat_ratio=half) for name in spec.evaluation.scorers}
+    scores = {
+        name: ScorerReport(base=0.1, candidate=0.2, difference=half, beat_ratio=half)
+        for name in spec.evaluation.scorers
+    }
     report = EvaluateResult(
-        report=f"{spec.output}/report.json", grid=f"{spec.output}/grid.png", num_prompts=2, scores=scores, seconds=0.1
+        report=f"{spec.output}/report.json",
+        grid=f"{spec.output}/grid.png",
+        num_prompts=2,
+        scores=scores,
+        seconds=0.1,
     )
     return done(spec, report)
 

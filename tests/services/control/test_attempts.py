@@ -45,7 +45,9 @@ def test_a_driver_that_dies_without_a_marker_is_started_again_and_the_job_succee
     plane.settle(40)
     ended = plane.get(f"{JOBS}/{job}")
     assert (ended["status"], ended["reason"]) == ("succeeded", None)
-    assert plane.launcher.submitted == [f"{job}-{run}" for run in ("encode-a1", "encode-a2", "train-a1", "evaluate-a1")]
+    assert plane.launcher.submitted == [
+        f"{job}-{run}" for run in ("encode-a1", "encode-a2", "train-a1", "evaluate-a1")
+    ]
     assert f"{job}-encode-a1" in plane.launcher.stopped, "Ray may call a driver failed that lives"
     said = plane.get(f"{JOBS}/{job}/events?limit=1000")["data"]
     warned = [event["message"] for event in said if event["level"] == "warning"]
@@ -141,7 +143,12 @@ def test_training_that_comes_further_each_time_is_started_again_as_often_as_it_t
     for number in range(1, 6):
         fails_at(plane, job, number, 10 * number)
         row = row_of(plane, job)
-        assert (row.status, row.attempt, row.restarts, row.restart_step) == ("running", number + 1, 1, 10 * number)
+        assert (row.status, row.attempt, row.restarts, row.restart_step) == (
+            "running",
+            number + 1,
+            1,
+            10 * number,
+        )
     fails_at(plane, job, 6, None)
     ended = plane.get(f"{JOBS}/{job}")
     assert (ended["status"], ended["reason"]["code"]) == ("failed", "unavailable")
@@ -224,7 +231,9 @@ def test_the_journal_of_every_attempt_is_read(plane):
     job = plane.job()["id"]
     plane.settle(60)
     said = [text for text in plane.events(job) if text.startswith("step")]
-    assert said[3:-1] == [f"step {number}" for number in (1, 2, 3, 1, 2, 3, 4, 5)], "those of training, between the others"
+    assert said[3:-1] == [f"step {number}" for number in (1, 2, 3, 1, 2, 3, 4, 5)], (
+        "those of training, between the others"
+    )
     rows = plane.get(f"{JOBS}/{job}/metrics?stage=train")["data"]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
 

@@ -15,40 +15,84 @@ from tests.services.control.conftest import make_plane, write_base, write_pairs
 JOBS = "/v1/alignment/jobs"
 TABLE = [
     ({"objective": {"beta": -1}}, "objective.beta", "objective.beta: Input should be greater than 0, got -1"),
-    ({"objective": {"beta": "1"}}, "objective.beta", 'objective.beta: Input should be a valid number, got "1"'),
-    ({"objective": {"beta": True}}, "objective.beta", "objective.beta: Input should be a valid number, got true"),
-    ({"objective": {"beta": float("nan")}}, "objective.beta", "objective.beta: Input should be a finite number, got NaN"),
-    ({"objective": {"beta": float("inf")}}, "objective.beta", "objective.beta: Input should be a finite number, got Infinity"),
+    (
+        {"objective": {"beta": "1"}},
+        "objective.beta",
+        'objective.beta: Input should be a valid number, got "1"',
+    ),
+    (
+        {"objective": {"beta": True}},
+        "objective.beta",
+        "objective.beta: Input should be a valid number, got true",
+    ),
+    (
+        {"objective": {"beta": float("nan")}},
+        "objective.beta",
+        "objective.beta: Input should be a finite number, got NaN",
+    ),
+    (
+        {"objective": {"beta": float("inf")}},
+        "objective.beta",
+        "objective.beta: Input should be a finite number, got Infinity",
+    ),
     ({"objective": {"bta": 1}}, "objective.bta", "objective.bta: Unexpected keyword argument, got 1"),
     (
         {"objective": {"method": "dpo"}},
         "objective.method",
         "objective.method: Input should be 'dde', 'dde_single', 'dde_step',",
     ),
-    ({"objective": {"gamma": 1.5}}, "objective.gamma", "objective.gamma: Input should be less than or equal to 1, got 1.5"),
-    ({"objective": {"reduction": "sum"}}, "objective.reduction", "objective.reduction: Input should be 'mean', got \"sum\""),
+    (
+        {"objective": {"gamma": 1.5}},
+        "objective.gamma",
+        "objective.gamma: Input should be less than or equal to 1, got 1.5",
+    ),
+    (
+        {"objective": {"reduction": "sum"}},
+        "objective.reduction",
+        "objective.reduction: Input should be 'mean', got \"sum\"",
+    ),
     (
         {"objective": {"t_min": 1001}},
         "objective.t_min",
         "objective.t_min: must be at most the 1000 timesteps of shapes, got 1001",
     ),
-    ({"objective": {"t_min": 9, "t_max": 3}}, "objective.t_max", "objective.t_max: must be 0 or at least t_min = 9, got 3"),
+    (
+        {"objective": {"t_min": 9, "t_max": 3}},
+        "objective.t_max",
+        "objective.t_max: must be 0 or at least t_min = 9, got 3",
+    ),
     ({"objective": 3}, "objective", "objective: Input should be an object, got 3"),
     ({"training": {"steps": 0}}, "training.steps", "training.steps: Input should be greater than 0, got 0"),
-    ({"training": {"steps": 1.5}}, "training.steps", "training.steps: Input should be a valid integer, got 1.5"),
-    ({"training": {"lora": {"rank": 0}}}, "training.lora.rank", "training.lora.rank: Input should be greater than 0, got 0"),
+    (
+        {"training": {"steps": 1.5}},
+        "training.steps",
+        "training.steps: Input should be a valid integer, got 1.5",
+    ),
+    (
+        {"training": {"lora": {"rank": 0}}},
+        "training.lora.rank",
+        "training.lora.rank: Input should be greater than 0, got 0",
+    ),
     (
         {"training": {"batch_size": 4, "lora": {"targets": ["to_q", "norm1"]}}},
         "training.lora.targets",
         "training.lora.targets: matches no linear or convolution layer of shapes's U-Net, got 'norm1'",
     ),
-    ({"training": {"lora": {"targets": []}}}, "training.lora.targets", "training.lora.targets: must name at least one module"),
+    (
+        {"training": {"lora": {"targets": []}}},
+        "training.lora.targets",
+        "training.lora.targets: must name at least one module",
+    ),
     (
         {"training": {"batch_size": 4, "held_out_pairs": 5}},
         "training.held_out_pairs",
         "training.held_out_pairs: must leave training.batch_size = 4 of the 8 pairs, got 5",
     ),
-    ({"training": {"precision": "fp16"}}, "training.precision", "training.precision: Input should be 'fp32' or 'bf16'"),
+    (
+        {"training": {"precision": "fp16"}},
+        "training.precision",
+        "training.precision: Input should be 'fp32' or 'bf16'",
+    ),
     *(
         (
             {"workers": workers},
@@ -69,7 +113,10 @@ TABLE = [
     ({"workers": [1, 9]}, "workers", "workers: must be at most training.batch_size, got [1, 9]"),
     *(
         (
-            {"training": {"batch_size": 4, "parallelism": "fsdp", "optimizer": "adamw_8bit"}, "workers": workers},
+            {
+                "training": {"batch_size": 4, "parallelism": "fsdp", "optimizer": "adamw_8bit"},
+                "workers": workers,
+            },
             "training.optimizer",
             'training.optimizer: does not go with training.parallelism "fsdp" where workers may be 4, got "adamw_8bit"',
         )
@@ -81,11 +128,19 @@ TABLE = [
     ({"modle": "x"}, "modle", 'modle: Extra inputs are not permitted, got "x"'),
     ({"model": None}, "model", "model: Input should be a valid string, got null"),
     ({"metadata": {"a": 1}}, "metadata.a", "metadata.a: Input should be a valid string, got 1"),
-    ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "metadata: Dictionary should have at most 16 items"),
+    (
+        {"metadata": {str(i): "" for i in range(17)}},
+        "metadata",
+        "metadata: Dictionary should have at most 16 items",
+    ),
     ({"metadata": {"a": "x" * 513}}, "metadata.a", "metadata.a: String should have at most 512 characters"),
     ({"metadata": {"a": "\0"}}, "metadata.a", "metadata.a: String should match pattern"),
     ({"evaluation": {}}, "evaluation.prompts_uri", "evaluation.prompts_uri: Field required"),
-    ({"training": {"batch_size": 9}}, "training.batch_size", "training.batch_size: must be at most the 8 pairs of dataset ds_"),
+    (
+        {"training": {"batch_size": 9}},
+        "training.batch_size",
+        "training.batch_size: must be at most the 8 pairs of dataset ds_",
+    ),
 ]
 
 
@@ -108,7 +163,9 @@ def refused(plane, path: str, body, status: int, param: str | None, message: str
     return error
 
 
-@pytest.mark.parametrize(("overrides", "param", "message"), TABLE, ids=[message[:48] for _, _, message in TABLE])
+@pytest.mark.parametrize(
+    ("overrides", "param", "message"), TABLE, ids=[message[:48] for _, _, message in TABLE]
+)
 def test_a_job_is_refused_by_field_and_value(steady, overrides, param, message):
     refused(steady, JOBS, steady.job_body(**overrides), 400, param, message)
     assert steady.get(JOBS)["data"] == []
@@ -130,7 +187,14 @@ def test_a_body_that_is_no_json_object_is_refused(steady, raw, message):
 
 
 def test_a_body_beyond_the_limit_is_refused_with_413_declared_or_not(steady):
-    refused(steady, JOBS, b" " * (BODY_BYTES + 1), 413, None, f"the request body is longer than {BODY_BYTES} bytes")
+    refused(
+        steady,
+        JOBS,
+        b" " * (BODY_BYTES + 1),
+        413,
+        None,
+        f"the request body is longer than {BODY_BYTES} bytes",
+    )
     chunks = (b" " * 65536 for _ in range(BODY_BYTES // 65536 + 1))
     answer = steady.http.post(JOBS, content=chunks)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
@@ -151,7 +215,12 @@ def test_a_long_value_is_shortened_in_the_message(steady):
 @pytest.mark.parametrize("model", ["nobody", "model_" + "0" * 24, "a/b", "\0", "ds_" + "0" * 24])
 def test_an_unknown_model_is_a_404_that_names_it(steady, model):
     error = refused(
-        steady, JOBS, steady.job_body(model=model), 404, "model", f"model: model {json.dumps(model)} does not exist"
+        steady,
+        JOBS,
+        steady.job_body(model=model),
+        404,
+        "model",
+        f"model: model {json.dumps(model)} does not exist",
     )
     assert error["code"] == "model_not_found"
 
@@ -159,20 +228,29 @@ def test_an_unknown_model_is_a_404_that_names_it(steady, model):
 @pytest.mark.parametrize("dataset", ["nothing", "ds_" + "0" * 24, "\0"])
 def test_an_unknown_dataset_is_a_404_that_names_it(steady, dataset):
     message = f"dataset: dataset {json.dumps(dataset)} does not exist"
-    assert refused(steady, JOBS, steady.job_body(dataset=dataset), 404, "dataset", message)["code"] == "dataset_not_found"
+    assert (
+        refused(steady, JOBS, steady.job_body(dataset=dataset), 404, "dataset", message)["code"]
+        == "dataset_not_found"
+    )
 
 
 @pytest.mark.parametrize(("prefix", "path"), [("evaluation.", JOBS), ("", "/v1/evaluations")])
 def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(steady, prefix, path):
     def post(message, **config):
-        body = steady.job_body(evaluation=config) if prefix else {"model": "shapes", "base": "shapes", **config}
+        body = (
+            steady.job_body(evaluation=config) if prefix else {"model": "shapes", "base": "shapes", **config}
+        )
         refused(steady, path, body, 400, f"{prefix}{next(iter(config))}", message)
 
     (steady.root / "binary").write_bytes(b"\xff\xfe\xfd")
     for uri in (steady.root / "nowhere.txt", steady.root, "gopher://x/y", steady.root / "binary"):
         post(f"{prefix}prompts_uri: cannot be read, got '{uri}'", prompts_uri=str(uri))
     uri = str(steady.root / "prompts.txt")
-    post(f"{prefix}prompts_uri: '{uri}' holds 3 prompts, {prefix}num_prompts asks for 4", prompts_uri=uri, num_prompts=4)
+    post(
+        f"{prefix}prompts_uri: '{uri}' holds 3 prompts, {prefix}num_prompts asks for 4",
+        prompts_uri=uri,
+        num_prompts=4,
+    )
     (steady.root / "other.txt").write_text("a red cross\na plaid sphere\n")
     other = {"prompts_uri": str(steady.root / "other.txt"), "num_prompts": 2}
     post(f"{prefix}scorers: caption 'a plaid sphere' is not a sentence", scorers=["match"], **other)
@@ -185,9 +263,19 @@ VALIDATION = [
     ({"every": 0}, {}, "every", "Input should be greater than 0, got 0"),
     ({"every": 60}, {}, "every", "must be a multiple of training.checkpoint_every = 50, got 60"),
     ({"every": 150}, {}, "every", "must be at most training.steps = 100, got 150"),
-    ({"num_prompts": 0}, {}, "num_prompts", "must be above 0 where training.held_out_pairs is 0: nothing is measured, got 0"),
+    (
+        {"num_prompts": 0},
+        {},
+        "num_prompts",
+        "must be above 0 where training.held_out_pairs is 0: nothing is measured, got 0",
+    ),
     ({"num_prompts": 257}, {}, "num_prompts", "Input should be less than or equal to 256, got 257"),
-    ({"best_metric": "loss"}, {}, "best_metric", "Input should be 'held_out_accuracy', 'held_out_margin', 'match'"),
+    (
+        {"best_metric": "loss"},
+        {},
+        "best_metric",
+        "Input should be 'held_out_accuracy', 'held_out_margin', 'match'",
+    ),
     (
         {"best_metric": "held_out_accuracy"},
         {},
@@ -219,7 +307,12 @@ VALIDATION = [
         "num_prompts",
         "'{root}/prompts.txt' holds 3 prompts, evaluation.num_prompts takes 2 and validation.num_prompts asks for 2",
     ),
-    ({"prompts_uri": "{root}/other.txt", "num_prompts": 2}, {}, "prompts_uri", "caption 'a plaid sphere' is not a sentence"),
+    (
+        {"prompts_uri": "{root}/other.txt", "num_prompts": 2},
+        {},
+        "prompts_uri",
+        "caption 'a plaid sphere' is not a sentence",
+    ),
     ({"evry": 50}, {}, "evry", "Extra inputs are not permitted, got 50"),
 ]
 
@@ -227,23 +320,43 @@ VALIDATION = [
 @pytest.mark.parametrize(
     ("validation", "other", "field", "message"), VALIDATION, ids=[message[:48] for *_, message in VALIDATION]
 )
-def test_a_validation_that_could_not_work_is_refused_before_anything_runs(steady, validation, other, field, message):
+def test_a_validation_that_could_not_work_is_refused_before_anything_runs(
+    steady, validation, other, field, message
+):
     root = str(steady.root)
     (steady.root / "other.txt").write_text("a red cross\na plaid sphere\n")
     asked = {"every": 50, "num_prompts": 1} | validation
     if "prompts_uri" in asked:
         asked["prompts_uri"] = asked["prompts_uri"].format(root=root)
     training = {"steps": 100, "batch_size": 4, "held_out_pairs": other.get("held_out_pairs", 0)}
-    evaluation = {"prompts_uri": f"{root}/prompts.txt", "num_prompts": 2, "scorers": other.get("scorers", ["match", "taste"])}
+    evaluation = {
+        "prompts_uri": f"{root}/prompts.txt",
+        "num_prompts": 2,
+        "scorers": other.get("scorers", ["match", "taste"]),
+    }
     body = steady.job_body(validation=asked, training=training, evaluation=evaluation)
-    refused(steady, JOBS, body, 400, f"validation.{field}", f"validation.{field}: {message.format(root=root)}")
+    refused(
+        steady, JOBS, body, 400, f"validation.{field}", f"validation.{field}: {message.format(root=root)}"
+    )
     assert steady.get(JOBS)["data"] == []
 
 
 def test_an_evaluation_of_an_unknown_model_or_base_names_which(steady):
-    body = {"model": "shapes", "base": "shapes", "prompts_uri": str(steady.root / "prompts.txt"), "num_prompts": 2}
+    body = {
+        "model": "shapes",
+        "base": "shapes",
+        "prompts_uri": str(steady.root / "prompts.txt"),
+        "num_prompts": 2,
+    }
     for param in ("model", "base"):
-        refused(steady, "/v1/evaluations", body | {param: "nobody"}, 404, param, f'{param}: model "nobody" does not exist')
+        refused(
+            steady,
+            "/v1/evaluations",
+            body | {param: "nobody"},
+            404,
+            param,
+            f'{param}: model "nobody" does not exist',
+        )
 
 
 # ---- datasets
@@ -259,7 +372,9 @@ def test_datasets_that_are_not_there_or_not_parquet_are_refused(steady):
     post(steady.root / "empty", f"uri '{steady.root}/empty' holds no .parquet file")
     post(steady.root / "text.parquet", f"uri '{steady.root}/text.parquet' is not a Parquet file")
     post("gopher://x", "uri 'gopher://x' cannot be opened")
-    refused(steady, "/v1/datasets", {"name": "d", "uri": "a\0b"}, 400, "uri", "uri: String should match pattern")
+    refused(
+        steady, "/v1/datasets", {"name": "d", "uri": "a\0b"}, 400, "uri", "uri: String should match pattern"
+    )
 
 
 def test_a_parquet_file_that_breaks_half_way_is_refused(steady):
@@ -282,7 +397,9 @@ def test_missing_columns_are_all_named_and_wrong_types_too(steady):
 
 def test_a_job_on_more_bad_rows_than_it_allows_is_refused_before_anything_is_spent(steady):
     captions = pa.array(["a\0b", "", *["a red circle"] * 8])
-    dataset = steady.post("/v1/datasets", {"name": "bad", "uri": write_pairs(steady.root / "bad", caption=captions)})
+    dataset = steady.post(
+        "/v1/datasets", {"name": "bad", "uri": write_pairs(steady.root / "bad", caption=captions)}
+    )
     body = steady.job_body(dataset=dataset["id"])
     message = "2 of 10 rows are bad (caption_missing 1, caption_null_byte 1): more than data.max_bad_fraction = 0.01 allows"
     refused(steady, "/v1/alignment/jobs", body, 400, "data.max_bad_fraction", message)
@@ -296,14 +413,29 @@ def test_columns_that_cannot_be_mapped_are_refused(steady, path):
         refused(steady, path, {"uri": uri, "columns": columns, **name}, 400, param, message)
 
     uri = write_pairs(steady.root / "mapped")
-    post({"caption": "prompt"}, "columns", f"columns.caption: uri '{uri}' has no column 'prompt'; found: jpg_0, jpg_1")
-    post({"capption": "caption"}, "columns.capption.[key]", "columns.capption.[key]: Input should be 'caption', 'jpg_0'")
+    post(
+        {"caption": "prompt"},
+        "columns",
+        f"columns.caption: uri '{uri}' has no column 'prompt'; found: jpg_0, jpg_1",
+    )
+    post(
+        {"capption": "caption"},
+        "columns.capption.[key]",
+        "columns.capption.[key]: Input should be 'caption', 'jpg_0'",
+    )
     post({"caption": 3}, "columns.caption", "columns.caption: Input should be a valid string, got 3")
 
 
 def test_what_cannot_be_registered_cannot_be_validated_either(steady):
     refused(steady, "/v1/datasets/validate", {"uri": str(steady.root / "nowhere")}, 400, "uri", "uri '")
-    refused(steady, "/v1/datasets/validate", {"uri": "a", "name": "d"}, 400, "name", "name: Extra inputs are not permitted")
+    refused(
+        steady,
+        "/v1/datasets/validate",
+        {"uri": "a", "name": "d"},
+        400,
+        "name",
+        "name: Extra inputs are not permitted",
+    )
     refused(steady, "/v1/datasets/validate", {}, 400, "uri", "uri: Field required")
 
 
@@ -338,20 +470,40 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     post("uri", message, uri=str(other_kind))
     scheduler = plane.root / "base" / "scheduler" / "scheduler_config.json"
     scheduler.write_text('{"num_train_timesteps": 1000, "prediction_type": "flow_prediction"}')
-    post("uri", f"uri '{base}' cannot be aligned: prediction_type must be one of epsilon, v_prediction, got 'flow_p")
+    post(
+        "uri",
+        f"uri '{base}' cannot be aligned: prediction_type must be one of epsilon, v_prediction, got 'flow_p",
+    )
     scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}')
-    post("uri", f"uri '{base}' cannot be aligned: _class_name is of flow matching, which is not supported yet, got 'FlowMatch")
-    cosine = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.1, "beta_end": 0.2}
+    post(
+        "uri",
+        f"uri '{base}' cannot be aligned: _class_name is of flow matching, which is not supported yet, got 'FlowMatch",
+    )
+    cosine = {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "squaredcos_cap_v2",
+        "beta_start": 0.1,
+        "beta_end": 0.2,
+    }
     scheduler.write_text(json.dumps(cosine))
-    post("uri", f"uri '{base}' cannot be aligned: beta_schedule must be one of scaled_linear, linear, got 'squaredcos")
+    post(
+        "uri",
+        f"uri '{base}' cannot be aligned: beta_schedule must be one of scaled_linear, linear, got 'squaredcos",
+    )
     scheduler.write_text("{}")
-    post("uri", f"uri '{base}' cannot be aligned: num_train_timesteps must be in the scheduler's config, got None")
+    post(
+        "uri",
+        f"uri '{base}' cannot be aligned: num_train_timesteps must be in the scheduler's config, got None",
+    )
     write_base(plane.root / "base")
     unet = plane.root / "base" / "unet"
     (unet / "config.json").write_text('{"in_channels": 9}')
     post("uri", f"uri '{base}' cannot be aligned: unet.in_channels must be out_channels = 4")
     (unet / "config.json").write_text('{"addition_embed_type": "text_time"}')
-    post("uri", f"uri '{base}' cannot be aligned: unet.addition_embed_type must be None in a sd15 model, got 'text_time'")
+    post(
+        "uri",
+        f"uri '{base}' cannot be aligned: unet.addition_embed_type must be None in a sd15 model, got 'text_time'",
+    )
     (unet / "model.safetensors").rename(unet / "model.fp16.safetensors")
     post("uri", f"uri '{base}' lacks unet/*.safetensors")
     (unet / "model.fp16.safetensors").unlink()
@@ -370,7 +522,13 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/datasets/x", "/v1/models/ds_" + "0" * 24, JOBS + "/%00", JOBS + "/ajob_" + "0" * 24 + "/events", "/v1/evaluations/x"],
+    [
+        "/v1/datasets/x",
+        "/v1/models/ds_" + "0" * 24,
+        JOBS + "/%00",
+        JOBS + "/ajob_" + "0" * 24 + "/events",
+        "/v1/evaluations/x",
+    ],
 )
 def test_an_id_that_is_not_there_is_a_404(steady, path):
     assert steady.get(path, 404)["error"]["code"].endswith("_not_found")

@@ -49,8 +49,14 @@ def test_a_trained_job_has_the_record_that_its_training_wrote(plane, job):
 
 def test_before_training_is_done_there_is_none(plane, job):
     error = refusal(plane, job)
-    assert (error["param"], error["code"], error["type"]) == ("id", "credit_not_found", "invalid_request_error")
-    assert error["message"] == (f"job {job} has no credit record: it is written when training is done; the job is validating")
+    assert (error["param"], error["code"], error["type"]) == (
+        "id",
+        "credit_not_found",
+        "invalid_request_error",
+    )
+    assert error["message"] == (
+        f"job {job} has no credit record: it is written when training is done; the job is validating"
+    )
     plane.launcher.plays["train"] = fakes.fails
     plane.settle()
     assert refusal(plane, job)["message"].endswith("when training is done; the job is failed")
@@ -70,7 +76,12 @@ def test_a_model_without_one_and_a_deleted_model_are_said(plane, job):
 
 
 def test_an_evaluation_has_none_and_an_unknown_job_is_named(plane):
-    asked = {"model": "shapes", "base": "shapes", "prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2}
+    asked = {
+        "model": "shapes",
+        "base": "shapes",
+        "prompts_uri": str(plane.root / "prompts.txt"),
+        "num_prompts": 2,
+    }
     evaluation = plane.post("/v1/evaluations", asked)["id"]
     unknown = "ajob_" + "0" * 24
     for job_id in (evaluation, unknown, "x"):
@@ -81,6 +92,8 @@ def test_an_evaluation_has_none_and_an_unknown_job_is_named(plane):
 
 def test_the_openapi_document_promises_the_record(plane):
     document = plane.http.app.openapi()
-    answer = document["paths"][JOBS + "/{job_id}/credit"]["get"]["responses"]["200"]["content"]["application/json"]
+    answer = document["paths"][JOBS + "/{job_id}/credit"]["get"]["responses"]["200"]["content"][
+        "application/json"
+    ]
     assert answer["schema"] == {"$ref": "#/components/schemas/CreditRecord"}
     assert document["components"]["schemas"]["ObjectiveConfig"]["properties"]["beta"]["exclusiveMinimum"] == 0

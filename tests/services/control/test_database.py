@@ -16,7 +16,15 @@ from sqlalchemy import inspect, select
 
 from services.control.database import MIGRATIONS, Database
 from services.control.tables import Base, Dataset
-from services.control.transitions import STAGE_STATUS, STAGES, TRANSITIONS, UNFINISHED, IllegalTransition, check, next_stage
+from services.control.transitions import (
+    STAGE_STATUS,
+    STAGES,
+    TRANSITIONS,
+    UNFINISHED,
+    IllegalTransition,
+    check,
+    next_stage,
+)
 
 
 @pytest.fixture
@@ -30,7 +38,9 @@ def test_the_migrations_make_the_tables_that_the_code_declares(database):
     database.migrate()
     database.migrate()
     with database.engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        context = MigrationContext.configure(
+            connection, opts={"compare_type": True, "compare_server_default": True}
+        )
         assert compare_metadata(context, Base.metadata) == []
         assert set(inspect(connection).get_table_names()) == {*Base.metadata.tables, "alembic_version"}
 
@@ -91,7 +101,11 @@ def test_writers_at_once_wait_for_one_another(database):
         for i in range(5):
             with database.write(alone=True) as session:
                 seen = len(session.scalars(select(Dataset.seq)).all())
-                session.add(Dataset(id=f"ds_{number}_{i}", created_at=0.0, name=str(seen), uri="u", digest="x", counts={}))
+                session.add(
+                    Dataset(
+                        id=f"ds_{number}_{i}", created_at=0.0, name=str(seen), uri="u", digest="x", counts={}
+                    )
+                )
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     for thread in threads:

@@ -99,7 +99,12 @@ def test_a_server_error_is_no_answer_about_the_run(ray_url):
 
 def test_a_silent_or_absent_ray_is_unavailable_and_tried_again_afresh(ray_url, monkeypatch):
     ray = RayJobsLauncher("http://127.0.0.1:1")
-    for call in (lambda: ray.state("j"), lambda: ray.submit("j", "x", {}), lambda: ray.stop("j"), lambda: ray.log_tail("j")):
+    for call in (
+        lambda: ray.state("j"),
+        lambda: ray.submit("j", "x", {}),
+        lambda: ray.stop("j"),
+        lambda: ray.log_tail("j"),
+    ):
         with pytest.raises(Unavailable, match=r"http://127\.0\.0\.1:1"):
             call()
     ray._url = ray_url

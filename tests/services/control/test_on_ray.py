@@ -24,13 +24,20 @@ def request_of(client: Client, pairs_file) -> Callable[[int], AlignmentJobCreate
     """A job that trains for so many steps."""
     base = client.create_model("paused-base", MODEL_DIR.as_uri()).name
     dataset = client.create_dataset("paused-pairs", pairs_file.as_uri()).id
-    evaluation = EvaluationConfig(prompts_uri=PROMPTS_FILE.as_uri(), num_prompts=4, sample=SampleConfig(steps=2))
+    evaluation = EvaluationConfig(
+        prompts_uri=PROMPTS_FILE.as_uri(), num_prompts=4, sample=SampleConfig(steps=2)
+    )
 
     def request(steps: int) -> AlignmentJobCreate:
         training = TrainConfig(steps=steps, batch_size=16, learning_rate=1e-4, checkpoint_every=1000)
         objective = ObjectiveConfig(beta=2000.0, calibration_bins=50)
         return AlignmentJobCreate(
-            model=base, dataset=dataset, objective=objective, training=training, workers=2, evaluation=evaluation
+            model=base,
+            dataset=dataset,
+            objective=objective,
+            training=training,
+            workers=2,
+            evaluation=evaluation,
         )
 
     return request
@@ -67,7 +74,9 @@ def test_a_paused_training_frees_its_workers_keeps_its_step_and_goes_on_from_it(
     print(f"pause: job paused after {paused - asked:.1f} s, {freed}")
     (kept,) = client.checkpoints(job)
     assert 0 < kept.step < 60
-    assert kept.step == max(row.step for row in client.metrics(job, "train")), "the step at which it was paused"
+    assert kept.step == max(row.step for row in client.metrics(job, "train")), (
+        "the step at which it was paused"
+    )
     client.resume_job(job)
     ended = client.wait(job, timeout_s=300)
     assert ended.status == "succeeded", ended.reason
@@ -85,12 +94,16 @@ def test_a_paused_training_frees_its_workers_keeps_its_step_and_goes_on_from_it(
 
 def test_a_cancelled_training_frees_its_workers_and_leaves_its_last_checkpoint(client, system, request_of):
     request = request_of(100_000)
-    often = request.model_copy(update={"training": TrainConfig(steps=100_000, batch_size=16, checkpoint_every=2)})
+    often = request.model_copy(
+        update={"training": TrainConfig(steps=100_000, batch_size=16, checkpoint_every=2)}
+    )
     job = client.create_job(often).id
     wait_for(lambda: list(client.checkpoints(job)))
     asked = time.monotonic()
     client.cancel_job(job)
     wait_for(lambda: client.job(job).status == "cancelled" and not workers(system), WORKERS_ARE_FREE_WITHIN_S)
     seconds = time.monotonic() - asked
-    print(f"cancel: job cancelled and workers gone after {seconds:.1f} s (limit {WORKERS_ARE_FREE_WITHIN_S:g})")
+    print(
+        f"cancel: job cancelled and workers gone after {seconds:.1f} s (limit {WORKERS_ARE_FREE_WITHIN_S:g})"
+    )
     assert [kept.bytes > 0 for kept in client.checkpoints(job)]

@@ -51,12 +51,19 @@ def test_training_is_asked_to_store_its_state_and_goes_on_in_the_same_run(any_pl
     plane.settle(10)
     assert asked_to_stop(plane, first)
     assert files.read_json(f"{plane.launcher.specs[first].prefix}/stop.json") == {"why": "pause"}
-    assert (status(plane, job), plane.launcher.stopped) == ("running", []), "it is given the time that its step takes"
+    assert (status(plane, job), plane.launcher.stopped) == ("running", []), (
+        "it is given the time that its step takes"
+    )
 
     plane.launcher.leave(first, 7)
     plane.settle(10)
     rests = plane.get(f"{JOBS}/{job}")
-    assert (rests["status"], rests["stage"], rests["reason"], rests["finished_at"]) == ("paused", "train", None, None)
+    assert (rests["status"], rests["stage"], rests["reason"], rests["finished_at"]) == (
+        "paused",
+        "train",
+        None,
+        None,
+    )
     plane.settle(10)
     assert plane.launcher.submitted[-1] == first, "a paused job stays as it is"
 
@@ -102,7 +109,9 @@ def test_a_job_that_waits_is_paused_at_once_and_takes_its_turn_later(plane):
     assert (status(plane, second), plane.get(f"{JOBS}/{second}")["stage"]) == ("paused", None)
     ask(plane, "cancel", first)
     plane.settle()
-    assert [status(plane, job) for job in (second, third)] == ["paused", "preparing"], "a paused job holds up nobody"
+    assert [status(plane, job) for job in (second, third)] == ["paused", "preparing"], (
+        "a paused job holds up nobody"
+    )
     ask(plane, "resume", second)
     plane.settle()
     assert status(plane, second) == "queued"
@@ -143,7 +152,11 @@ def test_a_failure_while_a_pause_is_awaited_fails_the_job(plane):
     fakes.fails(plane.launcher.specs[f"{job}-train-a1"])
     plane.settle(5)
     ended = plane.get(f"{JOBS}/{job}")
-    assert (ended["status"], ended["reason"]["code"], ended["pause_requested_at"]) == ("failed", "ConfigError", None)
+    assert (ended["status"], ended["reason"]["code"], ended["pause_requested_at"]) == (
+        "failed",
+        "ConfigError",
+        None,
+    )
 
 
 def test_training_whose_driver_dies_while_it_stops_is_paused_after_the_grace(plane):
@@ -195,7 +208,9 @@ def test_training_that_hangs_is_ended_after_a_while_and_its_end_is_waited_for(pl
     plane.settle(8)
     assert status(plane, job) == "paused"
     said = plane.get(f"{JOBS}/{job}/events?limit=1000")["data"]
-    ended = r"stage train has not stopped 30\d s after it was asked to, and is ended: what it stored last stands"
+    ended = (
+        r"stage train has not stopped 30\d s after it was asked to, and is ended: what it stored last stands"
+    )
     lives = "Ray did not say that the run has ended; it may go on"
     warnings = [event["message"] for event in said if event["level"] == "warning"]
     assert re.fullmatch(ended, warnings[0])

@@ -17,13 +17,13 @@ BARE = {"PATH": os.environ["PATH"]}
 
 
 def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=BARE, timeout=60, **kwargs)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=BARE, timeout=60, **kwargs
+    )
 
 
 def test_the_control_plane_imports_neither_torch_nor_ray():
-    code = (
-        "import sys, services.control.app, services.control.__main__; print([m for m in ('torch', 'ray') if m in sys.modules])"
-    )
+    code = "import sys, services.control.app, services.control.__main__; print([m for m in ('torch', 'ray') if m in sys.modules])"
     assert run("-c", code).stdout.strip() == "[]"
 
 
@@ -33,7 +33,9 @@ def test_the_openapi_document_is_printed_without_any_settings_and_every_referenc
     assert {"AlignmentJobCreate", "ObjectiveConfig", "JobView", "ErrorView"} <= set(schemas)
     assert all(f'"#/components/schemas/{name}"' not in text or name in schemas for name in _references(text))
     assert _references(text) <= set(schemas)
-    body = document["paths"]["/v1/alignment/jobs"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    body = document["paths"]["/v1/alignment/jobs"]["post"]["requestBody"]["content"]["application/json"][
+        "schema"
+    ]
     assert body == {"$ref": "#/components/schemas/AlignmentJobCreate"}
     assert schemas["ObjectiveConfig"]["properties"]["beta"]["exclusiveMinimum"] == 0
     assert "422" not in document["paths"]["/v1/alignment/jobs"]["get"]["responses"]
@@ -48,7 +50,9 @@ def _references(text: str) -> set[str]:
 def test_a_missing_setting_is_named(missing):
     env = {**BARE, "DDE_API_KEY": "k", "DDE_STORAGE_URI": "file:///tmp/x"}
     del env[missing]
-    ended = subprocess.run([sys.executable, "-m", "services.control"], capture_output=True, text=True, env=env, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-m", "services.control"], capture_output=True, text=True, env=env, timeout=60
+    )
     assert ended.returncode != 0
     assert missing.removeprefix("DDE_").lower() in ended.stderr
 
@@ -65,7 +69,9 @@ def test_the_process_serves_and_ends_on_sigterm(tmp_path):
         "DDE_RAY_URL": "http://127.0.0.1:1",
         "DDE_PORT": str(port),
     }
-    process = subprocess.Popen([sys.executable, "-m", "services.control"], env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "services.control"], env=env, stderr=subprocess.PIPE, text=True
+    )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
             deadline = time.monotonic() + 60

@@ -37,7 +37,9 @@ def test_a_job_goes_through_every_stage_to_a_served_model(any_plane):
     plane.settle()
     ended = plane.get(f"{JOBS}/{job['id']}")
     assert (ended["status"], ended["reason"], ended["stage"]) == ("succeeded", None, None)
-    assert plane.launcher.submitted == [f"{job['id']}-{stage}-a1" for stage in ("encode", "train", "evaluate")]
+    assert plane.launcher.submitted == [
+        f"{job['id']}-{stage}-a1" for stage in ("encode", "train", "evaluate")
+    ]
     assert set(ended["stage_seconds"]) == set(done(ended)) == {"encode", "train", "evaluate"}
     assert ended["created_at"] <= ended["started_at"] <= ended["finished_at"]
 
@@ -53,12 +55,17 @@ def test_every_stage_is_told_where_its_input_and_output_lie(plane):
     job = plane.job(objective={"beta": 7.0})
     plane.settle()
     root = plane.app_settings.storage_uri
-    encode, train, evaluate = (plane.launcher.specs[f"{job['id']}-{stage}-a1"] for stage in ("encode", "train", "evaluate"))
+    encode, train, evaluate = (
+        plane.launcher.specs[f"{job['id']}-{stage}-a1"] for stage in ("encode", "train", "evaluate")
+    )
     assert encode.prefix == f"{root}/jobs/{job['id']}/encode/a1"
     assert (encode.output, encode.source.uri) == (f"{root}/datasets", plane.dataset["uri"])
     assert encode.source_digest == plane.dataset["digest"]
     assert (train.dataset, train.objective.beta, train.training.steps) == (f"{root}/datasets/key", 7.0, 2)
-    assert (train.run, train.output) == (f"{root}/jobs/{job['id']}/train/run", f"{root}/models/{train.model_id}")
+    assert (train.run, train.output) == (
+        f"{root}/jobs/{job['id']}/train/run",
+        f"{root}/models/{train.model_id}",
+    )
     assert (evaluate.base.name, evaluate.candidate.uri) == ("shapes", train.output)
     assert evaluate.output == f"{root}/jobs/{job['id']}/evaluate/a1"
     assert evaluate.evaluation.prompts_uri == files.as_uri(plane.root / "prompts.txt")
@@ -103,7 +110,9 @@ def test_training_is_told_between_how_many_workers_it_may_have(plane):
 
 def test_a_job_that_asks_for_a_ledger_writes_it_between_encoding_and_training(any_plane):
     plane = any_plane
-    job = plane.job(training={"steps": 2, "batch_size": 4, "reference": "ledger", "draws": 3}, objective={"beta": 7.0})
+    job = plane.job(
+        training={"steps": 2, "batch_size": 4, "reference": "ledger", "draws": 3}, objective={"beta": 7.0}
+    )
     plane.settle(40)
     stages = ("encode", "ledger", "train", "evaluate")
     ended = plane.get(f"{JOBS}/{job['id']}")
@@ -114,7 +123,9 @@ def test_a_job_that_asks_for_a_ledger_writes_it_between_encoding_and_training(an
     assert (ledger.dataset, ledger.model, ledger.objective.beta) == (train.dataset, train.model, 7.0)
     assert (ledger.training, ledger.use_gpu) == (train.training, encode.use_gpu)
     assert train.ledger == ended["result"]["ledger"]["ledger"]
-    assert plane.launcher.entrypoints[f"{job['id']}-ledger-a1"].startswith("python -m services.ingest ledger --spec ")
+    assert plane.launcher.entrypoints[f"{job['id']}-ledger-a1"].startswith(
+        "python -m services.ingest ledger --spec "
+    )
     said = [text for text in plane.events(job["id"]) if "stage ledger" in text or "->" in text]
     assert said[1:4] == ["queued -> preparing: stage encode", "stage ledger", "stage ledger done"]
     rows = plane.get(f"{JOBS}/{job['id']}/metrics?stage=ledger")["data"]
@@ -131,7 +142,10 @@ def test_a_ledger_that_fails_or_is_cancelled_ends_its_job(plane):
     plane.launcher.plays["ledger"] = fakes.runs
     job = plane.job(training=asks)
     plane.settle()
-    assert (plane.get(f"{JOBS}/{job['id']}")["status"], plane.get(f"{JOBS}/{job['id']}")["stage"]) == ("preparing", "ledger")
+    assert (plane.get(f"{JOBS}/{job['id']}")["status"], plane.get(f"{JOBS}/{job['id']}")["stage"]) == (
+        "preparing",
+        "ledger",
+    )
     plane.post(f"{JOBS}/{job['id']}/cancel", {})
     plane.settle()
     assert plane.get(f"{JOBS}/{job['id']}")["status"] == "cancelled"
@@ -142,12 +156,16 @@ def test_a_method_without_a_reference_writes_no_ledger_and_says_so(plane):
     asks = {"steps": 2, "batch_size": 4, "reference": "ledger"}
     job = plane.job(training=asks, objective={"method": "sft"})
     plane.settle()
-    assert plane.launcher.submitted == [f"{job['id']}-{stage}-a1" for stage in ("encode", "train", "evaluate")]
+    assert plane.launcher.submitted == [
+        f"{job['id']}-{stage}-a1" for stage in ("encode", "train", "evaluate")
+    ]
     assert plane.launcher.specs[f"{job['id']}-train-a1"].ledger is None
     assert "training.reference = 'ledger' is not read by method 'sft'" in plane.events(job["id"])
     job = plane.job(training=asks | {"reference": "auto"})
     plane.settle()
-    assert f"{job['id']}-ledger-a1" not in plane.launcher.submitted, "what is there already is found by training itself"
+    assert f"{job['id']}-ledger-a1" not in plane.launcher.submitted, (
+        "what is there already is found by training itself"
+    )
 
 
 def test_events_and_metrics_of_the_journal_are_recorded_once_and_in_order(any_plane):
@@ -160,11 +178,16 @@ def test_events_and_metrics_of_the_journal_are_recorded_once_and_in_order(any_pl
         "validating -> queued: the job is valid",
         "queued -> preparing: stage encode",
     ]
-    assert [text for text in said if text.startswith("step")] == [f"step {i}" for i in (1, 2, 3, 1, 2, 3, 4, 5, 1)]
+    assert [text for text in said if text.startswith("step")] == [
+        f"step {i}" for i in (1, 2, 3, 1, 2, 3, 4, 5, 1)
+    ]
     assert said[-1] == "evaluating -> succeeded: the job is done"
     rows = plane.get(f"{JOBS}/{job['id']}/metrics?stage=train")["data"]
     assert [(row["step"], row["metrics"]) for row in rows] == [(i, {"loss": 1.0 / i}) for i in range(1, 6)]
-    assert [row["step"] for row in plane.get(f"{JOBS}/{job['id']}/metrics?stage=train&after=3")["data"]] == [4, 5]
+    assert [row["step"] for row in plane.get(f"{JOBS}/{job['id']}/metrics?stage=train&after=3")["data"]] == [
+        4,
+        5,
+    ]
 
 
 def test_a_step_that_is_trained_again_replaces_its_numbers(plane):
@@ -186,15 +209,26 @@ def test_a_long_journal_is_read_in_parts_before_its_stage_ends(plane, monkeypatc
 
 def test_an_evaluation_runs_its_one_stage(any_plane):
     plane = any_plane
-    body = {"model": "shapes", "base": "shapes", "prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2}
+    body = {
+        "model": "shapes",
+        "base": "shapes",
+        "prompts_uri": str(plane.root / "prompts.txt"),
+        "num_prompts": 2,
+    }
     made = plane.post("/v1/evaluations", body)
-    assert (made["status"], made["result"], made["scorers"]) == ("queued", None, ["match", "taste", "fidelity"])
+    assert (made["status"], made["result"], made["scorers"]) == (
+        "queued",
+        None,
+        ["match", "taste", "fidelity"],
+    )
     plane.settle()
     ended = plane.get(f"/v1/evaluations/{made['id']}")
     assert ended["status"] == "succeeded"
     assert set(ended["result"]["scores"]) == {"match", "taste", "fidelity"}
     assert plane.launcher.submitted == [f"{made['id']}-evaluate-a1"]
-    assert "stage evaluate done" in [event["message"] for event in plane.get(f"/v1/evaluations/{made['id']}/events")["data"]]
+    assert "stage evaluate done" in [
+        event["message"] for event in plane.get(f"/v1/evaluations/{made['id']}/events")["data"]
+    ]
 
 
 def test_a_stage_that_fails_fails_the_job_with_its_message(plane):
@@ -203,7 +237,11 @@ def test_a_stage_that_fails_fails_the_job_with_its_message(plane):
     plane.settle()
     ended = plane.get(f"{JOBS}/{job['id']}")
     assert (ended["status"], ended["stage"], ended["aligned_model"]) == ("failed", "train", None)
-    assert ended["reason"] == {"code": "ConfigError", "message": "beta must be positive, got -1", "param": "beta"}
+    assert ended["reason"] == {
+        "code": "ConfigError",
+        "message": "beta must be positive, got -1",
+        "param": "beta",
+    }
     assert ended["finished_at"] is not None
 
 
@@ -272,16 +310,22 @@ def test_a_run_that_writes_its_journal_lives_however_long_ray_is_away(plane):
 
     plane.clock.now += plane.settings.unreachable_s - 5
     plane.settle(2)
-    assert plane.get(f"{JOBS}/{job}")["status"] == "running", "silence is counted from the journal's last entry"
+    assert plane.get(f"{JOBS}/{job}")["status"] == "running", (
+        "silence is counted from the journal's last entry"
+    )
     plane.clock.now += 5
     plane.settle(2)
     ended = plane.get(f"{JOBS}/{job}")
     assert (ended["status"], ended["reason"]["code"]) == ("failed", "cluster_unreachable")
-    assert "and nothing new in the journal: Ray at http://nowhere does not answer" in ended["reason"]["message"]
+    assert (
+        "and nothing new in the journal: Ray at http://nowhere does not answer" in ended["reason"]["message"]
+    )
     assert files.exists(f"{spec.prefix}/stop.json"), "a run that lives nevertheless stores its state and ends"
 
 
-def test_a_long_journal_of_a_run_without_ray_is_read_to_its_end_before_its_job_is_given_up(plane, monkeypatch):
+def test_a_long_journal_of_a_run_without_ray_is_read_to_its_end_before_its_job_is_given_up(
+    plane, monkeypatch
+):
     monkeypatch.setattr(attempt, "JOURNAL_FILES", 2)
     plane.launcher.plays["encode"] = fakes.runs
     job = plane.job()["id"]
@@ -382,7 +426,9 @@ def test_what_is_found_under_a_stale_token_changes_nothing(any_plane):
     assert fast.take().id == job["id"]
     change = Change(values={"status": "succeeded"}, point=True)
     change.say(0.0, "too late")
-    change.publish = models.find(plane.settings.storage_uri, "shapes").model_copy(update={"id": "model_" + "0" * 24})
+    change.publish = models.find(plane.settings.storage_uri, "shapes").model_copy(
+        update={"id": "model_" + "0" * 24}
+    )
     with pytest.raises(StaleToken):
         slow.apply(taken, change)
     assert plane.get(f"{JOBS}/{job['id']}")["status"] == "validating"
@@ -439,7 +485,12 @@ def test_an_unexpected_error_is_told_once_retried_with_growing_pauses_and_stops_
     bad = plane.job()
     plane.settle(8)
     plane.launcher.plays["encode"] = fakes.encode
-    body = {"model": "shapes", "base": "shapes", "prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2}
+    body = {
+        "model": "shapes",
+        "base": "shapes",
+        "prompts_uri": str(plane.root / "prompts.txt"),
+        "num_prompts": 2,
+    }
     good = plane.post("/v1/evaluations", body)
     with plane.database.read() as session:
         row = session.scalar(select(Job).where(Job.id == bad["id"]))
@@ -458,7 +509,11 @@ def test_jobs_beyond_the_limit_wait_as_queued_the_oldest_first(plane):
     plane.launcher.plays["encode"] = fakes.runs
     first, second, third = (plane.job()["id"] for _ in range(3))
     plane.settle()
-    assert [plane.get(f"{JOBS}/{job}")["status"] for job in (first, second, third)] == ["preparing", "queued", "queued"]
+    assert [plane.get(f"{JOBS}/{job}")["status"] for job in (first, second, third)] == [
+        "preparing",
+        "queued",
+        "queued",
+    ]
     plane.post(f"{JOBS}/{first}/cancel", None)
     plane.settle()
     assert [plane.get(f"{JOBS}/{job}")["status"] for job in (second, third)] == ["preparing", "queued"]

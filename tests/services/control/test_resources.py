@@ -33,17 +33,34 @@ def test_a_datasets_columns_are_kept_and_shown_and_bad_rows_are_counted(any_plan
     asked = {"name": "mapped", "uri": uri, "columns": {"caption": "prompt"}}
     dataset = any_plane.post("/v1/datasets", asked)
     assert dataset["columns"] == {"caption": "prompt"}
-    assert dataset["counts"] == {"rows": 10, "pairs": 8, "ties": 0, "missing": 1, "bad": {"caption_null_byte": 1}}
-    assert any_plane.get(f"/v1/datasets/{dataset['id']}") == any_plane.get("/v1/datasets")["data"][0] == dataset
+    assert dataset["counts"] == {
+        "rows": 10,
+        "pairs": 8,
+        "ties": 0,
+        "missing": 1,
+        "bad": {"caption_null_byte": 1},
+    }
+    assert (
+        any_plane.get(f"/v1/datasets/{dataset['id']}") == any_plane.get("/v1/datasets")["data"][0] == dataset
+    )
 
 
 def test_validating_a_dataset_reports_a_sample_and_stores_nothing(plane):
-    uri = write_pairs(plane.root / "pairs", jpg_0=pa.array([None] * 10, pa.binary()), extra=pa.array(range(10)))
+    uri = write_pairs(
+        plane.root / "pairs", jpg_0=pa.array([None] * 10, pa.binary()), extra=pa.array(range(10))
+    )
     report = DatasetReport.model_validate(plane.post("/v1/datasets/validate", {"uri": uri}))
-    assert (report.format, report.shape, report.rows, report.columns_not_read) == ("parquet", "pair", 10, ["extra"])
+    assert (report.format, report.shape, report.rows, report.columns_not_read) == (
+        "parquet",
+        "pair",
+        10,
+        ["extra"],
+    )
     assert report.sampled == {"rows": 10, "decided": 0, "tie": 1, "missing": 1, "bad": 8}
     assert report.bad["image_missing"].count == 8
-    assert [example.row for example in report.bad["image_missing"].examples] == [f"0.parquet:0:{row}" for row in range(3)]
+    assert [example.row for example in report.bad["image_missing"].examples] == [
+        f"0.parquet:0:{row}" for row in range(3)
+    ]
     assert plane.get("/v1/datasets")["data"] == []
 
 
@@ -137,7 +154,11 @@ def test_lists_are_newest_first_in_pages(any_plane):
     first = plane.get(f"{JOBS}?limit=2")
     assert ([job["id"] for job in first["data"]], first["has_more"]) == (made[:2], True)
     last = plane.get(f"{JOBS}?limit=3&after={made[1]}")
-    assert ([job["id"] for job in last["data"]], last["has_more"], last["object"]) == (made[2:], False, "list")
+    assert ([job["id"] for job in last["data"]], last["has_more"], last["object"]) == (
+        made[2:],
+        False,
+        "list",
+    )
 
 
 def test_jobs_are_filtered_by_status_and_metadata_together(any_plane):
@@ -217,7 +238,12 @@ def test_requests_at_once_under_one_key_make_one_job_and_none_is_a_conflict(any_
 
 def test_answers_have_the_shapes_that_the_openapi_document_promises(plane):
     job = plane.job()
-    evaluation = {"model": "shapes", "base": "shapes", "prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2}
+    evaluation = {
+        "model": "shapes",
+        "base": "shapes",
+        "prompts_uri": str(plane.root / "prompts.txt"),
+        "num_prompts": 2,
+    }
     evaluated = plane.post("/v1/evaluations", evaluation)
     plane.settle(60)
     promised = {
@@ -244,6 +270,9 @@ def test_every_v1_route_wants_the_key_and_health_does_not(plane, header):
             answer = plane.http.request(method, path, headers=headers, content=b"{}")
             assert answer.headers["x-request-id"]
             if path.startswith("/v1"):
-                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), (method, path)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), (
+                    method,
+                    path,
+                )
             else:
                 assert answer.status_code == 200, (method, path)

@@ -111,12 +111,20 @@ def test_a_job_that_failed_before_its_first_stage_is_refused(plane):
     job = plane.job()["id"]
     files.delete_folder(dataset["uri"])
     plane.settle()
-    assert refusal(plane, job) == (f"job {job} has failed before its first stage: there is nothing to go on with", "job_failed")
+    assert refusal(plane, job) == (
+        f"job {job} has failed before its first stage: there is nothing to go on with",
+        "job_failed",
+    )
 
 
 def test_an_evaluation_that_failed_is_not_among_the_jobs_that_are_resumed(plane):
     plane.launcher.plays["evaluate"] = fakes.fails
-    body = {"model": "shapes", "base": "shapes", "prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2}
+    body = {
+        "model": "shapes",
+        "base": "shapes",
+        "prompts_uri": str(plane.root / "prompts.txt"),
+        "num_prompts": 2,
+    }
     evaluation = plane.post("/v1/evaluations", body)["id"]
     plane.settle()
     assert resume(plane, evaluation, 404)["error"]["message"] == f'job "{evaluation}" does not exist'
@@ -132,7 +140,9 @@ def test_the_run_that_a_failed_job_has_left_is_over_before_its_next_attempt_star
     resume(plane, job)
     plane.settle(8)
     assert first in plane.launcher.stopped
-    assert (status(plane, job), plane.launcher.submitted[-1]) == ("queued", first), "Ray says that it still runs"
+    assert (status(plane, job), plane.launcher.submitted[-1]) == ("queued", first), (
+        "Ray says that it still runs"
+    )
     plane.launcher.states[first] = "stopped"
     plane.settle(40)
     assert (status(plane, job), plane.launcher.submitted.count(f"{job}-train-a2")) == ("succeeded", 1)
@@ -228,7 +238,10 @@ def test_a_job_whose_model_was_deleted_since_it_failed_is_refused(plane):
     job = failed_at(plane, "train")
     model = plane.get("/v1/models/shapes")["id"]
     assert plane.http.delete(f"/v1/models/{model}").status_code == 200
-    assert refusal(plane, job) == (f"job {job} cannot go on: its model {model} was deleted", "model_not_found")
+    assert refusal(plane, job) == (
+        f"job {job} cannot go on: its model {model} was deleted",
+        "model_not_found",
+    )
     assert status(plane, job) == "failed"
 
 
@@ -236,7 +249,10 @@ def test_a_job_whose_trained_model_was_deleted_is_not_evaluated(plane):
     job = failed_at(plane, "evaluate")
     model = plane.get(f"{JOBS}/{job}")["aligned_model"]
     assert plane.http.delete(f"/v1/models/{model}").status_code == 200
-    assert refusal(plane, job) == (f"job {job} cannot go on: its model {model} was deleted", "model_not_found")
+    assert refusal(plane, job) == (
+        f"job {job} cannot go on: its model {model} was deleted",
+        "model_not_found",
+    )
 
 
 @pytest.mark.parametrize("stage", ["encode", "train"])
@@ -245,7 +261,10 @@ def test_a_dataset_that_was_deleted_since_is_missed_only_while_it_is_encoded(pla
     dataset = plane.get(f"{JOBS}/{job}")["dataset"]
     assert plane.http.delete(f"/v1/datasets/{dataset}").status_code == 200
     if stage == "encode":
-        assert refusal(plane, job) == (f"job {job} cannot go on: its dataset {dataset} was deleted", "dataset_not_found")
+        assert refusal(plane, job) == (
+            f"job {job} cannot go on: its dataset {dataset} was deleted",
+            "dataset_not_found",
+        )
         return
     resume(plane, job)
     plane.settle(40)
@@ -277,7 +296,9 @@ def test_a_stream_that_ended_with_a_failure_goes_on_once_the_job_is_resumed(plan
     resume(plane, job)
     plane.settle(40)
     told = plane.http.get(path, headers=asked).text
-    assert told.index("failed -> queued: resumed on request") < told.index("evaluating -> succeeded: the job is done")
+    assert told.index("failed -> queued: resumed on request") < told.index(
+        "evaluating -> succeeded: the job is done"
+    )
 
 
 def test_of_requests_to_resume_at_once_one_queues_the_job(any_plane):

@@ -41,7 +41,11 @@ def listening(app):
 
 def parse(text: str) -> list[tuple[str, str]]:
     """(id, message) of each server-sent event."""
-    events = [dict(line.split(": ", 1) for line in block.splitlines()) for block in text.split("\n\n") if "data: " in block]
+    events = [
+        dict(line.split(": ", 1) for line in block.splitlines())
+        for block in text.split("\n\n")
+        if "data: " in block
+    ]
     return [(event["id"], json.loads(event["data"])["message"]) for event in events]
 
 
@@ -58,10 +62,19 @@ def test_a_stream_tells_a_whole_job_and_ends_with_it_and_resumes_after_the_last_
         listening(build_app(settings, launcher)) as url,
         httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}) as http,
     ):
-        http.post("/v1/models", json={"name": "shapes", "uri": write_base(tmp_path / "base")}).raise_for_status()
-        dataset = http.post("/v1/datasets", json={"name": "d", "uri": write_pairs(tmp_path / "pairs")}).json()["id"]
+        http.post(
+            "/v1/models", json={"name": "shapes", "uri": write_base(tmp_path / "base")}
+        ).raise_for_status()
+        dataset = http.post(
+            "/v1/datasets", json={"name": "d", "uri": write_pairs(tmp_path / "pairs")}
+        ).json()["id"]
         evaluation = {"prompts_uri": str(tmp_path / "prompts.txt"), "num_prompts": 2}
-        body = {"model": "shapes", "dataset": dataset, "training": {"batch_size": 2}, "evaluation": evaluation}
+        body = {
+            "model": "shapes",
+            "dataset": dataset,
+            "training": {"batch_size": 2},
+            "evaluation": evaluation,
+        }
         job = http.post(JOBS, json=body).json()["id"]
         path, accept = f"{JOBS}/{job}/events", {"accept": "text/event-stream"}
         with http.stream("GET", path, headers=accept) as stream:
@@ -69,7 +82,10 @@ def test_a_stream_tells_a_whole_job_and_ends_with_it_and_resumes_after_the_last_
             live = ""
             for chunk in stream.iter_text():
                 live += chunk
-                if f"submitted {job}-train-a1" in live and launcher.states.get(f"{job}-train-a1") == "running":
+                if (
+                    f"submitted {job}-train-a1" in live
+                    and launcher.states.get(f"{job}-train-a1") == "running"
+                ):
                     fakes.train(launcher.specs[f"{job}-train-a1"])
                     launcher.states[f"{job}-train-a1"] = "succeeded"
         events = parse(live)
@@ -82,7 +98,10 @@ def test_a_stream_tells_a_whole_job_and_ends_with_it_and_resumes_after_the_last_
         assert http.get(path, headers={**accept, "last-event-id": events[-1][0]}).status_code == 204
         assert http.get(path, headers={**accept, "last-event-id": "x"}).json()["error"]["param"] == "after"
         after = http.get(path, params={"after": events[1][0], "limit": 2}).json()
-        assert ([event["id"] for event in after["data"]], after["has_more"]) == ([events[2][0], events[3][0]], True)
+        assert ([event["id"] for event in after["data"]], after["has_more"]) == (
+            [events[2][0], events[3][0]],
+            True,
+        )
 
         figures = http.get("/metrics").text
         assert 'dde_jobs{kind="alignment",status="succeeded"} 1.0' in figures
@@ -99,7 +118,9 @@ def serve():
         body = await request.json()
         if body.get("prompt") == "busy":
             return JSONResponse(
-                {"error": {"message": "too many", "type": "x", "param": None, "code": "busy"}}, 429, {"retry-after": "3"}
+                {"error": {"message": "too many", "type": "x", "param": None, "code": "busy"}},
+                429,
+                {"retry-after": "3"},
             )
         if body.get("prompt") == "broken":
             return PlainTextResponse("Internal Server Error", 500)
@@ -129,7 +150,11 @@ def test_requests_for_pictures_and_scores_reach_serve_as_they_came(front):
 
 def test_what_serve_refuses_keeps_its_status_and_body(front):
     answer = front.http.post("/v1/images/generations", json={**IMAGE, "prompt": "busy"})
-    assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (429, "3", "busy")
+    assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (
+        429,
+        "3",
+        "busy",
+    )
 
 
 def test_an_error_of_serves_proxy_is_put_into_our_shape(front):
@@ -147,11 +172,31 @@ def test_serve_out_of_reach_is_a_503(plane):
 @pytest.mark.parametrize(
     ("path", "body", "param", "message"),
     [
-        ("/v1/images/generations", {**IMAGE, "size": "64x63"}, "size", "size: height must be a multiple of 8, got '64x63'"),
+        (
+            "/v1/images/generations",
+            {**IMAGE, "size": "64x63"},
+            "size",
+            "size: height must be a multiple of 8, got '64x63'",
+        ),
         ("/v1/images/generations", {**IMAGE, "size": "big"}, "size", "size: String should match pattern"),
-        ("/v1/images/generations", {**IMAGE, "n": 17}, "n", "n: Input should be less than or equal to 16, got 17"),
-        ("/v1/images/generations", {**IMAGE, "prompt": ""}, "prompt", "prompt: String should have at least 1 character"),
-        ("/v1/scores", {"images": ["a"], "prompts": ["p", "q"]}, "prompts", "prompts: must be as many as the 1 images, got 2"),
+        (
+            "/v1/images/generations",
+            {**IMAGE, "n": 17},
+            "n",
+            "n: Input should be less than or equal to 16, got 17",
+        ),
+        (
+            "/v1/images/generations",
+            {**IMAGE, "prompt": ""},
+            "prompt",
+            "prompt: String should have at least 1 character",
+        ),
+        (
+            "/v1/scores",
+            {"images": ["a"], "prompts": ["p", "q"]},
+            "prompts",
+            "prompts: must be as many as the 1 images, got 2",
+        ),
         ("/v1/scores", {"images": [], "prompts": []}, "images", "images: List should have at least 1 item"),
         (
             "/v1/scores",

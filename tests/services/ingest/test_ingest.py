@@ -63,7 +63,11 @@ def test_every_pair_has_the_latents_of_its_own_two_pictures(encode: EncodeHere, 
     assert result.counts == {
         "rows": 20, "pairs": 18, "ties": 2, "missing": 0, "bad": 0, "duplicates": 0, "images": 34
     }  # fmt: skip
-    source, vae, found = open_source(DatasetSource(uri=path.as_uri())), ModelFolder(MODEL_DIR).vae(), rows_of(result)
+    source, vae, found = (
+        open_source(DatasetSource(uri=path.as_uri())),
+        ModelFolder(MODEL_DIR).vae(),
+        rows_of(result),
+    )
     by_uid = {row[f"image_{side}_uid"]: row[f"jpg_{side}"] for row in rows for side in (0, 1)}
     decided = [row for unit in source.units() for row in source.rows(unit) if row.kind == "decided"]
     assert set(found) == {row.preferences[0].pair_id for row in decided}
@@ -73,7 +77,9 @@ def test_every_pair_has_the_latents_of_its_own_two_pictures(encode: EncodeHere, 
             uid = row.uids[slot]
             assert shard_row[f"uid_{side}"] == uid
             expected = encode_images(vae, decode(by_uid[uid], 32).pixels[None])[0].ravel()
-            np.testing.assert_allclose(np.array(shard_row[f"latents_{side}"], np.float16), expected, atol=0.01)
+            np.testing.assert_allclose(
+                np.array(shard_row[f"latents_{side}"], np.float16), expected, atol=0.01
+            )
 
 
 def test_a_ranking_becomes_every_pair_of_unequal_rank(encode: EncodeHere, tmp_path: Path):
@@ -86,7 +92,12 @@ def test_a_ranking_becomes_every_pair_of_unequal_rank(encode: EncodeHere, tmp_pa
 
 def test_flip_and_resolution_make_another_dataset(encode: EncodeHere, tmp_path: Path):
     path = write_pairs(tmp_path / "pairs.parquet", pair_rows(6))
-    results = [encode(path), encode(path, flip="all"), encode(path, resolution=64), encode(path, max_bad_fraction=0.5)]
+    results = [
+        encode(path),
+        encode(path, flip="all"),
+        encode(path, resolution=64),
+        encode(path, max_bad_fraction=0.5),
+    ]
     assert len({result.dataset for result in results}) == 3
     assert [result.reused for result in results] == [False, False, False, True]
     assert LatentReader(*files.resolve(results[2].dataset)).manifest.latent_shape == (4, 16, 16)
@@ -95,7 +106,9 @@ def test_flip_and_resolution_make_another_dataset(encode: EncodeHere, tmp_path: 
     assert all(straight[name]["latents_w"] != mirrored[name]["latents_w"] for name in straight)
 
 
-def test_a_run_that_broke_off_is_gone_on_with_and_ends_the_same(encode: EncodeHere, tmp_path: Path, monkeypatch):
+def test_a_run_that_broke_off_is_gone_on_with_and_ends_the_same(
+    encode: EncodeHere, tmp_path: Path, monkeypatch
+):
     rows = pair_rows(30)
     rows[2]["jpg_0"] = b"no picture"
     path = write_pairs(tmp_path / "pairs.parquet", rows, row_group_size=10)
@@ -106,7 +119,9 @@ def test_a_run_that_broke_off_is_gone_on_with_and_ends_the_same(encode: EncodeHe
     assert len(before) == 3
     after: dict[Path, int] = {}
     monkeypatch.setattr(
-        ingest.committed, "clear", lambda folder: after.update({file: file.stat().st_mtime_ns for file in before})
+        ingest.committed,
+        "clear",
+        lambda folder: after.update({file: file.stat().st_mtime_ns for file in before}),
     )
     again = encode(path, max_bad_fraction=0.1)
     assert after == before, "what was committed is not encoded again"
@@ -134,7 +149,9 @@ def broken_off(encode: EncodeHere, path: Path, monkeypatch: pytest.MonkeyPatch, 
     return dataset
 
 
-def test_a_block_that_lacks_a_picture_is_never_taken_for_a_bad_picture(encode: EncodeHere, tmp_path: Path, monkeypatch):
+def test_a_block_that_lacks_a_picture_is_never_taken_for_a_bad_picture(
+    encode: EncodeHere, tmp_path: Path, monkeypatch
+):
     path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
     dataset = broken_off(encode, path, monkeypatch, blocks=2)
     commit({"block": 0, "latents": b"", "about": "[]", "bad": "{}"}, dataset.as_uri())
@@ -143,7 +160,9 @@ def test_a_block_that_lacks_a_picture_is_never_taken_for_a_bad_picture(encode: E
     assert not (dataset / "manifest.json").exists()
 
 
-def test_what_was_said_of_a_block_that_was_not_committed_is_forgotten(encode: EncodeHere, tmp_path: Path, monkeypatch):
+def test_what_was_said_of_a_block_that_was_not_committed_is_forgotten(
+    encode: EncodeHere, tmp_path: Path, monkeypatch
+):
     path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
     dataset = broken_off(encode, path, monkeypatch, blocks=2)
     (dataset / "bad").mkdir()
@@ -152,7 +171,9 @@ def test_what_was_said_of_a_block_that_was_not_committed_is_forgotten(encode: En
     assert encode(path).counts["bad"] == 0
 
 
-def test_a_run_that_another_one_has_overtaken_takes_its_manifest(encode: EncodeHere, tmp_path: Path, monkeypatch):
+def test_a_run_that_another_one_has_overtaken_takes_its_manifest(
+    encode: EncodeHere, tmp_path: Path, monkeypatch
+):
     path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
     results: list[EncodeResult] = []
 
@@ -172,7 +193,8 @@ def test_few_units_are_cut_for_many_readers_and_many_are_not():
         planner = Planner(images_per_block=2)
         for unit in range(units):
             rows = [
-                Row(f"{unit}:{n}", (f"{unit}-{n}-a", f"{unit}-{n}-b"), "text", (Preference(0, 1, 1.0, "p"),)) for n in range(12)
+                Row(f"{unit}:{n}", (f"{unit}-{n}-a", f"{unit}-{n}-b"), "text", (Preference(0, 1, 1.0, "p"),))
+                for n in range(12)
             ]
             planner.add(Unit("", unit, 12), rows)
         return [len(work["blocks"]) for work in segments(planner.plan(), set(), readers)]
@@ -189,8 +211,16 @@ def test_blocks_between_that_are_there_are_passed_over(tmp_path: Path):
     for unit in source.units():
         planner.add(unit, source.rows(unit))
     planned = planner.plan()
-    all_of_it = {row["block"]: row for work in segments(planned, set(), 1) for row in read_pictures(work, source, 32, False)}
-    some = {row["block"]: row for work in segments(planned, {0, 2, 3}, 1) for row in read_pictures(work, source, 32, False)}
+    all_of_it = {
+        row["block"]: row
+        for work in segments(planned, set(), 1)
+        for row in read_pictures(work, source, 32, False)
+    }
+    some = {
+        row["block"]: row
+        for work in segments(planned, {0, 2, 3}, 1)
+        for row in read_pictures(work, source, 32, False)
+    }
     assert some == {number: row for number, row in all_of_it.items() if number not in (0, 2, 3)}
     assert sum(len(json.loads(row["about"])) for row in all_of_it.values()) == planned.num_images
 
@@ -211,12 +241,16 @@ def test_bad_rows_and_bad_pictures_are_quarantined_by_row_and_cause(encode: Enco
     assert result.counts["pairs"] == 18 - 3
 
 
-def test_more_bad_rows_than_allowed_fail_with_their_counts_also_where_the_shards_are_there(encode: EncodeHere, tmp_path: Path):
+def test_more_bad_rows_than_allowed_fail_with_their_counts_also_where_the_shards_are_there(
+    encode: EncodeHere, tmp_path: Path
+):
     rows = pair_rows(20)
     for number in (1, 2, 3):
         rows[number]["jpg_1"] = b""
     path = write_pairs(tmp_path / "pairs.parquet", rows)
-    with pytest.raises(BadRequest, match=r"3 of 20 rows are bad \(image_empty 3\).*max_bad_fraction = 0\.1") as refused:
+    with pytest.raises(
+        BadRequest, match=r"3 of 20 rows are bad \(image_empty 3\).*max_bad_fraction = 0\.1"
+    ) as refused:
         encode(path, max_bad_fraction=0.1)
     assert (refused.value.code, refused.value.param) == ("too_many_bad_rows", "data.max_bad_fraction")
     assert encode(path, max_bad_fraction=0.15).counts["bad"] == 3
@@ -246,4 +280,6 @@ def test_progress_is_told_in_rows_pictures_and_what_is_left(encode: EncodeHere, 
     assert (last["images"], last["images_total"], last["rows"], last["rows_total"]) == (36, 36, 20, 20)
     assert last["images_per_s"] > 0
     assert (last["eta_s"], last["quarantined"]) == (0, 0)
-    assert any("36 of 36 pictures encoded (20 of 20 rows)" in entry.message for entry in entries if entry.message)
+    assert any(
+        "36 of 36 pictures encoded (20 of 20 rows)" in entry.message for entry in entries if entry.message
+    )

@@ -44,7 +44,11 @@ from tests.support.tiny_folders import FOLDERS
 PAIRS, PER_SHARD, BATCH = 20, 8, 7
 PREFERENCE = [name for name, objective in OBJECTIVES.items() if objective.preference]
 CASES = [(method, "expected", noise) for method in PREFERENCE for noise in ("independent", "shared")]
-CASES += [("dde", "sampled", "independent"), ("dde_step", "sampled", "shared"), ("dde", "mode", "independent")]
+CASES += [
+    ("dde", "sampled", "independent"),
+    ("dde_step", "sampled", "shared"),
+    ("dde", "mode", "independent"),
+]
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
@@ -77,7 +81,9 @@ def here(monkeypatch) -> list[tuple[int, int]]:
 attempts = count(1)
 
 
-def asked(folder: Path, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training) -> TrainSpec:
+def asked(
+    folder: Path, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training
+) -> TrainSpec:
     """A run on the real digest of its model."""
     spec = train_spec(folder / f"run-{next(attempts)}", model, encoded, objective, **training)
     digest = models.folder_digest(model.path.as_uri())
@@ -124,10 +130,18 @@ def same_loss(cached: list[dict], online: list[dict], rel: float) -> None:
 # ---- what it holds
 
 
-@pytest.mark.parametrize("objective", [ObjectiveConfig(calibration_point="sampled"), ObjectiveConfig(method="uniform")])
+@pytest.mark.parametrize(
+    "objective", [ObjectiveConfig(calibration_point="sampled"), ObjectiveConfig(method="uniform")]
+)
 def test_the_ledger_holds_what_the_frozen_model_says_of_every_draw(here, tmp_path, model, objective):
     encoded = write_encoded(tmp_path / "pairs", model, PAIRS, PER_SHARD)
-    training = {"steps": 9, "batch_size": BATCH, "micro_batch_size": 3, "caption_dropout": 0.5, "draw_seed": 3}
+    training = {
+        "steps": 9,
+        "batch_size": BATCH,
+        "micro_batch_size": 3,
+        "caption_dropout": 0.5,
+        "draw_seed": 3,
+    }
     result = write(asked(tmp_path, model, encoded, objective, **training))
     assert (result.draws, result.pairs, result.reused) == (4, PAIRS, False)  # 63 visits of 20 pairs
     cached, maker = opened(result.ledger), batch_maker(model, encoded, objective, **training)
@@ -143,7 +157,9 @@ def test_the_ledger_holds_what_the_frozen_model_says_of_every_draw(here, tmp_pat
     assert len(visits) == 63
 
 
-def test_the_pass_has_the_arithmetic_of_the_run_to_the_bit_where_the_batches_are_the_same(here, tmp_path, small):
+def test_the_pass_has_the_arithmetic_of_the_run_to_the_bit_where_the_batches_are_the_same(
+    here, tmp_path, small
+):
     encoded, objective = write_encoded(tmp_path / "pairs", small, PAIRS), ObjectiveConfig()
     run = asked(tmp_path, small, encoded, objective, steps=1, batch_size=PAIRS, precision="bf16")
     cached, maker = opened(write(run).ledger), batch_maker(small, encoded, objective)
@@ -160,7 +176,10 @@ def test_the_pass_has_the_arithmetic_of_the_run_to_the_bit_where_the_batches_are
 def test_workers_see_the_reference_errors_that_one_sees(here, tmp_path, small):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
     run = asked(tmp_path, small, encoded, ObjectiveConfig(), steps=3, batch_size=BATCH)
-    cached, maker = opened(write(run).ledger), batch_maker(small, encoded, ObjectiveConfig(), batch_size=BATCH)
+    cached, maker = (
+        opened(write(run).ledger),
+        batch_maker(small, encoded, ObjectiveConfig(), batch_size=BATCH),
+    )
     for step in range(3):
         whole = cached.errors(maker.rows(step, 0, 1)).w
         together = torch.full((BATCH,), torch.nan)
@@ -170,9 +189,14 @@ def test_workers_see_the_reference_errors_that_one_sees(here, tmp_path, small):
         assert torch.equal(together, whole)
 
 
-def test_a_unit_whose_errors_are_no_numbers_stops_the_pass_and_is_not_written(here, tmp_path, small, monkeypatch):
+def test_a_unit_whose_errors_are_no_numbers_stops_the_pass_and_is_not_written(
+    here, tmp_path, small, monkeypatch
+):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    run, real = asked(tmp_path, small, encoded, ObjectiveConfig(), steps=1, batch_size=BATCH), ledger_stage.pair_errors
+    run, real = (
+        asked(tmp_path, small, encoded, ObjectiveConfig(), steps=1, batch_size=BATCH),
+        ledger_stage.pair_errors,
+    )
 
     def broken(unet, schedule, batch):
         errors = real(unet, schedule, batch)
@@ -180,7 +204,9 @@ def test_a_unit_whose_errors_are_no_numbers_stops_the_pass_and_is_not_written(he
         return errors
 
     monkeypatch.setattr(ledger_stage, "pair_errors", broken)
-    with pytest.raises(NonFiniteError, match="reference error l of shard 1 at draw 0 is not finite in 1 of 8 values"):
+    with pytest.raises(
+        NonFiniteError, match="reference error l of shard 1 at draw 0 is not finite in 1 of 8 values"
+    ):
         write(run)
     folder = Path(files.resolve(run.dataset)[1]) / "ledgers"
     assert [path.name[:11] for path in folder.rglob("*.*")] == ["00000-0000-"]
@@ -191,7 +217,10 @@ def test_a_unit_whose_errors_are_no_numbers_stops_the_pass_and_is_not_written(he
 
 def test_a_pass_that_was_killed_goes_on_and_computes_nothing_twice(here, tmp_path, small, monkeypatch):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    run, whole = asked(tmp_path, small, encoded, ObjectiveConfig(), steps=9, batch_size=BATCH), ledger_stage.compute
+    run, whole = (
+        asked(tmp_path, small, encoded, ObjectiveConfig(), steps=9, batch_size=BATCH),
+        ledger_stage.compute,
+    )
 
     def killed(units, *told):
         for number, row in enumerate(whole(units, *told)):
@@ -205,7 +234,9 @@ def test_a_pass_that_was_killed_goes_on_and_computes_nothing_twice(here, tmp_pat
     assert ledgers.find(ledgers.needed(run)) is None, "without its record it is not there"
     monkeypatch.setattr(ledger_stage, "compute", whole)
     result = write(run)
-    assert here == [(shard, draw) for shard in range(3) for draw in range(4)], "a shard is not fetched again for each draw"
+    assert here == [(shard, draw) for shard in range(3) for draw in range(4)], (
+        "a shard is not fetched again for each draw"
+    )
 
     undisturbed = write_encoded(tmp_path / "again", small, PAIRS, PER_SHARD)
     other = write(asked(tmp_path, small, undisturbed, ObjectiveConfig(), steps=9, batch_size=BATCH))
@@ -214,19 +245,28 @@ def test_a_pass_that_was_killed_goes_on_and_computes_nothing_twice(here, tmp_pat
 
 
 def test_draws_that_are_added_are_those_of_a_pass_over_all_of_them(here, tmp_path, small):
-    at_once, bit_by_bit = (write_encoded(tmp_path / name, small, PAIRS, PER_SHARD) for name in ("one", "other"))
+    at_once, bit_by_bit = (
+        write_encoded(tmp_path / name, small, PAIRS, PER_SHARD) for name in ("one", "other")
+    )
     wanted = write(asked(tmp_path, small, at_once, ObjectiveConfig(), steps=1, batch_size=BATCH, draws=3))
     del here[:]
-    found = [write(asked(tmp_path, small, bit_by_bit, ObjectiveConfig(), batch_size=BATCH, draws=k)) for k in (1, 3, 2)]
+    found = [
+        write(asked(tmp_path, small, bit_by_bit, ObjectiveConfig(), batch_size=BATCH, draws=k))
+        for k in (1, 3, 2)
+    ]
     assert [(each.draws, each.reused) for each in found] == [(1, False), (3, False), (3, True)]
-    assert here == [(shard, 0) for shard in range(3)] + [(shard, draw) for shard in range(3) for draw in (1, 2)]
+    assert here == [(shard, 0) for shard in range(3)] + [
+        (shard, draw) for shard in range(3) for draw in (1, 2)
+    ]
     assert ledger_files(found[1].ledger) == ledger_files(wanted.ledger)
     assert opened(found[0].ledger).record.draws == 1, "who has begun with fewer draws goes on with them"
 
 
 def test_jobs_that_write_one_ledger_at_once_do_each_other_no_harm(here, tmp_path, small, monkeypatch):
     encoded, whole = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD), ledger_stage.compute
-    few, many = (asked(tmp_path, small, encoded, ObjectiveConfig(), batch_size=BATCH, draws=draws) for draws in (1, 2))
+    few, many = (
+        asked(tmp_path, small, encoded, ObjectiveConfig(), batch_size=BATCH, draws=draws) for draws in (1, 2)
+    )
     others: list[LedgerResult] = []
 
     def overtaken(units, *told):
@@ -245,7 +285,9 @@ def test_jobs_that_write_one_ledger_at_once_do_each_other_no_harm(here, tmp_path
         assert opened(uri).errors(rows).w.isfinite().all()
 
 
-def test_a_complete_ledger_is_found_and_a_changed_model_is_refused_before_anything_is_computed(here, tmp_path, small):
+def test_a_complete_ledger_is_found_and_a_changed_model_is_refused_before_anything_is_computed(
+    here, tmp_path, small
+):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
     run = asked(tmp_path, small, encoded, ObjectiveConfig(), steps=3, batch_size=BATCH)
     first, again = write(run), write(run)
@@ -290,8 +332,16 @@ def test_progress_is_told_in_pairs_and_the_rounding_is_reported(here, tmp_path, 
 @pytest.mark.parametrize(("method", "point", "noise"), CASES)
 def test_cached_is_online_for_every_method_and_noise_mode(here, tmp_path, small, method, point, noise):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    objective = ObjectiveConfig(method=method, calibration_point=point, noise=noise, beta=5.0, t_sampling="uniform")
-    training = {"steps": 6, "batch_size": BATCH, "micro_batch_size": 3, "learning_rate": 1e-4, "caption_dropout": 0.3}
+    objective = ObjectiveConfig(
+        method=method, calibration_point=point, noise=noise, beta=5.0, t_sampling="uniform"
+    )
+    training = {
+        "steps": 6,
+        "batch_size": BATCH,
+        "micro_batch_size": 3,
+        "learning_rate": 1e-4,
+        "caption_dropout": 0.3,
+    }
     uri = write(asked(tmp_path, small, encoded, objective, **training | {"micro_batch_size": 0})).ledger
     cached = train_here(tmp_path / "cached", small, encoded, objective, ledger=uri, **training)
     online = train_here(tmp_path / "online", small, encoded, objective, **training)
@@ -305,7 +355,13 @@ def test_cached_is_online_for_every_method_and_noise_mode(here, tmp_path, small,
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
 def test_a_run_on_a_ledger_never_asks_the_reference(here, tmp_path, model, monkeypatch, lora):
     encoded, objective = write_encoded(tmp_path / "pairs", model, PAIRS, PER_SHARD), ObjectiveConfig(beta=5.0)
-    training = {"steps": 4, "batch_size": BATCH, "learning_rate": 1e-2 if lora else 1e-3, "lora": lora, "micro_batch_size": 4}
+    training = {
+        "steps": 4,
+        "batch_size": BATCH,
+        "learning_rate": 1e-2 if lora else 1e-3,
+        "lora": lora,
+        "micro_batch_size": 4,
+    }
     uri = write(asked(tmp_path, model, encoded, objective, **training)).ledger
     online = train_here(tmp_path / "online", model, encoded, objective, **training)
     loaded, real = [], ModelFolder.unet
@@ -364,25 +420,41 @@ def test_auto_takes_the_ledger_that_fits_and_says_so(here, tmp_path, small):
     assert (alone.ledger, alone.training.reference) == (None, "online")
     uri = write(run).ledger
     assert resolved(run).ledger is None, "a run that goes on stays with what it began with"
-    other = asked(tmp_path, small, encoded, ObjectiveConfig(method="dde_step", beta=9.0), **names_no_noise(seed=4))
+    other = asked(
+        tmp_path, small, encoded, ObjectiveConfig(method="dde_step", beta=9.0), **names_no_noise(seed=4)
+    )
     found = resolved(other)
     assert (found.ledger, found.training.reference, found.training.draws) == (uri, "ledger", 2)
     assert any(f"reference errors from ledger {uri}, 2 draws" in said for said in events(other))
     assert lineage(found)["key"] == LedgerRecord.from_json(files.read_bytes(uri)).key.name
     assert lineage(found) | {"from": "online"} != lineage(alone) == {"from": "online"}
-    assert resolved(asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(reference="online"))).ledger is None
+    assert (
+        resolved(
+            asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(reference="online"))
+        ).ledger
+        is None
+    )
 
 
 def test_a_job_that_names_no_noise_mode_follows_the_ledger_that_is_there(here, tmp_path, small):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    shared = write(asked(tmp_path, small, encoded, ObjectiveConfig(method="uniform"), **names_no_noise())).ledger
+    shared = write(
+        asked(tmp_path, small, encoded, ObjectiveConfig(method="uniform"), **names_no_noise())
+    ).ledger
     follows = resolved(asked(tmp_path, small, encoded, ObjectiveConfig(method="dde"), **names_no_noise()))
     assert (follows.ledger, follows.objective.noise_mode) == (shared, "shared")
     assert any("method 'dde' has independent noise of its own" in event for event in events(follows))
-    insists = resolved(asked(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise()))
+    insists = resolved(
+        asked(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())
+    )
     assert (insists.ledger, insists.objective.noise_mode) == (None, "independent")
-    assert write(asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(reference="ledger"))).ledger == shared
-    own = write(asked(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())).ledger
+    assert (
+        write(asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(reference="ledger"))).ledger
+        == shared
+    )
+    own = write(
+        asked(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())
+    ).ledger
     again = resolved(asked(tmp_path, small, encoded, ObjectiveConfig(method="dde"), **names_no_noise()))
     assert (again.ledger, again.objective.noise_mode) == (own, "independent"), "its own goes first"
 
@@ -393,11 +465,15 @@ def test_discounted_draws_t_uniformly_on_a_ledger_and_sft_has_none(here, tmp_pat
     run = asked(tmp_path, small, encoded, ObjectiveConfig(method="discounted"), **names_no_noise())
     assert (resolved(run).ledger, resolved(run).objective.t_sampling) == (uri, "uniform")
     assert any("weighted by p(t)/u(t)" in said for said in events(run))
-    winners = resolved(asked(tmp_path, small, encoded, ObjectiveConfig(method="sft"), **names_no_noise(reference="ledger")))
+    winners = resolved(
+        asked(tmp_path, small, encoded, ObjectiveConfig(method="sft"), **names_no_noise(reference="ledger"))
+    )
     assert (winners.ledger, lineage(winners)) == (None, {"from": "none"})
 
 
-def test_points_that_were_written_serve_those_who_read_none_and_not_the_other_way_round(here, tmp_path, small):
+def test_points_that_were_written_serve_those_who_read_none_and_not_the_other_way_round(
+    here, tmp_path, small
+):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
     sampled, plain = ObjectiveConfig(calibration_point="sampled"), ObjectiveConfig()
     write(asked(tmp_path, small, encoded, plain, **names_no_noise()))
@@ -415,16 +491,28 @@ REFUSED = [
     ({}, {"noise": "shared"}, "ledger.noise must be 'shared', as the run has it, got 'independent'"),
     ({}, {"t_min": 200}, "ledger.t_min must be 200, as the run has it, got 1"),
     ({}, {"t_max": 700}, "ledger.t_max must be 700, as the run has it, got 1000"),
-    ({}, {"calibration_point": "sampled"}, "ledger.evaluation_points must be True, as the run has it, got False"),
+    (
+        {},
+        {"calibration_point": "sampled"},
+        "ledger.evaluation_points must be True, as the run has it, got False",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("training", "objective", "said"), REFUSED, ids=[said.split()[0] for *_, said in REFUSED])
-def test_a_ledger_that_does_not_fit_is_refused_by_the_field_that_differs(here, tmp_path, small, training, objective, said):
+@pytest.mark.parametrize(
+    ("training", "objective", "said"), REFUSED, ids=[said.split()[0] for *_, said in REFUSED]
+)
+def test_a_ledger_that_does_not_fit_is_refused_by_the_field_that_differs(
+    here, tmp_path, small, training, objective, said
+):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    uri = write(asked(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())).ledger
+    uri = write(
+        asked(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())
+    ).ledger
     wanted = ObjectiveConfig(**{"noise": "independent"} | objective)
-    handed = asked(tmp_path, small, encoded, wanted, **names_no_noise(**training)).model_copy(update={"ledger": uri})
+    handed = asked(tmp_path, small, encoded, wanted, **names_no_noise(**training)).model_copy(
+        update={"ledger": uri}
+    )
     with pytest.raises(ConfigError) as refused:
         resolved(handed)
     assert str(refused.value) == said
@@ -432,7 +520,9 @@ def test_a_ledger_that_does_not_fit_is_refused_by_the_field_that_differs(here, t
     without = asked(tmp_path, small, encoded, wanted, **names_no_noise(**training))
     assert resolved(without).ledger is None
     assert any(f"no ledger fits; the nearest, {uri} has {field} " in each for each in events(without))
-    with pytest.raises(ConfigError, match=f"training.reference needs a ledger that fits; .* has {field} .*, got 'ledger'"):
+    with pytest.raises(
+        ConfigError, match=f"training.reference needs a ledger that fits; .* has {field} .*, got 'ledger'"
+    ):
         resolved(asked(tmp_path, small, encoded, wanted, **names_no_noise(**training, reference="ledger")))
 
 
@@ -445,17 +535,23 @@ def test_a_ledger_that_cannot_be_read_is_passed_over_unless_it_was_handed_over(h
     uri = write(run).ledger
     path, whole = Path(files.resolve(uri)[1]), files.read_bytes(uri)
     path.write_bytes(harm(whole))
-    with pytest.raises(DataError, match=f"ledger '{uri}': ledger('s record cannot be read| has format_version 2)"):
+    with pytest.raises(
+        DataError, match=f"ledger '{uri}': ledger('s record cannot be read| has format_version 2)"
+    ):
         resolved(run.model_copy(update={"ledger": uri}))
     alone = asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
     assert resolved(alone).ledger is None
     assert f"no ledger fits; the nearest, {uri}, cannot be read" in events(alone)
-    neighbour = write(asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(draw_seed=5))).ledger
+    neighbour = write(
+        asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(draw_seed=5))
+    ).ledger
     other = asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
     assert resolved(other).ledger is None
     assert any(f"no ledger fits; the nearest, {neighbour} has draw_seed 5 " in said for said in events(other))
     again = write(asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise()))
-    assert (again.ledger, again.reused, len(here)) == (uri, False, 12), "its files are there, its record is written again"
+    assert (again.ledger, again.reused, len(here)) == (uri, False, 12), (
+        "its files are there, its record is written again"
+    )
     assert LedgerRecord.from_json(files.read_bytes(uri)).files == LedgerRecord.from_json(whole).files
 
 

@@ -51,14 +51,18 @@ def encoded_by(plan: Plan, units: list[list[Row]]) -> dict[str, list[int]]:
 ROWS = st.lists(
     st.one_of(
         st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=5).map(lambda uids: decided("k", *uids)),
-        st.sampled_from([undecided("k", "tie"), undecided("k", "missing"), undecided("k", "bad", "label_nan")]),
+        st.sampled_from(
+            [undecided("k", "tie"), undecided("k", "missing"), undecided("k", "bad", "label_nan")]
+        ),
     ),
     max_size=12,
 )
 
 
 @given(st.lists(ROWS, max_size=4), st.integers(1, 9))
-def test_every_picture_is_encoded_once_and_every_row_is_in_one_block(units: list[list[Row]], images_per_block: int):
+def test_every_picture_is_encoded_once_and_every_row_is_in_one_block(
+    units: list[list[Row]], images_per_block: int
+):
     plan = planned(units, images_per_block)
     found = encoded_by(plan, units)
     assert all(len(blocks) == 1 for blocks in found.values())
@@ -67,12 +71,18 @@ def test_every_picture_is_encoded_once_and_every_row_is_in_one_block(units: list
         stretches = [(block.start, block.stop) for block in plan.blocks if block.unit == number]
         assert [row for start, stop in stretches for row in range(start, stop)] == list(range(len(rows)))
     slots = [uid for rows in units for row in rows if row.kind == "decided" for uid in row.uids]
-    assert [found[uid][0] for uid in slots] == plan.homes.tolist(), "a slot's home is the block that encodes its picture"
-    assert len({(uid, number) for uid, number in zip(slots, plan.images.tolist(), strict=True)}) == len(set(slots))
+    assert [found[uid][0] for uid in slots] == plan.homes.tolist(), (
+        "a slot's home is the block that encodes its picture"
+    )
+    assert len({(uid, number) for uid, number in zip(slots, plan.images.tolist(), strict=True)}) == len(
+        set(slots)
+    )
 
 
 @given(st.lists(ROWS, max_size=4), st.integers(1, 9), st.integers(1, 7))
-def test_shards_hold_every_block_with_pairs_in_order(units: list[list[Row]], images_per_block: int, pairs_per_shard: int):
+def test_shards_hold_every_block_with_pairs_in_order(
+    units: list[list[Row]], images_per_block: int, pairs_per_shard: int
+):
     plan = planned(units, images_per_block)
     shards = list(plan.shards(pairs_per_shard))
     assert [block for shard in shards for block in shard] == [block for block in plan.blocks if block.pairs]
@@ -85,22 +95,32 @@ def test_a_block_holds_no_more_pictures_than_it_may_unless_one_row_has_more():
 
 
 def test_what_is_done_is_not_pending():
-    plan = planned([[decided("a", "1", "2"), decided("b", "3", "4")], [decided("c", "1", "3")]], images_per_block=2)
-    assert [(unit.name, [block.number for block in blocks]) for unit, blocks in plan.pending(set())] == [("0", [0, 1])]
+    plan = planned(
+        [[decided("a", "1", "2"), decided("b", "3", "4")], [decided("c", "1", "3")]], images_per_block=2
+    )
+    assert [(unit.name, [block.number for block in blocks]) for unit, blocks in plan.pending(set())] == [
+        ("0", [0, 1])
+    ]
     assert [block.number for _, blocks in plan.pending({0}) for block in blocks] == [1]
     assert list(plan.pending({0, 1})) == [], "the last block's pictures are in the first two"
 
 
 def test_rows_are_counted_by_what_they_are_and_repeated_pairs_found():
     rows = [decided("a", "1", "2"), decided("b", "1", "2"), decided("c", "2", "1"), undecided("d", "tie")]
-    rows += [undecided("e", "missing"), undecided("f", "bad", "label_nan"), undecided("g", "bad", "label_nan")]
+    rows += [
+        undecided("e", "missing"),
+        undecided("f", "bad", "label_nan"),
+        undecided("g", "bad", "label_nan"),
+    ]
     counts = planned([rows]).counts
     assert (counts.rows, counts.decided, counts.ties, counts.missing) == (7, 3, 1, 1)
     assert (counts.bad, counts.pairs, counts.duplicates) == ({"label_nan": 2}, 3, 1)
 
 
 def test_rows_that_hold_a_bad_picture_are_found_in_whatever_block_it_was_read():
-    plan = planned([[decided("a", "1", "2"), decided("b", "3", "4"), decided("c", "5", "1")]], images_per_block=2)
+    plan = planned(
+        [[decided("a", "1", "2"), decided("b", "3", "4"), decided("c", "5", "1")]], images_per_block=2
+    )
     number = plan.images[0]
     assert plan.rows_with(np.array([number])).tolist() == [True, False, True]
     assert not plan.rows_with(np.array([], np.int32)).any()

@@ -93,7 +93,9 @@ try:
 except BadPicture as error:
     print(error.cause, peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     cause, grown_kib = done.stdout.split()
     assert cause == "image_too_large"
     assert int(grown_kib) < 64 * 1024
@@ -104,7 +106,9 @@ def test_a_tiff_of_very_many_pages_is_refused_at_once():
     page = b"".join(struct.pack("<HHII", tag, 3, 1, 1) for tag in (256, 257, 258, 262, 273, 277, 278, 279))
     size = 2 + len(page) + 4
     data = b"II*\0" + struct.pack("<I", 8)
-    data += b"".join(struct.pack("<H", 8) + page + struct.pack("<I", 8 + size * (n + 1)) for n in range(pages))
+    data += b"".join(
+        struct.pack("<H", 8) + page + struct.pack("<I", 8 + size * (n + 1)) for n in range(pages)
+    )
     began = time.monotonic()
     with pytest.raises(BadPicture) as refused:
         decode(data, 32)
@@ -115,7 +119,9 @@ def test_a_tiff_of_very_many_pages_is_refused_at_once():
 def test_what_is_no_picture_is_not_shown():
     with pytest.raises(BadPicture) as refused:
         decode(b"root:x:0:0:secret", 32)
-    assert str(refused.value) == "image_not_an_image: 17 bytes that are none of JPEG, PNG, WEBP, GIF, BMP, TIFF"
+    assert (
+        str(refused.value) == "image_not_an_image: 17 bytes that are none of JPEG, PNG, WEBP, GIF, BMP, TIFF"
+    )
 
 
 @pytest.mark.parametrize(("kind", "orientation"), [("RGB", 1), ("RGB", 6), ("RGBA", 1), ("RGBA", 6)])
@@ -132,7 +138,9 @@ data, before = Path({str(tmp_path / "large.png")!r}).read_bytes(), peak()
 decode(data, 32)
 print(peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     copies = 1 if (kind, orientation) == ("RGB", 1) else 2
     assert int(done.stdout) < (copies * 256 + 40) * 1024
 

@@ -12,7 +12,15 @@ import pytest
 from dde_core.latents.schema import pair_id
 from services.pairs.row import MAX_CAPTION_CHARS, MAX_RANKED, Row, read_row
 
-PAIR = {"jpg_0": b"0", "jpg_1": b"1", "label_0": 1.0, "label_1": 0.0, "caption": "text", "image_0_uid": "a", "image_1_uid": "b"}
+PAIR = {
+    "jpg_0": b"0",
+    "jpg_1": b"1",
+    "label_0": 1.0,
+    "label_1": 0.0,
+    "caption": "text",
+    "image_0_uid": "a",
+    "image_1_uid": "b",
+}
 RANKING = {"images": ["a.png", "b.png", "c.png"], "ranks": [2, 1, 3], "caption": "text"}
 
 
@@ -43,7 +51,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("label_0", "label_1", "has_label", "kind"), KINDS)
-def test_a_row_is_decided_a_tie_or_missing_and_only_a_decided_one_has_a_preference(label_0, label_1, has_label, kind):
+def test_a_row_is_decided_a_tie_or_missing_and_only_a_decided_one_has_a_preference(
+    label_0, label_1, has_label, kind
+):
     row = pair(label_0=label_0, label_1=label_1, has_label=has_label)
     assert (row.kind, row.cause, len(row.preferences)) == (kind, "", int(kind == "decided"))
 
@@ -123,10 +133,17 @@ def test_pictures_are_handed_out_only_when_asked_for():
 def test_chosen_is_preferred_to_rejected_with_the_whole_share():
     row = read("chosen", {"chosen": "a.png", "rejected": "b.png", "caption": "text"})
     (preference,) = row.preferences
-    assert (preference.winner, preference.loser, preference.label, row.uids) == (0, 1, 1.0, ("a.png", "b.png"))
+    assert (preference.winner, preference.loser, preference.label, row.uids) == (
+        0,
+        1,
+        1.0,
+        ("a.png", "b.png"),
+    )
 
 
-@pytest.mark.parametrize("ranks", [[1, 2, 3], [2, 1, 3], [3.5, 1, 1], [1, 1, 1], [4, 3, 2, 1], [1, 1, 2, 2, 3]])
+@pytest.mark.parametrize(
+    "ranks", [[1, 2, 3], [2, 1, 3], [3.5, 1, 1], [1, 1, 1], [4, 3, 2, 1], [1, 1, 2, 2, 3]]
+)
 def test_a_ranking_holds_every_two_pictures_of_different_rank_the_better_one_first(ranks):
     row = ranking(images=[f"{i}.png" for i in range(len(ranks))], ranks=ranks)
     better = {(i, j) for i, j in product(range(len(ranks)), repeat=2) if ranks[i] < ranks[j]}
@@ -176,7 +193,9 @@ JUNK += [[], [None], {}, {"bytes": 3}, {"path": []}, {"path": "\udfff"}]
 
 @pytest.mark.parametrize("shape", ["pair", "chosen", "ranking"])
 def test_no_cell_of_any_kind_raises_and_every_row_survives_pickling_and_json(shape):
-    good = {"pair": PAIR, "chosen": {"chosen": "a", "rejected": "b", "caption": "text"}, "ranking": RANKING}[shape]
+    good = {"pair": PAIR, "chosen": {"chosen": "a", "rejected": "b", "caption": "text"}, "ranking": RANKING}[
+        shape
+    ]
     for name in [*good, "has_label", "pair_id", "image_uids", "chosen_uid"]:
         for junk in JUNK:
             row = read(shape, good | {name: junk}, pictures=True)

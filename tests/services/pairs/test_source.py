@@ -23,7 +23,16 @@ from services.pairs.validation import validate
 from services.storage import files
 from tests.support.pairs_file import write_pairs
 from tests.support.s3_server import Harm, s3
-from tests.support.source_kinds import ALL_ROWS, DECIDED, FORMATS, KINDS, ROWS, expected, json_lines, write_lines
+from tests.support.source_kinds import (
+    ALL_ROWS,
+    DECIDED,
+    FORMATS,
+    KINDS,
+    ROWS,
+    expected,
+    json_lines,
+    write_lines,
+)
 
 
 def opened(uri: Path | str, **columns: str) -> Source:
@@ -38,7 +47,10 @@ def said(source: Source) -> list[tuple]:
     """What a source says, apart from where it stands: kind, caption, the winner's and the loser's bytes, label."""
     found = []
     for row in rows_of(source, pictures=True):
-        sides = [tuple(source.load(row.pictures[slot]) for slot in (each.winner, each.loser)) for each in row.preferences]
+        sides = [
+            tuple(source.load(row.pictures[slot]) for slot in (each.winner, each.loser))
+            for each in row.preferences
+        ]
         found.append((row.kind, row.caption, sides, [each.label for each in row.preferences]))
     return found
 
@@ -92,7 +104,9 @@ def test_a_source_in_an_object_store_says_what_it_says_on_disk(kind, server, tmp
     local = KINDS[kind](tmp_path / "data")
     uri = f"s3://bucket/{kind}"
     files.copy_folder((tmp_path / "data").as_uri(), uri)
-    remote = opened(files.join(uri, local.relative_to(tmp_path / "data").as_posix()) if local.is_file() else uri)
+    remote = opened(
+        files.join(uri, local.relative_to(tmp_path / "data").as_posix()) if local.is_file() else uri
+    )
     assert said(remote) == said(opened(local))
     assert [vars(row) for row in rows_of(remote)] == [vars(row) for row in rows_of(opened(local))]
     assert remote.load("pictures/nowhere.png") is None
@@ -132,7 +146,11 @@ def test_columns_with_other_names_are_mapped_and_the_rest_is_told_as_not_read(tm
     path = renamed(tmp_path / "a.parquet", caption="prompt", jpg_0="left", image_1_uid="second")
     source = opened(path, caption="prompt", jpg_0="left")
     assert said(source) == expected(ROWS)
-    assert (source.columns["caption"], source.columns["jpg_1"], source.not_read) == ("prompt", "jpg_1", ("second",))
+    assert (source.columns["caption"], source.columns["jpg_1"], source.not_read) == (
+        "prompt",
+        "jpg_1",
+        ("second",),
+    )
 
 
 def test_a_mapped_column_that_is_not_there_is_refused_with_what_was_found(tmp_path):
@@ -151,7 +169,9 @@ def test_a_column_that_is_needed_and_not_there_is_named(name, tmp_path):
 
 def test_files_with_nothing_that_can_be_read_are_refused_with_every_set_of_columns(tmp_path):
     error = refused(write_lines(tmp_path / "a.jsonl", [{"text": "a"}]))
-    assert "(jpg_0, jpg_1, label_0, label_1, caption or chosen, rejected, caption or images, caption)" in str(error)
+    assert "(jpg_0, jpg_1, label_0, label_1, caption or chosen, rejected, caption or images, caption)" in str(
+        error
+    )
     assert str(error).endswith("found: text")
 
 
@@ -193,7 +213,9 @@ def test_a_later_file_that_lacks_a_column_is_refused_when_it_is_read(tmp_path):
 
 
 def test_columns_that_are_null_throughout_are_read_as_nulls(tmp_path):
-    rows = [row | {"image_0_uid": None, "image_1_uid": None, "has_label": None, "caption": None} for row in ROWS]
+    rows = [
+        row | {"image_0_uid": None, "image_1_uid": None, "has_label": None, "caption": None} for row in ROWS
+    ]
     found = rows_of(opened(write_pairs(tmp_path / "a.parquet", rows)))
     assert [row.cause for row in found] == ["caption_missing"] * 24
 
@@ -221,7 +243,9 @@ def test_a_folder_of_splits_is_refused_naming_them(tmp_path):
     assert str(refused(tmp_path / "hub")).endswith("none is called train: test, valid")
 
 
-@pytest.mark.parametrize("state", ["no json", "{}", '{"_data_files": []}', '{"_data_files": [{"filename": "../x.arrow"}]}'])
+@pytest.mark.parametrize(
+    "state", ["no json", "{}", '{"_data_files": []}', '{"_data_files": [{"filename": "../x.arrow"}]}']
+)
 def test_a_saved_dataset_with_a_broken_state_is_refused(state, tmp_path):
     (tmp_path / "state.json").write_text(state)
     assert "state.json" in str(refused(tmp_path))
@@ -244,15 +268,29 @@ def test_a_place_without_usable_files_is_refused(tmp_path):
 
 def test_a_broken_line_is_a_bad_row_in_its_place(tmp_path):
     lines = [json.dumps({"chosen": "a", "rejected": "b", "caption": "x"})] * 3
-    broken = ['{"chosen": ', "[1, 2]", "null", "[" * 100_000, '{"caption": ' + "9" * 5000 + "}", "\x00", "\ufeff"]
-    content = "\n".join([lines[0], *broken, "", "   ", lines[1], lines[2]]).encode() + b"\n\xff\xfe{}\n" + lines[0].encode()
+    broken = [
+        '{"chosen": ',
+        "[1, 2]",
+        "null",
+        "[" * 100_000,
+        '{"caption": ' + "9" * 5000 + "}",
+        "\x00",
+        "\ufeff",
+    ]
+    content = (
+        "\n".join([lines[0], *broken, "", "   ", lines[1], lines[2]]).encode()
+        + b"\n\xff\xfe{}\n"
+        + lines[0].encode()
+    )
     (tmp_path / "a.jsonl").write_bytes(content)
     found = rows_of(opened(tmp_path / "a.jsonl"))
     assert [row.cause for row in found] == ["", *["json_broken"] * 7, "", "", "json_broken", ""]
 
 
 def test_ranges_of_a_file_hold_every_line_once(tmp_path, monkeypatch):
-    rows = [{"chosen": f"{i}.png", "rejected": "b" * (i % 7), "caption": "ü" * (i % 50 + 1)} for i in range(300)]
+    rows = [
+        {"chosen": f"{i}.png", "rejected": "b" * (i % 7), "caption": "ü" * (i % 50 + 1)} for i in range(300)
+    ]
     path = write_lines(tmp_path / "a.jsonl", rows)
     whole = [row.caption for row in rows_of(opened(path))]
     assert whole == [row["caption"] for row in rows]
@@ -269,17 +307,39 @@ def test_a_line_longer_than_the_limit_is_one_bad_row_whatever_range_it_ends_in(t
         for length in (999, 1000, 1001, 5000):
             (tmp_path / "a.jsonl").write_text(f"{good}\n{'x' * length}\n{good}\n{'y' * 1500}")
             cause = "json_broken" if length < 1000 else "line_too_long"
-            assert [row.cause for row in rows_of(opened(tmp_path / "a.jsonl"))] == ["", cause, "", "line_too_long"]
+            assert [row.cause for row in rows_of(opened(tmp_path / "a.jsonl"))] == [
+                "",
+                cause,
+                "",
+                "line_too_long",
+            ]
 
 
 # ---- win and lose folders
 
 
 def test_a_picture_without_partner_or_caption_and_a_stem_with_two_pictures_are_bad_rows(tmp_path):
-    for name in ("win/a.png", "lose/a.jpg", "a.txt", "win/b.png", "b.txt", "lose/c.png", "win/d.png", "lose/d.png"):
+    for name in (
+        "win/a.png",
+        "lose/a.jpg",
+        "a.txt",
+        "win/b.png",
+        "b.txt",
+        "lose/c.png",
+        "win/d.png",
+        "lose/d.png",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    for name in ("win/e.png", "win/e.jpg", "lose/e.png", "win/e.txt", "win/.DS_Store", "win/f.png", "lose/f.png"):
+    for name in (
+        "win/e.png",
+        "win/e.jpg",
+        "lose/e.png",
+        "win/e.txt",
+        "win/.DS_Store",
+        "win/f.png",
+        "lose/f.png",
+    ):
         (tmp_path / name).write_text(name)
     (tmp_path / "win" / "f.txt").write_bytes(b"\xff\xff")
     found = rows_of(opened(tmp_path))
@@ -302,7 +362,15 @@ def test_a_caption_file_of_megabytes_is_too_long_and_not_read(tmp_path):
 
 NOWHERE = ["nowhere.png", ".", "a\0b", "x" * 5000, "a.jsonl/b.png", "sub/../nowhere.png"]
 UNREACHABLE = ["ftp://h/a.png", "s3://", "http://[", "file://host/x"]
-OUTSIDE = ["/dev/zero", "/etc/hostname", "file:///etc/hostname", "../beside.png", "file:///{0}/../beside.png", "//etc", "/\0"]
+OUTSIDE = [
+    "/dev/zero",
+    "/etc/hostname",
+    "file:///etc/hostname",
+    "../beside.png",
+    "file:///{0}/../beside.png",
+    "//etc",
+    "/\0",
+]
 
 
 def cause_of(source: Source, path: str) -> str:
@@ -341,7 +409,9 @@ def test_a_picture_may_be_named_by_any_path_below_the_folder_also_through_links(
     for uri in (real.as_uri(), link.as_uri()):
         source = opened(uri)
         for folder in (real, link):
-            assert source.load(str(folder / "ü a.png")) == source.load((folder / "ü a.png").as_uri()) == b"plain"
+            assert (
+                source.load(str(folder / "ü a.png")) == source.load((folder / "ü a.png").as_uri()) == b"plain"
+            )
         assert (source.load("x/../ü a.png"), source.load("b.png")) == (b"plain", b"linked")
 
 
@@ -357,7 +427,9 @@ def test_what_a_row_names_elsewhere_and_cannot_be_reached_is_a_bad_picture(serve
     server.harm()
 
 
-def test_a_bucket_without_credentials_spoils_the_rows_that_name_it_and_is_asked_once(server, tmp_path, monkeypatch):
+def test_a_bucket_without_credentials_spoils_the_rows_that_name_it_and_is_asked_once(
+    server, tmp_path, monkeypatch
+):
     asked = []
     resolve = files.resolve
 
@@ -396,16 +468,23 @@ tracemalloc.start()
 rows = sum(1 for unit in source.units() for row in source.rows(unit, pictures={pictures}))
 print(tracemalloc.get_traced_memory()[1], pyarrow.default_memory_pool().max_memory())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     python, arrow = map(int, done.stdout.split())
     return python, arrow
 
 
 @pytest.mark.parametrize("pictures", [False, True])
 def test_a_row_group_of_any_size_is_read_in_bounded_memory(pictures, tmp_path):
-    rows = [{"chosen": bytes([i % 251]) * 4000, "rejected": b"1" * 4000, "caption": f"caption {i}"} for i in range(20_000)]
+    rows = [
+        {"chosen": bytes([i % 251]) * 4000, "rejected": b"1" * 4000, "caption": f"caption {i}"}
+        for i in range(20_000)
+    ]
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=len(rows), use_dictionary=False, compression="none")
+    pq.write_table(
+        pa.Table.from_pylist(rows), path, row_group_size=len(rows), use_dictionary=False, compression="none"
+    )
     assert path.stat().st_size > 160_000_000
     assert pq.ParquetFile(path).num_row_groups == 1
     python, arrow = peak_bytes(path, pictures)

@@ -80,7 +80,9 @@ def test_the_digest_changes_with_captions_labels_uids_and_pictures(tmp_path):
 
 def test_a_dataset_without_a_decided_pair_is_refused_with_what_it_has(tmp_path):
     rows = [{"chosen": "a", "rejected": "a", "caption": "x"}, {"chosen": "a", "rejected": "b", "caption": ""}]
-    with pytest.raises(BadRequest, match="no decided pair: 2 rows, 1 ties, 0 without a label, 1 caption_missing") as refused:
+    with pytest.raises(
+        BadRequest, match="no decided pair: 2 rows, 1 ties, 0 without a label, 1 caption_missing"
+    ) as refused:
         inspect(opened(write_lines(tmp_path / "a.jsonl", rows)))
     assert refused.value.code == "no_decided_pair"
 
@@ -114,7 +116,9 @@ def test_a_sample_of_a_whole_small_source_counts_what_is_bad_with_examples(tmp_p
     report = validate(opened(tmp_path / "a.parquet"), 1000)
     kinds = Counter({"": "decided", "tie": "tie", "missing": "missing"}.get(end, "bad") for end in ends)
     assert report.sampled == {"rows": 200, **kinds}
-    assert {cause: bad.count for cause, bad in report.bad.items()} == Counter(end for end in ends if end not in UNDECIDED)
+    assert {cause: bad.count for cause, bad in report.bad.items()} == Counter(
+        end for end in ends if end not in UNDECIDED
+    )
     for bad in report.bad.values():
         assert len(bad.examples) == min(3, bad.count)
         assert all(example.row.startswith(":") and len(example.detail) <= 200 for example in bad.examples)
@@ -124,7 +128,12 @@ def test_a_sample_of_a_whole_small_source_counts_what_is_bad_with_examples(tmp_p
 def test_a_report_says_what_is_read_and_how_large_pictures_are(tmp_path):
     rows = [row | {"created_at": 3} for row in pair_rows(50)]
     report = validate(opened(write_pairs(tmp_path / "a.parquet", rows)))
-    assert (report.format, report.shape, report.rows, report.columns_not_read) == ("parquet", "pair", 50, ["created_at"])
+    assert (report.format, report.shape, report.rows, report.columns_not_read) == (
+        "parquet",
+        "pair",
+        50,
+        ["created_at"],
+    )
     assert report.columns["caption"] == "caption"
     assert report.pictures is not None
     assert report.pictures.model_dump() == {"count": 90, "min_px": 32, "median_px": 32, "max_px": 32}
@@ -136,7 +145,9 @@ def test_a_report_says_what_is_read_and_how_large_pictures_are(tmp_path):
 
 
 def test_a_sample_comes_from_all_over_the_source(tmp_path):
-    rows = [row | {"caption": "" if number < 200 else row["caption"]} for number, row in enumerate(pair_rows(400))]
+    rows = [
+        row | {"caption": "" if number < 200 else row["caption"]} for number, row in enumerate(pair_rows(400))
+    ]
     report = validate(opened(write_pairs(tmp_path / "a.parquet", rows, row_group_size=10)), 32)
     assert report.sampled["rows"] == 32
     assert 12 <= report.bad["caption_missing"].count <= 20

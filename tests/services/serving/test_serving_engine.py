@@ -24,7 +24,9 @@ TEXT = "a large red circle at the centre on a black background"
 
 
 def publish(root: str, model_id: str) -> ModelRecord:
-    record = ModelRecord(id=model_id, name="m", uri=MODEL_DIR.as_uri(), family="sd15", digest=model_id, created_at=0)
+    record = ModelRecord(
+        id=model_id, name="m", uri=MODEL_DIR.as_uri(), family="sd15", digest=model_id, created_at=0
+    )
     models.publish(root, record)
     return record
 
@@ -58,7 +60,9 @@ def test_a_name_means_another_model_as_soon_as_it_is_pointed_there(root: str):
     assert list(engine._models) == ["model_b"], "the last one used is kept, the other is dropped"
 
 
-@pytest.mark.parametrize("name", ["nope", "../secrets", "..%2Fsecrets", "my model", "50%", "a?b", "model_zzz"])
+@pytest.mark.parametrize(
+    "name", ["nope", "../secrets", "..%2Fsecrets", "my model", "50%", "a?b", "model_zzz"]
+)
 def test_an_unknown_model_is_refused_by_name(root: str, name: str):
     with pytest.raises(NotFound) as refused:
         Engine(root).generate(asked(model=name))

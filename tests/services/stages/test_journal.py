@@ -28,7 +28,9 @@ def prefix(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def told(prefix: str) -> list[str]:
     """All messages, in the journal's order; the numbers of its files have no gaps."""
     journal_files = read_journal(prefix, 0)
-    assert [number for number, _ in journal_files] == list(range(len(files.list_files(files.join(prefix, "journal")))))
+    assert [number for number, _ in journal_files] == list(
+        range(len(files.list_files(files.join(prefix, "journal"))))
+    )
     return [entry.message or "" for _, entries in journal_files for entry in entries]
 
 
@@ -74,7 +76,9 @@ def test_processes_that_write_at_once_lose_and_overwrite_nothing(tmp_path: Path)
     assert [of(writer, told(prefix)) for writer in "ab"] == [names(writer, 20) for writer in "ab"]
 
 
-def test_requests_whose_answer_is_lost_or_whose_upload_is_torn_lose_and_repeat_nothing(s3_server: S3Server, bucket: str):
+def test_requests_whose_answer_is_lost_or_whose_upload_is_torn_lose_and_repeat_nothing(
+    s3_server: S3Server, bucket: str
+):
     s3_server.harm(Harm("lose_answer", every(3), "PUT"), Harm("cut_upload", every(4), "PUT"))
     first, second = Journal(bucket, flush_every_s=0), Journal(bucket, flush_every_s=0)
     for number in range(6):
@@ -102,7 +106,9 @@ def test_what_storage_does_not_take_is_kept_and_written_once_it_does(tmp_path: P
     assert told(tmp_path.as_uri()) == ["a 0", "a 1"]
 
 
-def test_a_write_that_failed_after_it_was_done_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_write_that_failed_after_it_was_done_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     link = os.link
 
     def link_and_fail(*paths: Path) -> None:
@@ -134,7 +140,9 @@ def test_where_there_are_no_hard_links_writers_overwrite_nothing_either(
     assert not files.create_bytes(files.join(tmp_path.as_uri(), "journal", "00000001.json"), b"other")
 
 
-def test_a_disk_that_is_full_leaves_no_part_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_is_full_leaves_no_part_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def refuse(*paths: Path) -> None:
         raise OSError(errno.EPERM, "no links")
 

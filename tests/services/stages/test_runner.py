@@ -58,7 +58,12 @@ def test_a_stage_that_ended_as_it_was_asked_to_leaves_how_far_it_came_and_has_no
 
 def test_a_stop_keeps_why_and_where_across_processes():
     stopped = pickle.loads(pickle.dumps(Stopped("signal", 12)))
-    assert (stopped.why, stopped.step, stopped.code, str(stopped)) == ("signal", 12, "stopped", "stopped after step 12")
+    assert (stopped.why, stopped.step, stopped.code, str(stopped)) == (
+        "signal",
+        12,
+        "stopped",
+        "stopped after step 12",
+    )
     assert root_cause(RayTaskError("loop", "a long traceback", stopped).as_instanceof_cause()) is stopped
 
 
@@ -66,14 +71,18 @@ WRAPPERS = {
     "nothing": lambda error: error,
     "a task": lambda error: RayTaskError("write", "a long traceback", error).as_instanceof_cause(),
     "workers": lambda error: WorkerGroupError("they failed", {0: ValueError("torn down"), 1: error}),
-    "the controller": lambda error: ControllerError(RayTaskError("write", "a long traceback", error).as_instanceof_cause()),
+    "the controller": lambda error: ControllerError(
+        RayTaskError("write", "a long traceback", error).as_instanceof_cause()
+    ),
 }
 
 
 @pytest.mark.parametrize("number", sorted(PASSING), ids=errno.errorcode.get)
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_disk_that_is_full_or_away_is_unavailable_however_ray_wraps_it(wrap, number):
-    failure = failure_of(cloudpickle.loads(cloudpickle.dumps(wrap(OSError(number, os.strerror(number), "/a/file")))))
+    failure = failure_of(
+        cloudpickle.loads(cloudpickle.dumps(wrap(OSError(number, os.strerror(number), "/a/file"))))
+    )
     message = f"{type(OSError(number, '')).__name__}: [Errno {number}] {os.strerror(number)}: '/a/file'"
     assert failure == StageFailure(message=message, code="unavailable")
 
@@ -98,7 +107,9 @@ def test_a_stage_that_gets_sigint_leaves_its_marker_also_where_the_signal_was_ig
         [sys.executable, "-c", WAITS, *asked],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell does to what it starts with &
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        ),  # as a shell does to what it starts with &
     )
     with ignored:
         assert ignored.stdout.readline() == b"at work\n"

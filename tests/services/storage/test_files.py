@@ -40,7 +40,11 @@ def test_what_was_written_last_is_read_whole(root: str):
 
 def test_where_there_is_nothing_there_is_no_file_and_deleting_is_no_error(root: str):
     nothing = files.join(root, "nothing")
-    for read in (files.read_bytes, files.read_json, lambda uri: files.copy_folder(uri, files.join(root, "copy"))):
+    for read in (
+        files.read_bytes,
+        files.read_json,
+        lambda uri: files.copy_folder(uri, files.join(root, "copy")),
+    ):
         with pytest.raises(FileNotFoundError, match="nothing"):
             read(nothing)
     files.delete_file(nothing)
@@ -117,7 +121,9 @@ def test_a_local_write_that_fails_leaves_the_file_before_and_nothing_beside_it(t
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"before"}
 
 
-@pytest.mark.parametrize("uri", ["gopher://x/y", "gs://x/y", "file://host/x", "s3://", "s3:///y", "s3://bucket/y?region=x"])
+@pytest.mark.parametrize(
+    "uri", ["gopher://x/y", "gs://x/y", "file://host/x", "s3://", "s3:///y", "s3://bucket/y?region=x"]
+)
 def test_a_uri_that_cannot_be_opened_is_refused_by_name(uri: str):
     with pytest.raises(BadRequest) as refused:
         files.read_bytes(uri)
@@ -125,7 +131,9 @@ def test_a_uri_that_cannot_be_opened_is_refused_by_name(uri: str):
 
 
 def test_models_are_known_by_name_until_they_are_retracted(root: str):
-    record = ModelRecord(id="model_1", name="aligned", uri=f"{root}/x", family="sd15", digest="d", created_at=0, job="j")
+    record = ModelRecord(
+        id="model_1", name="aligned", uri=f"{root}/x", family="sd15", digest="d", created_at=0, job="j"
+    )
     files.write_bytes(files.join(models.model_uri(root, record.id), "unet", "w"), b"w")
     models.publish(root, record)
     models.point(root, "aligned", record.id)
@@ -151,7 +159,12 @@ def test_a_journal_is_read_once_from_where_the_reader_was_and_writers_take_turns
 
 def test_a_driver_that_takes_over_again_goes_on_behind_its_workers_and_changes_none_of_their_files(root: str):
     driver, said = Journal(root, flush_every_s=0), [str(number) for number in range(12)]
-    writers = [driver] * 2 + [Journal(root, flush_every_s=0)] * 3 + [Journal(root, flush_every_s=0)] * 4 + [driver] * 3
+    writers = (
+        [driver] * 2
+        + [Journal(root, flush_every_s=0)] * 3
+        + [Journal(root, flush_every_s=0)] * 4
+        + [driver] * 3
+    )
     for message, writer in zip(said, writers, strict=True):
         writer.event(message)
     assert [(number, [entry.message for entry in entries]) for number, entries in read_journal(root, 0)] == [
@@ -162,7 +175,9 @@ def test_a_driver_that_takes_over_again_goes_on_behind_its_workers_and_changes_n
 def spec(folder: Path) -> EncodeSpec:
     model = ModelRecord(id="m", name="m", uri="x", family="sd15", digest="d", created_at=0)
     source = DatasetSource(uri="u")
-    return EncodeSpec(job="j", attempt=1, prefix=folder.as_uri(), source=source, source_digest="d", model=model, output="o")
+    return EncodeSpec(
+        job="j", attempt=1, prefix=folder.as_uri(), source=source, source_digest="d", model=model, output="o"
+    )
 
 
 @pytest.fixture
@@ -175,7 +190,9 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_stage_that_succeeds_leaves_its_result(told: Path):
     result = EncodeResult(dataset="d", digest="x", counts={"pairs": 1}, reused=False, seconds=1.0)
-    run_stage(EncodeSpec, lambda asked, journal: result if asked == spec(told) else pytest.fail("another spec"))
+    run_stage(
+        EncodeSpec, lambda asked, journal: result if asked == spec(told) else pytest.fail("another spec")
+    )
     assert EncodeResult.model_validate_json((told / "done.json").read_bytes()) == result
     assert not (told / "failed.json").exists()
 
@@ -187,7 +204,9 @@ def test_a_stage_that_fails_leaves_why_with_the_field_and_fails(told: Path):
     with pytest.raises(ConfigError):
         run_stage(EncodeSpec, work)
     failure = StageFailure.model_validate(json.loads((told / "failed.json").read_text()))
-    assert failure == StageFailure(message="beta must be greater than 0, got -1", code="config_error", param="beta")
+    assert failure == StageFailure(
+        message="beta must be greater than 0, got -1", code="config_error", param="beta"
+    )
     assert not (told / "done.json").exists()
 
 
@@ -204,6 +223,10 @@ def test_the_error_of_ours_is_found_inside_what_ray_wraps_around_it():
 
 def test_what_failed_is_one_line_and_a_stop_is_no_error_of_the_work():
     assert failure_of(SystemExit(1)) == StageFailure(message="the stage was stopped", code="stopped")
-    assert failure_of(OSError("disk full\nand more")) == StageFailure(message="OSError: disk full", code="oserror")
+    assert failure_of(OSError("disk full\nand more")) == StageFailure(
+        message="OSError: disk full", code="oserror"
+    )
     refused = BadRequest("uri 'x' does not exist", param="uri", code="not_found")
-    assert failure_of(refused) == StageFailure(message="uri 'x' does not exist", code="not_found", param="uri")
+    assert failure_of(refused) == StageFailure(
+        message="uri 'x' does not exist", code="not_found", param="uri"
+    )

@@ -52,14 +52,19 @@ def big(tmp_path: Path) -> Path:
 def keys(server: S3Server, uri: str) -> list[str]:
     """What really lies below."""
     prefix = uri.removeprefix(f"s3://{BUCKET}/")
-    return [found["Key"] for found in server.direct().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])]
+    return [
+        found["Key"]
+        for found in server.direct().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+    ]
 
 
 # ---- what passes
 
 
 @pytest.mark.parametrize("harm", SOMETIMES)
-def test_what_is_written_listed_copied_and_read_is_intact(harm: str, s3_server: S3Server, bucket: str, big: Path):
+def test_what_is_written_listed_copied_and_read_is_intact(
+    harm: str, s3_server: S3Server, bucket: str, big: Path
+):
     s3_server.harm(*SOMETIMES[harm])
     small = {"dir/empty": b"", "dir/small": os.urandom(1000)}
     for name, data in small.items():
@@ -89,7 +94,9 @@ def test_ranges_of_parquet_are_intact(harm: str, s3_server: S3Server, bucket: st
 
 
 @pytest.mark.parametrize("kind", ["slow_down", "lose_answer", "cut_download"])
-def test_a_range_of_any_length_is_read_also_from_a_filesystem_that_was_pickled(kind: Any, s3_server: S3Server, bucket: str):
+def test_a_range_of_any_length_is_read_also_from_a_filesystem_that_was_pickled(
+    kind: Any, s3_server: S3Server, bucket: str
+):
     data = os.urandom(1_000_000)
     files.write_bytes(f"{bucket}/a", data)
     filesystem, path = pickle.loads(pickle.dumps(files.resolve(f"{bucket}/a")))
@@ -125,7 +132,9 @@ def test_more_objects_are_listed_and_deleted_than_one_answer_holds(s3_server: S3
 
 
 @pytest.mark.parametrize("kind", ["refuse_upload", "cut_upload"])
-def test_where_every_upload_is_torn_the_object_before_stays(kind: Any, s3_server: S3Server, bucket: str, big: Path):
+def test_where_every_upload_is_torn_the_object_before_stays(
+    kind: Any, s3_server: S3Server, bucket: str, big: Path
+):
     files.write_bytes(f"{bucket}/a", b"before")
     s3_server.harm(Harm(kind, method="PUT"))
     with pytest.raises(Unavailable, match=f"{bucket}/a"):
@@ -147,7 +156,9 @@ def test_where_every_piece_is_refused_the_upload_is_taken_back(s3_server: S3Serv
 
 
 @pytest.mark.parametrize("call", ["write_bytes(uri, path.read_bytes())", "upload(path, uri)"])
-def test_an_uploader_that_is_killed_leaves_no_object(call: str, s3_server: S3Server, bucket: str, tmp_path: Path):
+def test_an_uploader_that_is_killed_leaves_no_object(
+    call: str, s3_server: S3Server, bucket: str, tmp_path: Path
+):
     (tmp_path / "a").write_bytes(bytes(40_000_000))
     code = f"from pathlib import Path; from services import storage; path, uri = Path('a'), {bucket + '/a'!r}; storage.{call}"
     s3_server.harm(Harm("delay", method="PUT", seconds=1.0))
@@ -187,15 +198,25 @@ def test_processes_of_a_node_fetch_a_model_once(s3_server: S3Server, record: Mod
         from services.contracts import ModelRecord
         print(registry.fetch(ModelRecord.model_validate_json({record.model_dump_json()!r}))[0])
     """
-    command, env = [sys.executable, "-c", textwrap.dedent(code)], {**os.environ, "TMPDIR": str(tmp_path / "node")}
+    command, env = (
+        [sys.executable, "-c", textwrap.dedent(code)],
+        {**os.environ, "TMPDIR": str(tmp_path / "node")},
+    )
     (tmp_path / "node").mkdir()
     with ThreadPoolExecutor(3) as pool:
-        runs = [pool.submit(subprocess.run, command, capture_output=True, text=True, env=env, cwd=ROOT) for _ in range(3)]
-    assert {run.result().stdout.strip() for run in runs} == {str(tmp_path / "node" / "dde-models" / record.digest)}
+        runs = [
+            pool.submit(subprocess.run, command, capture_output=True, text=True, env=env, cwd=ROOT)
+            for _ in range(3)
+        ]
+    assert {run.result().stdout.strip() for run in runs} == {
+        str(tmp_path / "node" / "dde-models" / record.digest)
+    }
     assert s3_server.done["delay"] == 1
 
 
-def test_a_model_that_never_arrives_whole_is_not_kept(s3_server: S3Server, record: ModelRecord, tmp_path: Path):
+def test_a_model_that_never_arrives_whole_is_not_kept(
+    s3_server: S3Server, record: ModelRecord, tmp_path: Path
+):
     s3_server.harm(Harm("cut_download", method="GET", target="safetensors"))
     with pytest.raises(Unavailable, match="safetensors"):
         models.fetch(record)
@@ -216,18 +237,30 @@ def refusal(uri: str, **environment: str) -> tuple[str, float]:
     """
     began = time.monotonic()
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT, timeout=100)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT, timeout=100
+    )
     return done.stdout + done.stderr, time.monotonic() - began
 
 
 def test_endpoints_of_aws_are_left_to_the_region_of_the_bucket_and_others_are_used():
-    for url in ("https://s3.amazonaws.com", "https://s3.eu-central-1.amazonaws.com", "https://s3.cn-north-1.amazonaws.com.cn"):
+    for url in (
+        "https://s3.amazonaws.com",
+        "https://s3.eu-central-1.amazonaws.com",
+        "https://s3.cn-north-1.amazonaws.com.cn",
+    ):
         assert s3.own_endpoint(url) == ""
-    for url in ("http://minio:9000", "https://bucket.vpce-1.s3.us-east-1.vpce.amazonaws.com", "https://s3.example.com"):
+    for url in (
+        "http://minio:9000",
+        "https://bucket.vpce-1.s3.us-east-1.vpce.amazonaws.com",
+        "https://s3.example.com",
+    ):
         assert s3.own_endpoint(url) == url
 
 
-def test_credentials_that_are_just_being_renewed_are_no_mistake_of_the_caller(s3_server: S3Server, bucket: str):
+def test_credentials_that_are_just_being_renewed_are_no_mistake_of_the_caller(
+    s3_server: S3Server, bucket: str
+):
     s3_server.harm(Harm("expired"))
     with pytest.raises(Unavailable, match="ExpiredToken"):
         files.write_bytes(f"{bucket}/a", b"1")
@@ -236,7 +269,11 @@ def test_credentials_that_are_just_being_renewed_are_no_mistake_of_the_caller(s3
 
 
 REFUSED = {
-    "a bucket that is not there": ("s3://nowhere/a", {}, "BadRequest uri 's3://nowhere/a': bucket 'nowhere' does not exist"),
+    "a bucket that is not there": (
+        "s3://nowhere/a",
+        {},
+        "BadRequest uri 's3://nowhere/a': bucket 'nowhere' does not exist",
+    ),
     "no credentials": (
         "s3://bucket/a",
         {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": "/nowhere"},

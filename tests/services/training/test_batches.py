@@ -29,7 +29,12 @@ STEPS, BATCH, MICRO, SHAPE = 20, 7, 2, (4, 8, 8)
 WAYS = ("ddp", "fsdp")
 CONFIG = ObjectiveConfig(beta=500.0, calibration_bins=20)
 POINTS = ("expected", "sampled", "mode")
-SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
 
 
 def make_batch(step: int, places: np.ndarray) -> PairBatch:
@@ -40,9 +45,12 @@ def make_batch(step: int, places: np.ndarray) -> PairBatch:
 
     text = torch.stack([draw_noise(0, name, "shared", 2, (3, TEXT_WIDTH)) for name in names]).double()
     t = torch.tensor([draw_timestep(0, name, 0, np.arange(1001) / 1000) for name in names])
-    sides = {f"latents_{side}": draw(side, 1) for side in "wl"} | {f"noise_{side}": draw(side, 0) for side in "wl"}
+    sides = {f"latents_{side}": draw(side, 1) for side in "wl"} | {
+        f"noise_{side}": draw(side, 0) for side in "wl"
+    }
     sides |= {
-        f"z_{side}": torch.stack([draw_evaluation_point(0, name, side, 0, SHAPE) for name in names]).double() for side in "wl"
+        f"z_{side}": torch.stack([draw_evaluation_point(0, name, side, 0, SHAPE) for name in names]).double()
+        for side in "wl"
     }
     conditioning = {f"conditioning_{side}": {"encoder_hidden_states": text} for side in "wl"}
     return PairBatch(pair_ids=tuple(names), t=t, **sides, **conditioning)
@@ -51,7 +59,9 @@ def make_batch(step: int, places: np.ndarray) -> PairBatch:
 def three(rank: int, folder: str) -> None:
     """One of three workers, in every way to hold the model."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", store=distributed.FileStore(f"{folder}/store", 3), rank=rank, world_size=3)
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(f"{folder}/store", 3), rank=rank, world_size=3
+    )
     for parallelism in WAYS:
         train(rank, 3, f"{folder}/{parallelism}-{rank}", parallelism)
     distributed.destroy_process_group()
@@ -65,7 +75,9 @@ def train(rank: int, world_size: int, file: str, parallelism: str) -> None:
         shard(reference, torch.device("cpu"), world_size)
     parallel = wrap(policy, parallelism, torch.device("cpu"))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
-    calibrations = {point: Calibration(schedule, replace(CONFIG, calibration_point=point)) for point in POINTS}
+    calibrations = {
+        point: Calibration(schedule, replace(CONFIG, calibration_point=point)) for point in POINTS
+    }
     for step in range(STEPS):
         places = np.arange(rank, BATCH, world_size)
         batch, errors = make_batch(step, places), []
@@ -83,7 +95,10 @@ def train(rank: int, world_size: int, file: str, parallelism: str) -> None:
         gathered = gather_errors(errors, places, BATCH)
         for calibration in calibrations.values():
             calibration.update(*gathered)
-    arrays = {point: torch.cat(list(calibration.state_dict().values())) for point, calibration in calibrations.items()}
+    arrays = {
+        point: torch.cat(list(calibration.state_dict().values()))
+        for point, calibration in calibrations.items()
+    }
     weights = torch.cat([whole(value).flatten() for value in policy.state_dict().values()])
     save_file({"weights": weights, **arrays}, file)
 
@@ -100,15 +115,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("parallelism", WAYS)
 def test_workers_do_not_change_the_update_in_float64(trained: Path, parallelism: str):
     """Of three, the first has one pair more; under FSDP2 all gather at once, and so must have equally many micro-batches."""
-    one, *three = (load_file(trained / name) for name in ("one", *(f"{parallelism}-{rank}" for rank in range(3))))
+    one, *three = (
+        load_file(trained / name) for name in ("one", *(f"{parallelism}-{rank}" for rank in range(3)))
+    )
     start = torch.cat([value.flatten() for value in tiny_unet().double().state_dict().values()])
     distance = (three[0]["weights"] - one["weights"]).norm() / (one["weights"] - start).norm()
     print(f"relative L2 distance of the update, 1 against 3 workers ({parallelism}), float64: {distance:.1e}")
     assert distance < 1e-9
     assert all(torch.equal(each["weights"], three[0]["weights"]) for each in three)
     for point in POINTS:
-        assert all(torch.equal(each[point], three[0][point]) for each in three), "all workers hold the same arrays"
-        torch.testing.assert_close(three[0][point], one[point], rtol=1e-5, atol=1e-12)  # errors are gathered in float32
+        assert all(torch.equal(each[point], three[0][point]) for each in three), (
+            "all workers hold the same arrays"
+        )
+        torch.testing.assert_close(
+            three[0][point], one[point], rtol=1e-5, atol=1e-12
+        )  # errors are gathered in float32
         assert three[0][point].count_nonzero() > 40
     assert not torch.equal(three[0]["expected"], three[0]["sampled"])
 
@@ -116,7 +137,10 @@ def test_workers_do_not_change_the_update_in_float64(trained: Path, parallelism:
 @pytest.mark.parametrize(("size", "lengths"), [(3, [2, 2, 3]), (7, [7]), (1, [1] * 7), (100, [7])])
 def test_micro_batches_have_the_gradient_of_the_whole_batch(size: int, lengths: list[int]):
     schedule, batch = Schedule.from_config(SCHEDULE), make_batch(0, np.arange(BATCH))
-    correction, reference = torch.linspace(0, 1e-3, BATCH, dtype=torch.float64), tiny_unet().double().requires_grad_(False)
+    correction, reference = (
+        torch.linspace(0, 1e-3, BATCH, dtype=torch.float64),
+        tiny_unet().double().requires_grad_(False),
+    )
     with torch.no_grad():
         reference.conv_in.weight *= 1.1
 
@@ -149,7 +173,9 @@ def test_a_share_whose_other_workers_are_gone_is_an_error_and_no_row_of_zeros():
 
 
 @given(batch_size=st.integers(1, 200), world_size=st.integers(1, 16), size=st.integers(1, 50))
-def test_all_workers_have_equally_many_micro_batches_of_no_more_pairs_than_asked_for(batch_size, world_size, size):
+def test_all_workers_have_equally_many_micro_batches_of_no_more_pairs_than_asked_for(
+    batch_size, world_size, size
+):
     assume(world_size <= batch_size)
     num_parts = parts_of_a_share(batch_size, world_size, size)
     for share in {batch_size // world_size, -(-batch_size // world_size)}:

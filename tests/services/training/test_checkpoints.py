@@ -43,7 +43,13 @@ from tests.support.s3_server import Harm
 from tests.support.tiny_folders import sd15_folder
 
 OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=20)
-TRAINING = {"batch_size": 6, "learning_rate": 1e-3, "ema_decay": 0.9, "checkpoint_every": 2, "keep_checkpoints": 2}
+TRAINING = {
+    "batch_size": 6,
+    "learning_rate": 1e-3,
+    "ema_decay": 0.9,
+    "checkpoint_every": 2,
+    "keep_checkpoints": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,9 @@ def state(folder: Path | str, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint."""
     with checkpoints.opened(run_of(folder), checkpoints.read(run_of(folder), step)) as state:
         return {
-            f"{path.relative_to(state)}/{n}": t for path in state.rglob("*.safetensors") for n, t in load_file(path).items()
+            f"{path.relative_to(state)}/{n}": t
+            for path in state.rglob("*.safetensors")
+            for n, t in load_file(path).items()
         }
 
 
@@ -80,7 +88,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def events(folder: Path | str) -> list[str]:
-    return [entry.message for _, some in read_journal(files.as_uri(folder), 0) for entry in some if entry.message]
+    return [
+        entry.message for _, some in read_journal(files.as_uri(folder), 0) for entry in some if entry.message
+    ]
 
 
 def test_a_checkpoint_says_what_it_is_of_and_the_last_ones_are_kept(model, encoded, tmp_path, undisturbed):
@@ -92,7 +102,11 @@ def test_a_checkpoint_says_what_it_is_of_and_the_last_ones_are_kept(model, encod
     assert record.identity["training.batch_size"] == 6
     assert record.metrics["loss"] > 0
     expected = {"optimizer.safetensors", "calibration.safetensors", "state.json"}
-    parts = {f"{part}/{name}" for part in ("weights", "ema") for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    parts = {
+        f"{part}/{name}"
+        for part in ("weights", "ema")
+        for name in ("config.json", "diffusion_pytorch_model.safetensors")
+    }
     assert set(record.files) == expected | parts
     assert (
         record.num_bytes
@@ -119,7 +133,8 @@ def test_a_checkpoint_whose_files_have_changed_is_put_aside(model, encoded, tmp_
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(
-        DataError, match=r"optimizer\.safetensors of the checkpoint at .*step-00000004' is not what was written"
+        DataError,
+        match=r"optimizer\.safetensors of the checkpoint at .*step-00000004' is not what was written",
     ):
         state(tmp_path, 4)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
@@ -183,7 +198,9 @@ def test_a_checkpoint_of_another_version_ends_the_run_and_stays_as_it_is(model, 
     record = tmp_path / "run/checkpoints/step-00000002/checkpoint.json"
     newer = json.loads(record.read_text()) | {"mood": "good"}
     record.write_text(json.dumps(newer))
-    with pytest.raises(DataError, match=r"step-00000002' was written by another version of this code: .*\n?.*mood"):
+    with pytest.raises(
+        DataError, match=r"step-00000002' was written by another version of this code: .*\n?.*mood"
+    ):
         train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
     assert json.loads(record.read_text()) == newer
 
@@ -350,7 +367,9 @@ def test_a_full_disk_costs_no_step(model, encoded, small_disk, undisturbed):
 
 
 @pytest.mark.slow
-def test_an_object_store_that_does_not_answer_for_a_while_costs_no_step(model, encoded, s3_server, bucket, undisturbed):
+def test_an_object_store_that_does_not_answer_for_a_while_costs_no_step(
+    model, encoded, s3_server, bucket, undisturbed
+):
     failed = Counter[str]()
 
     def back_again() -> None:
@@ -441,12 +460,23 @@ def records(folder: Path | str, *steps: int) -> str:
 
 
 def validated(run: str, step: int, **metrics: float) -> None:
-    files.write_json(checkpoints.outcome_uri(run, step), Validated(step=step, metrics=metrics, seconds=1.0).model_dump())
+    files.write_json(
+        checkpoints.outcome_uri(run, step), Validated(step=step, metrics=metrics, seconds=1.0).model_dump()
+    )
 
 
 def test_the_last_the_best_and_what_validation_has_not_seen_are_kept(model, encoded, tmp_path):
     run = records(tmp_path, 10, 20, 30, 40, 50, 60)
-    spec = train_spec(tmp_path, model, encoded, OBJECTIVE, steps=60, held_out_pairs=2, checkpoint_every=10, keep_checkpoints=1)
+    spec = train_spec(
+        tmp_path,
+        model,
+        encoded,
+        OBJECTIVE,
+        steps=60,
+        held_out_pairs=2,
+        checkpoint_every=10,
+        keep_checkpoints=1,
+    )
     spec = spec.model_copy(update={"run": run})
     assert selection.superfluous(spec) == [10, 20, 30, 40, 50]
     asked = ValidationConfig(every=20, best_metric="held_out_accuracy")
@@ -455,7 +485,9 @@ def test_the_last_the_best_and_what_validation_has_not_seen_are_kept(model, enco
     validated(run, 0, held_out_accuracy=0.9)
     validated(run, 20, held_out_accuracy=0.7)
     validated(run, 40, held_out_accuracy=0.7)
-    assert selection.best(selection.outcomes(run), "held_out_accuracy") == 20, "the first of equals, and never the base"
+    assert selection.best(selection.outcomes(run), "held_out_accuracy") == 20, (
+        "the first of equals, and never the base"
+    )
     assert selection.superfluous(spec) == [10, 30, 40, 50]
     validated(run, 60, held_out_accuracy=0.8)
     validated(run, 70, held_out_accuracy=0.9)  # of a checkpoint that was put aside since

@@ -123,10 +123,16 @@ def test_a_run_without_a_log_is_named(run):
 
 def train(run: str, objective: ObjectiveConfig, steps: int = 12) -> Calibration:
     """What a training loop does with its numbers, the errors drawn at random."""
-    generator, log, calibration = torch.Generator().manual_seed(0), PairLog(run), Calibration(SCHEDULE, objective)
+    generator, log, calibration = (
+        torch.Generator().manual_seed(0),
+        PairLog(run),
+        Calibration(SCHEDULE, objective),
+    )
     for step in range(1, steps + 1):
         t = torch.randint(1, 1001, (PAIRS,), generator=generator)
-        theta, ref = (PairErrors(*(0.2 + 1e-4 * torch.randn(2, PAIRS, generator=generator))) for _ in range(2))
+        theta, ref = (
+            PairErrors(*(0.2 + 1e-4 * torch.randn(2, PAIRS, generator=generator))) for _ in range(2)
+        )
         terms = step_losses(theta, ref, t, objective, SCHEDULE, calibration.correction(t))
         log.add(step, t, terms.margin, terms.gradient_weight)
         if objective.method != "sft":
@@ -147,8 +153,14 @@ def recorded(run: str, objective: ObjectiveConfig) -> CreditRecord:
 @pytest.mark.parametrize("method", ["dde", "dde_step", "uniform", "discounted"])
 def test_what_was_logged_is_what_the_margins_predict(run, method):
     record = recorded(run, ObjectiveConfig(method=method, calibration_bins=50))
-    assert (record.steps, record.batch_size, sum(bucket.pairs for bucket in record.buckets)) == (12, PAIRS, 12 * PAIRS)
-    assert [(bucket.t_first, bucket.t_last) for bucket in record.buckets] == [(100 * j + 1, 100 * j + 100) for j in range(10)]
+    assert (record.steps, record.batch_size, sum(bucket.pairs for bucket in record.buckets)) == (
+        12,
+        PAIRS,
+        12 * PAIRS,
+    )
+    assert [(bucket.t_first, bucket.t_last) for bucket in record.buckets] == [
+        (100 * j + 1, 100 * j + 100) for j in range(10)
+    ]
     for bucket in record.buckets:
         assert bucket.logged == pytest.approx(bucket.predicted, rel=1e-4)
         assert bucket.logged > 0
@@ -157,7 +169,11 @@ def test_what_was_logged_is_what_the_margins_predict(run, method):
 
 def test_the_record_says_what_its_numbers_mean(run):
     record = recorded(run, ObjectiveConfig(t_min=2))
-    assert (record.objective.noise, record.objective.t_min, record.objective.t_max) == ("independent", 2, 1000)
+    assert (record.objective.noise, record.objective.t_min, record.objective.t_max) == (
+        "independent",
+        2,
+        1000,
+    )
     assert Schedule.from_config(record.scheduler).T == 1000
     assert {name: len(values) for name, values in record.calibration.items()} == dict.fromkeys(
         ("theta_w", "ref_w", "theta_l", "ref_l"), 1000
@@ -167,7 +183,9 @@ def test_the_record_says_what_its_numbers_mean(run):
 
 def test_sft_has_weights_and_no_margins(run):
     record = recorded(run, ObjectiveConfig(method="sft"))
-    assert {(bucket.margin, bucket.logged, bucket.predicted) for bucket in record.buckets} == {(None, 1.0, 1.0)}
+    assert {(bucket.margin, bucket.logged, bucket.predicted) for bucket in record.buckets} == {
+        (None, 1.0, 1.0)
+    }
 
 
 @pytest.mark.parametrize("lost", ["00000001-00000005.parquet", "00000006-00000010.parquet"])

@@ -109,7 +109,9 @@ def test_tensorboard_shows_every_step_and_every_picture(tmp_path, events):
     told.close(CLOSES_WITHIN_S)
     training = read_tensorboard(tmp_path / "tensorboard", "training")
     assert training.Tags()["scalars"] == ["loss", "margin_t0100"]
-    assert [(each.step, each.value) for each in training.Scalars("margin_t0100")] == [(n, 0.5 * n) for n in range(1, STEPS + 1)]
+    assert [(each.step, each.value) for each in training.Scalars("margin_t0100")] == [
+        (n, 0.5 * n) for n in range(1, STEPS + 1)
+    ]
     validation = read_tensorboard(tmp_path / "tensorboard", "validation")
     assert [each.step for each in validation.Scalars("taste")] == [0, 4, 8]
     pictures = validation.Images("pictures")
@@ -130,10 +132,14 @@ def test_a_run_that_was_killed_and_goes_on_shows_each_step_once_in_tensorboard(t
     assert len(files.list_files(files.join(spec.run, "tensorboard", "training"))) == 2
     training = read_tensorboard(tmp_path / "tensorboard", "training")
     assert [each.step for each in training.Scalars("loss")] == list(range(1, STEPS + 1))
-    assert [each.step for each in read_tensorboard(tmp_path / "tensorboard", "validation").Images("pictures")] == [0, 4, 8]
+    assert [
+        each.step for each in read_tensorboard(tmp_path / "tensorboard", "validation").Images("pictures")
+    ] == [0, 4, 8]
 
 
-def test_tensorboards_files_are_begun_anew_when_they_are_long_and_nothing_is_lost(tmp_path, events, monkeypatch):
+def test_tensorboards_files_are_begun_anew_when_they_are_long_and_nothing_is_lost(
+    tmp_path, events, monkeypatch
+):
     monkeypatch.setattr(clients, "ROTATED_BYTES", 300)
     told = opened(train_spec(tmp_path.as_uri()), events)
     for step in range(1, STEPS + 1):
@@ -147,7 +153,9 @@ def test_tensorboards_files_are_begun_anew_when_they_are_long_and_nothing_is_los
 
 
 @pytest.mark.slow
-def test_tensorboards_files_reach_an_object_store_also_after_it_failed(bucket, s3_server: S3Server, tmp_path, events):
+def test_tensorboards_files_reach_an_object_store_also_after_it_failed(
+    bucket, s3_server: S3Server, tmp_path, events
+):
     told = opened(train_spec(bucket), events)
     tell(told, range(1, 5))
     told.deliver()
@@ -159,7 +167,9 @@ def test_tensorboards_files_reach_an_object_store_also_after_it_failed(bucket, s
     s3_server.harm()
     told.close(CLOSES_WITHIN_S)
     files.copy_folder(files.join(bucket, "tensorboard"), tmp_path.as_uri())
-    assert [each.step for each in read_tensorboard(tmp_path, "training").Scalars("loss")] == list(range(1, STEPS + 1))
+    assert [each.step for each in read_tensorboard(tmp_path, "training").Scalars("loss")] == list(
+        range(1, STEPS + 1)
+    )
     assert events[1:] == [("info", "TensorBoard is told again, 0 steps are lost")]
 
 
@@ -214,12 +224,16 @@ def test_a_tracker_that_fails_is_told_everything_in_order_once_it_works(broken, 
     assert [level for level, _ in events] == ["warning", "info"]
 
 
-def test_a_tracker_that_goes_on_failing_is_left_alone_and_spoken_of_once_without_its_password(broken, box, events):
+def test_a_tracker_that_goes_on_failing_is_left_alone_and_spoken_of_once_without_its_password(
+    broken, box, events
+):
     put(box, 1)
     for _ in range(50):
         box.deliver()
     assert broken.tried == 1
-    said = "B is not told, and tried again while training goes on: Unavailable: no answer from http://host/api"
+    said = (
+        "B is not told, and tried again while training goes on: Unavailable: no answer from http://host/api"
+    )
     assert events == [("warning", said)]
 
 
@@ -253,7 +267,9 @@ class Stuck(Broken):
 
 def test_a_tracker_that_never_answers_is_left_behind_and_the_others_are_told_and_closed(broken, events):
     stuck, broken.broken = Stuck(), False
-    told = Trackers({"S": lambda: stuck, "B": lambda: broken}, lambda message, level: events.append((level, message)))
+    told = Trackers(
+        {"S": lambda: stuck, "B": lambda: broken}, lambda message, level: events.append((level, message))
+    )
     tell(told, [1, 2])
     told.close(within_s=1.0)
     assert (stuck.told, broken.told, broken.closed) == ([], [1, 2], True)
@@ -278,7 +294,9 @@ def train(spec: TrainSpec, steps: range) -> None:
 
 def given(monkeypatch: pytest.MonkeyPatch, tracker: Tracker) -> None:
     """This tracker instead of those that the environment names."""
-    monkeypatch.setattr(feed, "open_trackers", lambda settings, spec, tell: Trackers({"B": lambda: tracker}, tell))
+    monkeypatch.setattr(
+        feed, "open_trackers", lambda settings, spec, tell: Trackers({"B": lambda: tracker}, tell)
+    )
 
 
 def warnings_of(spec: TrainSpec) -> list[str]:
@@ -292,7 +310,9 @@ def test_an_attempt_tells_what_the_attempts_before_it_did_not_deliver(tmp_path, 
     train(train_spec(run, attempt=1), range(1, 5))
     tell(before := opened(train_spec(run), []), [1, 2])
     before.deliver()  # and the driver is killed
-    train(train_spec(run, attempt=3), range(4, STEPS + 1))  # from the checkpoint of step 3; attempt 2 did not begin
+    train(
+        train_spec(run, attempt=3), range(4, STEPS + 1)
+    )  # from the checkpoint of step 3; attempt 2 did not begin
     time.sleep(1.1)  # event files are ordered by the second in which they began
     spec = train_spec(run, attempt=3)
     Tracking(spec, Journal(spec.prefix)).close()
@@ -301,7 +321,9 @@ def test_an_attempt_tells_what_the_attempts_before_it_did_not_deliver(tmp_path, 
     assert warnings_of(spec) == []
 
 
-def test_tracking_goes_on_though_something_that_it_reads_is_broken_and_says_so_once(tmp_path, broken, monkeypatch, quick):
+def test_tracking_goes_on_though_something_that_it_reads_is_broken_and_says_so_once(
+    tmp_path, broken, monkeypatch, quick
+):
     broken.broken = False
     given(monkeypatch, broken)
     spec = train_spec(tmp_path.as_uri())
@@ -309,7 +331,9 @@ def test_tracking_goes_on_though_something_that_it_reads_is_broken_and_says_so_o
     passed_on = Tracking(spec, Journal(spec.prefix, flush_every_s=0))
     for step in range(1, STEPS + 1):
         train(spec, range(step, step + 1))
-        wait_until(lambda step=step: broken.told == list(range(1, step + 1)), "a step was not passed on", [], 10.0)
+        wait_until(
+            lambda step=step: broken.told == list(range(1, step + 1)), "a step was not passed on", [], 10.0
+        )
     passed_on.close()
     assert broken.closed
     (warning,) = warnings_of(spec)
@@ -396,8 +420,23 @@ class MLflowServer:
         self.start()
 
     def start(self) -> None:
-        where = ["--backend-store-uri", f"sqlite:///{self._folder}/db", "--artifacts-destination", f"{self._folder}/artifacts"]
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port), "--workers", "1", *where]
+        where = [
+            "--backend-store-uri",
+            f"sqlite:///{self._folder}/db",
+            "--artifacts-destination",
+            f"{self._folder}/artifacts",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--port",
+            str(self._port),
+            "--workers",
+            "1",
+            *where,
+        ]
         env = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self._process = Child("mlflow", command, self._folder / "mlflow.log", env)
         wait_until(self._answers, "MLflow does not answer", [self._process], 120.0)
@@ -437,7 +476,9 @@ def mlflow_run(client: Any, job: str) -> Any:
 
 
 @pytest.mark.slow
-def test_mlflow_has_a_runs_settings_metrics_and_pictures_once_though_it_was_killed(mlflow_client, tmp_path, events):
+def test_mlflow_has_a_runs_settings_metrics_and_pictures_once_though_it_was_killed(
+    mlflow_client, tmp_path, events
+):
     spec = train_spec(tmp_path.as_uri(), job="job-killed")
     killed = opened(spec, events)
     tell(killed, range(1, 7), looks=[0, 4])
@@ -454,7 +495,11 @@ def test_mlflow_has_a_runs_settings_metrics_and_pictures_once_though_it_was_kill
     assert [(each.step, each.value) for each in history] == [(n, 0.5 * n) for n in range(1, STEPS + 1)]
     looks = mlflow_client.get_metric_history(run.info.run_id, "validation/taste")
     assert [each.step for each in looks] == [0, 4, 8]
-    pictures = [each.path for each in mlflow_client.list_artifacts(run.info.run_id, "images") if each.path.endswith(".png")]
+    pictures = [
+        each.path
+        for each in mlflow_client.list_artifacts(run.info.run_id, "images")
+        if each.path.endswith(".png")
+    ]
     assert sorted(int(re.search(r"step\W(\d+)", path)[1]) for path in pictures) == [0, 4, 8]
     assert events == []
 
@@ -479,12 +524,16 @@ def test_an_mlflow_server_that_is_away_for_a_while_lacks_nothing_and_holds_nobod
     run = mlflow_run(mlflow_client, spec.job)
     history = mlflow_client.get_metric_history(run.info.run_id, "training/loss")
     assert [each.step for each in history] == list(range(1, STEPS + 1))
-    assert [each.step for each in mlflow_client.get_metric_history(run.info.run_id, "validation/taste")] == [4]
+    assert [each.step for each in mlflow_client.get_metric_history(run.info.run_id, "validation/taste")] == [
+        4
+    ]
     assert events[1:] == [("info", "MLflow is told again, 0 steps are lost")]
 
 
 @pytest.mark.slow
-def test_a_step_whose_answer_was_lost_is_in_mlflow_once(mlflow_server, mlflow_client, tmp_path, events, monkeypatch):
+def test_a_step_whose_answer_was_lost_is_in_mlflow_once(
+    mlflow_server, mlflow_client, tmp_path, events, monkeypatch
+):
     proxy = Proxy(int(mlflow_server.uri.rpartition(":")[2]))
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_port}")
@@ -499,7 +548,9 @@ def test_a_step_whose_answer_was_lost_is_in_mlflow_once(mlflow_server, mlflow_cl
     proxy.server_close()
     assert proxy.done["lose_answer"] == 1
     assert [level for level, _ in events] == ["warning", "info"]
-    history = mlflow_client.get_metric_history(mlflow_run(mlflow_client, spec.job).info.run_id, "training/loss")
+    history = mlflow_client.get_metric_history(
+        mlflow_run(mlflow_client, spec.job).info.run_id, "training/loss"
+    )
     assert [each.step for each in history] == list(range(1, STEPS + 1))
 
 
@@ -549,7 +600,9 @@ def test_weights_and_biases_writes_offline_what_it_would_show(tmp_path, events, 
     assert config["training.steps"] == STEPS
     rows = [history_of(record) for record in records if record.WhichOneof("record_type") == "history"]
     assert [row["training_step"] for row in rows if "training_step" in row] == list(range(1, STEPS + 1))
-    assert [row["training/margin_t0100"] for row in rows if "training/loss" in row] == [0.5 * n for n in range(1, STEPS + 1)]
+    assert [row["training/margin_t0100"] for row in rows if "training/loss" in row] == [
+        0.5 * n for n in range(1, STEPS + 1)
+    ]
     looks = [row for row in rows if "validation_step" in row]
     assert [row["validation_step"] for row in looks] == [0, 4]
     for row in looks:
@@ -558,4 +611,6 @@ def test_weights_and_biases_writes_offline_what_it_would_show(tmp_path, events, 
 
 
 def history_of(record: Any) -> dict[str, Any]:
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+    return {
+        item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+    }

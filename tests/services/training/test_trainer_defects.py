@@ -42,7 +42,9 @@ def encoded(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return write_encoded(tmp_path_factory.mktemp("encoded") / "pairs", model, PAIRS)
 
 
-def one_batch(model: ModelFolder, encoded: Path, method: str, size: int = PAIRS, dropout: float = 0.0) -> PairBatch:
+def one_batch(
+    model: ModelFolder, encoded: Path, method: str, size: int = PAIRS, dropout: float = 0.0
+) -> PairBatch:
     objective = ObjectiveConfig(method=method)
     maker = batch_maker(model, encoded, objective, batch_size=size, caption_dropout=dropout)
     return maker.make(maker.rows(0, 0, 1))
@@ -74,7 +76,9 @@ def test_winner_and_loser_drop_their_caption_together(model, encoded):
 
 
 def first_step(model: ModelFolder, encoded: Path, folder: Path, **training) -> dict[str, float]:
-    return train_here(folder, model, encoded, ObjectiveConfig(method="uniform"), steps=1, batch_size=PAIRS, **training)[0]
+    return train_here(
+        folder, model, encoded, ObjectiveConfig(method="uniform"), steps=1, batch_size=PAIRS, **training
+    )[0]
 
 
 def on_reference(change: Callable[..., PairErrors]) -> Callable[..., PairErrors]:
@@ -107,10 +111,16 @@ def in_half_precision(unet, schedule, batch: PairBatch) -> PairErrors:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_reference_sees_the_policys_noise_and_has_its_precision(model, encoded, tmp_path, monkeypatch, precision):
+def test_the_reference_sees_the_policys_noise_and_has_its_precision(
+    model, encoded, tmp_path, monkeypatch, precision
+):
     ours = first_step(model, encoded, tmp_path / "ours", precision=precision)
     assert starts_as_its_reference(ours)
-    defects = [with_fresh_noise, reduced_in_half_precision, *([in_half_precision] if precision == "fp32" else [])]
+    defects = [
+        with_fresh_noise,
+        reduced_in_half_precision,
+        *([in_half_precision] if precision == "fp32" else []),
+    ]
     for defect in defects:
         monkeypatch.setattr(loop, "pair_errors", on_reference(defect))
         theirs = first_step(model, encoded, tmp_path / defect.__name__, precision=precision)
@@ -124,7 +134,10 @@ def test_the_reference_sees_the_policys_noise_and_has_its_precision(model, encod
 def looks_normal(noise: torch.Tensor) -> bool:
     """Mean, variance and fourth moment within five standard errors of those of the standard normal distribution."""
     off = (noise.mean(), noise.var() - 1, noise.pow(4).mean() - 3)
-    return all(abs(each) < 5 * (variance / noise.numel()) ** 0.5 for each, variance in zip(off, (1, 2, 96), strict=True))
+    return all(
+        abs(each) < 5 * (variance / noise.numel()) ** 0.5
+        for each, variance in zip(off, (1, 2, 96), strict=True)
+    )
 
 
 @pytest.mark.parametrize("method", ["dde", "uniform"])
@@ -199,7 +212,13 @@ def test_pictures_are_decoded_as_they_are_every_time():
 def test_ingest_encodes_both_sides_unflipped_and_its_manifest_says_so(model, tmp_path, monkeypatch):
     captions = ["a red circle", "a green circle", "a blue circle"]
     rows = [
-        {"jpg_0": png(tilted(n)), "jpg_1": png(tilted(n + 3)), "label_0": 1.0, "label_1": 0.0, "caption": captions[n]}
+        {
+            "jpg_0": png(tilted(n)),
+            "jpg_1": png(tilted(n + 3)),
+            "label_0": 1.0,
+            "label_1": 0.0,
+            "caption": captions[n],
+        }
         | {name: f"{n}-{name}" for name in ("image_0_uid", "image_1_uid")}
         for n in range(3)
     ]
@@ -208,11 +227,15 @@ def test_ingest_encodes_both_sides_unflipped_and_its_manifest_says_so(model, tmp
     reader = LatentReader(*files.resolve(result.dataset))
     assert reader.manifest.settings == {"resolution": SIZE_PX, "crop": "centre", "flip": "none"}
     batch, vae = reader.batch(seed=0, step=0, batch_size=3), model.vae()
-    shades = (batch.token_ids[:, None] == tokenize(model.tokenizers(), captions)).all(axis=(2, 3)).argmax(axis=1)
+    shades = (
+        (batch.token_ids[:, None] == tokenize(model.tokenizers(), captions)).all(axis=(2, 3)).argmax(axis=1)
+    )
     assert sorted(shades) == [0, 1, 2]
     for side, more in (("w", 0), ("l", 3)):
         pictures = np.stack([tilted(shade + more) for shade in shades])
-        straight, mirrored = (encode_images(vae, each).astype(np.float32) for each in (pictures, pictures[:, :, ::-1].copy()))
+        straight, mirrored = (
+            encode_images(vae, each).astype(np.float32) for each in (pictures, pictures[:, :, ::-1].copy())
+        )
         found = getattr(batch, f"latents_{side}").astype(np.float32)
         assert np.abs(found - straight).max() < 0.01
         assert np.abs(found - mirrored).max() > 0.1

@@ -46,7 +46,9 @@ class Calls:
     def __call__(self, unet, schedule, batch):
         def noting(x_t, timestep, **told):
             added = told.get("added_cond_kwargs") or {}
-            self.calls.append((name, batch.pair_ids, [x_t, timestep, told["encoder_hidden_states"], *added.values()]))
+            self.calls.append(
+                (name, batch.pair_ids, [x_t, timestep, told["encoder_hidden_states"], *added.values()])
+            )
             output = unet(x_t, timestep, **told)
             self.dtypes.add(output.sample.dtype)
             return output
@@ -56,10 +58,18 @@ class Calls:
 
 
 @pytest.mark.parametrize("method", ["dde", "uniform", "sft"])
-def test_reference_and_policy_are_given_the_very_same_inputs_part_by_part(model, encoded, tmp_path, monkeypatch, method):
+def test_reference_and_policy_are_given_the_very_same_inputs_part_by_part(
+    model, encoded, tmp_path, monkeypatch, method
+):
     seen, objective = Calls(), ObjectiveConfig(method=method)
     monkeypatch.setattr(loop, "pair_errors", seen)
-    training = {"steps": 2, "batch_size": BATCH, "micro_batch_size": 3, "caption_dropout": 0.5, "learning_rate": 1e-3}
+    training = {
+        "steps": 2,
+        "batch_size": BATCH,
+        "micro_batch_size": 3,
+        "caption_dropout": 0.5,
+        "learning_rate": 1e-3,
+    }
     train_here(tmp_path, model, encoded, objective, precision="bf16", **training)
     assert seen.dtypes == {torch.bfloat16}, "and in the same arithmetic"
     expected, whose = [], ["reference", "policy"] if method in PREFERENCE else ["policy"]
@@ -77,10 +87,18 @@ def test_reference_and_policy_are_given_the_very_same_inputs_part_by_part(model,
             assert all(map(torch.equal, given, also))
 
 
-@pytest.mark.parametrize(("method", "lora"), [("dde", None), ("uniform", LoraConfig(rank=4))], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    ("method", "lora"), [("dde", None), ("uniform", LoraConfig(rank=4))], ids=["whole", "lora"]
+)
 def test_the_first_step_loses_log_2_exactly_and_the_next_one_does_not(model, encoded, tmp_path, method, lora):
     objective = ObjectiveConfig(method=method, beta=500.0)
-    training = {"batch_size": BATCH, "micro_batch_size": 3, "learning_rate": 1e-2, "precision": "bf16", "lora": lora}
+    training = {
+        "batch_size": BATCH,
+        "micro_batch_size": 3,
+        "learning_rate": 1e-2,
+        "precision": "bf16",
+        "lora": lora,
+    }
     first, second = train_here(tmp_path, model, encoded, objective, steps=2, **training)
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-15)
     assert first["margin"] == first["winner_error_diff"] == first["loser_error_diff"] == 0
@@ -93,11 +111,23 @@ def test_held_out_pairs_are_measured_in_the_same_way_for_every_method(model, enc
     objective = ObjectiveConfig(method=method, beta=50.0, t_min=500)
     found = []
     for size in (0, 2):
-        training = {"steps": 1, "batch_size": BATCH, "held_out_pairs": 5, "micro_batch_size": size, "learning_rate": 1e-9}
+        training = {
+            "steps": 1,
+            "batch_size": BATCH,
+            "held_out_pairs": 5,
+            "micro_batch_size": size,
+            "learning_rate": 1e-9,
+        }
         train_here(tmp_path / str(size), model, encoded, objective, **training)
-        found.append(validate(train_spec(tmp_path / str(size), model, encoded, objective, **training), 1).metrics)
+        found.append(
+            validate(train_spec(tmp_path / str(size), model, encoded, objective, **training), 1).metrics
+        )
     assert found[0]["held_out_pairs"] == 5
-    assert found[0]["held_out_accuracy_low"] <= found[0]["held_out_accuracy"] <= found[0]["held_out_accuracy_high"]
+    assert (
+        found[0]["held_out_accuracy_low"]
+        <= found[0]["held_out_accuracy"]
+        <= found[0]["held_out_accuracy_high"]
+    )
     assert found[0]["held_out_margin"] == pytest.approx(found[1]["held_out_margin"], abs=1e-6)
 
 
@@ -136,7 +166,9 @@ def test_micro_batches_with_a_remainder_change_no_gradient(model, encoded, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
-def test_compiled_training_is_the_same_up_to_rounding_and_goes_on_from_its_checkpoint(model, encoded, tmp_path, lora):
+def test_compiled_training_is_the_same_up_to_rounding_and_goes_on_from_its_checkpoint(
+    model, encoded, tmp_path, lora
+):
     objective, losses = ObjectiveConfig(method="uniform", beta=500.0), {}
     training = {"batch_size": BATCH, "learning_rate": 1e-5, "lora": lora, "checkpoint_every": 2}
     for compiled in (False, True):
