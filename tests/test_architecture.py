@@ -1,4 +1,4 @@
-"""Who may import whom. Held by walking the source, and once by importing."""
+"""Who may import whom. Checked on the source, and once by importing."""
 
 from __future__ import annotations
 
@@ -11,17 +11,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SERVICES = {path.name for path in (ROOT / "services").iterdir() if (path / "__init__.py").exists()}
+
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"errors", "settings"}),
+    frozenset({"api", "storage", "stages"}),
+    frozenset({"pairs"}),
+    frozenset({"artifacts"}),
+    frozenset({"ingest", "training", "evaluation", "serving", "control", "client"}),
+)
+"""Rooms of services/, lowest first. A room imports its own layer's libraries and those below, never one above."""
+
+PROCESSES = LAYERS[-1]
+"""Each runs by itself, so none imports another."""
+
+ROOM_ORDER = ("storage", "api", "stages")
+"""Within the second layer: each imports only those before it."""
+
 NOT_FOR_CORE = {"ray", "fastapi", "sqlalchemy", "boto3", "httpx", "services"}
+NOT_FOR_TRAINING = "dde_core.planning"
 HEAVY = {"torch", "diffusers", "transformers", "safetensors"}
 
 
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(source: str) -> Iterator[str]:
+    """Full names of what a module imports."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.level == 0, "imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -31,21 +48,73 @@ def sources(folder: str) -> list[Path]:
     return found
 
 
-def test_there_are_six_services():
-    assert SERVICES == {"ingest", "training", "evaluation", "serving", "control", "client"}
+def room_of(path: Path) -> str:
+    """``services/pairs/row.py`` -> ``pairs``; ``services/errors.py`` -> ``errors``."""
+    return path.relative_to(ROOT / "services").parts[0].removesuffix(".py")
+
+
+def layer_of(room: str) -> int:
+    return next(number for number, rooms in enumerate(LAYERS) if room in rooms)
+
+
+def forbidden(room: str, imported: set[str]) -> set[str]:
+    """Rooms that a module of ``room`` imports and must not."""
+    others = imported - {room}
+    upward = {other for other in others if layer_of(other) > layer_of(room)}
+    if room in PROCESSES:
+        return upward | (others & PROCESSES)
+    if room in ROOM_ORDER:
+        return upward | {other for other in others & set(ROOM_ORDER) if later(other, room)}
+    return upward
+
+
+def later(other: str, room: str) -> bool:
+    return ROOM_ORDER.index(other) > ROOM_ORDER.index(room)
+
+
+def test_every_room_of_services_stands_in_the_layer_table():
+    rooms = {room_of(path) for path in sources("services")} - {"__init__"}
+    assert rooms == set().union(*LAYERS)
+
+
+def test_the_root_of_services_holds_two_modules():
+    modules = {path.name for path in (ROOT / "services").glob("*.py")}
+    assert modules == {"__init__.py", "settings.py", "errors.py"}
+
+
+@pytest.mark.parametrize("path", sources("services"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_services_import_downward_and_processes_never_one_another(path: Path):
+    used = {name.split(".")[1] for name in imports_of(path.read_text()) if name.startswith("services.")}
+    if room_of(path) != "__init__":
+        assert not forbidden(room_of(path), used)
+
+
+@pytest.mark.parametrize(
+    ("room", "imported", "caught"),
+    [
+        ("pairs", {"artifacts"}, {"artifacts"}),
+        ("artifacts", {"pairs", "storage", "control"}, {"control"}),
+        ("training", {"evaluation", "stages"}, {"evaluation"}),
+        ("storage", {"stages", "errors"}, {"stages"}),
+        ("client", {"api", "errors", "settings"}, set()),
+    ],
+)
+def test_the_layer_rule_catches_what_points_upward_or_sideways(room: str, imported: set[str], caught: set[str]):
+    assert forbidden(room, imported) == caught
 
 
 @pytest.mark.parametrize("path", sources("dde_core"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_core_knows_neither_ray_nor_http_nor_clouds(path: Path):
-    assert not {name for name in imports(path) if name.split(".")[0] in NOT_FOR_CORE}
+    assert not {name for name in imports_of(path.read_text()) if name.split(".")[0] in NOT_FOR_CORE}
 
 
-@pytest.mark.parametrize("path", sources("services"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_services_never_import_one_another(path: Path):
-    own = path.relative_to(ROOT / "services").parts[0]
-    others = SERVICES - {own}
-    used = {name.split(".")[1] for name in imports(path) if name.startswith("services.")}
-    assert not used & others
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sources("dde_core") if "planning" not in path.parts] + sources("services/training"),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_training_does_not_depend_on_planning(path: Path):
+    assert not {name for name in imports_of(path.read_text()) if name.startswith(NOT_FOR_TRAINING)}
 
 
 @pytest.mark.parametrize(
@@ -54,8 +123,12 @@ def test_services_never_import_one_another(path: Path):
         "services.control.app",
         "services.client.cli",
         "services.api.requests",
+        "services.api.answers",
         "services.stages.specs",
         "dde_core.config",
+        "dde_core.methods",
+        "dde_core.parallelism",
+        "dde_core.planning.plan",
     ],
 )
 def test_what_people_and_the_control_plane_run_loads_no_torch(module: str):
