@@ -31,6 +31,6 @@ def predict(
     return unet(x_t, t - 1, **arguments).sample
 
 
-def stacked(first: Conditioning, second: Conditioning) -> Conditioning:
+def concatenated(first: Conditioning, second: Conditioning) -> Conditioning:
     """The rows of both, one after the other."""
     return {name: torch.cat([first[name], second[name]]) for name in first}

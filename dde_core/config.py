@@ -14,24 +14,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 
 from dde_core.errors import ConfigError
+from dde_core.methods import METHODS, MethodName, NoiseMode
 
-Method = Literal["dde", "dde_single", "dde_step", "uniform", "discounted", "sft"]
-NoiseMode = Literal["independent", "shared"]
 CalibrationPoint = Literal["expected", "sampled", "mode"]
-
-DEFAULT_NOISE: dict[str, NoiseMode] = {
-    "dde": "independent",
-    "dde_single": "independent",
-    "dde_step": "independent",
-    "uniform": "shared",
-    "discounted": "shared",
-    "sft": "independent",
-}
-"""Each method's own source: DDE's Algorithm 1 line 3 draws two noises, Diffusion-DPO, of which `discounted` is a
-variant, draws one for both sides. `sft` sees winners alone."""
-
-CALIBRATED: tuple[Method, ...] = ("dde", "dde_step")
-"""The methods whose loss has the correction C(t)."""
 
 MAX_SIZE_PX = 2048
 """Pictures are at most this high and wide."""
@@ -79,7 +64,7 @@ class ObjectiveConfig:
     "uniform" draws it uniformly and weights each pair's loss by the ratio of the two, which has the same expectation.
     """
 
-    method: Method = "dde"
+    method: MethodName = "dde"
     beta: Annotated[float, Gt(0)] = 5000.0
     reduction: Literal["mean"] = "mean"
     noise: NoiseMode | None = None
@@ -100,15 +85,21 @@ class ObjectiveConfig:
     @property
     def noise_mode(self) -> NoiseMode:
         """The noise of winner and loser: as asked for, else as the method's own source has it. `sft` sees one side."""
-        return (
-            DEFAULT_NOISE[self.method] if self.method == "sft" else self.noise or DEFAULT_NOISE[self.method]
-        )
+        method = METHODS[self.method]
+        if not method.has_loser:
+            return method.noise
+        return self.noise or method.noise
 
     def ignored(self) -> dict[str, Any]:
         """The settings that were changed from their defaults and that this method does not read."""
-        unread = [] if self.method in CALIBRATED else ["ema_rate", "calibration_point", "calibration_bins"]
-        unread += [] if self.method == "discounted" else ["gamma", "t_sampling"]
-        unread += ["beta", "noise", "max_weight"] if self.method == "sft" else []
+        method = METHODS[self.method]
+        unread: list[str] = []
+        if not method.corrected:
+            unread += ["ema_rate", "calibration_point", "calibration_bins"]
+        if not method.discounted:
+            unread += ["gamma", "t_sampling"]
+        if not method.has_loser:
+            unread += ["beta", "noise", "max_weight"]
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)

@@ -20,7 +20,7 @@ from torch import Tensor
 from dde_core.calibration import Calibration
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, DataError
-from dde_core.objectives import OBJECTIVES, t_drawn, weights
+from dde_core.objectives import OBJECTIVES, sampling_distribution, weights
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors, step_losses
 
@@ -63,7 +63,7 @@ def curves(config: ObjectiveConfig, schedule: Schedule, margin: float) -> Curves
     """
     if not abs(margin) <= MAX_MARGIN:
         raise ConfigError("margin", margin, "must lie between -1e6 and 1e6")
-    density = t_drawn(config, schedule)[1:] * schedule.T
+    density = sampling_distribution(config, schedule)[1:] * schedule.T
     t = torch.arange(1, schedule.T + 1)
     margins = torch.full((schedule.T,), margin, dtype=torch.float64)
     calibration = Calibration(schedule, replace(config, ema_rate=1.0))
@@ -108,7 +108,7 @@ def start_left(
     (1 - mu (1 - (1 - 1/N)^B))^s for N coefficients over t drawn uniformly: one for each timestep of the range, or the bins.
     What is gone of the start is what has been learnt (DDE Fig. 5(b)).
     """
-    drawn = int((t_drawn(config, schedule) > 0).sum())
+    drawn = int((sampling_distribution(config, schedule) > 0).sum())
     coefficients = min(config.calibration_bins or drawn, drawn)
     recorded = 1 - (1 - 1 / coefficients) ** batch_size
     return (1 - config.ema_rate * recorded) ** steps.double()

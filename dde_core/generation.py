@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from dde_core.conditioning import Conditioning
 from dde_core.config import SampleConfig
 from dde_core.errors import ConfigError
-from dde_core.models.folder import ModelFolder, pictures_at_once
+from dde_core.models.folder import ModelFolder, image_batch_size
 from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
 from dde_core.noise import initial_latents
@@ -33,7 +33,7 @@ class TextToImage:
         self._unet = (unet or folder.unet()).requires_grad_(False).to(device)
         self._vae = folder.vae().to(device)
         self._device = device
-        self.size_px = folder.picture_size()
+        self.size_px = folder.image_size()
         self._factor = self.size_px // int(self._unet.config.sample_size)
 
     def __call__(
@@ -51,7 +51,7 @@ class TextToImage:
         for name, value in (("height", height), ("width", width)):
             if value % self._factor:
                 raise ConfigError(name, value, f"must be a multiple of {self._factor} for this model")
-        at_once = pictures_at_once(height, width)
+        at_once = image_batch_size(height, width)
         parts = [slice(start, start + at_once) for start in range(0, len(prompts), at_once)]
         drawn = [self._draw(prompts[part], seeds[part], height, width, config, on_step) for part in parts]
         return np.concatenate(drawn)

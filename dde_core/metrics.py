@@ -68,7 +68,7 @@ def logit_deviation(t: Any, margin: Any, snr: Any, beta: float, timesteps: int) 
     return deviation
 
 
-def in_words(numbers: dict[str, float]) -> str:
+def format_metrics(numbers: dict[str, float]) -> str:
     """Three digits of each, for an event."""
     return ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
 

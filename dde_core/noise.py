@@ -41,7 +41,7 @@ def draw_evaluation_point(
     return _normal(shape, seed, f"evaluation_point/{side}", pair_id, draw)
 
 
-def draw_dropped(seed: int, pair_id: str, draw: int, probability: float) -> bool:
+def draw_caption_dropout(seed: int, pair_id: str, draw: int, probability: float) -> bool:
     """Whether the caption of a pair's n-th draw is left empty. Winner and loser share it."""
     return probability > 0 and _word(seed, "dropout", pair_id, draw) < probability * 2.0**64
 

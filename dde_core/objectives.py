@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
+from dde_core.methods import METHODS, MethodName
 from dde_core.schedule import Schedule
 
 DISCOUNT_STEPS = 50
@@ -45,12 +46,12 @@ def one(schedule: Schedule) -> Float[Tensor, " times"]:
     return torch.ones_like(schedule.snr)
 
 
-def every_t_alike(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+def uniform_density(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """t uniform over its range (DDE Algorithm 1 line 2)."""
     return torch.ones_like(schedule.snr)
 
 
-def early_first(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+def discounted_density(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """In proportion to gamma_T^(T - t), gamma_T = gamma^(50/T): the discount of Dense Reward (arXiv 2402.08265), which is
     given for 50 DDIM steps. Carrying it over to T timesteps is our reading. (Counted from the end of the range, at 1: no
     gamma is so small that nothing is left.)"""
@@ -60,42 +61,38 @@ def early_first(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " 
 
 @dataclass(frozen=True)
 class Objective:
-    """How a method assigns credit: w(t) for t = 0..T, whether C(t) counts, how often each t is drawn (not normalised).
+    """How a method assigns credit: w(t) for t = 0..T, and how often each t is drawn (not normalized).
 
-    ``preference`` False: the loss is the policy's error on winners, without loser, reference and beta.
-    ``source`` says where the weight comes from.
+    ``source`` says where the weight comes from. What else a method needs is in `dde_core.methods.METHODS`.
     """
 
     weight: Callable[[Schedule], Tensor]
     source: str
-    corrected: bool = False
-    density: Callable[[ObjectiveConfig, Schedule], Tensor] = every_t_alike
-    preference: bool = True
+    density: Callable[[ObjectiveConfig, Schedule], Tensor] = uniform_density
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "dde": Objective(single_shot, "w = 1/SNR(t): DDE v3 Eq. 10, Algorithm 1", corrected=True),
+OBJECTIVES: dict[MethodName, Objective] = {
+    "dde": Objective(single_shot, "w = 1/SNR(t): DDE v3 Eq. 10, Algorithm 1"),
     "dde_single": Objective(single_shot, "w = 1/SNR(t): DDE v3 section 4.4"),
     # The literal log-ratio of one step would have w = kappa(t), which is infinite at t = 1: `uniform` plus C is our reading.
-    "dde_step": Objective(one_half, "w = 1/2, as uniform, plus C(t): DDE v3 section 4.4", corrected=True),
+    "dde_step": Objective(one_half, "w = 1/2, as uniform, plus C(t): DDE v3 section 4.4"),
     "uniform": Objective(one_half, "w = 1/2: Diffusion-DPO"),
     "discounted": Objective(
-        one_half, "w = 1/2, early steps of sampling drawn more often: Dense Reward", density=early_first
+        one_half, "w = 1/2, early steps of sampling drawn more often: Dense Reward", density=discounted_density
     ),
-    "sft": Objective(
-        one, "the error on winners: named by DDE v3 without a definition; the usual one", preference=False
-    ),
+    "sft": Objective(one, "the error on winners: named by DDE v3 without a definition; the usual one"),
 }
 
 
 def weights(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """w(t) of the configured method, at most ``max_weight`` where that is set (ours: the paper has no cap)."""
-    objective = OBJECTIVES[config.method]
-    w = objective.weight(schedule)
-    return w.clamp(max=config.max_weight) if config.max_weight and objective.preference else w
+    w = OBJECTIVES[config.method].weight(schedule)
+    if config.max_weight and METHODS[config.method].has_loser:
+        return w.clamp(max=config.max_weight)
+    return w
 
 
-def t_distribution(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+def method_distribution(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """p(t) for t = 0..T as the method has it: 0 outside of the configured range, 1 in sum.
 
     Raises ConfigError for a range that the schedule does not have.
@@ -103,17 +100,17 @@ def t_distribution(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor,
     return _in_range(OBJECTIVES[config.method].density(config, schedule), config, schedule)
 
 
-def t_drawn(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+def sampling_distribution(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """The distribution that t is drawn from: p(t), or the uniform one where ``t_sampling`` says so."""
-    density = every_t_alike if config.t_sampling == "uniform" else OBJECTIVES[config.method].density
+    density = uniform_density if config.t_sampling == "uniform" else OBJECTIVES[config.method].density
     return _in_range(density(config, schedule), config, schedule)
 
 
 def importance(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """p(t) over what t is drawn from: each pair's loss is weighted by it, so that the expectation is the method's."""
-    drawn = t_drawn(config, schedule)
+    drawn = sampling_distribution(config, schedule)
     return torch.where(
-        drawn > 0, t_distribution(config, schedule) / drawn.clamp(min=torch.finfo(drawn.dtype).tiny), 0.0
+        drawn > 0, method_distribution(config, schedule) / drawn.clamp(min=torch.finfo(drawn.dtype).tiny), 0.0
     )
 
 
@@ -147,24 +144,22 @@ def gradient_weight(weight: Float[Tensor, " b"], logit: Float[Tensor, " b"]) -> 
 
 def conventions(config: ObjectiveConfig, schedule: Schedule) -> dict[str, Any]:
     """Everything that a number of this run means, resolved: for lineages and model cards."""
-    objective = OBJECTIVES[config.method]
+    method = METHODS[config.method]
     said: dict[str, Any] = {
-        "loss": "-log sigmoid(beta (w(t) margin + C(t)))"
-        if objective.preference
-        else "e_theta of the winner",
-        "source": objective.source,
+        "loss": "-log sigmoid(beta (w(t) margin + C(t)))" if method.has_loser else "e_theta of the winner",
+        "source": OBJECTIVES[config.method].source,
         "error": f"{config.reduction} over latent elements of (eps - eps_model)^2, reduced in float32",
         "timesteps": f"{config.t_min}..{config.t_max or schedule.T} of 1..{schedule.T}; the U-Net is called with t - 1",
         "prediction_type": schedule.prediction_type,
     }
-    if objective.preference:
+    if method.has_loser:
         said["noise"] = f"{config.noise_mode}; winner and loser share t"
-    if objective.corrected:
+    if method.corrected:
         said["correction"] = (
             f"C(t) = sum over k = t..T-1 of r_theta^w - r_ref^w - r_theta^l + r_ref^l; r[t-1] is the running mean of log p/q "
             f"at the {config.calibration_point} point with mu = {config.ema_rate}"
         )
-    if config.method == "discounted":
+    if method.discounted:
         drawn = (
             "drawn from p(t)"
             if config.t_sampling == "method"

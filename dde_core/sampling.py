@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from dde_core.conditioning import Conditioning, predict, stacked
+from dde_core.conditioning import Conditioning, concatenated, predict
 from dde_core.config import SampleConfig
 from dde_core.errors import ConfigError
 from dde_core.schedule import Schedule, epsilon_from, x0_from
@@ -36,7 +36,7 @@ def sample_latents(
     n)`` is called before step i = 0..n-1; what it raises ends the sampling. Raises ConfigError for impossible steps.
     """
     guided = config.guidance_scale > 1
-    conditioning = stacked(uncond, cond) if guided else cond
+    conditioning = concatenated(uncond, cond) if guided else cond
     latents, path = initial_latents, timesteps(schedule, config.steps)
     for i, t in enumerate(path):
         if on_step is not None:

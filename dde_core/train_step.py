@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dde_core.conditioning import Conditioning, predict, stacked
+from dde_core.conditioning import Conditioning, concatenated, predict
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, NonFiniteError
 from dde_core.objectives import (
@@ -110,7 +110,7 @@ def pair_errors(unet: Callable[..., Any], schedule: Schedule, batch: PairBatch) 
     x_t = add_noise(schedule, _both(batch.latents_w, batch.latents_l), noise, t)
     conditioning = batch.conditioning_w
     if batch.conditioning_l is not None:
-        conditioning = stacked(conditioning, batch.conditioning_l)
+        conditioning = concatenated(conditioning, batch.conditioning_l)
     output = predict(unet, x_t, t, conditioning)
     wide = torch.promote_types(output.dtype, torch.float32)
     off = epsilon_from(schedule, output.to(wide), x_t.to(wide), t) - noise.to(wide)

@@ -107,7 +107,7 @@ class LedgerKey:
         """The columns of its files."""
         return list(COLUMNS)[: 4 if self.evaluation_points else 2]
 
-    def misfits(self, needed: LedgerKey) -> dict[str, tuple[Any, Any]]:
+    def mismatches(self, needed: LedgerKey) -> dict[str, tuple[Any, Any]]:
         """Where this is not what a run needs: {field: (here, needed)}. Evaluation points that nobody reads do no harm."""
         here, there = asdict(self), asdict(needed)
         differing = {field: (here[field], there[field]) for field in there if here[field] != there[field]}
@@ -158,7 +158,7 @@ class LedgerRecord:
         raise DataError(f"ledger has format_version {version!r}, this code reads {FORMAT_VERSION}")
 
 
-def is_record(name: str) -> bool:
+def is_record_name(name: str) -> bool:
     """Whether this is the name of a ledger's record."""
     return _RECORD.fullmatch(name) is not None
 
@@ -169,7 +169,7 @@ def committed(names: Iterable[str]) -> dict[tuple[int, int], str]:
     return dict(sorted(found.items()))
 
 
-def files_of(there: Mapping[tuple[int, int], str], num_shards: int) -> tuple[tuple[str, ...], ...]:
+def complete_draws(there: Mapping[tuple[int, int], str], num_shards: int) -> tuple[tuple[str, ...], ...]:
     """Files [draw][shard] of the draws 0, 1, ... that are complete."""
     draws, shards = 0, range(num_shards)
     while all((shard, draws) in there for shard in shards):

@@ -80,7 +80,7 @@ class ModelFolder:
         """One tokenizer for each text encoder."""
         return load_tokenizers(self.path, self.family)
 
-    def picture_size(self) -> int:
+    def image_size(self) -> int:
         """Height and width in pixels that the U-Net was made for."""
         return self._config("unet")["sample_size"] * self._vae_factor
 
@@ -125,7 +125,7 @@ def encode_images(
 
     Slices are of a fixed size, so what a picture is encoded beside depends on its place alone.
     """
-    size, latents = pictures_at_once(*pictures.shape[1:3]), []
+    size, latents = image_batch_size(*pictures.shape[1:3]), []
     for start in range(0, len(pictures), size):
         pixels = (
             torch.from_numpy(pictures[start : start + size].copy()).to(vae.device).permute(0, 3, 1, 2).float()
@@ -138,6 +138,6 @@ def encode_images(
     return np.concatenate(latents)
 
 
-def pictures_at_once(height: int, width: int) -> int:
+def image_batch_size(height: int, width: int) -> int:
     """How many pictures go through VAE and sampler together: at most 4 of 1024 px (11 GB in a float32 VAE), 16 of 512 px."""
     return max(1, min(32, 4 * 1024**2 // (height * width)))

@@ -28,7 +28,7 @@ from dde_core.models.folder import LORA_WEIGHTS, ModelFolder
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def use_repeatable_kernels() -> None:
+def use_deterministic_kernels() -> None:
     """One thread and deterministic kernels in this process: the same batch gives the same numbers, to the bit.
 
     Precision "fp32" is float32 on every device: a GPU's TF32 has 10 bits of mantissa, and torch takes it for convolutions.
@@ -111,7 +111,7 @@ class Policy:
         self._place(unet)
         return unet
 
-    def arithmetic(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
         """Run the U-Net under this. bf16 is autocast: weights stay float32, and so do errors and losses."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._training.precision == "bf16")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dde_core.config import NoiseMode, ObjectiveConfig
 from dde_core.errors import ConfigError, DataError
-from dde_core.latents.ledger import LedgerKey, LedgerRecord, is_record
+from dde_core.latents.ledger import LedgerKey, LedgerRecord, is_record_name
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
 from services.api.records import ModelRecord
@@ -89,7 +89,7 @@ def find(asked: Needed) -> Found | None:
     for key, objective in asked.choices:
         for each in (key, replace(key, evaluation_points=True)):
             folder = folder_of(asked.dataset, each)
-            names = reversed(list(filter(is_record, files.list_files(folder))))
+            names = reversed(list(filter(is_record_name, files.list_files(folder))))
             for uri, record in _readable(files.join(folder, name) for name in names):
                 if record.draws >= asked.draws:
                     return Found(uri, record, objective)
@@ -111,14 +111,14 @@ def nearest_misfit(asked: Needed) -> str | None:
     uris = [
         f"{root}/{name}"
         for name in files.list_files(root, recursive=True)
-        if is_record(name.rpartition("/")[2])
+        if is_record_name(name.rpartition("/")[2])
     ]
-    misfits = [
+    mismatches = [
         (differing, uri) for uri, record in _readable(uris) for differing, _ in _differing(record, asked)
     ]
-    if not misfits:
+    if not mismatches:
         return f"{uris[0]}, cannot be read" if uris else None
-    differing, uri = min(misfits, key=lambda each: len(each[0]))
+    differing, uri = min(mismatches, key=lambda each: len(each[0]))
     said = ", ".join(
         f"{field} {here!r} where the run needs {there!r}" for field, (here, there) in differing.items()
     )
@@ -131,4 +131,4 @@ def _differing(
     """For each choice of the run: {field: (here, needed)}."""
     few = {"draws": (record.draws, asked.draws)} if record.draws < asked.draws else {}
     for key, objective in asked.choices:
-        yield record.key.misfits(key) | few, objective
+        yield record.key.mismatches(key) | few, objective

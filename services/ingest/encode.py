@@ -39,7 +39,7 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
     """
     began = time.monotonic()
     folder, source = ModelFolder(*models.fetch(spec.model)), open_source(spec.source)
-    size = spec.data.resolution or folder.picture_size()
+    size = spec.data.resolution or folder.image_size()
     settings: dict[str, Any] = {"resolution": size, "crop": "centre", "flip": spec.data.flip}
     encoder_digest = _encoder_digest(folder)
     identity = [SCHEMA_VERSION, spec.source_digest, encoder_digest, settings, images_per_block(size)]

@@ -20,13 +20,13 @@ import torch
 from dde_core.batches import BatchMaker, slices
 from dde_core.config import MAX_DRAWS, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
-from dde_core.latents.ledger import LedgerKey, LedgerRecord, committed, files_of, ledger_file
+from dde_core.latents.ledger import LedgerKey, LedgerRecord, committed, complete_draws, ledger_file
 from dde_core.latents.reader import LatentReader
 from dde_core.latents.rows import LatentRows
 from dde_core.latents.schema import MANIFEST, Manifest
-from dde_core.metrics import in_words, logit_deviation
+from dde_core.metrics import format_metrics, logit_deviation
 from dde_core.models.folder import ModelFolder
-from dde_core.models.policy import Policy, use_repeatable_kernels
+from dde_core.models.policy import Policy, use_deterministic_kernels
 from dde_core.train_step import PairErrors, check_finite, pair_errors
 from services.api.records import LedgerResult
 from services.artifacts import ledgers, models
@@ -91,13 +91,13 @@ def _write(
         progress.add(done["pairs"])
         samples.append(np.array([done["t"], done["margin"]]))
     noise = _noise(samples, ModelFolder(*models.fetch(spec.model)))
-    ledger_files = files_of(committed(files.list_files(folder)), len(rows))
+    ledger_files = complete_draws(committed(files.list_files(folder)), len(rows))
     record = LedgerRecord(
         key=key, rows=rows, files=ledger_files, noise=noise, seconds=time.monotonic() - began
     )
     files.write_bytes(files.join(folder, record.name), record.to_json())
     if noise:
-        journal.event(f"rounding moves the logit of the reference against itself: {in_words(noise)}")
+        journal.event(f"rounding moves the logit of the reference against itself: {format_metrics(noise)}")
 
 
 def _noise(samples: list[np.ndarray], folder: ModelFolder) -> dict[str, float]:
@@ -132,7 +132,7 @@ class ReferencePass:
     """The frozen model, one in each actor."""
 
     def __init__(self, spec: LedgerSpec, objective: ObjectiveConfig, folder: str) -> None:
-        use_repeatable_kernels()
+        use_deterministic_kernels()
         device, model = (
             torch.device("cuda" if spec.use_gpu else "cpu"),
             ModelFolder(*models.fetch(spec.model)),
@@ -167,7 +167,7 @@ class ReferencePass:
         times, parts = [], []
         for part in slices(rows, size):
             batch = self._batches.make(part)
-            with self._frozen.arithmetic():
+            with self._frozen.autocast():
                 parts.append(pair_errors(self._frozen.unet, self._schedule, batch))
             times.append(batch.t)
         return torch.cat(times), PairErrors.joined(parts)

@@ -19,7 +19,7 @@ import numpy as np
 import ray.data
 
 from dde_core.models.folder import ModelFolder, encode_images
-from dde_core.models.policy import use_repeatable_kernels
+from dde_core.models.policy import use_deterministic_kernels
 from services.api.records import ModelRecord
 from services.artifacts.models import fetch
 from services.ingest.committed import commit
@@ -96,7 +96,7 @@ class Encoder:
     """One VAE in each actor. A block's pictures go through it in fixed slices, so scheduling changes nothing."""
 
     def __init__(self, model: ModelRecord, size: int, device: str) -> None:
-        use_repeatable_kernels()
+        use_deterministic_kernels()
         self._vae, self._size = ModelFolder(*fetch(model)).vae().to(device), size
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Floor:
         size = self._training.micro_batch_size or len(self._batch)
         for start in range(0, len(self._batch), size):
             part = self._with_text(slice(start, start + size))
-            with self._policy.arithmetic():
+            with self._policy.autocast():
                 errors = pair_errors(self._policy.trained, self._schedule, part)
             difference = errors.l - errors.w
             ref = self._ref.setdefault(start, difference.detach())

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dde_core.models.folder import encode_images
-from dde_core.models.policy import use_repeatable_kernels
+from dde_core.models.policy import use_deterministic_kernels
 from tests.bench.gpu_step import machine_of, tell
 from tests.bench.measure import in_turn, ratio
 from tests.bench.random_folder import RandomFolder
@@ -39,7 +39,7 @@ class Encode:
 
     def speed(self, arithmetic: str) -> float:
         """Images/s, after one pass that chooses kernels."""
-        use_repeatable_kernels()
+        use_deterministic_kernels()
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = arithmetic == "tf32"
         autocast: Any = contextlib.nullcontext()
         if arithmetic == "bf16":

@@ -30,7 +30,7 @@ from dde_core.generation import TextToImage
 from dde_core.latents.ledger import Ledger
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
-from dde_core.models.policy import Policy, use_repeatable_kernels
+from dde_core.models.policy import Policy, use_deterministic_kernels
 from dde_core.objectives import OBJECTIVES
 from dde_core.schedule import Schedule, add_noise, epsilon_from, x0_from
 from dde_core.shapes import MODEL_DIR
@@ -140,7 +140,7 @@ class Laws:
                 maker = BatchMaker(reader, folder, folder.schedule(), OBJECTIVE, online, self.device)
                 for part in slices(reader.shard(0), micro):
                     batch = maker.make(part)
-                    with policy.arithmetic():
+                    with policy.autocast():
                         now = pair_errors(policy.unet, schedule(self.device), batch)
                     then = stored.errors(part)
                     worst = max(worst, deviation(now.w, then.w), deviation(now.l, then.l))
@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file that the results are merged into")
     options = parser.parse_args(arguments)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the GPU is first used
-    use_repeatable_kernels()
+    use_deterministic_kernels()
     laws, failed = Laws(torch.device(options.device), options.model), 0
     for name, (law, bound, against) in ALL.items():
         try:

@@ -17,7 +17,7 @@ from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.latents.ledger import Ledger
 from dde_core.latents.reader import LatentReader
 from dde_core.metrics import step_metrics
-from dde_core.models.policy import Policy, make_optimizer, use_repeatable_kernels
+from dde_core.models.policy import Policy, make_optimizer, use_deterministic_kernels
 from dde_core.train_step import PairErrors, check_finite, pair_errors, step_losses
 from tests.bench.floor import Floor
 from tests.bench.public_recipe import PublicRecipe
@@ -47,7 +47,7 @@ class Ours:
         rows, parts = self._maker.rows(self._number, 0, 1), []
         for part in slices(rows, self._training.micro_batch_size):
             batch = self._maker.make(part)
-            with self._policy.arithmetic():
+            with self._policy.autocast():
                 ref, theta = (
                     self._ledger.errors(part),
                     pair_errors(self._policy.trained, self._schedule, batch),
@@ -142,8 +142,8 @@ class Sides:
 
 
 def kernels(device: torch.device, *, repeatable: bool) -> None:
-    """What ``use_repeatable_kernels`` sets, or torch's own defaults; and what the side before left is freed."""
-    use_repeatable_kernels()
+    """What ``use_deterministic_kernels`` sets, or torch's own defaults; and what the side before left is freed."""
+    use_deterministic_kernels()
     torch.use_deterministic_algorithms(repeatable)
     torch.backends.cudnn.allow_tf32 = not repeatable
     gc.collect()

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from dde_core.conditioning import Conditioning, predict, stacked
+from dde_core.conditioning import Conditioning, concatenated, predict
 from dde_core.config import TrainConfig
 from dde_core.models.policy import Policy, make_optimizer
 from dde_core.models.text import TextEncoders
@@ -104,8 +104,8 @@ class PublicRecipe:
         """Of float32 latents [2b c h w], winners first, and what the U-Net is told of each pair. Draws t and noise."""
         noise = torch.randn_like(latents[: len(latents) // 2]).repeat(2, 1, 1, 1)
         t = torch.randint(1, self._schedule.T + 1, (len(latents) // 2,), device=self._device).repeat(2)
-        told = stacked(told, told)
-        with self._timed("policy"), self.policy.arithmetic():
+        told = concatenated(told, told)
+        with self._timed("policy"), self.policy.autocast():
             theta = noise_errors(self.policy.trained, self._schedule, latents, noise, t, told)
         with self._timed("reference"), torch.no_grad():
             told = {name: rows.to(self._frozen) for name, rows in told.items()}

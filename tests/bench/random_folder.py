@@ -128,7 +128,7 @@ def write_ledger(
         policy, rows, errors = Policy(folder, training, device), reader.shard(0), []
         for part in slices(rows, training.micro_batch_size):
             batch = maker.make(part)
-            with policy.arithmetic():
+            with policy.autocast():
                 errors.append(pair_errors(policy.unet, schedule(device), batch))
         name, data = ledger_file(0, 0, PairErrors.joined(errors))
         key = LedgerKey.of_run("random", reader.manifest, folder, objective, training)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from dde_core.models.policy import use_repeatable_kernels
+from dde_core.models.policy import use_deterministic_kernels
 from services.stages.journal import Journal
 from services.training.train import train
 from tests.bench.cases import WARM_UP, Case, step_seconds, told_steps
@@ -108,7 +108,7 @@ def _together(case: Case, steps: int) -> list[tuple[float, float]]:
 
 
 def _floor_step(case: Case, share: int, steps: int) -> float:
-    use_repeatable_kernels()
+    use_deterministic_kernels()
     return median_step(a_floor(replace(case, batch_size=case.batch_size // share)).step, steps)
 
 

@@ -14,8 +14,8 @@ from dde_core.errors import ConfigError
 from dde_core.models.folder import ModelFolder
 from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
-from dde_core.noise import draw_dropped, draw_evaluation_point, draw_noise
-from dde_core.objectives import OBJECTIVES, t_distribution
+from dde_core.noise import draw_caption_dropout, draw_evaluation_point, draw_noise
+from dde_core.objectives import OBJECTIVES, method_distribution
 from dde_core.train_step import PairBatch
 from tests.support.encoded_pairs import SHAPE, SIZE_PX, batch_maker, write_encoded
 from tests.support.tiny_folders import FOLDERS
@@ -137,7 +137,7 @@ def test_t_follows_the_methods_density(model, encoded, method, t_sampling):
     p = (
         np.full(1000, 1 / 1000)
         if objective.t_sampling == "uniform"
-        else t_distribution(objective, model.schedule())[1:].numpy()
+        else method_distribution(objective, model.schedule())[1:].numpy()
     )
     counts, wanted = (
         np.add.reduceat(each, range(0, 1000, 100))
@@ -175,7 +175,7 @@ def test_winner_and_loser_are_told_the_same_text_and_their_own_sizes(model, enco
 def test_a_dropped_caption_is_dropped_for_both_sides_and_for_no_other_pair(model, encoded):
     batch = one_batch(model, encoded, ObjectiveConfig(), caption_dropout=0.5)
     kept = one_batch(model, encoded, ObjectiveConfig())
-    dropped = torch.tensor([draw_dropped(SEED, pair, 0, 0.5) for pair in batch.pair_ids])
+    dropped = torch.tensor([draw_caption_dropout(SEED, pair, 0, 0.5) for pair in batch.pair_ids])
     assert 0 < dropped.sum() < PAIRS
     empty = TextEncoders(model)(tokenize(model.tokenizers(), [""]))
     for told in (batch.conditioning_w, batch.conditioning_l):

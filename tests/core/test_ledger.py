@@ -18,8 +18,8 @@ from dde_core.latents.ledger import (
     LedgerKey,
     LedgerRecord,
     committed,
-    files_of,
-    is_record,
+    complete_draws,
+    is_record_name,
     ledger_file,
 )
 from dde_core.latents.rows import LatentRows
@@ -70,7 +70,7 @@ def write(folder: Path, key: LedgerKey) -> Path:
 
 
 def write_record(folder: Path, key: LedgerKey) -> Path:
-    files = files_of(committed(path.name for path in folder.iterdir()), len(ROWS))
+    files = complete_draws(committed(path.name for path in folder.iterdir()), len(ROWS))
     record = LedgerRecord(key=key, rows=ROWS, files=files, noise={"step0_logit_std_half": 0.5}, seconds=1.0)
     (folder / record.name).write_bytes(record.to_json())
     return folder / record.name
@@ -135,16 +135,16 @@ def test_a_file_is_named_by_shard_draw_and_content():
     other, _ = ledger_file(12, 3, errors_of(0, 1, 5))
     assert other != name
     assert committed([name, other, "ledger-0003.json", "x.parquet"]) == {(12, 3): min(name, other)}
-    assert is_record("ledger-0003.json")
-    assert not is_record(name)
+    assert is_record_name("ledger-0003.json")
+    assert not is_record_name(name)
 
 
 def test_only_draws_that_every_shard_has_are_there():
     there = {(shard, draw): f"{shard}/{draw}" for shard in range(3) for draw in range(4)}
-    assert len(files_of(there, 3)) == 4
+    assert len(complete_draws(there, 3)) == 4
     del there[1, 2]
-    assert files_of(there, 3) == (("0/0", "1/0", "2/0"), ("0/1", "1/1", "2/1"))
-    assert files_of({}, 3) == ()
+    assert complete_draws(there, 3) == (("0/0", "1/0", "2/0"), ("0/1", "1/1", "2/1"))
+    assert complete_draws({}, 3) == ()
 
 
 def test_a_record_says_what_it_said(tmp_path):
@@ -234,12 +234,12 @@ OTHERS = {
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LedgerKey)])
 def test_each_field_of_a_key_that_differs_is_named_with_both_values(field):
     needed, here = OTHERS[field], key_of()
-    assert here.misfits(needed) == {field: (getattr(here, field), getattr(needed, field))}
+    assert here.mismatches(needed) == {field: (getattr(here, field), getattr(needed, field))}
     assert here.name != needed.name
 
 
 def test_evaluation_points_that_nobody_reads_do_no_harm():
-    assert OTHERS["evaluation_points"].misfits(key_of()) == {}
+    assert OTHERS["evaluation_points"].mismatches(key_of()) == {}
     assert OTHERS["evaluation_points"].columns == ["e_w", "e_l", "z_w", "z_l"]
 
 

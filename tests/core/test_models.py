@@ -17,7 +17,7 @@ from dde_core.checkpoint import Progress
 from dde_core.config import LoraConfig, ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.errors import DataError, ModelError
 from dde_core.generation import TextToImage
-from dde_core.models.folder import ModelFolder, encode_images, pictures_at_once
+from dde_core.models.folder import ModelFolder, encode_images, image_batch_size
 from dde_core.models.policy import Policy, make_optimizer
 from dde_core.models.saving import save_aligned
 from dde_core.noise import initial_latents
@@ -67,7 +67,7 @@ def test_pictures_survive_the_vae():
     restored = vae.decode(torch.from_numpy(latents).float() / vae.config.scaling_factor).sample
     error = (restored - (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)).abs().mean()
     assert error < 0.05
-    assert folder.picture_size() == 32
+    assert folder.image_size() == 32
 
 
 def test_an_aligned_folder_takes_over_no_pickle(tmp_path: Path):
@@ -101,7 +101,7 @@ def test_parts_that_cannot_be_taken_over_do_not_cost_the_aligned_model(tmp_path:
 
 
 def test_large_pictures_go_through_the_vae_a_few_at_a_time():
-    assert [pictures_at_once(size, size) for size in (32, 256, 512, 1024, 2048)] == [32, 32, 16, 4, 1]
+    assert [image_batch_size(size, size) for size in (32, 256, 512, 1024, 2048)] == [32, 32, 16, 4, 1]
 
 
 def test_a_folder_that_is_no_model_is_refused_with_its_path(tmp_path: Path):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dde_core.noise import (
-    draw_dropped,
+    draw_caption_dropout,
     draw_evaluation_point,
     draw_noise,
     draw_timestep,
@@ -53,7 +53,7 @@ def test_golden_draws_so_that_stored_errors_stay_valid():
     noise = draw_noise(0, "pair", "w", 0, (1, 2, 2)).flatten().tolist()
     assert noise == pytest.approx(GOLDEN_NOISE, rel=1e-6)
     assert [draw_timestep(0, "pair", draw, uniform(1, 1000)) for draw in range(5)] == GOLDEN_T
-    assert [draw_dropped(0, "pair", draw, 0.5) for draw in range(8)] == GOLDEN_DROPPED
+    assert [draw_caption_dropout(0, "pair", draw, 0.5) for draw in range(8)] == GOLDEN_DROPPED
     assert permutation(0, 0, 8).tolist() == GOLDEN_PERMUTATION
     assert initial_latents(0, (1, 1, 3)).flatten().tolist() == pytest.approx(GOLDEN_LATENTS, rel=1e-6)
 
@@ -93,15 +93,15 @@ def test_a_timestep_is_never_outside_its_range(seed, pair, draw, low, more):
 
 
 def test_captions_are_dropped_with_the_given_probability():
-    dropped = sum(draw_dropped(0, pair, 0, 0.1) for pair in PAIRS)
+    dropped = sum(draw_caption_dropout(0, pair, 0, 0.1) for pair in PAIRS)
     assert abs(dropped - 400) < 4 * 19  # standard deviation 19
-    assert not any(draw_dropped(0, pair, 0, 0.0) for pair in PAIRS[:100])
-    assert all(draw_dropped(0, pair, 0, 1.0) for pair in PAIRS[:100])
+    assert not any(draw_caption_dropout(0, pair, 0, 0.0) for pair in PAIRS[:100])
+    assert all(draw_caption_dropout(0, pair, 0, 1.0) for pair in PAIRS[:100])
 
 
 def test_timestep_and_dropout_of_a_draw_are_independent():
     low = np.array([draw_timestep(0, pair, 0, uniform(1, 1000)) <= 500 for pair in PAIRS])
-    dropped = np.array([draw_dropped(0, pair, 0, 0.5) for pair in PAIRS])
+    dropped = np.array([draw_caption_dropout(0, pair, 0, 0.5) for pair in PAIRS])
     assert abs(np.corrcoef(low, dropped)[0, 1]) < 0.06  # standard error 0.016
 
 

@@ -20,7 +20,7 @@ from dde_core.errors import ConfigError
 from dde_core.models import parallel
 from dde_core.models.folder import ModelFolder
 from dde_core.models.parallel import synchronised
-from dde_core.models.policy import Policy, make_optimizer, use_repeatable_kernels
+from dde_core.models.policy import Policy, make_optimizer, use_deterministic_kernels
 from dde_core.models.saving import save_aligned
 from tests.support.tiny_folders import WIDTH, sd15_folder
 from tests.support.tiny_unet import TEXT_WIDTH, tiny_unet
@@ -124,7 +124,7 @@ class Run:
 
 
 def run(rank: int, folder: Path) -> None:
-    use_repeatable_kernels()
+    use_deterministic_kernels()
     store = distributed.FileStore(f"{folder}/store", RANKS)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     save_file(in_float64(rank, folder), folder / f"float64-{rank}.safetensors")

@@ -10,7 +10,7 @@ import torch
 
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.models.folder import ModelFolder
-from dde_core.models.policy import Policy, use_repeatable_kernels
+from dde_core.models.policy import Policy, use_deterministic_kernels
 from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
 from dde_core.objectives import OBJECTIVES
@@ -45,7 +45,7 @@ def pairs(folder: ModelFolder, b: int = 6) -> PairBatch:
 
 def both(policy: Policy, folder: ModelFolder, batch: PairBatch) -> tuple[PairErrors, PairErrors]:
     """Errors of policy and reference, in the order and under the arithmetic of the training loop."""
-    with policy.arithmetic():
+    with policy.autocast():
         ref = pair_errors(policy.reference, folder.schedule(), batch)
         return pair_errors(policy.unet, folder.schedule(), batch), ref
 
@@ -58,7 +58,7 @@ def test_fp32_on_a_gpu_is_not_tf32(monkeypatch):
     kinds = (torch.backends.cudnn, torch.backends.cuda.matmul)
     for kind in kinds:
         kind.allow_tf32 = True
-    use_repeatable_kernels()
+    use_deterministic_kernels()
     torch.use_deterministic_algorithms(False)
     assert [kind.allow_tf32 for kind in kinds] == [False, False]
 
@@ -66,7 +66,7 @@ def test_fp32_on_a_gpu_is_not_tf32(monkeypatch):
 def test_bf16_errors_are_reduced_in_float32_and_are_not_those_of_a_bf16_reduction(folder, lora):
     policy, batch, outputs = Policy(folder, TrainConfig(precision="bf16", lora=lora)), pairs(folder), []
     hook = policy.unet.register_forward_hook(lambda module, arguments, output: outputs.append(output.sample))
-    with policy.arithmetic():
+    with policy.autocast():
         errors = pair_errors(policy.unet, folder.schedule(), batch)
     hook.remove()
     (output,) = outputs

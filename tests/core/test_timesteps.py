@@ -10,7 +10,7 @@ from dde_core.calibration import NAMES, Calibration
 from dde_core.config import CALIBRATED, ObjectiveConfig
 from dde_core.errors import ConfigError
 from dde_core.noise import draw_timestep
-from dde_core.objectives import OBJECTIVES, importance, t_distribution, t_drawn
+from dde_core.objectives import OBJECTIVES, importance, method_distribution, sampling_distribution
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors, step_losses
 
@@ -28,7 +28,7 @@ def inside(config: ObjectiveConfig) -> torch.Tensor:
 
 
 def test_discounted_draws_t_in_proportion_to_a_power_of_what_09_in_50_steps_is_in_1000(schedule):
-    p = t_distribution(ObjectiveConfig(method="discounted"), schedule)
+    p = method_distribution(ObjectiveConfig(method="discounted"), schedule)
     gamma = 0.9 ** (50 / 1000)
     assert gamma == pytest.approx(0.99475, abs=5e-6)
     powers = torch.tensor([gamma ** (1000 - t) for t in range(1, 1001)], dtype=torch.float64)
@@ -40,14 +40,14 @@ def test_discounted_draws_t_in_proportion_to_a_power_of_what_09_in_50_steps_is_i
     assert (ratio.mean() ** 2 / ratio.square().mean()).item() == pytest.approx(0.38, abs=5e-3), (
         "effective sample size"
     )
-    halved = t_distribution(ObjectiveConfig(method="discounted", gamma=0.5), schedule)
+    halved = method_distribution(ObjectiveConfig(method="discounted", gamma=0.5), schedule)
     assert (halved[1000] / halved[980]).item() == pytest.approx(2, rel=1e-9), (
         "20 timesteps are one of 50 steps"
     )
 
 
 def test_the_discount_of_a_shorter_schedule_is_the_same_over_its_whole_length(sd_config):
-    short = t_distribution(
+    short = method_distribution(
         ObjectiveConfig(method="discounted"), Schedule.from_config(sd_config | {"num_train_timesteps": 100})
     )
     assert (short[100] / short[98]).item() == pytest.approx(1 / 0.9, rel=1e-9)
@@ -58,8 +58,8 @@ def test_the_discount_of_a_shorter_schedule_is_the_same_over_its_whole_length(sd
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_a_range_keeps_the_density_inside_it_and_renormalises(schedule, method, t_sampling, limits):
     config = ObjectiveConfig(method=method, t_sampling=t_sampling, **limits)
-    within, whole = inside(config), t_distribution(ObjectiveConfig(method=method), schedule)
-    p, drawn = t_distribution(config, schedule), t_drawn(config, schedule)
+    within, whole = inside(config), method_distribution(ObjectiveConfig(method=method), schedule)
+    p, drawn = method_distribution(config, schedule), sampling_distribution(config, schedule)
     torch.testing.assert_close(p, torch.where(within, whole, 0) / whole[within].sum(), rtol=1e-12, atol=0)
     if t_sampling == "uniform" or method != "discounted":
         torch.testing.assert_close(drawn, within.double() / within.sum(), rtol=1e-12, atol=0)
@@ -78,7 +78,7 @@ def expected(config: ObjectiveConfig, schedule: Schedule) -> tuple[torch.Tensor,
     """The loss and its gradient in expectation over t, by summing over every t: three pairs, errors of two parameters."""
     parameters = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
     generator, loss = torch.Generator().manual_seed(0), torch.zeros((), dtype=torch.float64)
-    drawn = t_drawn(config, schedule)[1:]
+    drawn = sampling_distribution(config, schedule)[1:]
     for _ in range(3):
         slopes, ref = (
             torch.rand(2, 1000, 2, generator=generator).double(),
@@ -129,7 +129,7 @@ def chi_square(drawn: np.ndarray, p: np.ndarray, cells: int = 10) -> float:
 )
 def test_draws_follow_the_density(schedule, method, t_sampling, limits):
     config = ObjectiveConfig(method=method, t_sampling=t_sampling, **limits)
-    p = t_drawn(config, schedule).numpy()
+    p = sampling_distribution(config, schedule).numpy()
     cumulative = p.cumsum() / p.sum()
     drawn = np.array([draw_timestep(0, f"pair-{i}", 0, cumulative) for i in range(5000)])
     assert inside(config)[drawn].all()
@@ -137,7 +137,7 @@ def test_draws_follow_the_density(schedule, method, t_sampling, limits):
     other = ObjectiveConfig(
         method="dde" if t_sampling == "method" and method == "discounted" else "discounted", **limits
     )
-    assert chi_square(drawn, t_drawn(other, schedule).numpy()) > 100, "and not another one"
+    assert chi_square(drawn, sampling_distribution(other, schedule).numpy()) > 100, "and not another one"
 
 
 # ---- ranges
@@ -166,7 +166,7 @@ def test_coefficients_outside_of_the_range_stay_as_they_are(schedule, method, po
     assert (correction[699:] == 0).all()
 
 
-@pytest.mark.parametrize("of", [t_distribution, t_drawn, importance])
+@pytest.mark.parametrize("of", [method_distribution, sampling_distribution, importance])
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_a_range_that_the_schedule_does_not_have_is_refused_with_its_end(schedule, method, of):
     for end in ("t_min", "t_max"):
@@ -175,7 +175,7 @@ def test_a_range_that_the_schedule_does_not_have_is_refused_with_its_end(schedul
 
 
 def test_no_discount_is_so_small_that_a_range_is_empty(schedule):
-    p = t_drawn(ObjectiveConfig(method="discounted", gamma=1e-8, t_max=100), schedule)
+    p = sampling_distribution(ObjectiveConfig(method="discounted", gamma=1e-8, t_max=100), schedule)
     assert p.sum() == pytest.approx(1)
     assert p[100] > 0.3
     assert p[101:].sum() == p[0] == 0

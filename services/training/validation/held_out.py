@@ -28,7 +28,7 @@ def held_out_metrics(
     as independent; those of one caption are not quite.
     """
     margins = []
-    with policy.arithmetic():
+    with policy.autocast():
         for part in slices(reader.held_out(), size or PAIRS_AT_ONCE):
             visits = (batches.held_out(part, draw, DRAWS) for draw in range(DRAWS))  # one at a time
             margins.append(torch.stack([_margin(policy, schedule, batch) for batch in visits]).mean(0))

@@ -14,7 +14,7 @@ from dde_core.generation import TextToImage
 from dde_core.image_grid import draw_grid
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
-from dde_core.models.policy import Policy, use_repeatable_kernels
+from dde_core.models.policy import Policy, use_deterministic_kernels
 from dde_core.shapes.scorers import score
 from services.api.records import Validated
 from services.artifacts import checkpoints, models
@@ -30,7 +30,7 @@ def validate(spec: TrainSpec, step: int) -> Validated:
     It is the running average where one is kept. Held-out pairs are compared with the frozen reference.
     """
     began = time.monotonic()
-    use_repeatable_kernels()
+    use_deterministic_kernels()
     device = torch.device("cuda" if spec.use_gpu else "cpu")
     folder = ModelFolder(*models.fetch(spec.model))
     policy = Policy(folder, replace(spec.training, ema_decay=0.0), device)

@@ -14,7 +14,7 @@ from dde_core.latents.ledger import Ledger
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
 from dde_core.models.parallel import synchronised
-from dde_core.models.policy import Policy, learning_rate, make_optimizer, use_repeatable_kernels
+from dde_core.models.policy import Policy, learning_rate, make_optimizer, use_deterministic_kernels
 from dde_core.objectives import OBJECTIVES
 from dde_core.planning.estimate import pairs_of_a_worker
 from dde_core.train_step import check_finite, pair_errors, step_losses
@@ -45,7 +45,7 @@ def train_loop(config: dict) -> None:
 
 def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
     objective, training = spec.objective, spec.training
-    use_repeatable_kernels()
+    use_deterministic_kernels()
     device, fence = ray.train.torch.get_device(), Fence.of_workers(spec.run, spec.attempt)
     if rank == 0:
         fence.take()
@@ -82,7 +82,7 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
                 with clock.waiting():
                     batch = batches.make(part)
                 with synchronised(policy.trained, is_last):
-                    with policy.arithmetic():
+                    with policy.autocast():
                         ref = ledger.errors(part) if ledger else None
                         if ref is None and method.preference:
                             ref = pair_errors(policy.reference, schedule, batch)

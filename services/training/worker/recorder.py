@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dde_core.alarms import Alarms
 from dde_core.checkpoint import Progress, Snapshot
-from dde_core.metrics import in_words, logit_deviation, step_metrics
+from dde_core.metrics import format_metrics, logit_deviation, step_metrics
 from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors, StepTerms
@@ -182,7 +182,7 @@ class Recorder:
             beta = self._spec.objective.beta
             noise = logit_deviation(t, terms.margin, schedule.snr[t], beta, schedule.T)
             self._metrics |= noise
-            self._journal.event(f"rounding moves the logits of step 0: {in_words(noise)}")
+            self._journal.event(f"rounding moves the logits of step 0: {format_metrics(noise)}")
         self._pair_log.add(step, t, terms.margin, terms.gradient_weight)
         self._journal.metrics(step, self._metrics)
         for message in self._alarms.step(self._metrics):

@@ -168,7 +168,7 @@ def test_the_pass_has_the_arithmetic_of_the_run_to_the_bit_where_the_batches_are
     batch = maker.make(rows)
     for precision in ("bf16", "fp32"):
         policy = Policy(small, TrainConfig(precision=precision))
-        with torch.no_grad(), policy.arithmetic():
+        with torch.no_grad(), policy.autocast():
             found = pair_errors(policy.unet, small.schedule(), batch)
         assert torch.equal(found.w, cached.errors(rows).w) == (precision == "bf16")
 
