@@ -1,8 +1,9 @@
-"""The evaluate stage: compare two models on held-out prompts, write a report and a picture grid."""
+"""The evaluate stage: compare two models on held-out prompts, write a report and an image grid."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -17,29 +18,23 @@ from services.stages.specs import EvaluateSpec
 from services.storage import files
 
 GRID_PROMPTS = 16
+CONVENTIONS = "sampler DDIM, eta 0; seed of prompt i is seed + i; ties count half; beat ratio: Wilson 95%"
+
+Row = dict[str, Any]
+"""One prompt: ``index``, ``prompt``, an image of each side, and ``SIDE_SCORER`` for each score."""
 
 
 def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
-    """Draw, score, compare. Raises BadRequest where there are fewer prompts than asked for."""
-    began, prompts = time.monotonic(), read_prompts(spec.evaluation.prompts_uri, spec.evaluation.num_prompts)
+    """Generate, score and compare. Raises BadRequest if the file holds fewer than ``num_prompts`` prompts."""
+    began = time.monotonic()
+    prompts = read_prompts(spec.evaluation.prompts_uri, spec.evaluation.num_prompts)
     journal.event(f"{len(prompts)} prompts from {spec.base.name} and {spec.candidate.name}")
-    rows: dict[int, dict] = {}
-    for chunk in compare(spec, prompts):
-        rows |= {
-            int(index): {name: values[i] for name, values in chunk.items()}
-            for i, index in enumerate(chunk["index"])
-        }
-        done = {"pictures": len(SIDES) * len(rows), "pictures_total": len(SIDES) * len(prompts)}
-        journal.metrics(len(rows), {**done, "pictures_per_s": done["pictures"] / (time.monotonic() - began)})
-
-    ordered = [rows[i] for i in range(len(prompts))]
-    scores = {name: _compare_scores(name, ordered) for name in spec.evaluation.scorers}
-    shown = ordered[:GRID_PROMPTS]
-    grid_uri, report_uri = files.join(spec.output, "grid.png"), files.join(spec.output, "report.json")
-    names = (spec.base.name, spec.candidate.name)
-    pictures = [(name, [row[side] for row in shown]) for name, side in zip(names, SIDES, strict=True)]
-    files.write_bytes(grid_uri, draw_grid([row["prompt"] for row in shown], pictures))
-    files.write_json(report_uri, _report(spec, ordered, scores))
+    rows = _rows_of_prompts(spec, prompts, journal, began)
+    scores = {name: _compare_scores(name, rows) for name in spec.evaluation.scorers}
+    grid_uri = files.join(spec.output, "grid.png")
+    report_uri = files.join(spec.output, "report.json")
+    files.write_bytes(grid_uri, _grid(spec, rows[:GRID_PROMPTS]))
+    files.write_json(report_uri, _report(spec, rows, scores))
     return EvaluateResult(
         report=report_uri,
         grid=grid_uri,
@@ -49,7 +44,18 @@ def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
     )
 
 
-def _compare_scores(name: str, rows: list[dict]) -> ScorerReport:
+def _rows_of_prompts(spec: EvaluateSpec, prompts: list[str], journal: Journal, began: float) -> list[Row]:
+    """One row per prompt, in the order of prompts; logs progress after each chunk."""
+    rows: dict[int, Row] = {}
+    for chunk in compare(spec, prompts):
+        for i, index in enumerate(chunk["index"]):
+            rows[int(index)] = {name: values[i] for name, values in chunk.items()}
+        done = {"pictures": len(SIDES) * len(rows), "pictures_total": len(SIDES) * len(prompts)}
+        journal.metrics(len(rows), {**done, "pictures_per_s": done["pictures"] / (time.monotonic() - began)})
+    return [rows[i] for i in range(len(prompts))]
+
+
+def _compare_scores(name: str, rows: list[Row]) -> ScorerReport:
     base, candidate = ([float(row[f"{side}_{name}"]) for row in rows] for side in SIDES)
     return ScorerReport(
         base=float(np.mean(base)),
@@ -64,14 +70,21 @@ def _interval(numbers: tuple[float, float, float]) -> Interval:
     return Interval(value=value, low=low, high=high)
 
 
-def _report(spec: EvaluateSpec, rows: list[dict], scores: dict[Scorer, ScorerReport]) -> dict:
-    """Everything that is needed to repeat the comparison, and every number it came from."""
+def _grid(spec: EvaluateSpec, rows: list[Row]) -> bytes:
+    """The image grid as PNG: base and candidate side by side for each prompt."""
+    names = (spec.base.name, spec.candidate.name)
+    images = [(name, [row[side] for row in rows]) for name, side in zip(names, SIDES, strict=True)]
+    return draw_grid([row["prompt"] for row in rows], images)
+
+
+def _report(spec: EvaluateSpec, rows: list[Row], scores: dict[Scorer, ScorerReport]) -> dict[str, Any]:
+    """Everything needed to repeat the comparison, and every score behind its numbers."""
     columns = [f"{side}_{name}" for side in SIDES for name in spec.evaluation.scorers]
     return {
         "base": spec.base.model_dump(mode="json"),
         "candidate": spec.candidate.model_dump(mode="json"),
         "evaluation": spec.evaluation.model_dump(mode="json"),
-        "conventions": "sampler DDIM, eta 0; seed of prompt i is seed + i; ties count half; beat ratio: Wilson 95%",
+        "conventions": CONVENTIONS,
         "scores": {name: report.model_dump() for name, report in scores.items()},
         "prompts": [
             {"prompt": str(row["prompt"]), **{column: float(row[column]) for column in columns}}

@@ -1,12 +1,16 @@
-"""The Serve application: pictures and scores over HTTP. It finds models in storage, so a new one needs no redeployment.
+"""The Serve application: images and scores over HTTP.
 
-No ``from __future__ import annotations`` here: Serve moves these functions, and FastAPI could not find their types by name.
+Names of models are looked up in storage, so a new model needs no redeployment.
+
+No ``from __future__ import annotations`` here: Serve moves these functions, so FastAPI could not resolve
+the names of their types.
 """
 
 import asyncio
 import base64
 import threading
 import time
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -52,42 +56,40 @@ async def validation_error(request: Request, error: RequestValidationError) -> J
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=8, max_queued_requests=64)
 @serve.ingress(api)
-class Pictures:
-    """One engine; its calls run in a thread, so that health checks are answered meanwhile."""
+class ImageServer:
+    """One engine a replica. Its calls run in a thread, so health checks are answered meanwhile."""
 
     def __init__(self, args: ServeArgs) -> None:
-        from services.serving.engine import Engine  # torch is loaded in replicas alone
+        from services.serving.engine import Engine  # only replicas load torch
 
         self._engine = Engine(args.storage_uri, args.max_models, "cuda" if args.use_gpu else "cpu")
 
     @api.post("/v1/images/generations")
-    async def generate(self, body: ImageRequest) -> dict:
-        gone = threading.Event()
+    async def generate(self, body: ImageRequest) -> dict[str, Any]:
+        disconnected = threading.Event()
         try:
-            pictures = await asyncio.to_thread(self._engine.generate, body, gone.is_set)
+            images = await asyncio.to_thread(self._engine.generate, body, disconnected.is_set)
         except asyncio.CancelledError:
-            gone.set()
+            disconnected.set()
             raise
         return {
             "created": int(time.time()),
-            "data": [{"b64_json": base64.b64encode(png).decode()} for png in pictures],
+            "data": [{"b64_json": base64.b64encode(png).decode()} for png in images],
         }
 
     @api.post("/v1/scores")
-    async def score(self, body: ScoreRequest) -> dict:
+    async def score(self, body: ScoreRequest) -> dict[str, Any]:
         scores = await asyncio.to_thread(self._engine.score, body)
-        return {
-            "object": "list",
-            "data": [dict(zip(scores, row, strict=True)) for row in zip(*scores.values(), strict=True)],
-        }
+        rows = zip(*scores.values(), strict=True)
+        return {"object": "list", "data": [dict(zip(scores, row, strict=True)) for row in rows]}
 
     @api.get("/healthz")
-    async def healthz(self) -> dict:
+    async def healthz(self) -> dict[str, str]:
         return {"status": "ok"}
 
 
-def build_app(args: dict) -> Application:
-    """The application, unstarted. ``args`` come from the Serve config and are those of ``ServeArgs``."""
+def build_app(args: dict[str, Any]) -> Application:
+    """The application, not started. ``args`` come from the Serve config; ``ServeArgs`` lists them."""
     parsed = ServeArgs.model_validate(args)
     resources = {"num_cpus": 1, "num_gpus": int(parsed.use_gpu)}
-    return Pictures.options(ray_actor_options=resources).bind(parsed)  # type: ignore[attr-defined]
+    return ImageServer.options(ray_actor_options=resources).bind(parsed)  # type: ignore[attr-defined]

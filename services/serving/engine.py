@@ -1,4 +1,4 @@
-"""What a replica does, without Ray Serve: keep the models that are asked for, draw pictures, score pictures."""
+"""What a replica does, without Ray Serve: keep models in memory, generate images, score images."""
 
 from __future__ import annotations
 
@@ -15,80 +15,95 @@ from PIL import Image
 from dde_core.errors import DataError
 from dde_core.generation import TextToImage
 from dde_core.models.folder import ModelFolder
+from dde_core.shapes.scenes import SIZE_PX
 from dde_core.shapes.scorers import score
+from services.api.records import ModelRecord
 from services.api.requests import ImageRequest, ScoreRequest
 from services.artifacts import models
 from services.errors import BadRequest
 
 
-class Stopped(Exception):
-    """The caller is gone; the rest of a generation is not worth drawing."""
+class CallerDisconnected(Exception):
+    """Nobody waits for the images any more, so the generation stopped."""
 
 
 class Engine:
-    """Models by name from the registry in storage, the ``max_models`` last used kept. Calls are made one at a time."""
+    """Generates with the registry's models, one request at a time. The ``max_models`` last used stay loaded."""
 
     def __init__(self, storage_uri: str, max_models: int = 4, device: str = "cpu") -> None:
         torch.set_num_threads(1)
-        self._root, self._max_models, self._device = storage_uri, max_models, device
+        self._root = storage_uri
+        self._max_models = max_models
+        self._device = device
         self._models: OrderedDict[str, TextToImage] = OrderedDict()
         self._lock = threading.Lock()
 
-    def generate(self, request: ImageRequest, stopped: Callable[[], bool] = lambda: False) -> list[bytes]:
-        """Draw a request's pictures as PNG. A name that was pointed at another model means that one from then on.
+    def generate(
+        self, request: ImageRequest, is_disconnected: Callable[[], bool] = lambda: False
+    ) -> list[bytes]:
+        """A request's images as PNG files. Each call reads the registry, so a new alias applies at once.
 
-        Raises NotFound for an unknown model, ConfigError for a size it cannot draw, Stopped when ``stopped()``.
+        Raises NotFound for an unknown model, ConfigError for a size that the model cannot generate, and
+        CallerDisconnected as soon as ``is_disconnected()``, which is called at every sampling step.
         """
-        record, sample = models.find(self._root, request.model), request.sample()
+        record = models.find(self._root, request.model)
+        sample = request.sample()
+        seeds = [request.seed + i for i in range(request.n)]
 
-        def stop_if_gone(step: int, steps: int) -> None:
-            if stopped():
-                raise Stopped
+        def stop_if_disconnected(step: int, steps: int) -> None:
+            if is_disconnected():
+                raise CallerDisconnected
 
         with self._lock:
-            stop_if_gone(0, sample.steps)
-            if record.id not in self._models:
-                self._models[record.id] = TextToImage(ModelFolder(*models.fetch(record)), self._device)
-                while len(self._models) > self._max_models:
-                    self._models.popitem(last=False)
-            self._models.move_to_end(record.id)
-            seeds = [request.seed + i for i in range(request.n)]
-            pictures = self._models[record.id]([request.prompt] * request.n, seeds, sample, stop_if_gone)
-        return [to_png(picture) for picture in pictures]
+            stop_if_disconnected(0, sample.steps)
+            model = self._load(record)
+            images = model([request.prompt] * request.n, seeds, sample, stop_if_disconnected)
+        return [to_png(image) for image in images]
 
     def score(self, request: ScoreRequest) -> dict[str, list[float]]:
-        """Score pictures against prompts, for each scorer one number a picture. Raises BadRequest, naming the entry."""
+        """One number per scorer and pair of image and prompt. Raises BadRequest, naming the entry."""
         if len(request.images) != len(request.prompts):
             message = f"images holds {len(request.images)} entries, prompts {len(request.prompts)}"
             raise BadRequest(message, param="prompts")
-        pictures = [from_base64(data, f"images[{i}]") for i, data in enumerate(request.images)]
+        images = _stack([from_base64(data, f"images[{i}]") for i, data in enumerate(request.images)])
+        height, width = images.shape[1:3]
+        if (width, height) != (SIZE_PX, SIZE_PX):
+            message = f"images must be {SIZE_PX} x {SIZE_PX} px for these scorers, got {width} x {height}"
+            raise BadRequest(message, param="images")
         try:
-            scores = score(_stack(pictures), request.prompts)
+            scores = score(images, request.prompts)
         except DataError as error:
-            raise BadRequest(
-                str(error), param="images" if str(error).startswith("pictures") else "prompts"
-            ) from error
+            raise BadRequest(str(error), param="prompts") from error
         return {name: scores[name].tolist() for name in request.scorers}
 
+    def _load(self, record: ModelRecord) -> TextToImage:
+        """The model in memory, loaded where it is not; the least recently used one makes room."""
+        if record.id not in self._models:
+            self._models[record.id] = TextToImage(ModelFolder(*models.fetch(record)), self._device)
+            while len(self._models) > self._max_models:
+                self._models.popitem(last=False)
+        self._models.move_to_end(record.id)
+        return self._models[record.id]
 
-def to_png(picture: np.ndarray) -> bytes:
+
+def to_png(image: np.ndarray) -> bytes:
     """uint8 [h, w, 3] as PNG."""
     out = io.BytesIO()
-    Image.fromarray(picture).save(out, "PNG")
+    Image.fromarray(image).save(out, "PNG")
     return out.getvalue()
 
 
 def from_base64(data: str, field: str) -> np.ndarray:
-    """A base64 picture file as uint8 [h, w, 3]. Raises BadRequest, naming the field."""
+    """A base64 image file as uint8 [h, w, 3]. Raises BadRequest, naming the field."""
     try:
         with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
             return np.asarray(image.convert("RGB"))
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadRequest(f"{field} is not a base64 picture: {data[:40]!r}", param=field) from error
+        raise BadRequest(f"{field} is not a base64 image file: {data[:40]!r}", param=field) from error
 
 
-def _stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    shapes = {picture.shape for picture in pictures}
+def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
+    shapes = {image.shape for image in images}
     if len(shapes) > 1:
-        raise BadRequest(f"images must have one size, got {sorted(shapes)}", param="images")
-    return np.stack(pictures)
+        raise BadRequest(f"images must all have one size, got {sorted(shapes)}", param="images")
+    return np.stack(images)

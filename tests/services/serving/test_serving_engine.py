@@ -1,4 +1,4 @@
-"""The engine without Serve: names are looked up at every call, a caller that leaves stops its generation."""
+"""The engine without Serve: every call looks its name up; generation stops when the caller disconnects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from services.api.records import ModelRecord
 from services.api.requests import ImageRequest, ScoreRequest
 from services.artifacts import models
 from services.errors import BadRequest, NotFound
-from services.serving.engine import Engine, Stopped
+from services.serving.engine import CallerDisconnected, Engine
 from services.storage import files
 from tests.support.pairs_file import png
 
@@ -39,25 +39,25 @@ def root(tmp_path) -> str:
     return uri
 
 
-def asked(**changes) -> ImageRequest:
+def request(**changes) -> ImageRequest:
     return ImageRequest(**{"model": "named", "prompt": "a red circle", "steps": 2, **changes})
 
 
-def test_pictures_follow_prompt_and_seed(root: str):
+def test_images_depend_on_prompt_and_seed(root: str):
     engine = Engine(root)
-    first, second = engine.generate(asked(n=2, seed=5))
-    assert engine.generate(asked(seed=6)) == [second]
+    first, second = engine.generate(request(n=2, seed=5))
+    assert engine.generate(request(seed=6)) == [second]
     assert first != second
     assert np.asarray(Image.open(io.BytesIO(first))).shape == (32, 32, 3)
 
 
-def test_a_name_means_another_model_as_soon_as_it_is_pointed_there(root: str):
+def test_an_alias_takes_effect_at_the_next_call(root: str):
     engine = Engine(root, max_models=1)
-    engine.generate(asked())
+    engine.generate(request())
     publish(root, "model_b")
     models.point(root, "named", "model_b")
-    engine.generate(asked())
-    assert list(engine._models) == ["model_b"], "the last one used is kept, the other is dropped"
+    engine.generate(request())
+    assert list(engine._models) == ["model_b"], "the engine keeps the most recently used model"
 
 
 @pytest.mark.parametrize(
@@ -65,29 +65,30 @@ def test_a_name_means_another_model_as_soon_as_it_is_pointed_there(root: str):
 )
 def test_an_unknown_model_is_refused_by_name(root: str, name: str):
     with pytest.raises(NotFound) as refused:
-        Engine(root).generate(asked(model=name))
+        Engine(root).generate(request(model=name))
     assert repr(name) in str(refused.value)
 
 
-def test_a_size_that_cannot_be_drawn_is_refused(root: str):
+def test_a_size_that_the_model_cannot_generate_is_refused(root: str):
     with pytest.raises(ConfigError, match="size width must be a multiple of 8, got '33x32'"):
-        Engine(root).generate(asked(size="33x32"))
+        Engine(root).generate(request(size="33x32"))
 
 
-def test_a_caller_that_leaves_stops_its_generation(root: str):
-    engine, calls = Engine(root), []
+def test_generation_stops_when_the_caller_disconnects(root: str):
+    engine = Engine(root)
+    calls: list[int] = []
 
-    def leaves_after_three_looks() -> bool:
+    def disconnects_after_three_calls() -> bool:
         calls.append(1)
         return len(calls) > 3
 
-    with pytest.raises(Stopped):
-        engine.generate(asked(steps=50), leaves_after_three_looks)
+    with pytest.raises(CallerDisconnected):
+        engine.generate(request(steps=50), disconnects_after_three_calls)
     assert len(calls) == 4
-    assert engine.generate(asked()), "and the engine goes on"
+    assert engine.generate(request()), "the engine serves the next request"
 
 
-def test_scores_are_those_of_the_pictures(root: str):
+def test_scores_are_those_of_the_images(root: str):
     image = base64.b64encode(png(render(parse(TEXT)))).decode()
     scores = Engine(root).score(ScoreRequest(images=[image, image], prompts=[TEXT, "a blue cross"]))
     assert scores["match"][0] > 0.99
@@ -95,9 +96,11 @@ def test_scores_are_those_of_the_pictures(root: str):
     assert set(scores) == {"match", "taste", "fidelity"}
 
 
-def test_pictures_that_the_scorers_do_not_know_are_refused_as_such(root: str):
+def test_images_of_another_size_are_refused_naming_the_field_images(root: str):
     large = base64.b64encode(png(np.zeros((64, 64, 3), np.uint8))).decode()
-    with pytest.raises(BadRequest, match="64, 64") as refused:
+    with pytest.raises(
+        BadRequest, match="images must be 32 x 32 px for these scorers, got 64 x 64"
+    ) as refused:
         Engine(root).score(ScoreRequest(images=[large], prompts=[TEXT]))
     assert refused.value.param == "images"
 
