@@ -15,10 +15,11 @@ from dde_core.conditioning import Conditioning
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.latents.reader import LatentReader
 from dde_core.latents.rows import LatentRows
+from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
 from dde_core.models.text import TextEncoders
 from dde_core.noise import Side, draw_caption_dropout, draw_evaluation_point, draw_noise, draw_timestep
-from dde_core.objectives import OBJECTIVES, sampling_distribution
+from dde_core.objectives import sampling_distribution
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch
 
@@ -55,13 +56,14 @@ class BatchMaker:
     ) -> None:
         self._reader, self._training, self._device = reader, training, device
         self._text_encoders = TextEncoders(folder, device)
-        method, cumulative = OBJECTIVES[objective.method], sampling_distribution(objective, schedule).cumsum(0).numpy()
+        method = METHODS[objective.method]
+        cumulative = sampling_distribution(objective, schedule).cumsum(0).numpy()
         self._draws = Draws(
             seed=training.draw_seed,
             cumulative=cumulative / cumulative[-1],
             caption_dropout=training.caption_dropout,
             shared_noise=objective.noise_mode == "shared",
-            losers=method.preference,
+            losers=method.has_loser,
             evaluation_points=method.corrected and objective.calibration_point == "sampled",
         )
 
@@ -86,7 +88,8 @@ class BatchMaker:
     def _batch(self, rows: LatentRows, draws: Draws) -> PairBatch:
         visits = list(zip(rows.pair_ids, rows.draws.tolist(), strict=True))
         dropped = np.array(
-            [draw_caption_dropout(draws.seed, pair, n, draws.caption_dropout) for pair, n in visits], dtype=bool
+            [draw_caption_dropout(draws.seed, pair, n, draws.caption_dropout) for pair, n in visits],
+            dtype=bool,
         )
         text = self._text_encoders(
             np.where(dropped[:, None, None], self._text_encoders.empty_ids, rows.token_ids)

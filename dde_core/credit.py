@@ -20,7 +20,8 @@ from torch import Tensor
 from dde_core.calibration import Calibration
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, DataError
-from dde_core.objectives import OBJECTIVES, sampling_distribution, weights
+from dde_core.methods import METHODS
+from dde_core.objectives import sampling_distribution, weights
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors, step_losses
 
@@ -67,7 +68,7 @@ def curves(config: ObjectiveConfig, schedule: Schedule, margin: float) -> Curves
     t = torch.arange(1, schedule.T + 1)
     margins = torch.full((schedule.T,), margin, dtype=torch.float64)
     calibration = Calibration(schedule, replace(config, ema_rate=1.0))
-    if OBJECTIVES[config.method].corrected:
+    if METHODS[config.method].corrected:
         _record(calibration, t, margins)
     correction = calibration.correction(t)
     terms = step_losses(*_with_margin(margins), t, config, schedule, correction)
@@ -87,12 +88,12 @@ def replay(
     after it. `expected` and `mode` are linear in the errors, so the margins say all; for `sampled` this is the expectation
     over z. `sft` reads no margin. Raises ConfigError for a margin that is needed, DataError for steps out of order.
     """
-    objective = OBJECTIVES[config.method]
-    if margin is None and objective.preference:
+    method = METHODS[config.method]
+    if margin is None and method.has_reference:
         raise ConfigError("margin", None, f"is needed by method {config.method!r}")
     margin = torch.zeros(len(t), dtype=torch.float64) if margin is None else margin.double()
     correction = torch.zeros_like(margin)
-    if objective.corrected:
+    if method.corrected:
         calibration = Calibration(schedule, config)
         for rows in _steps(step):
             correction[rows] = calibration.correction(t[rows])

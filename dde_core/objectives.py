@@ -78,7 +78,9 @@ OBJECTIVES: dict[MethodName, Objective] = {
     "dde_step": Objective(one_half, "w = 1/2, as uniform, plus C(t): DDE v3 section 4.4"),
     "uniform": Objective(one_half, "w = 1/2: Diffusion-DPO"),
     "discounted": Objective(
-        one_half, "w = 1/2, early steps of sampling drawn more often: Dense Reward", density=discounted_density
+        one_half,
+        "w = 1/2, early steps of sampling drawn more often: Dense Reward",
+        density=discounted_density,
     ),
     "sft": Objective(one, "the error on winners: named by DDE v3 without a definition; the usual one"),
 }

@@ -22,8 +22,8 @@ from torch import Tensor
 from dde_core.conditioning import Conditioning, concatenated, predict
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, NonFiniteError
+from dde_core.methods import METHODS
 from dde_core.objectives import (
-    OBJECTIVES,
     gradient_weight,
     importance,
     preference_logit,
@@ -137,15 +137,15 @@ def step_losses(
     ``correction`` is C(t); methods without one do not read it, and `sft` does not read ``ref``. Raises ConfigError for what
     the method needs and does not get.
     """
-    objective = OBJECTIVES[config.method]
+    method = METHODS[config.method]
     scale, weight = (table(config, schedule).to(t.device)[t] for table in (importance, weights))
-    if not objective.preference:
+    if not method.has_loser:
         loss, constant = scale * weight * theta.w.double(), scale * weight
         return StepTerms(loss=loss, gradient_weight=constant, gradient_weight_at_zero=constant)
     if ref is None or ref.l is None or theta.l is None:
         raise ConfigError("reference and loser", None, f"are needed by method {config.method!r}")
     margin = (ref.w.double() - theta.w.double()) - (ref.l.double() - theta.l.double())
-    if not objective.corrected:
+    if not method.corrected:
         correction = torch.zeros_like(weight)
     elif correction is None:
         raise ConfigError("correction", None, f"is needed by method {config.method!r}")

@@ -31,8 +31,8 @@ from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.errors import DataError
 from dde_core.latents.rows import LatentRows
 from dde_core.latents.schema import Manifest
+from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
-from dde_core.objectives import OBJECTIVES
 from dde_core.train_step import PairErrors
 
 FORMAT_VERSION = 1
@@ -93,7 +93,7 @@ class LedgerKey:
             t_min=objective.t_min,
             t_max=objective.t_max or schedule.T,
             draw_seed=training.draw_seed,
-            evaluation_points=OBJECTIVES[objective.method].corrected
+            evaluation_points=METHODS[objective.method].corrected
             and objective.calibration_point == "sampled",
         )
 

@@ -17,8 +17,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dde_core.config import CALIBRATED, LoraConfig, ObjectiveConfig, TrainConfig
+from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
+from dde_core.methods import METHODS
 from dde_core.planning.facts import BFLOAT16, FACTS, FLOAT32, GPUS, Facts, Gpu
 
 
@@ -122,7 +123,7 @@ def _bytes(name: str, count: int, what: str, bytes_each: int, kind: str) -> Term
 def _batch(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int) -> Term:
     """Latents, noise (and z of `sampled`) of a micro-batch on each side, and one text."""
     pairs, sides = pairs_at_a_time(training, workers), sides_of(objective)
-    kinds = 3 if objective.method in CALIBRATED and objective.calibration_point == "sampled" else 2
+    kinds = 3 if draws_evaluation_points(objective) else 2
     latents, text = math.prod(facts.latent_shape), math.prod(facts.text_shape)
     formula = f"{pairs} pairs x ({sides * kinds} x {latents:,} latents + {text:,} text) x 4 bytes"
     return Term("batch", formula, pairs * (sides * kinds * latents + text) * FLOAT32 / 1e9)
@@ -148,8 +149,13 @@ def pairs_at_a_time(training: TrainConfig, workers: int) -> int:
 
 
 def sides_of(objective: ObjectiveConfig) -> int:
-    """`sft` sees winners alone."""
-    return 1 if objective.method == "sft" else 2
+    """U-Net samples of a pair: winner and loser, or the winner alone."""
+    return 2 if METHODS[objective.method].has_loser else 1
+
+
+def draws_evaluation_points(objective: ObjectiveConfig) -> bool:
+    """Whether each side has a sample z beside its noise."""
+    return METHODS[objective.method].corrected and objective.calibration_point == "sampled"
 
 
 def spelled(sides: int) -> str:
@@ -222,7 +228,7 @@ def time_terms(
     yield Term("pace", "speed / arithmetic", share * gpu.peak / flops, "pairs/s a GPU")
     yield Term("GPU-hours", f"{training.steps} steps x {training.batch_size} pairs / pace", hours, "h")
     yield Term("time", f"GPU-hours / {workers} GPUs", hours / workers, "h")
-    if objective.method != "sft" and training.reference == "ledger" and not training.draws:
+    if reads_ledger(objective, training) and not training.draws:
         once = "a forward of every visit, once for all runs with its key: steps x pairs x arithmetic of a forward / speed"
         yield Term("ledger", once, pairs * forward_flops(facts) / (share * gpu.peak) / 3600, "h")
 
@@ -253,8 +259,13 @@ def public_recipe_flops(facts: Facts, passes: int) -> float:
 
 
 def runs_reference(objective: ObjectiveConfig, training: TrainConfig) -> bool:
-    """Whether the frozen model runs in every step. Not for `sft`, nor on a ledger."""
-    return objective.method != "sft" and training.reference != "ledger"
+    """Whether the frozen reference runs in every step."""
+    return METHODS[objective.method].has_reference and training.reference != "ledger"
+
+
+def reads_ledger(objective: ObjectiveConfig, training: TrainConfig) -> bool:
+    """Whether the reference's errors are read from a ledger."""
+    return METHODS[objective.method].has_reference and training.reference == "ledger"
 
 
 def published_share(facts: Facts) -> float:

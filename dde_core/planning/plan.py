@@ -20,15 +20,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from dde_core.config import CALIBRATED, LoraConfig, ObjectiveConfig, TrainConfig
+from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
+from dde_core.methods import METHODS
 from dde_core.planning.cluster import Cluster, Parallelism, chosen, exchange_terms, memory_of, micro_batches
 from dde_core.planning.estimate import (
     Term,
+    draws_evaluation_points,
     forward_flops,
     pair_flops,
     pairs_of_a_worker,
     passes,
+    reads_ledger,
     room_of,
     runs_reference,
     sides_of,
@@ -147,7 +150,7 @@ def changed(planned: Plan) -> Iterator[tuple[str, Plan]]:
     if run.cluster.gpus > 1:
         whole = planned.parallelism == "ddp"
         changes["fsdp" if whole else "ddp"] = replace(training, parallelism="fsdp" if whole else "ddp")
-    if run.objective.method != "sft":
+    if METHODS[run.objective.method].has_reference:
         online = not runs_reference(run.objective, training)
         changes[f"reference {'online' if online else 'ledger'}"] = replace(
             training, reference="online" if online else "ledger"
@@ -285,9 +288,7 @@ def data_terms(run: Run, pairs_per_s: float) -> Iterator[Term]:
         "MB/s",
     )
     if _reads_ledger(run):
-        numbers = 2 * (
-            2 if run.objective.method in CALIBRATED and run.objective.calibration_point == "sampled" else 1
-        )
+        numbers = 4 if draws_evaluation_points(run.objective) else 2
         entry, draws = numbers * FLOAT32, run.training.num_draws(run.num_pairs)
         yield Term(
             "ledger",
@@ -300,7 +301,7 @@ def data_terms(run: Run, pairs_per_s: float) -> Iterator[Term]:
 
 
 def _reads_ledger(run: Run) -> bool:
-    return run.objective.method != "sft" and not runs_reference(run.objective, run.training)
+    return reads_ledger(run.objective, run.training)
 
 
 def hours_terms(run: Run, step_s: float) -> Iterator[Term]:

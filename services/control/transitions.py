@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dde_core.methods import METHODS
 from services.api.records import JobStatus, Stage
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
@@ -58,4 +59,5 @@ def next_stage(kind: str, stage: Stage | None, request: Mapping[str, Any]) -> St
 
 def writes_ledger(request: Mapping[str, Any]) -> bool:
     """Whether an alignment job asks for a ledger, and its method reads one: `sft` has no reference."""
-    return request["training"].get("reference") == "ledger" and request["objective"]["method"] != "sft"
+    method = METHODS[request["objective"]["method"]]
+    return method.has_reference and request["training"].get("reference") == "ledger"

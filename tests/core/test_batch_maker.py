@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dde_core.config import CALIBRATED, DEFAULT_NOISE, ObjectiveConfig
+from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
+from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
 from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
@@ -83,21 +84,25 @@ def test_draws_do_not_depend_on_the_runs_seed_and_begin_again_after_as_many_as_t
 
 
 def test_each_method_has_the_noise_of_its_own_source(model, encoded):
-    for method, noise in DEFAULT_NOISE.items():
-        batch = one_batch(model, encoded, ObjectiveConfig(method=method))
-        if method == "sft":
+    for name, method in METHODS.items():
+        batch = one_batch(model, encoded, ObjectiveConfig(method=name))
+        if not method.has_loser:
             assert batch.noise_l is batch.latents_l is batch.conditioning_l is None, (
                 "losers are not even made"
             )
         else:
-            assert torch.equal(batch.noise_w, batch.noise_l) == (noise == "shared")
+            assert torch.equal(batch.noise_w, batch.noise_l) == (method.noise == "shared")
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
 @pytest.mark.parametrize("point", ["expected", "sampled", "mode"])
 def test_evaluation_points_are_drawn_where_they_are_read_and_nowhere_else(model, encoded, method, point):
     batch = one_batch(model, encoded, ObjectiveConfig(method=method, calibration_point=point))
-    assert (batch.z_w is not None) == (batch.z_l is not None) == (method in CALIBRATED and point == "sampled")
+    assert (
+        (batch.z_w is not None)
+        == (batch.z_l is not None)
+        == (METHODS[method].corrected and point == "sampled")
+    )
 
 
 def test_a_pairs_row_does_not_depend_on_the_number_of_workers(model, encoded):

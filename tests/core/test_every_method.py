@@ -10,17 +10,20 @@ import torch
 from torch.nn import functional as F
 
 from dde_core.calibration import NAMES, Calibration
-from dde_core.config import CALIBRATED, ObjectiveConfig
+from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
-from dde_core.objectives import OBJECTIVES, importance
+from dde_core.methods import METHODS
+from dde_core.objectives import importance
 from dde_core.schedule import add_noise
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
 from tests.support.tiny_unet import TEXT_WIDTH, tiny_unet
 
-PREFERENCE = [name for name, objective in OBJECTIVES.items() if objective.preference]
+PREFERENCE = [name for name, method in METHODS.items() if method.has_reference]
 POINTS = ("expected", "sampled", "mode")
 CASES = [
-    (method, point) for method in OBJECTIVES for point in (POINTS if method in CALIBRATED else POINTS[:1])
+    (name, point)
+    for name, method in METHODS.items()
+    for point in (POINTS if method.corrected else POINTS[:1])
 ]
 WITHOUT_SFT = [(method, point) for method, point in CASES if method in PREFERENCE]
 
@@ -187,7 +190,7 @@ def test_t_1_leaves_no_infinity_in_loss_gradient_coefficients_or_correction(sche
         terms = step_losses(theta, ref, batch.t, config, schedule, correction)
         policy.zero_grad()
         terms.loss.mean().backward()
-        if method in CALIBRATED:
+        if METHODS[method].corrected:
             calibration.update(batch.t, theta, ref)
         assert correction.isfinite().all()
         assert terms.loss.isfinite().all()
@@ -197,7 +200,7 @@ def test_t_1_leaves_no_infinity_in_loss_gradient_coefficients_or_correction(sche
         assert gradient.norm() > 0 or terms.logit.min() > 30, "or every sigmoid is saturated"
     assert all(getattr(calibration, name).isfinite().all() for name in NAMES)
     assert calibration.correction(torch.arange(1, 1001)).isfinite().all()
-    if method in CALIBRATED:
+    if METHODS[method].corrected:
         assert (calibration.theta_w[0] != 0) == (point == "mode")
         assert calibration.theta_w[1] != 0
         assert calibration.correction(torch.tensor([1])) != 0

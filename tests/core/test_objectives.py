@@ -5,15 +5,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dde_core.config import CALIBRATED, DEFAULT_NOISE, Method, ObjectiveConfig
+from dde_core.config import ObjectiveConfig
+from dde_core.methods import METHODS, MethodName
 from dde_core.objectives import OBJECTIVES, gradient_weight, preference_logit, preference_loss, weights
 
 BETA = 5000.0
 
 
 def test_the_table_holds_exactly_the_methods_of_the_config():
-    assert set(OBJECTIVES) == set(DEFAULT_NOISE) == set(get_args(Method))
-    assert {name for name, objective in OBJECTIVES.items() if objective.corrected} == set(CALIBRATED)
+    assert list(OBJECTIVES) == list(METHODS) == list(get_args(MethodName))
+
+
+def test_each_method_has_the_needs_of_its_source():
+    corrected = {name for name, method in METHODS.items() if method.corrected}
+    alone = {name for name, method in METHODS.items() if not (method.has_reference or method.has_loser)}
+    shared = {name for name, method in METHODS.items() if method.noise == "shared"}
+    assert corrected == {"dde", "dde_step"}
+    assert alone == {"sft"}
+    assert shared == {"uniform", "discounted"}
+
+
+def test_only_preferences_have_a_reference_and_only_they_have_a_loser():
+    assert all(method.has_reference == method.has_loser for method in METHODS.values())
 
 
 def test_weights_are_one_over_snr_and_one_half(schedule):

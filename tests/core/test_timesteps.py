@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dde_core.calibration import NAMES, Calibration
-from dde_core.config import CALIBRATED, ObjectiveConfig
+from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
+from dde_core.methods import METHODS
 from dde_core.noise import draw_timestep
 from dde_core.objectives import OBJECTIVES, importance, method_distribution, sampling_distribution
 from dde_core.schedule import Schedule
@@ -144,7 +145,7 @@ def test_draws_follow_the_density(schedule, method, t_sampling, limits):
 
 
 @pytest.mark.parametrize("point", ["expected", "sampled", "mode"])
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.corrected])
 def test_coefficients_outside_of_the_range_stay_as_they_are(schedule, method, point):
     config = ObjectiveConfig(method=method, calibration_point=point, ema_rate=1.0, t_min=200, t_max=700)
     free, ranged = (

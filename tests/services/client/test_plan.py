@@ -1,4 +1,4 @@
-"""`dde plan`: every recipe is planned without a server, every term is printed, nonsense is refused by field and value."""
+"""`dde plan`: it plans every recipe without a server, prints every term, and names field and value of bad input."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from dde_core.methods import METHODS
 from dde_core.planning import mfu
 from dde_core.planning.cluster import Cluster
 from dde_core.planning.plan import PICK_A_PIC_PAIRS, Run, plan
 from services.client import recipes
-from services.client.bodies import TO_BE_NAMED, job_body
+from services.client.bodies import PLACEHOLDERS, job_body
 from services.client.cli import app
 from services.client.plan import rounded
 
@@ -34,7 +35,10 @@ def dde(*arguments: object, columns: int = 200) -> Result:
 def test_every_recipe_is_planned_term_by_term(name):
     result = dde("plan", "--recipe", name, *ON)
     assert (result.exit_code, result.stderr) == (0, ""), result.output
-    recipe, body = recipes.load(name), job_body(None, {}, recipes.merged(TO_BE_NAMED, recipes.load(name).job))
+    recipe, body = (
+        recipes.load(name),
+        job_body(None, {}, recipes.merged(PLACEHOLDERS, recipes.load(name).job)),
+    )
     run = Run(
         family=recipe.family,
         objective=body.objective,
@@ -52,10 +56,10 @@ def test_every_recipe_is_planned_term_by_term(name):
         assert f"{sum(term.value for term in memory):,.2f}" in result.stdout
     for check in mfu.checks(run.speed):
         assert check.name in result.stdout
-    assert ("reference ledger" in result.stdout) == (recipe.method != "sft")
+    assert ("reference ledger" in result.stdout) == METHODS[recipe.method].has_reference
 
 
-def test_the_headline_says_how_far_off_such_numbers_are_known_to_be():
+def test_the_headline_states_the_known_error_of_the_estimate():
     first = dde("plan", "--recipe", "sdxl_dde", *ON).stdout.splitlines()[0]
     speeds = {  # TFLOP/s of an A100 in Diffusion-DPO's runs: pairs, times TFLOP of text, VAE and passes, over hours
         "sd15": 2000 * 2048 * (0.0133 + 2 * (1.1167 + 4 * 0.8033)) / (384 * 3600),
@@ -77,7 +81,7 @@ def test_no_number_is_cut_on_80_columns():
         assert f"{check.ratio:.2f}" in shown
 
 
-def test_a_job_file_goes_before_the_recipe_and_says_how_many_gpus(tmp_path):
+def test_a_job_file_overrides_the_recipe_and_sets_the_number_of_gpus(tmp_path):
     file = tmp_path / "job.json"
     file.write_text(
         json.dumps({"workers": [2, 16], "training": {"micro_batch_size": 4, "gradient_checkpointing": False}})
@@ -93,14 +97,16 @@ def test_a_job_file_goes_before_the_recipe_and_says_how_many_gpus(tmp_path):
     assert "10,000 pairs" in result.stdout
 
 
-def test_without_a_recipe_the_family_is_asked_for(tmp_path):
+def test_without_a_recipe_the_family_is_required(tmp_path):
     file = tmp_path / "job.yaml"
     file.write_text("objective: {method: uniform}\ntraining: {precision: bf16, steps: 10}\n")
-    assert dde("plan", file).stderr == "error: whose plan? --recipe says it, or --family sd15 or sdxl\n"
+    assert (
+        dde("plan", file).stderr == "error: model family required: pass --recipe or --family (sd15 or sdxl)\n"
+    )
     assert "SDXL at 1024 px, uniform, on 1 x A100" in dde("plan", file, "--family", "sdxl").stdout
 
 
-def test_a_measured_speed_is_taken_where_there_is_one_and_said_where_not(tmp_path):
+def test_a_measured_speed_is_used_if_there_is_one_and_its_absence_is_reported(tmp_path):
     file, name = (
         tmp_path / "results.json",
         "sdxl at 1024 px, bf16, micro 2, with gradient checkpointing, train_vs_public_recipe",
@@ -125,7 +131,7 @@ def test_a_measured_speed_is_taken_where_there_is_one_and_said_where_not(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--gpus", 0], "gpus must be greater than 0, got 0"),
         (["--gpus", 4096], "gpus must be at most training.batch_size = 2048, got 4096"),
@@ -136,10 +142,10 @@ def test_a_measured_speed_is_taken_where_there_is_one_and_said_where_not(tmp_pat
         (["--family", "sd3"], "family must be one of sd15, sdxl, got 'sd3'"),
     ],
 )
-def test_nonsense_is_refused_by_field_and_value(arguments, said):
+def test_bad_input_is_refused_naming_field_and_value(arguments, message):
     result = dde("plan", "--recipe", "sdxl_dde", *arguments)
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {said}\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {message}\n")
 
 
-def test_the_dataset_is_pick_a_pics_unless_it_is_said():
+def test_the_default_dataset_is_pick_a_pic():
     assert f"{PICK_A_PIC_PAIRS:,} pairs" in dde("plan", "--recipe", "sdxl_dde", *ON).stdout

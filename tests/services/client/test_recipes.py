@@ -1,4 +1,4 @@
-"""Every shipped recipe is a job with the paper's numbers, and can be looked at without a server."""
+"""Every shipped recipe is a job with the paper's numbers and can be inspected without a server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from dde_core.config import Method
+from dde_core.methods import METHODS, MethodName
 from dde_core.planning.estimate import FACTS, Estimate, estimate
 from services.api.requests import AlignmentJobCreate
 from services.client import recipes
@@ -59,7 +59,7 @@ def printed_body(result: Result) -> dict:
 
 def test_these_are_shipped():
     assert recipes.names() == NAMES
-    assert {recipe.method for recipe in recipes.all_recipes()} == set(get_args(Method))
+    assert {recipe.method for recipe in recipes.all_recipes()} == set(get_args(MethodName))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,7 +80,7 @@ def test_a_recipe_is_a_job_with_the_numbers_of_the_paper(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_says_what_is_its_own_choice_and_leaves_out_what_a_person_says(name):
+def test_a_recipe_marks_its_own_choices_and_leaves_out_what_the_user_chooses(name):
     text, recipe = (ROOT / "services" / "client" / "recipes" / f"{name}.yaml").read_text(), recipes.load(name)
     fields = [line.strip() for line in text.split("training:")[1].splitlines() if ":" in line]
     for name in ("warmup_steps", "optimizer", "precision", "caption_dropout", "sample"):
@@ -128,7 +128,7 @@ def test_recipes_are_listed():
     assert all(about for *_, about in lines)
 
 
-def test_an_option_goes_before_the_file_and_the_file_before_the_recipe(tmp_path):
+def test_an_option_overrides_the_file_and_the_file_overrides_the_recipe(tmp_path):
     file = tmp_path / "job.yaml"
     file.write_text(
         yaml.safe_dump({"objective": {"beta": 2000}, "training": {"steps": 7, "seed": 3}, "workers": 2})
@@ -163,7 +163,7 @@ def test_a_dry_run_prints_every_term(name):
         assert term.name in result.stdout
         assert term.formula in result.stdout
     assert f"{needed.memory_gb:,.2f}" in result.stdout
-    assert ("frozen parameters" in result.stdout) == (recipes.load(name).method != "sft")
+    assert ("frozen parameters" in result.stdout) == METHODS[recipes.load(name).method].has_reference
 
 
 def test_a_dry_run_on_another_gpu_takes_less_time():
@@ -178,12 +178,12 @@ def test_a_dry_run_on_another_gpu_takes_less_time():
 def test_without_a_recipe_the_estimate_needs_a_family():
     without, told = (dde(*CREATE, *OPTIONS, "--dry-run", *more) for more in ([], ["--family", "sd15"]))
     assert printed_body(without) == printed_body(told)
-    assert "no estimate: whose memory and time? --recipe says it, or --family sd15 or sdxl" in without.stdout
+    assert "no estimate: model family required: pass --recipe or --family (sd15 or sdxl)" in without.stdout
     assert "Stable Diffusion 1.5 at 512 px" in told.stdout
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--gpu", "b300"], "gpu must be one of a100, h100, h200, got 'b300'"),
         (["--family", "sd3"], "family must be one of sd15, sdxl, got 'sd3'"),
@@ -195,14 +195,14 @@ def test_without_a_recipe_the_estimate_needs_a_family():
         (["--beta", "0"], "objective.beta: Input should be greater than 0, got 0.0"),
     ],
 )
-def test_a_dry_run_refuses_nonsense_by_field_and_value(arguments, said):
+def test_a_dry_run_refuses_bad_input_naming_field_and_value(arguments, message):
     result = dde(*CREATE, "--recipe", "sd15_dde", *OPTIONS, "--dry-run", *arguments)
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {said}\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {message}\n")
 
 
-def test_what_only_a_dry_run_reads_is_refused_without_one():
+def test_options_of_a_dry_run_are_refused_without_it():
     result = dde(*CREATE, "--recipe", "sd15_dde", *OPTIONS, "--gpu", "h100")
-    assert (result.exit_code, result.stderr) == (1, "error: --gpu h100 is read by --dry-run alone\n")
+    assert (result.exit_code, result.stderr) == (1, "error: --gpu h100 is only allowed with --dry-run\n")
 
 
 def test_a_dry_run_needs_no_model_no_dataset_and_no_prompts_and_a_job_does():

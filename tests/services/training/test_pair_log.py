@@ -13,6 +13,7 @@ from dde_core.calibration import Calibration
 from dde_core.config import ObjectiveConfig
 from dde_core.credit import STABLE_DIFFUSION
 from dde_core.errors import DataError
+from dde_core.methods import METHODS
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors, step_losses
 from services.api.records import CreditRecord
@@ -135,7 +136,7 @@ def train(run: str, objective: ObjectiveConfig, steps: int = 12) -> Calibration:
         )
         terms = step_losses(theta, ref, t, objective, SCHEDULE, calibration.correction(t))
         log.add(step, t, terms.margin, terms.gradient_weight)
-        if objective.method != "sft":
+        if METHODS[objective.method].has_reference:
             calibration.update(t, theta, ref)
         if step % 5 == 0:
             log.flush()

@@ -1,0 +1,40 @@
+"""What each method needs, in one table that configuration, planning, training and the control plane read. Imports no torch.
+
+The weights w(t) of the same methods are in `dde_core/objectives.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MethodName = Literal["dde", "dde_single", "dde_step", "uniform", "discounted", "sft"]
+NoiseMode = Literal["independent", "shared"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a method reads and trains on.
+
+    ``noise`` is the default: winner and loser have independent noises, or share one. ``corrected`` methods add the
+    calibrated correction C(t) to the logit, ``discounted`` ones draw t in proportion to powers of gamma. Without a
+    reference and a loser, the loss is the policy's error on winners.
+    """
+
+    noise: NoiseMode
+    corrected: bool = False
+    discounted: bool = False
+    has_reference: bool = True
+    has_loser: bool = True
+
+
+METHODS: dict[MethodName, Method] = {
+    "dde": Method(noise="independent", corrected=True),
+    "dde_single": Method(noise="independent"),
+    "dde_step": Method(noise="independent", corrected=True),
+    "uniform": Method(noise="shared"),
+    "discounted": Method(noise="shared", discounted=True),
+    "sft": Method(noise="independent", has_reference=False, has_loser=False),
+}
+"""Default noise follows each method's source: DDE draws two noises (Algorithm 1 line 3); Diffusion-DPO, of which
+`discounted` is a variant, draws one for both sides."""
