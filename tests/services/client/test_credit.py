@@ -1,4 +1,4 @@
-"""`dde credit`: curves as JSON, a picture and a table, with and without a job."""
+"""`dde credit`: curves as JSON, an image and a table, with and without a job."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typer.testing import CliRunner, Result
 
 from dde_core.config import ObjectiveConfig
 from dde_core.credit import STABLE_DIFFUSION, curves
+from dde_core.methods import METHODS
 from dde_core.schedule import Schedule
 from services.api.records import CreditBucket, CreditRecord
 from services.client.api import ApiError
 from services.client.cli import app
 from tests.services.client.conftest import KEY
 
-METHODS = ["dde", "dde_single", "dde_step", "uniform", "discounted", "sft"]
 PATH = "/v1/alignment/jobs/ajob_1/credit"
 SHORT = {**STABLE_DIFFUSION, "num_train_timesteps": 100}
 
@@ -74,9 +74,7 @@ def answer_with(server, job: CreditRecord) -> None:
     server.single[PATH] = deque([job.model_dump(mode="json")])
 
 
-def test_json_holds_every_method_at_every_timestep_and_nothing_is_asked_or_drawn(
-    server, dde, tmp_path
-) -> None:
+def test_json_holds_every_method_at_every_timestep_without_requests_or_files(server, dde, tmp_path) -> None:
     result = dde("--json")
     assert result.exit_code == 0, result.stderr
     said, schedule = strict(result.stdout), Schedule.from_config(STABLE_DIFFUSION)
@@ -125,23 +123,23 @@ def test_options_are_the_objective(dde) -> None:
         assert said[method]["density"] == expected.density.tolist()
 
 
-def test_a_picture_and_a_table_say_where_credit_lies(dde, tmp_path) -> None:
+def test_an_image_and_a_table_show_where_the_credit_is(dde, tmp_path) -> None:
     result = dde("--method", "dde", "--method", "uniform", "--out", tmp_path / "a.png")
     assert result.exit_code == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["dde", "504", "261", "463", "609"] in lines
     assert ["uniform", "flat", "100", "500", "900"] in lines
-    picture = Image.open(tmp_path / "a.png")
-    assert (picture.format, picture.size) == ("PNG", (1500, 440))
-    assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+    image = Image.open(tmp_path / "a.png")
+    assert (image.format, image.size) == ("PNG", (1500, 440))
+    assert len(image.convert("RGB").getcolors(1 << 20)) > 20
 
 
-def test_without_out_the_picture_is_credit_png_here(dde, tmp_path) -> None:
+def test_the_default_image_is_credit_png_in_the_current_folder(dde, tmp_path) -> None:
     assert dde("--method", "sft", "--margin", 1e6, "--batch-size", 64).exit_code == 0
     assert (tmp_path / "credit.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_margin_that_leaves_no_credit_is_said_and_drawn(dde) -> None:
+def test_a_margin_that_leaves_no_credit_is_reported_and_drawn(dde) -> None:
     result = dde("--method", "dde", "--margin", 1e6)
     assert result.exit_code == 0, result.stderr
     assert ["dde", "none"] in [line.split() for line in result.stdout.splitlines()]
@@ -159,7 +157,7 @@ def test_a_job_brings_its_objective_its_schedule_and_what_it_logged(server, dde)
     assert said["job"]["correction"][0] > 0
 
 
-def test_options_go_before_the_jobs_objective_but_not_into_its_own_correction(server, dde) -> None:
+def test_options_override_the_jobs_objective_but_not_its_own_correction(server, dde) -> None:
     answer_with(server, record())
     plain, other = (strict(dde("--job", "ajob_1", *more, "--json").stdout) for more in ((), ("--beta", 5)))
     assert plain["dde"]["gradient_weight"] != other["dde"]["gradient_weight"]
@@ -168,13 +166,11 @@ def test_options_go_before_the_jobs_objective_but_not_into_its_own_correction(se
 
 @pytest.mark.parametrize("method", ["uniform", "sft"])
 def test_a_job_without_a_correction_has_c_0(server, dde, method) -> None:
-    answer_with(server, record(method, margin=None if method == "sft" else 1e-4))
+    answer_with(server, record(method, margin=1e-4 if METHODS[method].has_reference else None))
     assert set(strict(dde("--job", "ajob_1", "--json").stdout)["job"]["correction"]) == {0.0}
 
 
-def test_a_jobs_table_holds_logged_beside_predicted_and_its_picture_has_two_rows(
-    server, dde, tmp_path
-) -> None:
+def test_a_jobs_table_shows_logged_beside_predicted_and_its_image_has_two_rows(server, dde, tmp_path) -> None:
     answer_with(server, record())
     result = dde("--job", "ajob_1", "--out", tmp_path / "job.png")
     assert result.exit_code == 0, result.stderr
@@ -215,7 +211,7 @@ def test_bad_input_is_one_line_with_field_and_value(dde, tmp_path, arguments, sa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_job_without_a_record_is_said_in_one_line(server, dde) -> None:
+def test_a_job_without_a_record_is_reported_in_one_line(server, dde) -> None:
     server.fail(404, "job ajob_1 has no credit record: it is written when training is done", param="id")
     result = dde("--job", "ajob_1")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -224,7 +220,7 @@ def test_a_job_without_a_record_is_said_in_one_line(server, dde) -> None:
     )
 
 
-def test_a_folder_that_is_not_there_is_named(dde, tmp_path) -> None:
+def test_a_missing_folder_is_named(dde, tmp_path) -> None:
     result = dde("--out", tmp_path / "nowhere" / "credit.png")
     assert result.exit_code == 1
     assert str(tmp_path / "nowhere") in result.stderr

@@ -23,9 +23,9 @@ from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError, DataError, NonFiniteError
 from dde_core.latents.ledger import Ledger, LedgerRecord
 from dde_core.latents.reader import LatentReader
+from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy
-from dde_core.objectives import OBJECTIVES
 from dde_core.shapes import MODEL_DIR
 from dde_core.train_step import pair_errors
 from services.api.records import LedgerResult
@@ -42,7 +42,7 @@ from tests.support.encoded_pairs import batch_maker, train_here, train_spec, wri
 from tests.support.tiny_folders import FOLDERS
 
 PAIRS, PER_SHARD, BATCH = 20, 8, 7
-PREFERENCE = [name for name, objective in OBJECTIVES.items() if objective.preference]
+PREFERENCE = [name for name, method in METHODS.items() if method.has_reference]
 CASES = [(method, "expected", noise) for method in PREFERENCE for noise in ("independent", "shared")]
 CASES += [
     ("dde", "sampled", "independent"),
@@ -443,7 +443,7 @@ def test_a_job_that_names_no_noise_mode_follows_the_ledger_that_is_there(here, t
     ).ledger
     follows = resolved(asked(tmp_path, small, encoded, ObjectiveConfig(method="dde"), **names_no_noise()))
     assert (follows.ledger, follows.objective.noise_mode) == (shared, "shared")
-    assert any("method 'dde' has independent noise of its own" in event for event in events(follows))
+    assert any("the default of method 'dde' is independent" in event for event in events(follows))
     insists = resolved(
         asked(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())
     )

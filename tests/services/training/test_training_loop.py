@@ -1,4 +1,5 @@
-"""The training loop itself, in this process: what policy and reference are given, and what comes of a step."""
+"""The training loop itself, in this process: what policy and reference are given, and what comes of a
+step."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from pyarrow import fs
 
 from dde_core.config import LoraConfig, ObjectiveConfig
 from dde_core.latents.reader import LatentReader
+from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
-from dde_core.objectives import OBJECTIVES
 from dde_core.train_step import pair_errors
 from services.api.records import Validated
-from services.artifacts import checkpoints
+from services.stages import layout
 from services.storage import files
 from services.training.validation.validate import validate
 from services.training.worker import loop
@@ -23,7 +24,7 @@ from tests.support.encoded_pairs import batch_maker, train_here, train_spec, wri
 from tests.support.tiny_folders import FOLDERS
 
 BATCH = 7
-PREFERENCE = [name for name, objective in OBJECTIVES.items() if objective.preference]
+PREFERENCE = [name for name, method in METHODS.items() if method.has_reference]
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
@@ -37,7 +38,8 @@ def encoded(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 class Calls:
-    """Stands before ``pair_errors``: notes whose errors are asked for, on which pairs, and what the U-Net is given."""
+    """Stands before ``pair_errors``: notes whose errors are asked for, on which pairs, and what the U-Net
+    is given."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[str, ...], list[torch.Tensor]]] = []
@@ -150,7 +152,7 @@ def test_the_base_has_no_margin_on_held_out_pairs(model, encoded, tmp_path):
     spec = train_spec(tmp_path, model, encoded, ObjectiveConfig(), steps=1, held_out_pairs=5)
     found = validate(spec, 0)
     assert (found.metrics["held_out_margin"], found.metrics["held_out_accuracy"]) == (0, 0.5)
-    assert found == Validated.model_validate_json(files.read_bytes(checkpoints.outcome_uri(spec.run, 0)))
+    assert found == Validated.model_validate_json(files.read_bytes(layout.outcome_uri(spec.run, 0)))
 
 
 @pytest.mark.parametrize("method", ["dde", "sft"])
