@@ -135,8 +135,8 @@ class Alarms:
         if not self._is_below("implicit_accuracy", 0.5):
             return None
         return (
-            f"implicit accuracy is {self._mean('implicit_accuracy'):.2f}, below chance: the policy moves away "
-            f"from winners more than from losers. Check which label means the winner, and lower "
+            f"implicit accuracy is {self._mean('implicit_accuracy'):.2f}, below chance: the policy moves "
+            f"away from winners more than from losers. Check which label means the winner, and lower "
             f"training.learning_rate"
         )
 

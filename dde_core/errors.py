@@ -1,34 +1,36 @@
 """The error tree of dde_core.
 
     DdeError
-    ├── ConfigError (ValueError)      a setting that makes no sense; names the field and the value
-    ├── DataError (ValueError)        pairs, shards or manifests that cannot be used
+    ├── ConfigError (ValueError)      an invalid setting; carries field, value and reason
+    ├── DataError (ValueError)        unusable pairs, shards, ledgers or manifests
     ├── ModelError (ValueError)       a model folder that cannot be loaded or trained
-    └── NonFiniteError                a loss or gradient that is not a number; the optimizer has not moved
+    └── NonFiniteError                an infinite or NaN loss or gradient; the optimizer has not stepped
 
-All state goes through ``super().__init__`` so that the errors survive pickling between processes.
+All fields pass through ``super().__init__``, so that the errors survive pickling between processes.
 """
 
 from __future__ import annotations
 
 
 class DdeError(Exception):
-    """Base of everything that dde_core raises on purpose."""
+    """Base of the errors that dde_core raises on purpose."""
 
 
 class ConfigError(DdeError, ValueError):
-    """A setting that makes no sense. ``field`` and ``value`` say which one and what it was."""
+    """An invalid setting. ``field`` is its name, ``value`` what it was, ``reason`` what it must be."""
 
     def __init__(self, field: str, value: object, reason: str) -> None:
         super().__init__(field, value, reason)
-        self.field, self.value, self.reason = field, value, reason
+        self.field = field
+        self.value = value
+        self.reason = reason
 
     def __str__(self) -> str:
         return f"{self.field} {self.reason}, got {self.value!r}"
 
 
 class DataError(DdeError, ValueError):
-    """Pairs, shards or manifests that cannot be used."""
+    """Unusable pairs, shards, ledgers or manifests."""
 
 
 class ModelError(DdeError, ValueError):
@@ -36,4 +38,4 @@ class ModelError(DdeError, ValueError):
 
 
 class NonFiniteError(DdeError):
-    """A loss or gradient that is not a finite number, raised before the optimizer moves."""
+    """An infinite or NaN loss or gradient, raised before the optimizer steps."""

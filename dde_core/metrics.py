@@ -1,8 +1,8 @@
-"""Numbers that are logged in training and reported in evaluation. Imports no torch.
+"""Numbers logged in training and reported in evaluation. Imports no torch.
 
-``margin`` is (e_ref^w - e_theta^w) - (e_ref^l - e_theta^l): by how much the policy has moved towards the winner and
-away from the loser, as against the reference. A loss that falls while ``winner_error_diff`` rises is a model that gets
-worse at the winner, and gains only because it gets worse at the loser faster.
+``margin`` is (e_ref^w - e_theta^w) - (e_ref^l - e_theta^l), see `dde_core.train_step.preference_margin`. A
+loss that falls while ``winner_error_diff`` rises belongs to a model that gets worse on winners, and improves
+only because it gets worse on losers faster.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from dde_core.errors import DataError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 Scores = Sequence[float] | np.ndarray
 
 BUCKETS = 10
+"""Metrics are also logged for each tenth of the timesteps."""
 
 Z95 = NormalDist().inv_cdf(0.975)
 """1.95996: 95% of a normal distribution lie within so many standard deviations."""
@@ -29,56 +31,57 @@ Z95 = NormalDist().inv_cdf(0.975)
 def step_metrics(
     t: Any, theta: PairErrors, ref: PairErrors | None, terms: StepTerms, timesteps: int
 ) -> dict[str, float]:
-    """Means over the GLOBAL batch, and over those of its pairs whose t lies in one tenth of 1..``timesteps``.
+    """Means over the GLOBAL batch, and over its pairs with t in each tenth of 1..``timesteps``.
 
-    A tenth is named by its last timestep: ``margin_t0100`` is the mean over t = 1..100 of 1000. Where a tenth has no
-    pair its names are absent, as is what compares with a reference where there is none (`sft`).
-    ``implicit_accuracy`` is the share of pairs with a positive margin, a margin of 0 counting half.
+    A tenth is named by its last timestep: of 1000, ``margin_t0100`` is the mean over t = 1..100. A tenth
+    without pairs has no metrics. Without a reference (`sft`) there are no metrics that compare with it.
+    ``implicit_accuracy`` is the fraction of pairs with a positive margin; a margin of 0 counts half.
     """
     values = {
-        name: _array(getattr(terms, name)) for name in ("loss", "gradient_weight", "gradient_weight_at_zero")
+        "loss": _array(terms.loss),
+        "gradient_weight": _array(terms.gradient_weight),
+        "gradient_weight_at_zero": _array(terms.gradient_weight_at_zero),
+        "winner_error": _array(theta.w),
     }
-    values["winner_error"] = _array(theta.w)
     if ref is not None:
         values["margin"] = _array(terms.margin)
         values["implicit_accuracy"] = (np.sign(values["margin"]) + 1) / 2
         values["loser_error"] = _array(theta.l)
-        values["winner_error_diff"] = _array(theta.w) - _array(ref.w)
-        values["loser_error_diff"] = _array(theta.l) - _array(ref.l)
+        values["winner_error_diff"] = values["winner_error"] - _array(ref.w)
+        values["loser_error_diff"] = values["loser_error"] - _array(ref.l)
     metrics = {name: float(value.mean()) for name, value in values.items()}
-    bucket = bucket_of(_array(t).astype(np.int64), timesteps)
-    for j in np.unique(bucket):
-        last = bucket_span(int(j), timesteps)[1]
-        metrics |= {f"{name}_t{last:04d}": float(value[bucket == j].mean()) for name, value in values.items()}
+    buckets = bucket_of(_array(t).astype(np.int64), timesteps)
+    for bucket in np.unique(buckets).tolist():
+        suffix = _suffix(bucket, timesteps)
+        metrics |= {name + suffix: float(value[buckets == bucket].mean()) for name, value in values.items()}
     return metrics
 
 
 def logit_deviation(t: Any, margin: Any, snr: Any, beta: float, timesteps: int) -> dict[str, float]:
-    """How far rounding moves the logit beta w(t) margin of a model that is its own reference, where exact arithmetic has 0: the
-    root of the mean square, over all pairs for w = 1/2, and in tenths of 1..``timesteps`` for w = 1/SNR(t), which grows with t.
+    """Rounding noise of the logit beta w(t) margin, from margins of a model that is its own reference.
 
-    ``snr`` is SNR(t) of each pair. A lower bound for the run: rounding returns once the policy moves.
+    Exact arithmetic gives 0; this is the root mean square. ``snr`` is SNR(t) of each pair. For w = 1/2 the
+    mean is over all pairs; for w = 1/SNR(t), which grows with t, over each tenth of 1..``timesteps``. It is a
+    lower bound for the run: rounding is larger once the policy has moved.
     """
-    t, margin, snr = (_array(values) for values in (t, margin, snr))
+    t = _array(t).astype(np.int64)
+    margin = _array(margin)
+    logit = beta * margin / _array(snr)
     deviation = {"step0_logit_std_half": _root_mean_square(beta * margin / 2)}
-    bucket = bucket_of(t.astype(np.int64), timesteps)
-    for j in np.unique(bucket):
-        name = f"step0_logit_std_snr_t{bucket_span(int(j), timesteps)[1]:04d}"
-        deviation[name] = _root_mean_square((beta * margin / snr)[bucket == j])
+    buckets = bucket_of(t, timesteps)
+    for bucket in np.unique(buckets).tolist():
+        name = f"step0_logit_std_snr{_suffix(bucket, timesteps)}"
+        deviation[name] = _root_mean_square(logit[buckets == bucket])
     return deviation
 
 
-def format_metrics(numbers: dict[str, float]) -> str:
-    """Three digits of each, for an event."""
-    return ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-
-
-def _root_mean_square(values: np.ndarray) -> float:
-    return float(np.sqrt(np.square(values).mean()))
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Each name with three digits of its value, for an event's message."""
+    return ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
 
 
 def bucket_of(t: Any, timesteps: int) -> Any:
-    """The tenth (0..9) of 1..``timesteps`` in which each t lies; t is an array or a tensor of whole numbers."""
+    """The tenth (0..9) of 1..``timesteps`` that each t belongs to; t is an integer array or tensor."""
     return (t - 1) * BUCKETS // timesteps
 
 
@@ -88,18 +91,24 @@ def bucket_span(bucket: int, timesteps: int) -> tuple[int, int]:
 
 
 def beat_ratio(candidate: Scores, base: Scores) -> tuple[float, float, float]:
-    """The share of scores in which the candidate beats the base, ties counting half, and its 95% Wilson interval."""
+    """The fraction of scores where the candidate beats the base (ties count half), and its 95% Wilson
+    interval.
+
+    Raises DataError for scores that are not finite pairs.
+    """
     difference = _differences(candidate, base)
-    n, ratio = len(difference), float(((np.sign(difference) + 1) / 2).mean())
-    centre = (ratio + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    n = len(difference)
+    ratio = float(((np.sign(difference) + 1) / 2).mean())
+    center = (ratio + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * (ratio * (1 - ratio) / n + Z95**2 / (4 * n**2)) ** 0.5
-    return ratio, max(0.0, centre - half), min(1.0, centre + half)
+    return ratio, max(0.0, center - half), min(1.0, center + half)
 
 
 def paired_difference(candidate: Scores, base: Scores) -> tuple[float, float, float]:
     """The mean of candidate - base and its 95% normal interval (mean +- 1.96 standard errors).
 
-    The interval takes the pairs as independent, and is too narrow for a few (15% at n = 10, 1% at n = 150).
+    The interval assumes independent pairs, and is too narrow for few pairs (by 15% at n = 10, 1% at n = 150).
+    Raises DataError for scores that are not finite pairs, or for a single pair.
     """
     difference = _differences(candidate, base)
     if len(difference) < 2:
@@ -109,9 +118,9 @@ def paired_difference(candidate: Scores, base: Scores) -> tuple[float, float, fl
     return mean, mean - half, mean + half
 
 
-def _differences(candidate: Scores, base: Scores) -> np.ndarray:
-    """Candidate minus base, score by score. Raises DataError unless both are as many, and finite."""
-    candidate, base = np.asarray(candidate, dtype=np.float64), np.asarray(base, dtype=np.float64)
+def _differences(candidate: Scores, base: Scores) -> Float64[np.ndarray, " n"]:
+    candidate = np.asarray(candidate, dtype=np.float64)
+    base = np.asarray(base, dtype=np.float64)
     if candidate.shape != base.shape or candidate.ndim != 1 or not len(candidate):
         raise DataError(f"scores must come in pairs, got {candidate.shape} and {base.shape}")
     if not (np.isfinite(candidate).all() and np.isfinite(base).all()):
@@ -119,6 +128,14 @@ def _differences(candidate: Scores, base: Scores) -> np.ndarray:
     return candidate - base
 
 
-def _array(tensor: Any) -> np.ndarray:
-    """A torch tensor on whatever device, or anything array-like, as float64."""
-    return np.asarray(tensor.detach().cpu() if hasattr(tensor, "detach") else tensor, dtype=np.float64)
+def _suffix(bucket: int, timesteps: int) -> str:
+    return f"_t{bucket_span(bucket, timesteps)[1]:04d}"
+
+
+def _root_mean_square(values: Float64[np.ndarray, " n"]) -> float:
+    return float(np.sqrt(np.square(values).mean()))
+
+
+def _array(values: Any) -> Float64[np.ndarray, " n"]:
+    """A torch tensor on any device, or anything array-like, as float64."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64)

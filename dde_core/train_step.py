@@ -1,9 +1,12 @@
-"""One step of preference training, as pure functions: errors of a model on a batch of pairs, and the loss from them.
+"""One step of preference training as pure functions: a model's errors on a batch of pairs, and the loss from
+them.
 
-What a training loop does with them:
+A training loop uses them like this:
 
-    ref = pair_errors(reference, schedule, batch)                      # under torch.no_grad(), or read from storage
-    theta = pair_errors(policy, schedule, batch)                       # with gradient; policy may be wrapped in DDP
+    ref = pair_errors(reference, schedule, batch)                      # under torch.no_grad(), or read from a
+                                                                       ledger
+    theta = pair_errors(policy, schedule, batch)                       # with gradient; policy may be wrapped
+                                                                       in DDP
     terms = step_losses(theta, ref, batch.t, config, schedule, calibration.correction(batch.t))
     check_finite("loss", terms.loss)
     (terms.loss.sum() / global_batch * world_size).backward()          # DDP divides by world_size
@@ -16,7 +19,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from dde_core.conditioning import Conditioning, concatenated, predict
@@ -35,9 +38,11 @@ from dde_core.schedule import Schedule, add_noise, epsilon_from
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
-    """b pairs, ready for the U-Net. Row i of every field belongs to ``pair_ids[i]``; winner and loser share t.
+    """b pairs, ready for the U-Net. Row i of every field belongs to ``pair_ids[i]``; winner and loser share
+    t.
 
-    Without losers (`sft`) the fields that end in _l are None. ``z_w``/``z_l`` are there for `sampled` calibration alone.
+    Without losers (`sft`) the fields ending in _l are None. Only `sampled` calibration has ``z_w`` and
+    ``z_l``.
     """
 
     pair_ids: tuple[str, ...]
@@ -55,21 +60,16 @@ class PairBatch:
         return len(self.pair_ids)
 
     def rows(self, keep: slice) -> PairBatch:
-        """The batch of some of its pairs."""
-
-        def cut(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: rows[keep] for name, rows in value.items()}
-            return None if value is None else value[keep]
-
-        return PairBatch(**{field.name: cut(getattr(self, field.name)) for field in fields(self)})
+        """The batch of some of the pairs."""
+        return PairBatch(**{field.name: _rows(getattr(self, field.name), keep) for field in fields(self)})
 
 
 @dataclass(frozen=True, eq=False)
 class PairErrors:
-    """For each pair the mean squared error of a model's noise, on the winner and (not for `sft`) on the loser.
+    """For each pair a model's mean squared error of the noise, on the winner and (not for `sft`) on the
+    loser.
 
-    ``z_w``/``z_l`` are mean(z (eps_m - eps)), what `sampled` calibration needs beside the errors.
+    ``z_w`` and ``z_l`` are mean(z (eps_m - eps)), which `sampled` calibration needs as well.
     """
 
     w: Float[Tensor, " b"]
@@ -77,19 +77,33 @@ class PairErrors:
     z_w: Float[Tensor, " b"] | None = None
     z_l: Float[Tensor, " b"] | None = None
 
+    def rows(self, keep: slice) -> PairErrors:
+        """The errors of some of the pairs."""
+        return PairErrors(**{field.name: _rows(getattr(self, field.name), keep) for field in fields(self)})
+
     @classmethod
     def joined(cls, parts: Sequence[PairErrors]) -> PairErrors:
         """The errors of several batches, one after the other, without their gradients."""
-        there = [field.name for field in fields(cls) if getattr(parts[0], field.name) is not None]
-        return cls(**{name: torch.cat([getattr(part, name) for part in parts]).detach() for name in there})
+        names = [field.name for field in fields(cls) if getattr(parts[0], field.name) is not None]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]).detach() for name in names})
+
+
+def _rows(value: Any, keep: slice) -> Any:
+    """Some rows of a tensor, a tuple, a conditioning, or nothing."""
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return {name: rows[keep] for name, rows in value.items()}
+    return value[keep]
 
 
 @dataclass(frozen=True, eq=False)
 class StepTerms:
-    """What one step says about each pair, in float64. Only ``loss`` carries a gradient.
+    """One step's terms for each pair, in float64. Only ``loss`` carries a gradient.
 
-    ``gradient_weight`` is what the margin's gradient is multiplied by, but for beta (for `sft`: the winner's error's);
-    ``gradient_weight_at_zero`` what it would be at logit 0: the ratio of the two says how far the loss is saturated.
+    ``gradient_weight`` multiplies the gradient of the margin (for `sft`: of the winner's error), apart from
+    beta. ``gradient_weight_at_zero`` is its value at logit 0; the ratio of the two shows how saturated the
+    loss is.
     """
 
     loss: Float[Tensor, " b"]
@@ -100,12 +114,13 @@ class StepTerms:
 
 
 def pair_errors(unet: Callable[..., Any], schedule: Schedule, batch: PairBatch) -> PairErrors:
-    """Noise both sides, run the U-Net ONCE on 2b samples (winners, then losers), compare the noise (DDE Eq. 2).
+    """Noise both sides, run the U-Net ONCE on 2b samples (winners, then losers), compare the noise (DDE Eq.
+    2).
 
-    The mean over latent elements is taken in float32, whatever the dtype of the model (in float64 where that is it).
+    Errors are means over latent elements in float32, whatever the model's dtype (in float64 for a float64
+    model).
     """
-    two_sides = batch.latents_l is not None
-    t = torch.cat([batch.t, batch.t]) if two_sides else batch.t
+    t = batch.t if batch.latents_l is None else torch.cat([batch.t, batch.t])
     noise = _both(batch.noise_w, batch.noise_l)
     x_t = add_noise(schedule, _both(batch.latents_w, batch.latents_l), noise, t)
     conditioning = batch.conditioning_w
@@ -113,15 +128,27 @@ def pair_errors(unet: Callable[..., Any], schedule: Schedule, batch: PairBatch) 
         conditioning = concatenated(conditioning, batch.conditioning_l)
     output = predict(unet, x_t, t, conditioning)
     wide = torch.promote_types(output.dtype, torch.float32)
-    off = epsilon_from(schedule, output.to(wide), x_t.to(wide), t) - noise.to(wide)
-    errors = off.square().mean(dim=(1, 2, 3)).split(len(batch))
+    difference = epsilon_from(schedule, output.to(wide), x_t.to(wide), t) - noise.to(wide)
+    columns = list(difference.square().mean(dim=(1, 2, 3)).split(len(batch)))  # type: ignore[no-untyped-call]
     if batch.z_w is not None:
-        errors += (_both(batch.z_w, batch.z_l).to(wide) * off).mean(dim=(1, 2, 3)).split(len(batch))
-    return PairErrors(*errors)
+        z = _both(batch.z_w, batch.z_l).to(wide)
+        columns += (z * difference).mean(dim=(1, 2, 3)).split(len(batch))  # type: ignore[no-untyped-call]
+    return PairErrors(*columns)
 
 
 def _both(w: Float[Tensor, "b c h w"], l: Float[Tensor, "b c h w"] | None) -> Float[Tensor, "n c h w"]:  # noqa: E741
     return w if l is None else torch.cat([w, l])
+
+
+def preference_margin(theta: PairErrors, ref: PairErrors) -> Float64[Tensor, " b"]:
+    """(e_ref^w - e_theta^w) - (e_ref^l - e_theta^l) of each pair, in float64.
+
+    This is the repository's only sign convention for differences of errors. The margin is positive when the
+    policy has improved on the winner more than on the loser, each compared with the reference.
+    """
+    if theta.l is None or ref.l is None:
+        raise ValueError("a margin needs the errors of losers, got those of winners only")
+    return (ref.w.double() - theta.w.double()) - (ref.l.double() - theta.l.double())
 
 
 def step_losses(
@@ -134,17 +161,21 @@ def step_losses(
 ) -> StepTerms:
     """The loss of each pair (DDE Eq. 10; `sft`: the winner's error), not reduced.
 
-    ``correction`` is C(t); methods without one do not read it, and `sft` does not read ``ref``. Raises ConfigError for what
-    the method needs and does not get.
+    ``correction`` is C(t). Only corrected methods read it; `sft` does not read ``ref``. Raises ConfigError if
+    the method needs an argument that is None.
     """
     method = METHODS[config.method]
-    scale, weight = (table(config, schedule).to(t.device)[t] for table in (importance, weights))
+    scale = importance(config, schedule).to(t.device)[t]
+    weight = weights(config, schedule).to(t.device)[t]
     if not method.has_loser:
-        loss, constant = scale * weight * theta.w.double(), scale * weight
-        return StepTerms(loss=loss, gradient_weight=constant, gradient_weight_at_zero=constant)
+        return StepTerms(
+            loss=scale * weight * theta.w.double(),
+            gradient_weight=scale * weight,
+            gradient_weight_at_zero=scale * weight,
+        )
     if ref is None or ref.l is None or theta.l is None:
         raise ConfigError("reference and loser", None, f"are needed by method {config.method!r}")
-    margin = (ref.w.double() - theta.w.double()) - (ref.l.double() - theta.l.double())
+    margin = preference_margin(theta, ref)
     if not method.corrected:
         correction = torch.zeros_like(weight)
     elif correction is None:
@@ -160,7 +191,7 @@ def step_losses(
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Stop a run before the optimizer moves: raises NonFiniteError where a value is infinite or not a number."""
+    """Raises NonFiniteError for infinite or NaN values. Call it before the optimizer steps."""
     bad = int((~torch.isfinite(tensor.detach())).sum())
     if bad:
         raise NonFiniteError(f"{name} is not finite in {bad} of {tensor.numel()} values")

@@ -23,14 +23,15 @@ from dde_core.errors import ConfigError
 from dde_core.latents.ledger import LedgerKey, LedgerRecord, committed, complete_draws, ledger_file
 from dde_core.latents.reader import LatentReader
 from dde_core.latents.rows import LatentRows
-from dde_core.latents.schema import MANIFEST, Manifest
+from dde_core.latents.schema import Manifest
 from dde_core.metrics import format_metrics, logit_deviation
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy, use_deterministic_kernels
-from dde_core.train_step import PairErrors, check_finite, pair_errors
+from dde_core.train_step import PairErrors, check_finite, pair_errors, preference_margin
 from services.api.records import LedgerResult
 from services.artifacts import ledgers, models
 from services.ingest.pace import Pace
+from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.specs import LedgerSpec
 from services.storage import files
@@ -78,8 +79,8 @@ def _write(
     spec: LedgerSpec, journal: Journal, key: LedgerKey, objective: ObjectiveConfig, draws: int
 ) -> None:
     """Compute what is not there, then write the record of all that is."""
-    began, folder = time.monotonic(), ledgers.folder_of(spec.dataset, key)
-    manifest = Manifest.from_json(files.read_bytes(files.join(spec.dataset, MANIFEST)))
+    began, folder = time.monotonic(), layout.ledger_folder(spec.dataset, key.name)
+    manifest = Manifest.from_json(files.read_bytes(layout.manifest_uri(spec.dataset)))
     rows = tuple(shard.rows for shard in manifest.shards)
     there = committed(files.list_files(folder))
     missing = [{"shard": s, "draw": n} for s in range(len(rows)) for n in range(draws) if (s, n) not in there]
@@ -158,7 +159,7 @@ class ReferencePass:
         files.write_bytes(files.join(self._folder, name), data)
         twice = min(len(rows), PAIRS_TWICE if self._size != PAIRS_TWICE else PAIRS_TWICE - 1)
         t, again = self._errors(rows.rows(slice(twice)), twice)
-        margin = (_gap(errors)[:twice] - _gap(again)).cpu()
+        margin = preference_margin(again, errors.rows(slice(twice))).cpu()
         return pa.table({"pairs": [len(rows)], "t": [t.tolist()], "margin": [margin.tolist()]})
 
     @torch.no_grad()
@@ -171,11 +172,6 @@ class ReferencePass:
                 parts.append(pair_errors(self._frozen.unet, self._schedule, batch))
             times.append(batch.t)
         return torch.cat(times), PairErrors.joined(parts)
-
-
-def _gap(errors: PairErrors) -> torch.Tensor:
-    assert errors.l is not None
-    return errors.w.double() - errors.l.double()
 
 
 class Progress:
