@@ -1,6 +1,6 @@
-"""Who may write into a run's folder: the newest attempt, and of it the newest group of workers.
+"""Who may write into a run's folder: the newest attempt, and within it the newest group of workers.
 
-Whoever was given up for dead, and is not, finds out before a checkpoint becomes visible.
+A process that was given up for dead but still runs finds out before its checkpoint becomes visible.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from services.errors import Overtaken
+from services.stages import layout
 from services.storage import files
-
-FILE = "fence.json"
 
 
 @dataclass(frozen=True)
 class Fence:
-    """``group`` names the workers of one start; the driver has none."""
+    """One writer of a run. ``group`` names the workers that were started together; the driver has none."""
 
     run: str
     attempt: int
@@ -25,35 +24,33 @@ class Fence:
 
     @classmethod
     def of_workers(cls, run: str, attempt: int) -> Fence:
-        """For workers that start now."""
+        """The fence of a newly started group of workers."""
         return cls(run, attempt, uuid.uuid4().hex)
 
     def take(self) -> None:
-        """From now on this one writes. Raises Overtaken where a newer attempt does."""
+        """Become the writer of the run. Raises Overtaken if a newer attempt is."""
         self._refuse_newer_attempt()
-        files.write_json(self._uri, {"attempt": self.attempt, "group": self.group})
+        files.write_json(layout.fence_uri(self.run), {"attempt": self.attempt, "group": self.group})
 
     def check(self) -> None:
-        """Raises Overtaken where somebody else has taken it since; a driver's own workers may."""
+        """Raises Overtaken if another has become the writer. The driver accepts all workers of its own."""
         self._refuse_newer_attempt()
-        if self.group and self._now()[1] != self.group:
-            raise Overtaken(f"other workers of attempt {self.attempt} go on with this run")
+        if self.group and self._writer()[1] != self.group:
+            raise Overtaken(f"newer workers of attempt {self.attempt} have taken over this run")
 
     def has_workers(self) -> bool:
         """Whether workers of this attempt have started."""
-        attempt, group = self._now()
+        attempt, group = self._writer()
         return attempt == self.attempt and group != ""
 
     def _refuse_newer_attempt(self) -> None:
-        if (newest := self._now()[0]) > self.attempt:
-            raise Overtaken(f"attempt {self.attempt} was given up: attempt {newest} goes on with this run")
+        newest, _ = self._writer()
+        if newest > self.attempt:
+            raise Overtaken(f"attempt {newest} has taken over this run from attempt {self.attempt}")
 
-    def _now(self) -> tuple[int, str]:
+    def _writer(self) -> tuple[int, str]:
+        """(attempt, group) of the run's current writer."""
         with suppress(FileNotFoundError):
-            found = files.read_json(self._uri)
-            return found["attempt"], found["group"]
+            writer = files.read_json(layout.fence_uri(self.run))
+            return writer["attempt"], writer["group"]
         return 0, ""
-
-    @property
-    def _uri(self) -> str:
-        return files.join(self.run, FILE)

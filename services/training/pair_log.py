@@ -1,7 +1,8 @@
-"""What training said about every pair of every step, as Parquet under ``{run}/pairs/``, and the record that is made of it.
+"""The log of every pair of every step, as Parquet under ``{run}/pairs/``, and the credit record made from it.
 
-A file holds the steps from one flush to the next and is named by the first and the last of them, so a run that goes on from
-a checkpoint writes the same names again. A run that was killed may have left files that overlap; ``read`` counts a step once.
+A file holds the steps between two flushes and is named by the first and the last of them: a resumed run
+overwrites the files that it writes again. A killed run may leave files that overlap; ``read`` counts every
+step once.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from dde_core.errors import DataError
 from dde_core.metrics import bucket_of, bucket_span
 from dde_core.schedule import Schedule
 from services.api.records import CreditBucket, CreditRecord
+from services.stages import layout
 from services.storage import files
 
-FOLDER = "pairs"
 SCHEMA = pa.schema(
     [
         pa.field("step", pa.int32(), nullable=False),
@@ -39,7 +40,10 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False)
 class LoggedPairs:
-    """Columns over all pairs of all steps, in step order: int64 ``step`` (from 1) and ``t``, float32 margin and weight."""
+    """Columns over all pairs of all steps, in step order.
+
+    ``step`` (from 1) and ``t`` are int64, the others float32. ``margin`` is None for a method without losers.
+    """
 
     step: Tensor
     t: Tensor
@@ -48,14 +52,14 @@ class LoggedPairs:
 
 
 class PairLog:
-    """The writer, on rank 0. What was added since the last flush is in memory: 16 bytes for a pair."""
+    """The writer, on rank 0. Holds 16 bytes a pair in memory until the next flush."""
 
     def __init__(self, run: str) -> None:
-        self._folder = files.join(run, FOLDER)
+        self._folder = layout.pair_log_folder(run)
         self._pending: list[pa.Table] = []
 
     def add(self, step: int, t: Tensor, margin: Tensor | None, gradient_weight: Tensor) -> None:
-        """One step's pairs of the GLOBAL batch, one-dimensional. Steps count from 1; `sft` has no margin."""
+        """Add one step's pairs of the GLOBAL batch, one value each. Steps count from 1."""
         columns = [
             pa.array(np.full(len(t), step), pa.int32()),
             pa.array(t.cpu().numpy(), pa.int32()),
@@ -65,13 +69,15 @@ class PairLog:
         self._pending.append(pa.Table.from_arrays(columns, schema=SCHEMA))
 
     def flush(self) -> None:
-        """Write what was added since the last flush, as one file that appears whole or not at all."""
+        """Write everything added since the last flush as one file, atomically."""
         if not self._pending:
             return
         table = pa.concat_tables(self._pending).combine_chunks()
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        name = f"{table['step'][0].as_py():08d}-{table['step'][-1].as_py():08d}.parquet"
+        first = table["step"][0].as_py()
+        last = table["step"][-1].as_py()
+        name = f"{first:08d}-{last:08d}.parquet"
         files.write_bytes(files.join(self._folder, name), sink.getvalue().to_pybytes())
         self._pending = []
 
@@ -81,24 +87,26 @@ def _floats(values: Tensor) -> pa.Array:
 
 
 def read(run: str) -> LoggedPairs:
-    """A run's pairs, each step once. Raises DataError where there are none."""
-    folder, last = files.join(run, FOLDER), 0
+    """A run's pairs, every step once. Raises DataError if there are none."""
+    folder = layout.pair_log_folder(run)
     tables = []
+    last = 0
     for name in sorted(files.list_files(folder), key=_span):
         table = pq.read_table(pa.BufferReader(files.read_bytes(files.join(folder, name))), schema=SCHEMA)
         tables.append(
             table.filter(pc.field("step") > last)
-        )  # a file has no gaps: what is not beyond was read before
+        )  # files have no gaps: earlier steps were read before
         last = max(last, pc.max(table["step"]).as_py())
     if not tables:
         raise DataError(f"run {run!r} has no pair log")
     table = pa.concat_tables(tables)
     step, t, margin, gradient_weight = (torch.tensor(table[name].to_numpy()) for name in SCHEMA.names)
-    return LoggedPairs(step.long(), t.long(), None if table["margin"].null_count else margin, gradient_weight)
+    has_margin = table["margin"].null_count == 0
+    return LoggedPairs(step.long(), t.long(), margin if has_margin else None, gradient_weight)
 
 
 def _span(name: str) -> tuple[int, int]:
-    """Sorts a run's files by their first step; of those that begin together the longest goes first."""
+    """Sort key of a run's files: by first step, and of those with the same one the longest first."""
     first, last = name.removesuffix(".parquet").split("-")
     return int(first), -int(last)
 
@@ -111,14 +119,15 @@ def credit_record(
     calibration: Mapping[str, Tensor],
     batch_size: int,
 ) -> CreditRecord:
-    """What a finished run logged beside what `replay` makes of its margins, in tenths of the timesteps.
+    """A finished run's logged gradient weights beside those that `replay` predicts, by tenths of t.
 
-    ``calibration`` is the state dict after the last step. Raises DataError where the log is not that of whole steps 1, 2, ...
-    of ``batch_size`` pairs: a replay starts where the coefficients are zero.
+    ``calibration`` is the state dict after the last step. Raises DataError unless the log holds all of steps
+    1, 2, ... with ``batch_size`` pairs each: a replay starts with coefficients of zero.
     """
     steps = int(pairs.step[-1])
     if not torch.equal(pairs.step, torch.arange(1, steps + 1).repeat_interleave(batch_size)):
         raise DataError(f"the pair log lacks pairs: {len(pairs.step)} in steps 1..{steps} of {batch_size}")
+    predicted = replay(objective, schedule, pairs.step, pairs.t, pairs.margin)
     resolved = dataclasses.replace(objective, noise=objective.noise_mode, t_max=objective.t_max or schedule.T)
     return CreditRecord(
         objective=resolved,
@@ -126,13 +135,14 @@ def credit_record(
         steps=steps,
         batch_size=batch_size,
         calibration={name: array.tolist() for name, array in calibration.items()},
-        buckets=_buckets(pairs, replay(objective, schedule, pairs.step, pairs.t, pairs.margin), schedule.T),
+        buckets=_buckets(pairs, predicted, schedule.T),
     )
 
 
 def _buckets(pairs: LoggedPairs, predicted: Tensor, timesteps: int) -> list[CreditBucket]:
-    """Means over the tenths that hold pairs."""
-    bucket, rows = bucket_of(pairs.t, timesteps), []
+    """Means over each tenth of the timesteps that holds pairs."""
+    bucket = bucket_of(pairs.t, timesteps)
+    rows = []
     for number in bucket.unique().tolist():
         inside = bucket == number
         first, last = bucket_span(number, timesteps)

@@ -1,50 +1,55 @@
-"""Which checkpoints are looked at, which one becomes the model, and which are no longer needed."""
+"""Which checkpoints are validated, which one becomes the model, and which can be pruned."""
 
 from __future__ import annotations
 
 from services.api.records import Validated
 from services.api.requests import Metric
 from services.artifacts import checkpoints
+from services.stages import layout
 from services.stages.specs import TrainSpec
 from services.storage import files
 
 
+def is_due(spec: TrainSpec, step: int) -> bool:
+    """Whether the model after ``step`` steps is to be validated. The last one is, if pairs are held out."""
+    if spec.validation and step % spec.validation.every == 0:
+        return True
+    is_last = step == spec.training.steps
+    return is_last and (spec.validation is not None or spec.training.held_out_pairs > 0)
+
+
+def validated_steps(run: str) -> set[int]:
+    """Steps whose validation has finished or was given up."""
+    steps = (layout.outcome_step(name) for name in files.list_files(layout.validation_folder(run)))
+    return {step for step in steps if step is not None}
+
+
 def outcomes(run: str) -> dict[int, Validated]:
-    """What validation has said of the checkpoints that are there, by step."""
-    steps = looked_at(run) & set(checkpoints.steps(run))
+    """What validation measured, by step, for the checkpoints that still exist."""
+    steps = validated_steps(run) & set(checkpoints.steps(run))
     return {
-        step: Validated.model_validate_json(files.read_bytes(checkpoints.outcome_uri(run, step)))
-        for step in steps
+        step: Validated.model_validate_json(files.read_bytes(layout.outcome_uri(run, step))) for step in steps
     }
 
 
-def looked_at(run: str) -> set[int]:
-    """Steps of which validation has said what it can."""
-    names = files.list_files(files.join(run, checkpoints.VALIDATION))
-    return {int(name[5:-5]) for name in names if name.endswith(".json")}
-
-
-def is_due(spec: TrainSpec, step: int) -> bool:
-    """Whether validation looks at the model after ``step`` steps: every so often, and at the end where pairs are held out."""
-    if spec.validation and step % spec.validation.every == 0:
-        return True
-    return step == spec.training.steps and (spec.validation is not None or spec.training.held_out_pairs > 0)
-
-
-def best(found: dict[int, Validated], metric: Metric) -> int | None:
-    """The step after which the metric was largest, the first of several; None where it was never measured."""
+def best_step(validated: dict[int, Validated], metric: Metric) -> int | None:
+    """The step with the largest metric, the first of several; None if the metric was never measured.
+    Ignores the base, step 0."""
     values = {
-        step: each.metrics[metric] for step, each in found.items() if step > 0 and metric in each.metrics
+        step: outcome.metrics[metric]
+        for step, outcome in validated.items()
+        if step > 0 and metric in outcome.metrics
     }
     return max(values, key=lambda step: (values[step], -step)) if values else None
 
 
-def superfluous(spec: TrainSpec) -> list[int]:
-    """Steps whose checkpoints may go: not the last ones, nor the best, nor those that validation has yet to look at."""
-    steps, seen = checkpoints.steps(spec.run), looked_at(spec.run)
-    kept = set(steps[-spec.training.keep_checkpoints :]) | {
-        step for step in steps if is_due(spec, step) and step not in seen
-    }
+def prunable(spec: TrainSpec) -> list[int]:
+    """Steps whose checkpoints can be deleted: all but the last, the best, and those that await validation."""
+    steps = checkpoints.steps(spec.run)
+    validated = validated_steps(spec.run)
+    kept = set(steps[-spec.training.keep_checkpoints :])
+    kept |= {step for step in steps if is_due(spec, step) and step not in validated}
     if spec.validation and spec.validation.best_metric:
-        kept |= {best(outcomes(spec.run), spec.validation.best_metric) or 0}
+        best = best_step(outcomes(spec.run), spec.validation.best_metric)
+        kept |= {best} if best is not None else set()
     return [step for step in steps if step not in kept]

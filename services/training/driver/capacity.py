@@ -1,4 +1,4 @@
-"""What workers take of a cluster, and whether that is there."""
+"""The resources that workers need, and whether a cluster has them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from services.stages.specs import TrainSpec
 CPUS_PER_WORKER = 1
 
 
-def needs(spec: TrainSpec, workers: int = 1) -> dict[str, float]:
-    """Of so many workers. A validation takes what one worker takes."""
+def needed(spec: TrainSpec, workers: int = 1) -> dict[str, float]:
+    """Ray resources of so many workers. A validation task needs as much as one worker."""
     return {"CPU": float(workers * CPUS_PER_WORKER), "GPU": float(workers if spec.use_gpu else 0)}
 
 
-def lacking(needed: Mapping[str, float], there: Mapping[str, float]) -> str | None:
-    """The first kind of which there is too little, or None."""
-    return next((name for name, amount in needed.items() if amount > there.get(name, 0.0)), None)
+def missing(needs: Mapping[str, float], available: Mapping[str, float]) -> str | None:
+    """The first resource of which too little is available, or None if all of them suffice."""
+    return next((name for name, amount in needs.items() if amount > available.get(name, 0.0)), None)

@@ -1,4 +1,4 @@
-"""Where a run's reference errors come from: a ledger that was handed over or found, or the frozen model in every step."""
+"""The source of a run's reference errors: a given ledger, a fitting one, or the frozen model each step."""
 
 from __future__ import annotations
 
@@ -6,47 +6,48 @@ from dataclasses import replace
 from typing import Any
 
 from dde_core.errors import ConfigError
-from dde_core.objectives import OBJECTIVES
+from dde_core.methods import METHODS
 from services.artifacts import ledgers
+from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.specs import TrainSpec
 from services.storage import files
 
-CHOSEN = "reference.json"
-"""Beside a run's checkpoints: a run that goes on stays with what it began with, whatever has been written since."""
-
 
 def resolve(spec: TrainSpec, journal: Journal) -> TrainSpec:
-    """The spec as it runs: with the ledger and the objective, or ``training.reference`` "online".
+    """The spec with its ledger and the objective as it runs on that, or with ``training.reference`` "online".
 
-    Raises ConfigError for a ledger that was handed over and does not fit, and where one is asked for and there is none.
+    The choice is stored: a resumed run keeps it, even if a ledger has been written since. Raises ConfigError
+    if the given ledger does not fit, or if ``training.reference`` is "ledger" and none fits.
     """
-    if not OBJECTIVES[spec.objective.method].preference:
+    if not METHODS[spec.objective.method].has_reference:
         return spec.model_copy(update={"ledger": None})
     if spec.training.reference == "online":
         return _online(spec, journal)
-    chosen, asked = files.join(spec.run, CHOSEN), ledgers.needed(spec)
-    if files.exists(chosen):
-        before = files.read_json(chosen)
-        found = ledgers.check(before, asked) if before else None
+    needed = ledgers.needed(spec)
+    choice = layout.reference_uri(spec.run)
+    if files.exists(choice):
+        uri = files.read_json(choice)
+        found = ledgers.check(uri, needed) if uri else None
     else:
-        found = _found(spec, asked, journal)
-        files.write_json(chosen, found.uri if found else None)
-    return _on_ledger(spec, found, asked.draws, journal) if found else _online(spec, journal)
+        found = _find(spec, needed, journal)
+        files.write_json(choice, found.uri if found else None)
+    return _on_ledger(spec, found, needed.draws, journal) if found else _online(spec, journal)
 
 
-def _found(spec: TrainSpec, asked: ledgers.Needed, journal: Journal) -> ledgers.Found | None:
+def _find(spec: TrainSpec, needed: ledgers.Needed, journal: Journal) -> ledgers.Found | None:
     if spec.ledger:
-        return ledgers.check(spec.ledger, asked)
-    found = ledgers.find(asked)
-    nearest = None if found else ledgers.nearest_misfit(asked)
-    if found is None and spec.training.reference == "ledger":
-        raise ConfigError(
-            "training.reference", "ledger", f"needs a ledger that fits; {nearest or 'the dataset has none'}"
-        )
+        return ledgers.check(spec.ledger, needed)
+    found = ledgers.find(needed)
+    if found:
+        return found
+    nearest = ledgers.nearest_misfit(needed)
+    if spec.training.reference == "ledger":
+        reason = f"needs a ledger that fits; {nearest or 'the dataset has none'}"
+        raise ConfigError("training.reference", "ledger", reason)
     if nearest:
         journal.event(f"no ledger fits; the nearest, {nearest}")
-    return found
+    return None
 
 
 def _online(spec: TrainSpec, journal: Journal) -> TrainSpec:
@@ -59,9 +60,9 @@ def _on_ledger(spec: TrainSpec, found: ledgers.Found, draws: int, journal: Journ
         f"reference errors from ledger {found.uri}, {draws} draws of each pair, {found.objective.noise} noise"
     )
     if found.objective.noise != spec.objective.noise_mode:
-        own = f"method {spec.objective.method!r} has {spec.objective.noise_mode} noise of its own"
-        followed = f"this run follows the ledger's {found.objective.noise} noise"
-        journal.event(f"{followed}; {own}: set objective.noise to ask for it", "warning")
+        default = f"the default of method {spec.objective.method!r} is {spec.objective.noise_mode}"
+        used = f"this run uses the ledger's {found.objective.noise} noise"
+        journal.event(f"{used}; {default}: set objective.noise to force it", "warning")
     if found.objective.t_sampling != spec.objective.t_sampling:
         journal.event("a ledger draws t uniformly: each loss is weighted by p(t)/u(t)")
     training = replace(spec.training, reference="ledger", draws=draws)
@@ -69,9 +70,9 @@ def _on_ledger(spec: TrainSpec, found: ledgers.Found, draws: int, journal: Journ
 
 
 def lineage(spec: TrainSpec) -> dict[str, Any]:
-    """What is recorded of a resolved spec: where the errors came from, and of a ledger its key and what its noise was."""
+    """The lineage entry of a resolved spec: "none", "online", or the ledger with its key and its noise."""
     if spec.ledger is None:
-        return {"from": "online" if OBJECTIVES[spec.objective.method].preference else "none"}
+        return {"from": "online" if METHODS[spec.objective.method].has_reference else "none"}
     record = ledgers.read(spec.ledger)
     return {
         "from": "ledger",

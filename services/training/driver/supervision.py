@@ -1,7 +1,8 @@
-"""What the train stage's driver does while its workers train: validation beside them, and every reason to end early.
+"""The driver of the train stage while its workers train: validates checkpoints, and ends the run early.
 
-Ray Train starts workers again after they die, and with more or fewer of them as nodes come and go. What Ray Train cannot
-know is decided here: that an error would only come again, that too few workers can ever start, that somebody asked to stop.
+Ray Train restarts workers that die, and changes their number as nodes come and go. The driver decides what
+Ray Train cannot know: that an error would only come again, that too few workers can ever start, that somebody
+wants the run to stop.
 """
 
 from __future__ import annotations
@@ -22,77 +23,87 @@ from services.api.records import Validated
 from services.api.requests import least_workers, most_workers
 from services.artifacts import checkpoints
 from services.errors import ServiceError, Stopped, Unavailable
+from services.stages import layout
 from services.stages.journal import Journal
-from services.stages.layout import HEARD, STOP
 from services.stages.specs import StageFailure, StopRequest, TrainSpec
 from services.storage import files
 from services.training import selection
-from services.training.driver.capacity import lacking, needs
+from services.training.driver import capacity
 from services.training.fence import Fence
 from services.training.tracking.feed import Tracking
 from services.training.validation.validate import validate
-from services.training.worker.errors import FAILED
 
 log = logging.getLogger("dde")
-LOOK_EVERY_S = 2.0
-GROWS_WITHIN_S = 300.0
-"""How long the cluster may be too small for what a run needs at least."""
-UNHEARD_AFTER_S = 90.0
-"""A worker that runs hears a request to stop within seconds, where storage does not hang."""
-TRIES = 3
-"""Of one validation."""
+POLL_EVERY_S = 2.0
+CLUSTER_GROWS_WITHIN_S = 300.0
+"""How long the cluster may be too small for the least that a run needs."""
+STOP_ACK_WITHIN_S = 90.0
+"""Running workers acknowledge a request to stop within seconds, unless storage hangs."""
+VALIDATION_TRIES = 3
 
 
 def supervise(trainer: TorchTrainer, spec: TrainSpec, journal: Journal) -> None:
-    """Run the trainer to its end, or to a stop. Raises Stopped, Unavailable for workers that do not come, and workers' errors
-    that starting again would not mend."""
+    """Run the trainer to its end, and validate its checkpoints.
+
+    Raises Stopped after a request to stop, Unavailable if workers cannot start, and a worker's error if a
+    restart would end in the same one.
+    """
     tracking = Tracking(spec, journal)
     try:
-        _watch(Fit(trainer), spec, journal)
-    except Stopped:  # the machine may go any moment
+        _train_and_validate(Fit(trainer), spec, journal)
+    except Stopped:  # the machine may disappear at any moment
         tracking.close(within_s=5.0)
         raise
-    except Exception:  # not where the stage is cancelled: then its workers are freed at once
+    except Exception:  # not KeyboardInterrupt: a canceled stage frees its workers at once
         tracking.close()
         raise
     tracking.close()
 
 
-def _watch(fit: Fit, spec: TrainSpec, journal: Journal) -> None:
-    validator, stop, workers = Validator(spec, journal), StopRequests(spec), least_workers(spec.workers)
-    missing = Missing(f"workers = {workers} need", needs(spec, workers), journal)
-    missing_after = Missing("validation needs", needs(spec), journal)
+def _train_and_validate(fit: Fit, spec: TrainSpec, journal: Journal) -> None:
+    least = least_workers(spec.workers)
+    workers_fit = CapacityCheck(f"workers = {least} need", capacity.needed(spec, least), journal)
+    validation_fits = CapacityCheck("validation needs", capacity.needed(spec), journal)
+    validator = Validator(spec, journal)
+    stop = StopRequests(spec)
     with stop.on_sigterm():
-        while not fit.over(LOOK_EVERY_S):
-            missing.look()
-            with _storage_may_be_away():
-                _raise_final(spec)
-                stop.look()
-                validator.look()
-        _raise_final(spec)
-        fit.result()
-        stop.raise_before_the_last_step()
-        validator.workers_have_gone()
+        while not fit.wait(POLL_EVERY_S):
+            workers_fit.check()
+            with _storage_outages_tolerated():
+                _raise_final_error(spec)
+                stop.check()
+                validator.poll()
+        _raise_final_error(spec)
+        fit.raise_error()
+        stop.raise_if_stopped_early()
+        validator.training_has_ended()
         while not validator.is_done:
-            missing_after.look()
-            with _storage_may_be_away():
-                stop.look()
-                validator.look()
+            validation_fits.check()
+            with _storage_outages_tolerated():
+                stop.check()
+                validator.poll()
             if not validator.is_done:
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(POLL_EVERY_S)
 
 
 @contextmanager
-def _storage_may_be_away() -> Iterator[None]:
-    """Workers ride out an outage or a full disk, and so does the driver: what was not seen now is seen later."""
+def _storage_outages_tolerated() -> Iterator[None]:
+    """Workers survive an outage or a full disk; so does the driver. The next poll catches up."""
     try:
         yield
     except (OSError, Unavailable) as error:
-        log.warning("storage is looked at again later: %s", error)
+        log.warning("storage failed, the next poll reads it again: %s", error)
+
+
+def _raise_final_error(spec: TrainSpec) -> None:
+    """Raises a worker's error if a restart would end in the same one."""
+    with suppress(FileNotFoundError):
+        failure = StageFailure.model_validate_json(files.read_bytes(layout.worker_failed_uri(spec.prefix)))
+        raise ServiceError(failure.message, failure.param, failure.code)
 
 
 class Fit:
-    """``trainer.fit()`` on a thread of its own: signals reach the main thread alone, which must be free for them."""
+    """``trainer.fit()`` on a thread of its own. The main thread stays free for signals."""
 
     def __init__(self, trainer: TorchTrainer) -> None:
         self._trainer = trainer
@@ -106,172 +117,186 @@ class Fit:
         except BaseException as error:
             self._error = error
 
-    def over(self, timeout_s: float) -> bool:
-        """Whether it has ended within this time."""
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end; whether it came within this time."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def result(self) -> None:
-        """Raises what ended it."""
+    def raise_error(self) -> None:
+        """Raises the error that ended training, if there was one."""
         if self._error is not None:
             raise self._error
 
 
-def _raise_final(spec: TrainSpec) -> None:
-    """Raises a worker's error that would come again."""
-    with suppress(FileNotFoundError):
-        failure = StageFailure.model_validate_json(files.read_bytes(files.join(spec.prefix, FAILED)))
-        raise ServiceError(failure.message, failure.param, failure.code)
+class CapacityCheck:
+    """Ray waits forever for resources that the cluster does not have; this gives up.
+
+    It counts the whole cluster. Ray Train itself gives up on resources that others hold
+    (train.MAX_START_FAILURES).
+    """
+
+    def __init__(self, who_needs: str, needs: dict[str, float], journal: Journal) -> None:
+        self._who_needs = who_needs
+        self._needs = needs
+        self._journal = journal
+        self._too_small_since: float | None = None
+
+    def check(self) -> None:
+        """Raises Unavailable if the cluster has been too small for CLUSTER_GROWS_WITHIN_S."""
+        available = ray.cluster_resources()
+        name = capacity.missing(self._needs, available)
+        if name is None:
+            self._too_small_since = None
+            return
+        message = (
+            f"{self._who_needs} {self._needs[name]:g} {name}, but the cluster has {available.get(name, 0):g}"
+        )
+        if self._too_small_since is None:
+            self._too_small_since = time.monotonic()
+            with _storage_outages_tolerated():
+                wait = f"waiting up to {CLUSTER_GROWS_WITHIN_S:.0f} s for the cluster to grow"
+                self._journal.event(f"{message}: {wait}", "warning")
+        elif time.monotonic() - self._too_small_since >= CLUSTER_GROWS_WITHIN_S:
+            raise Unavailable(message, param="workers")
 
 
 class StopRequests:
-    """Requests to stop: from the control plane by a file, from the machine by SIGTERM, which is passed on as that file. Workers
-    hear it, store a checkpoint and end; where nobody hears it, because no worker could start, the stage ends here."""
+    """Requests to stop: a file from the control plane, and SIGTERM, which is forwarded as that file.
+
+    Workers acknowledge a request, store a checkpoint and end. If none acknowledges it, because none could
+    start, the stage ends here.
+    """
 
     def __init__(self, spec: TrainSpec) -> None:
-        self._spec, self._received = spec, threading.Event()
-        self._since: float | None = None
+        self._spec = spec
+        self._sigterm = threading.Event()
+        self._requested_since: float | None = None
 
     @contextmanager
     def on_sigterm(self) -> Iterator[None]:
-        """Receive the signal, in the main thread, while the block runs."""
-        before = signal.signal(signal.SIGTERM, lambda *_: self._received.set())
+        """Receive the signal while the block runs. Call it in the main thread."""
+        previous = signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, previous)
 
-    def look(self) -> None:
-        """Pass a signal on. Raises Stopped where a request goes unheard, or there is nobody left to hear it."""
-        uri = files.join(self._spec.prefix, STOP)
-        if self._received.is_set():
-            files.create_bytes(uri, StopRequest(why="signal").model_dump_json().encode())
-        if (why := self._why()) is None:
+    def check(self) -> None:
+        """Forward a signal. Raises Stopped if no worker acknowledges a request, or none is left to do so."""
+        if self._sigterm.is_set():
+            request = StopRequest(why="signal").model_dump_json()
+            files.create_bytes(layout.stop_uri(self._spec.prefix), request.encode())
+        why = self._why()
+        if why is None:
             return
-        self._since = self._since or time.monotonic()
-        heard = (
-            files.exists(files.join(self._spec.prefix, HEARD))
-            and self._steps_done() < self._spec.training.steps
-        )
-        if not heard and time.monotonic() - self._since >= UNHEARD_AFTER_S:
+        if self._requested_since is None:
+            self._requested_since = time.monotonic()
+        is_acknowledged = files.exists(layout.stop_ack_uri(self._spec.prefix))
+        if is_acknowledged and self._steps_done() < self._spec.training.steps:
+            return
+        if time.monotonic() - self._requested_since >= STOP_ACK_WITHIN_S:
             raise Stopped(why, self._steps_done())
 
-    def raise_before_the_last_step(self) -> None:
-        """Raises Stopped where workers have ended, as they were asked to, before the last step."""
-        if self._steps_done() < self._spec.training.steps and (why := self._why()):
-            raise Stopped(why, self._steps_done())
+    def raise_if_stopped_early(self) -> None:
+        """Raises Stopped if the workers have ended before the last step, on request."""
+        if self._steps_done() < self._spec.training.steps:
+            why = self._why()
+            if why:
+                raise Stopped(why, self._steps_done())
 
     def _why(self) -> Literal["pause", "signal"] | None:
+        """Who wants the run to stop, or None."""
         with suppress(FileNotFoundError):
-            return StopRequest.model_validate_json(files.read_bytes(files.join(self._spec.prefix, STOP))).why
+            request = files.read_bytes(layout.stop_uri(self._spec.prefix))
+            return StopRequest.model_validate_json(request).why
         return None
 
     def _steps_done(self) -> int:
         return max(checkpoints.steps(self._spec.run), default=0)
 
 
-class Missing:
-    """Ray waits for ever for what a cluster is too small for; here that has an end. What others hold is not looked at here, but
-    by Ray Train (train.MAX_START_FAILURES)."""
-
-    def __init__(self, who: str, needed: dict[str, float], journal: Journal) -> None:
-        self._who, self._needed, self._journal = who, needed, journal
-        self._since: float | None = None
-
-    def look(self) -> None:
-        """Raises Unavailable where the cluster has been too small for GROWS_WITHIN_S: it may grow until then."""
-        there = ray.cluster_resources()
-        if (name := lacking(self._needed, there)) is None:
-            self._since = None
-            return
-        message = f"{self._who} {self._needed[name]:g} {name}, the cluster has {there.get(name, 0):g}"
-        if self._since is None:
-            self._since = time.monotonic()
-            with _storage_may_be_away():
-                self._journal.event(f"{message}: waiting {GROWS_WITHIN_S:.0f} s for more", "warning")
-        elif time.monotonic() - self._since >= GROWS_WITHIN_S:
-            raise Unavailable(message, param="workers")
-
-
 class Validator:
-    """Has one checkpoint after the other looked at, by a task of its own. What was looked at stands in storage, so a run that
-    goes on looks at what is missing. ``is_done``: nothing is due.
+    """Validates checkpoints in Ray tasks, one after the other. A resumed run validates those that are left.
 
-    A task takes what a worker takes. It must not be what workers wait for, at their start or after they have died; so it is
-    begun where the cluster has room for it beside all workers, and after training where it has not.
+    A task needs as much as a worker, and workers must never wait for it, neither at their start nor after
+    they have died. So it starts if the cluster has room for it beside all workers, else after training.
+    ``is_done``: nothing is due.
     """
 
     def __init__(self, spec: TrainSpec, journal: Journal) -> None:
-        self._spec, self._journal = spec, journal
+        self._spec = spec
+        self._journal = journal
         self._running: tuple[int, ray.ObjectRef] | None = None
         self._tries: Counter[int] = Counter()
-        self._needs, self._beside = needs(spec), needs(spec, most_workers(spec.workers) + 1)
-        self._workers_run, self._is_told = True, False
+        self._needs = capacity.needed(spec)
+        self._needs_with_workers = capacity.needed(spec, most_workers(spec.workers) + 1)
+        self._is_training = True
+        self._has_warned = False
         self.is_done = False
-        self._validate = ray.remote(num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], max_retries=0)(
-            validate
-        )
+        task = ray.remote(num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], max_retries=0)
+        self._validate = task(validate)
 
-    def look(self) -> None:
-        """Take what is ready, begin what is due."""
-        if self._running and ray.wait([self._running[1]], timeout=0)[0]:
-            ready, self._running = self._running, None
-            self._take(*ready)
-        elif (
-            self._running and self._workers_run and self._is_too_small()
-        ):  # a node has gone, and workers want what is left
-            (step, task), self._running = self._running, None
-            ray.cancel(task, force=True)
-            self._tries[step] -= 1
-        due = None if self._running else self._next()
-        if due is not None and self._has_room():
+    def poll(self) -> None:
+        """Report a validation that has finished; start the next one that is due."""
+        if self._running:
+            step, task = self._running
+            if ray.wait([task], timeout=0)[0]:
+                self._running = None
+                self._report(step, task)
+            elif self._is_training and self._is_cluster_too_small():  # a node has left: make room for workers
+                self._running = None
+                ray.cancel(task, force=True)
+                self._tries[step] -= 1
+        due = None if self._running else self._next_due()
+        if due is not None and self._can_start():
             self._tries[due] += 1
-            self._running = due, self._validate.remote(self._spec, due)
+            self._running = (due, self._validate.remote(self._spec, due))
         self.is_done = self._running is None and due is None
 
-    def workers_have_gone(self) -> None:
-        """From now on there is nobody to keep room for, and nothing more falls due."""
-        self._workers_run = self.is_done = False
+    def training_has_ended(self) -> None:
+        """From now on no worker needs room, and no further checkpoint appears."""
+        self._is_training = False
+        self.is_done = False
 
-    def _has_room(self) -> bool:
-        if not self._workers_run:
+    def _next_due(self) -> int | None:
+        base = [0] if self._spec.validation else []
+        steps = base + checkpoints.steps(self._spec.run)
+        due = [step for step in steps if selection.is_due(self._spec, step)]
+        validated = selection.validated_steps(self._spec.run) if due else set()
+        return next((step for step in due if step not in validated), None)
+
+    def _can_start(self) -> bool:
+        if not self._is_training:
             return True
-        if self._is_too_small():
-            if self._spec.validation and not self._is_told:
-                self._is_told = True
-                message = "the cluster has no room for validation beside the workers: it waits for room, or for their end"
-                self._journal.event(message, "warning")
+        if self._is_cluster_too_small():
+            self._warn_once()
             return False
-        return (
-            not lacking(self._needs, ray.available_resources())
-            and Fence(self._spec.run, self._spec.attempt).has_workers()
-        )
+        has_room = capacity.missing(self._needs, ray.available_resources()) is None
+        return has_room and Fence(self._spec.run, self._spec.attempt).has_workers()
 
-    def _is_too_small(self) -> bool:
-        return lacking(self._beside, ray.cluster_resources()) is not None
+    def _is_cluster_too_small(self) -> bool:
+        return capacity.missing(self._needs_with_workers, ray.cluster_resources()) is not None
 
-    def _next(self) -> int | None:
-        first = [0] if self._spec.validation else []
-        due = [
-            step for step in first + checkpoints.steps(self._spec.run) if selection.is_due(self._spec, step)
-        ]
-        there = selection.looked_at(self._spec.run) if due else set()
-        return next((step for step in due if step not in there), None)
+    def _warn_once(self) -> None:
+        if self._spec.validation and not self._has_warned:
+            self._has_warned = True
+            message = "the cluster has no room for validation beside the workers"
+            self._journal.event(f"{message}: it waits for room, or for the end of training", "warning")
 
-    def _take(self, step: int, ref: ray.ObjectRef) -> None:
-        """Tell of it. A checkpoint that cannot be looked at, not at the third time either, costs a warning and not the run."""
+    def _report(self, step: int, task: ray.ObjectRef) -> None:
+        """Log the outcome. After VALIDATION_TRIES failures a checkpoint is given up; the run continues."""
         try:
-            found = ray.get(ref)
+            outcome = ray.get(task)
         except ray.exceptions.RayError as error:
-            why = str(error).strip().splitlines()[-1]
-            if self._tries[step] < TRIES:
-                return
-            found = Validated(step=step, seconds=0.0, error=why)
-            files.write_json(checkpoints.outcome_uri(self._spec.run, step), found.model_dump())
-            return self._journal.event(
-                f"the model after step {step} could not be validated: {why}", "warning"
-            )
-        said = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
-        pictures = f"; pictures {found.picture}" if found.picture else ""
-        self._journal.event(f"the model after step {step}: {said}{pictures}")
-        self._journal.metrics(step, found.metrics)
+            if self._tries[step] >= VALIDATION_TRIES:
+                self._give_up(step, str(error).strip().splitlines()[-1])
+            return
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in outcome.metrics.items())
+        images = f"; images {outcome.picture}" if outcome.picture else ""
+        self._journal.event(f"the model after step {step}: {metrics}{images}")
+        self._journal.metrics(step, outcome.metrics)
+
+    def _give_up(self, step: int, why: str) -> None:
+        outcome = Validated(step=step, seconds=0.0, error=why)
+        files.write_json(layout.outcome_uri(self._spec.run, step), outcome.model_dump())
+        self._journal.event(f"the model after step {step} could not be validated: {why}", "warning")

@@ -1,6 +1,7 @@
-"""The trackers themselves: TensorBoard's files, a run of MLflow's, one of Weights & Biases. Each raises what its client raises.
+"""One client for each tracker: TensorBoard's event files, a run in MLflow, a run in Weights & Biases.
 
-Their clients are imported where they are used: those of MLflow and Weights & Biases are optional, and all of them are slow.
+Each raises what its library raises. The libraries are imported on use: MLflow's and Weights & Biases' are
+optional, and all of them are slow to import.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from services.settings import TrackerSettings
+from services.stages import layout
 from services.stages.specs import TrainSpec
 from services.storage import files
 
@@ -22,33 +24,33 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 GIVES_UP_AFTER_S = 10.0
-"""So long may a tracker keep the thread that tells all of them."""
+"""How long one tracker may occupy the thread that serves all of them."""
 CLOSES_WITHIN_S = 40.0
-"""All of them together, when training ends: half of it for what waits, half for letting go."""
+"""All trackers together, when training ends: half to deliver what is waiting, half to close."""
 ROTATED_BYTES = 4_000_000
-"""TensorBoard's files are begun anew at this size: to be seen in storage, a file is uploaded whole."""
+"""A TensorBoard file is closed at this size and a new one started: every upload sends the whole file."""
 
 Kind = Literal["training", "validation"]
 
 
 class Tracker(Protocol):
-    """One place where metrics are shown. Steps of each kind are told in growing order; those of validation come late."""
+    """Shows the metrics of one run. Steps of each kind arrive in ascending order, validation's later."""
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """The numbers of a training step."""
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Log the metrics of a training step."""
 
-    def validation(self, step: int, values: dict[str, float], picture: bytes | None) -> None:
-        """What was measured of the model after ``step`` steps (0: the base), and its sheet of pictures as PNG."""
+    def log_validation(self, step: int, values: dict[str, float], image: bytes | None) -> None:
+        """Log what validation measured after ``step`` steps (0: the base), and its image grid as PNG."""
 
     def flush(self) -> None:
-        """Bring everything to where it can be seen."""
+        """Make everything visible."""
 
     def close(self) -> None:
-        """Flush and let go."""
+        """Flush, and release all resources."""
 
 
 class Mirror:
-    """A local folder whose files are brought to storage as they grow."""
+    """A local folder whose files are uploaded to storage as they grow."""
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -57,38 +59,38 @@ class Mirror:
         self._sizes: dict[Path, int] = {}
 
     def upload(self, pattern: str) -> None:
-        """The files of this pattern that have changed their size since they were uploaded."""
+        """Upload the files that match and whose size has changed since their last upload."""
         for file in sorted(self.folder.glob(pattern)):
             if file.is_file() and (size := file.stat().st_size) != self._sizes.get(file):
                 files.upload(file, files.join(self._target, *file.relative_to(self.folder).parts))
                 self._sizes[file] = size
 
     def close(self) -> None:
-        """Drop the local folder."""
+        """Delete the local folder."""
         self._scratch.cleanup()
 
 
 class TensorBoard:
     """Event files below {run}/tensorboard, as two runs: training and validation.
 
-    Every process writes files of its own, which begin by hiding what earlier ones have said from the first step on that it is
-    told: what they lack is not known, and all that follows comes again.
+    Every process writes new files. They start by hiding what older files hold from their own first step on:
+    nobody knows how complete those are, and every later step is logged again.
     """
 
     def __init__(self, spec: TrainSpec) -> None:
-        self._mirror = Mirror(files.join(spec.run, "tensorboard"))
+        self._mirror = Mirror(layout.tensorboard_folder(spec.run))
         self._writers: dict[Kind, SummaryWriter] = {}
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        self._scalars("training", step, values)
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        self._add_scalars("training", step, values)
 
-    def validation(self, step: int, values: dict[str, float], picture: bytes | None) -> None:
-        self._scalars("validation", step, values)
-        if picture:
-            pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+    def log_validation(self, step: int, values: dict[str, float], image: bytes | None) -> None:
+        self._add_scalars("validation", step, values)
+        if image:
+            pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
             self._writer("validation", step).add_image("pictures", pixels, step, dataformats="HWC")
 
-    def _scalars(self, kind: Kind, step: int, values: dict[str, float]) -> None:
+    def _add_scalars(self, kind: Kind, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._writer(kind, step).add_scalar(name, value, step)
 
@@ -104,9 +106,9 @@ class TensorBoard:
             writer.flush()
         self._mirror.upload("*/*")
         for kind, writer in self._writers.items():
-            newest = max((self._mirror.folder / kind).iterdir())
-            if newest.stat().st_size >= ROTATED_BYTES:
-                writer.close()  # what is added next begins a file
+            newest_file = max((self._mirror.folder / kind).iterdir())
+            if newest_file.stat().st_size >= ROTATED_BYTES:
+                writer.close()  # the next value starts a new file
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -116,16 +118,17 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of MLflow's, found again by its tag. ``training_step`` and ``validation_step`` are the last it was told."""
+    """A run in MLflow, found by its tag. Its metric ``training_step`` is the last step that was logged."""
 
     TAG = "dde.job"
 
     def __init__(self, settings: TrackerSettings, spec: TrainSpec) -> None:
         from mlflow import MlflowClient, environment_variables
 
-        # The client's own patience is minutes, and it takes it from the environment alone.
-        for variable, value in (("TIMEOUT", GIVES_UP_AFTER_S), ("MAX_RETRIES", 0)):
-            getattr(environment_variables, f"MLFLOW_HTTP_REQUEST_{variable}").set(int(value))
+        # The client retries for minutes by default. It reads these settings from the environment alone.
+        variables: Any = environment_variables
+        variables.MLFLOW_HTTP_REQUEST_TIMEOUT.set(int(GIVES_UP_AFTER_S))
+        variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
         self._steps = spec.training.steps
         self._client = MlflowClient(tracking_uri=settings.mlflow_tracking_uri)
         self._run = self._find(settings.mlflow_experiment_name, spec)
@@ -133,68 +136,71 @@ class MLflow:
             "training": self._last_step("training"),
             "validation": self._last_step("validation"),
         }
-        self._tried_ms: dict[tuple[Kind, int], int] = {}
+        self._sent_ms: dict[tuple[Kind, int], int] = {}
 
     def _find(self, experiment_name: str, spec: TrainSpec) -> str:
         from mlflow.entities import Param
 
         experiment = self._client.get_experiment_by_name(experiment_name)
-        place = experiment.experiment_id if experiment else self._client.create_experiment(experiment_name)
-        found = self._client.search_runs(
-            [place], f"tags.`{self.TAG}` = '{spec.job}'", order_by=["start_time ASC"]
-        )
-        run = (
-            found[0]
-            if found
-            else self._client.create_run(place, tags={self.TAG: spec.job}, run_name=spec.name)
-        )
+        if experiment:
+            experiment_id = experiment.experiment_id
+        else:
+            experiment_id = self._client.create_experiment(experiment_name)
+        job = f"tags.`{self.TAG}` = '{spec.job}'"
+        runs = self._client.search_runs([experiment_id], job, order_by=["start_time ASC"])
+        if runs:
+            run = runs[0]
+        else:
+            tags = {self.TAG: spec.job}
+            run = self._client.create_run(experiment_id, tags=tags, run_name=spec.name)
         if not run.data.params:
             params = [Param(name, str(value)) for name, value in settings_of(spec).items()]
             self._client.log_batch(run.info.run_id, params=params, synchronous=True)
         self._client.update_run(run.info.run_id, status="RUNNING")
-        return run.info.run_id
+        run_id: str = run.info.run_id
+        return run_id
 
     def _last_step(self, kind: Kind) -> int:
-        return max(
-            (each.step for each in self._client.get_metric_history(self._run, f"{kind}_step")), default=-1
-        )
+        history = self._client.get_metric_history(self._run, f"{kind}_step")
+        return max((metric.step for metric in history), default=-1)
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        self._tell("training", step, values)
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        self._log("training", step, values)
 
-    def validation(self, step: int, values: dict[str, float], picture: bytes | None) -> None:
-        if picture and step > self._last["validation"]:
-            image = Image.open(io.BytesIO(picture))
-            self._client.log_image(self._run, image, key="validation", step=step, synchronous=True)
-        self._tell("validation", step, values)
+    def log_validation(self, step: int, values: dict[str, float], image: bytes | None) -> None:
+        if image and step > self._last["validation"]:
+            grid = Image.open(io.BytesIO(image))
+            self._client.log_image(self._run, grid, key="validation", step=step, synchronous=True)
+        self._log("validation", step, values)
 
-    def _tell(self, kind: Kind, step: int, values: dict[str, float]) -> None:
+    def _log(self, kind: Kind, step: int, values: dict[str, float]) -> None:
         from mlflow.entities import Metric
 
         if step > self._last[kind]:
-            # An answer may be lost: MLflow keeps what comes again at the same time but once.
-            at_ms = self._tried_ms.setdefault((kind, step), int(time.time() * 1000))
-            told = {f"{kind}/{name}": value for name, value in values.items()} | {f"{kind}_step": step}
-            metrics = [Metric(name, value, at_ms, step) for name, value in told.items()]
+            # A response may be lost. MLflow stores a metric only once if it is sent again with its timestamp.
+            at_ms = self._sent_ms.setdefault((kind, step), int(time.time() * 1000))
+            named = {f"{kind}/{name}": value for name, value in values.items()} | {f"{kind}_step": step}
+            metrics = [Metric(name, value, at_ms, step) for name, value in named.items()]
             self._client.log_batch(self._run, metrics, synchronous=True)
-            self._tried_ms.clear()
+            self._sent_ms.clear()
             self._last[kind] = step
 
     def flush(self) -> None:
-        """Every step was a request."""
+        """Nothing to do: every step was a request of its own."""
 
     def close(self) -> None:
-        done = self._last["training"] == self._steps
-        self._client.set_terminated(self._run, "FINISHED" if done else "KILLED")
+        is_complete = self._last["training"] == self._steps
+        self._client.set_terminated(self._run, "FINISHED" if is_complete else "KILLED")
 
 
 class WandB:
-    """A run of Weights & Biases with the job's id. What is written offline lies below {run}/wandb, for `wandb sync`."""
+    """A run in Weights & Biases with the job's id. Offline files go to {run}/wandb, for `wandb sync`."""
 
     def __init__(self, settings: TrackerSettings, spec: TrainSpec) -> None:
         import wandb
 
-        self._steps, self._mirror = spec.training.steps, Mirror(files.join(spec.run, "wandb"))
+        self._steps = spec.training.steps
+        self._mirror = Mirror(layout.wandb_folder(spec.run))
         self._run = wandb.init(
             project=settings.wandb_project,
             id=spec.job,
@@ -211,28 +217,27 @@ class WandB:
                 disable_code=True,
             ),
         )
-        told = self._run.summary  # of the attempts before
+        summary: Any = self._run.summary  # of earlier attempts
         self._last: dict[Kind, int] = {
-            "training": told.get("training_step", -1),
-            "validation": told.get("validation_step", -1),
+            "training": summary.get("training_step", -1),
+            "validation": summary.get("validation_step", -1),
         }
         for kind in self._last:
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}_step")
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        self._tell("training", step, values)
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        self._log("training", step, values)
 
-    def validation(self, step: int, values: dict[str, float], picture: bytes | None) -> None:
+    def log_validation(self, step: int, values: dict[str, float], image: bytes | None) -> None:
         import wandb
 
-        shown = {"pictures": wandb.Image(Image.open(io.BytesIO(picture)))} if picture else {}
-        self._tell("validation", step, values | shown)
+        images = {"pictures": wandb.Image(Image.open(io.BytesIO(image)))} if image else {}
+        self._log("validation", step, values | images)
 
-    def _tell(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
+    def _log(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
         if step > self._last[kind]:
-            self._run.log(
-                {f"{kind}_step": step, **{f"{kind}/{name}": value for name, value in values.items()}}
-            )
+            named = {f"{kind}/{name}": value for name, value in values.items()}
+            self._run.log({f"{kind}_step": step, **named})
             self._last[kind] = step
 
     def flush(self) -> None:
@@ -243,12 +248,12 @@ class WandB:
         import wandb
 
         self._run.finish(exit_code=0 if self._last["training"] == self._steps else 1)
-        wandb.teardown()  # offline, `finish` returns before all of it is on the disk
+        wandb.teardown()  # offline, `finish` returns before everything is on the disk
         self.flush()
         self._mirror.close()
 
 
 def settings_of(spec: TrainSpec) -> dict[str, Any]:
-    """What the run was told, flat: ``objective.beta``, ``training.steps``, ..."""
+    """The run's settings, flat: ``objective.beta``, ``training.steps``, ..."""
     parts = spec.model_dump(mode="json", include={"objective", "training"})
     return {f"{part}.{name}": value for part, fields in parts.items() for name, value in fields.items()}

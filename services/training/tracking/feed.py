@@ -1,4 +1,4 @@
-"""What the driver passes on to trackers: the metrics that the workers' journals tell, and what validation finds."""
+"""The driver's feed to the trackers: metrics from the workers' journals, and what validation measured."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from services.api.records import Validated
-from services.artifacts import checkpoints
 from services.errors import Unavailable
 from services.settings import TrackerSettings
+from services.stages import layout
 from services.stages.journal import Journal, read_journal
 from services.stages.specs import Level, TrainSpec
 from services.storage import files
@@ -21,102 +21,108 @@ from services.training.tracking.outbox import open_trackers
 
 log = logging.getLogger("dde")
 FILES_AT_ONCE = 200
-LOOK_EVERY_S = 2.0
+POLL_EVERY_S = 2.0
 
 
 class Tracking:
-    """Reads the journals of this attempt and of those before it, as the control plane does, so workers know nothing of trackers
-    and may die as they like; on a thread of its own, so a server that does not answer holds nothing up.
+    """Reads the journals of all attempts so far, as the control plane does, so that workers need no trackers.
+    Runs on a thread of its own, so that a server that does not answer delays nothing.
 
-    An attempt may have ended before everything was delivered, so each passes on all steps from the first one on, and trackers
-    leave out what they know. A step that is told again, by workers that were started again, is passed on once.
+    Earlier attempts may have ended before everything was delivered. So every attempt sends all steps, from
+    the first one on, and trackers skip those they have. A step that restarted workers log again is sent once.
     """
 
     def __init__(self, spec: TrainSpec, journal: Journal) -> None:
-        self._spec, self._journal = spec, journal
-        self._prefixes, self._next_file = deque(_attempts(spec)), 0
-        self._told, self._seen = 0, set[str]()
-        self._said: deque[tuple[str, Level]] = deque()
-        self._errors = set[str]()
-        self._trackers = open_trackers(
-            TrackerSettings(), spec, lambda message, level: self._said.append((message, level))
-        )
-        self._over, self._ends_at = threading.Event(), 0.0
-        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._run = spec.run
+        self._journal = journal
+        self._prefixes = deque(layout.attempts_up_to(spec.prefix, spec.attempt))
+        self._next_file = 0
+        self._last_step = 0
+        self._sent_outcomes = set[str]()
+        self._reported_errors = set[str]()
+        self._events: deque[tuple[str, Level]] = deque()
+        self._trackers = open_trackers(TrackerSettings(), spec, self._log_event)
+        self._closing = threading.Event()
+        self._ends_at = 0.0
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
     def close(self, within_s: float = CLOSES_WITHIN_S) -> None:
-        """Return once everything is passed on, as far as trackers take it within this time; no later, whatever they do."""
+        """Send what is left, and return within this time whether or not trackers have received it."""
         self._ends_at = time.monotonic() + within_s
-        self._over.set()
+        self._closing.set()
         self._thread.join(within_s)
 
-    def _run(self) -> None:
-        while not self._over.wait(LOOK_EVERY_S):
-            for call in (self._pass_on_steps, self._pass_on_validation, self._trackers.deliver, self._say):
-                self._survive(call)
-        for call in (self._pass_on_validation, self._pass_on_the_rest, self._close, self._say):
-            self._survive(call)
+    # ---- the thread
 
-    def _survive(self, call: Callable[[], object]) -> None:
-        """Where storage is away, the next look sees it all; what else goes wrong is said once."""
+    def _work(self) -> None:
+        while not self._closing.wait(POLL_EVERY_S):
+            self._attempt(self._send_steps)
+            self._attempt(self._send_outcomes)
+            self._attempt(self._trackers.deliver)
+            self._attempt(self._write_events)
+        self._attempt(self._send_outcomes)
+        self._attempt(self._send_remaining_steps)
+        self._attempt(self._close_trackers)
+        self._attempt(self._write_events)
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        """Survive any error. The next poll recovers from storage errors; others are reported once."""
         try:
             call()
         except (OSError, Unavailable) as error:
-            log.warning("trackers are told later: %s", error)
+            log.warning("storage failed, trackers are updated later: %s", error)
         except Exception as error:  # no tracker is worth a run
-            if (kind := type(error).__name__) not in self._errors:
-                log.exception("trackers lack something of this run")
-                self._errors.add(kind)
-                self._said.append(
-                    (f"trackers lack something of this run: {kind}: {error}".splitlines()[0], "warning")
-                )
+            kind = type(error).__name__
+            if kind not in self._reported_errors:
+                self._reported_errors.add(kind)
+                log.exception("trackers lack some of this run's data")
+                message = f"trackers lack some of this run's data: {kind}: {error}"
+                self._log_event(message.splitlines()[0], "warning")
 
-    def _pass_on_the_rest(self) -> None:
-        while self._pass_on_steps() and time.monotonic() < self._ends_at:
-            pass
-
-    def _pass_on_steps(self) -> bool:
-        """Is there more at once?"""
+    def _send_steps(self) -> bool:
+        """Send the steps of up to FILES_AT_ONCE journal files; whether there may be more to send at once."""
         journal_files = read_journal(self._prefixes[0], self._next_file, FILES_AT_ONCE)
         for number, entries in journal_files:
             self._next_file = number + 1
             for entry in entries:
-                if entry.metrics and "loss" in entry.metrics and (entry.step or 0) > self._told:
-                    self._told = entry.step or 0
-                    self._trackers.metrics(self._told, entry.metrics)
-        if (is_read := len(journal_files) < FILES_AT_ONCE) and len(self._prefixes) > 1:
-            self._prefixes.popleft()
-            self._next_file, is_read = 0, False
-        return not is_read
+                step = entry.step or 0
+                if entry.metrics and "loss" in entry.metrics and step > self._last_step:
+                    self._last_step = step
+                    self._trackers.log_metrics(step, entry.metrics)
+        if len(journal_files) == FILES_AT_ONCE:
+            return True
+        if len(self._prefixes) == 1:
+            return False
+        self._prefixes.popleft()
+        self._next_file = 0
+        return True
 
-    def _pass_on_validation(self) -> None:
-        folder = files.join(self._spec.run, checkpoints.VALIDATION)
-        names = [
-            name for name in files.list_files(folder) if name.endswith(".json") and name not in self._seen
-        ]
-        for name in names:
-            found = Validated.model_validate_json(files.read_bytes(files.join(folder, name)))
-            picture = files.read_bytes(found.picture) if found.picture else None
-            self._trackers.validation(found.step, found.metrics, picture)
-            self._seen.add(name)
+    def _send_remaining_steps(self) -> None:
+        while self._send_steps() and time.monotonic() < self._ends_at:
+            pass
 
-    def _close(self) -> None:
-        """With a tenth of the time left to say how it went."""
+    def _send_outcomes(self) -> None:
+        folder = layout.validation_folder(self._run)
+        for name in files.list_files(folder):
+            if layout.outcome_step(name) is None or name in self._sent_outcomes:
+                continue
+            outcome = Validated.model_validate_json(files.read_bytes(files.join(folder, name)))
+            image = files.read_bytes(outcome.picture) if outcome.picture else None
+            self._trackers.log_validation(outcome.step, outcome.metrics, image)
+            self._sent_outcomes.add(name)
+
+    def _close_trackers(self) -> None:
+        """Leaves a tenth of the time to write events."""
         self._trackers.close(0.9 * max(0.0, self._ends_at - time.monotonic()))
 
-    def _say(self) -> None:
-        """The journal keeps what storage does not take."""
-        while self._said:
-            message, level = self._said.popleft()
+    def _log_event(self, message: str, level: Level) -> None:
+        self._events.append((message, level))
+
+    def _write_events(self) -> None:
+        """If storage fails, the journal keeps them until the next flush."""
+        while self._events:
+            message, level = self._events.popleft()
             with suppress(OSError, Unavailable):
                 self._journal.event(message, level)
         self._journal.flush()
-
-
-def _attempts(spec: TrainSpec) -> list[str]:
-    """The folders of the attempts up to this one, where they lie beside it."""
-    folder, _, name = spec.prefix.rstrip("/").rpartition("/")
-    if name != f"a{spec.attempt}":
-        return [spec.prefix]
-    return [files.join(folder, f"a{attempt}") for attempt in range(1, spec.attempt + 1)]

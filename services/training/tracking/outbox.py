@@ -1,9 +1,9 @@
-"""Where people look at a run: TensorBoard always, MLflow and Weights & Biases where they are configured, by their own clients.
+"""Delivers a run's metrics to its trackers: TensorBoard, and MLflow and Weights & Biases if configured.
 
-None of them may end or hold up training. Each has an outbox, emptied by the one thread that calls this module, and at the end
-by one of its own; what cannot be delivered (a server that is down, storage that fails) stays there, in order, and is tried
-again. That a tracker fails is said once, and once that it works again.
-A run that goes on after a kill tells every step again: trackers show each once.
+No tracker can end training or make it wait. Each has an outbox that one thread empties, and at the end a
+thread of its own. What cannot be delivered (a server that is down, storage that fails) stays in the outbox,
+in order, and is retried. One event reports that a tracker fails, one that it works again. A resumed run sends
+every step again: a tracker shows it once.
 """
 
 from __future__ import annotations
@@ -21,138 +21,148 @@ from services.stages.specs import Level, TrainSpec
 from services.training.tracking.clients import GIVES_UP_AFTER_S, MLflow, TensorBoard, Tracker, WandB
 
 FLUSH_EVERY_S = 10.0
-"""TensorBoard's file is uploaded whole, each time."""
-LONGEST_PAUSE_S = 300.0
+"""Every flush uploads TensorBoard's whole file."""
+MAX_PAUSE_S = 300.0
 MAX_WAITING = 5000
-"""Steps that an outbox holds, about 14 KB each; the oldest go first. The published runs have 2,000."""
+"""Updates in an outbox, about 14 KB each; the oldest go first. The published runs have 2,000 steps."""
+
+Update = Callable[[Tracker], None]
+LogEvent = Callable[[str, Level], None]
 
 
 def check_trackers(settings: TrackerSettings) -> None:
-    """Raises ServiceError where a tracker is configured whose client is not installed."""
-    for wanted, variable, package in (
+    """Raises ServiceError if a tracker is configured and its client is not installed."""
+    for is_configured, variable, package in (
         (settings.mlflow, "MLFLOW_TRACKING_URI", "mlflow"),
         (settings.wandb, "WANDB_API_KEY or WANDB_MODE", "wandb"),
     ):
-        if wanted and importlib.util.find_spec(package) is None:
-            message = f"{variable} is set, but {package} is not installed: it comes with dde-align[{package}]"
+        if is_configured and importlib.util.find_spec(package) is None:
+            message = f"{variable} is set, but {package} is not installed: pip install 'dde-align[{package}]'"
             raise ServiceError(message, code="tracker_not_installed")
 
 
-def open_trackers(settings: TrackerSettings, spec: TrainSpec, tell: Callable[[str, Level], None]) -> Trackers:
-    """What is configured. ``tell`` gets events, a message and its level, from several threads; it raises nothing.
+def open_trackers(settings: TrackerSettings, spec: TrainSpec, log_event: LogEvent) -> Trackers:
+    """The configured trackers. They connect on the first delivery.
 
-    Connections are made by the first delivery.
+    ``log_event`` gets messages with their level, from several threads. It must not raise.
     """
-    made: dict[str, Callable[[], Tracker]] = {"TensorBoard": lambda: TensorBoard(spec)}
+    openers: dict[str, Callable[[], Tracker]] = {"TensorBoard": lambda: TensorBoard(spec)}
     if settings.mlflow:
-        made["MLflow"] = lambda: MLflow(settings, spec)
+        openers["MLflow"] = lambda: MLflow(settings, spec)
     if settings.wandb:
-        made["Weights & Biases"] = lambda: WandB(settings, spec)
-    return Trackers(made, tell)
+        openers["Weights & Biases"] = lambda: WandB(settings, spec)
+    return Trackers(openers, log_event)
 
 
 class Trackers:
-    """All of them as one, for one thread. ``made`` opens each by name. Raises nothing that a tracker raises."""
+    """All trackers as one, for one thread. Their errors are never raised. ``openers`` opens each by name."""
 
-    def __init__(self, made: dict[str, Callable[[], Tracker]], tell: Callable[[str, Level], None]) -> None:
-        self._outboxes = {name: Outbox(name, make, tell) for name, make in made.items()}
-        self._tell = tell
+    def __init__(self, openers: dict[str, Callable[[], Tracker]], log_event: LogEvent) -> None:
+        self._outboxes = {name: Outbox(name, opener, log_event) for name, opener in openers.items()}
+        self._log_event = log_event
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Of a training step. The values are not changed any more."""
-        self._put(lambda tracker: tracker.metrics(step, values))
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Queue the metrics of a training step. ``values`` must not change afterwards."""
+        self._put(lambda tracker: tracker.log_metrics(step, values))
 
-    def validation(self, step: int, values: dict[str, float], picture: bytes | None) -> None:
-        """Of the model after ``step`` steps. A run that goes on tells all that is known, from the first one on."""
-        self._put(lambda tracker: tracker.validation(step, values, picture))
+    def log_validation(self, step: int, values: dict[str, float], image: bytes | None) -> None:
+        """Queue what validation measured after ``step`` steps. A resumed run queues all of it again."""
+        self._put(lambda tracker: tracker.log_validation(step, values, image))
 
     def deliver(self) -> None:
-        """Tell what waits, for GIVES_UP_AFTER_S each at most."""
+        """Deliver what is waiting, for at most GIVES_UP_AFTER_S a tracker."""
         for outbox in self._outboxes.values():
             outbox.deliver()
 
     def close(self, within_s: float) -> None:
-        """Deliver what can be delivered, and let go; one that takes longer is left to itself."""
-        ends_at, closing = time.monotonic() + within_s, dict[str, threading.Thread]()
+        """Deliver what can be delivered, and close all trackers. One that takes longer is left behind."""
+        ends_at = time.monotonic() + within_s
+        threads: dict[str, threading.Thread] = {}
         for name, outbox in self._outboxes.items():
-            closing[name] = threading.Thread(
+            threads[name] = threading.Thread(
                 target=outbox.close, args=(within_s,), name=f"close {name}", daemon=True
             )
-            closing[name].start()
-        for name, thread in closing.items():
+            threads[name].start()
+        for name, thread in threads.items():
             thread.join(max(0.0, ends_at - time.monotonic()))
             if thread.is_alive():
-                self._tell(
-                    f"{name} was not closed within {within_s:.1f} s, and may lack the last steps", "warning"
-                )
+                message = f"{name} was not closed within {within_s:.1f} s, and may lack the last steps"
+                self._log_event(message, "warning")
 
-    def _put(self, call: Callable[[Tracker], None]) -> None:
+    def _put(self, update: Update) -> None:
         for outbox in self._outboxes.values():
-            outbox.put(call)
+            outbox.put(update)
 
 
 class Outbox:
-    """What one tracker is still to be told. After a failure it is left alone for a second, then twice as long, and so on."""
+    """The updates that one tracker has not received. Each failure doubles the pause before a retry."""
 
-    def __init__(self, name: str, make: Callable[[], Tracker], tell: Callable[[str, Level], None]) -> None:
-        self._name, self._make, self._tell = name, make, tell
+    def __init__(self, name: str, opener: Callable[[], Tracker], log_event: LogEvent) -> None:
+        self._name = name
+        self._opener = opener
+        self._log_event = log_event
         self._tracker: Tracker | None = None
-        self._waiting: deque[Callable[[Tracker], None]] = deque(maxlen=MAX_WAITING)
-        self._failures, self._lost = 0, 0
-        self._again_at, self._flush_at = 0.0, 0.0
+        self._waiting: deque[Update] = deque(maxlen=MAX_WAITING)
+        self._failures = 0
+        self._dropped = 0
+        self._retry_at = 0.0
+        self._flush_at = 0.0
 
-    def put(self, call: Callable[[Tracker], None]) -> None:
-        """One more thing to tell."""
-        self._lost += len(self._waiting) == MAX_WAITING
-        self._waiting.append(call)
+    def put(self, update: Update) -> None:
+        """Add an update; a full outbox drops its oldest one."""
+        if len(self._waiting) == MAX_WAITING:
+            self._dropped += 1
+        self._waiting.append(update)
 
     def deliver(self, within_s: float = GIVES_UP_AFTER_S) -> None:
-        """Tell what waits, as far as there is time, and let it be seen every FLUSH_EVERY_S."""
-        ends_at = time.monotonic() + within_s
-        if time.monotonic() < self._again_at:
+        """Deliver what is waiting, as far as time allows, and flush every FLUSH_EVERY_S."""
+        if time.monotonic() < self._retry_at:
             return
         try:
-            self._tracker = self._tracker or self._make()
-            while self._waiting and time.monotonic() < ends_at:
-                self._waiting[0](self._tracker)
-                self._waiting.popleft()
-            if self._failures or time.monotonic() >= self._flush_at:
-                self._tracker.flush()
-                self._flush_at = time.monotonic() + FLUSH_EVERY_S
+            self._send(ends_at=time.monotonic() + within_s)
         except Exception as error:  # whatever a client raises: no tracker is worth a run
-            self._failed(error)
-        else:
-            if self._failures:
-                self._tell(f"{self._name} is told again, {self._lost} steps are lost", "info")
-            self._failures = self._lost = 0
+            self._pause(error)
+            return
+        if self._failures:
+            self._log_event(f"{self._name} works again, {self._dropped} steps were lost", "info")
+        self._failures = 0
+        self._dropped = 0
+
+    def _send(self, ends_at: float) -> None:
+        self._tracker = self._tracker or self._opener()
+        while self._waiting and time.monotonic() < ends_at:
+            self._waiting[0](self._tracker)
+            self._waiting.popleft()
+        if self._failures or time.monotonic() >= self._flush_at:
+            self._tracker.flush()
+            self._flush_at = time.monotonic() + FLUSH_EVERY_S
+
+    def _pause(self, error: Exception) -> None:
+        self._failures += 1
+        self._retry_at = time.monotonic() + min(2.0 ** (self._failures - 1), MAX_PAUSE_S)
+        if self._failures == 1:
+            message = f"{self._name} failed and is retried while training continues: {_summary(error)}"
+            self._log_event(message, "warning")
 
     def close(self, within_s: float) -> None:
-        """Tell what waits, trying again for half of the time, then say what could not be told, and let go."""
-        gives_up_at, self._again_at = time.monotonic() + within_s / 2, 0.0
+        """Deliver what is waiting, with retries for half of the time, report what is lost, and close."""
+        gives_up_at = time.monotonic() + within_s / 2
+        self._retry_at = 0.0
         self.deliver(within_s / 2)
         while (self._waiting or self._failures) and time.monotonic() < gives_up_at:
             time.sleep(0.1)
             self.deliver(gives_up_at - time.monotonic())
         if self._waiting:
-            self._tell(
-                f"{self._name} lacks the last {len(self._waiting)} things that it was to be told", "warning"
-            )
+            message = f"{self._name} did not receive the last {len(self._waiting)} updates"
+            self._log_event(message, "warning")
         if self._tracker:
             try:
                 self._tracker.close()
             except Exception as error:
-                self._tell(f"{self._name} was not closed: {_safe(error)}", "warning")
-
-    def _failed(self, error: Exception) -> None:
-        self._failures += 1
-        self._again_at = time.monotonic() + min(2.0 ** (self._failures - 1), LONGEST_PAUSE_S)
-        if self._failures == 1:
-            self._tell(
-                f"{self._name} is not told, and tried again while training goes on: {_safe(error)}", "warning"
-            )
+                self._log_event(f"{self._name} was not closed: {_summary(error)}", "warning")
 
 
-def _safe(error: Exception) -> str:
-    """Its first line, without the user and password that a URI may hold."""
-    said = re.sub(r"//[^/@\s]+@", "//", f"{type(error).__name__}: {error}")
-    return said.splitlines()[0][:300]
+def _summary(error: Exception) -> str:
+    """Its first line, without the user and password that a URI may contain."""
+    message = re.sub(r"//[^/@\s]+@", "//", f"{type(error).__name__}: {error}")
+    return message.splitlines()[0][:300]

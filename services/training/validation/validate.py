@@ -1,4 +1,4 @@
-"""What validation does with one checkpoint, in a process of its own beside the training workers."""
+"""Validates one checkpoint, in a process of its own beside the training workers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from dde_core.shapes.scorers import score
 from services.api.records import Validated
 from services.artifacts import checkpoints, models
 from services.artifacts.prompts import read_prompts
+from services.stages import layout
 from services.stages.specs import TrainSpec
 from services.storage import files
 from services.training.validation.held_out import held_out_metrics
 
 
 def validate(spec: TrainSpec, step: int) -> Validated:
-    """Measure the model after ``step`` steps (0: the base), write what is found, and its pictures, and return it.
+    """Measure the model after ``step`` steps (0: the base), and write the outcome and an image grid.
 
-    It is the running average where one is kept. Held-out pairs are compared with the frozen reference.
+    The model is the running average if the run keeps one. Margins of held-out pairs are against the frozen
+    reference.
     """
     began = time.monotonic()
     use_deterministic_kernels()
@@ -38,15 +40,16 @@ def validate(spec: TrainSpec, step: int) -> Validated:
         with checkpoints.opened(spec.run, checkpoints.read(spec.run, step)) as state:
             policy.read(model_weights(state))
     metrics: dict[str, float] = {}
-    picture = None
+    image_uri = None
     if spec.training.held_out_pairs:
         metrics |= _held_out(spec, policy, folder, device)
     if spec.validation and spec.validation.num_prompts:
-        picture = checkpoints.outcome_uri(spec.run, step).replace(".json", ".png")
-        metrics |= _pictures(spec, TextToImage(folder, device, policy.unet), picture)
-    found = Validated(step=step, metrics=metrics, picture=picture, seconds=time.monotonic() - began)
-    files.write_json(checkpoints.outcome_uri(spec.run, step), found.model_dump())
-    return found
+        image_uri = layout.outcome_image_uri(spec.run, step)
+        metrics |= _score_images(spec, TextToImage(folder, device, policy.unet), image_uri)
+    seconds = time.monotonic() - began
+    outcome = Validated(step=step, metrics=metrics, picture=image_uri, seconds=seconds)
+    files.write_json(layout.outcome_uri(spec.run, step), outcome.model_dump())
+    return outcome
 
 
 def _held_out(spec: TrainSpec, policy: Policy, folder: ModelFolder, device: torch.device) -> dict[str, float]:
@@ -56,16 +59,20 @@ def _held_out(spec: TrainSpec, policy: Policy, folder: ModelFolder, device: torc
         return held_out_metrics(policy, batches, reader, schedule, spec.training.micro_batch_size)
 
 
-def _pictures(spec: TrainSpec, model: TextToImage, target: str) -> dict[str, float]:
-    """Draw the validation's prompts and write the sheet. Mean scores."""
-    asked, evaluation = spec.validation, spec.evaluation
-    assert asked
+def _score_images(spec: TrainSpec, model: TextToImage, grid_uri: str) -> dict[str, float]:
+    """Generate an image for each validation prompt, write them as a grid, and return their mean scores.
+
+    Without prompts of its own, validation uses those that follow the evaluation's.
+    """
+    validation = spec.validation
+    evaluation = spec.evaluation
+    assert validation
     assert evaluation
-    skip = 0 if asked.prompts_uri else evaluation.num_prompts
-    prompts = read_prompts(
-        asked.prompts_uri or evaluation.prompts_uri, asked.num_prompts, skip, "validation.num_prompts"
-    )
-    pictures = model(prompts, [asked.seed + i for i in range(len(prompts))], evaluation.sample)
-    files.write_bytes(target, draw_grid(prompts, [("", list(pictures))]))
-    scores = score(pictures, prompts) if evaluation.scorers else {}
+    uri = validation.prompts_uri or evaluation.prompts_uri
+    skip = 0 if validation.prompts_uri else evaluation.num_prompts
+    prompts = read_prompts(uri, validation.num_prompts, skip, "validation.num_prompts")
+    seeds = [validation.seed + i for i in range(len(prompts))]
+    images = model(prompts, seeds, evaluation.sample)
+    files.write_bytes(grid_uri, draw_grid(prompts, [("", list(images))]))
+    scores = score(images, prompts) if evaluation.scorers else {}
     return {name: float(np.mean(scores[name])) for name in evaluation.scorers}

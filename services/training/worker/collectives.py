@@ -1,4 +1,4 @@
-"""From workers' values to those of the global batch."""
+"""Communication between the workers of a run. All of them call each function at the same place of a step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,28 @@ from torch import Tensor
 from dde_core.train_step import PairErrors
 
 
+def any_worker(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """For each flag, whether any worker has set it: the same answer on every worker."""
+    raised = torch.tensor(flags, dtype=torch.float64, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
+
+
+def broadcast_from_rank_zero(number: int, device: torch.device) -> int:
+    """Rank 0's number, on every worker."""
+    value = torch.tensor(number, dtype=torch.int64, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(value, src=0)
+    return int(value)
+
+
 def gather(columns: list[Tensor], positions: np.ndarray, num_rows: int) -> Float[Tensor, "columns rows"]:
     """Per-pair values of all workers in the order of the global batch, in float64 on the CPU.
 
-    Each worker fills its own places of a table of zeros and the tables are added, so the result is exact. Raises what torch
-    raises where other workers have rows and are gone.
+    ``positions`` are the rows of this worker's values. Each worker fills its own rows of a table of zeros and
+    the tables are added, so the result is exact. Raises torch's error if other workers hold rows and have
+    died.
     """
     stacked = torch.stack([column.detach().double() for column in columns])
     table = torch.zeros(len(columns), num_rows, dtype=torch.float64, device=stacked.device)
@@ -28,28 +45,12 @@ def gather(columns: list[Tensor], positions: np.ndarray, num_rows: int) -> Float
     return table.cpu()
 
 
-def agreed(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Which flags any worker has raised: known to all of them at the same step."""
-    raised = torch.tensor(flags, dtype=torch.float64, device=device)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in raised.tolist()]
-
-
-def from_rank_zero(number: int, device: torch.device) -> int:
-    """A whole number that rank 0 has, on every worker."""
-    told = torch.tensor(number, dtype=torch.int64, device=device)
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast(told, src=0)
-    return int(told)
-
-
 def gather_errors(
     parts: Sequence[tuple[Tensor, PairErrors, PairErrors | None]], positions: np.ndarray, num_rows: int
 ) -> tuple[Tensor, PairErrors, PairErrors | None]:
-    """From (t, policy, reference) of a worker's micro-batches to those of the global batch, on every worker.
+    """(t, policy errors, reference errors) of the global batch, on every worker. Errors stay in float32.
 
-    Errors are in float32, as they were.
+    ``parts`` are the same three of this worker's micro-batches, ``positions`` their rows in the global batch.
     """
     t, *columns = zip(*parts, strict=True)
     models = [PairErrors.joined(column) for column in columns if column[0] is not None]

@@ -1,4 +1,7 @@
-"""Why a worker failed, told to the driver where starting it again would end in the same way."""
+"""Reports a worker's error to the driver if a restart of the workers would end in the same error.
+
+Ray Train restarts workers after any error. The driver ends the run as soon as ``worker-failed.json`` exists.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +14,42 @@ from dde_core.errors import DdeError
 from services.api.requests import most_workers
 from services.artifacts import checkpoints
 from services.errors import Overtaken, ServiceError, Unavailable
-from services.stages.runner import failure_of, may_pass
+from services.stages import layout
+from services.stages.runner import failure_of, is_transient
 from services.stages.specs import TrainSpec
 from services.storage import files
 
-FAILED = "worker-failed.json"
-"""In the attempt's folder. Ray Train starts workers again after any error; this ends the run."""
 SAME_ERROR_TIMES = 3
-"""An error that nobody foresaw comes again for good if it has come so often with no new checkpoint in between."""
+"""An unforeseen error is final after so many times without a new checkpoint in between."""
 
 
-def tell(spec: TrainSpec, error: Exception, rank: int, world_size: int) -> None:
-    """Write what ended a worker, where that is worth it: our own errors and too little memory at once, others when they repeat.
-
-    What may pass is left to Ray Train: storage, workers that another one lacks, memory that would do if all workers were there.
-    """
-    if isinstance(error, (Unavailable, Overtaken, torch.distributed.DistError)) or may_pass(error):
-        return
-    if (
-        world_size > 1 and not torch.distributed.is_initialized()
-    ):  # Ray has ended the group, since another worker is gone
-        return
-    if isinstance(error, torch.OutOfMemoryError) and world_size < most_workers(spec.workers):
+def report(spec: TrainSpec, error: Exception, rank: int, world_size: int) -> None:
+    """Write worker-failed.json if ``error`` is final: ours, too little memory, or any other that repeats."""
+    if _is_transient(spec, error, world_size):
         return
     is_final = isinstance(error, (DdeError, ServiceError, torch.OutOfMemoryError))
-    with suppress(Exception):  # what ended the worker is what its caller is to see
-        if is_final or _repeats(spec, error, rank):
-            files.write_json(files.join(spec.prefix, FAILED), failure_of(error).model_dump())
+    with suppress(Exception):  # the caller must see the worker's error, not one of ours
+        if is_final or _count(spec, error, rank) >= SAME_ERROR_TIMES:
+            files.write_json(layout.worker_failed_uri(spec.prefix), failure_of(error).model_dump())
 
 
-def _repeats(spec: TrainSpec, error: Exception, rank: int) -> bool:
-    """Count it."""
-    uri = files.join(spec.prefix, f"worker-error-{rank}.json")
-    said = {"error": failure_of(error).message, "step": max(checkpoints.steps(spec.run), default=0)}
+def _is_transient(spec: TrainSpec, error: Exception, world_size: int) -> bool:
+    """Whether new workers may succeed where this one failed."""
+    if isinstance(error, (Unavailable, Overtaken, torch.distributed.DistError)) or is_transient(error):
+        return True
+    if world_size > 1 and not torch.distributed.is_initialized():
+        return True  # another worker died, and Ray has closed the process group
+    return isinstance(error, torch.OutOfMemoryError) and world_size < most_workers(spec.workers)
+
+
+def _count(spec: TrainSpec, error: Exception, rank: int) -> int:
+    """Store and return how often this worker has had the same error since the newest checkpoint."""
+    uri = layout.worker_error_uri(spec.prefix, rank)
+    failure = {"error": failure_of(error).message, "step": max(checkpoints.steps(spec.run), default=0)}
     times = 1
     with suppress(FileNotFoundError):
-        before = files.read_json(uri)
-        times += before["times"] if said.items() <= before.items() else 0
-    files.write_json(uri, said | {"times": times})
-    return times >= SAME_ERROR_TIMES
+        previous = files.read_json(uri)
+        if failure.items() <= previous.items():
+            times += previous["times"]
+    files.write_json(uri, failure | {"times": times})
+    return times

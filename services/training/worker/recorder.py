@@ -1,7 +1,8 @@
-"""What rank 0 tells and keeps: metrics, the pair log, checkpoints. On a thread of its own, so training waits for none of it.
+"""Everything that rank 0 writes, in order, on a thread of its own: events, metrics, pair log, checkpoints.
 
-Writes go out in order. Where storage does not take one (an outage, a full disk) it is tried again for PATIENCE_S, while
-training goes on; a checkpoint that comes due while another is still on its way is left out, and one that is needed waits.
+Training does not wait for a write. If storage fails (an outage, a full disk), the write is retried for
+RETRY_FOR_S while training continues. A checkpoint that falls due while the previous one is being stored is
+skipped, unless it is needed: then it waits.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
+import torch
 from jaxtyping import Int
 from tenacity import (
     RetryCallState,
@@ -36,19 +37,20 @@ from services.artifacts import checkpoints
 from services.artifacts.checkpoints import CheckpointRecord, ReaderPosition
 from services.errors import Unavailable
 from services.stages.journal import Journal
-from services.stages.specs import TrainSpec
+from services.stages.specs import Level, TrainSpec
+from services.training import selection
 from services.training.fence import Fence
 from services.training.pair_log import PairLog
-from services.training.selection import superfluous
+from services.training.worker.collectives import any_worker
 
-PATIENCE_S = 1800.0
+RETRY_FOR_S = 1800.0
 FLUSH_EVERY_S = 1.0
-ABANDONED_AFTER_S = 10.0
+ABANDON_AFTER_S = 10.0
 
 
 @dataclass(frozen=True, eq=False)
 class PairValues:
-    """What a step says of each pair of the global batch, on the host."""
+    """One step's values for each pair of the global batch, on the host."""
 
     t: Int[Tensor, " b"]
     theta: PairErrors
@@ -56,83 +58,89 @@ class PairValues:
     terms: StepTerms
 
 
-def _nothing() -> None:
-    """Before the first thing that is to be done."""
-
-
 class Recorder:
-    """Raises, at ``step`` and ``close``, what ended its thread: Unavailable where storage was away too long, Overtaken where
-    somebody else goes on with the run."""
+    """A context manager around the training loop.
+
+    ``log_step``, ``wait`` and the end of the context raise the error that ended the thread: Unavailable if
+    storage failed for too long, Overtaken if somebody else has taken over the run.
+    """
 
     def __init__(
         self,
         spec: TrainSpec,
         fence: Fence,
-        same: dict[str, Any],
+        run_identity: dict[str, Any],
         policy: Policy,
         schedule: Schedule,
         num_pairs: int,
-        done: Progress,
+        progress: Progress,
     ) -> None:
-        self._spec, self._fence, self._same, self._policy = spec, fence, same, policy
-        self._schedule, self._num_pairs = schedule, num_pairs
-        self._journal = Journal(
-            spec.prefix, flush_every_s=math.inf
-        )  # by this thread alone, which tries again
-        self._pair_log, self._alarms = PairLog(spec.run), Alarms(spec.objective)
-        if done.step:
-            self._alarms.load_state_dict(checkpoints.read(spec.run, done.step).alarms)
+        self._spec = spec
+        self._fence = fence
+        self._run_identity = run_identity
+        self._policy = policy
+        self._schedule = schedule
+        self._num_pairs = num_pairs
+        self._journal = Journal(spec.prefix, flush_every_s=math.inf)  # flushed by the thread, with retries
+        self._pair_log = PairLog(spec.run)
+        self._alarms = Alarms(spec.objective)
+        if progress.step:
+            self._alarms.load_state_dict(checkpoints.read(spec.run, progress.step).alarms)
         self._metrics: dict[str, float] = {}
-        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._has_stored = threading.Event()
-        self._has_stored.set()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._is_idle = threading.Event()
+        """Set while no checkpoint is being stored."""
+        self._is_idle.set()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="recorder")
         self._thread.start()
 
-    # ---- called by training
+    # ---- called by the training loop
 
-    def event(self, message: str) -> None:
-        """Tell people something."""
-        self._todo.put(partial(self._journal.event, message))
+    def event(self, message: str, level: Level = "info") -> None:
+        """Log a message for people. The thread writes it."""
+        self._journal.event(message, level)
 
-    def step(self, done: Progress, pairs: PairValues, more: dict[str, float]) -> None:
-        """Tell of a step from the values of the global batch, which are not changed any more, and of its time."""
+    def log_step(self, progress: Progress, pairs: PairValues, extra: dict[str, float]) -> None:
+        """Log the metrics of a step: of its global batch, and ``extra``. Neither may change afterwards."""
         self._raise_failure()
-        self._todo.put(partial(self._tell, done.step, pairs, more))
+        self._tasks.put(partial(self._log_step, progress.step, pairs, extra))
 
-    def leaves_out(self, step: int) -> bool:
-        """Whether there is no checkpoint of this step, because one is still on its way. It is told."""
-        if self._has_stored.is_set():
-            return False
-        warning = f"no checkpoint of step {step}: the one before is still on its way"
-        self._todo.put(partial(self._journal.event, warning, "warning"))
-        return True
+    def is_storing(self) -> bool:
+        """Whether a checkpoint is being stored."""
+        return not self._is_idle.is_set()
+
+    def skip_checkpoint(self, step: int) -> None:
+        """Log that there is no checkpoint of this step."""
+        message = f"checkpoint of step {step} skipped: the previous one is still being stored"
+        self.event(message, "warning")
 
     def wait(self) -> None:
-        """Return once no checkpoint is on its way: the host has memory for one copy of the state."""
-        self._has_stored.wait()
+        """Return once no checkpoint is being stored: the host has memory for one copy of the state."""
+        self._is_idle.wait()
         self._raise_failure()
 
-    def checkpoint(self, state: Snapshot, workers: int) -> None:
-        """Store a state."""
-        self._has_stored.clear()
-        self._todo.put(partial(self._commit, state, workers))
-        self._todo.put(partial(self._patiently, self._prune))
+    def store(self, state: Snapshot, workers: int) -> None:
+        """Store a checkpoint, then prune older ones."""
+        self._is_idle.clear()
+        self._tasks.put(partial(self._store, state, workers))
+        self._tasks.put(partial(self._with_retries, self._prune))
 
-    def close(self) -> None:
-        """Return once all is written."""
-        self._todo.put(None)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Write what is left; after an error in the loop, only within ABANDON_AFTER_S and raising nothing."""
+        self._tasks.put(None)
+        if error is not None:
+            self._thread.join(ABANDON_AFTER_S)
+            return
         self._thread.join()
         self._raise_failure()
 
-    def abandon(self) -> None:
-        """Training has failed, and what it failed of counts: write what can be written at once."""
-        self._todo.put(None)
-        self._thread.join(ABANDONED_AFTER_S)
-
     def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
+        failure = self._failure
+        self._failure = None
         if failure:
             raise failure
 
@@ -140,78 +148,88 @@ class Recorder:
 
     def _run(self) -> None:
         flushed_at = 0.0
-        todo: Callable[[], None] | None = _nothing
+        is_open = True
         try:
-            while todo is not None:
-                with suppress(queue.Empty):
-                    if todo := self._todo.get(timeout=FLUSH_EVERY_S):
-                        todo()
-                        todo = _nothing  # a state that is stored is let go
+            while is_open:
+                is_open = self._run_next_task()
                 if time.monotonic() - flushed_at >= FLUSH_EVERY_S:
-                    self._patiently(self._journal.flush)
+                    self._with_retries(self._journal.flush)
                     flushed_at = time.monotonic()
-            self._patiently(self._pair_log.flush)
-            self._patiently(self._journal.flush)
+            self._with_retries(self._pair_log.flush)
+            self._with_retries(self._journal.flush)
         except (OSError, Unavailable) as error:
-            minutes = f"{PATIENCE_S / 60:.0f} minutes"
-            self._failure = Unavailable(f"storage has not taken what training stores for {minutes}: {error}")
-        except BaseException as error:  # told to training, which ends
+            minutes = f"{RETRY_FOR_S / 60:.0f} minutes"
+            self._failure = Unavailable(f"storage has accepted no write of training for {minutes}: {error}")
+        except BaseException as error:  # raised in the training loop
             self._failure = error
         finally:
-            self._has_stored.set()
+            self._is_idle.set()
 
-    def _patiently(self, call: Callable[[], Any]) -> Any:
-        again = Retrying(
+    def _run_next_task(self) -> bool:
+        """Run a task, if one comes within FLUSH_EVERY_S. False once the recorder is closed."""
+        try:
+            task = self._tasks.get(timeout=FLUSH_EVERY_S)
+        except queue.Empty:
+            return True
+        if task is None:
+            return False
+        task()
+        return True
+
+    def _with_retries(self, call: Callable[[], None]) -> None:
+        retrying = Retrying(
             retry=retry_if_exception_type((OSError, Unavailable)),
             wait=wait_exponential_jitter(multiplier=0.5, max=30),
-            stop=stop_after_delay(PATIENCE_S),
-            before_sleep=self._say_once,
+            stop=stop_after_delay(RETRY_FOR_S),
+            before_sleep=self._log_first_retry,
             reraise=True,
         )
-        return again(call)
+        retrying(call)
 
-    def _say_once(self, state: RetryCallState) -> None:
+    def _log_first_retry(self, state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome:
             error = state.outcome.exception()
-            self._journal.event(f"storage is tried again, while training goes on: {error}", "warning")
+            message = f"storage failed, the write is retried while training continues: {error}"
+            self._journal.event(message, "warning")
 
-    def _tell(self, step: int, pairs: PairValues, more: dict[str, float]) -> None:
-        t, terms, schedule = pairs.t, pairs.terms, self._schedule
-        self._metrics = {**step_metrics(t, pairs.theta, pairs.ref, terms, schedule.T), **more}
-        if step == 1 and terms.margin is not None:  # the policy was still its reference
-            beta = self._spec.objective.beta
-            noise = logit_deviation(t, terms.margin, schedule.snr[t], beta, schedule.T)
+    def _log_step(self, step: int, pairs: PairValues, extra: dict[str, float]) -> None:
+        terms = pairs.terms
+        timesteps = self._schedule.T
+        self._metrics = {**step_metrics(pairs.t, pairs.theta, pairs.ref, terms, timesteps), **extra}
+        if step == 1 and terms.margin is not None:  # the policy still equals its reference
+            snr = self._schedule.snr[pairs.t]
+            noise = logit_deviation(pairs.t, terms.margin, snr, self._spec.objective.beta, timesteps)
             self._metrics |= noise
             self._journal.event(f"rounding moves the logits of step 0: {format_metrics(noise)}")
-        self._pair_log.add(step, t, terms.margin, terms.gradient_weight)
+        self._pair_log.add(step, pairs.t, terms.margin, terms.gradient_weight)
         self._journal.metrics(step, self._metrics)
-        for message in self._alarms.step(self._metrics):
-            self._journal.event(message, "info" if " is over: " in message else "warning")
+        for alarm in self._alarms.step(self._metrics):
+            self._journal.event(alarm.message, alarm.level)
 
-    def _commit(self, state: Snapshot, workers: int) -> None:
-        """What was told up to this step goes first: a run that goes on from here does not tell it again."""
-        self._patiently(self._journal.flush)
-        self._patiently(self._pair_log.flush)
-        self._patiently(partial(self._write, state, self._record(state.progress, workers)))
-        self._has_stored.set()
+    def _store(self, state: Snapshot, workers: int) -> None:
+        """Journal and pair log go first: a run that resumes here does not write these steps again."""
+        self._with_retries(self._journal.flush)
+        self._with_retries(self._pair_log.flush)
+        self._with_retries(partial(self._commit, state, self._record(state.progress, workers)))
+        self._is_idle.set()
 
-    def _write(self, state: Snapshot, record: CheckpointRecord) -> None:
+    def _commit(self, state: Snapshot, record: CheckpointRecord) -> None:
         with checkpoints.committed(self._spec.run, record, before_record=self._fence.check) as folder:
             state.write(folder, self._policy)
 
     def _prune(self) -> None:
-        for step in superfluous(self._spec):
+        for step in selection.prunable(self._spec):
             checkpoints.delete(self._spec.run, step)
 
-    def _record(self, done: Progress, workers: int) -> CheckpointRecord:
-        epoch, pair = divmod(done.pairs_seen, self._num_pairs)
+    def _record(self, progress: Progress, workers: int) -> CheckpointRecord:
+        epoch, pair = divmod(progress.pairs_seen, self._num_pairs)
         return CheckpointRecord(
-            step=done.step,
-            pairs_seen=done.pairs_seen,
-            images_seen=done.images_seen,
+            step=progress.step,
+            pairs_seen=progress.pairs_seen,
+            images_seen=progress.images_seen,
             reader=ReaderPosition(epoch=epoch, pair=pair),
-            ledger=self._same["ledger"],
-            identity=self._same,
+            ledger=self._run_identity["ledger"],
+            identity=self._run_identity,
             workers=workers,
             attempt=self._spec.attempt,
             created_at=time.time(),
@@ -219,3 +237,8 @@ class Recorder:
             alarms=self._alarms.state_dict(),
             files={},
         )
+
+
+def is_storing(recorder: Recorder | None, device: torch.device) -> bool:
+    """Whether rank 0, the only one with a recorder, stores a checkpoint: the same answer on every worker."""
+    return any_worker([recorder is not None and recorder.is_storing()], device)[0]

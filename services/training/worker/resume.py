@@ -1,4 +1,4 @@
-"""Where a run goes on: from its newest checkpoint that is whole."""
+"""Resumes a run from its newest usable checkpoint."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from services.artifacts import checkpoints, ledgers
 from services.artifacts.checkpoints import BrokenCheckpoint, CheckpointRecord
 from services.stages.journal import Journal
 from services.stages.specs import TrainSpec
-from services.training.worker.collectives import from_rank_zero
+from services.training.worker.collectives import broadcast_from_rank_zero
 
-FREE = (
+MAY_DIFFER = (
     "steps",
     "micro_batch_size",
     "gradient_checkpointing",
@@ -29,66 +29,68 @@ FREE = (
     "checkpoint_every",
     "keep_checkpoints",
 )
-"""Settings of training that may differ between a checkpoint and the run that goes on from it."""
-BEGINNING = Progress(step=0, pairs_seen=0, images_seen=0)
+"""Training settings that a resumed run may change."""
+START = Progress(step=0, pairs_seen=0, images_seen=0)
 
 
-def identity(spec: TrainSpec, manifest: Manifest, ledger: Ledger | None) -> dict[str, Any]:
-    """Everything that the weights after a step depend on, beside the order of additions. In JSON's types."""
-    training = {name: value for name, value in asdict(spec.training).items() if name not in FREE}
-    values = {
+def run_identity(spec: TrainSpec, manifest: Manifest, ledger: Ledger | None) -> dict[str, Any]:
+    """All that the weights after a step depend on, except the order of additions, as JSON values by field."""
+    training = {name: value for name, value in asdict(spec.training).items() if name not in MAY_DIFFER}
+    fields = {
         "dataset": manifest.digest,
         "model": ledgers.reference_digest(spec.model),
         "ledger": ledger.record.key.name if ledger else None,
         **{f"objective.{name}": value for name, value in asdict(spec.objective).items()},
         **{f"training.{name}": value for name, value in training.items()},
     }
-    return json.loads(json.dumps(values))
+    identity: dict[str, Any] = json.loads(json.dumps(fields))
+    return identity
 
 
 @dataclass(frozen=True, eq=False)
-class State:
-    """What a checkpoint is put back into: objects that were freshly made."""
+class TrainState:
+    """The newly made objects that a checkpoint is loaded into."""
 
     policy: Policy
     optimizer: Optimizer
     calibration: Calibration
 
     def load(self, run: str, record: CheckpointRecord, verify: bool) -> Progress:
-        """Raises BrokenCheckpoint where the files are not those that were written."""
+        """Raises BrokenCheckpoint if ``verify`` and a file differs from what was written."""
         with checkpoints.opened(run, record, verify) as folder:
             return checkpoint.load(folder, self.policy, self.optimizer, self.calibration)
 
 
-def resume(run: str, same: dict[str, Any], state: State, rank: int, journal: Journal) -> Progress:
-    """Go on from the newest checkpoint that is whole; without one the run begins. Rank 0 chooses, all follow.
+def resume(run: str, identity: dict[str, Any], state: TrainState, rank: int, journal: Journal) -> Progress:
+    """Load the newest usable checkpoint into ``state``; START if there is none. Rank 0 chooses for all.
 
-    A checkpoint whose files are not those that were written is put aside, with a warning. Raises ConfigError where one
-    belongs to another run, naming the first thing that differs, and DataError where it is whole and this code cannot read it:
-    work that another version can go on with is not thrown away.
+    A checkpoint with damaged files is invalidated, with a warning. Raises ConfigError for a checkpoint of
+    another run, naming the first field that differs, and DataError for one that another version of this code
+    wrote: that version can still resume from it, so it is kept.
     """
-    done = _newest(run, same, state, journal) if rank == 0 else BEGINNING
-    step = from_rank_zero(done.step, state.policy.device)
-    if rank > 0 and step:
-        done = state.load(run, checkpoints.read(run, step), verify=False)
-    return done
+    progress = _load_newest(run, identity, state, journal) if rank == 0 else START
+    step = broadcast_from_rank_zero(progress.step, state.policy.device)
+    if rank > 0 and step > 0:
+        progress = state.load(run, checkpoints.read(run, step), verify=False)
+    return progress
 
 
-def _newest(run: str, same: dict[str, Any], state: State, journal: Journal) -> Progress:
+def _load_newest(run: str, identity: dict[str, Any], state: TrainState, journal: Journal) -> Progress:
     for step in reversed(checkpoints.steps(run)):
         try:
             record = checkpoints.read(run, step)
-            _refuse_other(record, same)
+            _check_identity(record, identity)
             return state.load(run, record, verify=True)
         except BrokenCheckpoint as error:
-            journal.event(f"the checkpoint of step {step} is put aside: {error}", "warning")
+            journal.event(f"invalidated the checkpoint of step {step}: {error}", "warning")
             journal.flush()
             checkpoints.discard(run, step)
-    return BEGINNING
+    return START
 
 
-def _refuse_other(record: CheckpointRecord, same: dict[str, Any]) -> None:
-    for name in [name for name in same if name in record.identity]:  # another version may know of more
-        if record.identity[name] != same[name]:
+def _check_identity(record: CheckpointRecord, identity: dict[str, Any]) -> None:
+    """Raises ConfigError for the first field that differs. Fields that an older record lacks are ignored."""
+    for name, value in identity.items():
+        if name in record.identity and record.identity[name] != value:
             reason = f"differs from the checkpoint of step {record.step}, which has {record.identity[name]!r}"
-            raise ConfigError(name, same[name], reason)
+            raise ConfigError(name, value, reason)

@@ -1,5 +1,7 @@
-"""Three processes with unequal shares of each global batch, in micro-batches with a remainder, make the update of one,
-in float64 to 1e-9; and gathering is exact."""
+"""Three workers with unequal shards of each global batch, in uneven micro-batches, make the update of one.
+
+In float64, to 1e-9. Gathering is exact.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from torch import distributed
 from dde_core.batches import micro_batches, parts_of_a_share
 from dde_core.calibration import Calibration
 from dde_core.config import ObjectiveConfig
-from dde_core.models.parallel import shard, synchronised, whole, wrap
+from dde_core.models.parallel import full_tensor, shard, synchronized, wrap
 from dde_core.noise import draw_evaluation_point, draw_noise, draw_timestep
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors, step_losses
@@ -57,7 +59,7 @@ def make_batch(step: int, places: np.ndarray) -> PairBatch:
 
 
 def three(rank: int, folder: str) -> None:
-    """One of three workers, in every way to hold the model."""
+    """One of three workers, with every parallelism."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", store=distributed.FileStore(f"{folder}/store", 3), rank=rank, world_size=3
@@ -83,7 +85,7 @@ def train(rank: int, world_size: int, file: str, parallelism: str) -> None:
         batch, errors = make_batch(step, places), []
         optimizer.zero_grad()
         for part, is_last in micro_batches(batch, parts_of_a_share(BATCH, world_size, MICRO)):
-            with synchronised(parallel, is_last):
+            with synchronized(parallel, is_last):
                 theta = pair_errors(parallel, schedule, part)
                 with torch.no_grad():
                     ref = pair_errors(reference, schedule, part)
@@ -99,13 +101,13 @@ def train(rank: int, world_size: int, file: str, parallelism: str) -> None:
         point: torch.cat(list(calibration.state_dict().values()))
         for point, calibration in calibrations.items()
     }
-    weights = torch.cat([whole(value).flatten() for value in policy.state_dict().values()])
+    weights = torch.cat([full_tensor(value).flatten() for value in policy.state_dict().values()])
     save_file({"weights": weights, **arrays}, file)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one worker and what three of them have made."""
+    """A folder with the results of one worker and of three."""
     folder = tmp_path_factory.mktemp("trained")
     train(0, 1, f"{folder}/one", "none")
     mp.spawn(three, args=(str(folder),), nprocs=3)
@@ -114,7 +116,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("parallelism", WAYS)
 def test_workers_do_not_change_the_update_in_float64(trained: Path, parallelism: str):
-    """Of three, the first has one pair more; under FSDP2 all gather at once, and so must have equally many micro-batches."""
+    """The first of three has one pair more. Under FSDP2 all gather at once: as many micro-batches each."""
     one, *three = (
         load_file(trained / name) for name in ("one", *(f"{parallelism}-{rank}" for rank in range(3)))
     )
@@ -162,18 +164,18 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(size: int, lengths: 
     assert ((gradient(part for part, _ in parts) - whole).norm() / whole.norm()).item() < 1e-9
 
 
-def test_gathering_puts_values_where_they_belong():
+def test_gathering_puts_values_at_their_positions():
     table = gather([torch.tensor([1.0, 2.0, 5.0]), torch.tensor([3, 4, 6])], np.array([2, 0, 1]), 3)
     assert table.tolist() == [[2.0, 5.0, 1.0], [4.0, 6.0, 3.0]]
 
 
-def test_a_share_whose_other_workers_are_gone_is_an_error_and_no_row_of_zeros():
+def test_a_shard_whose_other_workers_have_died_is_an_error_and_no_row_of_zeros():
     with pytest.raises(ValueError, match="process group has not been initialized"):
         gather([torch.tensor([1.0, 2.0])], np.array([2, 0]), 3)
 
 
 @given(batch_size=st.integers(1, 200), world_size=st.integers(1, 16), size=st.integers(1, 50))
-def test_all_workers_have_equally_many_micro_batches_of_no_more_pairs_than_asked_for(
+def test_all_workers_have_equally_many_micro_batches_of_no_more_pairs_than_requested(
     batch_size, world_size, size
 ):
     assume(world_size <= batch_size)
@@ -185,7 +187,7 @@ def test_all_workers_have_equally_many_micro_batches_of_no_more_pairs_than_asked
 
 
 class Numbers(list):
-    """Rows that are no more than their numbers."""
+    """Rows that are just their numbers."""
 
     def rows(self, keep: slice) -> Numbers:
         return Numbers(self[keep])

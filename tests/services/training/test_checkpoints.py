@@ -1,4 +1,5 @@
-"""What training keeps, and that it goes on from it: full disks, broken files, requests to stop, attempts that are overtaken."""
+"""What training keeps, and that it goes on from it: full disks, broken files, requests to stop, attempts
+that are overtaken."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,15 +32,15 @@ from services.api.requests import EvaluationConfig, ValidationConfig
 from services.artifacts import checkpoints
 from services.artifacts.checkpoints import CheckpointRecord, ReaderPosition
 from services.errors import Overtaken, Unavailable
-from services.stages.journal import read_journal
+from services.stages import layout
+from services.stages.journal import Journal, read_journal
 from services.stages.specs import StopRequest
 from services.storage import files
 from services.training import selection
 from services.training.fence import Fence
 from services.training.worker import errors, loop, preemption
-from services.training.worker.errors import FAILED
 from tests.support.encoded_pairs import train_here, train_spec, write_encoded
-from tests.support.s3_server import Harm
+from tests.support.s3_server import Fault
 from tests.support.tiny_folders import sd15_folder
 
 OBJECTIVE = ObjectiveConfig(beta=500.0, calibration_bins=20)
@@ -67,6 +68,27 @@ def undisturbed(model, encoded, tmp_path_factory: pytest.TempPathFactory) -> dic
     folder = tmp_path_factory.mktemp("undisturbed")
     train_here(folder, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     return state(folder, 8)
+
+
+@pytest.fixture
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The messages that are given to a journal of this process, at once."""
+    found: list[str] = []
+    event = Journal.event
+
+    def record(journal: Journal, message: str, *level: str) -> None:
+        found.append(message)
+        event(journal, message, *level)
+
+    monkeypatch.setattr(Journal, "event", record)
+    return found
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"waited for {timeout_s:g} s"
+        time.sleep(0.02)
 
 
 def run_of(folder: Path | str) -> str:
@@ -138,18 +160,18 @@ def test_a_checkpoint_whose_files_have_changed_is_put_aside(model, encoded, tmp_
     ):
         state(tmp_path, 4)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
-    assert any("the checkpoint of step 4 is put aside" in event for event in events(tmp_path))
+    assert any("invalidated the checkpoint of step 4" in event for event in events(tmp_path))
     assert "training on 1 workers from step 2" in events(tmp_path)
     assert same(state(tmp_path, 8), undisturbed)
 
 
 def test_while_a_checkpoint_is_stored_one_that_is_due_is_left_out_and_the_last_one_waits(
-    model, encoded, tmp_path, monkeypatch, undisturbed
+    model, encoded, tmp_path, monkeypatch, undisturbed, messages
 ):
     alive, most = weakref.WeakSet(), []
 
     class Slow(Snapshot):
-        """Stored as slowly as a large model."""
+        """Stored as slowly as a large model: until two later checkpoints were due."""
 
         def __init__(self, *values) -> None:
             super().__init__(*values)
@@ -157,13 +179,15 @@ def test_while_a_checkpoint_is_stored_one_that_is_due_is_left_out_and_the_last_o
             most.append(len(alive))
 
         def write(self, folder: Path, policy: Policy) -> None:
-            time.sleep(2.0)
+            wait_until(lambda: sum("skipped" in message for message in messages) == 2)
             super().write(folder, policy)
 
     monkeypatch.setattr(checkpoint, "Snapshot", Slow)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
-    said = [event for event in events(tmp_path) if event.startswith("no checkpoint of step")]
-    assert said == [f"no checkpoint of step {step}: the one before is still on its way" for step in (4, 6)]
+    said = [event for event in events(tmp_path) if "skipped" in event]
+    assert said == [
+        f"checkpoint of step {step} skipped: the previous one is still being stored" for step in (4, 6)
+    ]
     assert most == [1, 1], "the host has memory for one copy of the state"
     assert checkpoints.steps(run_of(tmp_path)) == [2, 8]
     assert same(state(tmp_path, 8), undisturbed)
@@ -178,7 +202,7 @@ def test_pruning_that_fails_costs_no_checkpoint(model, encoded, tmp_path, monkey
             raise OSError("busy")
         delete(run, step)
 
-    monkeypatch.setattr(checkpoints, "delete", errors)
+    monkeypatch.setattr(checkpoints, "delete", failing)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING | {"keep_checkpoints": 1})
     assert any("busy" in event for event in events(tmp_path))
     assert newest == sorted(newest)
@@ -189,7 +213,7 @@ def test_a_record_that_cannot_be_read_is_put_aside(model, encoded, tmp_path, und
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
     (tmp_path / "run/checkpoints/step-00000004/checkpoint.json").write_text('{"step": ')
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
-    assert any("the checkpoint of step 4 is put aside: the record of" in event for event in events(tmp_path))
+    assert any("invalidated the checkpoint of step 4: the record of" in event for event in events(tmp_path))
     assert same(state(tmp_path, 8), undisturbed)
 
 
@@ -223,11 +247,11 @@ def test_workers_that_others_have_replaced_write_no_checkpoint_any_more(tmp_path
         each.take()
     driver.check()
     new.check()
-    with pytest.raises(Overtaken, match="other workers of attempt 1 go on with this run"):
+    with pytest.raises(Overtaken, match="newer workers of attempt 1 have taken over this run"):
         cut_off.check()
     Fence(run, 2).take()
     for each in (driver, new):
-        with pytest.raises(Overtaken, match="attempt 1 was given up: attempt 2 goes on"):
+        with pytest.raises(Overtaken, match="attempt 2 has taken over this run"):
             each.take()
 
 
@@ -240,7 +264,7 @@ def test_a_run_that_is_overtaken_makes_no_further_checkpoint_visible(model, enco
         return real(training, step)
 
     monkeypatch.setattr(loop, "learning_rate", overtaken)
-    with pytest.raises(Overtaken, match="attempt 1 was given up: attempt 2 goes on with this run"):
+    with pytest.raises(Overtaken, match="attempt 2 has taken over this run from attempt 1"):
         train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     assert not {4, 6, 8} & set(checkpoints.steps(run_of(tmp_path)))
 
@@ -272,7 +296,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs(model,
     told = r"training\.learning_rate differs from the checkpoint of step 2, which has 0\.001, got 0\.002"
     with pytest.raises(ConfigError, match=told):
         train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING | {"learning_rate": 2e-3})
-    failed = files.read_json(files.join(tmp_path.as_uri(), FAILED))
+    failed = files.read_json(layout.worker_failed_uri(tmp_path.as_uri()))
     assert failed["param"] == "training.learning_rate", "what would only come again is told to the driver"
 
 
@@ -282,7 +306,7 @@ def test_an_error_that_nobody_foresaw_is_final_when_it_has_come_three_times_with
     def fail(*_):
         raise KeyError("down_blocks")
 
-    failed = tmp_path / FAILED
+    failed = tmp_path / "worker-failed.json"
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=2, **TRAINING)
     monkeypatch.setattr(loop, "pair_errors", fail)
     for number in (1, 2, 3):
@@ -310,13 +334,13 @@ def test_what_passes_or_is_of_other_workers_making_ends_no_run_however_often_it_
 ):
     spec = train_spec(tmp_path, model, encoded, OBJECTIVE, steps=1).model_copy(update={"workers": workers})
     for _ in range(4):
-        errors.tell(spec, error, 0, world_size)
-    assert (tmp_path / FAILED).exists() == is_final
+        errors.report(spec, error, 0, world_size)
+    assert (tmp_path / "worker-failed.json").exists() == is_final
 
 
 def test_an_attempt_that_was_given_up_writes_no_checkpoint_any_more(model, encoded, tmp_path):
     Fence(run_of(tmp_path), 2).take()
-    with pytest.raises(Overtaken, match="attempt 1 was given up: attempt 2 goes on with this run"):
+    with pytest.raises(Overtaken, match="attempt 2 has taken over this run from attempt 1"):
         train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
     assert checkpoints.steps(run_of(tmp_path)) == []
 
@@ -351,9 +375,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_a_full_disk_costs_no_step(model, encoded, small_disk, undisturbed):
+def test_a_full_disk_costs_no_step(model, encoded, small_disk, undisturbed, messages):
     def make_room() -> None:
-        time.sleep(4)
+        wait_until(lambda: any("storage failed" in message for message in messages))
+        wait_until(lambda: any("skipped" in message for message in messages))
         subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
 
     later = threading.Thread(target=make_room)
@@ -361,8 +386,8 @@ def test_a_full_disk_costs_no_step(model, encoded, small_disk, undisturbed):
     metrics = train_here(small_disk, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     later.join()
     assert len(metrics) == 8, "all of them told"
-    assert any("storage is tried again" in event and "No space left" in event for event in events(small_disk))
-    assert any("no checkpoint of step" in event for event in events(small_disk)), "training did not wait"
+    assert any("storage failed" in event and "No space left" in event for event in events(small_disk))
+    assert any("skipped" in event for event in events(small_disk)), "training did not wait"
     assert same(state(small_disk, 8), undisturbed)
 
 
@@ -373,11 +398,12 @@ def test_an_object_store_that_does_not_answer_for_a_while_costs_no_step(
     failed = Counter[str]()
 
     def back_again() -> None:
+        wait_until(lambda: s3_server.counts["slow_down"] > 0)
         time.sleep(12)
-        failed.update(s3_server.done)
-        s3_server.harm()
+        failed.update(s3_server.counts)
+        s3_server.inject()
 
-    s3_server.harm(Harm("slow_down", method="PUT"))
+    s3_server.inject(Fault("slow_down", method="PUT"))
     later = threading.Thread(target=back_again)
     later.start()
     metrics = train_here(bucket, model, encoded, OBJECTIVE, steps=8, **TRAINING)
@@ -461,7 +487,7 @@ def records(folder: Path | str, *steps: int) -> str:
 
 def validated(run: str, step: int, **metrics: float) -> None:
     files.write_json(
-        checkpoints.outcome_uri(run, step), Validated(step=step, metrics=metrics, seconds=1.0).model_dump()
+        layout.outcome_uri(run, step), Validated(step=step, metrics=metrics, seconds=1.0).model_dump()
     )
 
 
@@ -478,21 +504,21 @@ def test_the_last_the_best_and_what_validation_has_not_seen_are_kept(model, enco
         keep_checkpoints=1,
     )
     spec = spec.model_copy(update={"run": run})
-    assert selection.superfluous(spec) == [10, 20, 30, 40, 50]
+    assert selection.prunable(spec) == [10, 20, 30, 40, 50]
     asked = ValidationConfig(every=20, best_metric="held_out_accuracy")
     spec = spec.model_copy(update={"validation": asked, "evaluation": EvaluationConfig(prompts_uri="x")})
-    assert selection.superfluous(spec) == [10, 30, 50], "20, 40 and 60 wait for validation"
+    assert selection.prunable(spec) == [10, 30, 50], "20, 40 and 60 wait for validation"
     validated(run, 0, held_out_accuracy=0.9)
     validated(run, 20, held_out_accuracy=0.7)
     validated(run, 40, held_out_accuracy=0.7)
-    assert selection.best(selection.outcomes(run), "held_out_accuracy") == 20, (
+    assert selection.best_step(selection.outcomes(run), "held_out_accuracy") == 20, (
         "the first of equals, and never the base"
     )
-    assert selection.superfluous(spec) == [10, 30, 40, 50]
+    assert selection.prunable(spec) == [10, 30, 40, 50]
     validated(run, 60, held_out_accuracy=0.8)
     validated(run, 70, held_out_accuracy=0.9)  # of a checkpoint that was put aside since
-    assert selection.best(selection.outcomes(run), "held_out_accuracy") == 60
-    assert selection.superfluous(spec) == [10, 20, 30, 40, 50]
+    assert selection.best_step(selection.outcomes(run), "held_out_accuracy") == 60
+    assert selection.prunable(spec) == [10, 20, 30, 40, 50]
 
 
 def test_validation_is_due_every_so_often_and_at_the_end(model, encoded, tmp_path):

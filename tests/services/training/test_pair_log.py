@@ -1,4 +1,4 @@
-"""The per-pair record of a run: files that appear whole, steps that count once, and what is made of them."""
+"""The pair log of a run: files are written atomically, steps count once; and the credit record from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> str:
 
 
 def add(log: PairLog, first: int, last: int, pairs: int = 3, margins: bool = True) -> None:
-    """Steps whose numbers say which step they are of."""
+    """Steps whose values show which step they belong to."""
     for step in range(first, last + 1):
         values = step + torch.arange(pairs) / 10
         log.add(step, torch.arange(pairs) + step, -values if margins else None, values)
@@ -57,7 +57,7 @@ def test_a_file_holds_the_steps_of_one_flush_in_small_types_and_is_named_by_them
     assert {file.metadata.row_group(0).column(i).compression for i in range(4)} == {"ZSTD"}
 
 
-def test_what_is_read_is_what_was_added_in_step_order(run):
+def test_pairs_are_read_as_they_were_added_in_step_order(run):
     log = PairLog(run)
     for step in range(1, 13):
         add(log, step, step)
@@ -69,7 +69,7 @@ def test_what_is_read_is_what_was_added_in_step_order(run):
     assert torch.equal(pairs.margin, -pairs.gradient_weight)
 
 
-def test_without_margins_there_are_none(run):
+def test_a_log_without_margins_has_none(run):
     log = PairLog(run)
     add(log, 1, 2, margins=False)
     log.flush()
@@ -77,7 +77,7 @@ def test_without_margins_there_are_none(run):
     assert read(run).gradient_weight.tolist() == pytest.approx([1, 1.1, 1.2, 2, 2.1, 2.2])
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_writes_the_same_names_again(run, tmp_path):
+def test_a_resumed_run_writes_the_same_names_again(run, tmp_path):
     for _ in range(2):
         log = PairLog(run)
         add(log, 1, 4)
@@ -89,14 +89,14 @@ def test_a_run_that_goes_on_from_a_checkpoint_writes_the_same_names_again(run, t
 @pytest.mark.parametrize(
     "spans",
     [
-        [(1, 4), (5, 6), (5, 8)],  # killed after 6, went on from 4
+        [(1, 4), (5, 6), (5, 8)],  # killed after 6, resumed from 4
         [(1, 3), (1, 4), (5, 8)],  # killed before the first checkpoint
         [(1, 8), (5, 6), (7, 8)],
         [(1, 5), (3, 8)],
         [(1, 4), (5, 8), (5, 8)],
     ],
 )
-def test_steps_that_lie_in_several_files_count_once(run, spans):
+def test_steps_that_several_files_contain_count_once(run, spans):
     for first, last in spans:
         log = PairLog(run)
         add(log, first, last)
@@ -106,7 +106,7 @@ def test_steps_that_lie_in_several_files_count_once(run, spans):
     assert pairs.t.tolist() == [step + i for step in range(1, 9) for i in range(3)]
 
 
-def test_a_file_that_was_not_written_to_its_end_is_not_read(run, tmp_path):
+def test_a_partly_written_file_is_not_read(run, tmp_path):
     log = PairLog(run)
     add(log, 1, 2)
     log.flush()
@@ -114,7 +114,7 @@ def test_a_file_that_was_not_written_to_its_end_is_not_read(run, tmp_path):
     assert steps_of(run) == [1, 2]
 
 
-def test_a_run_without_a_log_is_named(run):
+def test_the_error_for_a_run_without_a_log_names_the_run(run):
     with pytest.raises(DataError, match=r"run 'file:.*/run' has no pair log"):
         read(run)
 
@@ -123,7 +123,7 @@ def test_a_run_without_a_log_is_named(run):
 
 
 def train(run: str, objective: ObjectiveConfig, steps: int = 12) -> Calibration:
-    """What a training loop does with its numbers, the errors drawn at random."""
+    """A training loop on random errors."""
     generator, log, calibration = (
         torch.Generator().manual_seed(0),
         PairLog(run),
@@ -145,14 +145,14 @@ def train(run: str, objective: ObjectiveConfig, steps: int = 12) -> Calibration:
 
 
 def recorded(run: str, objective: ObjectiveConfig) -> CreditRecord:
-    """The record as it comes back from a file."""
+    """The record after a round trip through JSON."""
     calibration = train(run, objective)
     record = credit_record(read(run), objective, SCHEDULE, STABLE_DIFFUSION, calibration.state_dict(), PAIRS)
     return CreditRecord.model_validate_json(record.model_dump_json())
 
 
 @pytest.mark.parametrize("method", ["dde", "dde_step", "uniform", "discounted"])
-def test_what_was_logged_is_what_the_margins_predict(run, method):
+def test_logged_weights_are_those_that_the_margins_predict(run, method):
     record = recorded(run, ObjectiveConfig(method=method, calibration_bins=50))
     assert (record.steps, record.batch_size, sum(bucket.pairs for bucket in record.buckets)) == (
         12,
@@ -168,7 +168,7 @@ def test_what_was_logged_is_what_the_margins_predict(run, method):
         assert 0 < abs(bucket.margin) < 1e-3
 
 
-def test_the_record_says_what_its_numbers_mean(run):
+def test_the_record_holds_the_settings_behind_its_numbers(run):
     record = recorded(run, ObjectiveConfig(t_min=2))
     assert (record.objective.noise, record.objective.t_min, record.objective.t_max) == (
         "independent",

@@ -1,4 +1,4 @@
-"""Hidden defects of preference trainers. Each law is held by ours, and broken by the defect, made here in a few lines."""
+"""Hidden defects of preference trainers. Ours obeys each law; a defect, rebuilt in a few lines, breaks it."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_winner_and_loser_drop_their_caption_together(model, encoded):
     empty = TextEncoders(model)(tokenize(model.tokenizers(), [""]))["encoder_hidden_states"]
 
     def dropped(batch: PairBatch) -> list[list[bool]]:
-        told = (batch.conditioning_w["encoder_hidden_states"], batch.conditioning_l["encoder_hidden_states"])
-        return [[torch.allclose(text, empty[0], atol=1e-5) for text in side] for side in told]
+        texts = (batch.conditioning_w["encoder_hidden_states"], batch.conditioning_l["encoder_hidden_states"])
+        return [[torch.allclose(text, empty[0], atol=1e-5) for text in side] for side in texts]
 
     ours, kept = (one_batch(model, encoded, "dde", dropout=dropout) for dropout in (0.5, 0.0))
     w, l = dropped(ours)  # noqa: E741
@@ -67,8 +67,8 @@ def test_winner_and_loser_drop_their_caption_together(model, encoded):
 
     torch.manual_seed(0)
     apart = (torch.rand(PAIRS) < 0.5).view(-1, 1, 1)
-    told = torch.where(apart, empty, kept.conditioning_l["encoder_hidden_states"])
-    w, l = dropped(dataclasses.replace(ours, conditioning_l={"encoder_hidden_states": told}))  # noqa: E741
+    text_l = torch.where(apart, empty, kept.conditioning_l["encoder_hidden_states"])
+    w, l = dropped(dataclasses.replace(ours, conditioning_l={"encoder_hidden_states": text_l}))  # noqa: E741
     assert w != l
 
 
@@ -82,7 +82,7 @@ def first_step(model: ModelFolder, encoded: Path, folder: Path, **training) -> d
 
 
 def on_reference(change: Callable[..., PairErrors]) -> Callable[..., PairErrors]:
-    """``pair_errors`` that does something else for the reference."""
+    """``pair_errors`` with another function for the reference."""
 
     def errors(unet, schedule, batch):
         is_reference = getattr(unet, "__name__", "") == "reference"
@@ -132,7 +132,7 @@ def test_the_reference_sees_the_policys_noise_and_has_its_precision(
 
 
 def looks_normal(noise: torch.Tensor) -> bool:
-    """Mean, variance and fourth moment within five standard errors of those of the standard normal distribution."""
+    """Mean, variance and fourth moment within five standard errors of the standard normal ones."""
     off = (noise.mean(), noise.var() - 1, noise.pow(4).mean() - 3)
     return all(
         abs(each) < 5 * (variance / noise.numel()) ** 0.5
@@ -176,29 +176,29 @@ def test_the_mean_over_pixels_is_taken_before_the_log_sigmoid(model, encoded):
         (theta_w, theta_l), (ref_w, ref_l) = (each.square().chunk(2) for each in (off, reference))
         return -F.logsigmoid(-0.5 * config.beta * ((theta_w - theta_l) - (ref_w - ref_l))).mean()
 
-    def sees_where_an_error_lies(loss: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    def depends_on_where_the_error_is(loss: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         spread, gathered = loss(torch.cat([even, 2 * even])), loss(torch.cat([peak, 2 * even]))
         return (spread - gathered).abs().item() > 1e-4
 
-    assert not sees_where_an_error_lies(ours)
-    assert sees_where_an_error_lies(theirs)
+    assert not depends_on_where_the_error_is(ours)
+    assert depends_on_where_the_error_is(theirs)
 
 
 # ---- independent flips
 
 
 def tilted(shade: int) -> np.ndarray:
-    """A picture on which left and right, top and bottom show."""
+    """An image whose left, right, top and bottom differ."""
     ramp = np.tile(np.linspace(20, 230, SIZE_PX).astype(np.uint8), (SIZE_PX, 1))
     return np.dstack([ramp, np.full_like(ramp, 40 * shade), ramp.T])
 
 
 def keeps_orientation(decoder: Callable[[bytes, int], np.ndarray]) -> bool:
-    pictures = [tilted(shade) for shade in range(4)] * 5
-    return all((decoder(png(picture), SIZE_PX) == picture).all() for picture in pictures)
+    images = [tilted(shade) for shade in range(4)] * 5
+    return all((decoder(png(image), SIZE_PX) == image).all() for image in images)
 
 
-def test_pictures_are_decoded_as_they_are_every_time():
+def test_images_are_decoded_without_a_flip_every_time():
     rng = np.random.default_rng(0)
 
     def flipping(data: bytes, size: int) -> np.ndarray:
@@ -209,7 +209,7 @@ def test_pictures_are_decoded_as_they_are_every_time():
     assert not keeps_orientation(flipping)
 
 
-def test_ingest_encodes_both_sides_unflipped_and_its_manifest_says_so(model, tmp_path, monkeypatch):
+def test_ingest_encodes_both_sides_unflipped_and_records_it_in_its_manifest(model, tmp_path, monkeypatch):
     captions = ["a red circle", "a green circle", "a blue circle"]
     rows = [
         {
@@ -232,9 +232,9 @@ def test_ingest_encodes_both_sides_unflipped_and_its_manifest_says_so(model, tmp
     )
     assert sorted(shades) == [0, 1, 2]
     for side, more in (("w", 0), ("l", 3)):
-        pictures = np.stack([tilted(shade + more) for shade in shades])
+        images = np.stack([tilted(shade + more) for shade in shades])
         straight, mirrored = (
-            encode_images(vae, each).astype(np.float32) for each in (pictures, pictures[:, :, ::-1].copy())
+            encode_images(vae, each).astype(np.float32) for each in (images, images[:, :, ::-1].copy())
         )
         found = getattr(batch, f"latents_{side}").astype(np.float32)
         assert np.abs(found - straight).max() < 0.01

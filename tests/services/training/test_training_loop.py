@@ -1,5 +1,4 @@
-"""The training loop itself, in this process: what policy and reference are given, and what comes of a
-step."""
+"""The training loop in this process: the inputs of policy and reference, and the results of a step."""
 
 from __future__ import annotations
 
@@ -38,29 +37,28 @@ def encoded(model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 class Calls:
-    """Stands before ``pair_errors``: notes whose errors are asked for, on which pairs, and what the U-Net
-    is given."""
+    """Replaces ``pair_errors``: records the model, the pairs and the U-Net's inputs of every call."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[str, ...], list[torch.Tensor]]] = []
         self.dtypes: set[torch.dtype] = set()
 
     def __call__(self, unet, schedule, batch):
-        def noting(x_t, timestep, **told):
-            added = told.get("added_cond_kwargs") or {}
+        def recording(x_t, timestep, **inputs):
+            added = inputs.get("added_cond_kwargs") or {}
             self.calls.append(
-                (name, batch.pair_ids, [x_t, timestep, told["encoder_hidden_states"], *added.values()])
+                (name, batch.pair_ids, [x_t, timestep, inputs["encoder_hidden_states"], *added.values()])
             )
-            output = unet(x_t, timestep, **told)
+            output = unet(x_t, timestep, **inputs)
             self.dtypes.add(output.sample.dtype)
             return output
 
         name = "reference" if getattr(unet, "__name__", "") == "reference" else "policy"
-        return pair_errors(noting, schedule, batch)
+        return pair_errors(recording, schedule, batch)
 
 
 @pytest.mark.parametrize("method", ["dde", "uniform", "sft"])
-def test_reference_and_policy_are_given_the_very_same_inputs_part_by_part(
+def test_reference_and_policy_get_identical_inputs_part_by_part(
     model, encoded, tmp_path, monkeypatch, method
 ):
     seen, objective = Calls(), ObjectiveConfig(method=method)
@@ -168,7 +166,7 @@ def test_micro_batches_with_a_remainder_change_no_gradient(model, encoded, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
-def test_compiled_training_is_the_same_up_to_rounding_and_goes_on_from_its_checkpoint(
+def test_compiled_training_is_the_same_up_to_rounding_and_resumes_from_its_checkpoint(
     model, encoded, tmp_path, lora
 ):
     objective, losses = ObjectiveConfig(method="uniform", beta=500.0), {}
