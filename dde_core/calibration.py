@@ -1,24 +1,25 @@
-"""Calibration coefficients: running means of each step's log p/q, and the correction C(t) (DDE section 3.3, Alg. 1).
+"""Calibration coefficients, running means of log p/q, and the correction C(t) (DDE section 3.3, Algorithm 1).
 
-Four arrays r[0..T-1], policy and reference by winner and loser, start at zero and carry no gradient. After the
-optimizer step that was made at timestep t
+Four arrays r[0..T-1], for policy and reference on winner and loser, start at zero and carry no gradient.
+After an optimizer step at timestep t:
 
     r[t-1] <- (1 - mu) r[t-1] + mu value,    value = log p(x_{t-1} | x_t) / q(x_{t-1} | x_t, x0)
     C(t) = sum over k = t..T-1 of (r_theta^w - r_ref^w - r_theta^l + r_ref^l)[k],    C(T) = 0
 
-The paper does not say at which x_{t-1} the ratio is taken. ``calibration_point`` does:
+The paper does not define the x_{t-1} at which the ratio is evaluated. ``calibration_point`` does:
 
     expected   the expectation under q, minus the KL of Eq. 3: -kappa e
-    sampled    one x_{t-1} = mu + sigma z drawn from q: -kappa e - sqrt(2 kappa) mean(z (eps_m - eps)), one z for all models
+    sampled    one x_{t-1} = mu + sigma z drawn from q, with one z for all models:
+               -kappa e - sqrt(2 kappa) mean(z (eps_m - eps))
     mode       the paper's earlier text: +1/2 ||mu_m - mu||^2, the variance dropped
 
-What else the paper leaves open is read so: mu = 0.1 is printed without a meaning, and is taken as this rate; the sum ends
-at T - 1, as in section 3.3 and Algorithm 1 (the appendix prints T, an entry that does not exist); the samples of one global
-batch at one timestep are one update, of their mean. Timestep 1 is never recorded where kappa counts: kappa(1) is infinite,
-no C(t) uses r[0].
+Our readings of what the paper leaves open: mu is this rate (0.1 is printed without a meaning). The sum ends
+at T - 1, as in section 3.3 and Algorithm 1 (the appendix prints T, an entry that does not exist). The samples
+of one global batch at one timestep make one update, of their mean. `expected` and `sampled` do not record
+timestep 1, because kappa(1) is infinite; no C(t) uses r[0].
 
-With ``calibration_bins`` = B the timesteps that can be drawn are shared out among B bins. A bin holds the running mean
-of ``value`` at any of its timesteps, so it stands for r at each of them: C is summed over timesteps, as without bins.
+``calibration_bins`` = B groups the timesteps that can be drawn into B bins. A bin holds one running mean of
+``value`` over all of its timesteps, and is the r of each of them: C is a sum over timesteps, as without bins.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ NAMES = ("theta_w", "ref_w", "theta_l", "ref_l")
 
 
 class Calibration:
-    """Four float64 arrays on the CPU, of length T, or of the number of bins. Every worker holds identical ones.
+    """Four float64 arrays on the CPU, of length T or ``calibration_bins``. They are identical on all workers.
 
-    An update replaces the arrays and never changes one in place, so a state dict stays what it was.
+    An update replaces the arrays and never writes into one, so an earlier state dict keeps its values.
     """
 
     theta_w: Float[Tensor, " n"]
@@ -57,43 +58,43 @@ class Calibration:
             setattr(self, name, torch.zeros(config.calibration_bins or schedule.T, dtype=torch.float64))
 
     def correction(self, t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """C(t) in float64, on t's device. It stays as it is until the next update."""
+        """C(t) in float64, on t's device, from the coefficients after the last update."""
         if self._table is None:
             credit = self.theta_w - self.ref_w - self.theta_l + self.ref_l
             self._table = correction_table(credit, self._bin_of)
         return self._table[t.cpu()].to(t.device)
 
     def update(self, t: Int[Tensor, " b"], theta: PairErrors, ref: PairErrors) -> None:
-        """One step of the running means from the errors of the GLOBAL batch (gathered from all workers).
+        """Update the running means with the errors of the GLOBAL batch, gathered from all workers.
 
-        The result does not depend on the order of the batch, to the bit. Timesteps that are not recorded (1, and those
-        outside of the configured range) are left out. Raises NonFiniteError before anything has changed.
+        The result is bit-identical for any order of the batch. Timesteps outside the configured range, and 1
+        except for `mode`, are ignored. Raises NonFiniteError before anything has changed.
         """
         t = t.cpu()
-        bins, recorded = self._bin_of[t], self._bin_of[t] >= 0
+        bins = self._bin_of[t]
+        recorded = bins >= 0
         errors = _stack(theta.w, ref.w, theta.l, ref.l)
         values = self._weight[t] * errors
         if self._point == "sampled":  # 2 kappa: inf at t = 1, which is not recorded
             values = values - (-2 * self._weight[t]).sqrt() * _stack(theta.z_w, ref.z_w, theta.z_l, ref.z_l)
         if not errors.isfinite().all() or not values[:, recorded].isfinite().all():
-            raise NonFiniteError("errors for the calibration coefficients are not all finite")
+            raise NonFiniteError("the errors that update the calibration coefficients are not all finite")
         for name, value in zip(NAMES, values[:, recorded], strict=True):
             setattr(self, name, ema(getattr(self, name), bins[recorded], value, self._rate))
         self._table = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The four arrays, as plain tensors."""
+        """The four arrays by name."""
         return {name: getattr(self, name) for name in NAMES}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the arrays of ``state_dict``. Raises DataError, and changes nothing, where they do not fit."""
+        """Take the arrays of ``state_dict``. Raises DataError before a change if names or lengths differ."""
         if set(state) != set(NAMES):
             raise DataError(f"calibration state must hold {', '.join(NAMES)}, got {', '.join(sorted(state))}")
         for name in NAMES:
-            if state[name].shape != getattr(self, name).shape:
-                raise DataError(
-                    f"{name} must have {len(getattr(self, name))} entries, got {list(state[name].shape)}"
-                )
+            length = len(getattr(self, name))
+            if state[name].shape != (length,):
+                raise DataError(f"{name} must have {length} entries, got {list(state[name].shape)}")
         for name in NAMES:
             setattr(self, name, state[name].detach().cpu().double())
         self._table = None
@@ -105,15 +106,18 @@ def _stack(*columns: Float[Tensor, " b"] | None) -> Float[Tensor, "4 b"]:
 
 
 def bin_of_timestep(timesteps: int, config: ObjectiveConfig) -> Int[Tensor, " times"]:
-    """The array entry for each t = 0..T, -1 where nothing is recorded: outside of the range, and timestep 1 but for `mode`.
+    """The array entry of each t = 0..T; -1 for timesteps that are not recorded.
 
-    Without bins timestep t has entry t - 1. Bins divide the timesteps that are recorded, so none is half empty.
+    These are the ones outside the configured range, and timestep 1 except for `mode`. Without bins timestep t
+    has entry t - 1. Bins divide the recorded timesteps evenly. Raises ConfigError for more bins than
+    timesteps.
     """
     bins = config.calibration_bins
     if bins > timesteps:
         raise ConfigError("calibration_bins", bins, f"must be at most T = {timesteps}")
     t = torch.arange(timesteps + 1)
-    first, last = max(1 if config.calibration_point == "mode" else 2, config.t_min), config.t_max or timesteps
+    first = max(1 if config.calibration_point == "mode" else 2, config.t_min)
+    last = config.t_max or timesteps
     entry = (t - first) * bins // max(1, last - first + 1) if bins else t - 1
     return torch.where((t >= first) & (t <= last), entry, -1)
 
@@ -121,7 +125,7 @@ def bin_of_timestep(timesteps: int, config: ObjectiveConfig) -> Int[Tensor, " ti
 def ema(
     array: Float[Tensor, " n"], bins: Int[Tensor, " b"], value: Float[Tensor, " b"], rate: float
 ) -> Float[Tensor, " n"]:
-    """(1 - mu) r + mu mean(value), for the entries that have values. Sorted first: then the sum has one order."""
+    """(1 - mu) r + mu mean(value) for entries with values. Sorted values are summed in one order: one result."""
     value, order = value.sort()
     bins = bins[order]
     counts = torch.bincount(bins, minlength=len(array))
@@ -130,7 +134,10 @@ def ema(
 
 
 def correction_table(credit: Float[Tensor, " n"], bin_of: Int[Tensor, " times"]) -> Float[Tensor, " times"]:
-    """C(0..T): entry k of the sum is what was recorded at timestep k + 1. A reverse cumulative sum, never a total
-    minus a prefix: near T the terms that do not belong would otherwise leave their rounding behind."""
+    """C(0..T). Entry k of the sum was recorded at timestep k + 1.
+
+    This is a reverse cumulative sum. A total minus a prefix would leave the rounding of all earlier terms
+    near T.
+    """
     per_timestep = torch.where(bin_of >= 0, credit[bin_of.clamp(min=0)], 0.0)[1:]
     return torch.cat([per_timestep.flip(0).cumsum(0).flip(0), credit.new_zeros(1)])

@@ -1,8 +1,8 @@
-"""What a U-Net is told beside the noisy latents, and the one place where it is called.
+"""The U-Net's inputs beside the noisy latents, and the one place where it is called.
 
-A conditioning is a flat dict of tensors with one row for each sample: ``encoder_hidden_states`` [b s d]; for SDXL's kind
-also ``text_embeds`` [b p] (pooled) and ``time_ids`` [b 6] (original height and width, crop top and left, target height
-and width).
+A conditioning is a flat dict of tensors with one row for each sample: ``encoder_hidden_states`` [b s d], and
+for the SDXL family also ``text_embeds`` [b p] (pooled) and ``time_ids`` [b 6] (original height and width,
+crop top and left, target height and width).
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from torch import Tensor
 Conditioning = dict[str, Tensor]
 
 ADDED = ("text_embeds", "time_ids")
-"""What diffusers takes as ``added_cond_kwargs``."""
+"""The entries that diffusers takes as ``added_cond_kwargs``."""
 
 
 def predict(
     unet: Callable[..., Any], x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], conditioning: Conditioning
 ) -> Float[Tensor, "b c h w"]:
-    """The U-Net's output at the paper's timesteps t = 1..T (it is called with t - 1)."""
+    """The U-Net's output at the paper's timesteps t = 1..T. The U-Net is called with t - 1."""
     arguments: dict[str, Any] = {name: rows for name, rows in conditioning.items() if name not in ADDED}
     added = {name: rows for name, rows in conditioning.items() if name in ADDED}
     if added:
         arguments["added_cond_kwargs"] = added
-    return unet(x_t, t - 1, **arguments).sample
+    output: Tensor = unet(x_t, t - 1, **arguments).sample
+    return output
 
 
 def concatenated(first: Conditioning, second: Conditioning) -> Conditioning:
-    """The rows of both, one after the other."""
+    """The rows of ``first``, then those of ``second``."""
     return {name: torch.cat([first[name], second[name]]) for name in first}

@@ -1,8 +1,8 @@
-"""Counter-based random draws: every number is a function of what it is for, never of rank, batch or call order.
+"""Counter-based random draws: every number is a function of its key, never of rank, batch or call order.
 
-A key (seed, what, pair id, ...) is hashed by blake2b to the 128-bit key of a Philox generator of its own. So a pair's
-timestep, noise and caption dropout are the same on one worker or forty, in whatever order pairs are visited, and
-again after a resume; and errors of a frozen reference that were computed for a draw can be stored beside it.
+A key (seed, purpose, pair id, ...) is hashed by blake2b to the 128-bit key of its own Philox generator. So a
+pair's timestep, noise and caption dropout are the same on one worker or forty, in any order of visits, and
+after a resume. The errors of the frozen reference can therefore be computed once for each draw and stored.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 Side = Literal["w", "l", "shared"]
-"""Whose noise: the winner's, the loser's, or one for both."""
+"""Whose noise it is: the winner's, the loser's, or shared by both."""
 
 
 def draw_timestep(seed: int, pair_id: str, draw: int, cumulative: Float64[np.ndarray, " times"]) -> int:
-    """The timestep of a pair's n-th draw, from the cumulative distribution over t = 0..T. Winner and loser share it."""
-    return int(
-        np.searchsorted(cumulative, (_word(seed, "timestep", pair_id, draw) >> 11) * 2.0**-53, side="right")
-    )
+    """The timestep of a pair's n-th draw, shared by winner and loser. ``cumulative`` covers t = 0..T."""
+    uniform = (_uniform_word(seed, "timestep", pair_id, draw) >> 11) * 2.0**-53
+    return int(np.searchsorted(cumulative, uniform, side="right"))
 
 
 def draw_noise(
@@ -37,39 +36,39 @@ def draw_noise(
 def draw_evaluation_point(
     seed: int, pair_id: str, side: Side, draw: int, shape: tuple[int, ...]
 ) -> Float32[Tensor, "*shape"]:
-    """z of the x_{t-1} at which `sampled` calibration compares p with q: standard normal, the same for every model."""
+    """z of the x_{t-1} where `sampled` calibration compares p with q: standard normal, for all models."""
     return _normal(shape, seed, f"evaluation_point/{side}", pair_id, draw)
 
 
 def draw_caption_dropout(seed: int, pair_id: str, draw: int, probability: float) -> bool:
-    """Whether the caption of a pair's n-th draw is left empty. Winner and loser share it."""
-    return probability > 0 and _word(seed, "dropout", pair_id, draw) < probability * 2.0**64
+    """Whether the caption of a pair's n-th draw is empty. Winner and loser share it."""
+    return probability > 0 and _uniform_word(seed, "dropout", pair_id, draw) < probability * 2.0**64
 
 
-def permutation(seed: int, epoch: int, n: int, window: int = 0) -> np.ndarray:
-    """The order in which an epoch visits the n pairs of a window: int64 [n]."""
+def permutation(seed: int, epoch: int, n: int, window: int = 0) -> Int64[np.ndarray, " n"]:
+    """The order in which an epoch visits the n pairs of a window."""
     key = (seed, "permutation", epoch, window) if window else (seed, "permutation", epoch)
     return np.random.Generator(_philox(*key)).permutation(n)
 
 
-def shard_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order in which an epoch visits n shards: int64 [n]."""
+def shard_permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, " n"]:
+    """The order in which an epoch visits n shards."""
     return np.random.Generator(_philox(seed, "shard_permutation", epoch)).permutation(n)
 
 
 def initial_latents(seed: int, shape: tuple[int, ...]) -> Float32[Tensor, "*shape"]:
-    """Standard normal latents from which one picture is sampled; ``shape`` is that of one picture, [c h w]."""
+    """Standard normal latents from which one image is sampled; ``shape`` is [c h w]."""
     return _normal(shape, seed, "initial_latents")
 
 
 def _philox(*key: int | str) -> np.random.Philox:
-    """A generator that belongs to this key alone. JSON keeps ("1", 2) and (1, "2") apart."""
+    """The key's own generator. JSON keeps ("1", 2) and (1, "2") apart."""
     digest = blake2b(json.dumps(key).encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(digest, "little"))
 
 
-def _word(*key: int | str) -> int:
-    """One uniform 64-bit word."""
+def _uniform_word(*key: int | str) -> int:
+    """A uniform 64-bit integer."""
     return int(_philox(*key).random_raw())
 
 

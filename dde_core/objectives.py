@@ -1,15 +1,15 @@
-"""The objectives as one table: a weight w(t), whether the calibrated correction C(t) is added, how t is drawn.
+"""The objectives as one table: the weight w(t), and how t is drawn.
 
-With the errors e of policy (theta) and frozen reference (ref) on winner (w) and loser (l), each the MEAN over latent
-elements of the squared error of the noise,
+Let e be the squared error of the noise, the MEAN over latent elements, of policy (theta) and frozen reference
+(ref) on winner (w) and loser (l). Then
 
     margin = (e_ref^w - e_theta^w) - (e_ref^l - e_theta^l)
     logit  = beta (w(t) margin + C(t))
     loss   = -log sigmoid(logit)
 
-which is DDE's Eq. 10 with w = 1/SNR and Diffusion-DPO's loss (arXiv 2311.12908) with w = 1/2, C = 0. DDE's Eq. 15 drops
-1 / (2 sigma_t^2), so its single-shot term and C are in different units; it is implemented as printed. `sft` alone has no
-preference in it: its loss is e_theta on winners.
+This is DDE's Eq. 10 for w = 1/SNR, and Diffusion-DPO's loss (arXiv 2311.12908) for w = 1/2 and C = 0. DDE's
+Eq. 15 drops 1 / (2 sigma_t^2), so its single-shot term and C have different units; it is implemented as
+printed. `sft` uses no preference: its loss is e_theta on winners.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dde_core.methods import METHODS, MethodName
 from dde_core.schedule import Schedule
 
 DISCOUNT_STEPS = 50
-"""`discounted`: its gamma is that of one step of so many DDIM steps."""
+"""`discounted`: gamma is the discount of one of so many DDIM steps."""
 
 
 def single_shot(schedule: Schedule) -> Float[Tensor, " times"]:
@@ -37,7 +37,7 @@ def single_shot(schedule: Schedule) -> Float[Tensor, " times"]:
 
 
 def one_half(schedule: Schedule) -> Float[Tensor, " times"]:
-    """w(t) = 1/2: -logsigmoid(-0.5 beta (model_diff - ref_diff)), as Diffusion-DPO's published code has it."""
+    """w(t) = 1/2: -logsigmoid(-0.5 beta (model_diff - ref_diff)), as in Diffusion-DPO's published code."""
     return torch.full_like(schedule.snr, 0.5)
 
 
@@ -52,18 +52,23 @@ def uniform_density(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor
 
 
 def discounted_density(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
-    """In proportion to gamma_T^(T - t), gamma_T = gamma^(50/T): the discount of Dense Reward (arXiv 2402.08265), which is
-    given for 50 DDIM steps. Carrying it over to T timesteps is our reading. (Counted from the end of the range, at 1: no
-    gamma is so small that nothing is left.)"""
-    gamma, last = config.gamma ** (DISCOUNT_STEPS / schedule.T), config.t_max or schedule.T
-    return gamma ** (last - torch.arange(schedule.T + 1, dtype=torch.float64, device=schedule.snr.device))
+    """Proportional to gamma_T^(T - t) with gamma_T = gamma^(50/T).
+
+    Dense Reward (arXiv 2402.08265) defines the discount for 50 DDIM steps; carrying it over to T timesteps is
+    our reading. The exponent counts from the end of the range, so that no gamma is so small that every t
+    underflows.
+    """
+    gamma = config.gamma ** (DISCOUNT_STEPS / schedule.T)
+    last = config.t_max or schedule.T
+    t = torch.arange(schedule.T + 1, dtype=torch.float64, device=schedule.snr.device)
+    return torch.pow(gamma, last - t)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How a method assigns credit: w(t) for t = 0..T, and how often each t is drawn (not normalized).
+    """How a method assigns credit: w(t) and the (unnormalized) density of t, both for t = 0..T.
 
-    ``source`` says where the weight comes from. What else a method needs is in `dde_core.methods.METHODS`.
+    ``source`` cites where the weight comes from.
     """
 
     weight: Callable[[Schedule], Tensor]
@@ -74,7 +79,7 @@ class Objective:
 OBJECTIVES: dict[MethodName, Objective] = {
     "dde": Objective(single_shot, "w = 1/SNR(t): DDE v3 Eq. 10, Algorithm 1"),
     "dde_single": Objective(single_shot, "w = 1/SNR(t): DDE v3 section 4.4"),
-    # The literal log-ratio of one step would have w = kappa(t), which is infinite at t = 1: `uniform` plus C is our reading.
+    # Our reading: `uniform` plus C. One step's literal log-ratio has w = kappa(t), infinite at t = 1.
     "dde_step": Objective(one_half, "w = 1/2, as uniform, plus C(t): DDE v3 section 4.4"),
     "uniform": Objective(one_half, "w = 1/2: Diffusion-DPO"),
     "discounted": Objective(
@@ -87,7 +92,7 @@ OBJECTIVES: dict[MethodName, Objective] = {
 
 
 def weights(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
-    """w(t) of the configured method, at most ``max_weight`` where that is set (ours: the paper has no cap)."""
+    """w(t) for t = 0..T, capped at ``max_weight`` if that is set (ours: the paper has no cap)."""
     w = OBJECTIVES[config.method].weight(schedule)
     if config.max_weight and METHODS[config.method].has_loser:
         return w.clamp(max=config.max_weight)
@@ -95,25 +100,24 @@ def weights(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " time
 
 
 def method_distribution(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
-    """p(t) for t = 0..T as the method has it: 0 outside of the configured range, 1 in sum.
+    """The method's p(t) for t = 0..T: 0 outside the configured range, summing to 1.
 
-    Raises ConfigError for a range that the schedule does not have.
+    Raises ConfigError for a range beyond the schedule's T.
     """
     return _in_range(OBJECTIVES[config.method].density(config, schedule), config, schedule)
 
 
 def sampling_distribution(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
-    """The distribution that t is drawn from: p(t), or the uniform one where ``t_sampling`` says so."""
+    """The distribution that t is drawn from: p(t), or the uniform one if ``t_sampling`` is "uniform"."""
     density = uniform_density if config.t_sampling == "uniform" else OBJECTIVES[config.method].density
     return _in_range(density(config, schedule), config, schedule)
 
 
 def importance(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
-    """p(t) over what t is drawn from: each pair's loss is weighted by it, so that the expectation is the method's."""
-    drawn = sampling_distribution(config, schedule)
-    return torch.where(
-        drawn > 0, method_distribution(config, schedule) / drawn.clamp(min=torch.finfo(drawn.dtype).tiny), 0.0
-    )
+    """Importance weights p(t) / u(t), u the sampling distribution: each pair's loss is multiplied by them."""
+    u = sampling_distribution(config, schedule)
+    ratio = method_distribution(config, schedule) / u.clamp(min=torch.finfo(u.dtype).tiny)
+    return torch.where(u > 0, ratio, 0.0)
 
 
 def _in_range(
@@ -140,32 +144,32 @@ def preference_loss(logit: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
 
 
 def gradient_weight(weight: Float[Tensor, " b"], logit: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """g(t) = w(t) sigmoid(-logit): what the gradient of a pair's margin is multiplied by, but for beta."""
+    """g(t) = w(t) sigmoid(-logit): the factor of the gradient of a pair's margin, apart from beta."""
     return weight * torch.sigmoid(-logit)
 
 
 def conventions(config: ObjectiveConfig, schedule: Schedule) -> dict[str, Any]:
-    """Everything that a number of this run means, resolved: for lineages and model cards."""
+    """How to read this run's numbers, with defaults resolved: for lineages and model cards."""
     method = METHODS[config.method]
-    said: dict[str, Any] = {
+    resolved: dict[str, Any] = {
         "loss": "-log sigmoid(beta (w(t) margin + C(t)))" if method.has_loser else "e_theta of the winner",
         "source": OBJECTIVES[config.method].source,
         "error": f"{config.reduction} over latent elements of (eps - eps_model)^2, reduced in float32",
-        "timesteps": f"{config.t_min}..{config.t_max or schedule.T} of 1..{schedule.T}; the U-Net is called with t - 1",
+        "timesteps": f"{config.t_min}..{config.t_max or schedule.T} of 1..{schedule.T}; "
+        "the U-Net is called with t - 1",
         "prediction_type": schedule.prediction_type,
     }
     if method.has_loser:
-        said["noise"] = f"{config.noise_mode}; winner and loser share t"
+        resolved["noise"] = f"{config.noise_mode}; winner and loser share t"
     if method.corrected:
-        said["correction"] = (
-            f"C(t) = sum over k = t..T-1 of r_theta^w - r_ref^w - r_theta^l + r_ref^l; r[t-1] is the running mean of log p/q "
-            f"at the {config.calibration_point} point with mu = {config.ema_rate}"
+        resolved["correction"] = (
+            "C(t) = sum over k = t..T-1 of r_theta^w - r_ref^w - r_theta^l + r_ref^l; r[t-1] is the running "
+            f"mean of log p/q at the {config.calibration_point} point with mu = {config.ema_rate}"
         )
     if method.discounted:
-        drawn = (
-            "drawn from p(t)"
-            if config.t_sampling == "method"
-            else "drawn uniformly, losses weighted by p(t)/u(t)"
-        )
-        said["t_distribution"] = f"p(t) ~ {config.gamma ** (DISCOUNT_STEPS / schedule.T):.6g}^(T-t), {drawn}"
-    return said
+        gamma = config.gamma ** (DISCOUNT_STEPS / schedule.T)
+        drawn = "drawn from p(t)"
+        if config.t_sampling == "uniform":
+            drawn = "drawn uniformly, losses weighted by p(t)/u(t)"
+        resolved["t_distribution"] = f"p(t) ~ {gamma:.6g}^(T-t), {drawn}"
+    return resolved

@@ -1,7 +1,9 @@
-"""Sampling by DDIM with eta = 0 (Song et al. 2020, Eq. 12) and classifier-free guidance (Ho and Salimans 2022, Eq. 6).
+"""Sampling by DDIM with eta = 0 (Song et al. 2020, Eq. 12) and classifier-free guidance (Ho and Salimans
+2022, Eq. 6).
 
-The same numbers as diffusers' ``StableDiffusionPipeline`` with a ``DDIMScheduler``, whose "leading" timesteps and
-``set_alpha_to_one`` / ``steps_offset`` settings are followed; a loop of our own can be stopped between two steps.
+The numbers equal those of diffusers' ``StableDiffusionPipeline`` with a ``DDIMScheduler``, including its
+"leading" timesteps, ``set_alpha_to_one`` and ``steps_offset``. Unlike the pipeline, this loop can be stopped
+between two steps.
 """
 
 from __future__ import annotations
@@ -30,14 +32,16 @@ def sample_latents(
     config: SampleConfig,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """Denoise latents to clean ones. ``cond``/``uncond`` have one row for each picture.
+    """Denoise latents to clean ones. ``cond`` and ``uncond`` have one row for each image.
 
-    Guidance of at most 1 runs the conditional pass alone and does not read ``uncond``, as diffusers does. ``on_step(i,
-    n)`` is called before step i = 0..n-1; what it raises ends the sampling. Raises ConfigError for impossible steps.
+    With a guidance scale of at most 1 only the conditional pass runs, and ``uncond`` is not read, as in
+    diffusers. ``on_step(i, n)`` is called before step i = 0..n-1; an error that it raises ends the sampling.
+    Raises ConfigError for steps that do not fit the schedule.
     """
     guided = config.guidance_scale > 1
     conditioning = concatenated(uncond, cond) if guided else cond
-    latents, path = initial_latents, timesteps(schedule, config.steps)
+    latents = initial_latents
+    path = timesteps(schedule, config.steps)
     for i, t in enumerate(path):
         if on_step is not None:
             on_step(i, len(path))
@@ -51,7 +55,7 @@ def sample_latents(
 
 
 def timesteps(schedule: Schedule, steps: int) -> list[int]:
-    """The "leading" timesteps, descending, in the paper's numbering: 1 + k (T // steps) + offset, k = steps-1..0."""
+    """diffusers' "leading" timesteps, descending: 1 + k (T // steps) + steps_offset for k = steps-1..0."""
     stride = schedule.T // steps
     path = [1 + k * stride + schedule.steps_offset for k in reversed(range(steps))]
     if steps > schedule.T or path[0] > schedule.T:
@@ -66,17 +70,22 @@ def ddim_step(
 ) -> Float[Tensor, "b c h w"]:
     """x at t_next < t: sqrt(alpha_bar') x0_hat + sqrt(1 - alpha_bar') eps_hat (DDIM Eq. 12, eta = 0).
 
-    A t_next below 1 means the end, where alpha_bar' is the schedule's ``final_alpha_bar``.
+    A t_next below 1 is the last step: alpha_bar' is then the schedule's ``final_alpha_bar``.
     """
-    rows = torch.full((len(x_t),), t, device=x_t.device)
-    alpha_bar = schedule.alpha_bar[t_next].item() if t_next >= 1 else schedule.final_alpha_bar
-    x0, epsilon = x0_from(schedule, output, x_t, rows), epsilon_from(schedule, output, x_t, rows)
-    return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * epsilon
+    t_rows = torch.full((len(x_t),), t, device=x_t.device)
+    x0 = x0_from(schedule, output, x_t, t_rows)
+    epsilon = epsilon_from(schedule, output, x_t, t_rows)
+    alpha_bar: float = schedule.final_alpha_bar
+    if t_next >= 1:
+        alpha_bar = schedule.alpha_bar[t_next].item()
+    signal: float = alpha_bar**0.5
+    sigma: float = (1 - alpha_bar) ** 0.5
+    return signal * x0 + sigma * epsilon
 
 
 @torch.no_grad()
 def decode(vae: Any, latents: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b height width 3"]:
-    """Pictures from clean latents: through the VAE, from [-1, 1] to 0..255."""
-    pictures = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
-    scaled = (pictures / 2 + 0.5).clamp(0, 1) * 255
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    """Images from clean latents. The VAE's output in [-1, 1] is scaled to 0..255."""
+    images: Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+    pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()

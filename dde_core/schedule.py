@@ -1,17 +1,17 @@
 """The noise schedule: alpha_bar, SNR and kappa in float64, forward noising, and eps <-> v <-> x0.
 
-Timesteps are the paper's, t = 1..T, with alpha_bar[0] = 1. diffusers counts from 0: its ``alphas_cumprod[t - 1]`` is
-``alpha_bar[t]`` here, and a U-Net is called with t - 1.
+Timesteps are the paper's, t = 1..T, with alpha_bar[0] = 1. diffusers counts from 0: ``alpha_bar[t]`` here is
+its ``alphas_cumprod[t - 1]``, and a U-Net is called with t - 1.
 
-For a sample x0, its noisy x_t and a model m let e_m = mean over latent elements of (eps - eps_m(x_t, t))^2. Everything
-that Denoised Distribution Estimation (DDE, arXiv 2411.14871) adds up is a multiple of e_m. Per element:
+For a sample x0, its noisy x_t and a model m, let e_m = mean over latent elements of (eps - eps_m(x_t, t))^2.
+Every term of Denoised Distribution Estimation (DDE, arXiv 2411.14871) is a multiple of e_m. Per element:
 
     single shot, ||x0 - mu_hat||^2 (Eq. 9: DDIM from t to 0)                e_m / SNR(t)
     one step, KL(q(x_{t-1} | x_t, x0) || p_m(x_{t-1} | x_t)) (Eq. 3)        kappa(t) e_m
 
-Two slips of the print are read as what they must mean: Eq. 9 has sqrt(1 - alpha_bar_0 - sigma_t^2), which is negative
-for t >= 2 and vanishes with the sigma of Eq. 4 at t' = 0; Eq. 3 has sqrt(alpha_bar_t) as the coefficient of x_t, where
-the posterior has sqrt(alpha_t).
+Two misprints are corrected. Eq. 9 has sqrt(1 - alpha_bar_0 - sigma_t^2), which is negative for t >= 2; it
+vanishes with the sigma of Eq. 4 at t' = 0. Eq. 3 has sqrt(alpha_bar_t) as the coefficient of x_t; the
+posterior has sqrt(alpha_t).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from dde_core.family import check_scheduler
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Tables in float64, indexed by the paper's t = 0..T, and what sampling needs of the scheduler's settings.
+    """Tables in float64, indexed by the paper's t = 0..T, and the scheduler's settings for sampling.
 
-    ``snr[0]`` is inf. ``kappa[0]`` is nan (there is no step from 0) and ``kappa[1]`` is inf (q at t = 1 is a point).
-    ``steps_offset`` and ``final_alpha_bar`` (the alpha_bar that the last step of DDIM goes to) are diffusers' own.
+    ``snr[0]`` is inf. ``kappa[0]`` is nan (there is no step from 0). ``kappa[1]`` is inf (q at t = 1 is a
+    point). ``steps_offset`` and ``final_alpha_bar`` (alpha_bar after the last DDIM step) follow diffusers.
     """
 
     alpha_bar: Float[Tensor, " times"]
@@ -51,11 +51,11 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
-        """From the contents of a diffusers ``scheduler_config.json``, whichever scheduler wrote it.
+        """From the contents of any diffusers scheduler's ``scheduler_config.json``.
 
-        An absent ``prediction_type`` is epsilon, ``steps_offset`` 0, ``clip_sample`` and ``set_alpha_to_one`` false
-        (the latent-diffusion convention: a DDIM config always states them). Refuses what would change the tables or
-        the sampler and is not implemented. Raises ConfigError with field and value.
+        Defaults are ``prediction_type`` epsilon, ``steps_offset`` 0, ``clip_sample`` and ``set_alpha_to_one``
+        false: the latent-diffusion convention (a DDIM config always states them). Raises ConfigError for
+        settings that would change the tables or the sampler and are not implemented.
         """
         check_scheduler(config)
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas(config), 0)])
@@ -69,13 +69,13 @@ class Schedule:
         )
 
     def to(self, device: torch.device | str) -> Schedule:
-        """The same schedule with its tables on a device."""
+        """The schedule with its tables on a device."""
         tables = {name: getattr(self, name).to(device) for name in ("alpha_bar", "snr", "kappa")}
         return dataclasses.replace(self, **tables)
 
 
 def betas(config: Mapping[str, Any]) -> Float[Tensor, " T"]:
-    """The variances beta_1..beta_T, as diffusers makes them but in float64."""
+    """beta_1..beta_T by diffusers' formulas, in float64. Raises ConfigError unless all are in (0, 1)."""
     if config.get("trained_betas") is not None:
         values = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
     else:
@@ -86,7 +86,7 @@ def betas(config: Mapping[str, Any]) -> Float[Tensor, " T"]:
             values = torch.linspace(start, end, timesteps, dtype=torch.float64)
     outside = values[~((values > 0) & (values < 1))]
     if len(outside):
-        raise ConfigError("betas", outside[0].item(), "must lie between 0 and 1")
+        raise ConfigError("betas", outside[0].item(), "must be between 0 and 1")
     return values
 
 
@@ -96,17 +96,18 @@ def snr(alpha_bar: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 
 
 def kappa(snr: Float[Tensor, " times"]) -> Float[Tensor, " times"]:
-    """1/2 (SNR(t-1) / SNR(t) - 1): the KL of one step (DDE Eq. 3) is kappa(t) times the error of the noise."""
+    """1/2 (SNR(t-1) / SNR(t) - 1): the KL of one step (DDE Eq. 3) is kappa(t) e_m. nan at t = 0."""
     return torch.cat([snr.new_tensor([float("nan")]), (snr[:-1] / snr[1:] - 1) / 2])
 
 
 def mode_weight(alpha_bar: Float[Tensor, " times"]) -> Float[Tensor, " times"]:
-    """1/2 beta_t^2 / (alpha_t (1 - alpha_bar_t)): what 1/2 ||mu_m - mu||^2 is as a multiple of the error of the noise
-    (the means of DDE Eq. 3, without the variance). nan at t = 0."""
+    """1/2 beta_t^2 / (alpha_t (1 - alpha_bar_t)): 1/2 ||mu_m - mu||^2 is this times e_m. nan at t = 0.
+
+    The means mu are those of DDE Eq. 3; its variance is dropped.
+    """
     alpha = alpha_bar[1:] / alpha_bar[:-1]
-    return torch.cat(
-        [alpha_bar.new_tensor([float("nan")]), (1 - alpha) ** 2 / (alpha * (1 - alpha_bar[1:])) / 2]
-    )
+    weight = (1 - alpha) ** 2 / (alpha * (1 - alpha_bar[1:])) / 2
+    return torch.cat([alpha_bar.new_tensor([float("nan")]), weight])
 
 
 def add_noise(
@@ -120,8 +121,11 @@ def add_noise(
 def epsilon_from(
     schedule: Schedule, output: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c h w"]:
-    """The noise that a model output stands for. With v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0,
-    eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t (Salimans and Ho 2022, appendix D)."""
+    """The noise predicted by a model output.
+
+    For v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022, appendix D), it is
+    eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t.
+    """
     if schedule.prediction_type == "epsilon":
         return output
     signal, sigma = _coefficients(schedule, t, x_t)
@@ -131,7 +135,7 @@ def epsilon_from(
 def x0_from(
     schedule: Schedule, output: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c h w"]:
-    """The clean sample that a model output stands for: DDE Eq. 9 (single shot), or from v directly."""
+    """The clean sample predicted by a model output: DDE Eq. 9 (single shot), or from v directly."""
     signal, sigma = _coefficients(schedule, t, x_t)
     if schedule.prediction_type == "v_prediction":
         return signal * x_t - sigma * output
@@ -141,6 +145,6 @@ def x0_from(
 def _coefficients(
     schedule: Schedule, t: Int[Tensor, " b"], like: Float[Tensor, "b c h w"]
 ) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
-    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), taken in float64 and cast to the dtype of the samples."""
+    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), computed in float64 and cast to the samples' dtype."""
     alpha_bar = schedule.alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)
     return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)

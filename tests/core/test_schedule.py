@@ -82,7 +82,7 @@ def test_what_is_not_implemented_is_refused_by_field_and_value(sd_config, field,
 def test_trained_betas_must_match_the_timesteps_and_lie_between_0_and_1(sd_config):
     with pytest.raises(ConfigError, match="trained_betas must hold num_train_timesteps = 1000 values, got 3"):
         Schedule.from_config(sd_config | {"trained_betas": [0.1, 0.2, 0.3]})
-    with pytest.raises(ConfigError, match=r"betas must lie between 0 and 1, got 1\.0"):
+    with pytest.raises(ConfigError, match=r"betas must be between 0 and 1, got 1\.0"):
         Schedule.from_config(sd_config | {"num_train_timesteps": 3, "trained_betas": [0.1, 0.2, 1.0]})
 
 
