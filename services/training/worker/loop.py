@@ -8,7 +8,7 @@ import ray.train
 import ray.train.torch
 
 from dde_core import checkpoint
-from dde_core.batches import BatchMaker, micro_batches, parts_of_a_share
+from dde_core.batches import BatchMaker, count_micro_batches, micro_batches
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
 from dde_core.latents.ledger import Ledger
@@ -66,15 +66,14 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
     calibration = Calibration(schedule, objective)
     # What fits in memory with all workers must still fit when some are missing.
     max_size = training.micro_batch_size or pairs_of_a_worker(training, most_workers(spec.workers))
-    num_parts = parts_of_a_share(training.batch_size, world_size, max_size)
+    num_parts = count_micro_batches(training.batch_size, world_size, max_size)
 
     # Resume.
     identity = run_identity(spec, reader.manifest, ledger)
     state = TrainState(policy, optimizer, calibration)
     progress = resume(spec.run, identity, state, rank, Journal(spec.prefix))
-    recorder = None
-    if rank == 0:
-        recorder = Recorder(spec, fence, identity, policy, schedule, len(reader), progress)
+    recorder = Recorder(spec, fence, identity, policy, schedule, len(reader), progress) if rank == 0 else None
+    if recorder:
         parallelism = f" ({policy.parallelism})" if world_size > 1 else ""
         recorder.event(f"training on {world_size} workers{parallelism} from step {progress.step}")
     timer = StepTimer(training.batch_size, training.steps)
@@ -103,7 +102,8 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
                     correction = calibration.correction(batch.t)
                     terms = step_losses(theta, ref, batch.t, objective, schedule, correction)
                     check_finite("loss", terms.loss)
-                    (terms.loss.sum() / training.batch_size * world_size).backward()  # type: ignore[no-untyped-call]
+                    loss = terms.loss.sum() / training.batch_size * world_size
+                    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
                 parts.append((batch.t, theta, ref))
 
             # Update the policy.
