@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import tempfile
 import time
@@ -27,10 +26,8 @@ from pydantic import ValidationError
 
 from dde_core.errors import DataError
 from services.api.requests import Strict
+from services.stages import layout
 from services.storage import files
-
-FOLDER, RECORD, VALIDATION = "checkpoints", "checkpoint.json", "validation"
-BROKEN = "broken.json"
 
 
 class BrokenCheckpoint(DataError):
@@ -84,26 +81,18 @@ class CheckpointRecord(Strict):
         return sum(file.bytes for file in self.files.values())
 
 
-def folder(run: str, step: int) -> str:
-    """Where the checkpoint after ``step`` steps lies."""
-    return files.join(run, FOLDER, f"step-{step:08d}")
-
-
-def outcome_uri(run: str, step: int) -> str:
-    """Where what validation says of the checkpoint after ``step`` steps lies."""
-    return files.join(run, VALIDATION, f"step-{step:08d}.json")
-
-
 def steps(run: str) -> list[int]:
     """The steps after which there is a checkpoint, ascending."""
-    names = files.list_files(files.join(run, FOLDER), recursive=True)
-    return sorted(int(found[1]) for name in names if (found := re.fullmatch(rf"step-(\d+)/{RECORD}", name)))
+    names = files.list_files(layout.checkpoints_folder(run), recursive=True)
+    found = (layout.checkpoint_step(name) for name in names)
+    return sorted(step for step in found if step is not None)
 
 
 def read(run: str, step: int) -> CheckpointRecord:
     """Raises FileNotFoundError where there is no checkpoint, BrokenCheckpoint for a record that is no JSON, and DataError for
     one of another version of this code."""
-    data, where = files.read_bytes(files.join(folder(run, step), RECORD)), folder(run, step)
+    data = files.read_bytes(layout.checkpoint_record_uri(run, step))
+    where = layout.checkpoint_folder(run, step)
     try:
         return CheckpointRecord.model_validate(json.loads(data))
     except ValidationError as error:
@@ -125,14 +114,15 @@ def committed(run: str, record: CheckpointRecord, before_record: Callable[[], No
     """
     before_record()
     delete(run, record.step)  # what is left of an attempt that was killed
-    target = folder(run, record.step)
+    target = layout.checkpoint_folder(run, record.step)
     with _written(target) as path:
         yield path
         members = sorted(file for file in path.rglob("*") if file.is_file())
         digests = {file.relative_to(path).as_posix(): digest_of(file) for file in members}
-        files.settle(path, target)
+        files.persist(path, target)
     before_record()
-    files.write_json(files.join(target, RECORD), record.model_copy(update={"files": digests}).model_dump())
+    record_uri = layout.checkpoint_record_uri(run, record.step)
+    files.write_json(record_uri, record.model_copy(update={"files": digests}).model_dump())
 
 
 @contextmanager
@@ -154,7 +144,7 @@ def _written(target: str) -> Iterator[Path]:
 @contextmanager
 def opened(run: str, record: CheckpointRecord, verify: bool = True) -> Iterator[Path]:
     """A local folder with a checkpoint's files. Raises BrokenCheckpoint where they are not those that were written."""
-    target = folder(run, record.step)
+    target = layout.checkpoint_folder(run, record.step)
     with _fetched(target, record) as path:
         for name, written in record.files.items():
             if verify and (not (path / name).is_file() or digest_of(path / name) != written):
@@ -225,12 +215,12 @@ def digest_of(file: Path) -> FileDigest:
 
 def delete(run: str, step: int) -> None:
     """Drop a checkpoint: its record first, so that no half of one is seen."""
-    files.delete_file(files.join(folder(run, step), RECORD))
-    files.delete_folder(folder(run, step))
+    files.delete_file(layout.checkpoint_record_uri(run, step))
+    files.delete_folder(layout.checkpoint_folder(run, step))
 
 
 def discard(run: str, step: int) -> None:
-    """A checkpoint that cannot be gone on with is none any more; its files stay for those who want to know why."""
-    record = files.join(folder(run, step), RECORD)
-    files.write_bytes(files.join(folder(run, step), BROKEN), files.read_bytes(record))
+    """Invalidate an unusable checkpoint; keep its files for inspection."""
+    record = layout.checkpoint_record_uri(run, step)
+    files.write_bytes(layout.broken_checkpoint_uri(run, step), files.read_bytes(record))
     files.delete_file(record)

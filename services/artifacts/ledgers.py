@@ -7,17 +7,18 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dde_core.config import NoiseMode, ObjectiveConfig
+from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, DataError
 from dde_core.latents.ledger import LedgerKey, LedgerRecord, is_record_name
 from dde_core.latents.reader import LatentReader
+from dde_core.methods import METHODS, NoiseMode
 from dde_core.models.folder import ModelFolder
 from services.api.records import ModelRecord
 from services.artifacts import models
+from services.stages import layout
 from services.stages.specs import LedgerSpec, TrainSpec
 from services.storage import files
 
-FOLDER = "ledgers"
 OTHER: dict[NoiseMode, NoiseMode] = {"independent": "shared", "shared": "independent"}
 
 
@@ -53,18 +54,13 @@ def needed(spec: LedgerSpec | TrainSpec) -> Needed:
 
 def on_ledger(objective: ObjectiveConfig, noise: NoiseMode) -> ObjectiveConfig:
     """The objective as it runs on a ledger of this noise: `discounted` weights its losses, since t is drawn uniformly."""
-    t_sampling = "uniform" if objective.method == "discounted" else objective.t_sampling
+    t_sampling = "uniform" if METHODS[objective.method].discounted else objective.t_sampling
     return replace(objective, noise=noise, t_sampling=t_sampling)
 
 
 def reference_digest(record: ModelRecord) -> str:
     """The frozen model's: of its folder, and of the adapters that are merged into it."""
     return "+".join(each.digest for each in (record.adapter_of, record) if each)
-
-
-def folder_of(dataset: str, key: LedgerKey) -> str:
-    """Where the ledger of this key lies."""
-    return files.join(dataset, FOLDER, key.name)
 
 
 def read(uri: str) -> LedgerRecord:
@@ -88,7 +84,7 @@ def find(asked: Needed) -> Found | None:
     """The first ledger that fits and is complete. One that has evaluation points serves those who do not read them too."""
     for key, objective in asked.choices:
         for each in (key, replace(key, evaluation_points=True)):
-            folder = folder_of(asked.dataset, each)
+            folder = layout.ledger_folder(asked.dataset, each.name)
             names = reversed(list(filter(is_record_name, files.list_files(folder))))
             for uri, record in _readable(files.join(folder, name) for name in names):
                 if record.draws >= asked.draws:
@@ -107,7 +103,7 @@ def check(uri: str, asked: Needed) -> Found:
 
 def nearest_misfit(asked: Needed) -> str | None:
     """In which fields the nearest of the dataset's ledgers differs from what the run needs, in words."""
-    root = files.join(asked.dataset, FOLDER)
+    root = layout.ledgers_folder(asked.dataset)
     uris = [
         f"{root}/{name}"
         for name in files.list_files(root, recursive=True)

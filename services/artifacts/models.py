@@ -26,45 +26,39 @@ from dde_core.family import (
 from services.api.records import ModelRecord
 from services.api.requests import NAME_PATTERN
 from services.errors import BadRequest, NotFound
+from services.stages import layout
 from services.storage import files
-
-
-def model_uri(root: str, model_id: str) -> str:
-    """Where an aligned model's weights lie."""
-    return files.join(root, "models", model_id)
 
 
 def publish(root: str, record: ModelRecord) -> None:
     """Make a model known to Serve under its id."""
-    files.write_json(files.join(root, "models", f"{record.id}.json"), record.model_dump())
+    files.write_json(layout.model_record_uri(root, record.id), record.model_dump())
 
 
-def point(root: str, name: str, model_id: str) -> None:
+def set_alias(root: str, name: str, model_id: str) -> None:
     """Let a name mean this model from now on."""
-    files.write_json(files.join(root, "aliases", f"{name}.json"), {"model": model_id})
+    files.write_json(layout.alias_uri(root, name), {"model": model_id})
 
 
 def retract(root: str, record: ModelRecord) -> None:
-    """Undo publish and point: Serve forgets the model. Weights that a job made are deleted, a base's files stay."""
-    alias = files.join(root, "aliases", f"{record.name}.json")
+    """Undo publish and set_alias: Serve forgets the model. Weights that a job made are deleted, a base's files stay."""
+    alias = layout.alias_uri(root, record.name)
     if files.exists(alias) and files.read_json(alias)["model"] == record.id:
         files.delete_file(alias)
-    files.delete_file(files.join(root, "models", f"{record.id}.json"))
+    files.delete_file(layout.model_record_uri(root, record.id))
     if record.job is not None:
-        files.delete_folder(model_uri(root, record.id))
+        files.delete_folder(layout.model_folder(root, record.id))
 
 
 def find(root: str, name_or_id: str) -> ModelRecord:
     """The model of an id or a name. Raises NotFound, naming it."""
     if re.fullmatch(NAME_PATTERN, name_or_id):
         try:
-            model_id = files.read_json(files.join(root, "aliases", f"{name_or_id}.json"))["model"]
+            model_id = files.read_json(layout.alias_uri(root, name_or_id))["model"]
         except FileNotFoundError:
             model_id = name_or_id
         try:
-            return ModelRecord.model_validate_json(
-                files.read_bytes(files.join(root, "models", f"{model_id}.json"))
-            )
+            return ModelRecord.model_validate_json(files.read_bytes(layout.model_record_uri(root, model_id)))
         except FileNotFoundError:
             pass
     raise NotFound(f"model {name_or_id!r} does not exist", param="model", code="model_not_found")

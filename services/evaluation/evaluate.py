@@ -13,6 +13,7 @@ from services.api.records import EvaluateResult, Interval, ScorerReport
 from services.api.requests import Scorer
 from services.artifacts.prompts import read_prompts
 from services.evaluation.compare import SIDES, compare
+from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.specs import EvaluateSpec
 from services.storage import files
@@ -31,8 +32,8 @@ def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
     journal.event(f"{len(prompts)} prompts from {spec.base.name} and {spec.candidate.name}")
     rows = _rows_of_prompts(spec, prompts, journal, began)
     scores = {name: _compare_scores(name, rows) for name in spec.evaluation.scorers}
-    grid_uri = files.join(spec.output, "grid.png")
-    report_uri = files.join(spec.output, "report.json")
+    grid_uri = layout.grid_uri(spec.output)
+    report_uri = layout.report_uri(spec.output)
     files.write_bytes(grid_uri, _grid(spec, rows[:GRID_PROMPTS]))
     files.write_json(report_uri, _report(spec, rows, scores))
     return EvaluateResult(

@@ -6,7 +6,6 @@ A block is committed once its Parquet file is there. The pictures of it that cou
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dde_core.latents.writer import shard_table
+from services.stages import layout
 from services.storage import files
 
-BLOCKS, BAD = "blocks", "bad"
 READS_AT_ONCE = 16
 
 
@@ -27,7 +26,7 @@ def commit(row: dict[str, Any], folder: str) -> dict[str, Any]:
     ``images`` (how many are in it) and ``bad``."""
     about: list[Any] = json.loads(row["about"])
     if row["bad"] != "{}":
-        files.write_bytes(files.join(folder, BAD, f"{row['block']:08d}.json"), row["bad"].encode())
+        files.write_bytes(layout.bad_images_uri(folder, row["block"]), row["bad"].encode())
     columns: dict[str, Any] = {
         "uid": [uid for uid, *_ in about],
         "sha256": [bytes.fromhex(sha256) for _, sha256, *_ in about],
@@ -48,41 +47,35 @@ def commit(row: dict[str, Any], folder: str) -> dict[str, Any]:
         use_dictionary=False,
         write_statistics=False,
     )
-    files.write_bytes(files.join(folder, BLOCKS, f"{row['block']:08d}.parquet"), sink.getvalue().to_pybytes())
+    files.write_bytes(layout.block_uri(folder, row["block"]), sink.getvalue().to_pybytes())
     return {"block": row["block"], "images": len(about), "bad": row["bad"]}
 
 
 def committed_blocks(folder: str) -> set[int]:
     """The numbers of the blocks that are there. What was said of others is dropped: it is said anew when they are encoded."""
-    done = set(_numbered(folder, BLOCKS))
-    for number, name in _numbered(folder, BAD).items():
-        if number not in done:
-            files.delete_file(files.join(folder, BAD, name))
+    done = _numbers(layout.blocks_folder(folder))
+    for number in _numbers(layout.bad_images_folder(folder)) - done:
+        files.delete_file(layout.bad_images_uri(folder, number))
     return done
 
 
 def bad_pictures(folder: str, blocks: set[int]) -> Iterator[tuple[int, str]]:
     """(block, JSON as ``commit`` got it) of those of these blocks that have any."""
-    names = {number: name for number, name in _numbered(folder, BAD).items() if number in blocks}
+    numbers = sorted(_numbers(layout.bad_images_folder(folder)) & blocks)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        contents = pool.map(
-            lambda name: files.read_bytes(files.join(folder, BAD, name)).decode(), names.values()
-        )
-        yield from zip(names, contents, strict=True)
+        contents = pool.map(lambda number: files.read_bytes(layout.bad_images_uri(folder, number)), numbers)
+        for number, content in zip(numbers, contents, strict=True):
+            yield number, content.decode()
 
 
-def _numbered(folder: str, kind: str) -> dict[int, str]:
-    names = files.list_files(files.join(folder, kind))
-    return {
-        int(found[1]): name for name in names if (found := re.fullmatch(r"(\d{8,})\.(parquet|json)", name))
-    }
+def _numbers(folder: str) -> set[int]:
+    numbers = (layout.block_number(name) for name in files.list_files(folder))
+    return {number for number in numbers if number is not None}
 
 
 def read_block(folder: str, number: int, uids: set[str]) -> dict[str, dict[str, Any]]:
     """The committed pictures of a block that are asked for, by uid: ``latents`` float16 [n], ``sha256``, ``size``, ``crop``."""
-    table = pq.read_table(
-        pa.BufferReader(files.read_bytes(files.join(folder, BLOCKS, f"{number:08d}.parquet")))
-    )
+    table = pq.read_table(pa.BufferReader(files.read_bytes(layout.block_uri(folder, number))))
     places = [place for place, uid in enumerate(table["uid"].to_pylist()) if uid in uids]
     latents = (
         table["latents"].combine_chunks().flatten().to_numpy().reshape(len(table), -1) if len(table) else []
@@ -95,5 +88,5 @@ def read_block(folder: str, number: int, uids: set[str]) -> dict[str, dict[str, 
 
 def clear(folder: str) -> None:
     """Drop the blocks once the shards that hold them are there."""
-    for name in (BLOCKS, BAD):
-        files.delete_folder(files.join(folder, name))
+    files.delete_folder(layout.blocks_folder(folder))
+    files.delete_folder(layout.bad_images_folder(folder))

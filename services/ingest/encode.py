@@ -11,7 +11,7 @@ import numpy as np
 
 from dde_core.errors import DataError
 from dde_core.family import COMPONENTS
-from dde_core.latents.schema import MANIFEST, SCHEMA_VERSION, Manifest, Shard, dataset_digest
+from dde_core.latents.schema import SCHEMA_VERSION, Manifest, Shard, dataset_digest
 from dde_core.models.folder import ModelFolder
 from services.api.records import EncodeResult
 from services.artifacts import models
@@ -24,6 +24,7 @@ from services.ingest.quarantine import Quarantine
 from services.ingest.stages import encode_blocks, join_shards
 from services.pairs.source import Source, open_source
 from services.pairs.validation import Summary, check_bad
+from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.specs import EncodeSpec
 from services.storage import files
@@ -44,7 +45,7 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
     encoder_digest = _encoder_digest(folder)
     identity = [SCHEMA_VERSION, spec.source_digest, encoder_digest, settings, images_per_block(size)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    target = files.join(spec.output, key)
+    target = layout.dataset_folder(spec.output, key)
     manifest = _find(target)
     if reused := manifest is not None:
         journal.event(f"dataset {key} is encoded already")
@@ -54,7 +55,7 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
             if (
                 manifest := _find(target)
             ) is None:  # else another run was faster, and its shards may be in use
-                files.write_bytes(files.join(target, MANIFEST), made.to_json())
+                files.write_bytes(layout.manifest_uri(target), made.to_json())
                 manifest = made
         except Exception:
             if (manifest := _find(target)) is None:  # else another run has cleared the blocks away
@@ -73,7 +74,7 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
 
 
 def _find(target: str) -> Manifest | None:
-    uri = files.join(target, MANIFEST)
+    uri = layout.manifest_uri(target)
     return Manifest.from_json(files.read_bytes(uri)) if files.exists(uri) else None
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from services.ingest.plan import Plan
 from services.pairs.source import Source
 from services.pairs.validation import check_bad
+from services.stages import layout
 from services.storage import files
 
-QUARANTINE = "quarantine.jsonl"
 CAPTION_CHARACTERS = 200
 
 
@@ -69,9 +69,9 @@ class Quarantine:
         """One line a row, in the order of the source, as ``quarantine.jsonl``. Its URI, or None where no row is bad."""
         if not self._causes and not self._plan.counts.bad:
             return None
-        target = files.join(folder, QUARANTINE)
+        target = layout.quarantine_uri(folder)
         with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / QUARANTINE
+            path = Path(scratch) / "rows.jsonl"
             with path.open("w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in self._lines(source))
             files.upload(path, target)

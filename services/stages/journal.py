@@ -16,6 +16,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from services.stages import layout
 from services.stages.specs import JournalEvent
 from services.storage import files
 
@@ -28,7 +29,7 @@ class Journal:
     none, or the next one is tried. What could not be written stays for the next flush, and raises OSError or Unavailable."""
 
     def __init__(self, prefix: str, flush_every_s: float = 1.0) -> None:
-        self._folder, self._flush_every_s = files.join(prefix, "journal"), flush_every_s
+        self._prefix, self._flush_every_s = prefix, flush_every_s
         self._pending: deque[dict] = deque()
         self._begun = b""
         self._number, self._flushed_at = 0, 0.0
@@ -59,10 +60,12 @@ class Journal:
 
     def _write(self) -> None:
         while self._begun:
-            if files.create_bytes(files.join(self._folder, f"{self._number:08d}.json"), self._begun):
+            if files.create_bytes(layout.journal_uri(self._prefix, self._number), self._begun):
                 self._number, self._begun = self._number + 1, b""
             else:
-                self._number = max(self._number + 1, len(files.list_files(self._folder)))
+                self._number = max(
+                    self._number + 1, len(files.list_files(layout.journal_folder(self._prefix)))
+                )
 
 
 def read_journal(prefix: str, start: int, limit: int | None = None) -> list[tuple[int, list[JournalEvent]]]:
@@ -70,10 +73,10 @@ def read_journal(prefix: str, start: int, limit: int | None = None) -> list[tupl
 
     A file that is no JSON is still being written (storage.create_bytes), and counts as not there yet.
     """
-    folder, found = files.join(prefix, "journal"), []
+    found = []
     for number in itertools.count(start):
         try:
-            entries = _ENTRIES.validate_json(files.read_bytes(files.join(folder, f"{number:08d}.json")))
+            entries = _ENTRIES.validate_json(files.read_bytes(layout.journal_uri(prefix, number)))
         except FileNotFoundError:
             break
         except ValidationError as error:

@@ -1,29 +1,293 @@
-"""What the processes say to one another: API bodies, stage specs and results, and where things lie in storage.
+"""Every path and marker name in storage. Other modules call these functions; none joins or parses a path of its own.
 
-A job is a chain of stages, each one Ray job that is told what to do by a spec file and answers with a marker file:
+A job is a chain of stages. Each stage is one Ray job: it reads a spec file and writes a marker file when it ends.
 
-    {storage}/jobs/{job}/{stage}/a{attempt}/spec.json       written by the control plane, read by the stage
-                                           /journal/*.json  append-only events and metrics, written by the stage
-                                           /done.json       the stage's result, written last
-                                           /failed.json     or why it could not
-                                           /stopped.json    or how far it came before it was asked to stop
-                                           /stop.json       that it is asked to, by the control plane (train alone reads it)
-    {storage}/jobs/{job}/train/run/checkpoints/step-*/      the run's state (services/artifacts/checkpoints.py)
-                                  /validation/step-*.json   what validation measured of it, and its pictures as .png
-                                  /tensorboard/             event files
-                                  /pairs/*.parquet          t, margin and gradient weight of every pair of every step
-    {storage}/datasets/{key}/manifest.json                  latent shards; no manifest: no shards
-    {storage}/datasets/{key}/ledgers/{key}/ledger-*.json    errors of a frozen model on them; no such file: no ledger
-    {storage}/models/{model}.json, aliases/{name}.json      what Serve can load, written by the control plane
-    {storage}/models/{model}/                               weights of an aligned model: a diffusers folder
-                            /credit.json                    where its training put the credit
+    {root}/jobs/{job}/{stage}/a{attempt}/                    the prefix of one attempt
+        spec.json                   written by the control plane, read by the stage
+        journal/{number}.json       append-only events and metrics, written by the stage
+        done.json                   the stage's result, written last
+        failed.json                 or why it failed
+        stopped.json                or the step after which it stopped on request
+        stop.json                   a request to stop, by the control plane (only train reads it)
+        stopping.json               a worker has received that request
+        worker-failed.json          an error that ends the run; worker-error-{rank}.json counts others
+        report.json, grid.png       what evaluate measured
+    {root}/jobs/{job}/train/run/                             the run that all attempts to train share
+        checkpoints/step-{step}/    checkpoint.json is the record, written last (services/artifacts/checkpoints.py)
+        validation/step-{step}.json validation's metrics of that checkpoint; its images as .png
+        tensorboard/, wandb/        files of the trackers
+        pairs/*.parquet             t, margin and gradient weight of every pair of every step
+        fence.json                  the attempt and the group of workers that may write
+        reference.json              the ledger that the run started with
+    {root}/datasets/{key}/                                   one encoded dataset
+        manifest.json               names the latent shards, written last: no manifest, no dataset
+        quarantine.jsonl            rows that cannot be used
+        blocks/, bad/               encoded blocks, until they are joined into shards
+        ledgers/{key}/ledger-*.json errors of a frozen model on the shards, written last: no record, no ledger
+    {root}/models/{model}.json, {root}/aliases/{name}.json   what Serve can load, written by the control plane
+    {root}/models/{model}/                                   weights of an aligned model: a diffusers folder
+        credit.json                 where its training put the credit
 
 Imports no torch and no Ray.
 """
 
 from __future__ import annotations
 
-STOP, HEARD = "stop.json", "stopping.json"
-"""In a train attempt's folder: a request to stop, and that a worker has heard it."""
+import re
+
+from dde_core.latents.schema import MANIFEST
+from services.storage import files
+
 CREDIT = "credit.json"
-"""Lies beside the weights of an aligned model."""
+CHECKPOINT_RECORD = "checkpoint.json"
+_STEP = re.compile(r"step-(\d+)")
+
+
+def attempt_prefix(root: str, job: str, stage: str, attempt: int) -> str:
+    """The folder of one attempt of a job's stage."""
+    return files.join(root, "jobs", job, stage, _attempt_name(attempt))
+
+
+def attempts_up_to(prefix: str, attempt: int) -> list[str]:
+    """The prefixes of attempts 1 to ``attempt``, whose own prefix is given; only that one if it is not an attempt's folder."""
+    folder, _, name = prefix.rstrip("/").rpartition("/")
+    if name != _attempt_name(attempt):
+        return [prefix]
+    return [files.join(folder, _attempt_name(number)) for number in range(1, attempt + 1)]
+
+
+def _attempt_name(attempt: int) -> str:
+    return f"a{attempt}"
+
+
+# ---- one attempt
+
+
+def spec_uri(prefix: str) -> str:
+    """The spec of an attempt."""
+    return files.join(prefix, "spec.json")
+
+
+def journal_folder(prefix: str) -> str:
+    """The folder of an attempt's journal files."""
+    return files.join(prefix, "journal")
+
+
+def journal_uri(prefix: str, number: int) -> str:
+    """Journal file ``number`` of an attempt, counted from 0 without gaps."""
+    return files.join(journal_folder(prefix), f"{number:08d}.json")
+
+
+def done_uri(prefix: str) -> str:
+    """The marker of success: the stage's result."""
+    return files.join(prefix, "done.json")
+
+
+def failed_uri(prefix: str) -> str:
+    """The marker of failure: a StageFailure."""
+    return files.join(prefix, "failed.json")
+
+
+def stopped_uri(prefix: str) -> str:
+    """The marker of a stop on request: a StageStopped."""
+    return files.join(prefix, "stopped.json")
+
+
+def stop_uri(prefix: str) -> str:
+    """The request to stop: a StopRequest."""
+    return files.join(prefix, "stop.json")
+
+
+def stop_ack_uri(prefix: str) -> str:
+    """Exists once a worker has received the request to stop."""
+    return files.join(prefix, "stopping.json")
+
+
+def worker_failed_uri(prefix: str) -> str:
+    """The StageFailure of a worker whose error would come again."""
+    return files.join(prefix, "worker-failed.json")
+
+
+def worker_error_uri(prefix: str, rank: int) -> str:
+    """How often worker ``rank`` has failed with the same unforeseen error."""
+    return files.join(prefix, f"worker-error-{rank}.json")
+
+
+def report_uri(output: str) -> str:
+    """The report of an evaluation."""
+    return files.join(output, "report.json")
+
+
+def grid_uri(output: str) -> str:
+    """The image grid of an evaluation."""
+    return files.join(output, "grid.png")
+
+
+# ---- a training run
+
+
+def run_folder(root: str, job: str) -> str:
+    """The folder that all attempts to train share."""
+    return files.join(root, "jobs", job, "train", "run")
+
+
+def checkpoints_folder(run: str) -> str:
+    """The folder of a run's checkpoints."""
+    return files.join(run, "checkpoints")
+
+
+def checkpoint_folder(run: str, step: int) -> str:
+    """The checkpoint after ``step`` steps."""
+    return files.join(checkpoints_folder(run), _step_name(step))
+
+
+def checkpoint_record_uri(run: str, step: int) -> str:
+    """The record that commits the checkpoint after ``step`` steps."""
+    return files.join(checkpoint_folder(run, step), CHECKPOINT_RECORD)
+
+
+def broken_checkpoint_uri(run: str, step: int) -> str:
+    """The record of a checkpoint that was invalidated."""
+    return files.join(checkpoint_folder(run, step), "broken.json")
+
+
+def checkpoint_step(name: str) -> int | None:
+    """The step of a checkpoint, from its record's path below ``checkpoints_folder``; None for every other file."""
+    folder, _, file = name.partition("/")
+    return _step_of(folder) if file == CHECKPOINT_RECORD else None
+
+
+def validation_folder(run: str) -> str:
+    """The folder of what validation measured."""
+    return files.join(run, "validation")
+
+
+def outcome_uri(run: str, step: int) -> str:
+    """What validation measured of the model after ``step`` steps: a Validated."""
+    return files.join(validation_folder(run), f"{_step_name(step)}.json")
+
+
+def outcome_image_uri(run: str, step: int) -> str:
+    """The image grid that validation drew with the model after ``step`` steps."""
+    return files.join(validation_folder(run), f"{_step_name(step)}.png")
+
+
+def outcome_step(name: str) -> int | None:
+    """The step of an outcome, from its file's name in ``validation_folder``; None for every other file."""
+    return _step_of(name.removesuffix(".json")) if name.endswith(".json") else None
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step_of(name: str) -> int | None:
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def pair_log_folder(run: str) -> str:
+    """The folder of a run's pair log."""
+    return files.join(run, "pairs")
+
+
+def tensorboard_folder(run: str) -> str:
+    """The folder of TensorBoard's event files."""
+    return files.join(run, "tensorboard")
+
+
+def wandb_folder(run: str) -> str:
+    """The folder of offline files for `wandb sync`."""
+    return files.join(run, "wandb")
+
+
+def fence_uri(run: str) -> str:
+    """Who may write into the run's folder."""
+    return files.join(run, "fence.json")
+
+
+def reference_uri(run: str) -> str:
+    """The URI of the ledger that the run started with, or null."""
+    return files.join(run, "reference.json")
+
+
+# ---- datasets and their ledgers
+
+
+def datasets_folder(root: str) -> str:
+    """The folder of all encoded datasets."""
+    return files.join(root, "datasets")
+
+
+def dataset_folder(datasets: str, key: str) -> str:
+    """One encoded dataset."""
+    return files.join(datasets, key)
+
+
+def manifest_uri(dataset: str) -> str:
+    """The manifest that commits an encoded dataset."""
+    return files.join(dataset, MANIFEST)
+
+
+def quarantine_uri(dataset: str) -> str:
+    """The rows that could not be used, one JSON object a line."""
+    return files.join(dataset, "quarantine.jsonl")
+
+
+def blocks_folder(dataset: str) -> str:
+    """The folder of encoded blocks that are not joined into shards yet."""
+    return files.join(dataset, "blocks")
+
+
+def block_uri(dataset: str, number: int) -> str:
+    """One encoded block."""
+    return files.join(blocks_folder(dataset), f"{number:08d}.parquet")
+
+
+def bad_images_folder(dataset: str) -> str:
+    """The folder of the blocks' unusable images."""
+    return files.join(dataset, "bad")
+
+
+def bad_images_uri(dataset: str, number: int) -> str:
+    """Why images of one block cannot be used, by slot."""
+    return files.join(bad_images_folder(dataset), f"{number:08d}.json")
+
+
+def block_number(name: str) -> int | None:
+    """The number of a block, from a file's name in ``blocks_folder`` or ``bad_images_folder``; None for every other file."""
+    found = re.fullmatch(r"(\d{8,})\.(parquet|json)", name)
+    return int(found[1]) if found else None
+
+
+def ledgers_folder(dataset: str) -> str:
+    """The folder of all ledgers of a dataset."""
+    return files.join(dataset, "ledgers")
+
+
+def ledger_folder(dataset: str, key: str) -> str:
+    """The ledger with this key's name."""
+    return files.join(ledgers_folder(dataset), key)
+
+
+# ---- models
+
+
+def model_record_uri(root: str, model_id: str) -> str:
+    """The record of a model that Serve can load."""
+    return files.join(root, "models", f"{model_id}.json")
+
+
+def model_folder(root: str, model_id: str) -> str:
+    """The weights of an aligned model."""
+    return files.join(root, "models", model_id)
+
+
+def alias_uri(root: str, name: str) -> str:
+    """The id of the model that a name refers to."""
+    return files.join(root, "aliases", f"{name}.json")
+
+
+def credit_uri(model_folder: str) -> str:
+    """The credit record of an aligned model."""
+    return files.join(model_folder, CREDIT)

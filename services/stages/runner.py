@@ -19,7 +19,7 @@ from services.stages.specs import Level, StageFailure, StageSpec, StageStopped
 from services.storage import files
 
 Spec = TypeVar("Spec", bound=StageSpec)
-PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
+TRANSIENT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 """What the operating system says of a disk that is full or away: it may be well again when the stage is tried again."""
 
 
@@ -64,7 +64,7 @@ def root_cause(error: BaseException) -> BaseException:
     """The error of ours inside what Ray wraps around it (workers' failures, a task's cause), else the disk's that may pass,
     else the error itself."""
     ours = (each for each in _inside(error) if isinstance(each, (DdeError, ServiceError)))
-    passing = (each for each in _inside(error) if may_pass(each))
+    passing = (each for each in _inside(error) if is_transient(each))
     return next(chain(ours, passing), error)
 
 
@@ -78,9 +78,9 @@ def _inside(error: BaseException) -> Iterator[BaseException]:
             yield from _inside(each)
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether it is about a disk that is full or away."""
-    return isinstance(error, OSError) and error.errno in PASSING
+    return isinstance(error, OSError) and error.errno in TRANSIENT
 
 
 def failure_of(error: BaseException) -> StageFailure:
@@ -92,7 +92,9 @@ def failure_of(error: BaseException) -> StageFailure:
     if isinstance(cause, ServiceError):
         return StageFailure(message=cause.message, code=cause.code, param=cause.param)
     name = type(cause).__name__
-    code = Unavailable.default_code if may_pass(cause) else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    code = (
+        Unavailable.default_code if is_transient(cause) else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    )
     if isinstance(cause, DdeError):
         return StageFailure(
             message=str(cause), code=code, param=cause.field if isinstance(cause, ConfigError) else None

@@ -135,7 +135,7 @@ def copy_folder(source_uri: str, target_uri: str) -> None:
             _put(_local(target), partial(s3.download, source))
 
 
-def settle(folder: Path, uri: str) -> None:
+def persist(folder: Path, uri: str) -> None:
     """Bring a local folder to its place for good: uploaded, or where it is that place already, on the disk."""
     if local_path(uri) != folder:
         return copy_folder(as_uri(folder), uri)

@@ -56,7 +56,7 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
 DELETED_AT_ONCE = 1000
 """S3's limit."""
 Call = TypeVar("Call", bound=Callable[..., Any])
-PASSING = (
+TRANSIENT = (
     "SlowDown",
     "RequestTimeout",
     "Throttling",
@@ -69,7 +69,7 @@ _TORN = (ResponseStreamingError, IncompleteReadError, FlexibleChecksumError, Rea
 _NO_ANSWER = (HTTPClientError, ConnectionError, RetriesExceededError, S3DownloadFailedError, *_TORN)
 
 
-def patiently(again: retry_base) -> Callable[[Call], Call]:
+def with_retries(again: retry_base) -> Callable[[Call], Call]:
     """Try again where boto3 and pyarrow give up at once."""
     stop = stop_after_attempt(ATTEMPTS) | stop_after_delay(2 * READ_TIMEOUT_S)
     wait = wait_exponential_jitter(multiplier=0.05, max=5, jitter=0.1)
@@ -129,7 +129,7 @@ class _Ranges(io.RawIOBase):
     def tell(self) -> int:
         return self._file.tell()
 
-    @patiently(retry_if_exception_message(match=".*Failed to flush response stream"))
+    @with_retries(retry_if_exception_message(match=".*Failed to flush response stream"))
     def read(self, size: int = -1) -> bytes:
         at = self._file.tell()
         data = self._file.read_at(self._file.size() - at if size < 0 else size, at)
@@ -176,7 +176,7 @@ def read(uri: str) -> bytes:
         return _get(*_parts(uri))
 
 
-@patiently(retry_if_exception_type(_TORN))
+@with_retries(retry_if_exception_type(_TORN))
 def _get(bucket: str, key: str) -> bytes:
     """In one request, so of one version. boto3 tries requests again, but not an answer whose body ends early."""
     return client().get_object(Bucket=bucket, Key=key)["Body"].read()
@@ -311,6 +311,6 @@ def _said(uri: str, error: ClientError) -> OSError | ServiceError:
         )
     if code == "NoSuchKey" or code == "404":
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri)
-    if status >= 500 or status == 429 or code in PASSING:
+    if status >= 500 or status == 429 or code in TRANSIENT:
         return Unavailable(f"uri {uri!r}: the object store goes on failing: {error}", param="uri")
     return BadRequest(f"uri {uri!r} cannot be opened: {error}", param="uri")

@@ -35,7 +35,7 @@ def publish(root: str, model_id: str) -> ModelRecord:
 def root(tmp_path) -> str:
     uri = files.as_uri(tmp_path)
     publish(uri, "model_a")
-    models.point(uri, "named", "model_a")
+    models.set_alias(uri, "named", "model_a")
     return uri
 
 
@@ -55,7 +55,7 @@ def test_an_alias_takes_effect_at_the_next_call(root: str):
     engine = Engine(root, max_models=1)
     engine.generate(request())
     publish(root, "model_b")
-    models.point(root, "named", "model_b")
+    models.set_alias(root, "named", "model_b")
     engine.generate(request())
     assert list(engine._models) == ["model_b"], "the engine keeps the most recently used model"
 

@@ -14,7 +14,7 @@ import pytest
 
 from services.stages.journal import Journal, read_journal
 from services.storage import files
-from tests.support.s3_server import Harm, S3Server, every
+from tests.support.s3_server import Fault, S3Server, every
 
 ROOT = Path(__file__).parents[3]
 
@@ -65,7 +65,7 @@ def test_several_writers_at_once_lose_and_overwrite_nothing(prefix: str):
 def test_processes_that_write_at_once_lose_and_overwrite_nothing(tmp_path: Path):
     code = """
         import sys
-        from services.observability import Journal
+        from services.stages.journal import Journal
         journal = Journal(sys.argv[1], flush_every_s=0)
         for number in range(20):
             journal.event(f"{sys.argv[2]} {number}")
@@ -79,20 +79,20 @@ def test_processes_that_write_at_once_lose_and_overwrite_nothing(tmp_path: Path)
 def test_requests_whose_answer_is_lost_or_whose_upload_is_torn_lose_and_repeat_nothing(
     s3_server: S3Server, bucket: str
 ):
-    s3_server.harm(Harm("lose_answer", every(3), "PUT"), Harm("cut_upload", every(4), "PUT"))
+    s3_server.inject(Fault("lose_response", every(3), "PUT"), Fault("cut_upload", every(4), "PUT"))
     first, second = Journal(bucket, flush_every_s=0), Journal(bucket, flush_every_s=0)
     for number in range(6):
         write(first, [f"a {number}"])
         write(second, [f"b {number}"])
-    assert s3_server.done["lose_answer"] > 0 < s3_server.done["cut_upload"]
-    s3_server.harm()
+    assert s3_server.counts["lose_response"] > 0 < s3_server.counts["cut_upload"]
+    s3_server.inject()
     assert told(bucket) == [f"{writer} {number}" for number in range(6) for writer in "ab"]
 
 
 def test_who_writes_alone_lists_no_folder(s3_server: S3Server, bucket: str):
-    s3_server.harm()
+    s3_server.inject()
     write(Journal(bucket, flush_every_s=0), names("a", 5))
-    assert s3_server.done == {"PUT": 5}
+    assert s3_server.counts == {"PUT": 5}
 
 
 def test_what_storage_does_not_take_is_kept_and_written_once_it_does(tmp_path: Path):

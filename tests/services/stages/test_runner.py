@@ -18,14 +18,14 @@ from ray.train import ControllerError, WorkerGroupError
 
 from services.errors import Stopped, Unavailable
 from services.stages.journal import read_journal
-from services.stages.runner import PASSING, failure_of, root_cause, run_stage
+from services.stages.runner import TRANSIENT, failure_of, root_cause, run_stage
 from services.stages.specs import StageFailure, StageSpec, StageStopped
 from services.storage import files
 
 WAITS = """
 import sys, time
-from services.contracts import StageSpec
-from services.stage import run_stage
+from services.stages.specs import StageSpec
+from services.stages.runner import run_stage
 
 def work(spec, journal):
     print("at work", flush=True)
@@ -77,7 +77,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("number", sorted(PASSING), ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", sorted(TRANSIENT), ids=errno.errorcode.get)
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_disk_that_is_full_or_away_is_unavailable_however_ray_wraps_it(wrap, number):
     failure = failure_of(
@@ -114,5 +114,5 @@ def test_a_stage_that_gets_sigint_leaves_its_marker_also_where_the_signal_was_ig
     with ignored:
         assert ignored.stdout.readline() == b"at work\n"
         ignored.send_signal(signal.SIGINT)
-        assert ignored.wait(30) != 0
+        assert ignored.wait(240) != 0
     assert json.loads((tmp_path / "failed.json").read_text())["code"] == "stopped"

@@ -15,6 +15,7 @@ from services.api.records import EncodeResult, ModelRecord
 from services.api.requests import DatasetSource
 from services.artifacts import models
 from services.errors import BadRequest, NotFound
+from services.stages import layout
 from services.stages.journal import Journal, read_journal
 from services.stages.runner import failure_of, root_cause, run_stage
 from services.stages.specs import EncodeSpec, StageFailure
@@ -134,9 +135,9 @@ def test_models_are_known_by_name_until_they_are_retracted(root: str):
     record = ModelRecord(
         id="model_1", name="aligned", uri=f"{root}/x", family="sd15", digest="d", created_at=0, job="j"
     )
-    files.write_bytes(files.join(models.model_uri(root, record.id), "unet", "w"), b"w")
+    files.write_bytes(files.join(layout.model_folder(root, record.id), "unet", "w"), b"w")
     models.publish(root, record)
-    models.point(root, "aligned", record.id)
+    models.set_alias(root, "aligned", record.id)
     assert models.find(root, "aligned") == models.find(root, "model_1") == record
     models.retract(root, record)
     assert files.list_files(root, recursive=True) == []
