@@ -1,4 +1,4 @@
-"""One system for the whole session: real Ray, real Serve, a real control plane, on free ports of 127.0.0.1."""
+"""Shared fixtures: one system a session (real Ray, Serve, control plane on 127.0.0.1), one S3 server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from services.client.api import Client
 from services.client.local import LocalSystem
 from tests.support.pairs_file import pair_rows, write_pairs
-from tests.support.s3_server import BUCKET, S3Server, s3
+from tests.support.s3_server import BUCKET, S3Server, serve_s3
 
 os.environ.update(
     HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
@@ -21,7 +21,7 @@ os.environ.update(
 
 @pytest.fixture(scope="session")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSystem]:
-    """Started once; the tests that share it leave it usable."""
+    """Starts once for the session. Tests leave it usable for the next one."""
     with LocalSystem(tmp_path_factory.mktemp("system"), fresh=True) as running:
         yield running
 
@@ -34,22 +34,22 @@ def client(system: LocalSystem) -> Iterator[Client]:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """``s3://bucket`` on 127.0.0.1, for this process and those that are started after it; does harm when told to."""
-    with s3(tmp_path_factory.mktemp("s3")) as server:
+    """``s3://bucket`` on 127.0.0.1, for this process and those it starts. ``inject`` makes requests fail."""
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
 
 @pytest.fixture
 def bucket(s3_server: S3Server) -> Iterator[str]:
-    """A place of its own in the S3 server for one test, and no harm before and after it."""
-    s3_server.harm()
+    """A prefix of its own in the S3 server for one test, without faults before and after it."""
+    s3_server.inject()
     yield f"s3://{BUCKET}/{uuid.uuid4().hex}"
-    s3_server.harm()
+    s3_server.inject()
 
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 rows of drawn scenes: 180 decided, 20 ties; one of the decided holds a broken picture."""
+    """200 rows of rendered scenes: 180 decided, 20 ties. One decided row has a broken image."""
     rows = pair_rows(200)
-    rows[3]["jpg_0"] = b"no picture"
+    rows[3]["jpg_0"] = b"not an image"
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet", rows)

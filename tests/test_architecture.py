@@ -133,5 +133,5 @@ def test_training_does_not_depend_on_planning(path: Path):
 )
 def test_what_people_and_the_control_plane_run_loads_no_torch(module: str):
     code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

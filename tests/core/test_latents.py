@@ -18,7 +18,7 @@ from dde_core.latents.held_out import caption_keys, hold_out
 from dde_core.latents.order import VisitOrder
 from dde_core.latents.reader import LatentReader, LatentRows
 from dde_core.latents.schema import MANIFEST, dataset_digest, pair_digest, pair_id
-from tests.support.latent_shards import Watched, write_shards
+from tests.support.latent_shards import RecordingFiles, write_shards
 
 SIZES, PAIRS = (10, 13), 23
 MANY = (3, 1, 7, 4, 6, 2, 5, 3, 9, 1)
@@ -190,13 +190,13 @@ def test_held_out_pairs_are_those_whose_captions_have_the_smallest_hashes(tmp_pa
 
 
 def test_choosing_held_out_pairs_reads_parts_of_the_shards_and_choosing_none_reads_nothing(many: Path):
-    watched = Watched()
+    watched = RecordingFiles()
     filesystem = fs.PyFileSystem(watched)
     LatentReader(filesystem, str(many))
-    assert (watched.read, watched.looked_into) == ([MANIFEST], [])
+    assert (watched.read, watched.opened) == ([MANIFEST], [])
     LatentReader(filesystem, str(many), held_out_pairs=5)
     assert watched.read == [MANIFEST, MANIFEST]
-    assert sorted(watched.looked_into) == sorted(path.name for path in many.glob("*.parquet"))
+    assert sorted(watched.opened) == sorted(path.name for path in many.glob("*.parquet"))
 
 
 def test_a_caption_is_held_out_whole():

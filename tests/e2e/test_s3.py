@@ -1,4 +1,4 @@
-"""Every stage with everything in an object store, which now and then answers 503, cuts a download or loses an upload."""
+"""Every stage runs on an object store that sometimes returns 503, cuts a download or loses an upload."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.artifacts import checkpoints, models
 from services.client.processes import environment
 from services.stages.specs import LedgerSpec, TrainSpec
 from services.storage import files
-from tests.support.s3_server import BUCKET, Harm, S3Server, part
+from tests.support.s3_server import BUCKET, Fault, S3Server, random_fraction
 from tests.support.stage_runs import StageRuns, shapes_record
 from tests.support.synthetic_pairs import synthetic_rows, write_stream
 
@@ -22,17 +22,17 @@ OBJECTIVE = ObjectiveConfig(method="dde", beta=500.0, calibration_bins=50)
 TRAINING = TrainConfig(
     steps=STEPS, batch_size=16, checkpoint_every=2, reference="ledger", draws=1, held_out_pairs=20
 )
-HARMS = (
-    Harm("slow_down", part(0.05, seed=0)),
-    Harm("cut_download", part(0.03, seed=1), method="GET"),
-    Harm("cut_upload", part(0.03, seed=2), method="PUT"),
-    Harm("lose_answer", part(0.02, seed=3)),
+FAULTS = (
+    Fault("slow_down", random_fraction(0.05, seed=0)),
+    Fault("cut_download", random_fraction(0.03, seed=1), method="GET"),
+    Fault("cut_upload", random_fraction(0.03, seed=2), method="PUT"),
+    Fault("lose_response", random_fraction(0.02, seed=3)),
 )
 
 
 @pytest.fixture
 def model(s3_server: S3Server) -> ModelRecord:
-    """The shipped model, in the object store."""
+    """The shipped model, copied to the object store."""
     uri = f"s3://{BUCKET}/models/shapes"
     files.copy_folder(MODEL_DIR.as_uri(), uri)
     return shapes_record().model_copy(update={"uri": uri, "digest": models.folder_digest(uri)})
@@ -47,7 +47,7 @@ def test_pairs_become_a_model_in_an_object_store_that_fails_now_and_then(
     pairs = f"s3://{BUCKET}/pairs.parquet"
     files.upload(file, pairs)
     runs = StageRuns(f"s3://{BUCKET}/runs", environment(str(tmp_path), s3_server.env))
-    s3_server.harm(*HARMS)
+    s3_server.inject(*FAULTS)
 
     encoded = runs.start("encode", runs.encode_spec("encode", pairs, model)).finish()
     assert encoded.counts["pairs"] == 200
@@ -66,14 +66,16 @@ def test_pairs_become_a_model_in_an_object_store_that_fails_now_and_then(
         output=output,
     )
     trained = runs.start("train", spec).finish()
-    print(f"the object store did harm: {dict(s3_server.done)}; training ended with {trained.metrics}")
+    print(f"faults injected: {dict(s3_server.counts)}; training ended with {trained.metrics}")
     assert trained.step == STEPS
-    assert trained.model.digest == models.folder_digest(output), "what lies there is what was made"
-    assert checkpoints.steps(runs.prefix("run"))[-1] == STEPS
-    assert all(s3_server.done[kind] for kind in ("slow_down", "cut_download", "cut_upload", "lose_answer")), (
-        s3_server.done
+    assert trained.model.digest == models.folder_digest(output), (
+        "the stored model is the one that was trained"
     )
-    s3_server.harm()
+    assert checkpoints.steps(runs.prefix("run"))[-1] == STEPS
+    assert all(
+        s3_server.counts[kind] for kind in ("slow_down", "cut_download", "cut_upload", "lose_response")
+    ), s3_server.counts
+    s3_server.inject()
 
     here = StageRuns(tmp_path / "here", runs.env)
     undisturbed = here.start("encode", here.encode_spec("encode", file.as_uri(), model)).finish()

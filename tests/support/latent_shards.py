@@ -1,4 +1,4 @@
-"""A small dataset of latent shards, and a filesystem that tells what is read from it."""
+"""A small dataset of latent shards, and a filesystem that records what is read from it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ TOKENS = 5
 def write_shards(
     folder: Path, sizes: Sequence[int], shape: tuple[int, int, int] = (4, 2, 2), captions: int = 0
 ) -> Path:
-    """Shards of so many rows: pair i is named pair-i, all of its winner's latents are i, its loser's -i (in float16), and
-    its caption is number i, or i modulo ``captions``."""
+    """Write a dataset whose shards have ``sizes`` rows; return its folder.
+
+    Pair i is named pair-i. Its winner's latents are all i, its loser's -i, in float16. Its caption has number i,
+    or i modulo ``captions`` if that is not 0.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, data: bytes) -> None:
         (folder / name).write_bytes(data)
 
-    schema, starts = shard_schema(shape, 2, TOKENS), np.cumsum([0, *sizes])
+    schema = shard_schema(shape, 2, TOKENS)
+    starts = np.cumsum([0, *sizes])
     shards = tuple(
         write_shard(n, shard_table(columns(np.arange(start, start + size), shape, captions), schema), write)
         for n, (start, size) in enumerate(zip(starts.tolist(), sizes, strict=False))
@@ -47,7 +51,7 @@ def write_shards(
 
 
 def columns(numbers: np.ndarray, shape: tuple[int, int, int], captions: int = 0) -> dict:
-    """What ``shard_table`` takes."""
+    """Columns for ``shard_table``: the pairs with these numbers."""
     caption = numbers % captions if captions else numbers
     found = {"pair_id": [f"pair-{i}" for i in numbers], "label": np.ones(len(numbers))}
     found |= {name: np.tile((caption + k)[:, None], TOKENS) for k, name in enumerate(token_columns(2))}
@@ -59,21 +63,30 @@ def columns(numbers: np.ndarray, shape: tuple[int, int, int], captions: int = 0)
     return found
 
 
-class Watched(fs.FSSpecHandler):
-    """The local files, each shard's after ``delay_s``. ``read`` are the files that were read as a whole, ``looked_into`` those
-    that were opened to read parts of them."""
+class RecordingFiles(fs.FSSpecHandler):
+    """The local files. Reading a whole shard first takes ``delay_s`` and waits until ``gate`` is set.
+
+    ``read`` lists the files that were read as a whole, ``opened`` those that were opened for partial reads.
+    """
 
     def __init__(self, delay_s: float = 0.0) -> None:
         super().__init__(LocalFileSystem())
-        self.delay_s, self.read, self.looked_into, self._lock = delay_s, [], [], threading.Lock()
+        self.delay_s = delay_s
+        self.read: list[str] = []
+        self.opened: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self._lock = threading.Lock()
 
     def open_input_stream(self, path: str) -> NativeFile:
-        time.sleep(self.delay_s if path.endswith(".parquet") else 0)
+        if path.endswith(".parquet"):
+            time.sleep(self.delay_s)
+            self.gate.wait()
         with self._lock:
             self.read.append(Path(path).name)
         return super().open_input_stream(path)
 
     def open_input_file(self, path: str) -> NativeFile:
         with self._lock:
-            self.looked_into.append(Path(path).name)
+            self.opened.append(Path(path).name)
         return super().open_input_file(path)

@@ -1,9 +1,9 @@
-"""A real S3 server (moto's) as a process on 127.0.0.1, and in front of it a proxy that does harm to chosen requests.
+"""A real S3 server (moto's) on 127.0.0.1, behind a proxy that injects faults into chosen requests.
 
-with s3(folder) as server:
-    server.harm(Harm("slow_down", every(3)))
-    ... s3://bucket/... with server.env in the environment ...
-    assert server.done["slow_down"] > 0
+with serve_s3(folder) as server:
+    server.inject(Fault("slow_down", every(3)))
+    ... use s3://bucket/... with server.env in the environment ...
+    assert server.counts["slow_down"] > 0
 """
 
 from __future__ import annotations
@@ -31,20 +31,35 @@ from services.client.processes import Child, free_ports, port_is_free, wait_unti
 from services.storage import s3
 
 BUCKET = "bucket"
-SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SLOW_DOWN = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code>"
+    b"<Message>Please reduce your request rate.</Message></Error>"
+)
+EXPIRED = (
+    b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code>"
+    b"<Message>The provided token has expired.</Message></Error>"
+)
+XML = {"Content-Type": "application/xml"}
 
-EXPIRED = b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+Kind = Literal[
+    "slow_down", "expired", "delay", "refuse_upload", "cut_upload", "lose_response", "cut_download"
+]
+"""What happens to the request:
 
-Kind = Literal["slow_down", "expired", "delay", "refuse_upload", "cut_upload", "lose_answer", "cut_download"]
-"""What happens: 503; 400, as while credentials are renewed; a pause of ``seconds`` before the body is read; the connection is
-closed after a part of the upload, of which nothing is passed on; the server gets a part of the upload and then a closed
-connection; the request is done and its answer is lost; the connection is closed after a part of the answer's body, whose length
-was announced whole."""
+slow_down      status 503
+expired        status 400, as while credentials are renewed
+delay          a pause of ``seconds`` before the body is read
+refuse_upload  the connection closes after part of the upload; the server receives nothing
+cut_upload     the server receives part of the upload, then the connection closes
+lose_response  the server executes the request; the connection closes before the response
+cut_download   the response announces its whole length; the connection closes after part of its body
+"""
 
-CLOSING = ("refuse_upload", "cut_upload", "lose_answer", "cut_download")
+CLOSING = ("refuse_upload", "cut_upload", "lose_response", "cut_download")
+"""Kinds that close the connection."""
 
 Choice = Callable[[int], bool]
-"""Is the n-th (0, 1, ...) of the requests that match harmed?"""
+"""Takes the number (0, 1, ...) of a matching request; returns whether the fault hits it."""
 
 
 def first(number: int) -> Choice:
@@ -55,8 +70,7 @@ def every(nth: int) -> Choice:
     return lambda n: n % nth == 0
 
 
-def part(fraction: float, seed: int) -> Choice:
-    """A fraction of them, drawn."""
+def random_fraction(fraction: float, seed: int) -> Choice:
     return lambda n: random.Random(f"{seed} {n}").random() < fraction
 
 
@@ -65,8 +79,11 @@ def always(n: int) -> bool:
 
 
 @dataclass
-class Harm:
-    """``kind`` is done to the requests of ``method`` (any, where it is empty) with ``target`` in their path and query."""
+class Fault:
+    """Hits the ``chosen`` requests of ``method`` (empty: any) whose path and query contain ``target``.
+
+    ``at`` is the fraction of the body that is passed on before the connection closes.
+    """
 
     kind: Kind
     chosen: Choice = always
@@ -82,26 +99,29 @@ class Harm:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to ``upstream``, with the harm that is set at the time."""
+    """Forwards requests to the port ``upstream``; the first of ``faults`` that hits a request is injected."""
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, upstream: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.upstream, self.harms, self.done = upstream, list[Harm](), Counter[str]()
+        self.upstream = upstream
+        self.faults: list[Fault] = []
+        self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def hit(self, method: str, target: str) -> Harm | None:
-        """The harm for this request, and count it."""
+    def take_fault(self, method: str, target: str) -> Fault | None:
+        """Count this request, and find and count its fault."""
         with self._lock:
-            self.done[method] += 1
-            harm = next((each for each in self.harms if each.hits(method, target)), None)
-            self.done.update([harm.kind] if harm else [])
-        return harm
+            self.counts[method] += 1
+            fault = next((each for each in self.faults if each.hits(method, target)), None)
+            if fault:
+                self.counts[fault.kind] += 1
+        return fault
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that are killed close their connections; that is no error of the proxy."""
+        """Ignore closed connections: tests kill clients."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -109,32 +129,34 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     server: Proxy
 
-    def pass_on(self) -> None:
-        """Ask upstream and answer, or do harm."""
-        harm = self.server.hit(self.command, self.path)
-        kind, at = (harm.kind, harm.at) if harm else (None, 1.0)
-        time.sleep(harm.seconds if harm else 0.0)
+    def forward(self) -> None:
+        """Send the request upstream and respond, or inject a fault."""
+        fault = self.server.take_fault(self.command, self.path)
+        kind = fault.kind if fault else None
+        at = fault.at if fault else 1.0
+        time.sleep(fault.seconds if fault else 0.0)
         body = self._read(at if kind == "refuse_upload" else 1.0)
         if kind == "cut_upload":
             self._send_part(body, at)
         elif kind == "slow_down":
-            self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+            self._respond(503, XML, SLOW_DOWN)
         elif kind == "expired":
-            self._answer(400, {"Content-Type": "application/xml"}, EXPIRED)
+            self._respond(400, XML, EXPIRED)
         elif kind != "refuse_upload":
-            status, headers, answer = self._ask(body)
-            if kind != "lose_answer":
-                self._answer(status, headers, answer, at if kind == "cut_download" else 1.0)
+            status, headers, response = self._request(body)
+            if kind != "lose_response":
+                self._respond(status, headers, response, at if kind == "cut_download" else 1.0)
         self.close_connection = self.close_connection or kind in CLOSING
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 
     def _read(self, at: float) -> bytes:
-        """The body or its first part; of chunked ones (pyarrow's uploads) the first chunks."""
+        """The first ``at`` of the body; if it is chunked (pyarrow's uploads) and ``at`` < 1, the first chunk."""
         if "Content-Length" in self.headers:
             length = int(int(self.headers["Content-Length"]) * at)
-            if len(body := self.rfile.read(length)) < length:
-                raise ConnectionError("the client ended in the middle of its upload")
+            body = self.rfile.read(length)
+            if len(body) < length:
+                raise ConnectionError(f"the client closed its upload after {len(body)} of {length} bytes")
             return body
         body = b""
         while self.headers.get("Transfer-Encoding") == "chunked":
@@ -145,33 +167,34 @@ class _Handler(BaseHTTPRequestHandler):
                 break
         return body
 
-    def _ask(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+    def _request(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body of the server's response."""
         connection = HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
         try:
-            connection.request(self.command, self.path, body, self._passed(len(body)))
-            answer = connection.getresponse()
-            return answer.status, answer.headers, answer.read()
+            connection.request(self.command, self.path, body, self._forwarded_headers(len(body)))
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
         finally:
             connection.close()
 
-    def _passed(self, length: int) -> dict[str, str]:
+    def _forwarded_headers(self, length: int) -> dict[str, str]:
         own = ("connection", "expect", "transfer-encoding", "content-length")
         headers = {name: value for name, value in self.headers.items() if name.lower() not in own}
         return headers | {"content-length": str(length)}
 
     def _send_part(self, body: bytes, at: float) -> None:
-        headers = [f"{name}: {value}" for name, value in self._passed(len(body)).items()]
+        headers = [f"{name}: {value}" for name, value in self._forwarded_headers(len(body)).items()]
         head = "\r\n".join([f"{self.command} {self.path} HTTP/1.1", *headers, "", ""])
         with socket.create_connection(("127.0.0.1", self.server.upstream)) as connection:
             connection.sendall(head.encode("latin-1") + body[: int(len(body) * at)])
 
-    def _answer(self, status: int, headers: Mapping[str, str], body: bytes, at: float = 1.0) -> None:
-        """A part of the body, with the length of the whole."""
+    def _respond(self, status: int, headers: Mapping[str, str], body: bytes, at: float = 1.0) -> None:
+        """Send the first ``at`` of the body and announce the length of the whole."""
         own = {} if self.command == "HEAD" else {"content-length": str(len(body))}
-        left_out = {"connection", "transfer-encoding", *own}
-        passed = {name: value for name, value in headers.items() if name.lower() not in left_out}
+        dropped = {"connection", "transfer-encoding", *own}
+        forwarded = {name: value for name, value in headers.items() if name.lower() not in dropped}
         self.send_response_only(status)
-        for name, value in {**passed, **own}.items():
+        for name, value in {**forwarded, **own}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[: int(len(body) * at)])
@@ -179,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass(frozen=True)
 class S3Server:
-    """``endpoint`` is the proxy's; ``env`` is what SDKs in this and other processes need."""
+    """``endpoint`` is the proxy's; ``env`` holds the variables that S3 clients need."""
 
     proxy: Proxy
 
@@ -199,16 +222,17 @@ class S3Server:
         }
 
     @property
-    def done(self) -> Counter[str]:
-        """Requests by method, and harm by kind, since the last ``harm``."""
-        return self.proxy.done
+    def counts(self) -> Counter[str]:
+        """Requests by method and faults by kind, since the last ``inject``."""
+        return self.proxy.counts
 
-    def harm(self, *harms: Harm) -> None:
-        """Do this from now on, and count anew; nothing: do no harm."""
-        self.proxy.harms, self.proxy.done = [replace(each) for each in harms], Counter()
+    def inject(self, *faults: Fault) -> None:
+        """Replace the faults (none: inject nothing) and reset the counts."""
+        self.proxy.faults = [replace(each) for each in faults]
+        self.proxy.counts = Counter()
 
     def direct(self) -> Any:
-        """A client of the server itself, past the proxy, to see what really lies there."""
+        """A client that bypasses the proxy, to see what is really stored."""
         return boto3.client(
             "s3",
             endpoint_url=f"http://127.0.0.1:{self.proxy.upstream}",
@@ -220,36 +244,36 @@ class S3Server:
 
 @contextmanager
 def serve_s3(folder: Path, bucket: str = BUCKET) -> Iterator[S3Server]:
-    """A server with one empty bucket, which this process and those that it starts use for as long as the block runs."""
+    """A server with one empty bucket. In the block, this process and those it starts use it for ``s3://``."""
     (port,) = free_ports(1)
     with ExitStack() as undo:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         server = Child("s3", command, folder / "s3.log", os.environ)
         undo.callback(server.stop, 5.0)
-        wait_until(lambda: not port_is_free(port), "the S3 server does not listen", [server], 30.0)
+        wait_until(lambda: not port_is_free(port), "the S3 server does not listen", [server], 120.0)
         proxy = Proxy(port)
         undo.callback(proxy.server_close)
         threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         undo.callback(proxy.shutdown)
         running = S3Server(proxy)
         running.direct().create_bucket(Bucket=bucket)
-        undo.enter_context(_used(running.env))
+        undo.enter_context(_environment(running.env))
         yield running
 
 
 @contextmanager
-def _used(env: Mapping[str, str]) -> Iterator[None]:
-    """With these variables, and clients that were made with them."""
+def _environment(env: Mapping[str, str]) -> Iterator[None]:
+    """Set these variables, and drop cached clients that were made with others."""
     try:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in env.items():
                 patch.setenv(name, value)
-            _forget_clients()
+            _clear_client_caches()
             yield
     finally:
-        _forget_clients()
+        _clear_client_caches()
 
 
-def _forget_clients() -> None:
+def _clear_client_caches() -> None:
     s3.client.cache_clear()
     s3.filesystem.cache_clear()

@@ -15,9 +15,9 @@ from services.client.processes import (
     MARK,
     Child,
     StartFailed,
-    end_marked,
     environment,
     free_ports,
+    kill_marked,
     port_is_free,
     wait_until,
 )
@@ -46,6 +46,15 @@ def printed_pid(child: Child) -> psutil.Process:
     return psutil.Process(int(child.log.read_text()))
 
 
+def start_orphan(folder: Path) -> psutil.Process:
+    """A process marked by its folder, whose parent has ended."""
+    parent = start(ORPHAN, folder, mark=str(folder))
+    orphan = printed_pid(parent)
+    with pytest.raises(StartFailed, match="helper ended with exit code 0"):
+        wait_until(lambda: False, "the parent runs", [parent], timeout_s=20)
+    return orphan
+
+
 def alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
@@ -55,12 +64,14 @@ def test_a_process_that_ends_early_is_reported_with_the_end_of_its_log(tmp_path)
     with pytest.raises(
         StartFailed, match=r"helper ended with exit code 1; the end of .*helper\.log"
     ) as caught:
-        wait_until(lambda: False, "never", [child], timeout_s=20)
+        wait_until(lambda: False, "never", [child], timeout_s=240)
     assert "no storage: bucket x" in str(caught.value)
 
 
-def test_waiting_has_a_deadline_and_says_for_what(tmp_path) -> None:
+def test_waiting_has_a_deadline_and_names_the_problem(tmp_path) -> None:
     child = start("import time; print('still loading', flush=True); time.sleep(600)", tmp_path)
+    while "still loading" not in child.log.read_text():
+        time.sleep(0.02)
     try:
         with pytest.raises(StartFailed, match=r"the model is not loaded after 1 s[\s\S]*still loading"):
             wait_until(lambda: False, "the model is not loaded", [child], timeout_s=1, poll_s=0.05)
@@ -68,7 +79,7 @@ def test_waiting_has_a_deadline_and_says_for_what(tmp_path) -> None:
         child.stop(5.0)
 
 
-def test_stopping_a_process_that_does_not_listen_kills_it_with_its_children(tmp_path) -> None:
+def test_stopping_a_process_that_ignores_sigterm_kills_it_with_its_children(tmp_path) -> None:
     child = start(STUBBORN, tmp_path)
     grandchild, process = printed_pid(child), psutil.Process(child.pid)
     assert alive(grandchild)
@@ -81,15 +92,15 @@ def test_a_marked_process_that_lost_its_parent_is_ended_and_no_other(tmp_path) -
     mine, other = tmp_path / "mine", tmp_path / "other"
     mine.mkdir()
     other.mkdir()
-    orphan = printed_pid(start(ORPHAN, mine, mark=str(mine)))
-    bystander = printed_pid(start(ORPHAN, other, mark=str(other)))
+    orphan = start_orphan(mine)
+    bystander = start_orphan(other)
     try:
         assert orphan.environ()[MARK] == str(mine)
-        end_marked(str(mine))
+        kill_marked(str(mine))
         assert not alive(orphan)
         assert alive(bystander)
     finally:
-        end_marked(str(other))
+        kill_marked(str(other))
     assert not alive(bystander)
 
 

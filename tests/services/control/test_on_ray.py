@@ -16,7 +16,6 @@ from services.client.local import LocalSystem
 from services.storage import files
 
 pytestmark = pytest.mark.slow
-WORKERS_ARE_FREE_WITHIN_S = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +68,9 @@ def test_a_paused_training_frees_its_workers_keeps_its_step_and_goes_on_from_it(
     assert client.pause_job(job).state == "pausing"
     wait_for(lambda: client.job(job).status == "paused")
     paused = time.monotonic()
-    wait_for(lambda: not workers(system), WORKERS_ARE_FREE_WITHIN_S)
-    freed = f"workers gone {time.monotonic() - paused:.1f} s later (limit {WORKERS_ARE_FREE_WITHIN_S:g})"
-    print(f"pause: job paused after {paused - asked:.1f} s, {freed}")
+    wait_for(lambda: not workers(system))
+    freed_s = time.monotonic() - paused
+    print(f"pause: job paused after {paused - asked:.1f} s, workers gone {freed_s:.1f} s later")
     (kept,) = client.checkpoints(job)
     assert 0 < kept.step < 60
     assert kept.step == max(row.step for row in client.metrics(job, "train")), (
@@ -101,9 +100,7 @@ def test_a_cancelled_training_frees_its_workers_and_leaves_its_last_checkpoint(c
     wait_for(lambda: list(client.checkpoints(job)))
     asked = time.monotonic()
     client.cancel_job(job)
-    wait_for(lambda: client.job(job).status == "cancelled" and not workers(system), WORKERS_ARE_FREE_WITHIN_S)
+    wait_for(lambda: client.job(job).status == "cancelled" and not workers(system))
     seconds = time.monotonic() - asked
-    print(
-        f"cancel: job cancelled and workers gone after {seconds:.1f} s (limit {WORKERS_ARE_FREE_WITHIN_S:g})"
-    )
+    print(f"cancel: job cancelled and workers gone after {seconds:.1f} s")
     assert [kept.bytes > 0 for kept in client.checkpoints(job)]

@@ -7,11 +7,11 @@ import pickle
 import struct
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from services.pairs.images import MAX_FILE_BYTES, BadPicture, decode
 from tests.support.hostile_rows import ODD, PICTURES, drawn, png_of, saved
@@ -85,7 +85,7 @@ def test_a_bomb_is_refused_before_its_pixels_are_made(tmp_path):
     code = f"""
 import resource
 from pathlib import Path
-from services.pictures import BadPicture, decode
+from services.pairs.images import BadPicture, decode
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before, data = peak(), Path({str(bomb)!r}).read_bytes()
 try:
@@ -94,14 +94,15 @@ except BadPicture as error:
     print(error.cause, peak() - before)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240
     )
     cause, grown_kib = done.stdout.split()
     assert cause == "image_too_large"
     assert int(grown_kib) < 64 * 1024
 
 
-def test_a_tiff_of_very_many_pages_is_refused_at_once():
+def test_a_tiff_of_very_many_pages_is_refused_without_counting_them(monkeypatch):
+    monkeypatch.setattr(TiffImageFile, "n_frames", property(lambda image: pytest.fail("counts pages")))
     pages = 100_000
     page = b"".join(struct.pack("<HHII", tag, 3, 1, 1) for tag in (256, 257, 258, 262, 273, 277, 278, 279))
     size = 2 + len(page) + 4
@@ -109,11 +110,9 @@ def test_a_tiff_of_very_many_pages_is_refused_at_once():
     data += b"".join(
         struct.pack("<H", 8) + page + struct.pack("<I", 8 + size * (n + 1)) for n in range(pages)
     )
-    began = time.monotonic()
     with pytest.raises(BadPicture) as refused:
         decode(data, 32)
     assert refused.value.cause == "image_animated"
-    assert time.monotonic() - began < 1.0
 
 
 def test_what_is_no_picture_is_not_shown():
@@ -132,14 +131,14 @@ def test_at_most_two_copies_of_the_largest_pictures_pixels_are_held(kind, orient
     code = f"""
 import resource
 from pathlib import Path
-from services.pictures import decode
+from services.pairs.images import decode
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 data, before = Path({str(tmp_path / "large.png")!r}).read_bytes(), peak()
 decode(data, 32)
 print(peak() - before)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240
     )
     copies = 1 if (kind, orientation) == ("RGB", 1) else 2
     assert int(done.stdout) < (copies * 256 + 40) * 1024
