@@ -1,11 +1,11 @@
-"""From shard rows to a batch for the U-Net: every draw of a visit is made here."""
+"""From shard rows to batches for the U-Net. Every draw of a visit is made here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -24,14 +24,14 @@ from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch
 
 Visits = list[tuple[str, int]]
-"""(pair id, number of the draw): with the seed, what every draw is keyed by."""
+"""(pair id, number of the draw). Together with a seed they are the key of every draw."""
 
 HELD_OUT_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What is drawn for a visit, and how. ``cumulative`` is the distribution of t = 0..T."""
+    """What is drawn for a visit. ``cumulative`` is the cumulative distribution of t = 0..T."""
 
     seed: int
     cumulative: Float[np.ndarray, " times"]
@@ -42,8 +42,11 @@ class Draws:
 
 
 class BatchMaker:
-    """Rows of the reader with the draws of their visit. Every draw is keyed by (draw_seed, pair, n), never by worker; a pair's
-    n-th visit has draw n, or n mod ``training.draws`` where that is set."""
+    """Makes batches from the reader's rows and the draws of their visits.
+
+    Every draw is keyed by (draw_seed, pair, n), never by worker. A pair's n-th visit uses draw n, or n mod
+    ``training.draws`` if that is set.
+    """
 
     def __init__(
         self,
@@ -54,7 +57,9 @@ class BatchMaker:
         training: TrainConfig,
         device: torch.device,
     ) -> None:
-        self._reader, self._training, self._device = reader, training, device
+        self._reader = reader
+        self._training = training
+        self._device = device
         self._text_encoders = TextEncoders(folder, device)
         method = METHODS[objective.method]
         cumulative = sampling_distribution(objective, schedule).cumsum(0).numpy()
@@ -70,20 +75,22 @@ class BatchMaker:
     def rows(self, step: int, rank: int, world_size: int) -> LatentRows:
         """A worker's rows of global batch ``step``."""
         rows = self._reader.batch(self._training.seed, step, self._training.batch_size, rank, world_size)
-        return replace(rows, draws=rows.draws % self._training.draws) if self._training.draws else rows
+        if self._training.draws:
+            return replace(rows, draws=rows.draws % self._training.draws)
+        return rows
 
     def make(self, rows: LatentRows) -> PairBatch:
-        """The batch of these rows: of a whole share, or of a micro-batch of it."""
+        """The batch of a worker's rows, or of a micro-batch of them."""
         return self._batch(rows, self._draws)
 
     def held_out(self, rows: LatentRows, draw: int, num_draws: int) -> PairBatch:
-        """Both sides of held-out pairs, t from the draw-th of ``num_draws`` equal parts of 1..T.
+        """Both sides of held-out pairs, t uniform in the draw-th of ``num_draws`` equal parts of 1..T.
 
-        Captions are never dropped, noise is independent and the seed is fixed: the same for every method and run.
+        Captions are not dropped, noise is independent and the seed is fixed, so all methods and runs compare.
         """
         timesteps = len(self._draws.cumulative) - 1
-        part = (np.arange(timesteps + 1) * num_draws / timesteps - draw).clip(0, 1)
-        return self._batch(rows.visit(draw), Draws(seed=HELD_OUT_SEED, cumulative=part))
+        cumulative = (np.arange(timesteps + 1) * num_draws / timesteps - draw).clip(0, 1)
+        return self._batch(rows.visit(draw), Draws(seed=HELD_OUT_SEED, cumulative=cumulative))
 
     def _batch(self, rows: LatentRows, draws: Draws) -> PairBatch:
         visits = list(zip(rows.pair_ids, rows.draws.tolist(), strict=True))
@@ -91,68 +98,66 @@ class BatchMaker:
             [draw_caption_dropout(draws.seed, pair, n, draws.caption_dropout) for pair, n in visits],
             dtype=bool,
         )
-        text = self._text_encoders(
-            np.where(dropped[:, None, None], self._text_encoders.empty_ids, rows.token_ids)
-        )
-        sides = "wl" if draws.losers else "w"
-        fields_of_sides = {
-            f"{name}_{side}": value
-            for side in sides
-            for name, value in self._side(rows, text, visits, draws, side)
-        }
+        token_ids = np.where(dropped[:, None, None], self._text_encoders.empty_ids, rows.token_ids)
+        text = self._text_encoders(token_ids)
+        columns = self._side(rows, text, visits, draws, "w")
+        if draws.losers:
+            columns |= self._side(rows, text, visits, draws, "l")
         t = [draw_timestep(draws.seed, pair, n, draws.cumulative) for pair, n in visits]
-        return PairBatch(pair_ids=rows.pair_ids, t=torch.tensor(t, device=self._device), **fields_of_sides)
+        return PairBatch(pair_ids=rows.pair_ids, t=torch.tensor(t, device=self._device), **columns)
 
     def _side(
-        self, rows: LatentRows, text: Conditioning, visits: Visits, draws: Draws, side: Any
-    ) -> Iterator[tuple[str, Any]]:
-        """What belongs to winners or to losers: latents, conditioning, noise, and for `sampled` calibration z."""
-        shape = self._reader.manifest.latent_shape
+        self, rows: LatentRows, text: Conditioning, visits: Visits, draws: Draws, side: Literal["w", "l"]
+    ) -> dict[str, Any]:
+        """The batch's fields of winners or of losers."""
+        manifest = self._reader.manifest
+        shape = manifest.latent_shape
         latents, sizes, crops = (getattr(rows, f"{name}_{side}") for name in ("latents", "sizes", "crops"))
-        yield "latents", torch.tensor(latents, dtype=torch.float32, device=self._device)
-        target_px = (self._reader.manifest.settings["resolution"],) * 2
-        yield "conditioning", self._text_encoders.with_sizes(text, sizes, crops, target_px)
-        whose: Side = "shared" if draws.shared_noise else side
-        yield (
-            "noise",
-            torch.stack([draw_noise(draws.seed, pair, whose, n, shape) for pair, n in visits]).to(
-                self._device
-            ),
-        )
+        target_px = (manifest.settings["resolution"], manifest.settings["resolution"])
+        noise_of: Side = "shared" if draws.shared_noise else side
+        noise = [draw_noise(draws.seed, pair, noise_of, n, shape) for pair, n in visits]
+        columns = {
+            f"latents_{side}": torch.tensor(latents, dtype=torch.float32, device=self._device),
+            f"conditioning_{side}": self._text_encoders.with_sizes(text, sizes, crops, target_px),
+            f"noise_{side}": torch.stack(noise).to(self._device),
+        }
         if draws.evaluation_points:
             z = [draw_evaluation_point(draws.seed, pair, side, n, shape) for pair, n in visits]
-            yield "z", torch.stack(z).to(self._device)
+            columns[f"z_{side}"] = torch.stack(z).to(self._device)
+        return columns
 
 
 class Rows(Protocol):
-    """Anything that is cut by pairs."""
+    """Anything with one row for each pair: LatentRows, PairBatch."""
 
     def __len__(self) -> int: ...
 
     def rows(self, keep: slice) -> Self:
-        """Some of them."""
+        """Some of the rows."""
 
 
 AnyRows = TypeVar("AnyRows", bound=Rows)
 
 
 def slices(rows: AnyRows, size: int) -> Iterator[AnyRows]:
-    """Parts of ``size`` pairs, the last of what is left (0: one part)."""
-    for start in range(0, len(rows), size or len(rows)):
-        yield rows.rows(slice(start, start + (size or len(rows))))
+    """Parts of ``size`` pairs; the last may be shorter. Size 0 yields one part."""
+    size = size or len(rows)
+    for start in range(0, len(rows), size):
+        yield rows.rows(slice(start, start + size))
 
 
-def parts_of_a_share(batch_size: int, world_size: int, size: int) -> int:
-    """How many micro-batches of at most ``size`` pairs a worker's share of a global batch is cut into.
+def count_micro_batches(batch_size: int, world_size: int, size: int) -> int:
+    """How many micro-batches of at most ``size`` pairs every worker runs in one step.
 
-    The same for all workers, though shares may differ by a pair: a model in shares is gathered by all of them at once, and
-    who has a part more would wait for ever. So where ``size`` is 1 and shares differ, a part may have 2.
+    Workers may differ by one pair, but not in this number: FSDP2 gathers the model on all workers at once,
+    and a worker with one micro-batch more would wait for ever. So for ``size`` 1 a micro-batch can have 2
+    pairs.
     """
     return min(-(-batch_size // (world_size * size)), batch_size // world_size)
 
 
 def micro_batches(rows: AnyRows, num_parts: int) -> Iterator[tuple[AnyRows, bool]]:
-    """So many parts of nearly equal length, and whether a part is the last."""
+    """Parts of nearly equal length, each with whether it is the last."""
     ends = [len(rows) * number // num_parts for number in range(num_parts + 1)]
     for start, end in pairwise(ends):
         yield rows.rows(slice(start, end)), end == len(rows)

@@ -125,7 +125,7 @@ def bin_of_timestep(timesteps: int, config: ObjectiveConfig) -> Int[Tensor, " ti
 def ema(
     array: Float[Tensor, " n"], bins: Int[Tensor, " b"], value: Float[Tensor, " b"], rate: float
 ) -> Float[Tensor, " n"]:
-    """(1 - mu) r + mu mean(value) for entries with values. Sorted values are summed in one order: one result."""
+    """(1 - mu) r + mu mean(value) for entries with values. Sorting fixes the order of the sum."""
     value, order = value.sort()
     bins = bins[order]
     counts = torch.bincount(bins, minlength=len(array))

@@ -1,7 +1,7 @@
-"""A training run's whole state as a folder: safetensors and JSON, never pickle.
+"""A training run's state as a folder of safetensors and JSON, never pickle.
 
-weights/                 what is trained, as diffusers reads it: a U-Net folder, or a file of LoRA adapters
-ema/                     the running average in the same form, where one is kept
+weights/                 the trained weights in diffusers' format: a U-Net folder, or a file of LoRA adapters
+ema/                     their running average in the same format, if the run has one
 optimizer.safetensors    Adam's moments and step counts, by parameter number
 calibration.safetensors  the four arrays
 state.json               steps done, pairs seen
@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,17 +23,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dde_core.calibration import Calibration
-from dde_core.models.parallel import like, whole
+from dde_core.models.parallel import full_tensor, sharded_like
 from dde_core.models.policy import Policy
 
-WEIGHTS, AVERAGE = "weights", "ema"
-CALIBRATION, OPTIMIZER = "calibration.safetensors", "optimizer.safetensors"
+WEIGHTS = "weights"
+AVERAGE = "ema"
+OPTIMIZER = "optimizer.safetensors"
+CALIBRATION = "calibration.safetensors"
+STATE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run is. The reader's position and every random draw follow from ``step``. ``images_seen`` counts pictures
-    that went through the U-Net: two a pair, one for `sft`."""
+    """How far a run is. The reader's position and every random draw follow from ``step``. ``images_seen``
+    counts images that went through the U-Net: two for each pair, one for `sft`."""
 
     step: int
     pairs_seen: int
@@ -41,7 +45,8 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A run's state after a step, copied to the host's memory: training goes on while it is written."""
+    """A run's state after a step, copied to the host's memory, so that training continues while it is
+    written."""
 
     weights: dict[str, Tensor]
     average: dict[str, Tensor] | None
@@ -50,9 +55,10 @@ class Snapshot:
     progress: Progress
 
     def write(self, folder: Path, policy: Policy) -> None:
-        """Into an existing folder. ``policy`` says which form the weights' files have; its own are not read.
+        """Write into an existing folder. ``policy`` provides the file format only; its own weights are not
+        read.
 
-        Raises OSError where the disk does not take it.
+        Raises OSError if the disk fails.
         """
         try:
             policy.write(self.weights, folder / WEIGHTS)
@@ -61,68 +67,74 @@ class Snapshot:
             save_file(self.optimizer, folder / OPTIMIZER)
             save_file(self.calibration, folder / CALIBRATION)
         except SafetensorError as error:
-            found = re.search(r"\(os error (\d+)\)", str(error))
-            raise OSError(int(found[1]) if found else None, str(error), str(folder)) from error
-        (folder / "state.json").write_text(json.dumps(asdict(self.progress)))
+            # SafetensorError carries the operating system's error number in its text alone.
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(number[1]) if number else None, str(error), str(folder)) from error
+        (folder / STATE).write_text(json.dumps(asdict(self.progress)))
 
 
 def snapshot(
     policy: Policy, optimizer: Optimizer, calibration: Calibration, progress: Progress, rank: int
 ) -> Snapshot | None:
-    """Copy the state. Every worker must ask, since shares are gathered; rank 0 gets it, the others None."""
-    weights, average = _copied(policy.weights(), rank), None
+    """Copy the state. A collective (shards are gathered): every worker must call it. Rank 0 gets it, others
+    None."""
+    weights = _copy_to_host(policy.weights(), rank)
+    average = None
     if policy.ema:
         with policy.averaged():
-            average = _copied(policy.weights(), rank)
-    moments = _copied(dict(_flat(optimizer.state_dict()["state"])), rank)
+            average = _copy_to_host(policy.weights(), rank)
+    moments = _copy_to_host(dict(_flatten(optimizer.state_dict()["state"])), rank)
     if rank != 0:
         return None
     return Snapshot(weights, average, moments, calibration.state_dict(), progress)
 
 
-def _copied(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Whole tensors on the host, contiguous and with memory of their own. Empty on other ranks than 0."""
+def _copy_to_host(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Full tensors on the host, contiguous and in memory of their own. Empty on ranks other than 0."""
     copies = {}
     for name, tensor in tensors.items():
-        everything = whole(tensor)
+        full = full_tensor(tensor)
         if rank == 0:
-            copies[name] = everything.detach().to("cpu", copy=True).contiguous()
+            copies[name] = full.detach().to("cpu", copy=True).contiguous()
     return copies
 
 
 def load(folder: Path, policy: Policy, optimizer: Optimizer, calibration: Calibration) -> Progress:
-    """Put the state back into freshly made objects. Raises DataError where the folder belongs to another model."""
-    progress = Progress(**json.loads((folder / "state.json").read_text()))
+    """Restore the state into newly made objects. Raises DataError for a checkpoint of another model."""
+    progress = Progress(**json.loads((folder / STATE).read_text()))
     if policy.ema:
         policy.read_average(folder / AVERAGE, progress.step)
     policy.read(folder / WEIGHTS)
-    states = _nested(load_file(folder / OPTIMIZER))
+    states = _nest(load_file(folder / OPTIMIZER))
     for number, parameter in enumerate(policy.parameters()):
         moments = {
             name: value for name, value in states[number].items() if isinstance(value, Tensor) and value.dim()
         }
         states[number] |= {
-            name: like(value, parameter) for name, value in moments.items() if value.shape == parameter.shape
+            name: sharded_like(value, parameter)
+            for name, value in moments.items()
+            if value.shape == parameter.shape
         }
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     calibration.load_state_dict(load_file(folder / CALIBRATION))
     return progress
 
 
-def _flat(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """An optimizer's state as named tensors: "0/exp_avg". Whole numbers become int64 scalars. 8-bit Adam nests deeper."""
+def _flatten(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """An optimizer's state as named tensors: "0/exp_avg". Integers become int64 scalars. 8-bit Adam nests
+    deeper."""
     for name, value in state.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}/")
+            yield from _flatten(value, f"{prefix}{name}/")
         elif isinstance(value, Tensor):
             yield f"{prefix}{name}", value
         else:
             yield f"{prefix}{name}", torch.tensor(value)
 
 
-def _nested(tensors: dict[str, Tensor]) -> dict[int, dict]:
-    """The inverse of ``_flat``."""
-    states: dict[int, dict] = {}
+def _nest(tensors: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
+    """The inverse of ``_flatten``."""
+    states: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         number, *path, name = key.split("/")
         state = states.setdefault(int(number), {})
@@ -133,5 +145,7 @@ def _nested(tensors: dict[str, Tensor]) -> dict[int, dict]:
 
 
 def model_weights(folder: Path) -> Path:
-    """Where the weights lie that become the model: the average where one was kept, else the last ones."""
-    return folder / AVERAGE if (folder / AVERAGE).is_dir() else folder / WEIGHTS
+    """The path of the weights that become the model: the average if the run has one, else the last
+    weights."""
+    average = folder / AVERAGE
+    return average if average.is_dir() else folder / WEIGHTS

@@ -1,4 +1,4 @@
-"""Prompts and seeds in, pictures out: the parts of a model folder, loaded and kept."""
+"""Prompts and seeds in, images out: a model folder's parts, loaded once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from jaxtyping import UInt8
 
 from dde_core.conditioning import Conditioning
 from dde_core.config import SampleConfig
@@ -19,8 +20,8 @@ from dde_core.sampling import decode, sample_latents
 
 
 class TextToImage:
-    """A text-to-image model ready to draw, with the folder's U-Net or another one. A picture is a function of prompt, seed
-    and settings."""
+    """A text-to-image model with the folder's U-Net or another one. Prompt, seed and settings determine an
+    image."""
 
     def __init__(
         self,
@@ -28,7 +29,8 @@ class TextToImage:
         device: torch.device | str = "cpu",
         unet: UNet2DConditionModel | None = None,
     ) -> None:
-        self._tokenizers, self._schedule = folder.tokenizers(), folder.schedule()
+        self._tokenizers = folder.tokenizers()
+        self._schedule = folder.schedule()
         self._text_encoders = TextEncoders(folder, device)
         self._unet = (unet or folder.unet()).requires_grad_(False).to(device)
         self._vae = folder.vae().to(device)
@@ -42,19 +44,20 @@ class TextToImage:
         seeds: Sequence[int],
         config: SampleConfig,
         on_step: Callable[[int, int], None] | None = None,
-    ) -> np.ndarray:
-        """Draw one picture for each prompt and seed: uint8 [n, height, width, 3].
+    ) -> UInt8[np.ndarray, "n height width 3"]:
+        """Draw one image for each prompt and seed. ``on_step(i, n)`` is called before each sampling step.
 
         Raises ConfigError for a size that the VAE's factor does not divide.
         """
-        height, width = config.height or self.size_px, config.width or self.size_px
+        height = config.height or self.size_px
+        width = config.width or self.size_px
         for name, value in (("height", height), ("width", width)):
             if value % self._factor:
                 raise ConfigError(name, value, f"must be a multiple of {self._factor} for this model")
-        at_once = image_batch_size(height, width)
-        parts = [slice(start, start + at_once) for start in range(0, len(prompts), at_once)]
-        drawn = [self._draw(prompts[part], seeds[part], height, width, config, on_step) for part in parts]
-        return np.concatenate(drawn)
+        size = image_batch_size(height, width)
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        images = [self._draw(prompts[part], seeds[part], height, width, config, on_step) for part in parts]
+        return np.concatenate(images)
 
     def _draw(
         self,
@@ -64,16 +67,17 @@ class TextToImage:
         width: int,
         config: SampleConfig,
         on_step: Callable[[int, int], None] | None,
-    ) -> np.ndarray:
+    ) -> UInt8[np.ndarray, "n height width 3"]:
         shape = (int(self._unet.config.in_channels), height // self._factor, width // self._factor)
         latents = torch.stack([initial_latents(seed, shape) for seed in seeds]).to(self._device)
-        cond, uncond = (self._encode(captions, height, width) for captions in (prompts, [""] * len(prompts)))
-        return decode(
-            self._vae, sample_latents(self._unet, self._schedule, latents, cond, uncond, config, on_step)
-        )
+        cond = self._encode(prompts, height, width)
+        uncond = self._encode([""] * len(prompts), height, width)
+        latents = sample_latents(self._unet, self._schedule, latents, cond, uncond, config, on_step)
+        return decode(self._vae, latents)
 
     def _encode(self, captions: Sequence[str], height: int, width: int) -> Conditioning:
-        """As the diffusers pipelines do: a picture that was never larger, and not cropped."""
+        """Conditioning as in the diffusers pipelines: SDXL's sizes are those of an uncropped image of this
+        size."""
         text = self._text_encoders(tokenize(self._tokenizers, captions))
         sizes = np.tile([[height, width]], (len(captions), 1))
         return self._text_encoders.with_sizes(text, sizes, np.zeros_like(sizes), (height, width))

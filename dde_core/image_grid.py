@@ -1,4 +1,5 @@
-"""A picture grid: each prompt's pictures side by side, as those of base and aligned model in a report."""
+"""An image grid: the images of each prompt side by side, such as those of base and aligned model in a
+report."""
 
 from __future__ import annotations
 
@@ -7,32 +8,44 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-PICTURE_PX, GAP_PX, TEXT_PX, COLUMNS = 128, 8, 40, 4
+COLUMNS = 4
+"""Prompts across."""
+IMAGE_PX = 128
+CAPTION_PX = 40
+HEADER_PX = 20
+GAP_PX = 8
+SIDE_GAP_PX = 2
+FONT_PX = 11
+CAPTION_CHARACTERS = 22
+"""Characters of a caption's line for each image above it."""
+
+Images = Sequence[UInt8[np.ndarray, "_ _ 3"]]
 
 
-def draw_grid(prompts: Sequence[str], sides: Sequence[tuple[str, Sequence[np.ndarray]]]) -> bytes:
-    """PNG of a grid, four prompts across. A side is a name, which stands over the first row, and a picture for each prompt."""
-    cell_width, cell_height = len(sides) * (PICTURE_PX + GAP_PX), PICTURE_PX + TEXT_PX
-    rows = -(-len(prompts) // COLUMNS)
-    sheet = Image.new(
-        "RGB", (COLUMNS * cell_width + GAP_PX, rows * cell_height + TEXT_PX // 2 + GAP_PX), "white"
-    )
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+def draw_grid(prompts: Sequence[str], sides: Sequence[tuple[str, Images]]) -> bytes:
+    """The grid as PNG. A side is a name, drawn above the first row, and one image for each prompt."""
+    cell_width = len(sides) * (IMAGE_PX + GAP_PX)
+    cell_height = IMAGE_PX + CAPTION_PX
+    num_rows = -(-len(prompts) // COLUMNS)
+    size = (COLUMNS * cell_width + GAP_PX, num_rows * cell_height + HEADER_PX + GAP_PX)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    font = ImageFont.load_default(size=FONT_PX)
     for i, prompt in enumerate(prompts):
-        left, top = GAP_PX + i % COLUMNS * cell_width, TEXT_PX // 2 + i // COLUMNS * cell_height
-        for side, (name, pictures) in enumerate(sides):
-            x = left + side * (PICTURE_PX + 2)
-            sheet.paste(
-                Image.fromarray(pictures[i]).resize((PICTURE_PX, PICTURE_PX), Image.Resampling.NEAREST),
-                (x, top),
-            )
-            if i < COLUMNS:
-                pen.text((x, 3), name, fill="black", font=font)
-        pen.multiline_text(
-            (left, top + PICTURE_PX + 3), textwrap.fill(prompt, 22 * len(sides)), fill="black", font=font
-        )
+        row, column = divmod(i, COLUMNS)
+        left = GAP_PX + column * cell_width
+        top = HEADER_PX + row * cell_height
+        for side, (name, images) in enumerate(sides):
+            x = left + side * (IMAGE_PX + SIDE_GAP_PX)
+            image = Image.fromarray(images[i]).resize((IMAGE_PX, IMAGE_PX), Image.Resampling.NEAREST)
+            grid.paste(image, (x, top))
+            if row == 0:
+                draw.text((x, 3), name, fill="black", font=font)
+        caption = textwrap.fill(prompt, CAPTION_CHARACTERS * len(sides))
+        draw.multiline_text((left, top + IMAGE_PX + 3), caption, fill="black", font=font)
     out = io.BytesIO()
-    sheet.save(out, "PNG")
+    grid.save(out, "PNG")
     return out.getvalue()
