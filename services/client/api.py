@@ -4,11 +4,11 @@
     job = client.create_job(AlignmentJobCreate(model="shapes", dataset=dataset.id, evaluation=...))
     job = client.wait(job.id)
 
-Requests are repeated after 408, 429, 5xx and connection errors, with growing pauses, each POST under one Idempotency-Key;
-but not the registration of a dataset, which would be read again.
+After 408, 429, 5xx and connection errors a request is retried with growing pauses. All tries of a POST share
+one Idempotency-Key. The registration of a dataset is not retried: the server would read the dataset again.
 
     ServiceError
-    ├── ApiError       the server refused or failed; says status, message, param and code
+    ├── ApiError       the server refused or failed: status, message, param, code
     └── Unavailable    the server could not be reached
 """
 
@@ -19,12 +19,25 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from pydantic import BaseModel
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from services.api.answers import (
+    CheckpointView,
+    DatasetView,
+    EvaluationView,
+    EventView,
+    Item,
+    JobView,
+    ListView,
+    MetricView,
+    ModelView,
+    RunView,
+    parse,
+)
 from services.api.records import CreditRecord, DatasetReport
 from services.api.requests import (
     AlignmentJobCreate,
@@ -35,27 +48,17 @@ from services.api.requests import (
     ModelCreate,
     ScoreRequest,
 )
-from services.client.types import (
-    Checkpoint,
-    Dataset,
-    Evaluation,
-    Event,
-    Item,
-    Job,
-    MetricRow,
-    Model,
-    Page,
-    parse,
-)
 from services.errors import ServiceError, Unavailable
 
-PAGE = 100
+PAGE_SIZE = 100
 LONGEST_PAUSE_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 
+Run = TypeVar("Run", bound=RunView)
+
 
 class ApiError(ServiceError):
-    """An error answer. ``status`` is the HTTP status, ``param`` the field that is wrong, ``code`` is for programs."""
+    """An error response: HTTP ``status``, ``param`` (the invalid field) and ``code`` (for programs)."""
 
     def __init__(
         self,
@@ -67,25 +70,31 @@ class ApiError(ServiceError):
     ) -> None:
         super().__init__(message, param, code)
         self.args = (status, message, param, code, retry_after_s)
-        self.status, self.retry_after_s = status, retry_after_s
+        self.status = status
+        self.retry_after_s = retry_after_s
 
     @classmethod
     def of(cls, response: httpx.Response) -> ApiError:
-        """The error of a response, whether or not its body has the API's form."""
+        """The error of a response. A body that is not the API's becomes the message."""
         try:
             error = response.json()["error"]
-            message, param, code = str(error["message"]), error.get("param"), error.get("code")
+            message = str(error["message"])
+            param = error.get("param")
+            code = error.get("code")
         except (ValueError, KeyError, TypeError, AttributeError):
             text = response.text.strip()[:500] or response.reason_phrase
-            message, param, code = f"HTTP {response.status_code}: {text}", None, None
+            message = f"HTTP {response.status_code}: {text}"
+            param = None
+            code = None
         return cls(response.status_code, message, param, code, _seconds(response.headers.get("retry-after")))
 
 
 class Client:
-    """One connection pool to one control plane. ``retries`` counts repeats after the first try."""
+    """A connection pool to one control plane. ``retries`` counts the tries after the first."""
 
     def __init__(self, base_url: str, api_key: str, *, timeout_s: float = 120.0, retries: int = 5) -> None:
-        self.base_url, self.retries = base_url, retries
+        self.base_url = base_url
+        self.retries = retries
         self._http = httpx.Client(
             base_url=base_url,
             headers={"Authorization": f"Bearer {api_key}"},
@@ -103,117 +112,118 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    # ---- what is registered
+    # ---- datasets and models
 
-    def create_dataset(self, name: str, uri: str, columns: Mapping[str, str] | None = None) -> Dataset:
-        """Register preference pairs; the server reads and counts them, which takes minutes where they are many: the answer is
-        waited for as long as it takes, and is not asked for twice. ``columns`` maps what is read to the files' names."""
-        asked = DatasetCreate.model_validate({"name": name, "uri": uri, "columns": dict(columns or {})})
-        return parse(Dataset, self._send("POST", "/v1/datasets", asked, slow=True))
+    def create_dataset(self, name: str, uri: str, columns: Mapping[str, str] | None = None) -> DatasetView:
+        """Register preference pairs. ``columns`` maps the API's column names to the files' names.
+
+        The server reads and counts all pairs first, which can take minutes. This waits without a limit and
+        tries once.
+        """
+        request = DatasetCreate.model_validate({"name": name, "uri": uri, "columns": dict(columns or {})})
+        return parse(DatasetView, self._send("POST", "/v1/datasets", request, slow=True))
 
     def validate_dataset(self, uri: str, columns: Mapping[str, str] | None = None) -> DatasetReport:
-        """What a sample of the rows and pictures at a URI shows; nothing is stored."""
-        asked = DatasetSource.model_validate({"uri": uri, "columns": dict(columns or {})})
-        return DatasetReport.model_validate(
-            self._send("POST", "/v1/datasets/validate", asked), extra="ignore"
-        )
+        """Check a sample of the rows and images at a URI; the server stores nothing."""
+        request = DatasetSource.model_validate({"uri": uri, "columns": dict(columns or {})})
+        answer = self._send("POST", "/v1/datasets/validate", request)
+        return DatasetReport.model_validate(answer, extra="ignore")
 
-    def dataset(self, dataset_id: str) -> Dataset:
-        return self._get(Dataset, f"/v1/datasets/{dataset_id}")
+    def dataset(self, dataset_id: str) -> DatasetView:
+        return self._get(DatasetView, f"/v1/datasets/{dataset_id}")
 
-    def datasets(self) -> Iterator[Dataset]:
-        return self._items(Dataset, "/v1/datasets")
+    def datasets(self) -> Iterator[DatasetView]:
+        return self._items(DatasetView, "/v1/datasets")
 
-    def create_model(self, name: str, uri: str, family: str | None = None) -> Model:
-        """Register a base model: a diffusers folder, whose family is told from its files."""
-        return self._post(
-            Model, "/v1/models", ModelCreate.model_validate({"name": name, "uri": uri, "family": family})
-        )
+    def create_model(self, name: str, uri: str, family: str | None = None) -> ModelView:
+        """Register a diffusers folder as a base model. The server detects the family and refuses another."""
+        request = ModelCreate.model_validate({"name": name, "uri": uri, "family": family})
+        return self._post(ModelView, "/v1/models", request)
 
-    def model(self, model_id: str) -> Model:
-        return self._get(Model, f"/v1/models/{model_id}")
+    def model(self, model_id: str) -> ModelView:
+        return self._get(ModelView, f"/v1/models/{model_id}")
 
-    def models(self) -> Iterator[Model]:
-        return self._items(Model, "/v1/models")
+    def models(self) -> Iterator[ModelView]:
+        return self._items(ModelView, "/v1/models")
 
     # ---- jobs
 
-    def create_job(self, request: AlignmentJobCreate) -> Job:
+    def create_job(self, request: AlignmentJobCreate) -> JobView:
         """Start an alignment job."""
-        return self._post(Job, "/v1/alignment/jobs", request)
+        return self._post(JobView, "/v1/alignment/jobs", request)
 
-    def job(self, job_id: str) -> Job:
-        return self._get(Job, f"/v1/alignment/jobs/{job_id}")
+    def job(self, job_id: str) -> JobView:
+        return self._get(JobView, f"/v1/alignment/jobs/{job_id}")
 
-    def jobs(self, status: str | None = None) -> Iterator[Job]:
-        return self._items(Job, "/v1/alignment/jobs", {"status": status} if status else {})
+    def jobs(self, status: str | None = None) -> Iterator[JobView]:
+        return self._items(JobView, "/v1/alignment/jobs", {"status": status} if status else {})
 
-    def cancel_job(self, job_id: str) -> Job:
-        return self._post(Job, f"/v1/alignment/jobs/{job_id}/cancel")
+    def cancel_job(self, job_id: str) -> JobView:
+        return self._post(JobView, f"/v1/alignment/jobs/{job_id}/cancel")
 
-    def pause_job(self, job_id: str) -> Job:
-        """Have a job store its state and free the cluster; its status is paused once nothing of it runs any more."""
-        return self._post(Job, f"/v1/alignment/jobs/{job_id}/pause")
+    def pause_job(self, job_id: str) -> JobView:
+        """Request a pause: the job stores its state, frees its resources, and is then "paused"."""
+        return self._post(JobView, f"/v1/alignment/jobs/{job_id}/pause")
 
-    def resume_job(self, job_id: str) -> Job:
-        """Let a paused job, or one that failed in a stage, go on where it was."""
-        return self._post(Job, f"/v1/alignment/jobs/{job_id}/resume")
+    def resume_job(self, job_id: str) -> JobView:
+        """Continue a paused job, or one that failed in a stage, from its last state."""
+        return self._post(JobView, f"/v1/alignment/jobs/{job_id}/resume")
 
-    def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
-        """What the training of a job has stored and kept, in order of steps."""
-        return self._items(Checkpoint, f"/v1/alignment/jobs/{job_id}/checkpoints", cursor="step")
+    def checkpoints(self, job_id: str) -> Iterator[CheckpointView]:
+        """The stored checkpoints of a job's training, in order of steps."""
+        return self._items(CheckpointView, f"/v1/alignment/jobs/{job_id}/checkpoints", cursor="step")
 
-    def events(self, job_id: str, after: str | None = None) -> Iterator[Event]:
-        """The job's events in order; ``after`` is the id of the last one already seen."""
-        return self._items(Event, f"/v1/alignment/jobs/{job_id}/events", {"after": after} if after else {})
+    def events(self, job_id: str, after: str | None = None) -> Iterator[EventView]:
+        """The job's events in order, from the one after the event of id ``after``."""
+        query = {"after": after} if after else {}
+        return self._items(EventView, f"/v1/alignment/jobs/{job_id}/events", query)
 
-    def metrics(self, job_id: str, stage: str, after: int | None = None) -> Iterator[MetricRow]:
-        """A stage's rows of metrics in order, of the steps beyond ``after``."""
-        path, query = (
-            f"/v1/alignment/jobs/{job_id}/metrics",
-            {"stage": stage} if after is None else {"stage": stage, "after": after},
-        )
-        return self._items(MetricRow, path, query, cursor="step")
+    def metrics(self, job_id: str, stage: str, after: int | None = None) -> Iterator[MetricView]:
+        """A stage's metrics in order of steps, from the step after ``after``."""
+        query: dict[str, Any] = {"stage": stage}
+        if after is not None:
+            query["after"] = after
+        return self._items(MetricView, f"/v1/alignment/jobs/{job_id}/metrics", query, cursor="step")
 
     def credit(self, job_id: str) -> CreditRecord:
-        """Where the training of a job put its credit; there once its model is."""
-        return CreditRecord.model_validate_json(
-            json.dumps(self._send("GET", f"/v1/alignment/jobs/{job_id}/credit"))
-        )
+        """Where a job's training put its credit. Raises ApiError 404 before the model exists."""
+        answer = self._send("GET", f"/v1/alignment/jobs/{job_id}/credit")
+        return CreditRecord.model_validate_json(json.dumps(answer))
 
-    def wait(self, job_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0) -> Job:
-        """The job once it has succeeded, failed (it may be resumed) or been cancelled. Raises TimeoutError."""
+    def wait(self, job_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0) -> JobView:
+        """Wait until the job has succeeded, failed or been canceled. Raises TimeoutError."""
         return _until_finished(lambda: self.job(job_id), timeout_s, poll_s)
 
-    # ---- evaluations, pictures, scores
+    # ---- evaluations, images, scores
 
-    def create_evaluation(self, request: EvaluationCreate) -> Evaluation:
+    def create_evaluation(self, request: EvaluationCreate) -> EvaluationView:
         """Start a comparison of two registered models."""
-        return self._post(Evaluation, "/v1/evaluations", request)
+        return self._post(EvaluationView, "/v1/evaluations", request)
 
-    def evaluation(self, evaluation_id: str) -> Evaluation:
-        return self._get(Evaluation, f"/v1/evaluations/{evaluation_id}")
+    def evaluation(self, evaluation_id: str) -> EvaluationView:
+        return self._get(EvaluationView, f"/v1/evaluations/{evaluation_id}")
 
-    def evaluations(self) -> Iterator[Evaluation]:
-        return self._items(Evaluation, "/v1/evaluations")
+    def evaluations(self) -> Iterator[EvaluationView]:
+        return self._items(EvaluationView, "/v1/evaluations")
 
     def wait_evaluation(
         self, evaluation_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0
-    ) -> Evaluation:
-        """The evaluation once it has ended. Raises TimeoutError."""
+    ) -> EvaluationView:
+        """Wait until the evaluation has ended. Raises TimeoutError."""
         return _until_finished(lambda: self.evaluation(evaluation_id), timeout_s, poll_s)
 
     def generate(self, request: ImageRequest) -> list[bytes]:
-        """Pictures as PNG bytes."""
+        """Generate images; returns the content of PNG files."""
         answer = self._send("POST", "/v1/images/generations", request)
-        return [base64.b64decode(picture["b64_json"]) for picture in answer["data"]]
+        return [base64.b64decode(image["b64_json"]) for image in answer["data"]]
 
     def scores(self, request: ScoreRequest) -> list[dict[str, float]]:
-        """One row of scores for each picture."""
-        return self._send("POST", "/v1/scores", request)["data"]
+        """One row of scores for each image: ``{"match": 0.9, ...}``."""
+        rows: list[dict[str, float]] = self._send("POST", "/v1/scores", request)["data"]
+        return rows
 
     def ready(self) -> bool:
-        """Does the control plane say that it can work? Asks once."""
+        """Whether the control plane reports that it is ready. Tries once and does not raise."""
         try:
             return self._http.get("/readyz", timeout=5.0).is_success
         except httpx.TransportError:
@@ -230,9 +240,9 @@ class Client:
     def _items(
         self, item: type[Item], path: str, query: dict[str, Any] | None = None, cursor: str = "id"
     ) -> Iterator[Item]:
-        query = {"limit": PAGE, **(query or {})}
+        query = {"limit": PAGE_SIZE, **(query or {})}
         while True:
-            page: Page[Item] = self._get(Page[item], path, query)  # type: ignore[valid-type]
+            page: ListView[Item] = self._get(ListView[item], path, query)  # type: ignore[valid-type]
             yield from page.data
             if not (page.has_more and page.data):
                 return
@@ -246,7 +256,7 @@ class Client:
         query: dict[str, Any] | None = None,
         slow: bool = False,
     ) -> Any:
-        """The answer's JSON; ``slow`` waits for it without a limit, and tries once."""
+        """Send a request and return the JSON of the answer. ``slow`` waits without a limit and tries once."""
         headers = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S) if slow else self._http.timeout
         content = None if body is None else body.model_dump(mode="json", exclude_none=True)
@@ -256,48 +266,51 @@ class Client:
         retrying = Retrying(
             stop=stop_after_attempt(1 if slow else self.retries + 1),
             wait=_pause,
-            retry=retry_if_exception(_worth_another),
+            retry=retry_if_exception(_is_transient),
             reraise=True,
         )
         try:
-            return retrying(self._once, request)
+            return retrying(self._try_once, request)
         except httpx.TransportError as error:
             raise Unavailable(
                 f"{self.base_url} does not answer: {error or type(error).__name__}", param="url"
             ) from error
 
-    def _once(self, request: httpx.Request) -> Any:
+    def _try_once(self, request: httpx.Request) -> Any:
         response = self._http.send(request)
         if not response.is_success:
             raise ApiError.of(response)
         return response.json()
 
 
-def _worth_another(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     if isinstance(error, ApiError):
         return error.status in (408, 429) or error.status >= 500
     return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
 
 
-_GROWING = wait_random_exponential(multiplier=0.25, max=LONGEST_PAUSE_S)
+_GROWING_PAUSE = wait_random_exponential(multiplier=0.25, max=LONGEST_PAUSE_S)
 
 
 def _pause(state: RetryCallState) -> float:
-    """What the server asked for, else a random pause that grows."""
+    """The server's Retry-After, at most ``LONGEST_PAUSE_S``; else a random pause that grows."""
     error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after_s if isinstance(error, ApiError) else None
-    return _GROWING(state) if asked is None else min(asked, LONGEST_PAUSE_S)
+    if isinstance(error, ApiError) and error.retry_after_s is not None:
+        return min(error.retry_after_s, LONGEST_PAUSE_S)
+    return _GROWING_PAUSE(state)
 
 
 def _seconds(header: str | None) -> float | None:
-    """A Retry-After in seconds; the form with a date is not read."""
+    """A Retry-After in seconds; None for a date."""
     return float(header) if header and header.strip().isdigit() else None
 
 
-def _until_finished(read: Callable[[], Any], timeout_s: float | None, poll_s: float) -> Any:
+def _until_finished(read: Callable[[], Run], timeout_s: float | None, poll_s: float) -> Run:
     began = time.monotonic()
-    while not (thing := read()).finished:
+    while True:
+        run = read()
+        if run.finished:
+            return run
         if timeout_s is not None and time.monotonic() - began > timeout_s:
-            raise TimeoutError(f"{thing.id} is still {thing.status} after {timeout_s:g} s")
+            raise TimeoutError(f"{run.id} is still {run.status} after {timeout_s:g} s")
         time.sleep(poll_s)
-    return thing

@@ -1,4 +1,4 @@
-"""Job bodies from a file and from options."""
+"""Build a job's body from a recipe, a file and command-line options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.api.requests import AlignmentJobCreate
 from services.client.recipes import merged
 from services.errors import BadRequest
 
-PLACES = {
+OPTION_PATHS = {
     "method": ("objective", "method"),
     "beta": ("objective", "beta"),
     "steps": ("training", "steps"),
@@ -26,26 +26,30 @@ PLACES = {
     "prompts": ("evaluation", "prompts_uri"),
     "num_prompts": ("evaluation", "num_prompts"),
 }
-"""Where an option stands in a job's body; those that are not here stand at the top."""
+"""Where an option belongs in the body. An option that is not listed sets the top-level field of its name."""
 
-TO_BE_NAMED = {"model": "MODEL", "dataset": "DATASET", "evaluation": {"prompts_uri": "PROMPTS"}}
-"""What a dry run does not have to be told."""
+PLACEHOLDERS = {"model": "MODEL", "dataset": "DATASET", "evaluation": {"prompts_uri": "PROMPTS"}}
+"""Values for a dry run, which needs no model, dataset or prompts."""
 
 
 def job_body(
     file: Path | None, options: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
 ) -> AlignmentJobCreate:
-    """The body of a job: the recipe's, above it what the file says, and above both every option that is not None."""
+    """The body of a job. Options that are not None override the file, and the file overrides the recipe."""
     body = merged(recipe or {}, read_body(file) if file else {})
     for option, value in options.items():
         if value is not None:
-            for key in reversed(PLACES.get(option, (option,))):
-                value = {key: value}
-            body = merged(body, value)
-    for part in (body.get("evaluation"), body.get("validation")):
-        if isinstance(part, dict) and isinstance(part.get("prompts_uri"), str):
-            part["prompts_uri"] = as_uri(part["prompts_uri"])
+            body = merged(body, _nested(OPTION_PATHS.get(option, (option,)), value))
+    for section in (body.get("evaluation"), body.get("validation")):
+        if isinstance(section, dict) and isinstance(section.get("prompts_uri"), str):
+            section["prompts_uri"] = as_uri(section["prompts_uri"])
     return AlignmentJobCreate.model_validate_json(json.dumps(body))
+
+
+def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    """``("training", "steps"), 7`` as ``{"training": {"steps": 7}}``."""
+    first, *rest = path
+    return {first: _nested(rest, value) if rest else value}
 
 
 def read_body(file: Path) -> dict[str, Any]:
@@ -64,32 +68,36 @@ def read_body(file: Path) -> dict[str, Any]:
 
 
 def columns_of(options: Sequence[str]) -> dict[str, str]:
-    """``["caption=prompt"]`` as a mapping. Raises BadRequest for one without a name or a column."""
-    pairs = [option.partition("=") for option in options]
-    if wrong := [
-        option for option, (name, _, column) in zip(options, pairs, strict=True) if not (name and column)
-    ]:
-        raise BadRequest(f"--column must be NAME=COLUMN, as in caption=prompt, got {wrong[0]!r}")
-    return {name: column for name, _, column in pairs}
+    """``["caption=prompt"]`` as a mapping. Raises BadRequest for an option without a name or a column."""
+    columns = {}
+    for option in options:
+        name, _, column = option.partition("=")
+        if not (name and column):
+            raise BadRequest(f"--column must be NAME=COLUMN, as in caption=prompt, got {option!r}")
+        columns[name] = column
+    return columns
 
 
 def workers_of(option: str) -> int | list[int]:
-    """``"2"`` or ``"1-4"``. Raises BadRequest for anything else."""
+    """``"2"`` as 2, ``"1-4"`` as [1, 4]. Raises BadRequest for anything else."""
     numbers = option.split("-")
     if len(numbers) > 2 or not all(number.isascii() and number.isdigit() for number in numbers):
         raise BadRequest(f"--workers must be a number, or LEAST-MOST, as in 1-4, got {option!r}")
     return int(option) if len(numbers) == 1 else [int(number) for number in numbers]
 
 
-def as_uri(place: str) -> str:
+def as_uri(path_or_uri: str) -> str:
     """A URI as it is, a path as file://."""
-    return place if "://" in place else Path(place).expanduser().resolve().as_uri()
+    if "://" in path_or_uri:
+        return path_or_uri
+    return Path(path_or_uri).expanduser().resolve().as_uri()
 
 
 def validation_line(error: ValidationError) -> str:
-    """Every wrong field with its value: ``training.steps: Input should be greater than 0, got -5``."""
-    return "; ".join(
-        f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}"
-        + ("" if each["type"] == "missing" else f", got {each['input']!r}")
-        for each in error.errors()
-    )
+    """Every invalid field with its value: ``training.steps: Input should be greater than 0, got -5``."""
+    problems = []
+    for problem in error.errors():
+        field = ".".join(map(str, problem["loc"])) or "body"
+        value = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+        problems.append(f"{field}: {problem['msg']}{value}")
+    return "; ".join(problems)

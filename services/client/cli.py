@@ -1,4 +1,4 @@
-"""The ``dde`` command. Where it finds the system: DDE_URL and DDE_API_KEY, else what `dde up` left in DDE_HOME (``.dde``)."""
+"""The ``dde`` command; uses DDE_URL and DDE_API_KEY, else the system of `dde up` in DDE_HOME (``.dde``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dde_core.errors import DdeError
 from services.api.records import CreditRecord
 from services.api.requests import EvaluationCreate, ImageRequest, most_workers
 from services.client import recipes, tables
-from services.client.bodies import TO_BE_NAMED, as_uri, columns_of, job_body, read_body, validation_line
+from services.client.bodies import PLACEHOLDERS, as_uri, columns_of, job_body, read_body, validation_line
 from services.client.connection import connect
 from services.client.job_commands import jobs
 from services.errors import BadRequest, ServiceError
@@ -23,16 +23,17 @@ from services.settings import ClientSettings
 
 
 class Commands(TyperGroup):
-    """Says what went wrong in one line on stderr, exit code 1."""
+    """Reports an error as one line on stderr, with exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except ValidationError as error:
-            complain(validation_line(error))
+            print_error(validation_line(error))
         except (ServiceError, DdeError, OSError) as error:
             param = getattr(error, "param", None)
-            complain(str(error) if not param or param in str(error) else f"{param}: {error}")
+            names_its_field = not param or param in str(error)
+            print_error(str(error) if names_its_field else f"{param}: {error}")
         raise typer.Exit(1)
 
 
@@ -40,28 +41,32 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Preference alignment of diffusion models.",
+    help="Align text-to-image diffusion models with human preferences.",
 )
-datasets = typer.Typer(no_args_is_help=True, help="Preference pairs.")
-models = typer.Typer(no_args_is_help=True, help="Base models and aligned ones.")
+datasets = typer.Typer(no_args_is_help=True, help="Register, check and list datasets of preference pairs.")
+models = typer.Typer(no_args_is_help=True, help="Register base models; list base and aligned models.")
 app.add_typer(datasets, name="datasets")
 app.add_typer(models, name="models")
 app.add_typer(jobs, name="jobs")
 
 PairsUri = Annotated[
-    str, typer.Argument(help="Parquet, JSON lines, a Hugging Face or win/lose folder: path or URI.")
+    str, typer.Argument(help="Parquet, JSON lines, or a folder (Hugging Face or win/lose): a path or a URI.")
 ]
 ColumnOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=COLUMN", help="What the files call a column: caption=prompt. Repeatable."),
+    typer.Option(
+        metavar="NAME=COLUMN", help="Column of your files to read as NAME: caption=prompt. Repeatable."
+    ),
 ]
 Cpus = Annotated[
-    int, typer.Option(min=1, help="What Ray may hand out: workers and replicas ask for one each.")
+    int, typer.Option(min=1, help="CPUs that Ray may assign; each worker and replica takes one.")
 ]
+SamplingSteps = Annotated[int, typer.Option(help="Sampling steps.")]
+GuidanceScale = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
 
 
-def complain(line: str) -> None:
-    """One line on stderr."""
+def print_error(line: str) -> None:
+    """Print one line on stderr."""
     typer.echo(f"error: {line}", err=True)
 
 
@@ -71,13 +76,15 @@ def complain(line: str) -> None:
 @app.command()
 def up(
     state: Annotated[
-        Path | None, typer.Option(help="Folder for key, database, models and logs; default DDE_HOME.")
+        Path | None, typer.Option(help="Folder for the key, database, models and logs. Default: DDE_HOME.")
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the API; 0: 8080 where that is free.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the API. 0: 8080 if free, else any free port.")
+    ] = 0,
     num_cpus: Cpus = 8,
     gpu: Annotated[bool, typer.Option(help="Give each worker a GPU.")] = False,
 ) -> None:
-    """Start everything on this machine, with a small base model to try, until Ctrl-C."""
+    """Run the whole system on this machine until Ctrl-C, with a small base model to try."""
     from services.client.up import run_up
 
     run_up(Console(), state or ClientSettings().home, port=port, num_cpus=num_cpus, use_gpu=gpu)
@@ -86,36 +93,35 @@ def up(
 @app.command()
 def demo(
     state: Annotated[
-        Path | None, typer.Option(help="Folder for all of it, emptied first; default DDE_HOME/demo.")
+        Path | None, typer.Option(help="Folder for the demo, emptied first. Default: DDE_HOME/demo.")
     ] = None,
     job: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Another job than deploy/demo.json.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Job file. Default: deploy/demo.json.")
     ] = None,
     num_cpus: Cpus = 8,
-    keep: Annotated[bool, typer.Option(help="Go on serving until Ctrl-C.")] = False,
+    keep: Annotated[bool, typer.Option(help="Keep serving until Ctrl-C.")] = False,
 ) -> None:
-    """Align, evaluate and serve a small model on this machine, and show what it brought."""
+    """Align, evaluate and serve a small model on this machine, and print the results."""
     from services.client.demo import run_demo
 
     run_demo(Console(), state or ClientSettings().home / "demo", job_file=job, num_cpus=num_cpus, keep=keep)
 
 
-# ---- what is registered
+# ---- datasets and models
 
 
 @datasets.command("create")
 def create_dataset(name: str, uri: PairsUri, column: ColumnOption = None) -> None:
-    """Register preference pairs."""
+    """Register preference pairs; prints the dataset's id."""
     with connect() as client:
-        made = client.create_dataset(name, as_uri(uri), columns_of(column or ()))
-    typer.echo(made.id)
-    if made.counts:
-        typer.echo(tables.counted(made.counts), err=True)
+        dataset = client.create_dataset(name, as_uri(uri), columns_of(column or ()))
+    typer.echo(dataset.id)
+    typer.echo(tables.counts_line(dataset.counts), err=True)
 
 
 @datasets.command("validate")
 def validate_dataset(uri: PairsUri, column: ColumnOption = None) -> None:
-    """Read a sample of the rows and their pictures, and say what is there; nothing is stored."""
+    """Check a sample of rows and images and print a report. Exit code 1 if no pair is usable."""
     with connect() as client:
         report = client.validate_dataset(as_uri(uri), columns_of(column or ()))
     tables.print_report(Console(), report)
@@ -125,11 +131,10 @@ def validate_dataset(uri: PairsUri, column: ColumnOption = None) -> None:
 
 @datasets.command("list")
 def list_datasets() -> None:
-    """Every dataset."""
+    """List all datasets."""
     with connect() as client:
         rows = [
-            (d.id, d.name, d.counts.pairs if d.counts else "", d.uri, tables.moment(d.created_at))
-            for d in client.datasets()
+            (d.id, d.name, d.counts.pairs, d.uri, tables.local_time(d.created_at)) for d in client.datasets()
         ]
     tables.print_list(Console(), ("id", "name", "pairs", "uri", "created"), rows)
 
@@ -137,31 +142,33 @@ def list_datasets() -> None:
 @models.command("create")
 def create_model(
     name: str,
-    uri: Annotated[str, typer.Argument(help="A diffusers folder: path or URI.")],
-    family: Annotated[str | None, typer.Option(help="sd15 or sdxl: refuse a folder of the other.")] = None,
+    uri: Annotated[str, typer.Argument(help="A diffusers folder: a path or a URI.")],
+    family: Annotated[
+        str | None, typer.Option(help="Expected family: sd15 or sdxl. Default: detected from the files.")
+    ] = None,
 ) -> None:
-    """Register a base model."""
+    """Register a base model; prints its id."""
     with connect() as client:
         typer.echo(client.create_model(name, as_uri(uri), family).id)
 
 
 @models.command("list")
 def list_models() -> None:
-    """Every model."""
+    """List all models."""
     with connect() as client:
         rows = [
-            (m.id, m.name, m.family, m.base or "", m.job or "", tables.moment(m.created_at))
+            (m.id, m.name, m.family, m.base or "", m.job or "", tables.local_time(m.created_at))
             for m in client.models()
         ]
     tables.print_list(Console(), ("id", "name", "family", "base", "job", "created"), rows)
 
 
-# ---- runs
+# ---- recipes, plans, credit
 
 
 @app.command("recipes")
 def list_recipes() -> None:
-    """The runs of the papers, ready for `dde jobs create --recipe NAME`."""
+    """List the papers' training runs, for `dde jobs create --recipe NAME`."""
     rows = [(recipe.name, recipe.family, recipe.method, recipe.about) for recipe in recipes.all_recipes()]
     tables.print_list(Console(), ("name", "family", "method", "about"), rows)
 
@@ -169,41 +176,50 @@ def list_recipes() -> None:
 @app.command()
 def plan(
     file: Annotated[
-        Path | None, typer.Argument(exists=True, dir_okay=False, help="A job's body as JSON or YAML.")
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="The job as JSON or YAML.")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="What the file changes: see `dde recipes`.")] = None,
-    family: Annotated[str | None, typer.Option(help="sd15 or sdxl; default: the recipe's.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="One a worker; default: the job's workers.")] = None,
-    gpu: Annotated[str, typer.Option(help="a100, h100 or h200.")] = "a100",
-    gpus_per_node: int = 8,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe to start from; the file overrides it. See `dde recipes`.")
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="Model family: sd15 or sdxl. Default: the recipe's.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Number of GPUs, one per worker. Default: the job's workers.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="GPU type: a100, h100 or h200.")] = "a100",
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs in each node.")] = 8,
     interconnect: Annotated[
         float | None,
-        typer.Option(help="GB/s between nodes for each GPU, one way; default: 25 of an a100, else 50."),
+        typer.Option(help="GB/s between nodes per GPU, one way. Default: 25 for a100, else 50."),
     ] = None,
     price: Annotated[
         float | None,
-        typer.Option(help="USD a GPU-hour; default: 2 of an a100, 3 of an h100, 3.5 of an h200."),
+        typer.Option(help="USD per GPU-hour. Default: a100 2, h100 3, h200 3.5."),
     ] = None,
     overlap: Annotated[
-        float, typer.Option(help="The part of the arithmetic that hides exchange behind it, 0 to 1.")
+        float, typer.Option(help="Fraction of the compute time that hides communication, 0 to 1.")
     ] = 0.5,
-    pairs: Annotated[int | None, typer.Option(help="Of the dataset; default: Pick-a-Pic's 851,293.")] = None,
+    pairs: Annotated[
+        int | None, typer.Option(help="Pairs in the dataset. Default: Pick-a-Pic's 851,293.")
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="Measured speeds: results.json of tests.bench.gpu_step."
+            exists=True, dir_okay=False, help="Measured speeds: the results.json of tests.bench.gpu_step."
         ),
     ] = None,
 ) -> None:
-    """Show what a job would take on a cluster: step time, exchange, memory, data, checkpoints, hours and price."""
+    """Estimate a job on a cluster: step time, communication, memory, data, checkpoints, hours and price."""
     from dde_core.planning.cluster import Cluster
     from dde_core.planning.plan import PICK_A_PIC_PAIRS
     from services.client import plan as planning
 
     base = recipes.load(recipe) if recipe else None
-    body = job_body(file, {}, recipes.merged(TO_BE_NAMED, base.job if base else {}))
-    if not (family := family or (base.family if base else None)):
-        raise BadRequest("whose plan? --recipe says it, or --family sd15 or sdxl", param="family")
+    body = job_body(file, {}, recipes.merged(PLACEHOLDERS, base.job if base else {}))
+    family = family or (base.family if base else None)
+    if not family:
+        raise BadRequest("model family required: pass --recipe or --family (sd15 or sdxl)", param="family")
     cluster = Cluster(
         gpus=most_workers(body.workers) if gpus is None else gpus,
         gpu=gpu,
@@ -218,47 +234,57 @@ def plan(
 
 @app.command()
 def credit(
-    method: Annotated[list[str] | None, typer.Option(help="May be repeated; default: every method.")] = None,
-    margin: Annotated[float, typer.Option(help="The margin of errors, the same at every timestep.")] = 1e-4,
-    beta: float | None = None,
-    t_min: int | None = None,
-    t_max: int | None = None,
-    gamma: float | None = None,
-    calibration_point: Annotated[str | None, typer.Option(help="expected, sampled or mode.")] = None,
-    calibration_bins: int | None = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method to show. Repeatable. Default: all.")
+    ] = None,
+    margin: Annotated[float, typer.Option(help="Margin of a pair, the same at every timestep.")] = 1e-4,
+    beta: Annotated[float | None, typer.Option(help="Value of objective.beta.")] = None,
+    t_min: Annotated[int | None, typer.Option(help="First trained timestep.")] = None,
+    t_max: Annotated[int | None, typer.Option(help="Last trained timestep; 0: T.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Discount of the method discounted.")] = None,
+    calibration_point: Annotated[
+        str | None, typer.Option(help="Where log p/q is evaluated: expected, sampled or mode.")
+    ] = None,
+    calibration_bins: Annotated[
+        int | None, typer.Option(help="Number of coefficients; 0: one per timestep.")
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Pairs of the global batch; default: the job's, else 2048.")
+        int | None, typer.Option(help="Pairs per global batch. Default: the job's, else 2048.")
     ] = None,
     job: Annotated[
         str | None,
-        typer.Option(help="A job that is trained: its objective and schedule, and what it logged."),
+        typer.Option(help="Id of a trained job: use its objective and schedule, show its logged credit."),
     ] = None,
     scheduler: Annotated[
         Path | None,
         typer.Option(
-            exists=True, help="A model's scheduler_config.json; default: Stable Diffusion's schedule."
+            exists=True, help="A model's scheduler_config.json. Default: Stable Diffusion's schedule."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The PNG file.")] = Path("credit.png"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the curves, and draw nothing.")] = False,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("credit.png"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the curves as JSON instead of drawing them.")
+    ] = False,
 ) -> None:
-    """Show to which timesteps each method gives credit; with --job, where a job's training put it."""
+    """Draw which timesteps get credit under each method; with --job, also where a job's training put it."""
     fields: dict[str, Any] = {"beta": beta, "t_min": t_min, "t_max": t_max, "gamma": gamma}
     fields |= {"calibration_point": calibration_point, "calibration_bins": calibration_bins}
     if job and scheduler:
         raise BadRequest(
-            f"--scheduler {scheduler} is not read with --job, which has its own", param="scheduler"
+            f"--scheduler {scheduler} conflicts with --job, whose schedule is used: pass only one of them",
+            param="scheduler",
         )
     try:
-        from services.client import credit as drawing
+        from dde_core.credit import STABLE_DIFFUSION
+        from services.client import credit as report
 
         record = _credit_record(job) if job else None
-        config = read_body(scheduler) if scheduler else drawing.STABLE_DIFFUSION
-        computed = drawing.compute(record, method or [], margin, batch_size, fields, config)
+        config = read_body(scheduler) if scheduler else STABLE_DIFFUSION
+        computed = report.compute(record, method or [], margin, batch_size, fields, config)
         if as_json:
-            typer.echo(drawing.as_json(computed))
+            typer.echo(report.as_json(computed))
         else:
-            drawing.show(computed, Console(), out)
+            report.show(computed, Console(), out)
     except ModuleNotFoundError as error:
         missing = str(error.name).split(".")[0]
         raise ServiceError(f"dde credit needs {missing}: pip install 'dde-align[credit]'") from error
@@ -269,57 +295,61 @@ def _credit_record(job_id: str) -> CreditRecord:
         return client.credit(job_id)
 
 
-# ---- pictures
+# ---- images and evaluations
 
 
 @app.command()
 def generate(
-    model: str,
-    prompt: str,
-    n: Annotated[int, typer.Option("-n", min=1, max=16, help="How many pictures.")] = 1,
-    seed: int = 0,
-    steps: int = 25,
-    guidance_scale: float = 5.0,
-    size: Annotated[str, typer.Option(help='WIDTHxHEIGHT, or "auto": the model\'s own.')] = "auto",
+    model: Annotated[str, typer.Argument(help="Name or id of the model.")],
+    prompt: Annotated[str, typer.Argument(help="Text of the prompt.")],
+    n: Annotated[int, typer.Option("-n", min=1, max=16, help="Number of images.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; each next image adds 1.")] = 0,
+    steps: SamplingSteps = 25,
+    guidance_scale: GuidanceScale = 5.0,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT, or auto for the model's own size.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path(),
 ) -> None:
-    """Draw pictures; the one of seed S is written to MODEL-S.png."""
+    """Generate images; the image of seed S is written to MODEL-S.png."""
     request = ImageRequest(
         model=model, prompt=prompt, n=n, size=size, seed=seed, steps=steps, guidance_scale=guidance_scale
     )
     with connect() as client:
-        pictures = client.generate(request)
+        images = client.generate(request)
     out.mkdir(parents=True, exist_ok=True)
-    for offset, picture in enumerate(pictures):
+    for offset, image in enumerate(images):
         path = out / f"{model}-{seed + offset}.png"
-        path.write_bytes(picture)
+        path.write_bytes(image)
         typer.echo(path)
 
 
 @app.command()
 def evaluate(
-    model: str,
-    base: str,
-    prompts: Annotated[str, typer.Option(help="Held-out prompts, one a line: path or URI.")],
-    num_prompts: int = 200,
-    seed: int = 0,
-    steps: int = 25,
-    guidance_scale: float = 5.0,
+    model: Annotated[str, typer.Argument(help="Name or id of the model to evaluate.")],
+    base: Annotated[str, typer.Argument(help="Name or id of the model to compare with.")],
+    prompts: Annotated[str, typer.Option(help="Held-out prompts, one per line: a path or a URI.")],
+    num_prompts: Annotated[int, typer.Option(help="Number of prompts, from the top of the file.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt; each next prompt adds 1.")] = 0,
+    steps: SamplingSteps = 25,
+    guidance_scale: GuidanceScale = 5.0,
 ) -> None:
-    """Compare two models on held-out prompts."""
-    sample = {"steps": steps, "guidance_scale": guidance_scale}
-    body = {"model": model, "base": base, "num_prompts": num_prompts, "seed": seed, "sample": sample}
-    request = EvaluationCreate.model_validate_json(json.dumps({**body, "prompts_uri": as_uri(prompts)}))
+    """Compare two models on held-out prompts, with the same seeds."""
+    body = {
+        "model": model,
+        "base": base,
+        "prompts_uri": as_uri(prompts),
+        "num_prompts": num_prompts,
+        "seed": seed,
+        "sample": {"steps": steps, "guidance_scale": guidance_scale},
+    }
+    request = EvaluationCreate.model_validate_json(json.dumps(body))
     with connect() as client:
         evaluation = client.wait_evaluation(client.create_evaluation(request).id)
     if evaluation.result is None or evaluation.status != "succeeded":
-        raise ServiceError(
-            f"{evaluation.id} {evaluation.status}" + (f": {evaluation.reason}" if evaluation.reason else "")
-        )
+        raise ServiceError(tables.outcome_line(evaluation))
     console = Console()
     console.print(tables.comparison(evaluation.result, base, model))
     console.print(
-        f"report {evaluation.result.report}\npictures {evaluation.result.grid}",
+        f"report {evaluation.result.report}\nimages {evaluation.result.grid}",
         soft_wrap=True,
         highlight=False,
     )

@@ -1,9 +1,10 @@
-"""The whole system on one machine: Ray, Serve and the control plane on 127.0.0.1, for as long as a ``with`` block runs.
+"""The whole system on one machine: Ray, Serve and the control plane on 127.0.0.1, as long as a ``with``
+block.
 
     with LocalSystem(Path(".dde")) as system, system.client() as client:
         client.create_model("shapes", MODEL_DIR.as_uri())
 
-What has to last lies in the state folder: ``key``, ``dde.db``, ``storage/``, and ``logs/`` of the last run.
+The state folder keeps what outlives a run: ``key``, ``dde.db``, ``storage/``, and ``logs/`` of the last run.
 """
 
 from __future__ import annotations
@@ -25,24 +26,25 @@ from services.client.api import Client
 from services.client.processes import (
     Child,
     StartFailed,
-    end_marked,
     environment,
     free_ports,
+    kill_marked,
     port_is_free,
     wait_until,
 )
 from services.client.ray_head import RayHead, clear_folders
 
 SERVE_CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
-CONTROL_PATIENCE_S = 10.0
+CONTROL_STOP_TIMEOUT_S = 10.0
 
 
 class LocalSystem:
-    """Starts everything on ``__enter__`` and leaves no process behind on ``__exit__``, nor where starting fails.
+    """Starts everything on ``__enter__``. Leaves no process behind: neither on ``__exit__`` nor when the
+    start fails.
 
-    ``fresh`` drops what an earlier run has stored. The API gets the first of ``ports`` that is free; 0 is any
-    free one. ``num_cpus`` is what Ray may hand out, not what the machine has: on two cores a job's workers and Serve's
-    replicas share them. ``say`` is told what is being waited for.
+    ``fresh`` deletes what earlier runs stored. The API gets the first free port of ``ports``; 0 means any
+    free one. ``num_cpus`` is how many CPUs Ray may assign, not how many the machine has: workers and replicas
+    may share cores. ``report`` receives one message per phase of the start.
     """
 
     def __init__(
@@ -55,16 +57,18 @@ class LocalSystem:
         use_gpu: bool = False,
         serve_config: Path = SERVE_CONFIG,
         timeout_s: float = 180.0,
-        say: Callable[[str], None] = lambda message: None,
+        report: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.state = state.resolve()
-        self.logs, self.key_file, self.storage_uri = (
-            self.state / "logs",
-            self.state / "key",
-            (self.state / "storage").as_uri(),
-        )
-        self._fresh, self._ports, self._num_cpus, self._use_gpu = fresh, ports, num_cpus, use_gpu
-        self._timeout_s, self._say = timeout_s, say
+        self.logs = self.state / "logs"
+        self.key_file = self.state / "key"
+        self.storage_uri = (self.state / "storage").as_uri()
+        self._fresh = fresh
+        self._ports = ports
+        self._num_cpus = num_cpus
+        self._use_gpu = use_gpu
+        self._timeout_s = timeout_s
+        self._report = report
         self._serve_config = read_serve_config(serve_config)
 
     @property
@@ -78,15 +82,15 @@ class LocalSystem:
 
     def __enter__(self) -> LocalSystem:
         with ExitStack() as undo:
-            self._take_state(undo)
-            self._take_ports()
-            self._say("starting Ray")
+            self._claim_state(undo)
+            self._choose_ports()
+            self._report("starting Ray")
             self.ray = undo.enter_context(RayHead(self.logs, str(self.state), num_cpus=self._num_cpus))
             self.control = self._start_control(undo)
-            self._wait(self.ray.answers, "Ray's dashboard does not answer", self.ray.child)
-            self._say("starting Serve")
+            self._wait(self.ray.is_ready, "Ray's dashboard does not answer", self.ray.child)
+            self._report("starting Serve")
             self._start_serve()
-            self._say("waiting for the control plane")
+            self._report("waiting for the control plane")
             with self.client() as client:
                 self._wait(client.ready, "the control plane is not ready", self.control)
             write_private(self.state / "url", self.url)
@@ -98,17 +102,17 @@ class LocalSystem:
         self._undo.close()
 
     def check(self) -> None:
-        """Raises StartFailed where Ray or the control plane has ended by itself."""
+        """Raise StartFailed if Ray or the control plane has ended by itself."""
         self.ray.child.check()
         self.control.check()
 
-    def _take_state(self, undo: ExitStack) -> None:
-        """Make the state folder this process's own, with a key, and end what a killed predecessor has left."""
+    def _claim_state(self, undo: ExitStack) -> None:
+        """Lock the state folder, kill what an earlier run left running, create a key if there is none."""
         self.logs.mkdir(parents=True, exist_ok=True)
         undo.enter_context(locked(self.state / "lock"))
-        end_marked(str(self.state))
+        kill_marked(str(self.state))
         clear_folders(str(self.state))
-        undo.callback(end_marked, str(self.state))
+        undo.callback(kill_marked, str(self.state))
         if self._fresh:
             shutil.rmtree(self.state / "storage", ignore_errors=True)
             for database in self.state.glob("dde.db*"):
@@ -116,13 +120,16 @@ class LocalSystem:
         if not self.key_file.exists():
             write_private(self.key_file, f"dde-{secrets.token_urlsafe(32)}")
 
-    def _take_ports(self) -> None:
-        serve, control = free_ports(2)
-        possible = [port for port in self._ports if port_is_free(port)]
-        if not possible:
-            raise StartFailed(f"port {', '.join(map(str, self._ports))} is in use", param="port")
-        self.serve_port, self.port = serve, possible[0] or control
-        self.serve_url, self.url = f"http://127.0.0.1:{self.serve_port}", f"http://127.0.0.1:{self.port}"
+    def _choose_ports(self) -> None:
+        serve_port, any_port = free_ports(2)
+        candidates = [port for port in self._ports if port_is_free(port)]
+        if not candidates:
+            tried = ", ".join(map(str, self._ports))
+            raise StartFailed(f"port {tried} is in use: choose another, or 0 for any free one", param="port")
+        self.serve_port = serve_port
+        self.port = candidates[0] or any_port
+        self.serve_url = f"http://127.0.0.1:{self.serve_port}"
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def _start_control(self, undo: ExitStack) -> Child:
         settings = {
@@ -137,19 +144,21 @@ class LocalSystem:
         }
         env = environment(str(self.state), {**settings, **self.ray.auth})
         control = Child("control", [sys.executable, "-m", "services.control"], self.logs / "control.log", env)
-        undo.callback(control.stop, CONTROL_PATIENCE_S)
+        undo.callback(control.stop, CONTROL_STOP_TIMEOUT_S)
         return control
 
     def _start_serve(self) -> None:
         config = fill_serve_config(self._serve_config, self.serve_port, self.storage_uri, self._use_gpu)
         self.ray.deploy(config)
-        for name in [application["name"] for application in config["applications"]]:
-            runs = partial(self.ray.serving, name)
-            self._wait(runs, f"Serve application {name!r} does not run", self.ray.child)
+        for application in config["applications"]:
+            name = application["name"]
+            is_running = partial(self.ray.is_running, name)
+            self._wait(is_running, f"Serve application {name!r} does not run", self.ray.child)
         self._wait(self._serve_answers, "Serve does not answer /healthz", self.ray.child)
 
-    def _wait(self, ready: Callable[[], bool], what: str, who: Child) -> None:
-        wait_until(ready, what, [who, self.ray.child, self.control], self._timeout_s)
+    def _wait(self, ready: Callable[[], bool], problem: str, child: Child) -> None:
+        """Wait for one part. At the deadline the error holds ``problem`` and the log of ``child``."""
+        wait_until(ready, problem, [child, self.ray.child, self.control], self._timeout_s)
 
     def _serve_answers(self) -> bool:
         try:
@@ -159,22 +168,23 @@ class LocalSystem:
 
 
 def read_serve_config(path: Path) -> dict[str, Any]:
-    """The Serve config. Raises StartFailed, naming the path, where it cannot be used."""
+    """The Serve config. Raises StartFailed, naming the path, if it cannot be read or has no applications."""
     try:
-        config = yaml.safe_load(path.read_text())
-        if config["applications"]:
-            return config
+        config: dict[str, Any] = yaml.safe_load(path.read_text())
+        applications = config["applications"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise StartFailed(f"serve config {path} cannot be read: {error}", param="serve_config") from error
-    raise StartFailed(f"serve config {path} has no applications", param="serve_config")
+    if not applications:
+        raise StartFailed(f"serve config {path} has no applications", param="serve_config")
+    return config
 
 
 def fill_serve_config(
     config: dict[str, Any], port: int, storage_uri: str, use_gpu: bool = False
 ) -> dict[str, Any]:
     """The config with this system's port on the loopback interface, its storage and its device."""
-    own = {"storage_uri": storage_uri, "use_gpu": use_gpu}
-    applications = [{**each, "args": {**each.get("args", {}), **own}} for each in config["applications"]]
+    own_args = {"storage_uri": storage_uri, "use_gpu": use_gpu}
+    applications = [{**each, "args": {**each.get("args", {}), **own_args}} for each in config["applications"]]
     http_options = {**config.get("http_options", {}), "host": "127.0.0.1", "port": port}
     return {**config, "http_options": http_options, "applications": applications}
 
@@ -187,10 +197,11 @@ def write_private(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a state folder. Raises StartFailed where another process has it. The kernel drops it with its holder."""
+    """Hold a state folder's lock, which the kernel drops with the process. Raises StartFailed if taken."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StartFailed(f"another system is running in {path.parent}", param="state") from error
+            message = f"another system is running in {path.parent}: stop it, or choose another --state"
+            raise StartFailed(message, param="state") from error
         yield

@@ -1,7 +1,7 @@
-"""Processes that a local system starts, each in a session of its own with a log file, and how all of them are ended.
+"""The processes of a local system: each runs in a session of its own and writes a log file.
 
-Every one carries a mark in its environment, which its children inherit. So also those that have lost their parent are
-found, and nothing else is.
+Each process carries a mark in its environment, which its children inherit. The mark finds processes that have
+lost their parent, and no foreign ones.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import psutil
 from services.errors import Unavailable
 
 MARK = "DDE_LOCAL_SYSTEM"
-OTHERS = ("DDE_", "RAY_ADDRESS", "RAY_AUTH_", "RAY_JOB_")
-"""Settings of other systems that may stand in this process's environment."""
+FOREIGN_PREFIXES = ("DDE_", "RAY_ADDRESS", "RAY_AUTH_", "RAY_JOB_")
+"""Variables that begin so may configure another system; children do not inherit them."""
 
 
 class StartFailed(Unavailable):
-    """A part of the local system did not come up; the message ends with what that part said last."""
+    """A part of the local system did not start. The message ends with the last lines of that part's log."""
 
     default_code = "start_failed"
 
@@ -35,7 +35,8 @@ class Child:
     """One process, leader of its own session, whose output goes to a file."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
-        self.name, self.log = name, log
+        self.name = name
+        self.log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
@@ -49,63 +50,66 @@ class Child:
         self.pid = self._process.pid
 
     def check(self) -> None:
-        """Raises StartFailed where the process has ended."""
-        if (code := self._process.poll()) is not None:
+        """Raise StartFailed if the process has ended."""
+        code = self._process.poll()
+        if code is not None:
             raise StartFailed(f"{self.name} ended with exit code {code}{self.tail()}")
 
     def tail(self, lines: int = 20) -> str:
-        """The last lines of the log, ready to follow a message."""
+        """The last lines of the log, to append to a message."""
         text = self.log.read_text(errors="replace").strip().splitlines()[-lines:]
-        return "\n  ".join([f"; the end of {self.log}:", *text]) if text else f"; {self.log} is empty"
+        if not text:
+            return f"; {self.log} is empty"
+        return "\n  ".join([f"; the end of {self.log}:", *text])
 
-    def stop(self, patience_s: float) -> None:
-        """Ask the process to end, wait, kill it where it does not; then kill what it has left behind.
+    def stop(self, timeout_s: float) -> None:
+        """Terminate the process, wait, kill it at the deadline; then kill its descendants and its session.
 
-        That is what descended from it a moment ago and what is of its session: workers of Ray overwrite the memory in
-        which their mark can be read, and lose their parent where it ends first.
+        The mark alone would not do: Ray's workers overwrite the memory from which it is read, and lose their
+        parent when it ends first.
         """
-        family = _descendants(self.pid)
+        descendants = _descendants(self.pid)
         try:
             self._process.terminate()
-            self._process.wait(patience_s)
+            self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             pass
-        finally:  # also where a second Ctrl-C ends the waiting
+        finally:  # a second Ctrl-C may interrupt the wait
             self._process.kill()
             self._process.wait()
-            _kill([*family, *_session(self.pid)])
+            _kill([*descendants, *_session(self.pid)])
 
 
 def wait_until(
-    ready: Callable[[], bool], what: str, children: Sequence[Child], timeout_s: float, poll_s: float = 0.2
+    ready: Callable[[], bool], problem: str, children: Sequence[Child], timeout_s: float, poll_s: float = 0.2
 ) -> None:
-    """Ask until the answer is yes. Raises StartFailed at once where a child has ended, and at the deadline.
+    """Poll until ``ready()``. Raises StartFailed as soon as a child has ended, and at the deadline.
 
-    What is waited for at the deadline is the matter of the first child: the end of its log is shown.
+    The message at the deadline names the ``problem`` and ends with the log of the first child.
     """
     deadline = time.monotonic() + timeout_s
     while not ready():
         for child in children:
             child.check()
         if time.monotonic() > deadline:
-            raise StartFailed(f"{what} after {timeout_s:g} s{children[0].tail()}")
+            raise StartFailed(f"{problem} after {timeout_s:g} s{children[0].tail()}")
         time.sleep(poll_s)
 
 
 def environment(mark: str, own: Mapping[str, str]) -> dict[str, str]:
-    """What a child sees: this process's environment without settings of other systems, the mark, and ``own``."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
+    """A child's environment: this process's without settings of other systems, the mark, and ``own``."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN_PREFIXES)}
     path = os.pathsep.join([str(executables()), inherited.get("PATH", os.defpath)])
     return {**inherited, "PATH": path, MARK: mark, **own}
 
 
 def executables() -> Path:
-    """The folder of this interpreter, where its packages have put their commands."""
+    """The folder of this interpreter, where packages install their commands."""
     return Path(sys.executable).parent
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports on which nobody listens now."""
+    """Distinct ports on which nobody listens now."""
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -114,7 +118,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def port_is_free(port: int) -> bool:
-    """Could a server listen here?"""
+    """Whether a server could listen on the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -124,8 +128,8 @@ def port_is_free(port: int) -> bool:
     return True
 
 
-def end_marked(mark: str) -> None:
-    """Kill every process that carries the mark, with its descendants, also those that others start meanwhile."""
+def kill_marked(mark: str) -> None:
+    """Kill every process that carries the mark, with its descendants; repeat for those started meanwhile."""
     for _ in range(5):
         roots = [process for process in psutil.process_iter() if _carries(process, mark)]
         if not roots:
@@ -135,21 +139,22 @@ def end_marked(mark: str) -> None:
 
 def _carries(process: psutil.Process, mark: str) -> bool:
     try:
-        alive = process.status() != psutil.STATUS_ZOMBIE
-        return alive and process.pid != os.getpid() and process.environ().get(MARK) == mark
+        if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return bool(process.environ().get(MARK) == mark)
     except (psutil.Error, OSError):
         return False
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
     try:
-        return psutil.Process(pid).children(recursive=True)
+        return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
 
 
 def _session(leader: int) -> list[psutil.Process]:
-    """Processes of the session that ``leader`` began, also those that have lost their parent."""
+    """Processes of the session that ``leader`` started, including those that have lost their parent."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -158,9 +163,9 @@ def _session(leader: int) -> list[psutil.Process]:
     return found
 
 
-def _kill(processes: Sequence[psutil.Process], patience_s: float = 5.0) -> None:
-    """psutil compares start times, so a pid that has been given to another process is safe."""
+def _kill(processes: Sequence[psutil.Process], timeout_s: float = 5.0) -> None:
+    """Kill and wait. psutil compares start times, so a pid that another process has got since is safe."""
     for process in processes:
         with suppress(psutil.Error):
             process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(processes, timeout=patience_s)
+    psutil.wait_procs(processes, timeout=timeout_s)

@@ -1,7 +1,8 @@
-"""A one-machine Ray cluster for as long as a ``with`` block runs, and as much of its REST API as is needed here.
+"""A one-machine Ray cluster that lives as long as a ``with`` block, and the part of its REST API that is
+needed here.
 
-Ray's own processes listen on every interface and run whatever they are sent, so this cluster has a token: Ray reads it
-at every call, in every process, from a file that only the user can read.
+Ray's processes listen on every interface and run whatever is submitted, so this cluster requires a token. Ray
+reads it at every call, in every process, from a file that only the user can read.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ import httpx
 from services.client.processes import Child, StartFailed, environment, executables, free_ports
 
 TEMPORARY = "/tmp"
-"""Short, whatever TMPDIR says: unix sockets lie below."""
+"""Fixed rather than TMPDIR: it holds Unix sockets, whose paths must be short."""
 OBJECT_STORE_BYTES = 500_000_000
-PATIENCE_S = 20.0
+STOP_TIMEOUT_S = 20.0
 APPLICATIONS = "/api/serve/applications/"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RayPorts:
-    """Every port that would otherwise be a fixed one, so that two clusters fit on one machine."""
+    """Every port that Ray would otherwise fix, so that two clusters fit on one machine."""
 
     gcs: int
     dashboard: int
@@ -45,15 +46,19 @@ class RayPorts:
 
 
 class RayHead:
-    """Starts ``ray start`` on ``__enter__`` without waiting for it; ends all its processes and keeps its logs on ``__exit__``.
+    """Runs ``ray start`` on ``__enter__`` without waiting for it. ``__exit__`` ends all its processes and
+    keeps its logs.
 
-    ``num_cpus`` is what Ray may hand out, not what the machine has. ``mark`` marks the processes.
+    ``num_cpus`` is how many CPUs Ray may assign, not how many the machine has. ``mark`` marks the processes.
     """
 
     def __init__(self, logs: Path, mark: str, *, num_cpus: int = 8) -> None:
-        self.ports, self.token = RayPorts.free(), secrets.token_hex(32)
+        self.ports = RayPorts.free()
+        self.token = secrets.token_hex(32)
         self.url = f"http://127.0.0.1:{self.ports.dashboard}"
-        self._logs, self._mark, self._num_cpus = logs, mark, num_cpus
+        self._logs = logs
+        self._mark = mark
+        self._num_cpus = num_cpus
         headers = {"Authorization": f"Bearer {self.token}"}
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=60.0, trust_env=False)
 
@@ -67,34 +72,30 @@ class RayHead:
             token_file.write_text(self.token)
             self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
             env = environment(self._mark, {**ray_environment(self.ports), **self.auth})
-            self.child = Child(
-                "ray",
-                start_command(self.ports, self._num_cpus, self._folder / "ray"),
-                self._logs / "ray.log",
-                env,
-            )
-            undo.callback(self.child.stop, PATIENCE_S)
+            command = start_command(self.ports, self._num_cpus, self._folder / "ray")
+            self.child = Child("ray", command, self._logs / "ray.log", env)
+            undo.callback(self.child.stop, STOP_TIMEOUT_S)
             self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._undo.close()
 
-    def answers(self) -> bool:
-        """Does the cluster take requests?"""
+    def is_ready(self) -> bool:
+        """Whether the cluster accepts requests."""
         try:
             return self._http.get(APPLICATIONS, timeout=10.0).is_success
         except httpx.TransportError:
             return False
 
     def deploy(self, config: Mapping[str, Any]) -> None:
-        """Ask Serve to run the applications of ``config``. Raises StartFailed with what it refused."""
+        """Tell Serve to run the applications of ``config``. Raises StartFailed with the reason if refused."""
         response = self._http.put(APPLICATIONS, json=config)
         if not response.is_success:
             raise StartFailed(f"Serve refused its config: {response.text.strip()[-2000:]}")
 
-    def serving(self, application: str) -> bool:
-        """Does the application run? Raises StartFailed with Serve's own message where it cannot."""
+    def is_running(self, application: str) -> bool:
+        """Whether the application runs. Raises StartFailed with Serve's message if its deployment failed."""
         try:
             response = self._http.get(APPLICATIONS).raise_for_status()
         except httpx.HTTPError:
@@ -105,7 +106,7 @@ class RayHead:
         return bool(found) and found["status"] == "RUNNING"
 
     def _clear(self) -> None:
-        """Keep the logs of the session in place of those of the last one, drop the rest."""
+        """Replace the logs of the last session with this session's, and delete the rest."""
         kept = self._logs / "ray"
         shutil.rmtree(kept, ignore_errors=True)
         for logs in (self._folder / "ray").glob("session_2*/logs"):
@@ -114,7 +115,7 @@ class RayHead:
 
 
 def clear_folders(mark: str) -> None:
-    """Drop the temporary folders of clusters with this mark. None of them may be running."""
+    """Delete the temporary folders of clusters with this mark. None of them may be running."""
     for folder in Path(TEMPORARY).glob(f"{_prefix(mark)}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -138,7 +139,7 @@ def start_command(ports: RayPorts, num_cpus: int, folder: Path) -> list[str]:
 
 
 def ray_environment(ports: RayPorts) -> dict[str, str]:
-    """What Ray's processes need to see. One thread each: two-thread torch on busy cores is many times slower."""
+    """Variables for Ray's processes. One thread each: two on busy cores make torch many times slower."""
     return {
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
@@ -157,9 +158,7 @@ def ray_environment(ports: RayPorts) -> dict[str, str]:
 
 
 def _messages(application: Mapping[str, Any]) -> str:
-    """What Serve says of the application and of its deployments."""
-    said = [
-        application.get("message", ""),
-        *(each.get("message", "") for each in application["deployments"].values()),
-    ]
-    return "\n".join(dict.fromkeys(text.strip()[-3000:] for text in said if text.strip()))
+    """Serve's messages about the application and its deployments, without repetitions."""
+    reporters = [application, *application["deployments"].values()]
+    messages = [reporter.get("message", "").strip() for reporter in reporters]
+    return "\n".join(dict.fromkeys(message[-3000:] for message in messages if message))

@@ -1,4 +1,4 @@
-"""Recipes: the papers' runs as job bodies that lack model, dataset and prompts. One YAML file each, in ``recipes/``."""
+"""Recipes: the papers' runs as job bodies without model, dataset and prompts; YAML files in ``recipes/``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLDER = files("services.client") / "recipes"
 
 
 class Recipe(Strict):
-    """``family`` is that of the base model, ``about`` one line for people, ``job`` a part of an AlignmentJobCreate."""
+    """``family`` is the base model's, ``about`` describes it, ``job`` is a partial AlignmentJobCreate."""
 
     name: str
     family: Family
@@ -26,30 +26,30 @@ class Recipe(Strict):
 
     @property
     def method(self) -> str:
-        return self.job["objective"]["method"]
+        return str(self.job["objective"]["method"])
 
 
 def names() -> list[str]:
-    """Of all shipped recipes, in order."""
+    """The names of all shipped recipes, sorted."""
     return sorted(file.name.removesuffix(SUFFIX) for file in FOLDER.iterdir() if file.name.endswith(SUFFIX))
 
 
 def load(name: str) -> Recipe:
-    """The recipe of this name. Raises BadRequest, naming those that there are."""
+    """The recipe of this name. Raises BadRequest, listing the known names."""
     if name not in names():
         raise BadRequest(f"recipe must be one of {', '.join(names())}, got {name!r}", param="recipe")
     return Recipe(name=name, **yaml.safe_load((FOLDER / f"{name}{SUFFIX}").read_text()))
 
 
 def all_recipes() -> Iterator[Recipe]:
-    """Every shipped recipe, in the order of names."""
+    """Every shipped recipe, sorted by name."""
     return map(load, names())
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Both bodies in one: ``above`` decides, section by section."""
-    both = {**below, **above}
-    for key in below.keys() & above.keys():
-        if isinstance(below[key], Mapping) and isinstance(above[key], Mapping):
-            both[key] = merged(below[key], above[key])
-    return both
+def merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Both bodies in one: the values of ``override`` win, section by section."""
+    result = {**base, **override}
+    for key in base.keys() & override.keys():
+        if isinstance(base[key], Mapping) and isinstance(override[key], Mapping):
+            result[key] = merged(base[key], override[key])
+    return result

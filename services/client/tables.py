@@ -1,23 +1,54 @@
-"""What the commands print: lists, the comparison of two models, what a run is estimated to need."""
+"""What the commands print: lists, the comparison of two models, estimates, and the table style they share."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from dde_core.planning.estimate import Estimate
+from services.api.answers import CheckpointView, RunView
 from services.api.records import DatasetCounts, DatasetReport, EvaluateResult, Interval
 from services.api.requests import ALL_SCORERS
-from services.client.types import Checkpoint
+
+CHECKPOINT_COLUMNS = ("step", "images", "MB", "workers", "validation", "uri", "created")
+
+
+# ---- the builder
+
+
+def new_table(title: str, *columns: Column | str, title_justify: Literal["left", "center"] = "left") -> Table:
+    """An empty table without outer borders; the columns of a terminal that is too narrow wrap."""
+    return Table(
+        *columns,
+        title=title,
+        title_justify=title_justify,
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+
+
+def label(name: str) -> Column:
+    """A column of names, which never wrap."""
+    return Column(name, no_wrap=True)
+
+
+def number(name: str) -> Column:
+    """A right-aligned column of numbers, which never wrap."""
+    return Column(name, justify="right", no_wrap=True)
+
+
+# ---- lists and lines
 
 
 def print_list(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table in a terminal, tab-separated values anywhere else."""
+    """Print a table in a terminal, tab-separated values anywhere else."""
     if not console.is_terminal:
         for row in [columns, *rows]:
             console.file.write("\t".join(map(str, row)) + "\n")  # console.print turns tabs into spaces
@@ -28,19 +59,53 @@ def print_list(console: Console, columns: Sequence[str], rows: Iterable[Sequence
     console.print(table, markup=False)
 
 
-def counted(counts: DatasetCounts) -> str:
+def local_time(created_at: float) -> str:
+    """A Unix time as local date and time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created_at))
+
+
+def outcome_line(run: RunView) -> str:
+    """``ajob_1 failed: training.steps: ...``: how a job or an evaluation ended."""
+    reason = f": {run.reason}" if run.reason else ""
+    return f"{run.id} {run.status}{reason}"
+
+
+def checkpoint_row(checkpoint: CheckpointView) -> tuple[object, ...]:
+    """The values of ``CHECKPOINT_COLUMNS``; a validation that failed shows its error."""
+    validation = ""
+    if checkpoint.validation:
+        metrics = checkpoint.validation.metrics
+        numbers = " ".join(f"{name}={value:.4f}" for name, value in metrics.items())
+        validation = checkpoint.validation.error or numbers
+    return (
+        checkpoint.step,
+        checkpoint.images_seen,
+        f"{checkpoint.bytes / 1e6:,.1f}",
+        checkpoint.workers,
+        validation,
+        checkpoint.uri,
+        local_time(checkpoint.created_at),
+    )
+
+
+# ---- datasets
+
+
+def counts_line(counts: DatasetCounts) -> str:
     """A dataset's counts in one line."""
-    bad = ", ".join(f"{cause} {number}" for cause, number in counts.bad.items())
     line = f"{counts.rows} rows: {counts.pairs} pairs, {counts.ties} ties, {counts.missing} without a label"
-    return f"{line}, {sum(counts.bad.values())} bad ({bad})" if bad else line
+    if not counts.bad:
+        return line
+    causes = ", ".join(f"{cause} {count}" for cause, count in counts.bad.items())
+    return f"{line}, {sum(counts.bad.values())} bad ({causes})"
 
 
 def print_report(console: Console, report: DatasetReport) -> None:
-    """What a sample of a dataset shows: what is read, how many rows of each kind, what is bad and why."""
+    """Print a report: format and columns, how many rows of each kind, which rows are bad and why."""
     rows = "not counted" if report.rows is None else f"{report.rows:,}"
     columns = ", ".join(name if name == own else f"{name} = {own}" for name, own in report.columns.items())
-    pictures = report.pictures
-    sizes = f"{pictures.min_px} / {pictures.median_px} / {pictures.max_px}" if pictures else "none was read"
+    images = report.pictures
+    sizes = f"{images.min_px} / {images.median_px} / {images.max_px}" if images else "none was read"
     facts = {
         "rows": f"{rows}; {report.format}, one {report.shape} a row",
         "columns": columns,
@@ -50,103 +115,70 @@ def print_report(console: Console, report: DatasetReport) -> None:
     }
     print_list(console, ("fact", report.uri), facts.items())
     if report.bad:
-        found = [
-            (cause, bad.count, one.row, one.detail)
+        examples = [
+            (cause, bad.count, example.row, example.detail)
             for cause, bad in report.bad.items()
-            for one in bad.examples
+            for example in bad.examples
         ]
-        print_list(console, ("bad", "rows", "for example", "detail"), found)
+        print_list(console, ("bad", "rows", "for example", "detail"), examples)
+
+
+# ---- evaluations
 
 
 def comparison(result: EvaluateResult, base: str, candidate: str) -> Table:
-    """Every scorer: the mean of both models, the paired difference and the beat ratio with their 95% intervals.
+    """Each scorer's mean for both models, the paired difference and the beat ratio with their 95% intervals.
 
-    Narrow enough for 80 columns with names of up to 14 letters.
+    The table fits 80 columns if names have at most 14 letters.
     """
-    table = Table(
-        "scorer",
-        base,
-        candidate,
-        "difference [95%]",
-        "beat ratio [95%]",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        title=f"{candidate} against {base}, {result.num_prompts} held-out prompts, the same seed for both",
+    table = new_table(
+        f"{candidate} against {base}, {result.num_prompts} held-out prompts, the same seed for both",
+        *("scorer", base, candidate, "difference [95%]", "beat ratio [95%]"),
+        title_justify="center",
     )
-    for name in [name for name in ALL_SCORERS if name in result.scores]:
-        scores = result.scores[name]
-        ratio, difference = interval(scores.beat_ratio), interval(scores.difference, signed=True)
-        table.add_row(name, f"{scores.base:.3f}", f"{scores.candidate:.3f}", difference, ratio)
+    for name in ALL_SCORERS:
+        if name in result.scores:
+            scores = result.scores[name]
+            difference = with_interval(scores.difference, signed=True)
+            beat_ratio = with_interval(scores.beat_ratio)
+            table.add_row(name, f"{scores.base:.3f}", f"{scores.candidate:.3f}", difference, beat_ratio)
     return table
+
+
+def with_interval(interval: Interval, *, signed: bool = False) -> str:
+    """``0.640 [0.571, 0.703]``, with the bracket escaped for rich."""
+    form = "+.3f" if signed else ".3f"
+    return f"{interval.value:{form}} \\[{interval.low:{form}}, {interval.high:{form}}]"
 
 
 def durations(seconds: Mapping[str, float]) -> Table:
     """Seconds of each stage, one column each."""
-    table = Table(*seconds, title="seconds", box=SIMPLE_HEAD, show_edge=False)
+    table = new_table("seconds", *seconds, title_justify="center")
+    table.padding = (0, 1)  # bare numbers need the wider gap
     table.add_row(*(f"{value:.1f}" for value in seconds.values()))
     return table
 
 
+# ---- estimates
+
+
 def memory(estimate: Estimate) -> Table:
-    """What lies on one GPU: every term in GB of 10^9 bytes with its formula, and their sum."""
-    table = _terms(f"memory of one {estimate.gpu.title}: {estimate.model}", "GB")
+    """Memory of one GPU: every term in GB (10^9 bytes) with its formula, and their sum."""
+    table = new_table(
+        f"memory of one {estimate.gpu.title}: {estimate.model}", label("term"), number("GB"), "formula"
+    )
     for term in estimate.memory:
         table.add_row(term.name, f"{term.value:,.2f}", escape(term.formula))
-    table.add_row(
-        "together",
-        f"{estimate.memory_gb:,.2f}",
-        f"of {estimate.gpu.memory_gb:g} GB: {estimate.room}",
-        style="bold",
-    )
+    limit = f"of {estimate.gpu.memory_gb:g} GB: {estimate.fit}"
+    table.add_row("together", f"{estimate.memory_gb:,.2f}", limit, style="bold")
     table.caption = "Training alone."
     table.caption_justify = "left"
     return table
 
 
 def gpu_time(estimate: Estimate) -> Table:
-    """From a sample's arithmetic to the hours of a run, each with its formula."""
-    table = _terms(f"time on such GPUs: {estimate.model}", "")
+    """From the arithmetic of one sample to the hours of a run, each term with its formula."""
+    table = new_table(f"time on such GPUs: {estimate.model}", label("term"), number(""), "formula")
     for term in estimate.time:
         table.add_row(term.name, f"{term.value:,.4g} {term.unit}", escape(term.formula))
     return table
-
-
-def _terms(title: str, unit: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("term", no_wrap=True)
-    table.add_column(unit, justify="right", no_wrap=True)
-    table.add_column("formula")
-    return table
-
-
-def interval(interval: Interval, *, signed: bool = False) -> str:
-    """``0.640 [0.571, 0.703]``."""
-    form = "+.3f" if signed else ".3f"
-    return f"{interval.value:{form}} \\[{interval.low:{form}}, {interval.high:{form}}]"
-
-
-def checkpoint(found: Checkpoint) -> tuple[object, ...]:
-    """One row under ``CHECKPOINT``."""
-    validated = found.validation
-    numbers = (
-        " ".join(f"{name}={value:.4f}" for name, value in validated.metrics.items()) if validated else ""
-    )
-    measured = (validated and validated.error) or numbers
-    return (
-        found.step,
-        found.images_seen,
-        f"{found.bytes / 1e6:,.1f}",
-        found.workers,
-        measured,
-        found.uri,
-        moment(found.created_at),
-    )
-
-
-CHECKPOINT = ("step", "images", "MB", "workers", "validation", "uri", "created")
-
-
-def moment(created_at: float) -> str:
-    """A time of creation for people."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created_at))

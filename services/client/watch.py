@@ -1,4 +1,4 @@
-"""Watch a job until it ends: bars in a terminal, a plain line every few seconds anywhere else."""
+"""Watch a job until it ends: progress bars in a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from services.api.answers import EventView, JobView
 from services.client.api import Client
 from services.client.progress import JobProgress, describe, numbers, pace
-from services.client.types import Event, Job
 
 
 class Screen(Protocol):
-    """Where a watcher shows what it sees."""
+    """Where ``watch`` shows events and progress."""
 
-    def event(self, event: Event) -> None:
-        """A new event."""
+    def event(self, event: EventView) -> None:
+        """Show a new event."""
 
-    def show(self, job: Job, progress: JobProgress) -> None:
-        """The state as it is now."""
+    def show(self, job: JobView, progress: JobProgress) -> None:
+        """Show the present state."""
 
     def __enter__(self) -> Screen: ...
 
@@ -29,9 +29,10 @@ class Screen(Protocol):
 
 def watch(
     client: Client, job_id: str, console: Console, *, poll_s: float = 1.0, line_every_s: float = 5.0
-) -> Job:
-    """Show a job's events and progress until it has ended; the job as it is then."""
-    progress, last_event = JobProgress(), None
+) -> JobView:
+    """Show a job's events and progress until it has ended; returns the job."""
+    progress = JobProgress()
+    last_event = None
     with Bars(console) if console.is_terminal else Lines(console, line_every_s) as screen:
         while True:
             job = client.job(job_id)
@@ -47,13 +48,14 @@ def watch(
 
 
 class Lines:
-    """Plain lines: every event at once, the running stage every few seconds, every stage once when it is over."""
+    """Plain lines: events at once, the running stage every few seconds, each stage once when it has ended."""
 
     def __init__(self, console: Console, every_s: float) -> None:
-        self._console, self._every_s = console, every_s
-        self._said: dict[str, str] = {}
-        self._over: set[str] = set()
-        self._next = 0.0
+        self._console = console
+        self._every_s = every_s
+        self._last_lines: dict[str, str] = {}
+        self._ended: set[str] = set()
+        self._next_at = 0.0
 
     def __enter__(self) -> Lines:
         return self
@@ -61,31 +63,33 @@ class Lines:
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def event(self, event: Event) -> None:
-        self._say(event_line(event))
+    def event(self, event: EventView) -> None:
+        self._print(event_line(event))
 
-    def show(self, job: Job, progress: JobProgress) -> None:
-        due = time.monotonic() >= self._next
-        for stage in progress.stages.values():
-            over = stage.seconds is not None
-            if stage.stage not in self._over and (over or due or job.finished):
-                self._over |= {stage.stage} if over else set()
-                self._changed(stage.stage, describe(stage))
-        self._changed("status", f"{job.id} is {job.state}" + (f": {job.reason}" if job.reason else ""))
-        if due:
-            self._next = time.monotonic() + self._every_s
+    def show(self, job: JobView, progress: JobProgress) -> None:
+        is_due = time.monotonic() >= self._next_at
+        for name, stage in progress.stages.items():
+            has_ended = stage.seconds is not None
+            if name not in self._ended and (has_ended or is_due or job.finished):
+                self._print_if_changed(name, describe(stage))
+            if has_ended:
+                self._ended.add(name)
+        reason = f": {job.reason}" if job.reason else ""
+        self._print_if_changed("status", f"{job.id} is {job.state}{reason}")
+        if is_due:
+            self._next_at = time.monotonic() + self._every_s
 
-    def _changed(self, topic: str, line: str) -> None:
-        if self._said.get(topic) != line:
-            self._said[topic] = line
-            self._say(line)
+    def _print_if_changed(self, topic: str, line: str) -> None:
+        if self._last_lines.get(topic) != line:
+            self._last_lines[topic] = line
+            self._print(line)
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class Bars:
-    """One bar a stage, events scrolling above."""
+    """One bar per stage; events scroll above the bars."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -105,29 +109,29 @@ class Bars:
     def __exit__(self, *exc: object) -> None:
         self._progress.stop()
 
-    def event(self, event: Event) -> None:
+    def event(self, event: EventView) -> None:
         style = {"warning": "yellow", "error": "red"}.get(event.level, "dim")
         self._progress.console.print(event_line(event), style=style, markup=False, highlight=False)
 
-    def show(self, job: Job, progress: JobProgress) -> None:
+    def show(self, job: JobView, progress: JobProgress) -> None:
         for name, stage in progress.stages.items():
             if name not in self._tasks:
                 self._tasks[name] = self._progress.add_task(
                     name, total=None, stage=name, count="", pace="", numbers=""
                 )
-            over = stage.seconds is not None
-            total = stage.total or (max(stage.done, 1) if over else None)
+            has_ended = stage.seconds is not None
+            total = stage.total or (max(stage.done, 1) if has_ended else None)
             self._progress.update(
                 self._tasks[name],
                 total=total,
-                completed=total if over else stage.done,
+                completed=total if has_ended else stage.done,
                 count=f"{stage.done}/{stage.total or '?'} {stage.unit}",
                 pace=", ".join(pace(stage)),
                 numbers="  ".join(numbers(stage)),
             )
 
 
-def event_line(event: Event) -> str:
-    """``12:30:05 warning ...``; the level is left out where it is the usual one."""
-    clock = time.strftime("%H:%M:%S", time.localtime(event.created_at))
-    return f"{clock} {event.message}" if event.level == "info" else f"{clock} {event.level}: {event.message}"
+def event_line(event: EventView) -> str:
+    """``12:30:05 warning: ...``; the level "info" is omitted."""
+    at = time.strftime("%H:%M:%S", time.localtime(event.created_at))
+    return f"{at} {event.message}" if event.level == "info" else f"{at} {event.level}: {event.message}"

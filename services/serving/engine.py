@@ -28,7 +28,7 @@ class CallerDisconnected(Exception):
 
 
 class Engine:
-    """Generates with the registry's models, one request at a time. The ``max_models`` last used stay loaded."""
+    """Generates with the registry's models, one request at a time. It keeps the ``max_models`` last used."""
 
     def __init__(self, storage_uri: str, max_models: int = 4, device: str = "cpu") -> None:
         torch.set_num_threads(1)
@@ -62,9 +62,7 @@ class Engine:
 
     def score(self, request: ScoreRequest) -> dict[str, list[float]]:
         """One number per scorer and pair of image and prompt. Raises BadRequest, naming the entry."""
-        if len(request.images) != len(request.prompts):
-            message = f"images holds {len(request.images)} entries, prompts {len(request.prompts)}"
-            raise BadRequest(message, param="prompts")
+        request.check_lengths()
         images = _stack([from_base64(data, f"images[{i}]") for i, data in enumerate(request.images)])
         height, width = images.shape[1:3]
         if (width, height) != (SIZE_PX, SIZE_PX):

@@ -133,7 +133,7 @@ def two_nodes(folder: Path) -> Iterator[Nodes]:
     """Both are there when the block begins."""
     folder.mkdir(parents=True, exist_ok=True)
     with RayHead(folder, str(folder), num_cpus=1) as head:
-        wait_until(head.answers, "Ray's dashboard does not answer", [head.child], 120)
+        wait_until(head.is_ready, "Ray's dashboard does not answer", [head.child], 120)
         nodes = Nodes(head, folder, str(folder))
         nodes.add()
         try:

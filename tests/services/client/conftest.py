@@ -1,4 +1,4 @@
-"""A small control plane over real HTTP, on a loopback port, that can be told to fail."""
+"""A small control plane over real HTTP, on a loopback port, that fails on demand."""
 
 from __future__ import annotations
 
@@ -36,24 +36,82 @@ EVALUATED = {
 }
 
 
-def job(status: str, **other: Any) -> dict[str, Any]:
+RUN = {
+    "reason": None,
+    "stage": None,
+    "stage_seconds": {},
+    "created_at": 1,
+    "started_at": None,
+    "finished_at": None,
+}
+
+
+def job(status: str = "queued", **other: Any) -> dict[str, Any]:
     """A job as the API answers it."""
-    asked = {"name": "better", "model": "model_1", "dataset": "ds_1", "training": {"steps": 40}}
-    state = {
-        "stage": None,
-        "reason": None,
-        "aligned_model": None,
-        "result": {},
-        "stage_seconds": {},
+    settings = {
+        "data": {},
+        "objective": {},
+        "training": {"steps": 40},
+        "workers": 1,
+        "evaluation": {},
+        "validation": None,
+    }
+    names = {"id": "ajob_1", "name": "better", "model": "model_1", "dataset": "ds_1", "metadata": {}}
+    outcome = {"pause_requested_at": None, "aligned_model": None, "result": {}}
+    return {"object": "alignment.job", "status": status, **RUN, **names, **settings, **outcome, **other}
+
+
+def evaluation(status: str = "queued", **other: Any) -> dict[str, Any]:
+    """An evaluation as the API answers it."""
+    settings = {"prompts_uri": "file:///p", "num_prompts": 200, "seed": 0, "scorers": ["match"], "sample": {}}
+    names = {"id": "new_1", "model": "better", "base": "shapes", "result": None}
+    return {"object": "evaluation", "status": status, **RUN, **names, **settings, **other}
+
+
+def dataset(**other: Any) -> dict[str, Any]:
+    """A dataset as the API answers it."""
+    counts = {"rows": 10, "pairs": 8, "ties": 1, "missing": 1}
+    plain = {"id": "ds_1", "name": "d", "uri": "file:///d", "columns": {}, "digest": "0", "created_at": 1}
+    return {"object": "dataset", "counts": counts, **plain, **other}
+
+
+def model(**other: Any) -> dict[str, Any]:
+    """A base model as the API answers it."""
+    plain = {
+        "id": "model_1",
+        "name": "shapes",
+        "uri": "file:///m",
+        "family": "sd15",
+        "digest": "0",
         "created_at": 1,
     }
-    return {"id": "ajob_1", "object": "alignment.job", "status": status, **asked, **state, **other}
+    origin = {"base": None, "job": None, "adapter_of": None, "lineage": {}, "current": True}
+    return {"object": "model", **plain, **origin, **other}
+
+
+def event(number: int, message: str, level: str = "info") -> dict[str, Any]:
+    """An event as the API answers it, created at second ``number``."""
+    kind = {"object": "alignment.job.event", "level": level, "created_at": number}
+    return {"id": f"event_{number}", "message": message, **kind}
+
+
+def metric(stage: str, step: int, at: float, metrics: dict[str, float]) -> dict[str, Any]:
+    """A row of metrics as the API answers it."""
+    return {"object": "alignment.job.metrics", "stage": stage, "step": step, "at": at, "metrics": metrics}
+
+
+CREATED = {
+    "/v1/datasets": dataset,
+    "/v1/models": model,
+    "/v1/alignment/jobs": job,
+    "/v1/evaluations": evaluation,
+}
 
 
 class ScriptedServer:
-    """Answers in the API's form from ``items``, ``single`` and ``rows``; ``failures`` are answered first, one a request.
+    """Answers in the API's form from ``items`` and ``single``; ``failures`` come first, one per request.
 
-    ``pauses`` are waited, in seconds, before an answer, one a request.
+    Before an answer it sleeps for the next of ``pauses``, in seconds.
     """
 
     def __init__(self) -> None:
@@ -121,14 +179,7 @@ class ScriptedServer:
         if path == "/v1/images/generations":
             return {"created": 1, "data": [{"b64_json": base64.b64encode(PNG).decode()}] * body["n"]}
         if method == "POST":
-            return {
-                "id": "new_1",
-                "created_at": 1,
-                "status": "queued",
-                "training": {},
-                "family": "sd15",
-                **body,
-            }
+            return CREATED[path](**{**body, "id": "new_1"})
         return self._page(self.items.get(path, []), query)
 
     def _page(self, items: list[dict], query: dict[str, str]) -> dict:

@@ -16,19 +16,7 @@ from services.api.requests import AlignmentJobCreate, EvaluationConfig, ImageReq
 from services.client.api import ApiError, Client
 from services.client.processes import free_ports
 from services.errors import ServiceError, Unavailable
-
-
-def dataset(number: int) -> dict:
-    counts = {"rows": 10, "pairs": 8, "ties": 1, "missing": 1}
-    return {
-        "id": f"ds_{number}",
-        "name": "d",
-        "uri": "file:///d",
-        "digest": "0",
-        "counts": counts,
-        "created_at": number,
-    }
-
+from tests.services.client.conftest import dataset, event, job, metric
 
 REQUEST = AlignmentJobCreate(
     model="shapes",
@@ -39,16 +27,14 @@ REQUEST = AlignmentJobCreate(
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_a_request_is_repeated_until_it_succeeds(server, client, status) -> None:
+def test_a_request_is_retried_until_it_succeeds(server, client, status) -> None:
     server.fail(status, "not now")
     server.fail(status, "not now")
     assert client.create_model("shapes", "file:///m").name == "shapes"
     assert len(server.sent("POST", "/v1/models")) == 3
 
 
-def test_every_repeat_of_a_create_carries_the_same_idempotency_key_and_another_create_a_new_one(
-    server, client
-) -> None:
+def test_all_tries_of_a_create_carry_one_idempotency_key_and_another_create_a_new_one(server, client) -> None:
     server.fail(503, "not now")
     server.fail(503, "not now")
     client.create_model("a", "file:///a")
@@ -59,7 +45,7 @@ def test_every_repeat_of_a_create_carries_the_same_idempotency_key_and_another_c
     assert len(keys[0]) >= 32
 
 
-def test_the_registration_of_a_dataset_is_waited_for_longer_than_other_answers_and_not_asked_for_twice(
+def test_the_registration_of_a_dataset_has_no_timeout_and_is_not_retried(
     server,
 ) -> None:
     server.pauses.append(0.6)
@@ -71,13 +57,13 @@ def test_the_registration_of_a_dataset_is_waited_for_longer_than_other_answers_a
     assert len(server.sent("POST", "/v1/datasets")) == 2
 
 
-def test_what_is_read_carries_no_idempotency_key(server, client) -> None:
+def test_a_get_carries_no_idempotency_key(server, client) -> None:
     assert list(client.datasets()) == []
     assert "idempotency-key" not in server.sent("GET", "/v1/datasets")[0][0]
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 409, 422])
-def test_the_callers_mistake_is_not_repeated(server, client, status) -> None:
+def test_the_callers_mistake_is_not_retried(server, client, status) -> None:
     server.fail(status, "wrong")
     with pytest.raises(ApiError) as caught:
         client.create_model("shapes", "file:///m")
@@ -117,11 +103,11 @@ def test_the_last_error_is_raised_after_the_last_try(server, client) -> None:
     assert len(server.requests) == 4
 
 
-def test_the_server_says_how_long_to_pause(server, client) -> None:
+def test_retry_after_sets_the_pause(server, client) -> None:
     server.fail(429, "slow down", retry_after="1")
     began = time.monotonic()
     client.create_model("shapes", "file:///m")
-    assert 1.0 <= time.monotonic() - began < 5.0
+    assert time.monotonic() - began >= 1.0
 
 
 def test_a_server_that_comes_up_late_is_reached(server) -> None:
@@ -136,20 +122,20 @@ def test_a_server_that_comes_up_late_is_reached(server) -> None:
         late.stop()
 
 
-def test_a_server_that_is_not_there_is_named() -> None:
+def test_an_unreachable_server_is_named() -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     with Client(url, "k", retries=1) as client, pytest.raises(Unavailable, match=url):
         client.job("ajob_1")
 
 
-def test_a_wrong_key_is_said(server) -> None:
+def test_a_wrong_key_is_reported(server) -> None:
     with Client(server.url, "other") as client, pytest.raises(ApiError, match="no such key") as caught:
         list(client.models())
     assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
 
 
 def test_a_list_is_read_page_by_page(server, client) -> None:
-    server.items["/v1/datasets"] = [dataset(number) for number in range(250)]
+    server.items["/v1/datasets"] = [dataset(id=f"ds_{number}") for number in range(250)]
     found = list(client.datasets())
     assert [each.id for each in found] == [f"ds_{number}" for number in range(250)]
     assert found[3].counts.pairs == 8
@@ -160,13 +146,9 @@ def test_a_list_is_read_page_by_page(server, client) -> None:
     ]
 
 
-def test_events_and_metrics_go_on_after_what_was_seen(server, client) -> None:
-    events = [{"id": f"event_{n}", "level": "info", "message": str(n), "created_at": n} for n in range(120)]
-    rows = [
-        {"stage": stage, "step": n, "at": n, "metrics": {"loss": 0.5}}
-        for n in range(120)
-        for stage in ("encode", "train")
-    ]
+def test_events_and_metrics_continue_after_the_cursor(server, client) -> None:
+    events = [event(n, str(n)) for n in range(120)]
+    rows = [metric(stage, n, n, {"loss": 0.5}) for n in range(120) for stage in ("encode", "train")]
     server.items |= {"/v1/alignment/jobs/ajob_1/events": events, "/v1/alignment/jobs/ajob_1/metrics": rows}
     assert [event.message for event in client.events("ajob_1", "event_7")] == [str(n) for n in range(8, 120)]
     read = list(client.metrics("ajob_1", "train", 10))
@@ -183,8 +165,8 @@ def test_a_job_is_posted_as_it_was_written(server, client) -> None:
 
 def test_waiting_ends_with_the_job(server, client) -> None:
     server.single["/v1/alignment/jobs/ajob_1"] = server_jobs("queued", "running", "failed")
-    job = client.wait("ajob_1", poll_s=0.01)
-    assert (job.status, job.finished) == ("failed", True)
+    ended = client.wait("ajob_1", poll_s=0.01)
+    assert (ended.status, ended.finished) == ("failed", True)
     assert len(server.requests) == 3
 
 
@@ -194,10 +176,10 @@ def test_waiting_has_a_deadline(server, client) -> None:
         client.wait("ajob_1", timeout_s=0.1, poll_s=0.02)
 
 
-def test_pictures_are_bytes(server, client) -> None:
-    pictures = client.generate(ImageRequest(model="shapes", prompt="a red star", n=2, seed=7))
-    assert len(pictures) == 2
-    assert pictures[0].startswith(b"\x89PNG")
+def test_images_are_bytes(server, client) -> None:
+    images = client.generate(ImageRequest(model="shapes", prompt="a red star", n=2, seed=7))
+    assert len(images) == 2
+    assert images[0].startswith(b"\x89PNG")
     ((_, _, body),) = server.sent("POST", "/v1/images/generations")
     assert (body["seed"], body["n"], body["prompt"]) == (7, 2, "a red star")
 
@@ -207,7 +189,7 @@ def test_scores_are_rows(server, client) -> None:
     assert client.scores(ScoreRequest(images=["x"], prompts=["y"], scorers=["match"])) == [{"match": 0.5}]
 
 
-def test_ready_asks_once_and_does_not_raise(server, client) -> None:
+def test_ready_tries_once_and_does_not_raise(server, client) -> None:
     server.fail(503, "starting")
     assert not client.ready()
     server.single["/readyz"] = deque([{"status": "ok"}])
@@ -216,5 +198,4 @@ def test_ready_asks_once_and_does_not_raise(server, client) -> None:
 
 
 def server_jobs(*statuses: str) -> deque[dict]:
-    base = {"id": "ajob_1", "model": "m", "dataset": "d", "created_at": 1}
-    return deque({**base, "status": status} for status in statuses)
+    return deque(job(status) for status in statuses)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from services.api.requests import AlignmentJobCreate
 from services.client.cli import app
 from services.client.processes import free_ports
-from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, job
+from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, evaluation, job
 
 ROOT = Path(__file__).parents[3]
 JOBS = "/v1/alignment/jobs"
@@ -40,14 +40,14 @@ def dde(server, tmp_path):
     """Run the command against the server."""
 
     def run(*arguments: object, **env: str) -> Result:
-        told = {
+        environment = {
             "DDE_URL": server.url,
             "DDE_API_KEY": KEY,
             "DDE_HOME": str(tmp_path / "home"),
             "COLUMNS": "200",
             **env,
         }
-        return CliRunner().invoke(app, list(map(str, arguments)), env=told)
+        return CliRunner().invoke(app, list(map(str, arguments)), env=environment)
 
     return run
 
@@ -93,7 +93,7 @@ def test_without_a_key_the_key_file_is_named(dde, tmp_path) -> None:
     assert f"there is no key file {tmp_path / 'home' / 'key'}" in result.stderr
 
 
-def test_the_state_folder_tells_address_and_key(server, dde, tmp_path) -> None:
+def test_the_state_folder_provides_address_and_key(server, dde, tmp_path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "key").write_text(KEY + "\n")
@@ -115,7 +115,7 @@ def test_a_server_that_is_not_there_is_one_line(dde, monkeypatch) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_a_job_comes_from_a_file_and_options_go_before_it(server, dde, tmp_path, monkeypatch) -> None:
+def test_a_job_comes_from_a_file_and_options_override_it(server, dde, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = dde(
         "jobs",
@@ -129,19 +129,21 @@ def test_a_job_comes_from_a_file_and_options_go_before_it(server, dde, tmp_path,
         7,
     )
     assert (result.exit_code, result.stdout) == (0, "new_1\n"), result.stderr
-    body, told = the_body(server), json.loads((ROOT / "deploy" / "demo.json").read_text())
+    body = the_body(server)
+    file = json.loads((ROOT / "deploy" / "demo.json").read_text())
     AlignmentJobCreate.model_validate_json(json.dumps(body))
     assert body["training"]["steps"] == 7
-    assert body["training"]["batch_size"] == told["training"]["batch_size"]
+    assert body["training"]["batch_size"] == file["training"]["batch_size"]
     assert body["evaluation"]["prompts_uri"] == (tmp_path / "p.txt").as_uri()
-    assert body["evaluation"]["sample"] | told["evaluation"]["sample"] == body["evaluation"]["sample"]
-    assert body["workers"] == told["workers"]
+    assert body["evaluation"]["sample"] | file["evaluation"]["sample"] == body["evaluation"]["sample"]
+    assert body["workers"] == file["workers"]
 
 
 def test_a_job_file_may_be_yaml(server, dde, tmp_path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(
-        "model: m\ndataset: d\nobjective: {beta: 500}\nevaluation: {prompts_uri: 's3://b/p.txt', num_prompts: 5}\n"
+        "model: m\ndataset: d\nobjective: {beta: 500}\n"
+        "evaluation: {prompts_uri: 's3://b/p.txt', num_prompts: 5}\n"
     )
     assert dde("jobs", "create", file).exit_code == 0
     body = the_body(server)
@@ -149,14 +151,14 @@ def test_a_job_file_may_be_yaml(server, dde, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("[1]", "must hold an object, got list"), ("a: [", "is neither JSON nor YAML")]
+    ("text", "message"), [("[1]", "must hold an object, got list"), ("a: [", "is neither JSON nor YAML")]
 )
-def test_a_file_that_holds_no_job_is_named(dde, tmp_path, text, said) -> None:
+def test_a_file_that_holds_no_job_is_named(dde, tmp_path, text, message) -> None:
     file = tmp_path / "job.json"
     file.write_text(text)
     result = dde("jobs", "create", file)
     assert result.exit_code == 1
-    assert said in result.stderr
+    assert message in result.stderr
     assert str(file) in result.stderr
     assert result.stderr.count("\n") == 1
 
@@ -181,7 +183,7 @@ def test_workers_are_a_number_or_the_least_and_the_most(server, dde, option, sen
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         *(
             (option, f"--workers must be a number, or LEAST-MOST, as in 1-4, got {option!r}")
@@ -190,7 +192,7 @@ def test_workers_are_a_number_or_the_least_and_the_most(server, dde, option, sen
         ("4-1", "workers: must be a number from 1 to 1024, or two of them as [least, most], got [4, 1]"),
     ],
 )
-def test_workers_that_are_neither_are_refused_before_anything_is_sent(server, dde, option, said) -> None:
+def test_workers_that_are_neither_are_refused_before_anything_is_sent(server, dde, option, message) -> None:
     result = dde(
         "jobs",
         "create",
@@ -201,20 +203,20 @@ def test_workers_that_are_neither_are_refused_before_anything_is_sent(server, dd
         "p",
         f"--workers={option}",
     )
-    assert (result.exit_code, result.stderr) == (1, f"error: {said}\n")
+    assert (result.exit_code, result.stderr) == (1, f"error: {message}\n")
     assert server.requests == []
 
 
 def test_prompts_of_validation_may_be_a_path(server, dde, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "job.yaml"
-    told = "model: m\ndataset: d\nevaluation: {prompts_uri: p.txt}\nvalidation: {every: 50, num_prompts: 4, prompts_uri: v.txt}\n"
-    file.write_text(told)
+    validation = "{every: 50, num_prompts: 4, prompts_uri: v.txt}"
+    file.write_text(f"model: m\ndataset: d\nevaluation: {{prompts_uri: p.txt}}\nvalidation: {validation}\n")
     assert dde("jobs", "create", file).exit_code == 0
     assert the_body(server)["validation"]["prompts_uri"] == (tmp_path / "v.txt").as_uri()
 
 
-def test_a_job_is_paused_and_resumed_and_says_how_it_stands(server, dde) -> None:
+def test_pause_and_resume_print_the_status(server, dde) -> None:
     server.single[f"{JOBS}/ajob_1/pause"] = deque([job("running", pause_requested_at=5)])
     server.single[f"{JOBS}/ajob_1/resume"] = deque([job("queued", pause_requested_at=None)])
     assert dde("jobs", "pause", "ajob_1").stdout == "pausing\n"
@@ -224,19 +226,19 @@ def test_a_job_is_paused_and_resumed_and_says_how_it_stands(server, dde) -> None
 
 
 @pytest.mark.parametrize(
-    ("stage", "stored"), [("train", "its last checkpoint"), ("evaluate", "stage evaluate")]
+    ("stage", "resumed_from"), [("train", "its last checkpoint"), ("evaluate", "stage evaluate")]
 )
-def test_watching_a_job_that_fails_ends_with_what_can_be_done(server, dde, stage, stored) -> None:
+def test_watching_a_job_that_fails_ends_with_how_to_resume_it(server, dde, stage, resumed_from) -> None:
     server.single[f"{JOBS}/ajob_1"] = deque(
-        [job("failed", stage=stage, reason={"code": "x", "message": "the disk is full"})]
+        [job("failed", stage=stage, reason={"code": "x", "message": "the disk is full", "param": None})]
     )
     result = dde("jobs", "watch", "ajob_1")
-    way = f"once the cause is gone, `dde jobs resume ajob_1` goes on from {stored}"
-    assert (result.exit_code, result.stderr) == (1, f"error: ajob_1 failed: the disk is full; {way}\n")
+    advice = f"fix the cause, then continue from {resumed_from} with `dde jobs resume ajob_1`"
+    assert (result.exit_code, result.stderr) == (1, f"error: ajob_1 failed: the disk is full; {advice}\n")
 
 
 @pytest.mark.parametrize("other", [{"status": "cancelled", "stage": "train"}, {"status": "failed"}])
-def test_a_job_that_was_cancelled_or_never_began_is_not_said_to_go_on(server, dde, other) -> None:
+def test_a_job_that_was_canceled_or_never_started_shows_no_way_to_resume(server, dde, other) -> None:
     server.single[f"{JOBS}/ajob_1"] = deque([job(**other)])
     assert dde("jobs", "watch", "ajob_1").stderr == f"error: ajob_1 {other['status']}\n"
 
@@ -295,7 +297,7 @@ def test_a_column_without_a_name_on_both_sides_is_refused_before_anything_is_sen
     assert server.requests == []
 
 
-def test_a_sample_of_a_dataset_is_told_with_its_columns_its_rows_and_what_is_bad(server, dde) -> None:
+def test_a_report_on_a_dataset_shows_columns_rows_and_bad_rows(server, dde) -> None:
     server.single["/v1/datasets/validate"] = deque([REPORT])
     lines = dde("datasets", "validate", "s3://b/pairs", "--column", "caption=prompt").stdout.splitlines()
     assert the_body(server, "/v1/datasets/validate") == {
@@ -314,7 +316,7 @@ def test_a_sample_of_a_dataset_is_told_with_its_columns_its_rows_and_what_is_bad
     ]
 
 
-def test_pictures_are_written_as_files_named_by_seed(server, dde, tmp_path) -> None:
+def test_images_are_written_as_files_named_by_seed(server, dde, tmp_path) -> None:
     result = dde("generate", "better", "a red star", "-n", 2, "--seed", 5, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["better-5.png", "better-6.png"]
@@ -322,10 +324,7 @@ def test_pictures_are_written_as_files_named_by_seed(server, dde, tmp_path) -> N
 
 
 def test_an_evaluation_ends_in_a_table(server, dde) -> None:
-    evaluation = {"id": "new_1", "model": "better", "base": "shapes", "created_at": 1}
-    server.single["/v1/evaluations/new_1"] = deque(
-        [{**evaluation, "status": "succeeded", "result": EVALUATED}]
-    )
+    server.single["/v1/evaluations/new_1"] = deque([evaluation("succeeded", result=EVALUATED)])
     result = dde("evaluate", "better", "shapes", "--prompts", "s3://b/p.txt", "--num-prompts", 200)
     assert result.exit_code == 0, result.stderr
     assert "0.640 [0.571, 0.703]" in result.stdout
@@ -333,26 +332,19 @@ def test_an_evaluation_ends_in_a_table(server, dde) -> None:
     assert the_body(server, "/v1/evaluations")["num_prompts"] == 200
 
 
-def test_an_evaluation_that_fails_says_why(server, dde) -> None:
-    reason = {"code": "DataError", "message": "12 prompts, 200 asked for", "param": "num_prompts"}
-    evaluation = {
-        "id": "new_1",
-        "model": "better",
-        "base": "shapes",
-        "created_at": 1,
-        "status": "failed",
-        "reason": reason,
-    }
-    server.single["/v1/evaluations/new_1"] = deque([evaluation])
+def test_a_failed_evaluation_prints_its_reason(server, dde) -> None:
+    reason = {"code": "DataError", "message": "12 prompts, 200 requested", "param": "num_prompts"}
+    server.single["/v1/evaluations/new_1"] = deque([evaluation("failed", reason=reason)])
     result = dde("evaluate", "better", "shapes", "--prompts", "s3://b/p.txt")
     assert (result.exit_code, result.stderr) == (
         1,
-        "error: new_1 failed: num_prompts: 12 prompts, 200 asked for\n",
+        "error: new_1 failed: num_prompts: 12 prompts, 200 requested\n",
     )
 
 
 def test_importing_the_command_loads_neither_torch_nor_ray() -> None:
-    code = "import sys, services.client.cli; print(sorted({'torch', 'ray', 'pyarrow', 'diffusers'} & set(sys.modules)))"
+    heavy = {"torch", "ray", "pyarrow", "diffusers"}
+    code = f"import sys, services.client.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

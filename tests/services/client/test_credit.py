@@ -27,7 +27,7 @@ SHORT = {**STABLE_DIFFUSION, "num_train_timesteps": 100}
 
 
 def record(method: str = "dde", margin: float | None = 2e-4, **objective) -> CreditRecord:
-    """A finished job on a schedule of 100 timesteps, whose coefficients are those of a margin of 2e-4 at every t."""
+    """A finished job on a schedule of 100 timesteps, with the coefficients of a margin of 2e-4 at every t."""
     config = ObjectiveConfig(method=method, beta=700.0, noise="independent", t_max=100, **objective)
     kappa = Schedule.from_config(SHORT).kappa[1:].clone()
     kappa[0] = 0
@@ -53,14 +53,14 @@ def dde(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object, **env: str) -> Result:
-        told = {
+        environment = {
             "DDE_URL": server.url,
             "DDE_API_KEY": KEY,
             "DDE_HOME": str(tmp_path / "home"),
             "COLUMNS": "200",
             **env,
         }
-        return CliRunner().invoke(app, ["credit", *map(str, arguments)], env=told)
+        return CliRunner().invoke(app, ["credit", *map(str, arguments)], env=environment)
 
     return run
 
@@ -77,12 +77,12 @@ def answer_with(server, job: CreditRecord) -> None:
 def test_json_holds_every_method_at_every_timestep_without_requests_or_files(server, dde, tmp_path) -> None:
     result = dde("--json")
     assert result.exit_code == 0, result.stderr
-    said, schedule = strict(result.stdout), Schedule.from_config(STABLE_DIFFUSION)
-    assert list(said) == ["t", *METHODS]
-    assert said["t"] == list(range(1, 1001))
+    output, schedule = strict(result.stdout), Schedule.from_config(STABLE_DIFFUSION)
+    assert list(output) == ["t", *METHODS]
+    assert output["t"] == list(range(1, 1001))
     for method in METHODS:
         curve = curves(ObjectiveConfig(method=method), schedule, 1e-4)
-        assert said[method] == {
+        assert output[method] == {
             name: getattr(curve, name).tolist() for name in ("gradient_weight", "correction", "density")
         }
     assert server.requests == []
@@ -104,10 +104,10 @@ def test_options_are_the_objective(dde) -> None:
         "--calibration-point",
         "mode",
     ]
-    said = strict(
+    output = strict(
         dde("--method", "discounted", "--method", "dde", "--calibration-bins", 10, *options, "--json").stdout
     )
-    assert list(said) == ["t", "discounted", "dde"]
+    assert list(output) == ["t", "discounted", "dde"]
     shared = {
         "beta": 500.0,
         "t_min": 20,
@@ -119,8 +119,8 @@ def test_options_are_the_objective(dde) -> None:
     for method in ("discounted", "dde"):
         config = ObjectiveConfig(method=method, **shared)
         expected = curves(config, Schedule.from_config(STABLE_DIFFUSION), -1e-3)
-        assert said[method]["gradient_weight"] == expected.gradient_weight.tolist()
-        assert said[method]["density"] == expected.density.tolist()
+        assert output[method]["gradient_weight"] == expected.gradient_weight.tolist()
+        assert output[method]["density"] == expected.density.tolist()
 
 
 def test_an_image_and_a_table_show_where_the_credit_is(dde, tmp_path) -> None:
@@ -129,9 +129,9 @@ def test_an_image_and_a_table_show_where_the_credit_is(dde, tmp_path) -> None:
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["dde", "504", "261", "463", "609"] in lines
     assert ["uniform", "flat", "100", "500", "900"] in lines
-    image = Image.open(tmp_path / "a.png")
-    assert (image.format, image.size) == ("PNG", (1500, 440))
-    assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.format, image.size) == ("PNG", (1500, 440))
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 20
 
 
 def test_the_default_image_is_credit_png_in_the_current_folder(dde, tmp_path) -> None:
@@ -147,14 +147,14 @@ def test_a_margin_that_leaves_no_credit_is_reported_and_drawn(dde) -> None:
 
 def test_a_job_brings_its_objective_its_schedule_and_what_it_logged(server, dde) -> None:
     answer_with(server, record())
-    said = strict(dde("--job", "ajob_1", "--method", "dde", "--margin", 2e-4, "--json").stdout)
-    assert list(said) == ["t", "dde", "job"]
-    assert said["t"] == list(range(1, 101))
+    output = strict(dde("--job", "ajob_1", "--method", "dde", "--margin", 2e-4, "--json").stdout)
+    assert list(output) == ["t", "dde", "job"]
+    assert output["t"] == list(range(1, 101))
     expected = curves(record().objective, Schedule.from_config(SHORT), 2e-4)
-    assert said["dde"]["gradient_weight"] == expected.gradient_weight.tolist()
-    assert said["job"]["buckets"] == [bucket.model_dump() for bucket in record().buckets]
-    assert said["job"]["correction"] == pytest.approx(expected.correction.tolist(), rel=1e-5)
-    assert said["job"]["correction"][0] > 0
+    assert output["dde"]["gradient_weight"] == expected.gradient_weight.tolist()
+    assert output["job"]["buckets"] == [bucket.model_dump() for bucket in record().buckets]
+    assert output["job"]["correction"] == pytest.approx(expected.correction.tolist(), rel=1e-5)
+    assert output["job"]["correction"][0] > 0
 
 
 def test_options_override_the_jobs_objective_but_not_its_own_correction(server, dde) -> None:
@@ -178,11 +178,12 @@ def test_a_jobs_table_shows_logged_beside_predicted_and_its_image_has_two_rows(s
     assert ["1..10", "128", "+2.000e-04", "0.5", "0.4", "1.2500"] in [
         line.split() for line in result.stdout.splitlines()
     ]
-    assert Image.open(tmp_path / "job.png").size == (1500, 880)
+    with Image.open(tmp_path / "job.png") as image:
+        assert image.size == (1500, 880)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--beta", 0], "beta must be greater than 0, got 0.0"),
         (["--beta", "nan"], "beta must be a finite number, got nan"),
@@ -190,7 +191,7 @@ def test_a_jobs_table_shows_logged_beside_predicted_and_its_image_has_two_rows(s
         (["--margin", "inf"], "margin must lie between -1e6 and 1e6, got inf"),
         (
             ["--method", "dpo"],
-            "method must be one of 'dde', 'dde_single', 'dde_step', 'uniform', 'discounted', 'sft', got 'dpo'",
+            f"method must be one of {', '.join(map(repr, METHODS))}, got 'dpo'",
         ),
         (["--t-min", 500, "--t-max", 300], "t_max must be 0 or at least t_min = 500, got 300"),
         (["--t-min", 0], "t_min must be at least 1, got 0"),
@@ -204,10 +205,10 @@ def test_a_jobs_table_shows_logged_beside_predicted_and_its_image_has_two_rows(s
         (["--batch-size", 0], "batch_size must be at least 1, got 0"),
     ],
 )
-def test_bad_input_is_one_line_with_field_and_value(dde, tmp_path, arguments, said) -> None:
+def test_bad_input_is_one_line_with_field_and_value(dde, tmp_path, arguments, message) -> None:
     for more in ([], ["--json"]):
         result = dde(*arguments, *more)
-        assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {said}\n")
+        assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {message}\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -232,12 +233,18 @@ def test_a_missing_folder_is_named(dde, tmp_path) -> None:
     [("torch", ["--json"], 1), ("matplotlib", [], 1), ("matplotlib", ["--json"], 0)],
 )
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(missing, arguments, code, tmp_path) -> None:
-    script = f"import sys; sys.modules[{missing!r}] = None; from services.client.cli import app; app(['credit', *{arguments!r}])"
+    script = "; ".join(
+        [
+            f"import sys; sys.modules[{missing!r}] = None",
+            "from services.client.cli import app",
+            f"app(['credit', *{arguments!r}])",
+        ]
+    )
     where = {"cwd": Path(__file__).parents[3], "capture_output": True, "text": True, "timeout": 120}
     done = subprocess.run([sys.executable, "-c", script], check=False, **where)
     assert done.returncode == code, done.stderr
-    said = f"error: dde credit needs {missing}: pip install 'dde-align[credit]'\n"
-    assert done.stderr == ("" if code == 0 else said)
+    message = f"error: dde credit needs {missing}: pip install 'dde-align[credit]'\n"
+    assert done.stderr == ("" if code == 0 else message)
 
 
 def test_the_client_reads_the_record(server, client) -> None:

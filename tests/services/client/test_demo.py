@@ -1,4 +1,4 @@
-"""What the demo prepares and what it leaves behind; the whole of it runs in tests/e2e."""
+"""What the demo prepares and what it writes; tests/e2e runs all of it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 
 from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
+from services.api.answers import JobView, parse
 from services.api.records import EvaluateResult
 from services.api.requests import ImageRequest
 from services.client import tables
-from services.client.demo import JOB_FILE, finished, keep_grid, prepare, write_summary
-from services.client.types import Job, parse
-from services.client.up import first_prompt, picture_command, register_base
+from services.client.demo import JOB_FILE, copy_grid, evaluation_of, prepare, write_summary
+from services.client.up import first_prompt, generate_command, register_base
 from services.errors import ServiceError
-from tests.services.client.conftest import EVALUATED, job
+from tests.services.client.conftest import EVALUATED, job, model
 
 
 def test_the_demo_registers_what_is_shipped_and_fills_in_the_job(server, client) -> None:
@@ -28,9 +28,7 @@ def test_the_demo_registers_what_is_shipped_and_fills_in_the_job(server, client)
 
 
 def test_the_base_model_is_registered_once(server, client) -> None:
-    server.items["/v1/models"] = [
-        {"id": "model_1", "name": "shapes", "uri": "file:///m", "family": "sd15", "created_at": 1}
-    ]
+    server.items["/v1/models"] = [model()]
     register_base(client)
     assert server.sent("POST", "/v1/models") == []
 
@@ -38,14 +36,14 @@ def test_the_base_model_is_registered_once(server, client) -> None:
 def test_a_job_that_did_not_succeed_is_an_error_with_its_reason() -> None:
     reason = {"code": "NonFiniteError", "message": "the loss is nan at step 3", "param": None}
     with pytest.raises(ServiceError, match="ajob_1 failed: the loss is nan at step 3"):
-        finished(parse(Job, job("failed", reason=reason)))
+        evaluation_of(parse(JobView, job("failed", reason=reason)))
     with pytest.raises(ServiceError, match="ajob_1 cancelled"):
-        finished(parse(Job, job("cancelled")))
+        evaluation_of(parse(JobView, job("cancelled")))
 
 
 def test_the_summary_holds_every_number_of_the_tables(tmp_path) -> None:
-    done = parse(Job, job("succeeded", result={"evaluate": EVALUATED}))
-    write_summary(tmp_path / "summary.json", done, finished(done), {"train": 20.5})
+    done = parse(JobView, job("succeeded", result={"evaluate": EVALUATED}))
+    write_summary(tmp_path / "summary.json", done, evaluation_of(done), {"train": 20.5})
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["scores"] == EVALUATED["scores"]
     assert (summary["model"], summary["num_prompts"], summary["seconds"]) == ("better", 200, {"train": 20.5})
@@ -56,9 +54,9 @@ def test_the_grid_is_copied_from_storage(tmp_path) -> None:
     source = tmp_path / "a folder" / "grid.png"
     source.write_bytes(b"picture")
     result = parse(
-        Job, job("succeeded", result={"evaluate": {**EVALUATED, "grid": source.as_uri()}})
+        JobView, job("succeeded", result={"evaluate": {**EVALUATED, "grid": source.as_uri()}})
     ).result.evaluate
-    assert keep_grid(result, tmp_path) == tmp_path / "grid.png"
+    assert copy_grid(result, tmp_path) == tmp_path / "grid.png"
     assert (tmp_path / "grid.png").read_bytes() == b"picture"
 
 
@@ -73,5 +71,5 @@ def test_the_comparison_fits_eighty_columns_and_keeps_the_order_of_scorers() -> 
 
 
 def test_the_curl_line_carries_a_request_that_the_api_takes() -> None:
-    body = picture_command("shapes-aligned", Path("state")).split(" -d '")[1].removesuffix("'")
+    body = generate_command("shapes-aligned", Path("state")).split(" -d '")[1].removesuffix("'")
     assert ImageRequest.model_validate_json(body).prompt == first_prompt() != ""

@@ -1,4 +1,4 @@
-"""`dde plan`: it plans every recipe without a server, prints every term, and names field and value of bad input."""
+"""`dde plan`: plans every recipe without a server, prints every term, names field and value of bad input."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ON = ("--gpus", 256, "--gpu", "h100")
 
 
 def dde(*arguments: object, columns: int = 200) -> Result:
-    told = {
+    environment = {
         "DDE_URL": "http://127.0.0.1:9",
         "DDE_API_KEY": "",
         "DDE_HOME": "/nowhere",
         "COLUMNS": str(columns),
     }
-    return CliRunner().invoke(app, list(map(str, arguments)), env=told)
+    return CliRunner().invoke(app, list(map(str, arguments)), env=environment)
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -44,7 +44,7 @@ def test_every_recipe_is_planned_term_by_term(name):
         objective=body.objective,
         training=body.training,
         cluster=Cluster(**CLUSTER),
-        speed=mfu.published(recipe.family),
+        mfu=mfu.published(recipe.family),
     )
     planned = plan(run)
     for term in (*planned.step, *planned.data, *planned.checkpoint, *planned.hours):
@@ -54,23 +54,25 @@ def test_every_recipe_is_planned_term_by_term(name):
     for memory in planned.memory.values():
         assert all(f"{term.value:,.2f}" in result.stdout for term in memory)
         assert f"{sum(term.value for term in memory):,.2f}" in result.stdout
-    for check in mfu.checks(run.speed):
+    for check in mfu.checks(run.mfu):
         assert check.name in result.stdout
     assert ("reference ledger" in result.stdout) == METHODS[recipe.method].has_reference
 
 
 def test_the_headline_states_the_known_error_of_the_estimate():
     first = dde("plan", "--recipe", "sdxl_dde", *ON).stdout.splitlines()[0]
-    speeds = {  # TFLOP/s of an A100 in Diffusion-DPO's runs: pairs, times TFLOP of text, VAE and passes, over hours
+    # TFLOP/s of an A100 in Diffusion-DPO's runs: pairs, times TFLOP of text, VAE and passes, over hours.
+    speeds = {
         "sd15": 2000 * 2048 * (0.0133 + 2 * (1.1167 + 4 * 0.8033)) / (384 * 3600),
         "sdxl": 2000 * 2048 * (0.1112 + 2 * (4.879 + 5 * 6.761)) / (4800 * 3600),
     }
     training = speeds["sdxl"] / speeds["sd15"]
     encoding = [
-        pictures_per_s * tflop / speeds["sdxl"] for pictures_per_s, tflop in ((58, 1.1167), (210, 0.2727))
+        images_per_s * tflop / speeds["sdxl"] for images_per_s, tflop in ((58, 1.1167), (210, 0.2727))
     ]
-    said = f"{training:.2f} to {1 / training:.2f} of published hours of training, {min(encoding):.2f} to {max(encoding):.2f}"
-    assert first.endswith(f" USD (checks: {said} of encoding)")
+    of_training = f"{training:.2f} to {1 / training:.2f} of published hours of training"
+    of_encoding = f"{min(encoding):.2f} to {max(encoding):.2f} of encoding"
+    assert first.endswith(f" USD (checks: {of_training}, {of_encoding})")
     assert "0.71 to 1.40 of published" in first
 
 

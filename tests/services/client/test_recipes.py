@@ -32,14 +32,14 @@ CREATE = ("jobs", "create")
 
 def dde(*arguments: object, **env: str) -> Result:
     """Run the command without a server and without a key."""
-    told = {
+    environment = {
         "DDE_URL": "http://127.0.0.1:9",
         "DDE_API_KEY": "",
         "DDE_HOME": "/nowhere",
         "COLUMNS": "160",
         **env,
     }
-    return CliRunner().invoke(app, list(map(str, arguments)), env=told)
+    return CliRunner().invoke(app, list(map(str, arguments)), env=environment)
 
 
 def body_of(name: str) -> AlignmentJobCreate:
@@ -145,10 +145,10 @@ def test_an_option_overrides_the_file_and_the_file_overrides_the_recipe(tmp_path
 
 
 def test_a_recipe_is_posted_as_the_dry_run_shows_it(server):
-    told = {"DDE_URL": server.url, "DDE_API_KEY": KEY}
-    shown = printed_body(dde(*CREATE, "--recipe", "sdxl_uniform", *OPTIONS, "--dry-run", **told))
+    environment = {"DDE_URL": server.url, "DDE_API_KEY": KEY}
+    shown = printed_body(dde(*CREATE, "--recipe", "sdxl_uniform", *OPTIONS, "--dry-run", **environment))
     assert server.requests == []
-    result = dde(*CREATE, "--recipe", "sdxl_uniform", *OPTIONS, **told)
+    result = dde(*CREATE, "--recipe", "sdxl_uniform", *OPTIONS, **environment)
     assert (result.exit_code, result.stdout) == (0, "new_1\n"), result.output
     ((_, _, posted),) = server.sent("POST", "/v1/alignment/jobs")
     assert posted == shown
@@ -176,10 +176,10 @@ def test_a_dry_run_on_another_gpu_takes_less_time():
 
 
 def test_without_a_recipe_the_estimate_needs_a_family():
-    without, told = (dde(*CREATE, *OPTIONS, "--dry-run", *more) for more in ([], ["--family", "sd15"]))
-    assert printed_body(without) == printed_body(told)
+    without, given = (dde(*CREATE, *OPTIONS, "--dry-run", *more) for more in ([], ["--family", "sd15"]))
+    assert printed_body(without) == printed_body(given)
     assert "no estimate: model family required: pass --recipe or --family (sd15 or sdxl)" in without.stdout
-    assert "Stable Diffusion 1.5 at 512 px" in told.stdout
+    assert "Stable Diffusion 1.5 at 512 px" in given.stdout
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_dry_run_needs_no_model_no_dataset_and_no_prompts_and_a_job_does():
 
 @pytest.mark.parametrize(("name", "ratio"), [("sd15_uniform", 0.9277), ("sdxl_uniform", 0.6555)])
 def test_hours_of_uniform_are_of_the_published_order(name, ratio, capsys):
-    """Published runs encoded pictures in every step. sd15: 5 passes, they had 4. sdxl: 1500 steps, they had 2000."""
+    """Published runs encoded images every step. sd15: 5 passes, theirs 4. sdxl: 1500 steps, theirs 2000."""
     hours, published = needed_for(name).gpu_hours, FACTS[recipes.load(name).family].published.gpu_hours
     with capsys.disabled():
         print(f"\n{name}: {hours:.0f} A100-hours, {hours / published:.2f} of the {published:.0f} published")
