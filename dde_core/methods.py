@@ -1,4 +1,4 @@
-"""What each method needs, in one table that configuration, planning, training and the control plane read. Imports no torch.
+"""What each method needs, in one table for configuration, planning, training and control. Imports no torch.
 
 The weights w(t) of the same methods are in `dde_core/objectives.py`.
 """
@@ -16,9 +16,9 @@ NoiseMode = Literal["independent", "shared"]
 class Method:
     """What a method reads and trains on.
 
-    ``noise`` is the default: winner and loser have independent noises, or share one. ``corrected`` methods add the
-    calibrated correction C(t) to the logit, ``discounted`` ones draw t in proportion to powers of gamma. Without a
-    reference and a loser, the loss is the policy's error on winners.
+    ``noise`` is the default: winner and loser have independent noises, or share one. ``corrected`` methods
+    add the calibrated correction C(t) to the logit, ``discounted`` ones draw t in proportion to powers of
+    gamma. Without a reference and a loser, the loss is the policy's error on winners.
     """
 
     noise: NoiseMode
@@ -36,5 +36,5 @@ METHODS: dict[MethodName, Method] = {
     "discounted": Method(noise="shared", discounted=True),
     "sft": Method(noise="independent", has_reference=False, has_loser=False),
 }
-"""Default noise follows each method's source: DDE draws two noises (Algorithm 1 line 3); Diffusion-DPO, of which
-`discounted` is a variant, draws one for both sides."""
+"""Default noise follows each method's source: DDE draws two noises (Algorithm 1 line 3); Diffusion-DPO, of
+which `discounted` is a variant, draws one for both sides."""

@@ -1,14 +1,14 @@
-"""How several workers hold one U-Net: each a whole one (DDP), or each a share of it (FSDP2). One code path for both.
+"""One code path for both ways in which workers hold a U-Net: each the whole of it (DDP), or a shard (FSDP2).
 
-Under FSDP2 weights, gradients, moments and averages are DTensors, of which a worker has its rows alone; blocks are gathered
-for as long as they compute. ``whole`` and ``like`` go from such a tensor to a plain one and back, and leave plain ones alone.
+Under FSDP2 weights, gradients, moments and averages are DTensors: a worker stores its rows only, and a block
+is gathered while it computes. ``full_tensor`` and ``sharded_like`` convert between DTensors and plain
+tensors. Both return plain tensors unchanged under DDP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -21,51 +21,47 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dde_core.config import TrainConfig
-from dde_core.errors import ConfigError
-from dde_core.planning.cluster import AUTO_ROOM
-
-Parallelism = Literal["none", "ddp", "fsdp"]
+from dde_core.methods import MethodName
+from dde_core.parallelism import Parallelism, Parameters, choose_parallelism
 
 
-def choose(training: TrainConfig, num_parameters: int, device: torch.device, world_size: int) -> Parallelism:
-    """What ``training.parallelism`` comes to. "auto" shares the model out where a whole one does not fit on a GPU.
+def choose(
+    method: MethodName,
+    training: TrainConfig,
+    unet: UNet2DConditionModel,
+    device: torch.device,
+    world_size: int,
+) -> Parallelism:
+    """Resolve ``training.parallelism`` for this U-Net, with its adapters, on the smallest GPU of all workers.
 
-    Raises ConfigError for 8-bit moments on shares: their tables are not cut by rows.
+    A collective on GPUs: every worker must call it. Raises ConfigError for FSDP2 with 8-bit moments.
     """
-    if world_size == 1:
-        return "none"
-    asked = training.parallelism
-    if asked == "auto":
-        asked = "ddp" if state_bytes(training, num_parameters) <= _room(device) else "fsdp"
-    if asked == "fsdp" and training.optimizer == "adamw_8bit":
-        raise ConfigError(
-            "training.optimizer", training.optimizer, 'does not go with training.parallelism "fsdp"'
-        )
-    return asked
+    gpu_bytes = float("inf") if world_size == 1 else smallest_memory(device)
+    return choose_parallelism(method, training, count_parameters(unet, training), gpu_bytes, world_size)
 
 
-def _room(device: torch.device) -> float:
-    """Bytes, on the smallest of all workers' GPUs: one answer for all. A CPU's memory is taken to be enough."""
+def count_parameters(unet: UNet2DConditionModel, training: TrainConfig) -> Parameters:
+    """Those of the U-Net without its adapters, and those that are trained."""
+    total = sum(parameter.numel() for parameter in unet.parameters())
+    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    base = total - trained if training.lora else total
+    return Parameters(base, trained)
+
+
+def smallest_memory(device: torch.device) -> float:
+    """Bytes of the smallest of all workers' GPUs, on every worker. A CPU's memory counts as unlimited."""
     if device.type != "cuda":
         return float("inf")
-    room = torch.tensor(torch.cuda.get_device_properties(device).total_memory * AUTO_ROOM, device=device)
-    torch.distributed.all_reduce(room, op=torch.distributed.ReduceOp.MIN)
-    return float(room)
-
-
-def state_bytes(training: TrainConfig, num_parameters: int) -> int:
-    """Of a whole model: float32 weights, bf16 casts, and for a full fine-tune gradients, moments, average and reference."""
-    each = 4 + 2 * (training.precision == "bf16")
-    if not training.lora:
-        moments = 2 if training.optimizer == "adamw_8bit" else 8
-        each += 4 + moments + 4 * (training.ema_decay > 0) + 4 * (training.reference != "ledger")
-    return each * num_parameters
+    memory = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
+    torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MIN)
+    return float(memory)
 
 
 def shard(unet: UNet2DConditionModel, device: torch.device, world_size: int) -> None:
-    """Share the U-Net out, block by block, over all workers: resnets and transformer blocks, then what is left.
+    """Shard the U-Net over all workers and move each worker's shard to its device.
 
-    Its weights move to the device, each worker's share alone.
+    Every resnet and every transformer block is a group of its own; the parameters outside of them are the
+    last group.
     """
     mesh = init_device_mesh(device.type, (world_size,))
     for module in unet.modules():
@@ -75,16 +71,17 @@ def shard(unet: UNet2DConditionModel, device: torch.device, world_size: int) -> 
 
 
 def wrap(unet: UNet2DConditionModel, parallelism: Parallelism, device: torch.device) -> nn.Module:
-    """The module whose backward pass averages gradients over workers."""
+    """The module to train. Its backward pass averages gradients over workers."""
     if parallelism != "ddp":
         return unet
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(unet, device_ids=devices, gradient_as_bucket_view=True)
+    device_ids = [device] if device.type == "cuda" else None
+    wrapped: nn.Module = DistributedDataParallel(unet, device_ids=device_ids, gradient_as_bucket_view=True)
+    return wrapped
 
 
 @contextmanager
-def synchronised(module: nn.Module, is_last: bool) -> Iterator[None]:
-    """Gradients are averaged over workers once a step, with the last micro-batch."""
+def synchronized(module: nn.Module, is_last: bool) -> Iterator[None]:
+    """Run one micro-batch. Gradients are averaged over workers in the last one of a step only."""
     if isinstance(module, DistributedDataParallel) and not is_last:
         with module.no_sync():
             yield
@@ -94,15 +91,16 @@ def synchronised(module: nn.Module, is_last: bool) -> Iterator[None]:
     yield
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every worker. Every worker must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every worker. A collective: every worker must call it."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return tensor
 
 
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """A plain tensor, which every worker has, shared out as ``target`` is."""
+def sharded_like(value: Tensor, target: Tensor) -> Tensor:
+    """Shard a plain tensor, which every worker has in full, as ``target`` is sharded."""
     if not isinstance(target, DTensor):
         return value
-    return distribute_tensor(
-        value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-    )
+    on_device = value.to(target.device)
+    return distribute_tensor(on_device, target.device_mesh, target.placements, src_data_rank=None)

@@ -22,6 +22,7 @@ from torch import nn
 
 from dde_core.config import LoraConfig, TrainConfig
 from dde_core.errors import ConfigError, DataError
+from dde_core.methods import MethodName
 from dde_core.models import parallel
 from dde_core.models.folder import LORA_WEIGHTS, ModelFolder
 
@@ -46,7 +47,8 @@ def use_deterministic_kernels() -> None:
 class Policy:
     """``unet`` is the model, ``trained`` what a training loop calls with gradients: the same, wrapped for several workers.
 
-    With ``world_size`` > 1 torch.distributed must be initialised. Raises ConfigError for adapters that fit nowhere.
+    With ``world_size`` > 1 torch.distributed must be initialized; ``training`` and the needs of ``method`` then
+    decide how the workers hold the model. Raises ConfigError for adapters that fit nowhere.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Policy:
         training: TrainConfig,
         device: torch.device | str = "cpu",
         world_size: int = 1,
+        method: MethodName = "dde",
     ) -> None:
         self._folder, self._training, self.device = folder, training, torch.device(device)
         self._world_size = world_size
@@ -64,9 +67,7 @@ class Policy:
             self._add_adapters(training.lora)
         if training.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.parallelism = parallel.choose(
-            training, sum(p.numel() for p in self.unet.parameters()), self.device, world_size
-        )
+        self.parallelism = parallel.choose(method, training, self.unet, self.device, world_size)
         self._place(self.unet)
         self._trained_parameters = [
             parameter for parameter in self.unet.parameters() if parameter.requires_grad
@@ -117,7 +118,7 @@ class Policy:
 
     def clip_gradients(self) -> torch.Tensor:
         """Scale all gradients down together where their norm is above ``max_grad_norm``. Their norm before, on every worker."""
-        return parallel.whole(nn.utils.clip_grad_norm_(self.parameters(), self._training.max_grad_norm))
+        return parallel.full_tensor(nn.utils.clip_grad_norm_(self.parameters(), self._training.max_grad_norm))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -172,7 +173,7 @@ class Policy:
         }:
             raise DataError(f"checkpoint {str(folder)!r} belongs to another U-Net, or to other adapters")
         for name, value in own.items():
-            value.copy_(parallel.like(values[name], value))
+            value.copy_(parallel.sharded_like(values[name], value))
 
     def read_average(self, folder: Path, step: int) -> None:
         """Take the running average as it was after ``step`` steps. It passes through the U-Net: read the policy's own after."""

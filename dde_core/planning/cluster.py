@@ -1,58 +1,55 @@
-"""GPUs in nodes: what a model takes on each, and what they send one another. Imports no torch.
+"""GPUs in nodes: memory of each, and what they send one another. Imports no torch.
 
-Exchange. DDP adds gradients up once a step (all-reduce). FSDP2 gathers the weights for the forward and again for the backward
-pass of every micro-batch (for the frozen reference's forward too), but for those outside of blocks, which stay from one to the
-other, and scatters the sums of gradients once a step (`models/parallel.py`). All of it is float32, since autocast leaves
-weights and gradients so. A buffer of B bytes on n GPUs, g in each of m nodes, costs a GPU one way (gather or scatter; an
-all-reduce is both)
+Communication. DDP sums gradients once a step (all-reduce). FSDP2 gathers the weights for the forward and
+again for the backward pass of every micro-batch, and for the forward of the frozen reference too; weights
+outside of blocks stay gathered from one to the other. It scatters the summed gradients once a step
+(`dde_core/models/parallel.py`). All of it is float32, since autocast leaves weights and gradients in float32.
+A buffer of B bytes on n GPUs, g in each of m nodes, costs a GPU one way (gather or scatter; an all-reduce is
+both)
 
     (g - 1) / g x B by NVLink, then (m - 1) / m x B / g by its own network card
 
-which in one node, both ways, is the ring's 2 (n - 1) / n x B. Latency is left out: with hundreds of GPUs and small blocks it
-shows.
+which in one node, both ways, is the ring's 2 (n - 1) / n x B. Latency is left out; it shows with hundreds of
+GPUs and small blocks.
 
-Memory. FSDP2 cuts what belongs to the weights into n parts. But gradients of several micro-batches add up whole before they are
-scattered (torch keeps them so while ``set_requires_gradient_sync(False)``), autocast keeps its bf16 copies whole until the
-forward is done, and the blocks in work are whole.
+Memory. FSDP2 splits the state of the model into n shards, with three exceptions: gradients of several
+micro-batches accumulate unsharded until they are scattered (torch keeps them while
+``set_requires_gradient_sync(False)``), autocast keeps its bf16 copies unsharded until the forward ends, and
+blocks are gathered while they compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 
 from dde_core.config import ObjectiveConfig, TrainConfig, check
 from dde_core.errors import ConfigError
-from dde_core.planning.estimate import (
-    Term,
-    memory_terms,
-    pairs_at_a_time,
-    pairs_of_a_worker,
+from dde_core.parallelism import (
+    FLOAT32,
+    Parallelism,
+    choose_parallelism,
+    holds_reference,
+    num_micro_batches,
     runs_reference,
-    trained_parameters,
 )
-from dde_core.planning.facts import FLOAT32, GPUS, Facts, Gpu
+from dde_core.planning.estimate import Term, memory_terms, parameters_of
+from dde_core.planning.facts import GPUS, Facts, Gpu
 
-Parallelism = Literal["none", "ddp", "fsdp"]
-
-AUTO_ROOM = 0.7
-"""The part of a GPU's memory that the state may take before `models/parallel.py` shares the model out."""
-STATE = ("weights", "gradients", "optimizer", "reference", "average", "casts")
-"""Terms of the memory that it counts."""
-CUT = ("weights", "adapters", "gradients", "optimizer", "reference", "average")
-"""Terms of the memory of which FSDP2 leaves a GPU its part."""
+SHARDED = ("weights", "adapters", "gradients", "optimizer", "reference", "average")
+"""Terms of the memory that FSDP2 shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """GPUs of one kind in nodes of ``gpus_per_node``. ``interconnect_gb_s`` is what each sends to other nodes in one direction,
-    ``price_usd`` that of a GPU-hour; None: as `facts.GPUS` has it. Exchange is hidden behind the part ``overlap`` of the
-    arithmetic that goes on beside it: a guess until it is measured.
+    """GPUs of one kind in nodes of ``gpus_per_node``.
 
-    Raises ConfigError with field and value.
+    ``interconnect_gb_s`` is what each GPU sends to other nodes in one direction, ``price_usd`` the price of a
+    GPU-hour; None takes `facts.GPUS`. The fraction ``overlap`` of the arithmetic that runs beside
+    communication hides it: a guess until it is measured. Raises ConfigError with field and value.
     """
 
     gpus: Annotated[int, Gt(0)]
@@ -72,8 +69,7 @@ class Cluster:
         return GPUS[self.gpu]
 
     @property
-    def in_a_node(self) -> int:
-        """GPUs of a full node."""
+    def gpus_of_a_full_node(self) -> int:
         return min(self.gpus, self.gpus_per_node)
 
     @property
@@ -82,57 +78,61 @@ class Cluster:
 
     @property
     def between_gb_s(self) -> float:
-        """By one GPU's network card."""
+        """Rate of one GPU's network card, in one direction."""
         return self.interconnect_gb_s or self.kind.node_gb_s
 
     @property
     def usd_per_hour(self) -> float:
-        """Of one GPU."""
+        """Price of one GPU."""
         return self.price_usd or self.kind.usd_per_hour
 
     def inside(self, size: float) -> float:
-        """What of a buffer that is gathered or scattered a GPU gets from its own node."""
-        return size * (self.in_a_node - 1) / self.in_a_node
+        """How much of a buffer that is gathered or scattered reaches a GPU from its own node."""
+        return size * (self.gpus_of_a_full_node - 1) / self.gpus_of_a_full_node
 
     def between(self, size: float) -> float:
-        """What of it comes through its network card."""
-        return size / self.in_a_node * (self.nodes - 1) / self.nodes
+        """How much of it passes through a GPU's network card."""
+        return size / self.gpus_of_a_full_node * (self.nodes - 1) / self.nodes
 
     def seconds(self, gigabytes: float) -> float:
-        """For a buffer to be gathered or scattered."""
+        """Time to gather or scatter a buffer."""
         return self.inside(gigabytes) / self.kind.nvlink_gb_s + self.between(gigabytes) / self.between_gb_s
 
 
-# ---- exchange
+# ---- communication
 
 
-def exchange_terms(
+def communication_terms(
     facts: Facts, objective: ObjectiveConfig, training: TrainConfig, gpus: int, parallelism: Parallelism
 ) -> Iterator[Term]:
-    """GB that are gathered or scattered in a step, as buffers before they are cut."""
-    trained, count = trained_parameters(facts, training), micro_batches(training, gpus)
-    gradients = trained * FLOAT32 / 1e9
+    """GB that are gathered or scattered in a step, as sizes of the unsharded buffers."""
     if parallelism == "ddp":
-        yield Term(
-            "gradients",
-            f"2 ways x {trained / 1e6:,.1f}M trained parameters x 4 bytes (all-reduce)",
-            2 * gradients,
-        )
+        yield from _ddp_terms(facts, training)
     if parallelism == "fsdp":
-        numbers, outside = facts.parameters + (trained if training.lora else 0), facts.outside_blocks
-        shown = f"x {numbers / 1e6:,.1f}M parameters - {outside / 1e6:,.1f}M outside of blocks, which stay) x 4 bytes (all-gather)"
-        forward, both = ((times * numbers - outside) * FLOAT32 / 1e9 for times in (1, 2))
-        yield Term("weights", f"{count} micro-batches x (forward and backward {shown}", count * both)
-        if runs_reference(objective, training):
-            yield Term("reference", f"{count} micro-batches x (forward {shown}", count * forward)
-        yield Term(
-            "gradients", f"{trained / 1e6:,.1f}M trained parameters x 4 bytes (reduce-scatter)", gradients
-        )
+        yield from _fsdp_terms(facts, objective, training, gpus)
 
 
-def micro_batches(training: TrainConfig, gpus: int) -> int:
-    """Forwards and backwards of a GPU in one step."""
-    return -(-pairs_of_a_worker(training, gpus) // pairs_at_a_time(training, gpus))
+def _ddp_terms(facts: Facts, training: TrainConfig) -> Iterator[Term]:
+    trained = parameters_of(facts, training).trained
+    formula = f"2 ways x {trained / 1e6:,.1f}M trained parameters x 4 bytes (all-reduce)"
+    yield Term("gradients", formula, 2 * (trained * FLOAT32 / 1e9))
+
+
+def _fsdp_terms(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, gpus: int) -> Iterator[Term]:
+    base, trained = parameters_of(facts, training)
+    numbers = base + trained if training.lora else base
+    outside = facts.outside_blocks
+    count = num_micro_batches(training, gpus)
+    stay = f"{outside / 1e6:,.1f}M outside of blocks, which stay"
+    gathered = f"x {numbers / 1e6:,.1f}M parameters - {stay}) x 4 bytes (all-gather)"
+
+    both_gb = (2 * numbers - outside) * FLOAT32 / 1e9
+    yield Term("weights", f"{count} micro-batches x (forward and backward {gathered}", count * both_gb)
+    if runs_reference(objective.method, training):
+        forward_gb = (numbers - outside) * FLOAT32 / 1e9
+        yield Term("reference", f"{count} micro-batches x (forward {gathered}", count * forward_gb)
+    scattered = f"{trained / 1e6:,.1f}M trained parameters x 4 bytes (reduce-scatter)"
+    yield Term("gradients", scattered, trained * FLOAT32 / 1e9)
 
 
 # ---- memory
@@ -141,50 +141,40 @@ def micro_batches(training: TrainConfig, gpus: int) -> int:
 def memory_of(
     facts: Facts, objective: ObjectiveConfig, training: TrainConfig, gpus: int
 ) -> dict[Parallelism, tuple[Term, ...]]:
-    """Of one GPU that holds a whole model ("none" on one GPU, else "ddp"), and of one that holds its part."""
+    """Memory of one GPU with a whole model ("none" on one GPU, else "ddp"), and with its shard."""
     whole = tuple(memory_terms(facts, objective, training, gpus))
     if gpus == 1:
         return {"none": whole}
-    return {"ddp": whole, "fsdp": tuple(_shared_out(facts, objective, training, gpus, whole))}
+    return {"ddp": whole, "fsdp": tuple(_sharded_terms(facts, objective, training, gpus, whole))}
 
 
-def _shared_out(
+def _sharded_terms(
     facts: Facts, objective: ObjectiveConfig, training: TrainConfig, gpus: int, whole: tuple[Term, ...]
 ) -> Iterator[Term]:
-    """The terms of a whole model as FSDP2 leaves them on a GPU, and what is gathered at one time: two blocks, that in work and
-    the next, and what lies outside of blocks, the frozen reference's besides."""
-    adding_up = micro_batches(training, gpus) > 1
+    """The terms of a whole model as FSDP2 shards them, and what is gathered at one time: the block that
+    computes, the next one, and the parameters outside of blocks, of policy and frozen reference."""
+    accumulates = num_micro_batches(training, gpus) > 1
     for term in whole:
-        if term.name == "gradients" and adding_up:
-            yield Term(term.name, f"{term.formula}, whole until the last micro-batch", term.value)
-        elif term.name in CUT:
+        if term.name == "gradients" and accumulates:
+            yield Term(term.name, f"{term.formula}, unsharded until the last micro-batch", term.value)
+        elif term.name in SHARDED:
             yield Term(term.name, f"{term.formula} / {gpus} GPUs", term.value / gpus)
         else:
             yield term
-    copies = 2 if runs_reference(objective, training) and not training.lora else 1
-    outside, block = (f"{numbers / 1e6:,.1f}M" for numbers in (facts.outside_blocks, facts.largest_block))
-    numbers = copies * facts.outside_blocks + 2 * facts.largest_block
-    yield Term(
-        "gathered",
-        f"({copies} x {outside} outside of blocks + 2 blocks x {block}) x 4 bytes",
-        numbers * FLOAT32 / 1e9,
-    )
-    if not adding_up:
-        yield Term(
-            "scattered", f"2 blocks x {block} gradients x 4 bytes", 2 * facts.largest_block * FLOAT32 / 1e9
-        )
+    models = 2 if holds_reference(objective.method, training) else 1
+    outside = f"{models} x {facts.outside_blocks / 1e6:,.1f}M outside of blocks"
+    block = f"2 blocks x {facts.largest_block / 1e6:,.1f}M"
+    numbers = models * facts.outside_blocks + 2 * facts.largest_block
+    yield Term("gathered", f"({outside} + {block}) x 4 bytes", numbers * FLOAT32 / 1e9)
+    if not accumulates:
+        yield Term("scattered", f"{block} gradients x 4 bytes", 2 * facts.largest_block * FLOAT32 / 1e9)
 
 
-def chosen(training: TrainConfig, memory: dict[Parallelism, tuple[Term, ...]], gpu: Gpu) -> Parallelism:
-    """What ``training.parallelism`` comes to, as in `models/parallel.py`. Raises ConfigError for 8-bit moments on parts."""
-    if "none" in memory:
-        return "none"
-    asked = training.parallelism
-    if asked == "auto":
-        state = sum(term.value for term in memory["ddp"] if term.name in STATE)
-        asked = "ddp" if state <= AUTO_ROOM * gpu.cuda_gb else "fsdp"
-    if asked == "fsdp" and training.optimizer == "adamw_8bit":
-        raise ConfigError(
-            "training.optimizer", training.optimizer, 'does not go with training.parallelism "fsdp"'
-        )
-    return asked
+def parallelism_on(
+    cluster: Cluster, facts: Facts, objective: ObjectiveConfig, training: TrainConfig
+) -> Parallelism:
+    """What ``training.parallelism`` resolves to on this cluster. Raises ConfigError for FSDP2 with 8-bit
+    moments."""
+    parameters = parameters_of(facts, training)
+    gpu_bytes = cluster.kind.cuda_gb * 1e9
+    return choose_parallelism(objective.method, training, parameters, gpu_bytes, cluster.gpus)

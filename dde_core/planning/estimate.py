@@ -1,14 +1,17 @@
-"""What a full-size run needs: memory of one GPU and GPU-hours, each a sum of terms with its formula. Imports no torch.
+"""Memory of one GPU and GPU-hours of a full-size run, each a sum of terms with its formula. Imports no torch.
 
-Memory is counted in GB of 10^9 bytes while gradients are computed. Not in it: CUDA's context, cuDNN's workspaces, the
-allocator's gaps and what the optimizer takes for a moment (nothing where it is fused), for which a tenth should stay free.
+Memory is counted in GB of 10^9 bytes while gradients are computed. It leaves out CUDA's context, cuDNN's
+workspaces, allocator fragmentation and the optimizer's temporary buffers (none where it is fused): a tenth of
+the GPU should stay free for them.
 
-Time is arithmetic divided by speed. The arithmetic of a pair is its text and its U-Net passes: a backward pass is two forward
-ones (one where the weights are frozen and adapters are trained), gradient checkpointing does the forward once more, the
-frozen reference is one more, or none where its errors are read from a ledger. The speed is a share of the GPU's peak, and
-that share is what Diffusion-DPO's published A100-hours come to for the arithmetic of that run, in which the VAE encoded every
-picture in every epoch. Other GPUs are taken to reach the same share of their peak, which a faster one seldom does. So hours
-are an order of magnitude, good for comparing runs and for asking for machines; `dde_core/planning/plan.py` goes further.
+Time is arithmetic divided by speed. A pair costs its text and its U-Net passes: a backward pass is two
+forward ones (one where the weights are frozen and adapters are trained), gradient checkpointing repeats the
+forward, and the frozen reference is one more, unless its errors are read from a ledger.
+
+Speed is the MFU (model FLOPs utilization: achieved over peak FLOP/s) of Diffusion-DPO's published A100-hours,
+in which the VAE encoded every image in every epoch. Other GPUs are assumed to reach the same MFU, which a
+faster one seldom does. So hours are an order of magnitude, good for comparing runs and for sizing a cluster;
+`dde_core/planning/plan.py` goes further.
 """
 
 from __future__ import annotations
@@ -20,12 +23,20 @@ from dataclasses import dataclass
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
 from dde_core.methods import METHODS
-from dde_core.planning.facts import BFLOAT16, FACTS, FLOAT32, GPUS, Facts, Gpu
+from dde_core.parallelism import (
+    FLOAT32,
+    Parameters,
+    StateTerm,
+    pairs_of_a_micro_batch,
+    runs_reference,
+    state_terms,
+)
+from dde_core.planning.facts import FACTS, GPUS, Facts, Gpu
 
 
 @dataclass(frozen=True)
 class Term:
-    """One line of an estimate: ``formula`` in words with its numbers, ``value`` in ``unit``."""
+    """One line of an estimate: ``value`` in ``unit``, and the ``formula`` that gives it, with its numbers."""
 
     name: str
     formula: str
@@ -35,7 +46,8 @@ class Term:
 
 @dataclass(frozen=True)
 class Estimate:
-    """``memory`` adds up to ``memory_gb``; ``time`` leads from one sample's arithmetic to the run's hours."""
+    """``memory`` adds up to ``memory_gb``; ``time`` leads from the arithmetic of one sample to the hours of
+    the run."""
 
     model: str
     gpu: Gpu
@@ -48,17 +60,17 @@ class Estimate:
         return sum(term.value for term in self.memory)
 
     @property
-    def room(self) -> str:
-        """Whether the memory suffices, in words."""
-        return room_of(self.memory_gb, self.gpu)
+    def fit(self) -> str:
+        """Whether the run fits in the GPU's memory, for people."""
+        return fit_in_memory(self.memory_gb, self.gpu)
 
     @property
     def gpu_hours(self) -> float:
         return next(term.value for term in self.time if term.name == "GPU-hours")
 
 
-def room_of(memory_gb: float, gpu: Gpu) -> str:
-    """Whether a GPU's memory suffices, in words."""
+def fit_in_memory(memory_gb: float, gpu: Gpu) -> str:
+    """Whether so much fits in the GPU's memory, for people."""
     if memory_gb > gpu.memory_gb:
         return "does not fit"
     return "fits" if memory_gb <= 0.9 * gpu.memory_gb else "tight: less than a tenth stays free"
@@ -67,7 +79,7 @@ def room_of(memory_gb: float, gpu: Gpu) -> str:
 def estimate(
     family: str, objective: ObjectiveConfig, training: TrainConfig, workers: int, gpu: str = "a100"
 ) -> Estimate:
-    """Memory and time of a run with one GPU a worker. ``family`` is a key of FACTS, ``gpu`` of GPUS.
+    """Memory and time of a run with one GPU per worker. ``family`` is a key of FACTS, ``gpu`` of GPUS.
 
     Raises ConfigError with field and value.
     """
@@ -82,9 +94,10 @@ def estimate(
 
 
 def _check(family: str, training: TrainConfig, workers: int, gpu: str) -> None:
-    for field, value, known in (("family", family, FACTS), ("gpu", gpu, GPUS)):
-        if value not in known:
-            raise ConfigError(field, value, f"must be one of {', '.join(known)}")
+    if family not in FACTS:
+        raise ConfigError("family", family, f"must be one of {', '.join(FACTS)}")
+    if gpu not in GPUS:
+        raise ConfigError("gpu", gpu, f"must be one of {', '.join(GPUS)}")
     if workers < 1:
         raise ConfigError("workers", workers, "must be greater than 0")
     if workers > training.batch_size:
@@ -97,55 +110,53 @@ def _check(family: str, training: TrainConfig, workers: int, gpu: str) -> None:
 def memory_terms(
     facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int
 ) -> Iterator[Term]:
-    """What lies on one GPU while gradients are computed."""
-    all_of_it, trained = facts.parameters, trained_parameters(facts, training)
-    moments = 2 * (1 if training.optimizer == "adamw_8bit" else FLOAT32)
-    yield _bytes("weights", all_of_it, "U-Net parameters", FLOAT32, "float32")
-    if training.lora:
-        yield _bytes("adapters", trained, "LoRA parameters", FLOAT32, f"float32, rank {training.lora.rank}")
-    yield _bytes("gradients", trained, "trained parameters", FLOAT32, "float32")
-    yield _bytes("optimizer", trained, "trained parameters", moments, f"{training.optimizer} moments")
-    if runs_reference(objective, training) and not training.lora:
-        yield _bytes("reference", all_of_it, "frozen parameters", FLOAT32, "float32")
-    if training.ema_decay:
-        yield _bytes("average", trained, "trained parameters", FLOAT32, "float32")
-    if training.precision == "bf16":
-        yield _bytes("casts", all_of_it, "U-Net parameters", BFLOAT16, "bf16, autocast")
-    yield _bytes("text encoders", facts.text_encoder_parameters, "parameters", FLOAT32, "float32")
+    """The memory of one GPU while gradients are computed: the state of a whole model, text encoders, one
+    micro-batch."""
+    state = state_terms(objective.method, training, parameters_of(facts, training))
+    for name, held in state.items():
+        yield _state(name, held, training)
+    yield _bytes("text encoders", StateTerm(facts.text_encoder_parameters, FLOAT32), "parameters", "float32")
     yield _batch(facts, objective, training, workers)
     yield _activations(facts, objective, training, workers)
 
 
-def _bytes(name: str, count: int, what: str, bytes_each: int, kind: str) -> Term:
-    return Term(name, f"{count / 1e6:,.1f}M {what} x {bytes_each} bytes ({kind})", count * bytes_each / 1e9)
+def _state(name: str, held: StateTerm, training: TrainConfig) -> Term:
+    rank = training.lora.rank if training.lora else 0
+    what, kind = {
+        "weights": ("U-Net parameters", "float32"),
+        "adapters": ("LoRA parameters", f"float32, rank {rank}"),
+        "gradients": ("trained parameters", "float32"),
+        "optimizer": ("trained parameters", f"{training.optimizer} moments"),
+        "reference": ("frozen parameters", "float32"),
+        "average": ("trained parameters", "float32"),
+        "casts": ("U-Net parameters", "bf16, autocast"),
+    }[name]
+    return _bytes(name, held, what, kind)
+
+
+def _bytes(name: str, held: StateTerm, what: str, kind: str) -> Term:
+    formula = f"{held.numbers / 1e6:,.1f}M {what} x {held.bytes_each} bytes ({kind})"
+    return Term(name, formula, held.bytes / 1e9)
 
 
 def _batch(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int) -> Term:
     """Latents, noise (and z of `sampled`) of a micro-batch on each side, and one text."""
-    pairs, sides = pairs_at_a_time(training, workers), sides_of(objective)
+    pairs = pairs_of_a_micro_batch(training, workers)
     kinds = 3 if draws_evaluation_points(objective) else 2
-    latents, text = math.prod(facts.latent_shape), math.prod(facts.text_shape)
-    formula = f"{pairs} pairs x ({sides * kinds} x {latents:,} latents + {text:,} text) x 4 bytes"
-    return Term("batch", formula, pairs * (sides * kinds * latents + text) * FLOAT32 / 1e9)
+    tensors = sides_of(objective) * kinds
+    latents = math.prod(facts.latent_shape)
+    text = math.prod(facts.text_shape)
+    formula = f"{pairs} pairs x ({tensors} x {latents:,} latents + {text:,} text) x 4 bytes"
+    return Term("batch", formula, pairs * (tensors * latents + text) * FLOAT32 / 1e9)
 
 
 def _activations(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int) -> Term:
-    pairs, sides = pairs_at_a_time(training, workers), sides_of(objective)
+    pairs = pairs_of_a_micro_batch(training, workers)
+    sides = sides_of(objective)
     each = facts.activation_bytes[training.precision, training.gradient_checkpointing]
     how = "checkpointed" if training.gradient_checkpointing else "all kept"
-    formula = f"{pairs} pairs x {spelled(sides)} x {each / 1e9:.3f} GB ({training.precision}, {how})"
+    formula = f"{pairs} pairs x {sides_text(sides)} x {each / 1e9:.3f} GB ({training.precision}, {how})"
     return Term("activations", formula, pairs * sides * each / 1e9)
-
-
-def pairs_of_a_worker(training: TrainConfig, workers: int) -> int:
-    """The largest share of the global batch that one worker has."""
-    return -(-training.batch_size // workers)
-
-
-def pairs_at_a_time(training: TrainConfig, workers: int) -> int:
-    """Pairs in one forward and backward; the gradients of several add up."""
-    share = pairs_of_a_worker(training, workers)
-    return min(training.micro_batch_size or share, share)
 
 
 def sides_of(objective: ObjectiveConfig) -> int:
@@ -158,47 +169,49 @@ def draws_evaluation_points(objective: ObjectiveConfig) -> bool:
     return METHODS[objective.method].corrected and objective.calibration_point == "sampled"
 
 
-def spelled(sides: int) -> str:
+def sides_text(sides: int) -> str:
     return "1 side" if sides == 1 else f"{sides} sides"
 
 
-def trained_parameters(facts: Facts, training: TrainConfig) -> int:
-    """All of the U-Net's, or its adapters'."""
-    return (
-        lora_parameters(facts.blocks, facts.text_shape[1], training.lora)
-        if training.lora
-        else facts.parameters
-    )
+def parameters_of(facts: Facts, training: TrainConfig) -> Parameters:
+    """Those of the U-Net, and those that are trained: the same, or its adapters'."""
+    if training.lora is None:
+        return Parameters(facts.parameters, facts.parameters)
+    return Parameters(facts.parameters, lora_parameters(facts.blocks, facts.text_shape[1], training.lora))
 
 
 def lora_parameters(blocks: dict[int, int], text_width: int, lora: LoraConfig) -> int:
-    """rank (inputs + outputs) for every linear layer of a transformer block that a target names (LoRA, arXiv 2106.09685).
+    """Parameters of the adapters: rank (inputs + outputs) for each targeted linear layer of a transformer
+    block (LoRA, arXiv 2106.09685).
 
-    Raises ConfigError for a target outside of these blocks: their layers alone are known here.
+    Raises ConfigError for a target outside of transformer blocks, whose layers are not counted here.
     """
+    if unknown := lora.unmatched(linear_layers(1, text_width)):
+        reason = "must name linear layers of transformer blocks to be estimated"
+        raise ConfigError("training.lora.targets", unknown[0], reason)
     total = 0
     for width, count in blocks.items():
         for name, (inputs, outputs) in linear_layers(width, text_width).items():
-            total += count * lora.rank * (inputs + outputs) if lora.matches(name) else 0
-    if unknown := lora.unmatched(linear_layers(1, text_width)):
-        raise ConfigError(
-            "training.lora.targets",
-            unknown[0],
-            "must name linear layers of transformer blocks to be estimated",
-        )
+            if lora.matches(name):
+                total += count * lora.rank * (inputs + outputs)
     return total
 
 
 def linear_layers(width: int, text_width: int) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linear layers of one transformer block: self-attention, cross-attention, a GEGLU."""
-    layers = {
-        f"{attention}.{name}": (width, width)
-        for attention in ("attn1", "attn2")
-        for name in ("to_q", "to_out.0")
+    """(inputs, outputs) of the linear layers of one transformer block: self-attention, cross-attention, a
+    GEGLU."""
+    return {
+        "attn1.to_q": (width, width),
+        "attn1.to_k": (width, width),
+        "attn1.to_v": (width, width),
+        "attn1.to_out.0": (width, width),
+        "attn2.to_q": (width, width),
+        "attn2.to_k": (text_width, width),
+        "attn2.to_v": (text_width, width),
+        "attn2.to_out.0": (width, width),
+        "ff.net.0.proj": (width, 8 * width),
+        "ff.net.2": (4 * width, width),
     }
-    layers |= {f"attn1.{name}": (width, width) for name in ("to_k", "to_v")}
-    layers |= {f"attn2.{name}": (text_width, width) for name in ("to_k", "to_v")}
-    return layers | {"ff.net.0.proj": (width, 8 * width), "ff.net.2": (4 * width, width)}
 
 
 # ---- time
@@ -207,60 +220,40 @@ def linear_layers(width: int, text_width: int) -> dict[str, tuple[int, int]]:
 def time_terms(
     facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int, gpu: Gpu
 ) -> Iterator[Term]:
-    """From one sample's passes to the hours of the run."""
+    """From the passes of one sample to the hours of the run."""
     parts = passes(objective, training)
-    flops, share = pair_flops(facts, objective, training), published_share(facts)
-    pairs = training.steps * training.batch_size
-    hours = pairs * flops / (share * gpu.peak) / 3600
-    yield Term(
-        "passes",
-        " + ".join(f"{count} {name}" for name, count in parts.items()),
-        sum(parts.values()),
-        "forwards",
-    )
-    arithmetic = (
-        f"passes x {spelled(sides_of(objective))} x {facts.forward_flops / 1e12:.3f} TFLOP of one forward"
-    )
-    arithmetic += f" + {facts.text_flops / 1e12:.3f} of its text"
+    passes_text = " + ".join(f"{count} {name}" for name, count in parts.items())
+    yield Term("passes", passes_text, sum(parts.values()), "forwards")
+
+    flops = pair_flops(facts, objective, training)
+    forward = f"{facts.forward_flops / 1e12:.3f} TFLOP of one forward"
+    text = f"{facts.text_flops / 1e12:.3f} of its text"
+    arithmetic = f"passes x {sides_text(sides_of(objective))} x {forward} + {text}"
     yield Term("arithmetic", arithmetic, flops / 1e12, "TFLOP a pair")
-    speed = f"{100 * share:.1f}% of peak {gpu.peak / 1e12:.0f}, Diffusion-DPO's share"
-    yield Term("speed", speed, share * gpu.peak / 1e12, "TFLOP/s")
-    yield Term("pace", "speed / arithmetic", share * gpu.peak / flops, "pairs/s a GPU")
+
+    mfu = published_mfu(facts)
+    flops_per_s = mfu * gpu.peak
+    speed = f"MFU {100 * mfu:.1f}% of peak {gpu.peak / 1e12:.0f}, as in Diffusion-DPO's runs"
+    yield Term("speed", speed, flops_per_s / 1e12, "TFLOP/s")
+    yield Term("pace", "speed / arithmetic", flops_per_s / flops, "pairs/s a GPU")
+
+    visits = training.steps * training.batch_size
+    hours = visits * flops / flops_per_s / 3600
     yield Term("GPU-hours", f"{training.steps} steps x {training.batch_size} pairs / pace", hours, "h")
     yield Term("time", f"GPU-hours / {workers} GPUs", hours / workers, "h")
     if reads_ledger(objective, training) and not training.draws:
-        once = "a forward of every visit, once for all runs with its key: steps x pairs x arithmetic of a forward / speed"
-        yield Term("ledger", once, pairs * forward_flops(facts) / (share * gpu.peak) / 3600, "h")
+        ledger = "steps x pairs x arithmetic of a forward / speed: once for all runs with the ledger's key"
+        yield Term("ledger", ledger, visits * ledger_pair_flops(facts) / flops_per_s / 3600, "h")
 
 
 def passes(objective: ObjectiveConfig, training: TrainConfig) -> dict[str, int]:
     """The U-Net passes of one sample, counted in forwards."""
     parts = {"forward": 1, "backward": 1 if training.lora else 2}
-    parts |= {"recomputed": 1} if training.gradient_checkpointing else {}
-    return parts | ({"reference": 1} if runs_reference(objective, training) else {})
-
-
-def pair_flops(facts: Facts, objective: ObjectiveConfig, training: TrainConfig) -> float:
-    """FLOPs of a pair in a training step: its text once, and the U-Net's passes on each side."""
-    return (
-        facts.text_flops
-        + sides_of(objective) * sum(passes(objective, training).values()) * facts.forward_flops
-    )
-
-
-def forward_flops(facts: Facts) -> float:
-    """FLOPs of a pair in a ledger's pass: its text, and one forward on each side."""
-    return facts.text_flops + 2 * facts.forward_flops
-
-
-def public_recipe_flops(facts: Facts, passes: int) -> float:
-    """FLOPs of a pair in a step of the public recipe: text, and on each side the VAE and the U-Net's ``passes``."""
-    return facts.text_flops + 2 * (facts.vae_flops + passes * facts.forward_flops)
-
-
-def runs_reference(objective: ObjectiveConfig, training: TrainConfig) -> bool:
-    """Whether the frozen reference runs in every step."""
-    return METHODS[objective.method].has_reference and training.reference != "ledger"
+    if training.gradient_checkpointing:
+        parts["recomputed"] = 1
+    if runs_reference(objective.method, training):
+        parts["reference"] = 1
+    return parts
 
 
 def reads_ledger(objective: ObjectiveConfig, training: TrainConfig) -> bool:
@@ -268,8 +261,25 @@ def reads_ledger(objective: ObjectiveConfig, training: TrainConfig) -> bool:
     return METHODS[objective.method].has_reference and training.reference == "ledger"
 
 
-def published_share(facts: Facts) -> float:
-    """What part of an A100's peak the published run made use of."""
+def pair_flops(facts: Facts, objective: ObjectiveConfig, training: TrainConfig) -> float:
+    """FLOPs of a pair in a training step: its text once, and the U-Net's passes on each side."""
+    forwards = sides_of(objective) * sum(passes(objective, training).values())
+    return facts.text_flops + forwards * facts.forward_flops
+
+
+def ledger_pair_flops(facts: Facts) -> float:
+    """FLOPs of a pair in the pass that writes a ledger: its text, and one forward on each side."""
+    return facts.text_flops + 2 * facts.forward_flops
+
+
+def public_recipe_flops(facts: Facts, passes: int) -> float:
+    """FLOPs of a pair in a step of the public recipe: text, and on each side the VAE and the U-Net's
+    ``passes``."""
+    return facts.text_flops + 2 * (facts.vae_flops + passes * facts.forward_flops)
+
+
+def published_mfu(facts: Facts) -> float:
+    """MFU of the published run on A100s: its FLOPs over what its hours allow at peak."""
     run = facts.published
     flops = run.steps * run.batch_size * public_recipe_flops(facts, run.passes)
     return flops / (run.gpu_hours * 3600 * GPUS["a100"].peak)

@@ -1,21 +1,22 @@
-"""Facts that estimates and plans stand on: GPUs from their data sheets, published runs, counted models. Imports no torch."""
+"""Constants for planning: GPUs from data sheets, published runs, counted models. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLOAT32, BFLOAT16, FLOAT16 = 4, 2, 2
+FLOAT16 = 2
 """Bytes of a number."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """``peak`` is dense bf16 FLOP/s, ``memory_gb`` as sold, ``nvlink_gb_s`` what NVLink carries in one direction (half of what
-    is advertised), ``host_gb_s`` the same of PCIe x16 to the host, ``memory_gb_s`` what the GPU reads and writes of its own
-    memory together: NVIDIA's data sheets, the SXM variants. ``node_gb_s`` is one GPU's network card in NVIDIA's own eight-GPU
-    machine. ``cuda_gb`` is what CUDA reports as total memory, about.
+    """One GPU, from NVIDIA's data sheet of its SXM variant.
 
-    ``usd_per_hour`` is a round figure for planning and nobody's offer.
+    ``peak`` is dense bf16 FLOP/s. ``memory_gb`` is the memory as sold, ``cuda_gb`` about what CUDA reports as
+    total. ``memory_gb_s`` is the bandwidth of that memory, reads and writes together. ``nvlink_gb_s`` and
+    ``host_gb_s`` (PCIe x16) are bandwidths in one direction, NVLink's half of what is advertised.
+    ``node_gb_s`` is one GPU's network card in NVIDIA's own eight-GPU machine. ``usd_per_hour`` is a round
+    figure for planning, not an offer.
     """
 
     title: str
@@ -42,29 +43,34 @@ GPUS: dict[str, Gpu] = {
 }
 
 PAGEABLE_GB_S = 3.0
-"""What one process copies from a GPU into memory that is fresh and can be paged out, a tensor at a time (`checkpoint.py`): its
-pages are made and zeroed as they are first written, and CUDA goes by way of a buffer of its own. A guess until it is measured;
-memory that is pinned and kept would come near ``host_gb_s``."""
+"""Rate at which one process copies tensors from a GPU into newly allocated pageable memory (`checkpoint.py`):
+the kernel zeroes each page at its first write, and CUDA copies through a staging buffer. A guess until it is
+measured. Pinned memory that is reused would come near ``host_gb_s``."""
 STORAGE_GB_S = 1.0
-"""What one worker writes to an object store: ours, for planning."""
+"""Rate at which one worker writes to an object store: our figure for planning."""
 PROCESS_GB = 4.0
-"""What a worker takes of the host's memory beside checkpoints: torch, CUDA, Ray, rows that are read ahead. Ours, for planning.
-Weights are read from files that are mapped, which the workers of a node have in common."""
+"""A worker's host memory without checkpoints: torch, CUDA, Ray, prefetched rows. Our figure for planning.
+Weights are read from memory-mapped files, which the workers of a node share."""
 
 ADAMW_BYTES = {"adamw": 28, "adamw_8bit": 16}
-"""Read and written for each trained parameter in a step, in one pass: weight, gradient and two moments are read, all but the
-gradient are written; each is of 4 bytes, 8-bit Adam's moments of 1."""
-CLIPPING_BYTES, AVERAGE_BYTES = 12, 32
-"""The same of clipping (the norm reads gradients, scaling reads and writes them), and of the running average, which diffusers
-computes in three passes: a difference (8 read, 4 written), times the rate (4, 4), taken off the average (8, 4)."""
+"""Bytes that AdamW reads and writes for each trained parameter, in one pass. It reads weight, gradient and
+two moments and writes all but the gradient; each takes 4 bytes, a moment of 8-bit Adam 1."""
+CLIPPING_BYTES = 12
+"""The same for gradient clipping: the norm reads gradients, scaling reads and writes them."""
+AVERAGE_BYTES = 32
+"""The same for the running average, which diffusers computes in three passes: difference (8 read, 4 written),
+times the rate (4, 4), subtracted from the average (8, 4)."""
 
 
 @dataclass(frozen=True)
 class Published:
     """A run of Diffusion-DPO (arXiv 2311.12908) on 16 A100s, from the launch scripts of its repository
-    (SalesforceAIResearch/DiffusionDPO). ``passes`` are the U-Net forwards that a sample cost there: 1 + 2 backward + 1
-    reference, and 1 more with gradient checkpointing, which its README says is on for SDXL alone. Pictures went through the VAE
-    and captions through the text encoders in every step."""
+    (SalesforceAIResearch/DiffusionDPO).
+
+    ``passes`` is the cost of a sample in U-Net forwards: 1 + 2 for the backward + 1 for the reference, and 1
+    more with gradient checkpointing, which its README enables for SDXL only. That run encoded images and
+    captions in every step.
+    """
 
     gpu_hours: float
     steps: int
@@ -74,25 +80,30 @@ class Published:
 
 @dataclass(frozen=True)
 class Precompute:
-    """MosaicML's encoding of a training set by VAE and CLIP, before it trained Stable Diffusion 2: its A100-hours are
-    published, what they were spent on is told in two ways. ``pictures_per_s`` of one A100; the size is our reading."""
+    """MosaicML's encoding of a training set with VAE and CLIP, before it trained Stable Diffusion 2.
+
+    Its A100-hours are published; the publication allows two readings of its ``images_per_s`` on one A100. The
+    image size is our reading.
+    """
 
     title: str
-    pictures_per_s: float
+    images_per_s: float
     vae_flops: float
     gpu_hours: float = 3784
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One model at its own resolution. Counts and FLOPs are recounted by `tests/core/test_estimate.py`, on tensors without
-    storage: parameters, multiply-adds times two of one forward of one sample (a picture for the VAE's encoder, a caption for
-    the text encoders), and the bytes that live at once beyond weights and gradients in forward and backward of one sample, by
-    precision and gradient checkpointing.
+    """One model at its own resolution. `tests/core/test_estimate.py` recounts every number on meta tensors.
 
-    ``blocks`` has for each width of the U-Net the number of its transformer blocks. FSDP2 gathers resnets and transformer
-    blocks one by one (`dde_core/models/parallel.py`): ``largest_block`` is the largest's parameters, ``outside_blocks`` those
-    of no block, which are gathered together and stay until the backward pass is done.
+    FLOPs are two for each multiply-add of one forward of one sample: an image for the VAE's encoder, a
+    caption for the text encoders. ``activation_bytes`` is the peak beyond weights and gradients in forward
+    and backward of one sample, by (precision, gradient checkpointing). ``blocks`` maps each width of the
+    U-Net to its number of transformer blocks.
+
+    FSDP2 gathers resnets and transformer blocks one by one (`dde_core/models/parallel.py`): ``largest_block``
+    is the parameters of the largest, ``outside_blocks`` those outside of all blocks, which stay gathered
+    until the backward pass ends.
     """
 
     title: str
@@ -157,14 +168,14 @@ FACTS: dict[str, Facts] = {
 }
 
 PRECOMPUTES = (
-    Precompute("MosaicML's precompute, read as 58 pictures/s of 512 px", 58, FACTS["sd15"].vae_flops),
-    Precompute("MosaicML's precompute, read as 210 pictures/s of 256 px", 210, 0.2727e12),
+    Precompute("MosaicML's precompute, read as 58 images/s of 512 px", 58, FACTS["sd15"].vae_flops),
+    Precompute("MosaicML's precompute, read as 210 images/s of 256 px", 210, 0.2727e12),
 )
 
 
 @dataclass(frozen=True)
 class Benched:
-    """FLOPs of the models that `make bench` trains, as in Facts; without gradient checkpointing."""
+    """FLOPs of the models that `make bench` trains without gradient checkpointing, counted as in Facts."""
 
     forward_flops: float
     vae_flops: float
@@ -175,5 +186,5 @@ BENCHED: dict[str, Benched] = {
     "": Benched(forward_flops=112.7e6, vae_flops=107.2e6, text_flops=2.1e6),
     ", SD1.5-kind mid-size": Benched(forward_flops=17.54e9, vae_flops=17.55e9, text_flops=0.59e6),
 }
-"""By what follows the name of a result: the shapes model, and Stable Diffusion 1.5's U-Net at 3/10 of its width with its VAE
-at 1/4."""
+"""Keyed by the suffix of a result's name: the shapes model, and Stable Diffusion 1.5's U-Net at 3/10 of its
+width with its VAE at 1/4."""

@@ -1,8 +1,8 @@
-"""How fast a GPU computes, as a share of its peak, and what that number says of runs that it was not taken from.
+"""Model FLOPs utilization (MFU): which fraction of a GPU's peak training reaches. Imports no torch.
 
-A share comes from the hours of a published run, or from a measured step of `tests/bench/gpu_step.py`. One number that is fitted
-to one run proves nothing by giving that run back, so `checks` predicts others: Diffusion-DPO's runs from each other's share (or
-both from a measured one), and MosaicML's precompute, which is the VAE alone. Imports no torch.
+An MFU comes from the hours of a published run, or from a measured step of `tests/bench/gpu_step.py`. A number
+fitted to one run proves nothing by reproducing that run, so `checks` predicts others: each Diffusion-DPO run
+from the other's MFU (or both from a measured one), and MosaicML's precompute, which runs the VAE only.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ from typing import Any
 
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
-from dde_core.planning.estimate import pair_flops, public_recipe_flops, published_share
+from dde_core.planning.estimate import pair_flops, public_recipe_flops, published_mfu
 from dde_core.planning.facts import BENCHED, FACTS, GPUS, PRECOMPUTES
 
 A100 = GPUS["a100"]
 MEASURED = re.compile(
-    r"(\w+) at \d+ px, bf16, micro (\d+), (with|without) gradient checkpointing(, compiled)?, train_vs_public_recipe"
+    r"(?P<family>\w+) at \d+ px, bf16, micro (?P<micro>\d+), "
+    r"(?P<checkpointing>with|without) gradient checkpointing(?P<compiled>, compiled)?, train_vs_public_recipe"
 )
-"""Entries of `python -m tests.bench.gpu_step --out FILE`: ``value`` is our pairs/s on a ledger, ``ratio`` how many times the
-public recipe's on the same GPU."""
+"""Names of entries of `python -m tests.bench.gpu_step --out FILE`: ``value`` is our pairs/s on a ledger,
+``ratio`` how many times the public recipe's on the same GPU."""
 
 UNIFORM = ObjectiveConfig(method="uniform")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
-    """``share`` of a GPU's dense bf16 peak; ``source`` says in words where it is from; ``family`` whose published hours it
-    gives back (None: measured)."""
+class Mfu:
+    """``value`` is a fraction of a GPU's dense bf16 peak, ``source`` says for people where it comes from.
+    ``family`` is the model whose published hours it was fitted to, None if it was measured."""
 
-    share: float
+    value: float
     source: str
     family: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What is predicted of a run by a number taken from elsewhere, and what is known of it."""
+    """A prediction for a run from a number taken elsewhere, and the known value."""
 
     name: str
     source: str
@@ -53,133 +54,148 @@ class Check:
         return self.predicted / self.known
 
 
-def published(family: str) -> Speed:
-    """The share that Diffusion-DPO's published hours of this family come to. Raises ConfigError for an unknown family."""
+def published(family: str) -> Mfu:
+    """MFU of Diffusion-DPO's published run of this family. Raises ConfigError for an unknown family."""
     if family not in FACTS:
         raise ConfigError("family", family, f"must be one of {', '.join(FACTS)}")
-    run = FACTS[family].published
-    source = f"Diffusion-DPO's {run.gpu_hours:,.0f} A100-hours, {family}"
-    return Speed(share=published_share(FACTS[family]), source=source, family=family)
+    facts = FACTS[family]
+    source = f"Diffusion-DPO's {facts.published.gpu_hours:,.0f} A100-hours, {family}"
+    return Mfu(value=published_mfu(facts), source=source, family=family)
 
 
-def measured(results: Mapping[str, Any], family: str, gpu: str, training: TrainConfig) -> Speed | None:
-    """The share of the fastest measured steps of this family, where there are such of those on this GPU, with this gradient
-    checkpointing and compilation; None without a step of this family on a known GPU. Raises ConfigError for a value that is no
-    speed."""
+def measured(results: Mapping[str, Any], family: str, gpu: str, training: TrainConfig) -> Mfu | None:
+    """MFU of the fastest measured step of this family, or None without one on a known GPU.
+
+    Prefers a step on this GPU, then one with the same gradient checkpointing, then one with the same
+    compilation. Raises ConfigError for a value that is no speed.
+    """
     found = []
     for name, entry in _measured(results):
-        if entry[1] != family:
+        if entry["family"] != family:
             continue
-        pairs_per_s, checkpointed = _positive(results, name, "value"), entry[3] == "with"
-        if (on := gpu_of(str(results[name].get("machine")))) is None:
+        pairs_per_s = _positive(results, name, "value")
+        measured_on = gpu_of(str(results[name].get("machine")))
+        if measured_on is None:
             continue
-        share = pairs_per_s * ours_flops(family, checkpointed) / GPUS[on].peak
-        how = f"micro {entry[2]}, {entry[3]} checkpointing{entry[4] or ''}"
-        source = f"measured: {pairs_per_s:.4g} pairs/s of {family} on an {GPUS[on].title}, {how}"
-        alike = (
-            on == gpu,
+        checkpointed = entry["checkpointing"] == "with"
+        value = pairs_per_s * ledger_step_flops(family, checkpointed) / GPUS[measured_on].peak
+        how = f"micro {entry['micro']}, {entry['checkpointing']} checkpointing{entry['compiled'] or ''}"
+        source = f"measured: {pairs_per_s:.4g} pairs/s of {family} on an {GPUS[measured_on].title}, {how}"
+        preference = (
+            measured_on == gpu,
             checkpointed == training.gradient_checkpointing,
-            bool(entry[4]) == training.compile,
+            bool(entry["compiled"]) == training.compile,
         )
-        found.append((*alike, share, source))
+        found.append((*preference, value, source))
     if not found:
         return None
-    *_, share, source = max(found)
-    return Speed(share=share, source=source)
+    *_, value, source = max(found)
+    return Mfu(value=value, source=source)
 
 
 def _measured(results: Mapping[str, Any]) -> Iterator[tuple[str, re.Match[str]]]:
-    return ((name, entry) for name in results if (entry := MEASURED.fullmatch(name)))
+    for name in results:
+        entry = MEASURED.fullmatch(name)
+        if entry:
+            yield name, entry
 
 
 def gpu_of(machine: str) -> str | None:
-    """Which known GPU a name such as "NVIDIA H100 80GB HBM3" is of."""
+    """The key of the known GPU that a name such as "NVIDIA H100 80GB HBM3" contains."""
     return next((name for name in GPUS if name in machine.lower()), None)
 
 
-def ours_flops(family: str, checkpointing: bool) -> float:
-    """Of a pair in a step of ours on a ledger."""
-    return pair_flops(
-        FACTS[family], UNIFORM, TrainConfig(reference="ledger", gradient_checkpointing=checkpointing)
-    )
+def ledger_step_flops(family: str, checkpointing: bool) -> float:
+    """FLOPs of a pair in a training step on a ledger."""
+    training = TrainConfig(reference="ledger", gradient_checkpointing=checkpointing)
+    return pair_flops(FACTS[family], UNIFORM, training)
 
 
-def checks(speed: Speed) -> Iterator[Check]:
-    """A100-hours of published runs as a share predicts them that was not taken from them."""
-    yield from training_checks(speed)
-    yield from encoding_checks(speed)
+def checks(mfu: Mfu) -> Iterator[Check]:
+    """A100-hours of published runs, predicted from an MFU that was not fitted to them."""
+    yield from training_checks(mfu)
+    yield from encoding_checks(mfu)
 
 
-def training_checks(speed: Speed) -> Iterator[Check]:
-    """Diffusion-DPO's runs."""
+def training_checks(mfu: Mfu) -> Iterator[Check]:
+    """Diffusion-DPO's runs. A fitted MFU would reproduce its own run, so each is predicted from the other
+    families'."""
     for family, facts in FACTS.items():
-        for other in (
-            [speed] if speed.family is None else [published(name) for name in FACTS if name != family]
-        ):
-            hours = facts.published.gpu_hours * published_share(facts) / other.share
+        others = [mfu] if mfu.family is None else [published(name) for name in FACTS if name != family]
+        for other in others:
             yield Check(
                 name=f"Diffusion-DPO, {facts.title}",
                 source=other.source,
-                predicted=hours,
+                predicted=facts.published.gpu_hours * published_mfu(facts) / other.value,
                 known=facts.published.gpu_hours,
                 unit="A100-hours",
             )
 
 
-def encoding_checks(speed: Speed) -> Iterator[Check]:
+def encoding_checks(mfu: Mfu) -> Iterator[Check]:
     """MosaicML's precompute, under both readings."""
     for run in PRECOMPUTES:
-        hours = run.gpu_hours * run.pictures_per_s * run.vae_flops / (speed.share * A100.peak)
+        hours = run.gpu_hours * run.images_per_s * run.vae_flops / (mfu.value * A100.peak)
         yield Check(
-            name=run.title, source=speed.source, predicted=hours, known=run.gpu_hours, unit="A100-hours"
+            name=run.title, source=mfu.source, predicted=hours, known=run.gpu_hours, unit="A100-hours"
         )
 
 
 def ceilings(family: str) -> Iterator[tuple[bool, float, float]]:
-    """(with gradient checkpointing, FLOPs of a pair here on a ledger, FLOPs of a pair in the public recipe): their quotient is
-    how much faster training can be at equal speed of the arithmetic."""
+    """(gradient checkpointing, FLOPs of a pair here on a ledger, FLOPs of a pair in the public recipe), with
+    and without.
+
+    Their quotient is the speed-up over the public recipe at equal MFU.
+    """
     for checkpointing in (True, False):
+        passes = 5 if checkpointing else 4
         yield (
             checkpointing,
-            ours_flops(family, checkpointing),
-            public_recipe_flops(FACTS[family], 5 if checkpointing else 4),
+            ledger_step_flops(family, checkpointing),
+            public_recipe_flops(FACTS[family], passes),
         )
 
 
 def benchmarks(results: Mapping[str, Any]) -> Iterator[Check]:
-    """Measured ratios, wherever they were measured, as arithmetic alone predicts them: a ledger's run against one with the
-    reference in every step, and against the public recipe, in `make bench` and on a GPU."""
+    """Measured ratios beside what FLOPs alone predict: a run on a ledger against one with the reference in
+    every step, and against the public recipe, in `make bench` and on a GPU."""
     for name in sorted(results):
-        if predicted := by_arithmetic(name):
+        predicted = flops_ratio(name)
+        if predicted:
             known = _positive(results, name, "ratio")
             yield Check(name=name, source="FLOPs of both", predicted=predicted, known=known, unit="x")
 
 
-def by_arithmetic(name: str) -> float | None:
-    """The ratio that a benchmark of this name would have if both sides computed at one speed, and did nothing else: FLOPs of a
-    pair there over those here. None where it measures something else, or a model that is not counted."""
-    if entry := MEASURED.fullmatch(name):
-        counted = ceilings(entry[1]) if entry[1] in FACTS else ()
-        return next(
-            (
-                public / ours
-                for checkpointing, ours, public in counted
-                if checkpointing == (entry[3] == "with")
-            ),
-            None,
-        )
-    quotients = {}
+def flops_ratio(name: str) -> float | None:
+    """The ratio that the benchmark of this name would have at equal MFU on both sides: FLOPs of a pair there
+    over those here.
+
+    None for a benchmark of something else, or of a model whose FLOPs are not counted.
+    """
+    entry = MEASURED.fullmatch(name)
+    if entry is None:
+        return _bench_ratios().get(name)
+    if entry["family"] not in FACTS:
+        return None
+    ratios = {checkpointing: public / ours for checkpointing, ours, public in ceilings(entry["family"])}
+    return ratios[entry["checkpointing"] == "with"]
+
+
+def _bench_ratios() -> dict[str, float]:
+    ratios = {}
     for title, model in BENCHED.items():
-        ours = model.text_flops + 6 * model.forward_flops
-        online = ours + 2 * model.forward_flops
-        quotients[f"ledger_vs_online{title}"] = online / ours
-        quotients[f"train_vs_public_recipe{title}"] = (online + 2 * model.vae_flops) / ours
-    return quotients.get(name)
+        ledger = model.text_flops + 6 * model.forward_flops
+        online = ledger + 2 * model.forward_flops
+        public = online + 2 * model.vae_flops
+        ratios[f"ledger_vs_online{title}"] = online / ledger
+        ratios[f"train_vs_public_recipe{title}"] = public / ledger
+    return ratios
 
 
 def _positive(results: Mapping[str, Any], name: str, field: str) -> float:
-    """A number of an entry. Raises ConfigError where it is none."""
-    number = results[name].get(field) if isinstance(results[name], Mapping) else None
+    """A number of an entry. Raises ConfigError for anything but a finite number greater than 0."""
+    entry = results[name]
+    number = entry.get(field) if isinstance(entry, Mapping) else None
     if not isinstance(number, int | float) or not 0 < number < math.inf:
         raise ConfigError(f"calibration[{name!r}].{field}", number, "must be a number greater than 0")
     return float(number)

@@ -177,7 +177,7 @@ def test_the_law_of_convergence_is_what_a_calibration_does(schedule, bins):
 
 
 def straight_run(schedule, config, steps=40, pairs=32):
-    """A run as training has it: random errors, C(t) frozen within a step and updated after it. step, t, margin, g."""
+    """(step, t, margin, g) of a run as in training: random errors, C(t) updated after each step."""
     generator, calibration, rows = torch.Generator().manual_seed(1), Calibration(schedule, config), []
     for step in range(1, steps + 1):
         t = torch.randint(config.t_min, (config.t_max or 1000) + 1, (pairs,), generator=generator)

@@ -132,13 +132,14 @@ def unet_flops(unet, size) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_flops_are_counted_and_a_backward_is_two_forwards(family):
-    model, told = unet(family), conditioning(family, 1, "meta")
+    model = unet(family)
+    inputs = conditioning(family, 1, "meta")
     x_t, t = (
         torch.empty(1, *FACTS[family].latent_shape, device="meta"),
         torch.ones(1, dtype=torch.long, device="meta"),
     )
     with FlopCounterMode(display=False) as forward:
-        output = predict(model, x_t, t, told)
+        output = predict(model, x_t, t, inputs)
     with FlopCounterMode(display=False) as backward:
         output.sum().backward()
     assert FACTS[family].forward_flops == pytest.approx(forward.get_total_flops(), rel=1e-3)
@@ -233,7 +234,7 @@ def test_a_running_average_costs_a_copy_of_what_is_trained():
     assert averaged.memory_gb - plain.memory_gb == pytest.approx(copy)
 
 
-def test_without_micro_batches_a_worker_runs_its_whole_share():
+def test_without_micro_batches_a_worker_runs_all_its_pairs_at_once():
     whole = dataclasses.replace(PAPER, micro_batch_size=0, batch_size=100)
     assert term(estimate("sd15", UNIFORM, whole, 8), "activations") == pytest.approx(13 * 2 * 0.281)
     assert term(
@@ -241,7 +242,7 @@ def test_without_micro_batches_a_worker_runs_its_whole_share():
     ) == pytest.approx(13 * 2 * 0.281)
 
 
-def test_more_workers_share_the_hours():
+def test_more_workers_divide_the_hours():
     one, eight = (estimate("sd15", UNIFORM, PAPER, workers) for workers in (1, 8))
     assert one.gpu_hours == eight.gpu_hours
     assert term(eight, "time") == one.gpu_hours / 8
@@ -252,12 +253,12 @@ def test_a_gpu_says_what_fits_and_how_fast_it_is():
         estimate("sdxl", UNIFORM, dataclasses.replace(PAPER, micro_batch_size=16), 8, gpu)
         for gpu in ("a100", "h200")
     )
-    assert (a100.room, h200.room) == ("does not fit", "fits")
+    assert (a100.fit, h200.fit) == ("does not fit", "fits")
     assert a100.gpu_hours / h200.gpu_hours == pytest.approx(989 / 312)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"family": "sd3"}, "family must be one of sd15, sdxl, got 'sd3'"),
         ({"gpu": "b300"}, "gpu must be one of a100, h100, h200, got 'b300'"),
@@ -265,15 +266,16 @@ def test_a_gpu_says_what_fits_and_how_fast_it_is():
         ({"workers": 4096}, "workers must be at most training.batch_size = 2048, got 4096"),
         (
             {"training": TrainConfig(lora=LoraConfig(targets=("conv_in",)))},
-            "training.lora.targets must name linear layers of transformer blocks to be estimated, got 'conv_in'",
+            "training.lora.targets must name linear layers of transformer blocks to be estimated, "
+            "got 'conv_in'",
         ),
     ],
 )
-def test_what_cannot_be_estimated_is_refused_by_field_and_value(change, said):
-    asked = {"family": "sd15", "objective": UNIFORM, "training": PAPER, "workers": 8, **change}
+def test_what_cannot_be_estimated_is_refused_by_field_and_value(change, message):
+    request = {"family": "sd15", "objective": UNIFORM, "training": PAPER, "workers": 8, **change}
     with pytest.raises(ConfigError) as refused:
-        estimate(**asked)
-    assert str(refused.value) == said
+        estimate(**request)
+    assert str(refused.value) == message
 
 
 def test_the_estimate_loads_no_torch():

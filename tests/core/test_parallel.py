@@ -1,14 +1,17 @@
-"""Two processes on gloo: a model in shares (FSDP2) makes the update of whole ones (DDP), and what it stores is whole."""
+"""Planner and trainer choose alike; on two gloo processes FSDP2 updates like DDP and stores whole tensors."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from peft import LoraConfig as PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
@@ -17,13 +20,19 @@ from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
+from dde_core.methods import METHODS
 from dde_core.models import parallel
 from dde_core.models.folder import ModelFolder
-from dde_core.models.parallel import synchronised
+from dde_core.models.parallel import synchronized
 from dde_core.models.policy import Policy, make_optimizer, use_deterministic_kernels
 from dde_core.models.saving import save_aligned
+from dde_core.parallelism import Parameters, choose_parallelism, state_terms
+from dde_core.planning.cluster import Cluster, parallelism_on
+from dde_core.planning.estimate import parameters_of
+from dde_core.planning.facts import FACTS
 from tests.support.tiny_folders import WIDTH, sd15_folder
 from tests.support.tiny_unet import TEXT_WIDTH, tiny_unet
+from tests.support.unet_configs import unet
 
 RANKS, STEPS = 2, 3
 KINDS = ("whole", "lora")
@@ -54,10 +63,10 @@ def step(
     text: Tensor,
     reference=None,
 ) -> None:
-    """The gradients of two micro-batches on each rank, that differ from rank to rank; the reference runs before the policy."""
+    """The gradients of two micro-batches, different on each rank; the reference runs before the policy."""
     optimizer.zero_grad()
     for part in range(2):
-        with synchronised(model, part == 1):
+        with synchronized(model, part == 1):
             x = inputs(100 * number + 10 * part + rank)
             if reference:
                 reference(x, torch.tensor([5, 500]), text)
@@ -83,7 +92,7 @@ def in_float64(rank: int, folder: Path) -> dict[str, Tensor]:
                 torch.ones(2, 3, TEXT_WIDTH).double(),
             )
             optimizer.step()
-        found[kind] = torch.cat([parallel.whole(p).detach().flatten() for p in unet.parameters()])
+        found[kind] = torch.cat([parallel.full_tensor(p).detach().flatten() for p in unet.parameters()])
     return found
 
 
@@ -140,10 +149,11 @@ def run(rank: int, folder: Path) -> None:
         again.load(folder / f"{parallelism}-{kind}-half")
         assert again.train(STEPS) == norms[1]
         again.save(folder / f"{parallelism}-{kind}-resumed")
-        x, told = noise(0), (torch.tensor([5, 500]), torch.ones(2, 3, WIDTH))
+        x = noise(0)
+        conditioning = (torch.tensor([5, 500]), torch.ones(2, 3, WIDTH))
         found = {
             "norms": torch.tensor(norms, dtype=torch.float64),
-            "reference": again.policy.reference(x, *told).sample,
+            "reference": again.policy.reference(x, *conditioning).sample,
         }
         save_file(found, folder / f"{parallelism}-{kind}-{rank}.safetensors")
     distributed.destroy_process_group()
@@ -177,7 +187,7 @@ def alone(folder: Path, kind: str) -> Run:
     return Run(folder / "model", "fsdp", kind, rank=0, world_size=1)
 
 
-def test_shares_make_the_update_of_whole_models_in_float64(folder: Path):
+def test_shards_make_the_update_of_whole_models_in_float64(folder: Path):
     found = load_file(folder / "float64-0.safetensors")
     start = torch.cat([p.detach().flatten() for p in tiny_unet().double().parameters()])
     distance = float((found["ddp"] - found["fsdp"]).norm() / (found["ddp"] - start).norm())
@@ -186,14 +196,14 @@ def test_shares_make_the_update_of_whole_models_in_float64(folder: Path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shares_make_the_update_of_whole_models_in_float32_and_the_same_gradient_norms(
+def test_shards_make_the_update_of_whole_models_in_float32_and_the_same_gradient_norms(
     folder: Path, kind: str
 ):
-    whole, shares = (tensors(folder / f"{each}-{kind}") for each in ("ddp", "fsdp"))
-    assert {n: t.shape for n, t in whole.items()} == {n: t.shape for n, t in shares.items()}, (
+    whole, shards = (tensors(folder / f"{each}-{kind}") for each in ("ddp", "fsdp"))
+    assert {n: t.shape for n, t in whole.items()} == {n: t.shape for n, t in shards.items()}, (
         "files are those of a whole model"
     )
-    start, (a, b) = alone(folder, kind).policy.weights(), map(trained, (whole, shares))
+    start, (a, b) = alone(folder, kind).policy.weights(), map(trained, (whole, shards))
     apart, length = (sum(float((a[n] - each[n]).double().square().sum()) for n in a) for each in (b, start))
     distance = (apart / length) ** 0.5
     print(f"relative L2 distance of the update, FSDP2 against DDP, 2 ranks, {kind}: {distance:.1e}")
@@ -205,7 +215,7 @@ def test_shares_make_the_update_of_whole_models_in_float32_and_the_same_gradient
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
-def test_a_run_that_goes_on_from_its_checkpoint_is_the_undisturbed_one_to_the_bit(
+def test_a_run_that_resumes_from_its_checkpoint_is_the_undisturbed_one_to_the_bit(
     folder: Path, parallelism: str, kind: str
 ):
     one, other = (tensors(folder / f"{parallelism}-{kind}{which}") for which in ("", "-resumed"))
@@ -214,7 +224,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_is_the_undisturbed_one_to_the_bi
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_of_shares_is_gone_on_with_by_one_process(folder: Path, kind: str):
+def test_one_process_resumes_from_a_checkpoint_of_shards(folder: Path, kind: str):
     run = alone(folder, kind)
     assert run.policy.parallelism == "none"
     run.load(folder / f"fsdp-{kind}")
@@ -222,7 +232,7 @@ def test_a_checkpoint_of_shares_is_gone_on_with_by_one_process(folder: Path, kin
     assert all(torch.equal(value, saved[name]) for name, value in run.policy.weights().items())
 
 
-def test_the_model_that_shares_have_made_loads_as_any_other(folder: Path, tmp_path: Path):
+def test_a_model_trained_in_shards_loads_as_any_other(folder: Path, tmp_path: Path):
     save_aligned(folder / "model", folder / "fsdp-whole" / "weights", tmp_path / "aligned")
     saved = trained(tensors(folder / "fsdp-whole"))
     assert all(
@@ -231,9 +241,68 @@ def test_the_model_that_shares_have_made_loads_as_any_other(folder: Path, tmp_pa
     )
 
 
-def test_eight_bit_moments_are_not_shared_out():
-    with pytest.raises(
-        ConfigError,
-        match=r"training\.optimizer does not go with training\.parallelism \"fsdp\", got 'adamw_8bit'",
-    ):
-        parallel.choose(TrainConfig(parallelism="fsdp", optimizer="adamw_8bit"), 10, torch.device("cpu"), 2)
+def test_fsdp_refuses_eight_bit_moments():
+    training = TrainConfig(parallelism="fsdp", optimizer="adamw_8bit")
+    message = r"training\.optimizer does not go with training\.parallelism \"fsdp\", got 'adamw_8bit'"
+    with pytest.raises(ConfigError, match=message):
+        parallel.choose("dde", training, tiny_unet(), torch.device("cpu"), 2)
+
+
+# ---- the choice of planner and trainer
+
+ON = Cluster(gpus=16, gpu="h100")
+
+
+@cache
+def meta_unet(family: str, lora: LoraConfig | None):
+    """The real U-Net without storage, as a policy prepares it: all trained, or adapters on frozen weights."""
+    model = unet(family)
+    if lora:
+        model.requires_grad_(False)
+        model.add_adapter(PeftConfig(r=lora.rank, target_modules=list(lora.targets)))
+    return model
+
+
+@pytest.fixture
+def on_h100s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "smallest_memory", lambda device: ON.kind.cuda_gb * 1e9)
+
+
+@pytest.mark.usefixtures("on_h100s")
+@pytest.mark.parametrize("reference", ["auto", "online", "ledger"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("ema_decay", [0.0, 0.999])
+@pytest.mark.parametrize("lora", [None, LoraConfig()], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("method", METHODS)
+def test_planner_and_trainer_choose_alike(method, family, lora, ema_decay, precision, reference):
+    training = TrainConfig(lora=lora, ema_decay=ema_decay, precision=precision, reference=reference)
+    model = meta_unet(family, lora)
+    assert parallel.count_parameters(model, training) == parameters_of(FACTS[family], training)
+    planned = parallelism_on(ON, FACTS[family], ObjectiveConfig(method=method), training)
+    assert parallel.choose(method, training, model, torch.device("cpu"), ON.gpus) == planned
+
+
+@pytest.mark.usefixtures("on_h100s")
+@pytest.mark.parametrize(("method", "chosen"), [("sft", "ddp"), ("dde", "fsdp")])
+def test_a_policy_counts_a_reference_only_where_its_method_has_one(monkeypatch, method, chosen):
+    """SDXL in bf16 with a running average on 85 GB: 56.5 GB of state, 66.8 GB with a reference."""
+    monkeypatch.setattr(parallel, "shard", lambda *arguments: None)
+    monkeypatch.setattr(parallel, "wrap", lambda model, parallelism, device: model)
+    folder = SimpleNamespace(unet=lambda: meta_unet("sdxl", None))
+    training = TrainConfig(ema_decay=0.999, precision="bf16")
+    assert Policy(folder, training, "meta", ON.gpus, method).parallelism == chosen
+
+
+def test_a_ledger_and_adapters_leave_no_copy_of_the_reference():
+    counts = Parameters(base=100, trained=100)
+    adapters = Parameters(base=100, trained=5)
+    assert "reference" in state_terms("dde", TrainConfig(), counts)
+    assert "reference" not in state_terms("sft", TrainConfig(), counts)
+    assert "reference" not in state_terms("dde", TrainConfig(reference="ledger"), counts)
+    assert "reference" not in state_terms("dde", TrainConfig(lora=LoraConfig()), adapters)
+
+
+def test_one_worker_needs_no_parallelism_whatever_is_requested():
+    training = TrainConfig(parallelism="fsdp", optimizer="adamw_8bit")
+    assert choose_parallelism("dde", training, Parameters(1, 1), 0, num_workers=1) == "none"

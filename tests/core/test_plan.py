@@ -1,4 +1,4 @@
-"""A plan's formulas by hand, its laws, what it says of runs that it was not taken from, and what it refuses."""
+"""A plan's formulas by hand, its laws, its predictions for runs it was not fitted to, and its refusals."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_leaves
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
 from dde_core.models import parallel
+from dde_core.parallelism import state_terms
 from dde_core.planning import mfu
-from dde_core.planning.cluster import STATE, Cluster, exchange_terms, memory_of
-from dde_core.planning.estimate import estimate, pair_flops
+from dde_core.planning.cluster import Cluster, communication_terms, memory_of
+from dde_core.planning.estimate import estimate, pair_flops, parameters_of
 from dde_core.planning.facts import FACTS, GPUS
-from dde_core.planning.plan import Plan, Run, changed, plan, value
+from dde_core.planning.plan import Plan, Run, alternatives, plan, value
 from dde_core.train_step import pair_errors
 from tests.support.unet_configs import random_pairs, schedule, unet
 
@@ -29,17 +30,17 @@ FAMILIES = ("sd15", "sdxl")
 UNIFORM, SFT = ObjectiveConfig(method="uniform"), ObjectiveConfig(method="sft")
 PAPER = TrainConfig(precision="bf16", gradient_checkpointing=True, micro_batch_size=2)
 LEDGER = dataclasses.replace(PAPER, reference="ledger")
-FAST = mfu.Speed(share=0.4, source="measured by nobody")
+FAST = mfu.Mfu(value=0.4, source="measured by nobody")
 
 
 def planned(
     training: TrainConfig = PAPER, objective: ObjectiveConfig = UNIFORM, family: str = "sdxl", **cluster
 ) -> Plan:
     on = Cluster(**{"gpus": 16, "gpu": "h100", **cluster})
-    return plan(Run(family=family, objective=objective, training=training, cluster=on, speed=FAST))
+    return plan(Run(family=family, objective=objective, training=training, cluster=on, mfu=FAST))
 
 
-# ---- exchange
+# ---- communication
 
 
 def test_a_buffer_crosses_nvlink_and_then_the_card_of_every_gpu():
@@ -62,7 +63,7 @@ def test_both_ways_in_one_node_are_the_rings_all_reduce(gpus):
 
 def test_ddp_sends_gradients_both_ways_and_adapters_send_little():
     whole, adapters = (
-        sum(term.value for term in exchange_terms(FACTS["sdxl"], UNIFORM, training, 16, "ddp"))
+        sum(term.value for term in communication_terms(FACTS["sdxl"], UNIFORM, training, 16, "ddp"))
         for training in (PAPER, dataclasses.replace(PAPER, lora=LoraConfig()))
     )
     assert whole == pytest.approx(2 * 4 * 2.567463684)
@@ -71,7 +72,9 @@ def test_ddp_sends_gradients_both_ways_and_adapters_send_little():
 
 def test_fsdp_gathers_in_every_micro_batch_and_scatters_once():
     training = dataclasses.replace(PAPER, batch_size=64, micro_batch_size=1)
-    sent = {term.name: term.value for term in exchange_terms(FACTS["sdxl"], UNIFORM, training, 16, "fsdp")}
+    sent = {
+        term.name: term.value for term in communication_terms(FACTS["sdxl"], UNIFORM, training, 16, "fsdp")
+    }
     weights, outside = 4 * 2.567463684, 4 * 0.054163204
     by_hand = {
         "weights": 4 * (2 * weights - outside),
@@ -79,14 +82,14 @@ def test_fsdp_gathers_in_every_micro_batch_and_scatters_once():
         "gradients": weights,
     }
     assert sent == pytest.approx(by_hand)
-    ledger = exchange_terms(
+    ledger = communication_terms(
         FACTS["sdxl"], UNIFORM, dataclasses.replace(training, reference="ledger"), 16, "fsdp"
     )
     assert "reference" not in {term.name for term in ledger}
 
 
 def test_fsdp_sends_what_is_counted(process_group):
-    """Two micro-batches of the training loop on real FSDP2 shares, in a process group that sends nothing: buffers count."""
+    """Two micro-batches of the training loop on real FSDP2 shards; a fake process group counts buffers."""
     policy, reference = (unet("tiny", "cpu", seed=0) for _ in range(2))
     blocks = [
         module for module in policy.modules() if isinstance(module, ResnetBlock2D | BasicTransformerBlock)
@@ -104,7 +107,9 @@ def test_fsdp_sends_what_is_counted(process_group):
         for is_last in (False, True):
             one_batch(reference, policy, is_last)
     training = TrainConfig(batch_size=4, micro_batch_size=1, precision="bf16", gradient_checkpointing=True)
-    counted = {term.name: term.value * 1e9 for term in exchange_terms(facts, UNIFORM, training, 2, "fsdp")}
+    counted = {
+        term.name: term.value * 1e9 for term in communication_terms(facts, UNIFORM, training, 2, "fsdp")
+    }
     assert sent.gathered == pytest.approx(counted["weights"] + counted["reference"])
     assert sent.scattered == pytest.approx(counted["gradients"])
 
@@ -118,7 +123,7 @@ def one_batch(reference, policy, is_last: bool) -> None:
     pairs = random_pairs("tiny", 1, "cpu", seed=0)
     with torch.no_grad():
         pair_errors(reference, schedule(), pairs)
-    with parallel.synchronised(policy, is_last):
+    with parallel.synchronized(policy, is_last):
         errors = pair_errors(policy, schedule(), pairs)
         (errors.w - errors.l).sum().backward()
 
@@ -147,7 +152,7 @@ def process_group():
 def test_one_gpu_sends_nothing():
     alone = planned(gpus=1)
     assert alone.parallelism == "none"
-    assert value(alone.step, "exchange") == value(alone.step, "exposed") == 0
+    assert value(alone.step, "communication") == value(alone.step, "exposed") == 0
 
 
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
@@ -158,7 +163,7 @@ def test_what_is_exposed_is_what_the_arithmetic_beside_it_does_not_hide(parallel
         beside = value(step, "compute")
         if parallelism == "ddp":
             beside *= 3 / 5 / 16  # backward and recomputed, of the last of 16 micro-batches
-        exposed = value(step, "exchange") - overlap * beside
+        exposed = value(step, "communication") - overlap * beside
         assert exposed > 0
         assert value(step, "exposed") == pytest.approx(exposed)
         parts = [value(step, name) for name in ("compute", "exposed", "optimizer", "checkpoints")]
@@ -181,7 +186,7 @@ def test_more_gpus_are_never_slower_in_arithmetic():
     assert seconds == sorted(seconds, reverse=True)
 
 
-def test_a_batch_that_cannot_be_shared_evenly_is_as_slow_as_its_largest_share():
+def test_a_batch_that_does_not_divide_evenly_is_as_slow_as_the_worker_with_most_pairs():
     assert value(planned(gpus=1025).step, "pairs a GPU") == value(planned(gpus=2047).step, "pairs a GPU") == 2
 
 
@@ -193,18 +198,18 @@ def test_training_on_one_gpu_takes_the_estimates_hours(family):
         objective=UNIFORM,
         training=training,
         cluster=Cluster(gpus=1),
-        speed=mfu.published(family),
+        mfu=mfu.published(family),
     )
-    told = plan(run)
-    beside = 2000 * value(told.step, "optimizer") / 3600
-    assert value(told.hours, "training") == pytest.approx(
+    alone = plan(run)
+    beside = 2000 * value(alone.step, "optimizer") / 3600
+    assert value(alone.hours, "training") == pytest.approx(
         estimate(family, UNIFORM, training, 1).gpu_hours + beside
     )
-    assert value(told.step, "optimizer") < 1e-3 * value(told.step, "step"), "one GPU has 2048 pairs a step"
+    assert value(alone.step, "optimizer") < 1e-3 * value(alone.step, "step"), "one GPU has 2048 pairs a step"
 
 
 def test_the_optimizer_moves_its_bytes_at_the_speed_of_the_gpus_memory():
-    """Clipping 12; AdamW reads 4 numbers and writes 3, of 4 bytes each, or moments of 1; the average takes three passes."""
+    """Clipping 12; AdamW reads 4 numbers and writes 3, of 4 bytes, 8-bit moments of 1; the average, 32."""
     parameters, gb_s = 2.567463684, {"a100": 2000, "h100": 3350, "h200": 4800}
 
     def seconds(gpu="h100", **change):
@@ -225,14 +230,14 @@ def test_the_optimizer_moves_its_bytes_at_the_speed_of_the_gpus_memory():
 
 def test_hours_and_price_add_up():
     hours = planned(LEDGER, gpus=32, price_usd=2.5).hours
-    assert value(hours, "together") == pytest.approx(
+    assert value(hours, "total") == pytest.approx(
         sum(value(hours, name) for name in ("encode", "ledger", "training"))
     )
-    assert value(hours, "GPU-hours") == pytest.approx(32 * value(hours, "together"))
+    assert value(hours, "GPU-hours") == pytest.approx(32 * value(hours, "total"))
     assert value(hours, "price") == pytest.approx(2.5 * value(hours, "GPU-hours"))
     online = planned(gpus=32).hours
-    assert value(online, "ledger") == pytest.approx(value(hours, "ledger")), "told, so that it can be weighed"
-    assert value(online, "together") == pytest.approx(value(online, "encode") + value(online, "training"))
+    assert value(online, "ledger") == pytest.approx(value(hours, "ledger")), "shown for comparison"
+    assert value(online, "total") == pytest.approx(value(online, "encode") + value(online, "training"))
 
 
 def test_the_passes_before_training_are_arithmetic_too():
@@ -248,14 +253,14 @@ def test_the_passes_before_training_are_arithmetic_too():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("change", [{}, {"reference": "ledger"}, {"ema_decay": 0.9}, {"lora": LoraConfig()}])
-def test_a_share_of_the_model_takes_less_the_more_gpus_there_are(family, change):
+def test_a_shard_takes_less_memory_the_more_gpus_there_are(family, change):
     training = dataclasses.replace(PAPER, **change)
     held = [memory_of(FACTS[family], UNIFORM, training, gpus) for gpus in (2, 4, 16, 64)]
-    shares = [sum(term.value for term in memory["fsdp"]) for memory in held]
-    assert shares == sorted(shares, reverse=True)
+    shards = [sum(term.value for term in memory["fsdp"]) for memory in held]
+    assert shards == sorted(shards, reverse=True)
     assert all(
-        share < sum(term.value for term in memory["ddp"])
-        for share, memory in zip(shares[1:], held[1:], strict=True)
+        shard < sum(term.value for term in memory["ddp"])
+        for shard, memory in zip(shards[1:], held[1:], strict=True)
     )
 
 
@@ -273,14 +278,15 @@ def test_gradients_are_whole_until_the_last_micro_batch_is_scattered():
 @pytest.mark.parametrize(
     "change", [{}, {"reference": "ledger"}, {"ema_decay": 0.9}, {"optimizer": "adamw_8bit"}]
 )
-def test_auto_counts_what_the_training_loop_counts(family, change):
+def test_auto_counts_the_state_that_the_plan_shows(family, change):
     training = dataclasses.replace(PAPER, **change)
-    whole = memory_of(FACTS[family], UNIFORM, training, 2)["ddp"]
-    counted = sum(term.value for term in whole if term.name in STATE)
-    assert counted == pytest.approx(parallel.state_bytes(training, FACTS[family].parameters) / 1e9)
+    shown = {term.name: term.value for term in memory_of(FACTS[family], UNIFORM, training, 2)["ddp"]}
+    state = state_terms("uniform", training, parameters_of(FACTS[family], training))
+    assert set(shown) - set(state) == {"text encoders", "batch", "activations"}
+    assert {name: shown[name] for name in state} == {name: term.bytes / 1e9 for name, term in state.items()}
 
 
-def test_auto_shares_the_model_out_where_a_whole_one_does_not_fit():
+def test_auto_shards_the_model_where_a_whole_one_does_not_fit():
     averaged = dataclasses.replace(PAPER, ema_decay=0.9)
     assert planned(averaged).parallelism == "fsdp"
     assert planned(averaged, gpu="h200").parallelism == "ddp"
@@ -332,29 +338,30 @@ def test_a_checkpoint_holds_weights_moments_and_average_of_what_is_trained():
     assert value(planned(dataclasses.replace(PAPER, lora=LoraConfig())).checkpoint, "size") < 0.5
 
 
-def test_a_checkpoint_that_is_shared_out_is_gathered_before_it_is_copied():
+def test_a_sharded_checkpoint_is_gathered_before_it_is_copied():
     size, on = 3 * 4 * 2.567463684, Cluster(gpus=16, gpu="h100")
-    shared_out = planned(dataclasses.replace(PAPER, parallelism="fsdp")).checkpoint
-    assert value(shared_out, "stall") == pytest.approx(size / 3 + on.seconds(size))
+    sharded = planned(dataclasses.replace(PAPER, parallelism="fsdp")).checkpoint
+    assert value(sharded, "stall") == pytest.approx(size / 3 + on.seconds(size))
 
 
 @pytest.mark.parametrize(("gpus", "workers"), [(1, 1), (4, 4), (16, 8)])
 def test_the_host_of_rank_0_needs_room_for_one_checkpoint_in_memory_and_on_scratch(gpus, workers):
-    size, told = 3 * 4 * 2.567463684, planned(gpus=gpus).checkpoint
-    assert value(told, "processes") == workers * 4
-    assert value(told, "host memory") == pytest.approx(workers * 4 + size)
-    assert value(told, "scratch disk") == pytest.approx(size)
+    size = 3 * 4 * 2.567463684
+    checkpoint = planned(gpus=gpus).checkpoint
+    assert value(checkpoint, "processes") == workers * 4
+    assert value(checkpoint, "host memory") == pytest.approx(workers * 4 + size)
+    assert value(checkpoint, "scratch disk") == pytest.approx(size)
 
 
 @pytest.mark.parametrize("every", [1, 20, 500])
 def test_checkpoints_take_their_part_of_the_step(every):
-    told = planned(dataclasses.replace(PAPER, checkpoint_every=every))
-    part = value(told.checkpoint, "stall") / (every * value(told.step, "step"))
-    assert value(told.checkpoint, "part of a step") == pytest.approx(100 * part)
-    assert value(told.step, "checkpoints") == pytest.approx(part * value(told.step, "step"))
+    run = planned(dataclasses.replace(PAPER, checkpoint_every=every))
+    part = value(run.checkpoint, "stall") / (every * value(run.step, "step"))
+    assert value(run.checkpoint, "part of a step") == pytest.approx(100 * part)
+    assert value(run.step, "checkpoints") == pytest.approx(part * value(run.step, "step"))
 
 
-# ---- speed
+# ---- MFU
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -368,22 +375,22 @@ def test_a_published_run_is_predicted_from_the_other_one_alone(family):
     assert sd15.ratio == pytest.approx(1 / sdxl.ratio)
 
 
-def test_the_precompute_ran_at_more_than_twice_the_share_of_the_training():
+def test_the_precompute_ran_at_more_than_twice_the_mfu_of_the_training():
     ratios = [check.ratio for check in mfu.checks(mfu.published("sd15")) if "MosaicML" in check.name]
     assert ratios == pytest.approx([2.520, 2.228], abs=1e-3)
 
 
-def test_a_measured_share_is_what_the_benchmarks_pairs_need():
+def test_a_measured_mfu_is_what_the_benchmarks_pairs_need():
     name = "sd15 at 512 px, bf16, micro 8, with gradient checkpointing, train_vs_public_recipe"
     results = {name: {"ratio": 1.5, "value": 20.0, "unit": "pairs/s", "machine": "NVIDIA H100 80GB HBM3"}}
     found = mfu.measured(results, "sd15", "a100", PAPER)
-    assert found.share == pytest.approx(20 * (2 * 4 * 0.8033e12 + 13.3e9) / 989e12)
+    assert found.value == pytest.approx(20 * (2 * 4 * 0.8033e12 + 13.3e9) / 989e12)
     assert found.source == "measured: 20 pairs/s of sd15 on an H100 80 GB, micro 8, with checkpointing"
     by_name = {check.name: check for check in mfu.checks(found)}
     for family in FAMILIES:
         check = by_name[f"Diffusion-DPO, {FACTS[family].title}"]
         assert check.source == found.source, "both are predictions now"
-        assert check.ratio == pytest.approx(mfu.published(family).share / found.share)
+        assert check.ratio == pytest.approx(mfu.published(family).value / found.value)
 
 
 def test_the_fastest_of_what_was_measured_alike_is_taken():
@@ -458,32 +465,32 @@ def test_benchmarks_are_held_against_arithmetic():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_changes_the_numbers_does_so(family):
     online = planned(family=family, gpu="h200")
-    found = dict(changed(online))
+    found = dict(alternatives(online))
     assert set(found) == {"checkpointing off", "reference ledger", "fsdp", "LoRA, rank 16"}
     for name in ("checkpointing off", "reference ledger", "LoRA, rank 16"):
         assert value(found[name].step, "compute") / value(online.step, "compute") == pytest.approx(
             4 / 5, rel=3e-3
         )
-    whole, shared_out = (
+    whole, sharded = (
         value(each.step, "step") - value(each.step, "optimizer") for each in (online, found["fsdp"])
     )
-    assert shared_out >= whole, "but for the optimizer, of which each GPU has its part"
+    assert sharded >= whole, "but for the optimizer, of which each GPU has its shard"
     assert found["checkpointing off"].memory_gb("ddp") > online.memory_gb("ddp")
     assert all(
         found[name].memory_gb("ddp") < online.memory_gb("ddp")
         for name in ("reference ledger", "LoRA, rank 16")
     )
-    assert "reference online" in dict(changed(planned(LEDGER)))
-    assert set(dict(changed(planned(objective=SFT, gpus=1)))) == {"checkpointing off", "LoRA, rank 16"}
+    assert "reference online" in dict(alternatives(planned(LEDGER)))
+    assert set(dict(alternatives(planned(objective=SFT, gpus=1)))) == {"checkpointing off", "LoRA, rank 16"}
 
 
 def test_what_cannot_be_run_is_no_alternative():
     eight_bit = dataclasses.replace(PAPER, optimizer="adamw_8bit")
-    assert "fsdp" not in dict(changed(planned(eight_bit, gpu="h200")))
+    assert "fsdp" not in dict(alternatives(planned(eight_bit, gpu="h200")))
 
 
 @pytest.mark.parametrize(
-    ("cluster", "training", "said"),
+    ("cluster", "training", "message"),
     [
         ({"gpus": 0}, PAPER, "gpus must be greater than 0, got 0"),
         ({"gpus": 4096}, PAPER, "gpus must be at most training.batch_size = 2048, got 4096"),
@@ -493,7 +500,11 @@ def test_what_cannot_be_run_is_no_alternative():
         ({"price_usd": -1.0}, PAPER, "price_usd must be greater than 0, got -1.0"),
         ({"overlap": 1.5}, PAPER, "overlap must be at most 1, got 1.5"),
         ({"family": "sd3"}, PAPER, "family must be one of sd15, sdxl, got 'sd3'"),
-        ({}, TrainConfig(), "training.precision must be 'bf16': speeds are shares of its peak, got 'fp32'"),
+        (
+            {},
+            TrainConfig(),
+            "training.precision must be 'bf16': the MFU is a fraction of bf16's peak, got 'fp32'",
+        ),
         (
             {},
             dataclasses.replace(PAPER, optimizer="adamw_8bit", parallelism="fsdp"),
@@ -501,10 +512,10 @@ def test_what_cannot_be_run_is_no_alternative():
         ),
     ],
 )
-def test_what_cannot_be_planned_is_refused_by_field_and_value(cluster, training, said):
+def test_what_cannot_be_planned_is_refused_by_field_and_value(cluster, training, message):
     with pytest.raises(ConfigError) as refused:
         planned(training, **cluster)
-    assert str(refused.value) == said
+    assert str(refused.value) == message
 
 
 def test_a_dataset_has_pairs_and_a_published_family_is_known():

@@ -1,0 +1,115 @@
+"""How several workers hold one model, and in how many micro-batches each runs its pairs. Imports no torch.
+
+The planner (`dde_core/planning/cluster.py`) and the trainer (`dde_core/models/parallel.py`) call the same
+rule: "auto" takes DDP where the state of a whole model fits in AUTO_ROOM of a GPU's memory, and FSDP2 where
+it does not.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from dde_core.config import TrainConfig
+from dde_core.errors import ConfigError
+from dde_core.methods import METHODS, MethodName
+
+Parallelism = Literal["none", "ddp", "fsdp"]
+
+FLOAT32 = 4
+BFLOAT16 = 2
+"""Bytes of a number."""
+
+MOMENT_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2}
+"""Bytes of both AdamW moments of one parameter."""
+
+AUTO_ROOM = 0.7
+"""Fraction of a GPU's memory that a whole model's state may take under "auto"; activations need the rest."""
+
+
+# ---- state
+
+
+class Parameters(NamedTuple):
+    """Counts: ``base`` of the U-Net without adapters; ``trained`` of the whole U-Net, or of its adapters."""
+
+    base: int
+    trained: int
+
+
+class StateTerm(NamedTuple):
+    """One part of a model's state: so many numbers of so many bytes."""
+
+    numbers: int
+    bytes_each: int
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * self.bytes_each
+
+
+def runs_reference(method: MethodName, training: TrainConfig) -> bool:
+    """Whether the frozen reference runs in every step."""
+    return METHODS[method].has_reference and training.reference != "ledger"
+
+
+def holds_reference(method: MethodName, training: TrainConfig) -> bool:
+    """Whether a frozen copy of the U-Net is in memory. A LoRA run has none: it switches its adapters off."""
+    return runs_reference(method, training) and training.lora is None
+
+
+def state_terms(method: MethodName, training: TrainConfig, parameters: Parameters) -> dict[str, StateTerm]:
+    """The state of a whole model on one worker, by name. Activations and the batch come on top."""
+    base, trained = parameters
+    terms = {"weights": StateTerm(base, FLOAT32)}
+    if training.lora:
+        terms["adapters"] = StateTerm(trained, FLOAT32)
+    terms["gradients"] = StateTerm(trained, FLOAT32)
+    terms["optimizer"] = StateTerm(trained, MOMENT_BYTES[training.optimizer])
+    if holds_reference(method, training):
+        terms["reference"] = StateTerm(base, FLOAT32)
+    if training.ema_decay:
+        terms["average"] = StateTerm(trained, FLOAT32)
+    if training.precision == "bf16":
+        terms["casts"] = StateTerm(base, BFLOAT16)
+    return terms
+
+
+# ---- the rule
+
+
+def choose_parallelism(
+    method: MethodName, training: TrainConfig, parameters: Parameters, gpu_bytes: float, num_workers: int
+) -> Parallelism:
+    """Resolve ``training.parallelism`` on workers whose smallest GPU has ``gpu_bytes``. One worker: "none".
+
+    Raises ConfigError for FSDP2 with 8-bit moments: their quantization tables cannot be split by rows.
+    """
+    if num_workers == 1:
+        return "none"
+    parallelism = training.parallelism
+    if parallelism == "auto":
+        state = sum(term.bytes for term in state_terms(method, training, parameters).values())
+        parallelism = "ddp" if state <= AUTO_ROOM * gpu_bytes else "fsdp"
+    if parallelism == "fsdp" and training.optimizer == "adamw_8bit":
+        reason = 'does not go with training.parallelism "fsdp"'
+        raise ConfigError("training.optimizer", training.optimizer, reason)
+    return parallelism
+
+
+# ---- micro-batches
+
+
+def pairs_of_a_worker(training: TrainConfig, num_workers: int) -> int:
+    """Pairs of a global batch on the worker that has most."""
+    return -(-training.batch_size // num_workers)
+
+
+def pairs_of_a_micro_batch(training: TrainConfig, num_workers: int) -> int:
+    """Pairs in one forward and backward pass."""
+    pairs = pairs_of_a_worker(training, num_workers)
+    return min(training.micro_batch_size or pairs, pairs)
+
+
+def num_micro_batches(training: TrainConfig, num_workers: int) -> int:
+    """Forward and backward passes of a worker in one step. Their gradients are summed."""
+    return -(-pairs_of_a_worker(training, num_workers) // pairs_of_a_micro_batch(training, num_workers))
