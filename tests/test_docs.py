@@ -6,8 +6,10 @@ Each check yields one line for every mistake on a page. The made-up pages at the
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +20,13 @@ from typing import Any
 
 import pytest
 import typer.main
-from pydantic import SecretStr, TypeAdapter
+import yaml
+from pydantic import SecretStr, TypeAdapter, ValidationError
 
 from services.api.requests import AlignmentJobCreate
+from services.client.bodies import PLACEHOLDERS
 from services.client.cli import app
+from services.client.recipes import merged
 from services.control.app import build_app
 from services.settings import ClientSettings, Settings, TrainingSettings
 
@@ -56,6 +61,13 @@ class Page:
         """The lines of all code blocks, continued lines joined."""
         code = "\n".join(line.strip() for line, is_code in self._lines() if is_code)
         return code.replace("\\\n", " ").splitlines()
+
+    @property
+    def bodies(self) -> list[str]:
+        """Parts of a job's body as YAML: code blocks that begin with one of its sections."""
+        code = "\n".join(line if is_code else "" for line, is_code in self._lines())
+        blocks = (textwrap.dedent(block) for block in re.split(r"\n\s*\n", code))
+        return [block for block in blocks if re.match(rf"({'|'.join(SECTIONS)}):", block)]
 
     @property
     def spans(self) -> list[str]:
@@ -303,6 +315,21 @@ def test_every_field_of_a_job_that_a_page_names_exists(page: Page):
     assert list(wrong_settings(page)) == []
 
 
+def wrong_bodies(page: Page) -> Iterator[str]:
+    """Parts of a job that the API refuses."""
+    for body in page.bodies:
+        try:
+            whole = merged(PLACEHOLDERS, yaml.safe_load(body))
+            AlignmentJobCreate.model_validate_json(json.dumps(whole))
+        except (yaml.YAMLError, ValidationError) as error:
+            yield f"{body.splitlines()[0]}: {error}"
+
+
+@each_page
+def test_every_part_of_a_job_that_a_page_shows_is_accepted(page: Page):
+    assert list(wrong_bodies(page)) == []
+
+
 def wrong_variables(page: Page) -> Iterator[str]:
     """Environment variables that nothing reads."""
     for name in sorted(set(re.findall(r"\b(?:DDE|KUBERAY)_[A-Z_]+\b", page.text))):
@@ -438,6 +465,8 @@ def made_up(text: str, folder: str = ".") -> Page:
         (wrong_modules, "`services.serving.app:no_such`", "no such module or function"),
         (wrong_settings, "set `training.lora.ranks`", "no such field"),
         (wrong_settings, "set `objective.betta`", "no such field"),
+        (wrong_bodies, "so:\n\n    training: {stepz: 3}\n", "stepz"),
+        (wrong_bodies, "so:\n\n    training:\n      steps: 0\n", "greater than 0"),
         (wrong_variables, "set DDE_NO_SUCH_THING", "nothing reads"),
         (wrong_routes, "`POST /v1/alignment/job`", "no such route"),
         (wrong_routes, "`DELETE /v1/alignment/jobs/{id}`", "no such route"),
@@ -464,6 +493,7 @@ def test_a_check_catches_what_it_is_about(check: Any, text: str, says: str):
         (wrong_make_targets, "```\nmake test ARGS='-x'\n```"),
         (wrong_modules, "`python -m services.training --spec URI`, `services.serving.app:build_app`"),
         (wrong_settings, "`training.lora.rank`, `data.resolution`, `evaluation.sample.steps`"),
+        (wrong_bodies, "so:\n\n    training: {steps: 3}    # few\n    workers: [1, 4]\n"),
         (wrong_variables, "DDE_API_KEY, DDE_URL and DDE_STORAGE_URI"),
         (wrong_routes, "`POST/GET /v1/datasets` and `GET /v1/alignment/jobs/{id}/credit`"),
         (wrong_links, "# Some Heading: one\n[a](https://x.org) [b](README.md) [c](#some-heading-one)"),
