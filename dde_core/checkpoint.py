@@ -107,14 +107,10 @@ def load(folder: Path, policy: Policy, optimizer: Optimizer, calibration: Calibr
     policy.read(folder / WEIGHTS)
     states = _nest(load_file(folder / OPTIMIZER))
     for number, parameter in enumerate(policy.parameters()):
-        moments = {
-            name: value for name, value in states[number].items() if isinstance(value, Tensor) and value.dim()
-        }
-        states[number] |= {
-            name: sharded_like(value, parameter)
-            for name, value in moments.items()
-            if value.shape == parameter.shape
-        }
+        state = states[number]
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape == parameter.shape:
+                state[name] = sharded_like(value, parameter)
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     calibration.load_state_dict(load_file(folder / CALIBRATION))
     return progress

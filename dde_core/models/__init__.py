@@ -1,1 +1,2 @@
-"""Models as files and as modules: read a diffusers folder, say captions to it, train its U-Net, write what came of it."""
+"""Models as files and as modules: read a diffusers folder, encode captions, train its U-Net, write the
+result."""

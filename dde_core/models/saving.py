@@ -1,4 +1,4 @@
-"""Model versions as files that diffusers loads unchanged. Safetensors, JSON and text: no pickle."""
+"""Write model versions that diffusers loads unchanged, as safetensors, JSON and text: no pickle."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def save_aligned(base: Path, unet: Path, target: Path) -> None:
-    """A folder like ``base`` with another U-Net, for ``from_pretrained``.
+    """Write a copy of the folder ``base`` with another U-Net, for ``from_pretrained``.
 
-    Taken over are the parts of model_index.json. One that is not there, or has its weights as a pickle alone (old safety
-    checkers), becomes null in the new index: training has no use for it, and it must not cost the result.
+    It has the parts that model_index.json names. A part that is missing, or has its weights only as a pickle
+    (old safety checkers), becomes null in the new index: it is not needed to use the aligned model.
     """
     index = json.loads((base / "model_index.json").read_text())
     target.mkdir(parents=True)
@@ -29,10 +29,11 @@ def save_aligned(base: Path, unet: Path, target: Path) -> None:
 
 
 def _is_pickled(part: Path) -> bool:
-    return any(any(part.glob(pattern)) for pattern in PICKLES) and not any(part.glob("*.safetensors"))
+    has_pickle = any(any(part.glob(pattern)) for pattern in PICKLES)
+    return has_pickle and not any(part.glob("*.safetensors"))
 
 
 def save_adapters(weights: Path, target: Path) -> None:
-    """A folder of LoRA adapters, for ``load_lora_weights``."""
+    """Write a folder of LoRA adapters, for ``load_lora_weights``."""
     target.mkdir(parents=True)
     shutil.copyfile(weights / LORA_WEIGHTS, target / LORA_WEIGHTS)

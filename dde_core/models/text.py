@@ -1,4 +1,4 @@
-"""From captions and picture sizes to what the U-Net is told, as the family's diffusers pipeline does it."""
+"""From captions and image sizes to the U-Net's conditioning, as in the family's diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from dde_core.models.tokens import tokenize
 
 
 class TextEncoders:
-    """A folder's text encoders, and how its family puts their outputs together.
+    """A folder's text encoders, with their outputs combined as the family needs them.
 
-    sd15: the last hidden state. sdxl: the last but one of both, side by side, and the second's pooled output. The empty
-    caption stands for no caption, in dropout as in guidance; where the pipeline takes zeros for it (SDXL's
-    ``force_zeros_for_empty_prompt``), zeros. (Ours: diffusers' training script encodes the empty caption there.)
+    sd15 takes the last hidden state. sdxl concatenates the last but one of both encoders, and takes the
+    second's pooled output. "No caption", in dropout and in guidance, is the empty caption, or zeros if the
+    pipeline uses zeros (SDXL's ``force_zeros_for_empty_prompt``). diffusers' training script differs: it
+    encodes the empty caption there.
     """
 
     def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu") -> None:
@@ -29,7 +30,7 @@ class TextEncoders:
 
     @torch.no_grad()
     def __call__(self, token_ids: Int[np.ndarray, "b k s"]) -> Conditioning:
-        """What captions say to the U-Net: sd15's conditioning is complete, sdxl's lacks the sizes."""
+        """The conditioning of captions. It is complete for sd15; sdxl needs ``with_sizes`` as well."""
         ids = torch.from_numpy(np.asarray(token_ids, dtype=np.int64)).to(self._device)
         if not self._is_sdxl:
             return {"encoder_hidden_states": self.encoders[0](ids[:, 0]).last_hidden_state}
@@ -39,11 +40,9 @@ class TextEncoders:
             "text_embeds": outputs[-1].text_embeds,
         }
         if self._zeros:
-            empty = torch.from_numpy((token_ids == self.empty_ids).all(axis=(1, 2))).to(self._device)
-            text = {
-                name: rows.masked_fill(empty.view(-1, *[1] * (rows.ndim - 1)), 0.0)
-                for name, rows in text.items()
-            }
+            is_empty = torch.from_numpy((token_ids == self.empty_ids).all(axis=(1, 2))).to(self._device)
+            for name, rows in text.items():
+                text[name] = rows.masked_fill(is_empty.view(-1, *[1] * (rows.ndim - 1)), 0.0)
         return text
 
     def with_sizes(
@@ -53,7 +52,8 @@ class TextEncoders:
         crops: Int[np.ndarray, "b 2"],
         target_px: tuple[int, int],
     ) -> Conditioning:
-        """``text`` with the pictures' sizes, for the families that are told them (SDXL; see ``time_ids``)."""
+        """``text`` with the images' sizes, for the family that is conditioned on them (SDXL; see
+        ``time_ids``)."""
         if not self._is_sdxl:
             return text
         return {**text, "time_ids": time_ids(sizes, crops, target_px).to(self._device)}
@@ -62,10 +62,13 @@ class TextEncoders:
 def time_ids(
     sizes: Int[np.ndarray, "b 2"], crops: Int[np.ndarray, "b 2"], target_px: tuple[int, int]
 ) -> Float[Tensor, "b 6"]:
-    """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2): original (height, width), crop (top, left), target.
+    """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2): original (height, width), crop (top, left),
+    target.
 
-    ``crops`` are in pixels of the original; the model counts them after its shorter side was scaled to the target's.
+    ``crops`` are in pixels of the original. The model counts them after the shorter side is scaled to the
+    target's.
     """
     scale = min(target_px) / np.maximum(sizes.min(axis=1, keepdims=True), 1)
-    rows = [sizes, np.rint(crops * scale), np.broadcast_to(np.array(target_px), sizes.shape)]
-    return torch.from_numpy(np.concatenate(rows, axis=1).astype(np.float32))
+    targets = np.broadcast_to(np.array(target_px), sizes.shape)
+    columns = [sizes, np.rint(crops * scale), targets]
+    return torch.from_numpy(np.concatenate(columns, axis=1).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Captions as token ids. Imports no torch: what only tokenizes starts fast."""
+"""Captions as token ids. Imports no torch, so that a process that only tokenizes starts fast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int32
 from transformers import CLIPTokenizer
 
 from dde_core.errors import ModelError
@@ -14,7 +14,8 @@ from dde_core.family import COMPONENTS, Family
 
 
 def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
-    """One tokenizer for each text encoder of a diffusers folder. Raises ModelError."""
+    """One tokenizer for each text encoder of a diffusers folder. Raises ModelError if one cannot be
+    loaded."""
     names = [name for name in COMPONENTS[family] if name.startswith("tokenizer")]
     try:
         return [CLIPTokenizer.from_pretrained(str(path / name), local_files_only=True) for name in names]
@@ -22,10 +23,16 @@ def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
         raise ModelError(f"tokenizer of {str(path)!r} cannot be loaded: {error}") from error
 
 
-def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Int[np.ndarray, "b k s"]:
-    """Token ids of each of k tokenizers, padded and cut to the tokenizer's length."""
-    settings = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
-    ids = [
-        each(list(captions), max_length=each.model_max_length, **settings).input_ids for each in tokenizers
-    ]
+def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Int32[np.ndarray, "b k s"]:
+    """Token ids of b captions by k tokenizers, padded and truncated to the tokenizer's length s."""
+    ids = []
+    for tokenizer in tokenizers:
+        encoded = tokenizer(
+            list(captions),
+            max_length=tokenizer.model_max_length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="np",
+        )
+        ids.append(encoded.input_ids)
     return np.stack(ids, axis=1).astype(np.int32)
