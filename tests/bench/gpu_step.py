@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.metrics import BUCKETS, bucket_of, bucket_span
-from dde_core.planning.estimate import FACTS, estimate, published_share
+from dde_core.planning.estimate import FACTS, estimate, published_mfu
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
 from tests.bench.gpu_speed import Sides
 from tests.bench.measure import ceiling, in_turn, machine, ratio, result
@@ -211,7 +211,7 @@ def published(model: str) -> str:
         return "not published"
     run = FACTS[model].published
     pace = run.steps * run.batch_size / run.gpu_hours / 3600
-    return f"{pace:.3g} pairs/s of Diffusion-DPO on an A100 ({100 * published_share(FACTS[model]):.1f}% of its peak)"
+    return f"{pace:.3g} pairs/s of Diffusion-DPO on an A100 ({100 * published_mfu(FACTS[model]):.1f}% of its peak)"
 
 
 def spread(num_pairs: int) -> Tensor:

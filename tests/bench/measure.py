@@ -53,7 +53,7 @@ def ratio(found: Mapping[str, list[float]], side: str, against: str, unit: str, 
 
 def ceiling(name: str) -> str:
     """What FLOPs alone make of the ratio of this name, as the end of a text. Nothing where the model is not counted."""
-    quotient = mfu.by_arithmetic(name)
+    quotient = mfu.flops_ratio(name)
     return (
         "" if quotient is None else f"; by arithmetic, at one speed of all of it, the ratio is {quotient:.3f}"
     )
