@@ -1,4 +1,4 @@
-"""Everything that is read from the environment, in one place: variables that begin with ``DDE_``."""
+"""All environment variables that are read, in one place; most begin with ``DDE_``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.errors import BadRequest
 
 
 class Settings(BaseSettings):
-    """The control plane's settings. ``api_key`` and ``storage_uri`` have no default: a deployment says them."""
+    """The control plane's settings. A deployment must set ``api_key`` and ``storage_uri``."""
 
     model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
 
@@ -29,24 +29,27 @@ class Settings(BaseSettings):
     poll_interval_s: float = 0.5
     lock_s: float = 60.0
     max_active_jobs: int = 8
-    """How many jobs may have a stage on the cluster at once; the others wait as queued, the oldest first."""
+    """The most jobs that run on the cluster at once. The others wait as queued, oldest first."""
     max_attempts: Annotated[int, Field(ge=1)] = 5
-    """How often a stage is started without coming further, whose driver died or lacked something, before its job fails."""
+    """The most attempts without progress after a driver died or could not reach something; then the job
+    fails.
+    """
     driver_grace_s: float = 10.0
-    """How long a marker is waited for after Ray says that a driver has ended."""
+    """How long to wait for a driver's marker file after Ray reports its end."""
     unreachable_s: float = 300.0
-    """How long Ray may be out of reach, with nothing new in the run's journal, before a job that runs there is failed, and how
-    long the end of a run that was told to end is waited for."""
+    """How long Ray may be unreachable, with nothing new in the run's journal, before its job fails; also how
+    long to wait until Ray confirms the end of a run that was stopped.
+    """
     stopping_s: float = 3600.0
-    """How long training that has heard of a pause may take over the step in hand and its checkpoint, outages of storage
-    included."""
+    """How long training may take, after it acknowledged a pause, to finish the step and store its checkpoint,
+    including outages of storage."""
 
 
 class ClientSettings(BaseSettings):
-    """Where the ``dde`` command and scripts find a control plane, and with which key.
+    """How the ``dde`` command and scripts reach a control plane.
 
-    ``home`` is the state folder of ``dde up``; it keeps the address and the key of the system that runs there, and
-    these are taken where ``url`` and ``api_key`` are not given.
+    ``home`` is the state folder of ``dde up``. The address and key of the system that runs there are the
+    defaults of ``url`` and ``api_key``.
     """
 
     model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
@@ -57,12 +60,12 @@ class ClientSettings(BaseSettings):
 
     @property
     def base_url(self) -> str:
-        """``DDE_URL``, else the address that `dde up` left, else http://127.0.0.1:8080."""
+        """``DDE_URL``, else the address that `dde up` wrote, else http://127.0.0.1:8080."""
         return self.url or _first_line(self.home / "url") or "http://127.0.0.1:8080"
 
     @property
     def key(self) -> str:
-        """``DDE_API_KEY``, else the key file of `dde up`. Raises BadRequest where there is neither."""
+        """``DDE_API_KEY``, else the key file of `dde up`. Raises BadRequest if neither exists."""
         key = self.api_key.get_secret_value() if self.api_key else _first_line(self.home / "key")
         if not key:
             raise BadRequest(
@@ -77,20 +80,24 @@ def _first_line(path: Path) -> str | None:
 
 
 class TrainingSettings(BaseSettings):
-    """How training goes about the cluster: ``DDE_*`` variables where Ray runs."""
+    """How training uses the cluster: ``DDE_*`` variables of the machines on which Ray runs."""
 
     model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
 
     resize_every_s: Annotated[float, Field(gt=0)] = 600.0
-    """So often an elastic run looks whether there is room for more workers. Those that run end then; where a step and an upload
-    are short against this, they have stored a checkpoint for it."""
+    """How often an elastic run checks whether there is room for more workers.
+
+    To add some, the current workers restart from a checkpoint that they store just before, if a step and an
+    upload are short compared with this.
+    """
 
 
 class TrackerSettings(BaseSettings):
-    """Where training tells its metrics beside the journal and TensorBoard's files: the variables that the clients of MLflow and
-    of Weights & Biases read themselves. They are set where Ray runs, so no key passes through a spec or storage.
+    """Where training logs its metrics, besides the journal and TensorBoard files.
 
-    Everything else that those clients read (user, token, entity, certificates) reaches them as it is.
+    These are the variables that the clients of MLflow and Weights & Biases read themselves, as they read all
+    others (user, token, entity, certificates). Set them on the machines on which Ray runs: no key passes
+    through storage.
     """
 
     model_config = SettingsConfigDict(extra="ignore")
@@ -103,10 +110,10 @@ class TrackerSettings(BaseSettings):
 
     @property
     def mlflow(self) -> bool:
-        """Whether MLflow is told: where MLFLOW_TRACKING_URI says where."""
+        """Whether to log to MLflow: MLFLOW_TRACKING_URI is set."""
         return bool(self.mlflow_tracking_uri)
 
     @property
     def wandb(self) -> bool:
-        """Whether Weights & Biases is told: with WANDB_API_KEY, or into files with WANDB_MODE=offline."""
+        """Whether to log to Weights & Biases: with WANDB_API_KEY, or to files with WANDB_MODE=offline."""
         return self.wandb_mode == "offline" or (bool(self.wandb_api_key) and self.wandb_mode != "disabled")

@@ -1,4 +1,7 @@
-"""What is written once and read by several processes: counts, models, stage results, credit. The API answers with them."""
+"""Records that one process writes and others read: counts, models, stage results, credit.
+
+API answers contain them.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,15 @@ Stage = Literal["encode", "ledger", "train", "evaluate"]
 JobStatus = Literal[
     "validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled", "paused"
 ]
+FINAL_STATUSES: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
+"""Only a request changes these: a failed job may be resumed."""
 
 
 class DatasetCounts(Strict):
-    """Rows seen, pairs that are decided, ties, rows without a label, and bad rows by cause (pictures not looked at)."""
+    """Rows of a dataset: all, decided pairs, ties, without a label, and bad rows by cause.
+
+    Images are not read.
+    """
 
     rows: int
     pairs: int
@@ -25,21 +33,21 @@ class DatasetCounts(Strict):
 
 
 class BadExample(Strict):
-    """A row that cannot be used: where it stands ("file:group:row"), and what is known of it."""
+    """An unusable row: its position as "file:group:row", and the reason."""
 
     row: str
     detail: str
 
 
 class BadRows(Strict):
-    """How many rows of a sample share a cause, and a few of them."""
+    """How many rows of a sample are bad for one cause, and a few of them."""
 
     count: int
     examples: list[BadExample]
 
 
 class PictureSizes(Strict):
-    """The shorter sides of a sample's pictures, in pixels: the side of the square that is cut out of each."""
+    """Lengths of the shorter side of a sample's images, in pixels: each image is cropped to that square."""
 
     count: int
     min_px: int
@@ -48,10 +56,10 @@ class PictureSizes(Strict):
 
 
 class DatasetReport(Strict):
-    """What a sample of a dataset shows before anything is spent. ``rows`` is null where counting them means reading them.
+    """What a sample of a dataset contains. ``rows`` is null if counting would require reading all files.
 
-    ``columns`` maps what is read to the names in the files. ``sampled`` counts rows, and of them decided, tie, missing and
-    bad; a row with a picture that cannot be used is bad.
+    ``columns`` maps expected column names to the ones in the files. ``sampled`` counts the sampled rows in
+    total and by kind: decided, tie, missing (no label) and bad. A row with an unusable image is bad.
     """
 
     uri: str
@@ -66,9 +74,10 @@ class DatasetReport(Strict):
 
 
 class ModelRecord(Strict):
-    """``models/{id}.json``: a model that can be aligned, evaluated and served. ``lineage`` is empty for a base.
+    """A model that can be aligned, evaluated and served, as stored at ``models/{id}.json``.
 
-    ``adapter_of`` is the model on which LoRA adapters work; ``uri`` then holds the adapters alone.
+    ``lineage`` is empty for a base model. For LoRA adapters, ``uri`` holds the adapters and ``adapter_of`` is
+    the model that they modify.
     """
 
     id: str
@@ -84,8 +93,11 @@ class ModelRecord(Strict):
 
 
 class CreditBucket(Strict):
-    """The pairs of a run whose t lies in one tenth of 1..T: mean margin (none for `sft`), mean gradient weight as it was
-    logged, and as it is predicted from the margins alone."""
+    """The pairs of a run whose timestep is from ``t_first`` to ``t_last``, one tenth of 1..T.
+
+    Their mean margin (null for `sft`), and their mean gradient weight as logged and as predicted from the
+    margins.
+    """
 
     t_first: int
     t_last: int
@@ -96,9 +108,10 @@ class CreditBucket(Strict):
 
 
 class CreditRecord(Strict):
-    """``credit.json``: where a run put its credit. Noise mode and timestep range of ``objective`` are resolved.
+    """Where a run put its credit, as stored in ``credit.json``. ``objective`` has every "auto" resolved.
 
-    ``scheduler`` is the base's scheduler config, ``calibration`` the four arrays of coefficients after the last step.
+    ``scheduler`` is the base model's scheduler config. ``calibration`` has the four arrays of coefficients
+    after the last step.
     """
 
     objective: ObjectiveConfig
@@ -110,7 +123,10 @@ class CreditRecord(Strict):
 
 
 class EncodeResult(Strict):
-    """``reused`` says that shards with these settings were there already. ``bad`` counts quarantined rows by cause."""
+    """Result of encoding.
+
+    ``bad`` counts quarantined rows by cause. ``reused``: the encoded dataset existed already.
+    """
 
     dataset: Uri
     digest: str
@@ -121,8 +137,11 @@ class EncodeResult(Strict):
 
 
 class LedgerResult(Strict):
-    """``ledger`` is the record of ``draws`` draws of each pair. ``noise``: by how much rounding moves the reference's logit
-    against itself, at DDE's beta. ``reused``: all of it was there already."""
+    """Result of recording the reference's errors: ``ledger`` is the URI, with ``draws`` draws of each pair.
+
+    ``noise`` is how far rounding moves the reference's logit against itself, at DDE's beta. ``reused``: the
+    ledger existed already.
+    """
 
     ledger: Uri
     draws: int
@@ -133,7 +152,7 @@ class LedgerResult(Strict):
 
 
 class TrainResult(Strict):
-    """The aligned model's record, the step whose weights it has, and what was measured at that step."""
+    """Result of training: the aligned model, the step of its weights and the metrics of that step."""
 
     model: ModelRecord
     step: int
@@ -159,6 +178,8 @@ class ScorerReport(Strict):
 
 
 class EvaluateResult(Strict):
+    """Result of a comparison: URIs of the report and the image grid, and each scorer's numbers."""
+
     report: Uri
     grid: Uri
     num_prompts: int
@@ -167,7 +188,7 @@ class EvaluateResult(Strict):
 
 
 class Validated(Strict):
-    """``validation/step-*.json``: what was measured of a checkpoint and where its pictures lie, or why it could not be."""
+    """Validation of one checkpoint: its metrics and the URI of its images, or why it failed."""
 
     step: int
     metrics: dict[str, float] = {}

@@ -1,4 +1,7 @@
-"""The bodies that the HTTP API takes. The client sends them, the control plane and Ray Serve read them; no torch, no Ray."""
+"""The bodies that the HTTP API accepts: sent by the client, read by the control plane and Ray Serve.
+
+Docstrings of classes are part of the OpenAPI document. Imports no torch and no Ray.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from dde_core.config import DataConfig, ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.errors import ConfigError
 from dde_core.family import Family
+from services.errors import BadRequest
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -25,36 +29,43 @@ MetadataKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x0
 MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 Scorer = Literal["match", "taste", "fidelity"]
 Column = Literal[
-    "caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "image_0_uid", "image_1_uid", "chosen", "rejected",
-    "chosen_uid", "rejected_uid", "images", "ranks", "image_uids", "pair_id",
+    "caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "image_0_uid", "image_1_uid",
+    "chosen", "rejected", "chosen_uid", "rejected_uid", "images", "ranks", "image_uids", "pair_id",
 ]  # fmt: skip
-"""What can be read of a row: the names of Pick-a-Pic, of chosen/rejected pairs, of rankings."""
+"""The columns that a dataset may have: those of Pick-a-Pic, of chosen/rejected pairs and of rankings."""
 ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
 MAX_IMAGES = 16
 
 
 class Strict(BaseModel):
-    """Refuses unknown fields, silent conversions and non-finite numbers."""
+    """Rejects unknown fields, implicit conversions and non-finite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DatasetSource(Strict):
-    """Where preference pairs lie. The kind of files is told from the URI and what is there (see services/pairs/source.py);
-    ``columns`` maps the names that are read to those that the files have, where they differ."""
+    """Where preference pairs are stored: a file or folder, as a path or URI on the server's side.
+
+    The format is detected automatically: Parquet, Arrow, JSON lines, or a folder of win/ and lose/ images.
+    ``columns`` renames columns, from the expected name to the one in your files: ``{"caption": "prompt"}``.
+    """
 
     uri: Uri
     columns: dict[Column, str] = {}
 
 
 class DatasetCreate(DatasetSource):
-    """Register preference pairs."""
+    """Register preference pairs under a name. The answer has the dataset's id, which a job refers to."""
 
     name: Name
 
 
 class ModelCreate(Strict):
-    """Register a base model: a diffusers folder. ``family`` is told from its model_index.json; another one is refused."""
+    """Register a base model: a diffusers folder at ``uri``. Jobs and requests for images refer to it by
+    ``name``.
+
+    ``family`` is detected from model_index.json; if you give it, a model of another family is rejected.
+    """
 
     name: Name
     uri: Uri
@@ -62,9 +73,11 @@ class ModelCreate(Strict):
 
 
 class EvaluationConfig(Strict):
-    """Held-out evaluation: one prompt a line in the file at ``prompts_uri``; the same prompt and seed for both models.
+    """How two models are compared: both generate an image of each prompt, from the same seed.
 
-    The scorers know the shapes world alone. Other prompts and models take an empty list: pictures and grid, no scores.
+    ``prompts_uri`` is a text file with one prompt a line; the first ``num_prompts`` are used. The built-in
+    scorers can score only images of the bundled shapes data: for other models set ``scorers`` to ``[]`` and
+    get the image grid without scores.
     """
 
     prompts_uri: Uri
@@ -75,13 +88,15 @@ class EvaluationConfig(Strict):
 
 
 Metric = Literal["held_out_accuracy", "held_out_margin", "match", "taste", "fidelity"]
-"""What validation measures of a checkpoint. More is better."""
+"""What validation measures for a checkpoint. Higher is better."""
 MAX_WORKERS = 1024
 WorkerCount = Annotated[int, Field(gt=0, le=MAX_WORKERS)]
 
 
-def _checked(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
-    """One error at the field itself: a union's own are one for each of its forms, at places that nobody has sent."""
+def _valid_workers(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+    """Report one error at the field itself; pydantic's own for a union are one per member, at paths of its
+    own.
+    """
     try:
         workers = inner(tuple(value) if isinstance(value, list) else value)
         if least_workers(workers) <= most_workers(workers):
@@ -93,8 +108,8 @@ def _checked(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
     )
 
 
-Workers = Annotated[WorkerCount | tuple[WorkerCount, WorkerCount], WrapValidator(_checked)]
-"""How many, or [least, most]: the run goes on with as many as the cluster has."""
+Workers = Annotated[WorkerCount | tuple[WorkerCount, WorkerCount], WrapValidator(_valid_workers)]
+"""A fixed number, or [least, most]: the run then uses as many workers as the cluster has room for."""
 
 
 def most_workers(workers: Workers) -> int:
@@ -108,13 +123,15 @@ def least_workers(workers: Workers) -> int:
 
 
 class ValidationConfig(Strict):
-    """Looks at checkpoints while training goes on, every ``every`` steps (a multiple of ``training.checkpoint_every``, at
-    most ``training.steps``) and at step 0, beside the training workers: implicit accuracy on the held-out pairs, where there
-    are any, and ``num_prompts`` pictures with the evaluation's settings and scorers. Prompts are those of ``prompts_uri``, or
-    without one those that follow the evaluation's in its own file. Picture i is drawn from ``seed`` + i, the same at every
-    step.
+    """Validation of checkpoints, in parallel with training: at step 0 and every ``every`` steps.
 
-    The model is made from the checkpoint with the largest ``best_metric`` (None: from the last one).
+    ``every`` must be a multiple of ``training.checkpoint_every`` and at most ``training.steps``. Validation
+    measures the implicit accuracy on the held-out pairs (if ``training.held_out_pairs`` is above 0) and
+    generates ``num_prompts`` images with the evaluation's sampling settings and scorers. Its prompts come
+    from ``prompts_uri``; by default they are the ones after the evaluation's in the evaluation's file. Image
+    i is generated from ``seed`` + i at every step.
+
+    The aligned model is the checkpoint with the highest ``best_metric``; null takes the last checkpoint.
     """
 
     every: Annotated[int, Field(gt=0)]
@@ -125,10 +142,13 @@ class ValidationConfig(Strict):
 
 
 class AlignmentJobCreate(Strict):
-    """POST one of these, get back an aligned, evaluated, served model.
+    """Align a base model with preference pairs: one POST runs encoding, training, evaluation and serving.
 
-    ``model`` is the name or id of a registered model, ``dataset`` the id of a registered dataset, ``name`` what the
-    aligned model will be called when it is served (default: made from the base's name, the method and the job's id).
+    Required: ``model``, the name or id of a registered model; ``dataset``, the id of a registered dataset;
+    and ``evaluation.prompts_uri``. ``name`` is the name under which the aligned model is served; by default
+    it combines the base's name, the method and the job's id. ``workers`` is a number of training workers, or
+    ``[least, most]`` to use as many as the cluster has room for. ``metadata`` is yours: up to 16 strings that
+    lists can filter by.
     """
 
     model: str
@@ -144,14 +164,18 @@ class AlignmentJobCreate(Strict):
 
 
 class EvaluationCreate(EvaluationConfig):
-    """Compare a registered model with another on held-out prompts."""
+    """Compare the registered model ``model`` with ``base`` on held-out prompts; each is a name or an id."""
 
     model: str
     base: str
 
 
 class ImageRequest(Strict):
-    """POST /v1/images/generations. Picture i of a request is drawn from seed + i. ``size`` is WIDTHxHEIGHT or "auto"."""
+    """Generate ``n`` images of ``prompt`` with a registered model, named by its name or id.
+
+    Image i is generated from ``seed`` + i: the same request returns the same images. ``size`` is
+    "WIDTHxHEIGHT" in pixels, both multiples of 8, or "auto" for the model's own size.
+    """
 
     model: str
     prompt: Annotated[str, Field(min_length=1, max_length=4000)]
@@ -164,7 +188,9 @@ class ImageRequest(Strict):
 
     def sample(self) -> SampleConfig:
         """The sampling settings. Raises ConfigError for a size that is too large or not a multiple of 8."""
-        width, height = (0, 0) if self.size == "auto" else map(int, self.size.split("x"))
+        width, height = 0, 0
+        if self.size != "auto":
+            width, height = map(int, self.size.split("x"))
         try:
             return SampleConfig(
                 steps=self.steps, guidance_scale=self.guidance_scale, height=height, width=width
@@ -174,8 +200,14 @@ class ImageRequest(Strict):
 
 
 class ScoreRequest(Strict):
-    """POST /v1/scores. Pictures as base64 PNG or JPEG, one prompt each."""
+    """Score images (base64 PNG or JPEG) against their prompts: ``prompts[i]`` belongs to ``images[i]``."""
 
     images: Annotated[list[str], Field(min_length=1, max_length=256)]
     prompts: Annotated[list[str], Field(min_length=1, max_length=256)]
     scorers: Annotated[list[Scorer], Field(min_length=1)] = list(ALL_SCORERS)
+
+    def check_lengths(self) -> None:
+        """Raises BadRequest unless there is one prompt for each image."""
+        if len(self.images) != len(self.prompts):
+            message = f"prompts: must be as many as the {len(self.images)} images, got {len(self.prompts)}"
+            raise BadRequest(message, param="prompts")

@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
+from services.api.answers import ErrorView
 from services.api.requests import (
     AlignmentJobCreate,
     DatasetCreate,
@@ -27,7 +28,6 @@ from services.control.middleware import Observed
 from services.control.reconciler import Reconciler
 from services.control.routers import datasets, evaluations, health, images, jobs, models
 from services.control.telemetry import Telemetry
-from services.control.views import ErrorView
 from services.settings import Settings
 from services.storage import files
 

@@ -1,4 +1,4 @@
-"""One attempt of a stage: what it has left in storage, and what Ray is told of its run."""
+"""One attempt at a stage: what it left in storage, and what Ray reports of its driver."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from services.control import stages
 from services.control.launcher import Launcher, RunState
 from services.control.tables import Job
 from services.errors import Unavailable
+from services.stages import layout
 from services.stages.journal import read_journal
-from services.stages.layout import HEARD, STOP
 from services.stages.specs import JournalEvent, StageFailure, StageStopped, StopRequest
 from services.storage import files
 
 RUNNING: tuple[RunState, ...] = ("pending", "running")
 JOURNAL_FILES = 200
-"""How many files of a journal one look reads: a look must be over before its lock expires."""
+"""The most journal files that one review reads: it must end before its lock expires."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """The present attempt of a job's stage."""
+    """The current attempt at a job's stage."""
 
     job: Job
     root: str
@@ -32,22 +32,24 @@ class Attempt:
 
     @cached_property
     def prefix(self) -> str:
+        """The attempt's folder in storage."""
         return stages.prefix(self.job, self.root)
 
     @cached_property
     def submission(self) -> str:
+        """The attempt's id at Ray."""
         return stages.submission_id(self.job)
 
-    def marker(self, name: str) -> bytes | None:
-        """A marker's content, or None where it is not there (yet)."""
-        try:
-            return files.read_bytes(files.join(self.prefix, name))
-        except FileNotFoundError:
-            return None
+    # ---- storage
+
+    def done(self) -> bytes | None:
+        """The content of done.json, or None if it does not exist (yet)."""
+        return _read(layout.done_uri(self.prefix))
 
     def failure(self) -> StageFailure | None:
-        """What failed.json says; a file that cannot be read is a failure too."""
-        if (marker := self.marker("failed.json")) is None:
+        """The content of failed.json; an unreadable file is a failure, too."""
+        marker = _read(layout.failed_uri(self.prefix))
+        if marker is None:
             return None
         try:
             return StageFailure.model_validate_json(marker)
@@ -55,49 +57,66 @@ class Attempt:
             return StageFailure(message=f"failed.json cannot be read: {error}", code="bad_result")
 
     def stopped(self) -> StageStopped | None:
-        """What stopped.json says."""
-        marker = self.marker("stopped.json")
+        """The content of stopped.json."""
+        marker = _read(layout.stopped_uri(self.prefix))
         return None if marker is None else StageStopped.model_validate_json(marker)
 
     def journal(self, start: int) -> list[tuple[int, list[JournalEvent]]]:
-        """The next files of the journal with their numbers, ``JOURNAL_FILES`` at most."""
+        """At most ``JOURNAL_FILES`` files of the journal from number ``start`` on, with their numbers."""
         return read_journal(self.prefix, start, JOURNAL_FILES)
 
     def newest_step(self) -> int:
-        """The step of the newest checkpoint of training, 0 before the first and for other stages."""
+        """The step of training's newest checkpoint; 0 if there is none, or in another stage."""
         if self.job.stage != "train":
             return 0
-        return max(checkpoints.steps(stages.run_folder(self.job.id, self.root)), default=0)
+        return max(checkpoints.steps(layout.run_folder(self.root, self.job.id)), default=0)
 
-    def ask_to_stop(self) -> None:
-        """Tell training to store its state after the step it is at, and to end. Other stages do not read it: it says why they
-        were ended."""
-        request = files.join(self.prefix, STOP)
+    def request_stop(self) -> None:
+        """Ask training, through storage, to write a checkpoint after the current step and to exit.
+
+        Other stages do not read the request, but it records why they were stopped.
+        """
+        request = layout.stop_uri(self.prefix)
         if not files.exists(request):
             files.write_json(request, StopRequest(why="pause").model_dump())
 
-    def has_heard(self) -> bool:
-        """Whether training knows that it is asked to stop: it stores its state once the step in hand is done."""
-        return self.job.stage == "train" and files.exists(files.join(self.prefix, HEARD))
+    def stop_acknowledged(self) -> bool:
+        """Whether training has received the request and will write a checkpoint after the current step."""
+        return self.job.stage == "train" and files.exists(layout.stop_ack_uri(self.prefix))
 
-    def was_asked_to_end(self) -> bool:
-        """By a pause, or by a signal that training heard in time: such an end is nobody's fault."""
-        request = self.marker(STOP)
+    def was_stopped_on_request(self) -> bool:
+        """Whether a pause, or a signal that training received in time, ended the attempt: that counts as no
+        failure.
+        """
+        request = _read(layout.stop_uri(self.prefix))
         if request is not None and StopRequest.model_validate_json(request).why == "pause":
             return True
-        return (stopped := self.stopped()) is not None and stopped.why == "signal"
+        stopped = self.stopped()
+        return stopped is not None and stopped.why == "signal"
+
+    # ---- Ray
 
     def state(self) -> RunState | None:
-        """How Ray says that the run stands; None where it does not answer."""
+        """The driver's state; None while Ray is unreachable."""
         try:
             return self.launcher.state(self.submission)
         except Unavailable:
             return None
 
-    def end(self) -> bool:
-        """Tell Ray to end the run, whatever it says of it: it may call a driver failed that lives. Is it over?"""
+    def stop(self) -> bool:
+        """Make Ray stop the driver, even one that Ray reports as failed: it may be alive.
+
+        True if it has ended.
+        """
         try:
             self.launcher.stop(self.submission)
         except Unavailable:
             return False
         return self.state() not in (*RUNNING, None)
+
+
+def _read(uri: str) -> bytes | None:
+    try:
+        return files.read_bytes(uri)
+    except FileNotFoundError:
+        return None

@@ -39,7 +39,9 @@ def _check_parallelism(asked: AlignmentJobCreate) -> None:
 
 
 def check_base(base: ModelRecord, asked: AlignmentJobCreate) -> None:
-    """Refuse timesteps that the base's schedule does not have, and adapters for layers that its U-Net does not have."""
+    """Refuse timesteps that the base's schedule does not have, and adapters for layers that its U-Net does
+    not have.
+    """
     last, objective = models.num_train_timesteps(base), asked.objective
     for field in ("t_min", "t_max", "calibration_bins"):
         if getattr(objective, field) > last:
@@ -72,7 +74,10 @@ def check_dataset(dataset: Dataset, asked: AlignmentJobCreate) -> None:
 
 
 def check_evaluation(config: EvaluationConfig, at: str = "") -> None:
-    """Refuse prompts that are not there, before a model is trained for them. ``at`` is where the config stands in the body."""
+    """Refuse prompts that are not there, before a model is trained for them.
+
+    ``at`` is where the config stands in the body.
+    """
     param, needed = f"{at}prompts_uri", config.num_prompts
     if len(set(config.scorers)) < len(config.scorers):
         raise BadRequest(f"{at}scorers: must not repeat, got {config.scorers}", param=f"{at}scorers")

@@ -1,4 +1,7 @@
-"""The database: SQLite for one replica, PostgreSQL for several. Reads and writes are sessions in a with-block."""
+"""The database: SQLite for one replica, PostgreSQL for several.
+
+Reads and writes are sessions in a with-block.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ class Database:
     def write(self, *, alone: bool = False) -> Iterator[Session]:
         """A transaction: committed at the end of the block, rolled back by an exception.
 
-        ``alone``: no other transaction of this kind runs meanwhile, on any replica; what is checked still holds when
-        it is acted on.
+        ``alone``: no other transaction of this kind runs meanwhile, on any replica; what is checked still
+        holds when it is acted on.
         """
         with self._writes.begin() as session:
             if alone:
@@ -91,7 +94,10 @@ def _prepare_sqlite(connection, _record) -> None:  # type: ignore[no-untyped-def
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
-    """Change the journal mode. SQLite does not wait for that lock where several start at once on a new file: so we do."""
+    """Change the journal mode.
+
+    SQLite does not wait for that lock where several start at once on a new file: so we do.
+    """
     deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
     while True:
         try:

@@ -1,20 +1,21 @@
-"""Datasets: registered pairs, counted and digested when they are registered, never changed afterwards."""
+"""Datasets: preference pairs, counted and digested when they are registered and never changed afterwards."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from services.api.answers import DatasetView, DeletedView, ListView
 from services.api.records import DatasetCounts, DatasetReport
 from services.api.requests import DatasetCreate, DatasetSource
 from services.control.database import Database
-from services.control.idempotency import Once, create_once
-from services.control.listing import by_id, listed, newest
+from services.control.idempotency import IdempotentRequest, create_once
+from services.control.listing import by_id, list_view, newest
 from services.control.tables import Dataset, Job, new_id
 from services.control.transitions import UNFINISHED
 from services.control.views import dataset_view
@@ -24,19 +25,19 @@ from services.pairs.source import Source, open_source
 from services.pairs.validation import inspect, validate
 from services.storage import files
 
-Answer = TypeVar("Answer")
+Findings = TypeVar("Findings")
 
 
-def create(database: Database, once: Once, asked: DatasetCreate) -> dict[str, Any]:
-    """Read the rows without their pictures and register them. Raises BadRequest for files that cannot be used."""
+def create(database: Database, idempotent: IdempotentRequest, request: DatasetCreate) -> DatasetView:
+    """Read all rows, without their images, and register them. Raises BadRequest for unusable files."""
 
-    def insert(session: Session, inspected: tuple[DatasetCounts, str]) -> dict[str, Any]:
+    def insert(session: Session, inspected: tuple[DatasetCounts, str]) -> DatasetView:
         counts, digest = inspected
         row = Dataset(
             id=new_id("ds"),
-            name=asked.name,
-            uri=files.as_uri(asked.uri),
-            columns=dict(asked.columns),
+            name=request.name,
+            uri=files.as_uri(request.uri),
+            columns=dict(request.columns),
             digest=digest,
             counts=counts.model_dump(),
             created_at=time.time(),
@@ -44,45 +45,42 @@ def create(database: Database, once: Once, asked: DatasetCreate) -> dict[str, An
         session.add(row)
         return dataset_view(row)
 
-    return create_once(database, once, lambda: _read(asked, inspect), insert)
+    return create_once(database, idempotent, DatasetView, lambda: _read(request, inspect), insert)
 
 
-def report(asked: DatasetSource) -> DatasetReport:
-    """Read a sample with its pictures; nothing is stored. Raises BadRequest for files that cannot be used."""
-    return _read(asked, validate)
+def report(source: DatasetSource) -> DatasetReport:
+    """Read a sample of the rows with their images; store nothing. Raises BadRequest for unusable files."""
+    return _read(source, validate)
 
 
-def _read(asked: DatasetSource, look: Callable[[Source], Answer]) -> Answer:
+def _read(source: DatasetSource, read: Callable[[Source], Findings]) -> Findings:
     try:
-        return look(open_source(asked))
-    except (pa.ArrowException, OSError) as error:  # a file that breaks half-way, or may not be read
-        raise unreadable(error, asked.uri, "cannot be read") from error
+        return read(open_source(source))
+    except (pa.ArrowException, OSError) as error:  # a truncated file, or no permission
+        raise unreadable(error, source.uri, "cannot be read") from error
 
 
-def get(database: Database, dataset_id: str) -> dict[str, Any]:
+def get(database: Database, dataset_id: str) -> DatasetView:
     """Raises NotFound."""
     with database.read() as session:
         return dataset_view(by_id(session, Dataset, dataset_id))
 
 
-def page(database: Database, after: str | None, limit: int) -> dict[str, Any]:
+def page(database: Database, after: str | None, limit: int) -> ListView[DatasetView]:
     """Datasets, newest first."""
     with database.read() as session:
-        return listed(
-            [dataset_view(row) for row in newest(session, Dataset, select(Dataset), after, limit)], limit
-        )
+        rows = newest(session, Dataset, select(Dataset), after, limit)
+        return list_view([dataset_view(row) for row in rows], limit)
 
 
-def delete(database: Database, dataset_id: str) -> dict[str, Any]:
-    """Forget a dataset; its files stay. Raises Conflict while a job uses it."""
+def delete(database: Database, dataset_id: str) -> DeletedView:
+    """Delete a dataset's registration; its files stay. Raises Conflict while an unfinished job uses it."""
     with database.write(alone=True) as session:
         row = by_id(session, Dataset, dataset_id)
-        using = session.scalar(
-            select(Job.id).where(Job.dataset == dataset_id, Job.status.in_(UNFINISHED)).limit(1)
-        )
-        if using:
-            raise Conflict(
-                f"dataset {dataset_id!r} is used by the unfinished job {using}", param="id", code="in_use"
-            )
+        uses_it = (Job.dataset == dataset_id) & Job.status.in_(UNFINISHED)
+        job = session.scalar(select(Job.id).where(uses_it).limit(1))
+        if job:
+            message = f"dataset {dataset_id!r} is used by the unfinished job {job}"
+            raise Conflict(message, param="id", code="in_use")
         session.delete(row)
-    return {"id": dataset_id, "object": "dataset", "deleted": True}
+    return DeletedView(id=dataset_id, object="dataset", deleted=True)

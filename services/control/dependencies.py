@@ -1,4 +1,6 @@
-"""What endpoints take in: the key, a body that is held against its contract, pages, and what the app was built with."""
+"""What endpoints take in: the key, a body that is held against its contract, pages, and what the app was
+built with.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
 
 
 def parse(model: type[Body], raw: bytes) -> Body:
-    """The body as its contract. Parsed as JSON: strict types take dataclasses from JSON only. Raises BadRequest."""
+    """The body as its contract.
+
+    Parsed as JSON: strict types take dataclasses from JSON only. Raises BadRequest.
+    """
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:

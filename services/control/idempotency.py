@@ -1,4 +1,6 @@
-"""Creates that may be repeated: the same key and body get the same answer, and nothing is made twice."""
+"""Creates that a client may repeat: the same key and body get the same answer, and only one resource is
+created.
+"""
 
 from __future__ import annotations
 
@@ -6,73 +8,92 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
+from services.api.answers import Parsed, parse
 from services.control.database import Database
 from services.control.tables import IdempotencyKey
 from services.errors import BadRequest
 
 Prepared = TypeVar("Prepared")
+MAX_KEY_LENGTH = 255
 KEPT_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
-class Once:
-    """A create request as it is told from others: its key, where there is one, and a digest of path and body."""
+class IdempotentRequest:
+    """A create request, identified by its Idempotency-Key (if it has one) and a digest of path and body."""
 
     key: str | None
     fingerprint: str
 
     @classmethod
-    def of(cls, key: str | None, path: str, body: BaseModel) -> Once:
-        """Raises BadRequest for a key that cannot be kept."""
-        if key is not None and not (0 < len(key) <= 255):
+    def of(cls, key: str | None, path: str, body: BaseModel) -> IdempotentRequest:
+        """Raises BadRequest for a key that is empty or too long."""
+        if key is not None and not 0 < len(key) <= MAX_KEY_LENGTH:
             raise BadRequest(
-                f"Idempotency-Key: must have 1 to 255 characters, got {len(key)}", param="Idempotency-Key"
+                f"Idempotency-Key: must have 1 to {MAX_KEY_LENGTH} characters, got {len(key)}",
+                param="Idempotency-Key",
             )
-        return cls(key, hashlib.sha256(f"{path}\n{body.model_dump_json()}".encode()).hexdigest())
+        fingerprint = hashlib.sha256(f"{path}\n{body.model_dump_json()}".encode()).hexdigest()
+        return cls(key, fingerprint)
 
-    def kept(self, session: Session) -> dict[str, Any] | None:
-        """What this request was answered before. Raises BadRequest where the key stands for another one."""
+    def stored_answer(self, session: Session, view: type[Parsed]) -> Parsed | None:
+        """The answer to an earlier request with this key.
+
+        Raises BadRequest if that request had another body.
+        """
         row = session.get(IdempotencyKey, self.key) if self.key else None
         if row is None or row.created_at < time.time() - KEPT_S:
             return None
         if row.fingerprint != self.fingerprint:
             raise BadRequest(
-                f"Idempotency-Key: was used for another request, got {self.key!r}",
+                f"Idempotency-Key: was used for a different request, got {self.key!r}; send a new key",
                 param="Idempotency-Key",
                 code="idempotency_key_reused",
             )
-        return row.answer
+        return parse(view, row.answer)
 
-    def keep(self, session: Session, answer: dict[str, Any]) -> None:
-        """Remember the answer for a day."""
-        if self.key:
-            session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < time.time() - KEPT_S))
-            session.add(
-                IdempotencyKey(
-                    key=self.key, fingerprint=self.fingerprint, answer=answer, created_at=time.time()
-                )
+    def store_answer(self, session: Session, answer: BaseModel) -> None:
+        """Keep the answer for a day."""
+        if not self.key:
+            return
+        now = time.time()
+        session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < now - KEPT_S))
+        session.add(
+            IdempotencyKey(
+                key=self.key,
+                fingerprint=self.fingerprint,
+                answer=answer.model_dump(mode="json"),
+                created_at=now,
             )
+        )
 
 
 def create_once(
     database: Database,
-    once: Once,
+    idempotent: IdempotentRequest,
+    view: type[Parsed],
     prepare: Callable[[], Prepared],
-    insert: Callable[[Session, Prepared], dict[str, Any]],
-) -> dict[str, Any]:
-    """``prepare`` does the slow checks outside of the transaction, ``insert`` writes and answers, alone, inside it."""
+    insert: Callable[[Session, Prepared], Parsed],
+) -> Parsed:
+    """The answer of ``insert``, or of the earlier request that this one repeats.
+
+    ``prepare`` runs the slow checks outside the transaction; ``insert`` writes inside it, while no other
+    create runs.
+    """
     with database.read() as session:
-        if (answer := once.kept(session)) is not None:
-            return answer
+        answer = idempotent.stored_answer(session, view)
+    if answer is not None:
+        return answer
     prepared = prepare()
     with database.write(alone=True) as session:
-        if (answer := once.kept(session)) is None:
+        answer = idempotent.stored_answer(session, view)
+        if answer is None:
             answer = insert(session, prepared)
-            once.keep(session, answer)
+            idempotent.store_answer(session, answer)
         return answer

@@ -1,41 +1,80 @@
-"""What one look at a job finds, for the reconciler to write down."""
+"""What a review of a job decides; the reconciler applies it to the database."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.api.records import ModelRecord
-from services.stages.specs import JournalEvent
+from services.api.records import JobStatus, ModelRecord
+from services.control import transitions
+from services.control.journal import printable
+from services.control.tables import Job
+from services.stages.specs import JournalEvent, Level, StageFailure
+
+MAX_DELAY_S = 60.0
 
 
 @dataclass
-class Change:
-    """What one look at a job found: new column values, entries of its journal, a model that is there now.
+class JobUpdate:
+    """Changes to one job at time ``now``: new column values, journal entries, a model.
 
-    ``publish``: a model to be made known. ``point``: the job's name means its model from now on. ``again``: there is
-    more to do at once. ``pause_s``: when there is, where that is not at the next poll.
+    ``publish`` is a model to register. ``set_alias``: the job's name refers to its model from now on.
+    The next review follows at once if ``review_again``, else after ``delay_s`` (None: at the next poll).
     """
 
+    job: Job
+    now: float
     values: dict[str, Any] = field(default_factory=dict)
     entries: list[JournalEvent] = field(default_factory=list)
     publish: ModelRecord | None = None
-    point: bool = False
-    again: bool = False
-    pause_s: float | None = None
+    set_alias: bool = False
+    review_again: bool = False
+    delay_s: float | None = None
 
-    def say(self, at: float, message: str, level: str = "info") -> None:
-        """Add an event of the control plane's own."""
-        self.entries.append(JournalEvent.model_validate({"at": at, "level": level, "message": message}))
+    def log(self, message: str, level: Level = "info") -> None:
+        """Add an event of the control plane to the job's history."""
+        self.entries.append(JournalEvent(at=self.now, level=level, message=message))
+
+    def move(self, status: JobStatus, why: str, level: Level = "info") -> None:
+        """Change the status and log it. Raises IllegalTransition."""
+        transitions.check(self.job.status, status)
+        self.values["status"] = status
+        self.log(f"{self.job.status} -> {status}: {why}", level)
+
+    def succeed(self) -> None:
+        """End the job after its last stage."""
+        self._finish("succeeded", "the job is done")
+        self.values |= {"reason": None, "stage": None}
+
+    def fail(self, failure: StageFailure) -> None:
+        """End the job with an error; it may be resumed."""
+        self._finish("failed", failure.message, "error")
+        self.values["reason"] = _reason(failure)
+
+    def cancel(self) -> None:
+        """End the job on request."""
+        cancelled = StageFailure(code="cancelled", message="cancelled on request")
+        self._finish("cancelled", cancelled.message)
+        self.values["reason"] = _reason(cancelled)
+
+    def _finish(self, status: JobStatus, why: str, level: Level = "info") -> None:
+        self.move(status, why, level)
+        self.values |= {"finished_at": self.now, "pause_requested_at": None}
 
 
-def fresh(number: int) -> dict[str, Any]:
-    """The columns of an attempt that has not begun, of a stage that was not started again."""
-    plain = {
+def _reason(failure: StageFailure) -> dict[str, Any]:
+    return {**failure.model_dump(), "message": printable(failure.message)}
+
+
+def new_attempt_columns(number: int) -> dict[str, Any]:
+    """Column values of attempt ``number`` before it is submitted, with no restarts counted."""
+    return {
+        "attempt": number,
+        "restarts": 0,
+        "restart_step": 0,
         "submitted_at": None,
         "journal_cursor": 0,
         "stop_asked_at": None,
         "ended_at": None,
         "unreachable_at": None,
     }
-    return {"attempt": number, "restarts": 0, "restart_step": 0, **plain}

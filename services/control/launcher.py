@@ -86,7 +86,9 @@ class RayJobsLauncher:
 
 
 def _client_class() -> type:
-    """Ray's client with a time limit on every request: without one, a silent host would hold a job's lock for ever."""
+    """Ray's client with a time limit on every request: without one, a silent host would hold a job's lock for
+    ever.
+    """
     from ray.job_submission import JobSubmissionClient
 
     class BoundedClient(JobSubmissionClient):

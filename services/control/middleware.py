@@ -21,7 +21,9 @@ _METHODS = {"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"}
 
 
 class Observed:
-    """Puts ``x-request-id`` on every answer (the caller's own where it sent a sane one) and answers 500 for the unexpected."""
+    """Puts ``x-request-id`` on every answer (the caller's own where it sent a sane one) and answers 500 for
+    the unexpected.
+    """
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
         self._app, self._telemetry = app, telemetry

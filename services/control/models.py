@@ -1,20 +1,20 @@
-"""Models: bases that are registered, aligned ones that jobs made; and what a name means."""
+"""Models: registered bases, aligned models that jobs produced, and which model a name refers to."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from dde_core.family import Family
+from services.api.answers import DeletedView, ListView, ModelView
 from services.api.records import ModelRecord
 from services.api.requests import ModelCreate
 from services.artifacts import models
 from services.control.database import Database
-from services.control.idempotency import Once, create_once
-from services.control.listing import by_id, is_id, listed, newest
+from services.control.idempotency import IdempotentRequest, create_once
+from services.control.listing import by_id, is_id, list_view, newest
 from services.control.problems import show
 from services.control.tables import Job, Model, new_id
 from services.control.transitions import UNFINISHED
@@ -23,24 +23,28 @@ from services.errors import BadRequest, Conflict, NotFound
 from services.storage import files
 
 
-def create(database: Database, root: str, once: Once, asked: ModelCreate) -> dict[str, Any]:
-    """Register a base. Raises BadRequest for a folder that is no such pipeline, or a name that is taken."""
-    if is_id(asked.name):
-        raise BadRequest(f"name: must not have the form of an id, got {asked.name!r}", param="name")
+def create(database: Database, root: str, idempotent: IdempotentRequest, request: ModelCreate) -> ModelView:
+    """Register a base model.
 
-    def look() -> tuple[Family, str]:
+    Raises BadRequest for a name that is taken or a folder that is no diffusers pipeline.
+    """
+    if is_id(request.name):
+        raise BadRequest(f"name: must not have the form of an id, got {request.name!r}", param="name")
+
+    def inspect() -> tuple[Family, str]:
         try:
-            return models.check_components(asked.uri, asked.family), models.folder_digest(asked.uri)
+            family = models.check_components(request.uri, request.family)
+            return family, models.folder_digest(request.uri)
         except OSError as error:
-            raise BadRequest(f"uri: cannot be read, got {asked.uri!r}: {error}", param="uri") from error
+            raise BadRequest(f"uri: cannot be read, got {request.uri!r}: {error}", param="uri") from error
 
-    def insert(session: Session, found: tuple[Family, str]) -> dict[str, Any]:
-        family, digest = found
-        _refuse_taken(session, asked.name)
+    def insert(session: Session, inspected: tuple[Family, str]) -> ModelView:
+        family, digest = inspected
+        _refuse_taken_name(session, request.name)
         record = ModelRecord(
             id=new_id("model"),
-            name=asked.name,
-            uri=files.as_uri(asked.uri),
+            name=request.name,
+            uri=files.as_uri(request.uri),
             family=family,
             digest=digest,
             created_at=int(time.time()),
@@ -49,14 +53,14 @@ def create(database: Database, root: str, once: Once, asked: ModelCreate) -> dic
         session.add(row)
         session.flush()
         models.publish(root, record)
-        models.point(root, record.name, record.id)
+        models.set_alias(root, record.name, record.id)
         return model_view(row)
 
-    return create_once(database, once, look, insert)
+    return create_once(database, idempotent, ModelView, inspect, insert)
 
 
-def _refuse_taken(session: Session, name: str) -> None:
-    """A name belongs to the models that have it and to the unfinished jobs that will give it."""
+def _refuse_taken_name(session: Session, name: str) -> None:
+    """A name is taken by every model that has it and by every unfinished job whose model will get it."""
     model = session.scalar(select(Model.id).where(Model.name == name).limit(1))
     job = session.scalar(select(Job.id).where(Job.name == name, Job.status.in_(UNFINISHED)).limit(1))
     if model or job:
@@ -64,54 +68,56 @@ def _refuse_taken(session: Session, name: str) -> None:
 
 
 def find(session: Session, name_or_id: str, param: str) -> Model:
-    """The model of an id or a name. Raises NotFound, naming it and the field that asked."""
-    known = Model.id == name_or_id if is_id(name_or_id) else (Model.name == name_or_id) & Model.current
-    row = session.scalar(select(Model).where(known)) if "\0" not in name_or_id else None
+    """The model with this id, or the current one with this name.
+
+    Raises NotFound; ``param`` is the request's field.
+    """
+    has_name = (Model.name == name_or_id) & Model.current
+    matches = Model.id == name_or_id if is_id(name_or_id) else has_name
+    row = session.scalar(select(Model).where(matches)) if "\0" not in name_or_id else None
     if row is None:
-        raise NotFound(
-            f"{param}: model {show(name_or_id)} does not exist", param=param, code="model_not_found"
-        )
+        message = f"{param}: model {show(name_or_id)} does not exist"
+        raise NotFound(message, param=param, code="model_not_found")
     return row
 
 
 def record_of(row: Model) -> ModelRecord:
-    """The row as Serve and the stages know it."""
-    return ModelRecord(
-        **{name: getattr(row, name) for name in ModelRecord.model_fields if name != "created_at"},
-        created_at=int(row.created_at),
-    )
+    """The row as the record that Serve and the stages read."""
+    columns = {name: getattr(row, name) for name in ModelRecord.model_fields if name != "created_at"}
+    return ModelRecord(**columns, created_at=int(row.created_at))
 
 
-def get(database: Database, name_or_id: str) -> dict[str, Any]:
+def get(database: Database, name_or_id: str) -> ModelView:
     """Raises NotFound."""
     with database.read() as session:
         return model_view(find(session, name_or_id, "id"))
 
 
-def page(database: Database, after: str | None, limit: int) -> dict[str, Any]:
+def page(database: Database, after: str | None, limit: int) -> ListView[ModelView]:
     """Models, newest first."""
     with database.read() as session:
-        return listed([model_view(row) for row in newest(session, Model, select(Model), after, limit)], limit)
+        rows = newest(session, Model, select(Model), after, limit)
+        return list_view([model_view(row) for row in rows], limit)
 
 
-def delete(database: Database, root: str, model_id: str) -> dict[str, Any]:
-    """Forget a model; an aligned one loses its weights, a base's files stay. Raises Conflict while a job uses it."""
+def delete(database: Database, root: str, model_id: str) -> DeletedView:
+    """Delete a model's registration, and an aligned model's weights; a base's files stay.
+
+    Raises Conflict while an unfinished job uses it, or LoRA adapters need it.
+    """
     with database.write(alone=True) as session:
         row = by_id(session, Model, model_id)
-        uses = or_(Job.model == model_id, Job.base == model_id, Job.output_model == model_id)
-        using = session.scalar(select(Job.id).where(uses, Job.status.in_(UNFINISHED)).limit(1))
-        if using:
-            raise Conflict(
-                f"model {model_id!r} is used by the unfinished job {using}", param="id", code="in_use"
-            )
-        adapters = session.scalar(
-            select(Model.id).where(Model.base == model_id, Model.adapter_of.is_not(None)).limit(1)
-        )
+        uses_it = or_(Job.model == model_id, Job.base == model_id, Job.output_model == model_id)
+        job = session.scalar(select(Job.id).where(uses_it, Job.status.in_(UNFINISHED)).limit(1))
+        if job:
+            message = f"model {model_id!r} is used by the unfinished job {job}"
+            raise Conflict(message, param="id", code="in_use")
+        modifies_it = (Model.base == model_id) & Model.adapter_of.is_not(None)
+        adapters = session.scalar(select(Model.id).where(modifies_it).limit(1))
         if adapters:
-            raise Conflict(
-                f"model {model_id!r} is what the adapters {adapters} work on", param="id", code="in_use"
-            )
+            message = f"model {model_id!r} is needed by the LoRA adapters {adapters}; delete those first"
+            raise Conflict(message, param="id", code="in_use")
         session.delete(row)
         session.flush()
         models.retract(root, record_of(row))
-    return {"id": model_id, "object": "model", "deleted": True}
+    return DeletedView(id=model_id, object="model", deleted=True)

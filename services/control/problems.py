@@ -1,4 +1,7 @@
-"""Errors as the API's error bodies: ``{"error": {"message", "type", "param", "code"}}``. A validation error is a 400."""
+"""Errors as the API's error bodies: ``{"error": {"message", "type", "param", "code"}}``.
+
+A validation error is a 400.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Moves unfinished jobs on: take one, look at it outside of any transaction, apply what was found.
+"""Advances unfinished jobs: take one, review it outside any transaction, apply the update.
 
-A job is taken by writing a token into its row, and everything that is found is applied only where the token still
-stands: a replica that was too slow changes nothing. So any number of replicas may run this on one database.
+Taking a job writes a token into its row; an update is applied only while the row still has that token. A
+replica that was too slow therefore changes nothing, and any number of replicas may run this on one database.
 """
 
 from __future__ import annotations
@@ -19,24 +19,28 @@ from sqlalchemy.orm import Session
 from services.api.records import ModelRecord
 from services.artifacts import models
 from services.control.database import Database, update_one
-from services.control.job_update import Change
+from services.control.job_update import MAX_DELAY_S, JobUpdate
 from services.control.journal import printable, record
 from services.control.launcher import Launcher
-from services.control.review import LONGEST_PAUSE_S, Watch
+from services.control.review import JobReview
 from services.control.tables import Job, Model
 from services.control.transitions import ACTIVE, UNFINISHED
 from services.settings import Settings
 
 log = logging.getLogger("dde")
 THREADS = 4
+MAX_BACKOFF_EXPONENT = 20
 
 
 class StaleToken(Exception):
-    """Another replica has taken the job; what was found here is dropped."""
+    """Another replica has taken the job; this replica's update is dropped."""
 
 
 class Reconciler:
-    """Background threads. ``once`` is all that each does; tests call that. A slow job holds up one thread only."""
+    """Background threads that each call ``once`` in a loop, as tests do.
+
+    A slow job blocks one thread only.
+    """
 
     def __init__(
         self,
@@ -45,19 +49,22 @@ class Reconciler:
         launcher: Launcher,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._database, self._settings, self._launcher, self._clock = database, settings, launcher, clock
+        self._database = database
+        self._settings = settings
+        self._launcher = launcher
+        self._clock = clock
         self._stopping = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, name=f"reconciler-{i}", daemon=True) for i in range(THREADS)
         ]
 
     def start(self) -> None:
-        """Begin."""
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """End after the jobs in hand."""
+        """Stop the threads after the reviews in progress."""
         self._stopping.set()
         for thread in self._threads:
             if thread.is_alive():
@@ -67,32 +74,34 @@ class Reconciler:
         while not self._stopping.is_set():
             try:
                 busy = self.once()
-            except Exception:  # the database is out of reach: nothing to record it in
-                log.exception("the reconciler could not take or keep a job")
+            except Exception:  # the database is unreachable, so the error cannot be stored there
+                log.exception("the reconciler could not take or update a job")
                 busy = False
             if not busy:
                 self._stopping.wait(self._settings.poll_interval_s)
 
     def once(self) -> bool:
-        """Look at the job that has waited longest, if one is due. Says whether there was one."""
+        """Review the job that has been due longest. False if none is due."""
         job = self.take()
         if job is None:
             return False
+        now = self._clock()
         try:
             if job.status == "queued" and not _is_stopping(job) and self._must_wait(job):
-                self.apply(job, Change())
-                return True
-            self.apply(job, Watch(job, self._settings, self._launcher, self._clock()).look())
+                self.apply(JobUpdate(job, now))
+            else:
+                self.apply(JobReview(job, self._settings, self._launcher, now).decide())
         except StaleToken:
-            log.warning("job %s was taken over", job.id)
-        except Exception as error:  # whatever it is, other jobs must go on
-            log.exception("job %s could not be looked at", job.id)
+            log.warning("job %s was taken over by another replica", job.id)
+        except Exception as error:  # one broken job must not stop the others
+            log.exception("the review of job %s failed", job.id)
             self._postpone(job, error)
         return True
 
     def take(self) -> Job | None:
-        """A due job with a token of ours in its row, or None."""
-        now, token = self._clock(), secrets.token_hex(16)
+        """Lock a due job by writing a new token into its row. None if there is none."""
+        now = self._clock()
+        token = secrets.token_hex(16)
         with self._database.read() as session:
             due = session.scalars(select(Job.id).where(*_free(now)).order_by(Job.next_at).limit(8)).all()
         for job_id in due:
@@ -103,27 +112,34 @@ class Reconciler:
         return None
 
     def _must_wait(self, job: Job) -> bool:
-        """Is the cluster full, or an older job next? Two replicas that ask at once may let one too many through."""
+        """Whether older queued jobs take all free slots.
+
+        Two replicas asking at once may exceed the limit by one.
+        """
         active = select(func.count()).where(Job.status.in_(ACTIVE))
-        going_on = Job.cancel_requested_at.is_(None), Job.pause_requested_at.is_(None)
-        older = select(func.count()).where(Job.status == "queued", Job.seq < job.seq, *going_on)
+        is_older = (Job.status == "queued") & (Job.seq < job.seq)
+        not_stopping = Job.cancel_requested_at.is_(None) & Job.pause_requested_at.is_(None)
+        older = select(func.count()).where(is_older, not_stopping)
         with self._database.read() as session:
-            free = self._settings.max_active_jobs - (session.scalar(active) or 0)
-            return (session.scalar(older) or 0) >= free
+            free_slots = self._settings.max_active_jobs - (session.scalar(active) or 0)
+            return (session.scalar(older) or 0) >= free_slots
 
-    def apply(self, job: Job, change: Change) -> None:
-        """Write what was found and let go of the job. Raises StaleToken where the job is no longer ours."""
-        pause = 0.0 if change.again else change.pause_s or self._settings.poll_interval_s
-        released = {"next_at": self._clock() + pause, "failures": 0, "last_error": None}
+    def apply(self, job_update: JobUpdate) -> None:
+        """Write the update and release the job. Raises StaleToken if another replica has taken the job."""
+        job = job_update.job
+        delay_s = 0.0
+        if not job_update.review_again:
+            delay_s = job_update.delay_s or self._settings.poll_interval_s
+        released = {"next_at": self._clock() + delay_s, "failures": 0, "last_error": None}
         with self._database.write() as session:
-            self._update(session, job, {**change.values, **released})
-            record(session, job, change.entries)
-            if change.publish is not None:
-                self._publish(session, change.publish)
-            if change.point:
-                self._point(session, job)
+            self._write_columns(session, job, {**job_update.values, **released})
+            record(session, job, job_update.entries)
+            if job_update.publish is not None:
+                self._publish(session, job_update.publish)
+            if job_update.set_alias:
+                self._set_alias(session, job)
 
-    def _update(self, session: Session, job: Job, values: dict[str, Any]) -> None:
+    def _write_columns(self, session: Session, job: Job, values: dict[str, Any]) -> None:
         mine = update(Job).where(Job.id == job.id, Job.lock_token == job.lock_token)
         if not update_one(session, mine.values(**values, lock_token=None, lock_expires_at=None)):
             raise StaleToken(job.id)
@@ -133,26 +149,31 @@ class Reconciler:
         session.flush()
         models.publish(self._settings.storage_uri, model)
 
-    def _point(self, session: Session, job: Job) -> None:
-        """The last step of success: the name means the new model, in the database and for Serve."""
+    def _set_alias(self, session: Session, job: Job) -> None:
+        """The last step of success: the name refers to the new model, in the database and for Serve."""
         session.execute(update(Model).where(Model.name == job.name, Model.current).values(current=False))
         session.execute(update(Model).where(Model.id == job.output_model).values(current=True))
-        models.point(self._settings.storage_uri, str(job.name), str(job.output_model))
+        models.set_alias(self._settings.storage_uri, str(job.name), str(job.output_model))
 
     def _postpone(self, job: Job, error: Exception) -> None:
-        """Try again later, with growing pauses; tell people once for each new error."""
-        now, text = self._clock(), printable(f"{type(error).__name__}: {error}")
-        pause = min(LONGEST_PAUSE_S, self._settings.poll_interval_s * 2 ** min(job.failures, 20))
-        values = {"failures": job.failures + 1, "last_error": text, "next_at": now + pause}
-        change = Change()
+        """Retry the review later, with exponential backoff. Only a new error is added to the job's events."""
+        now = self._clock()
+        text = printable(f"{type(error).__name__}: {error}")
+        backoff_s = self._settings.poll_interval_s * 2 ** min(job.failures, MAX_BACKOFF_EXPONENT)
+        values = {
+            "failures": job.failures + 1,
+            "last_error": text,
+            "next_at": now + min(MAX_DELAY_S, backoff_s),
+        }
+        retry = JobUpdate(job, now)
         if text != job.last_error:
-            change.say(now, f"will be tried again: {text}", "warning")
+            retry.log(f"the review failed and will be retried: {text}", "warning")
         try:
             with self._database.write() as session:
-                self._update(session, job, values)
-                record(session, job, change.entries)
+                self._write_columns(session, job, values)
+                record(session, job, retry.entries)
         except StaleToken:
-            log.warning("job %s was taken over", job.id)
+            log.warning("job %s was taken over by another replica", job.id)
 
 
 def _is_stopping(job: Job) -> bool:
@@ -160,7 +181,7 @@ def _is_stopping(job: Job) -> bool:
 
 
 def _free(now: float) -> tuple[ColumnElement[bool], ...]:
-    """Due, and in nobody's hands. Of a paused job only its cancellation is to be seen to."""
-    moves = or_(Job.status != "paused", Job.cancel_requested_at.is_not(None))
-    unlocked = or_(Job.lock_expires_at.is_(None), Job.lock_expires_at < now)
-    return Job.status.in_(UNFINISHED), Job.next_at <= now, moves, unlocked
+    """Due and unlocked. A paused job is due only once its cancellation is requested."""
+    may_move = or_(Job.status != "paused", Job.cancel_requested_at.is_not(None))
+    is_unlocked = or_(Job.lock_expires_at.is_(None), Job.lock_expires_at < now)
+    return Job.status.in_(UNFINISHED), Job.next_at <= now, may_move, is_unlocked

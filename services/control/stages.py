@@ -1,4 +1,4 @@
-"""What a stage of a job is told, and under which names it runs."""
+"""The spec of a job's current stage, and the names under which it runs."""
 
 from __future__ import annotations
 
@@ -8,112 +8,106 @@ from typing import Any
 
 from services.api.records import ModelRecord
 from services.api.requests import AlignmentJobCreate, DatasetSource, EvaluationConfig
-from services.artifacts import models
 from services.control.tables import Job
 from services.settings import Settings
+from services.stages import layout
 from services.stages.specs import ENTRY_MODULES, EncodeSpec, EvaluateSpec, LedgerSpec, StageSpec, TrainSpec
-from services.storage import files
 
 
 def prefix(job: Job, root: str) -> str:
     """The folder of the job's current attempt: spec, journal and markers."""
-    return files.join(root, "jobs", job.id, str(job.stage), f"a{job.attempt}")
-
-
-def run_folder(job_id: str, root: str) -> str:
-    """Where every attempt to train finds and leaves checkpoints, and what validation measured of them."""
-    return files.join(root, "jobs", job_id, "train", "run")
+    return layout.attempt_prefix(root, job.id, str(job.stage), job.attempt)
 
 
 def submission_id(job: Job) -> str:
-    """The same for the same attempt, so that a repeated submit starts nothing twice."""
+    """Ray's id of the current attempt; the same on every call, so a repeated submit starts nothing twice."""
     return f"{job.id}-{job.stage}-a{job.attempt}"
 
 
 def entrypoint(job: Job, root: str) -> str:
-    """The command of the job's current stage."""
-    uri = files.join(prefix(job, root), "spec.json")
+    """The command that Ray runs for the job's current stage."""
+    uri = layout.spec_uri(prefix(job, root))
     return f"python -m {ENTRY_MODULES[job.stage]} --spec {shlex.quote(uri)}"  # type: ignore[index]
 
 
 def spec(job: Job, settings: Settings) -> StageSpec:
-    """What the job's current stage is told."""
+    """The spec of the job's current stage."""
     root = settings.storage_uri
-    frame = {"job": job.id, "attempt": job.attempt, "prefix": prefix(job, root), "use_gpu": settings.use_gpu}
-    return _BUILDERS[job.stage](job, settings, frame)  # type: ignore[index]
+    common = {"job": job.id, "attempt": job.attempt, "prefix": prefix(job, root), "use_gpu": settings.use_gpu}
+    return _BUILDERS[job.stage](job, settings, common)  # type: ignore[index]
 
 
 def aligned_record(job: Job, record: ModelRecord) -> ModelRecord:
-    """The record of what training made, under the id and name that the job was given."""
+    """Training's model under the id and name that the job gave it."""
     return record.model_copy(
         update={"id": job.output_model, "name": job.name, "base": job.model, "job": job.id}
     )
 
 
-def _asked(job: Job) -> AlignmentJobCreate:
+def _request(job: Job) -> AlignmentJobCreate:
     return AlignmentJobCreate.model_validate_json(json.dumps(job.request))
 
 
-def _encode(job: Job, settings: Settings, frame: dict[str, Any]) -> EncodeSpec:
+def _encode(job: Job, settings: Settings, common: dict[str, Any]) -> EncodeSpec:
     dataset = job.inputs["dataset"]
     return EncodeSpec(
-        **frame,
+        **common,
         source=DatasetSource(uri=dataset["uri"], columns=dataset.get("columns", {})),
         source_digest=dataset["digest"],
         model=ModelRecord(**job.inputs["model"]),
-        data=_asked(job).data,
-        output=files.join(settings.storage_uri, "datasets"),
+        data=_request(job).data,
+        output=layout.datasets_folder(settings.storage_uri),
         actors=settings.encode_actors,
     )
 
 
-def _ledger(job: Job, settings: Settings, frame: dict[str, Any]) -> LedgerSpec:
-    asked = _asked(job)
+def _ledger(job: Job, settings: Settings, common: dict[str, Any]) -> LedgerSpec:
+    request = _request(job)
     return LedgerSpec(
-        **frame,
+        **common,
         dataset=job.results["encode"]["dataset"],
         model=ModelRecord(**job.inputs["model"]),
-        objective=asked.objective,
-        training=asked.training,
+        objective=request.objective,
+        training=request.training,
         actors=settings.encode_actors,
     )
 
 
-def _train(job: Job, settings: Settings, frame: dict[str, Any]) -> TrainSpec:
-    root, asked = settings.storage_uri, _asked(job)
+def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
+    root = settings.storage_uri
+    request = _request(job)
     return TrainSpec(
-        **frame,
+        **common,
         dataset=job.results["encode"]["dataset"],
         model=ModelRecord(**job.inputs["model"]),
         model_id=str(job.output_model),
         name=str(job.name),
-        objective=asked.objective,
-        training=asked.training,
-        workers=asked.workers,
-        evaluation=asked.evaluation,
-        validation=asked.validation,
+        objective=request.objective,
+        training=request.training,
+        workers=request.workers,
+        evaluation=request.evaluation,
+        validation=request.validation,
         ledger=job.results["ledger"]["ledger"] if "ledger" in job.results else None,
-        run=run_folder(job.id, root),
-        output=models.model_uri(root, str(job.output_model)),
+        run=layout.run_folder(root, job.id),
+        output=layout.model_folder(root, str(job.output_model)),
     )
 
 
-def _evaluate(job: Job, settings: Settings, frame: dict[str, Any]) -> EvaluateSpec:
+def _evaluate(job: Job, settings: Settings, common: dict[str, Any]) -> EvaluateSpec:
     if job.kind == "alignment":
-        candidate, base, evaluation = (
-            job.results["train"]["model"],
-            job.inputs["model"],
-            job.request["evaluation"],
-        )
+        candidate = job.results["train"]["model"]
+        base = job.inputs["model"]
+        evaluation = job.request["evaluation"]
     else:
-        candidate, base = job.inputs["model"], job.inputs["base"]
+        candidate = job.inputs["model"]
+        base = job.inputs["base"]
         evaluation = {name: job.request[name] for name in EvaluationConfig.model_fields}
     return EvaluateSpec(
-        **frame,
+        **common,
         candidate=ModelRecord(**candidate),
         base=ModelRecord(**base),
         evaluation=EvaluationConfig.model_validate_json(json.dumps(evaluation)),
-        output=files.join(settings.storage_uri, "jobs", job.id, "evaluate", f"a{job.attempt}"),
+        output=prefix(job, settings.storage_uri),
         actors=settings.evaluate_actors,
     )
 

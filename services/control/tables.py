@@ -83,13 +83,15 @@ class Model(Resource):
 
 
 class Job(Resource):
-    """A chain of stages. ``kind`` is alignment or evaluation; ``inputs`` holds the records that it was created with.
+    """A chain of stages. ``kind`` is alignment or evaluation; ``inputs`` holds the records that it was
+    created with.
 
-    ``attempt`` counts the runs of the present stage, ``restarts`` how often it was started again, unasked, since it last came
-    further; ``restart_step`` is how far training had come by then.
-    ``pause_requested_at`` stands until the job is resumed or ends. ``stop_asked_at`` is when the attempt was asked to stop,
-    ``ended_at`` when its driver was first seen to be over, or was ended, ``unreachable_at`` when Ray was first out of reach, or
-    the journal last grew since. A row is worked on by whoever holds ``lock_token`` until ``lock_expires_at``.
+    ``attempt`` counts the runs of the present stage, ``restarts`` how often it was started again, unasked,
+    since it last came further; ``restart_step`` is how far training had come by then. ``pause_requested_at``
+    stands until the job is resumed or ends. ``stop_asked_at`` is when the attempt was asked to stop,
+    ``ended_at`` when its driver was first seen to be over, or was ended, ``unreachable_at`` when Ray was
+    first out of reach, or the journal last grew since. A row is worked on by whoever holds ``lock_token``
+    until ``lock_expires_at``.
     """
 
     __tablename__ = "jobs"

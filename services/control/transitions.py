@@ -1,6 +1,7 @@
-"""Which status may follow which, and what a job of each kind goes through. Anything else is a programming error.
+"""Which status may follow which, and which stages a job of each kind has. Any other change is a programming
+error.
 
-A job that was paused, or that has failed, is queued once more when it is resumed, and goes on at the stage where it was.
+Resuming a paused or failed job queues it again; it continues at the stage that it had reached.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dde_core.methods import METHODS
-from services.api.records import JobStatus, Stage
+from services.api.records import FINAL_STATUSES, JobStatus, Stage
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     "validating": frozenset({"queued", "failed", "cancelled"}),
@@ -23,9 +24,7 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     "cancelled": frozenset(),
 }
 
-ENDED: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
-"""Nothing moves a job on from these but a request: a failed one may be resumed."""
-UNFINISHED: tuple[JobStatus, ...] = tuple(status for status in TRANSITIONS if status not in ENDED)
+UNFINISHED: tuple[JobStatus, ...] = tuple(status for status in TRANSITIONS if status not in FINAL_STATUSES)
 STAGES: dict[str, tuple[Stage, ...]] = {
     "alignment": ("encode", "ledger", "train", "evaluate"),
     "evaluation": ("evaluate",),
@@ -37,11 +36,11 @@ STAGE_STATUS: dict[Stage, JobStatus] = {
     "evaluate": "evaluating",
 }
 ACTIVE: frozenset[JobStatus] = frozenset(STAGE_STATUS.values())
-"""At these a job may hold a run on the cluster."""
+"""With these a job may have a run on the cluster."""
 
 
 class IllegalTransition(RuntimeError):
-    """A status that may not follow the one before."""
+    """A status may not follow the previous one."""
 
 
 def check(old: str, new: str) -> None:
@@ -51,13 +50,17 @@ def check(old: str, new: str) -> None:
 
 
 def next_stage(kind: str, stage: Stage | None, request: Mapping[str, Any]) -> Stage | None:
-    """The stage after ``stage`` (the first one after None), or None after the last. Without those that a job does not need."""
+    """The stage that follows ``stage`` (None: the first one), or None after the last.
+
+    Skips a ledger nobody reads.
+    """
     stages = STAGES[kind]
-    place = 0 if stage is None else stages.index(stage) + 1
-    return next((each for each in stages[place:] if each != "ledger" or writes_ledger(request)), None)
+    start = 0 if stage is None else stages.index(stage) + 1
+    needed = (each for each in stages[start:] if each != "ledger" or writes_ledger(request))
+    return next(needed, None)
 
 
 def writes_ledger(request: Mapping[str, Any]) -> bool:
-    """Whether an alignment job asks for a ledger, and its method reads one: `sft` has no reference."""
+    """Whether an alignment job requests a ledger and its method has a reference to record in it."""
     method = METHODS[request["objective"]["method"]]
     return method.has_reference and request["training"].get("reference") == "ledger"

@@ -9,15 +9,15 @@ import pytest
 
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.shapes import MODEL_DIR, PAIRS_FILE, PROMPTS_FILE
+from services.api.answers import JobView
 from services.api.requests import AlignmentJobCreate, EvaluationConfig
 from services.client.api import Client
-from services.client.types import Job
 
 STEPS = 40
 TRAINING = {"steps": STEPS, "batch_size": 64, "learning_rate": 5e-5, "draws": 2, "checkpoint_every": STEPS}
 
 
-def run(client: Client, dataset: str, method: str, reference: str) -> Job:
+def run(client: Client, dataset: str, method: str, reference: str) -> JobView:
     request = AlignmentJobCreate(
         model="shapes",
         dataset=dataset,
@@ -35,7 +35,7 @@ def run(client: Client, dataset: str, method: str, reference: str) -> Job:
     return job
 
 
-def metrics(client: Client, job: Job) -> list[dict[str, float]]:
+def metrics(client: Client, job: JobView) -> list[dict[str, float]]:
     return [row.metrics for row in client.metrics(job.id, "train")]
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
+from services.api.answers import JobView
 from services.api.requests import (
     AlignmentJobCreate,
     EvaluationConfig,
@@ -29,7 +30,6 @@ from services.api.requests import (
 )
 from services.client.api import ApiError, Client
 from services.client.local import LocalSystem
-from services.client.types import Job
 from services.storage import files
 from tests.support.pairs_file import pair_rows, write_pairs
 
@@ -63,7 +63,7 @@ def job_request(base: str, dataset: str, **changes) -> AlignmentJobCreate:
 
 
 @pytest.fixture(scope="module")
-def finished(client: Client, base: str, dataset: str) -> Job:
+def finished(client: Client, base: str, dataset: str) -> JobView:
     """One job, followed to its end, with two looks at its model on the way."""
     training = TrainConfig(
         steps=STEPS, batch_size=32, learning_rate=1e-4, checkpoint_every=6, held_out_pairs=20
@@ -73,7 +73,7 @@ def finished(client: Client, base: str, dataset: str) -> Job:
     return client.wait(client.create_job(asked).id, timeout_s=240)
 
 
-def test_a_posted_job_ends_as_an_aligned_and_evaluated_model(finished: Job):
+def test_a_posted_job_ends_as_an_aligned_and_evaluated_model(finished: JobView):
     assert finished.status == "succeeded", finished.reason
     assert finished.result.encode.counts == {
         "rows": 200, "pairs": 179, "ties": 20, "missing": 0, "bad": 1, "duplicates": 0, "images": 359
@@ -82,7 +82,7 @@ def test_a_posted_job_ends_as_an_aligned_and_evaluated_model(finished: Job):
     assert all(finished.stage_seconds[stage] > 0 for stage in ("encode", "train", "evaluate"))
 
 
-def test_a_broken_picture_is_quarantined_with_its_row(finished: Job):
+def test_a_broken_picture_is_quarantined_with_its_row(finished: JobView):
     lines = (
         files.read_bytes(files.join(finished.result.encode.dataset, "quarantine.jsonl")).decode().splitlines()
     )
@@ -94,7 +94,7 @@ def test_a_broken_picture_is_quarantined_with_its_row(finished: Job):
     )
 
 
-def test_every_step_reports_finite_metrics_of_winner_and_loser(client: Client, finished: Job):
+def test_every_step_reports_finite_metrics_of_winner_and_loser(client: Client, finished: JobView):
     rows = [row for row in client.metrics(finished.id, "train") if row.step > 0]
     assert [row.step for row in rows] == list(range(1, STEPS + 1))
     for name in (
@@ -112,7 +112,7 @@ def test_every_step_reports_finite_metrics_of_winner_and_loser(client: Client, f
     assert rows[-1].metrics["winner_error_diff"] != 0.0
 
 
-def test_checkpoints_are_looked_at_and_the_best_one_becomes_the_model(client: Client, finished: Job):
+def test_checkpoints_are_looked_at_and_the_best_one_becomes_the_model(client: Client, finished: JobView):
     found = list(client.checkpoints(finished.id))
     assert [each.step for each in found] == [6, STEPS]
     margins = {each.step: each.validation.metrics["held_out_margin"] for each in found}
@@ -134,7 +134,7 @@ def test_checkpoints_are_looked_at_and_the_best_one_becomes_the_model(client: Cl
     assert files.list_files(files.join(run, "tensorboard"), recursive=True)
 
 
-def test_events_tell_the_way_in_order(client: Client, finished: Job):
+def test_events_tell_the_way_in_order(client: Client, finished: JobView):
     messages = [event.message for event in client.events(finished.id)]
     moves = [message.split(":")[0] for message in messages if " -> " in message]
     assert moves == [
@@ -146,7 +146,9 @@ def test_events_tell_the_way_in_order(client: Client, finished: Job):
     ]
 
 
-def test_serve_draws_from_the_aligned_model_by_name_without_being_redeployed(client: Client, finished: Job):
+def test_serve_draws_from_the_aligned_model_by_name_without_being_redeployed(
+    client: Client, finished: JobView
+):
     def draw(model: str, seed: int) -> np.ndarray:
         wanted = ImageRequest(
             model=model, prompt="a large red circle", seed=seed, steps=5, guidance_scale=3.0
@@ -160,7 +162,7 @@ def test_serve_draws_from_the_aligned_model_by_name_without_being_redeployed(cli
     assert (draw("aligned", 1) != aligned).any()
 
 
-def test_the_report_holds_every_prompt_and_its_grid_is_a_picture(finished: Job):
+def test_the_report_holds_every_prompt_and_its_grid_is_a_picture(finished: JobView):
     report = files.read_json(finished.result.evaluate.report)
     assert len(report["prompts"]) == 20
     taste = [prompt["candidate_taste"] for prompt in report["prompts"]]
@@ -170,7 +172,7 @@ def test_the_report_holds_every_prompt_and_its_grid_is_a_picture(finished: Job):
     assert min(grid.size) > 100
 
 
-def test_diffusers_alone_loads_the_aligned_model(client: Client, finished: Job):
+def test_diffusers_alone_loads_the_aligned_model(client: Client, finished: JobView):
     folder = files.resolve(client.model(finished.aligned_model).uri)[1]
     code = (
         "import sys; from diffusers import StableDiffusionPipeline as P; p = P.from_pretrained(sys.argv[1]);"
@@ -181,7 +183,9 @@ def test_diffusers_alone_loads_the_aligned_model(client: Client, finished: Job):
     assert done.stdout.strip() == "(32, 32)", done.stderr
 
 
-def test_an_encoded_dataset_is_reused_by_the_next_job(client: Client, base: str, dataset: str, finished: Job):
+def test_an_encoded_dataset_is_reused_by_the_next_job(
+    client: Client, base: str, dataset: str, finished: JobView
+):
     training = TrainConfig(steps=1, batch_size=32)
     again = client.wait(client.create_job(job_request(base, dataset, training=training)).id, timeout_s=240)
     assert again.status == "succeeded", again.reason
@@ -189,7 +193,7 @@ def test_an_encoded_dataset_is_reused_by_the_next_job(client: Client, base: str,
     assert again.result.encode.digest == finished.result.encode.digest
 
 
-def test_a_model_can_be_evaluated_again_with_the_same_scores(client: Client, finished: Job):
+def test_a_model_can_be_evaluated_again_with_the_same_scores(client: Client, finished: JobView):
     request = EvaluationCreate(
         model="aligned",
         base="shapes",
@@ -204,7 +208,9 @@ def test_a_model_can_be_evaluated_again_with_the_same_scores(client: Client, fin
     )
 
 
-def test_prompts_that_no_scorer_knows_are_drawn_without_scores(client: Client, finished: Job, tmp_path: Path):
+def test_prompts_that_no_scorer_knows_are_drawn_without_scores(
+    client: Client, finished: JobView, tmp_path: Path
+):
     prompts = tmp_path / "own.txt"
     prompts.write_text("a photo of an astronaut\nan oil painting of a lighthouse\n")
     request = EvaluationCreate(
@@ -250,7 +256,7 @@ def test_a_job_whose_driver_dies_starts_again_and_frees_its_workers_when_it_is_c
     assert drivers
     for driver in drivers:
         os.kill(driver.pid, signal.SIGKILL)
-    again = "stage train starts again as attempt 2: the driver of stage train ended without a result"
+    again = "stage train restarts as attempt 2: the driver of stage train ended without a result"
     wait_for(lambda: any(event.message.startswith(again) for event in client.events(job.id)), timeout_s=60)
     wait_for(lambda: processes(system, "RayTrainWorker"), timeout_s=60)
     client.cancel_job(job.id)

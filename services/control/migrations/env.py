@@ -1,4 +1,6 @@
-"""Alembic's entry: runs on the connection it is given (Database.migrate), or on DDE_DATABASE_URL from the command line."""
+"""Alembic's entry: runs on the connection it is given (Database.migrate), or on DDE_DATABASE_URL from the
+command line.
+"""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""/healthz, /readyz, /metrics: for machines inside; no key."""
+"""/healthz, /readyz, /metrics: for load balancers and Prometheus; no API key."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ router = APIRouter(tags=["health"])
 
 @router.get("/healthz")
 def healthz() -> dict[str, str]:
-    """The process answers."""
+    """Liveness: the process answers."""
     return {"status": "ok"}
 
 
 @router.get("/readyz")
 def readyz(request: Request, db: Db, settings: Config) -> JSONResponse:
-    """Database, storage and Ray answer; 503 where one does not, and which."""
-    ready, found = health.readiness(db, settings.storage_uri, request.app.state.launcher)
-    return JSONResponse(found, 200 if ready else 503)
+    """Readiness: database, storage and Ray answer. 503 names the one that does not."""
+    ready, report = health.readiness(db, settings.storage_uri, request.app.state.launcher)
+    return JSONResponse(report, 200 if ready else 503)
 
 
 @router.get("/metrics")
 def metrics(request: Request) -> Response:
-    """Prometheus text."""
+    """Metrics in the Prometheus text format."""
     return Response(request.app.state.telemetry.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,4 +1,4 @@
-"""/v1/images/generations and /v1/scores: one front door to Serve."""
+"""/v1/images/generations and /v1/scores: forwarded to Serve."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from services.control import inference
 from services.control.dependencies import BODY_BYTES, parse, read_body, takes
 
 router = APIRouter(tags=["inference"])
+IMAGES = "/v1/images/generations"
+SCORES = "/v1/scores"
 
 
-@router.post("/v1/images/generations", openapi_extra=takes(ImageRequest))
+@router.post(IMAGES, openapi_extra=takes(ImageRequest))
 async def generate(request: Request) -> Response:
-    """Draw pictures with a registered model."""
+    """Generate images with a registered model."""
     raw = await read_body(request, BODY_BYTES)
     inference.check_image(parse(ImageRequest, raw))
-    return await inference.pass_on(
-        request.app.state.serve, "/v1/images/generations", raw, request.state.request_id
-    )
+    return await inference.forward(request.app.state.serve, IMAGES, raw, request.state.request_id)
 
 
-@router.post("/v1/scores", openapi_extra=takes(ScoreRequest))
+@router.post(SCORES, openapi_extra=takes(ScoreRequest))
 async def score(request: Request) -> Response:
-    """Score pictures against prompts."""
+    """Score images against their prompts."""
     raw = await read_body(request, inference.SCORE_BYTES)
-    inference.check_scores(parse(ScoreRequest, raw))
-    return await inference.pass_on(request.app.state.serve, "/v1/scores", raw, request.state.request_id)
+    parse(ScoreRequest, raw).check_lengths()
+    return await inference.forward(request.app.state.serve, SCORES, raw, request.state.request_id)

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select
 
 from services.artifacts import checkpoints
-from services.control.job_update import Change
+from services.control.job_update import JobUpdate
 from services.control.reconciler import StaleToken
 from services.control.tables import Job
 from services.storage import files
@@ -52,7 +52,7 @@ def test_a_driver_that_dies_without_a_marker_is_started_again_and_the_job_succee
     said = plane.get(f"{JOBS}/{job}/events?limit=1000")["data"]
     warned = [event["message"] for event in said if event["level"] == "warning"]
     why = "the driver of stage encode ended without a result; Ray says failed"
-    assert warned == [f"last words of {job}-encode-a1", f"stage encode starts again as attempt 2: {why}"]
+    assert warned == [f"last words of {job}-encode-a1", f"stage encode restarts as attempt 2: {why}"]
 
 
 def test_after_the_last_attempt_the_job_fails_with_the_reason_of_the_last(plane):
@@ -121,7 +121,7 @@ def test_training_that_others_stopped_goes_on_in_the_same_run(plane, ends):
     assert (one.run, one.output, one.attempt + 1) == (two.run, two.output, two.attempt)
     assert one.prefix != two.prefix
     if ends == "stopped":
-        said = "stage train starts again as attempt 2: the stage was stopped after step 7 (signal)"
+        said = "stage train restarts as attempt 2: the stage was stopped after step 7 (signal)"
         assert said in plane.events(job)
 
 
@@ -203,7 +203,7 @@ def test_a_run_whose_end_ray_never_tells_is_not_waited_for_for_ever(plane):
     plane.clock.now += plane.settings.unreachable_s
     plane.settle(8)
     assert plane.launcher.submitted[-1] == f"{job}-train-a2"
-    assert "Ray did not say that the run has ended; it may go on" in plane.events(job)
+    assert "Ray did not confirm that the run ended; it may still be running" in plane.events(job)
 
 
 def test_every_stage_counts_its_own_attempts(plane):
@@ -249,7 +249,9 @@ def test_a_new_attempt_that_is_found_under_a_stale_token_is_not_started(any_plan
     plane.clock.now += plane.settings.lock_s + 1
     assert fast.take().id == job
     with pytest.raises(StaleToken):
-        slow.apply(taken, Change(values={"attempt": 2, "restarts": 1, "submitted_at": None}))
+        slow.apply(
+            JobUpdate(taken, plane.clock.now, values={"attempt": 2, "restarts": 1, "submitted_at": None})
+        )
     assert (row_of(plane, job).attempt, row_of(plane, job).restarts) == (1, 0)
 
 

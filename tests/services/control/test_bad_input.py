@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from services.control.dependencies import BODY_BYTES
-from services.control.views import ErrorView
+from services.api.answers import ErrorView
 from tests.services.control.conftest import make_plane, write_base, write_pairs
 
 JOBS = "/v1/alignment/jobs"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.api.records import Validated
-from services.artifacts import checkpoints
-from services.control import stages
+from services.stages import layout
 from services.storage import files
 from tests.services.control import fakes
 
@@ -20,7 +19,7 @@ def job(plane):
     plane.launcher.plays["train"] = fakes.runs
     job = plane.job()["id"]
     plane.settle()
-    return job, stages.run_folder(job, plane.app_settings.storage_uri)
+    return job, layout.run_folder(plane.app_settings.storage_uri, job)
 
 
 def steps(answer: dict) -> list[int]:
@@ -64,7 +63,7 @@ def test_pages_follow_one_another_by_step(plane, job):
 def test_what_has_no_record_is_no_checkpoint(plane, job):
     job, run = job
     fakes.checkpoint(run, 10)
-    files.write_bytes(files.join(checkpoints.folder(run, 20), "weights.bin"), b"half")
+    files.write_bytes(files.join(layout.checkpoint_folder(run, 20), "weights.bin"), b"half")
     assert steps(plane.get(f"{JOBS}/{job}/checkpoints")) == [10]
 
 
@@ -73,8 +72,8 @@ def test_what_has_a_damaged_record_is_left_out_and_a_damaged_outcome_is_none(pla
     job, run = job
     for step in (10, 20, 30):
         fakes.checkpoint(run, step)
-    files.write_bytes(files.join(checkpoints.folder(run, 20), checkpoints.RECORD), damaged)
-    files.write_bytes(checkpoints.outcome_uri(run, 30), b"{")
+    files.write_bytes(layout.checkpoint_record_uri(run, 20), damaged)
+    files.write_bytes(layout.outcome_uri(run, 30), b"{")
     answer = plane.get(f"{JOBS}/{job}/checkpoints")
     assert (steps(answer), answer["data"][1]["validation"]) == ([10, 30], None)
 

@@ -6,7 +6,7 @@ import pytest
 
 from dde_core.config import ObjectiveConfig
 from services.api.records import CreditBucket, CreditRecord
-from services.stages.layout import CREDIT
+from services.stages import layout
 from services.storage import files
 from tests.services.control import fakes
 
@@ -23,7 +23,7 @@ RECORD = CreditRecord(
 
 def train(spec):
     """The fake stage, which leaves the record where the real one does."""
-    files.write_bytes(files.join(spec.output, CREDIT), RECORD.model_dump_json().encode())
+    files.write_bytes(layout.credit_uri(spec.output), RECORD.model_dump_json().encode())
     return fakes.train(spec)
 
 

@@ -9,11 +9,11 @@ import pytest
 from sqlalchemy import select, update
 
 from services.control import attempt
-from services.control.job_update import Change
+from services.control.job_update import JobUpdate
 from services.control.reconciler import StaleToken
 from services.control.tables import Job
 from services.errors import Unavailable
-from services.stages.layout import HEARD
+from services.stages import layout
 from services.storage import files
 from tests.services.control import fakes
 
@@ -78,7 +78,7 @@ def test_training_is_asked_to_store_its_state_and_goes_on_in_the_same_run(any_pl
     assert moves[3:6] == [
         "running -> paused: paused on request",
         "paused -> queued: resumed on request",
-        "queued -> running: stage train goes on as attempt 2",
+        "queued -> running: stage train resumes as attempt 2",
     ]
 
 
@@ -190,7 +190,7 @@ def test_a_pause_with_ray_out_of_reach_holds_after_a_while_and_says_so(plane):
     plane.clock.now += plane.settings.unreachable_s
     plane.settle(5)
     assert status(plane, job) == "paused"
-    assert "Ray did not say that the run has ended; it may go on" in plane.events(job)
+    assert "Ray did not confirm that the run ended; it may still be running" in plane.events(job)
 
 
 @pytest.mark.parametrize("deaf", [False, True])
@@ -208,10 +208,8 @@ def test_training_that_hangs_is_ended_after_a_while_and_its_end_is_waited_for(pl
     plane.settle(8)
     assert status(plane, job) == "paused"
     said = plane.get(f"{JOBS}/{job}/events?limit=1000")["data"]
-    ended = (
-        r"stage train has not stopped 30\d s after it was asked to, and is ended: what it stored last stands"
-    )
-    lives = "Ray did not say that the run has ended; it may go on"
+    ended = r"stage train did not stop within 30\d s of the request and is being killed; what it stored last is kept"
+    lives = "Ray did not confirm that the run ended; it may still be running"
     warnings = [event["message"] for event in said if event["level"] == "warning"]
     assert re.fullmatch(ended, warnings[0])
     assert warnings[1:] == [lives] * deaf
@@ -225,7 +223,7 @@ def test_training_that_has_heard_is_given_the_time_of_its_step_and_its_checkpoin
     job = training(plane)
     ask(plane, "pause", job)
     plane.settle(5)
-    files.write_json(f"{plane.launcher.specs[f'{job}-train-a1'].prefix}/{HEARD}", {})
+    files.write_json(layout.stop_ack_uri(plane.launcher.specs[f"{job}-train-a1"].prefix), {})
     plane.clock.now += 2 * plane.settings.unreachable_s
     plane.settle(8)
     assert (status(plane, job), plane.launcher.stopped) == ("running", [])
@@ -295,7 +293,7 @@ def test_a_pause_may_be_withdrawn_before_training_has_stopped(any_plane):
     plane.launcher.leave(f"{job}-train-a1", 3)
     plane.settle(40)
     assert status(plane, job) == "succeeded"
-    assert "the pause is withdrawn" in plane.events(job)
+    assert "pause withdrawn" in plane.events(job)
     assert plane.launcher.submitted.count(f"{job}-train-a2") == 1
 
 
@@ -417,7 +415,7 @@ def test_what_is_found_under_a_stale_token_neither_pauses_nor_undoes_a_resume(an
     assert taken.id == job
     ask(plane, "resume", job)
     with pytest.raises(StaleToken):
-        slow.apply(taken, Change(values={"status": "paused", "submitted_at": None}))
+        slow.apply(JobUpdate(taken, plane.clock.now, values={"status": "paused", "submitted_at": None}))
     with plane.database.read() as session:
         row = session.scalar(select(Job).where(Job.id == job))
     assert (row.status, row.pause_requested_at, row.submitted_at is None) == ("running", None, False)

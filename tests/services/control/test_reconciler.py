@@ -10,7 +10,7 @@ from sqlalchemy import select, update
 
 from services.artifacts import models
 from services.control import attempt
-from services.control.job_update import Change
+from services.control.job_update import JobUpdate
 from services.control.reconciler import StaleToken
 from services.control.tables import Event, Job, Metric, Model
 from services.control.transitions import STAGES
@@ -93,7 +93,7 @@ def test_training_is_told_how_to_validate_with_places_as_uris(plane):
 def test_prompts_that_validation_does_not_draw_are_said_not_to_be_read(plane):
     idle = {"every": 50, "prompts_uri": "nowhere.txt"}
     job = plane.job(validation=idle, training={"steps": 50, "batch_size": 4, "held_out_pairs": 2})
-    assert "validation.prompts_uri is not read: validation.num_prompts is 0" in plane.events(job["id"])
+    assert "validation.prompts_uri is ignored: validation.num_prompts is 0" in plane.events(job["id"])
 
 
 def test_a_single_worker_shares_nothing_out_and_may_have_8_bit_moments(plane):
@@ -160,7 +160,7 @@ def test_a_method_without_a_reference_writes_no_ledger_and_says_so(plane):
         f"{job['id']}-{stage}-a1" for stage in ("encode", "train", "evaluate")
     ]
     assert plane.launcher.specs[f"{job['id']}-train-a1"].ledger is None
-    assert "training.reference = 'ledger' is not read by method 'sft'" in plane.events(job["id"])
+    assert "method 'sft' ignores training.reference = 'ledger'" in plane.events(job["id"])
     job = plane.job(training=asks | {"reference": "auto"})
     plane.settle()
     assert f"{job['id']}-ledger-a1" not in plane.launcher.submitted, (
@@ -318,7 +318,7 @@ def test_a_run_that_writes_its_journal_lives_however_long_ray_is_away(plane):
     ended = plane.get(f"{JOBS}/{job}")
     assert (ended["status"], ended["reason"]["code"]) == ("failed", "cluster_unreachable")
     assert (
-        "and nothing new in the journal: Ray at http://nowhere does not answer" in ended["reason"]["message"]
+        "and the journal did not grow: Ray at http://nowhere does not answer" in ended["reason"]["message"]
     )
     assert files.exists(f"{spec.prefix}/stop.json"), "a run that lives nevertheless stores its state and ends"
 
@@ -381,7 +381,7 @@ def test_cancel_with_ray_out_of_reach_ends_after_a_while_and_says_so(plane):
     plane.clock.now += plane.settings.unreachable_s
     plane.settle(2)
     assert plane.get(f"{JOBS}/{job['id']}")["status"] == "cancelled"
-    assert "Ray did not say that the run has ended; it may go on" in plane.events(job["id"])
+    assert "Ray did not confirm that the run ended; it may still be running" in plane.events(job["id"])
 
 
 @pytest.mark.parametrize(("play", "status"), [(fakes.evaluate, "succeeded"), (fakes.fails, "failed")])
@@ -407,11 +407,11 @@ def test_a_name_means_the_model_that_got_it_last(any_plane):
     plane = any_plane
     first, second = (plane.job(name="aligned")["id"] for _ in range(2))
     plane.settle(60)
-    models = [plane.get(f"{JOBS}/{job}")["aligned_model"] for job in (first, second)]
+    aligned = [plane.get(f"{JOBS}/{job}")["aligned_model"] for job in (first, second)]
     current = plane.get("/v1/models/aligned")["id"]
-    assert current in models
+    assert current in aligned
     assert models.find(plane.settings.storage_uri, "aligned").id == current
-    assert [plane.get(f"/v1/models/{model}")["current"] for model in models].count(True) == 1
+    assert [plane.get(f"/v1/models/{model}")["current"] for model in aligned].count(True) == 1
 
 
 def test_what_is_found_under_a_stale_token_changes_nothing(any_plane):
@@ -424,13 +424,13 @@ def test_what_is_found_under_a_stale_token_changes_nothing(any_plane):
     assert fast.take() is None
     plane.clock.now += plane.settings.lock_s + 1
     assert fast.take().id == job["id"]
-    change = Change(values={"status": "succeeded"}, point=True)
-    change.say(0.0, "too late")
-    change.publish = models.find(plane.settings.storage_uri, "shapes").model_copy(
+    stale = JobUpdate(taken, plane.clock.now, values={"status": "succeeded"}, set_alias=True)
+    stale.log("too late")
+    stale.publish = models.find(plane.settings.storage_uri, "shapes").model_copy(
         update={"id": "model_" + "0" * 24}
     )
     with pytest.raises(StaleToken):
-        slow.apply(taken, change)
+        slow.apply(stale)
     assert plane.get(f"{JOBS}/{job['id']}")["status"] == "validating"
     assert "too late" not in plane.events(job["id"])
     assert not files.exists(f"{plane.settings.storage_uri}/aliases/aligned.json")
@@ -498,7 +498,9 @@ def test_an_unexpected_error_is_told_once_retried_with_growing_pauses_and_stops_
     assert row.next_at - plane.clock.now > plane.settings.poll_interval_s
     plane.settle(10)
     assert plane.get(f"/v1/evaluations/{good['id']}")["status"] == "succeeded"
-    assert plane.events(bad["id"]).count("will be tried again: ZeroDivisionError: a bug") == 1
+    assert (
+        plane.events(bad["id"]).count("the review failed and will be retried: ZeroDivisionError: a bug") == 1
+    )
     plane.clock.now += 60
     plane.settle(40)
     assert plane.get(f"{JOBS}/{bad['id']}")["status"] == "succeeded"

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter
 
 from services.api.records import DatasetReport
 from services.artifacts import models
-from services.control import views
+from services.api import answers
+from services.stages import layout
 from services.storage import files
 from tests.services.control import fakes
 from tests.services.control.conftest import write_base, write_pairs
@@ -70,8 +71,8 @@ def test_a_setting_that_the_method_does_not_read_is_said_in_a_warning(plane):
     events = plane.get(f"/v1/alignment/jobs/{job['id']}/events")["data"]
     warnings = [event["message"] for event in events if event["level"] == "warning"]
     assert warnings == [
-        "objective.calibration_bins = 9 is not read by method 'uniform'",
-        "objective.gamma = 0.8 is not read by method 'uniform'",
+        "method 'uniform' ignores objective.calibration_bins = 9",
+        "method 'uniform' ignores objective.gamma = 0.8",
     ]
 
 
@@ -128,9 +129,9 @@ def test_a_model_in_use_is_not_deleted_and_an_aligned_one_loses_its_weights(plan
     plane.post(f"{JOBS}/{job['id']}/cancel", None)
     plane.settle()
     root = plane.settings.storage_uri
-    assert files.exists(models.model_uri(root, aligned))
+    assert files.exists(layout.model_folder(root, aligned))
     assert plane.http.delete(f"/v1/models/{aligned}").status_code == 200
-    assert not files.exists(models.model_uri(root, aligned))
+    assert not files.exists(layout.model_folder(root, aligned))
     assert not files.exists(f"{root}/models/{aligned}.json")
 
 
@@ -207,7 +208,7 @@ def test_the_same_key_with_another_body_or_path_is_refused(plane):
     plane.post(JOBS, plane.job_body(), headers=headers)
     error = plane.post(JOBS, plane.job_body(workers=2), 400, headers=headers)["error"]
     assert (error["param"], error["code"]) == ("Idempotency-Key", "idempotency_key_reused")
-    assert error["message"] == "Idempotency-Key: was used for another request, got 'k'"
+    assert error["message"] == "Idempotency-Key: was used for a different request, got 'k'; send a new key"
     plane.post("/v1/datasets", {"name": "d", "uri": str(plane.root / "pairs")}, 400, headers=headers)
     plane.post(JOBS, plane.job_body(), 400, headers={"Idempotency-Key": "k" * 256})
 
@@ -247,13 +248,13 @@ def test_answers_have_the_shapes_that_the_openapi_document_promises(plane):
     evaluated = plane.post("/v1/evaluations", evaluation)
     plane.settle(60)
     promised = {
-        JOBS: views.ListView[views.JobView],
-        f"{JOBS}/{job['id']}": views.JobView,
-        f"{JOBS}/{job['id']}/events": views.ListView[views.EventView],
-        f"{JOBS}/{job['id']}/metrics": views.ListView[views.MetricView],
-        f"/v1/evaluations/{evaluated['id']}": views.EvaluationView,
-        "/v1/models": views.ListView[views.ModelView],
-        "/v1/datasets": views.ListView[views.DatasetView],
+        JOBS: answers.ListView[answers.JobView],
+        f"{JOBS}/{job['id']}": answers.JobView,
+        f"{JOBS}/{job['id']}/events": answers.ListView[answers.EventView],
+        f"{JOBS}/{job['id']}/metrics": answers.ListView[answers.MetricView],
+        f"/v1/evaluations/{evaluated['id']}": answers.EvaluationView,
+        "/v1/models": answers.ListView[answers.ModelView],
+        "/v1/datasets": answers.ListView[answers.DatasetView],
     }
     for path, view in promised.items():
         body = plane.get(path)

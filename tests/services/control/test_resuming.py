@@ -72,7 +72,7 @@ def test_a_failed_training_goes_on_in_the_same_run_and_its_job_succeeds(any_plan
     assert (one.run, one.output, one.dataset, one.ledger) == (two.run, two.output, two.dataset, two.ledger)
     assert plane.events(job)[told : told + 3] == [
         "failed -> queued: resumed on request",
-        "queued -> running: stage train goes on as attempt 2",
+        "queued -> running: stage train resumes as attempt 2",
         f"submitted {job}-train-a2",
     ]
 
@@ -112,7 +112,7 @@ def test_a_job_that_failed_before_its_first_stage_is_refused(plane):
     files.delete_folder(dataset["uri"])
     plane.settle()
     assert refusal(plane, job) == (
-        f"job {job} has failed before its first stage: there is nothing to go on with",
+        f"job {job} failed before its first stage: it has nothing to resume; create a new job",
         "job_failed",
     )
 
@@ -239,7 +239,7 @@ def test_a_job_whose_model_was_deleted_since_it_failed_is_refused(plane):
     model = plane.get("/v1/models/shapes")["id"]
     assert plane.http.delete(f"/v1/models/{model}").status_code == 200
     assert refusal(plane, job) == (
-        f"job {job} cannot go on: its model {model} was deleted",
+        f"job {job} cannot resume: its model {model} was deleted",
         "model_not_found",
     )
     assert status(plane, job) == "failed"
@@ -250,7 +250,7 @@ def test_a_job_whose_trained_model_was_deleted_is_not_evaluated(plane):
     model = plane.get(f"{JOBS}/{job}")["aligned_model"]
     assert plane.http.delete(f"/v1/models/{model}").status_code == 200
     assert refusal(plane, job) == (
-        f"job {job} cannot go on: its model {model} was deleted",
+        f"job {job} cannot resume: its model {model} was deleted",
         "model_not_found",
     )
 
@@ -262,7 +262,7 @@ def test_a_dataset_that_was_deleted_since_is_missed_only_while_it_is_encoded(pla
     assert plane.http.delete(f"/v1/datasets/{dataset}").status_code == 200
     if stage == "encode":
         assert refusal(plane, job) == (
-            f"job {job} cannot go on: its dataset {dataset} was deleted",
+            f"job {job} cannot resume: its dataset {dataset} was deleted",
             "dataset_not_found",
         )
         return
@@ -274,7 +274,7 @@ def test_a_dataset_that_was_deleted_since_is_missed_only_while_it_is_encoded(pla
 def test_a_job_whose_name_a_base_model_got_since_is_refused(plane):
     job = failed_at(plane, "train", name="aligned")
     base = plane.post("/v1/models", {"name": "aligned", "uri": write_base(plane.root / "second")})["id"]
-    message = f"job {job} cannot go on: its name 'aligned' belongs to the base model {base}"
+    message = f"job {job} cannot resume: its name 'aligned' belongs to the base model {base}"
     assert refusal(plane, job) == (message, "name_taken")
 
 
@@ -321,7 +321,7 @@ def test_a_result_that_came_after_the_job_had_failed_is_taken_and_nothing_is_don
     plane.settle(40)
     assert status(plane, job) == "succeeded"
     assert [each for each in plane.launcher.submitted if "train" in each] == [first]
-    assert "queued -> running: stage train had ended well" in plane.events(job)
+    assert "queued -> running: stage train had already finished" in plane.events(job)
 
 
 def test_training_that_is_cancelled_while_ray_is_away_is_asked_through_storage(plane):

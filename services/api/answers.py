@@ -1,0 +1,240 @@
+"""The bodies that the HTTP API answers with, declared once: the control plane builds them, the client parses
+them.
+
+The client ignores fields that a newer server adds.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from dde_core.family import Family
+from services.api.records import (
+    FINAL_STATUSES,
+    DatasetCounts,
+    EncodeResult,
+    EvaluateResult,
+    JobStatus,
+    LedgerResult,
+    Stage,
+    TrainResult,
+    Validated,
+)
+from services.api.requests import Scorer
+
+
+class Answer(BaseModel):
+    """Base of every answer."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+Item = TypeVar("Item", bound=Answer)
+
+
+class ListView(Answer, Generic[Item]):
+    """One page of a list.
+
+    ``has_more``: request the next page with ``after`` set to the last item's id (or step).
+    """
+
+    object: Literal["list"]
+    data: list[Item]
+    has_more: bool
+
+
+class DeletedView(Answer):
+    """Confirms a deletion."""
+
+    id: str
+    object: str
+    deleted: Literal[True]
+
+
+class ErrorBody(Answer):
+    """``message`` is for people, ``code`` for programs, ``param`` names the invalid field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorView(Answer):
+    """The body of every answer whose HTTP status is 400 or above."""
+
+    error: ErrorBody
+
+
+class DatasetView(Answer):
+    """Registered preference pairs. ``digest`` identifies their content."""
+
+    id: str
+    object: Literal["dataset"]
+    name: str
+    uri: str
+    columns: dict[str, str]
+    digest: str
+    counts: DatasetCounts
+    created_at: int
+
+
+class ModelView(Answer):
+    """A base model or an aligned one. ``base``, ``job`` and ``lineage`` record how an aligned model was made.
+
+    ``current`` is true for the model that its name refers to now: an older model of the same name has an id
+    only. For LoRA adapters, ``uri`` holds the adapters and ``adapter_of`` is the id of the model that they
+    modify.
+    """
+
+    id: str
+    object: Literal["model"]
+    name: str
+    uri: str
+    family: Family
+    digest: str
+    base: str | None
+    job: str | None
+    adapter_of: str | None
+    lineage: dict[str, Any]
+    current: bool
+    created_at: int
+
+
+class ReasonView(Answer):
+    """Why a job or an evaluation failed or was cancelled."""
+
+    code: str
+    message: str
+    param: str | None
+
+    def __str__(self) -> str:
+        return f"{self.param}: {self.message}" if self.param else self.message
+
+
+class ResultView(Answer):
+    """The result of each finished stage; null before that."""
+
+    encode: EncodeResult | None = None
+    ledger: LedgerResult | None = None
+    train: TrainResult | None = None
+    evaluate: EvaluateResult | None = None
+
+
+class RunView(Answer):
+    """The fields that alignment jobs and evaluations share.
+
+    ``stage`` is the current stage, or the one that failed.
+    """
+
+    id: str
+    status: JobStatus
+    reason: ReasonView | None
+    stage: Stage | None
+    stage_seconds: dict[Stage, float]
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the status is final, unless a failed job is resumed."""
+        return self.status in FINAL_STATUSES
+
+
+class JobView(RunView):
+    """An alignment job. All settings are as requested, with every default filled in.
+
+    ``model`` is the base model's id. ``aligned_model`` is the id of the trained model, null until training
+    finishes. A job with ``pause_requested_at`` is pausing until its status is "paused".
+    """
+
+    object: Literal["alignment.job"]
+    model: str
+    dataset: str
+    name: str
+    data: dict[str, Any]
+    objective: dict[str, Any]
+    training: dict[str, Any]
+    workers: int | list[int]
+    evaluation: dict[str, Any]
+    validation: dict[str, Any] | None
+    metadata: dict[str, str]
+    pause_requested_at: int | None
+    aligned_model: str | None
+    result: ResultView
+
+    @property
+    def state(self) -> str:
+        """The status, or "pausing" from the request to pause until the job is paused."""
+        is_pausing = self.pause_requested_at is not None and self.status != "paused" and not self.finished
+        return "pausing" if is_pausing else self.status
+
+
+class EvaluationView(RunView):
+    """A comparison of the model ``model`` with ``base``: both generate the same prompts from the same seeds."""
+
+    object: Literal["evaluation"]
+    model: str
+    base: str
+    prompts_uri: str
+    num_prompts: int
+    seed: int
+    scorers: list[Scorer]
+    sample: dict[str, Any]
+    result: EvaluateResult | None
+
+
+class EventView(Answer):
+    """One entry of a job's history. ``level`` is "info", "warning" or "error"."""
+
+    id: str
+    object: Literal["alignment.job.event"]
+    created_at: int
+    level: str
+    message: str
+
+
+class MetricView(Answer):
+    """The metrics of one step. Each stage counts its own steps. ``at`` is a Unix time in seconds."""
+
+    object: Literal["alignment.job.metrics"]
+    stage: Stage
+    step: int
+    at: float
+    metrics: dict[str, float]
+
+
+class CheckpointView(Answer):
+    """The training state after ``step`` steps, written by ``workers`` workers. ``bytes`` is its size in
+    storage.
+
+    ``images_seen`` counts the images that went through the U-Net. ``validation`` is null until the checkpoint
+    is validated.
+    """
+
+    object: Literal["alignment.job.checkpoint"]
+    step: int
+    pairs_seen: int
+    images_seen: int
+    bytes: int
+    workers: int
+    created_at: int
+    metrics: dict[str, float]
+    uri: str
+    validation: Validated | None
+
+
+Parsed = TypeVar("Parsed", bound=Answer)
+
+
+def parse(view: type[Parsed], body: Any) -> Parsed:
+    """Parse decoded JSON as ``view``. The records inside accept dataclasses from JSON only, hence the round
+    trip.
+
+    Raises pydantic.ValidationError.
+    """
+    return view.model_validate_json(json.dumps(body), extra="ignore")
