@@ -1,4 +1,4 @@
-"""The U-Net that is trained, whole or by LoRA adapters, and the frozen reference that it is compared with."""
+"""The trained U-Net, in full or by LoRA adapters, and the frozen reference that it is compared with."""
 
 from __future__ import annotations
 
@@ -30,25 +30,28 @@ UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def use_deterministic_kernels() -> None:
-    """One thread and deterministic kernels in this process: the same batch gives the same numbers, to the bit.
+    """Use one thread and deterministic kernels in this process, so that equal batches give bit-identical
+    numbers.
 
-    Precision "fp32" is float32 on every device: a GPU's TF32 has 10 bits of mantissa, and torch takes it for convolutions.
+    TF32 is switched off: its mantissa has 10 bits, torch uses it for convolutions, and precision "fp32" means
+    float32.
     """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a write more, no other result
+    # An extra write that changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # cuBLAS refuses deterministic algorithms without it
+    # cuBLAS refuses deterministic algorithms without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class Policy:
-    """``unet`` is the model, ``trained`` what a training loop calls with gradients: the same, wrapped for several workers.
+    """``unet`` is the model; ``trained`` is what a training loop calls: the same model, wrapped for several
+    workers.
 
-    With ``world_size`` > 1 torch.distributed must be initialized; ``training`` and the needs of ``method`` then
-    decide how the workers hold the model. Raises ConfigError for adapters that fit nowhere.
+    With ``world_size`` > 1 torch.distributed must be initialized; ``training`` and the needs of ``method``
+    then decide how the workers hold the model. Raises ConfigError for adapters that fit nowhere.
     """
 
     def __init__(
@@ -59,7 +62,9 @@ class Policy:
         world_size: int = 1,
         method: MethodName = "dde",
     ) -> None:
-        self._folder, self._training, self.device = folder, training, torch.device(device)
+        self._folder = folder
+        self._training = training
+        self.device = torch.device(device)
         self._world_size = world_size
         self.unet = folder.unet()
         if training.lora:
@@ -69,15 +74,13 @@ class Policy:
             self.unet.enable_gradient_checkpointing()
         self.parallelism = parallel.choose(method, training, self.unet, self.device, world_size)
         self._place(self.unet)
-        self._trained_parameters = [
-            parameter for parameter in self.unet.parameters() if parameter.requires_grad
-        ]
+        self._trained_parameters = [each for each in self.unet.parameters() if each.requires_grad]
         self._adapted = [module for module in self.unet.modules() if isinstance(module, BaseTunerLayer)]
         self.trained = parallel.wrap(self.unet, self.parallelism, self.device)
         self.ema = EMAModel(self.parameters(), decay=training.ema_decay) if training.ema_decay else None
 
     def _place(self, unet: UNet2DConditionModel) -> None:
-        """Onto the device, whole or as this worker's share."""
+        """Move the U-Net to the device, in full or as this worker's shard."""
         if self.parallelism == "fsdp":
             parallel.shard(unet, self.device, self._world_size)
         else:
@@ -86,52 +89,55 @@ class Policy:
             unet.compile()
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, in a fixed order. Under FSDP2 this worker's shares, whatever a module holds at the moment."""
+        """The trained parameters in a fixed order. Under FSDP2 these are this worker's shards at all
+        times."""
         return self._trained_parameters
 
     @torch.no_grad()
     def reference(self, *args: Any, **kwargs: Any) -> Any:
-        """The frozen model's output: for LoRA the same U-Net with its adapters off, else a copy that was kept."""
+        """The frozen model's output: with LoRA the same U-Net without its adapters, else a frozen copy."""
         if not self._training.lora:
-            return self._kept(*args, **kwargs)
-        self._switch_adapters(off=True)
+            return self._frozen_copy(*args, **kwargs)
+        self._set_adapters(enabled=False)
         try:
             return self.unet(*args, **kwargs)
         finally:
-            self._switch_adapters(off=False)
+            self._set_adapters(enabled=True)
 
-    def _switch_adapters(self, *, off: bool) -> None:
-        """peft's own switch also turns requires_grad off and on, on whatever tensors FSDP2 has in place just then."""
+    def _set_adapters(self, *, enabled: bool) -> None:
+        """Unlike peft's own switch, this leaves requires_grad alone: FSDP2 may hold other tensors at this
+        moment."""
         for layer in self._adapted:
-            layer._disable_adapters = off
+            layer._disable_adapters = not enabled
 
     @cached_property
-    def _kept(self) -> UNet2DConditionModel:
-        """Loaded when it is first asked for: `sft`, and a run on a ledger, train without it."""
+    def _frozen_copy(self) -> UNet2DConditionModel:
+        """Loaded at its first use: `sft`, and a run on a ledger, train without it."""
         unet = self._folder.unet().requires_grad_(False)
         self._place(unet)
         return unet
 
-    def autocast(self) -> AbstractContextManager:
-        """Run the U-Net under this. bf16 is autocast: weights stay float32, and so do errors and losses."""
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context to run the U-Net in. bf16 is autocast: weights, errors and losses stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._training.precision == "bf16")
 
     def clip_gradients(self) -> torch.Tensor:
-        """Scale all gradients down together where their norm is above ``max_grad_norm``. Their norm before, on every worker."""
+        """Scale all gradients down together to a norm of at most ``max_grad_norm``. Returns the norm before
+        that."""
         return parallel.full_tensor(nn.utils.clip_grad_norm_(self.parameters(), self._training.max_grad_norm))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """With the running average of the weights in place of the last ones, where one is kept."""
-        self._exchange()
+        """Run with the running average of the weights in place of the last ones, if the run has one."""
+        self._swap_average()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap_average()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        """Weights and average change places, one tensor at a time."""
+    def _swap_average(self) -> None:
+        """Swap weights and average, one tensor at a time."""
         if self.ema is None:
             return
         for parameter, average in zip(self.parameters(), self.ema.shadow_params, strict=True):
@@ -140,16 +146,19 @@ class Policy:
             average.copy_(weights)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What is trained, by the names of its file: the live tensors, of this worker."""
+        """The trained tensors of this worker (not copies), by their names in diffusers' files."""
+        weights: dict[str, torch.Tensor]
         if self._training.lora:
-            return convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(self.unet))
-        return self.unet.state_dict()
+            weights = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(self.unet))
+        else:
+            weights = self.unet.state_dict()
+        return weights
 
     def write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        """A copy of ``weights()`` as diffusers reads it: a U-Net folder, or a file of LoRA adapters."""
+        """Write a copy of ``weights()`` in diffusers' format: a U-Net folder, or a file of LoRA adapters."""
         if not self._training.lora:
             folder.mkdir(parents=True, exist_ok=True)
-            # FSDP2 gives the module a class of its own, which nobody could load.
+            # FSDP2 changes the module's class; diffusers could not load that name.
             config = json.loads(self.unet.to_json_string()) | {"_class_name": UNet2DConditionModel.__name__}
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
             save_file(weights, folder / UNET_WEIGHTS, metadata={"format": "pt"})
@@ -162,28 +171,28 @@ class Policy:
 
     @torch.no_grad()
     def read(self, folder: Path) -> None:
-        """Take what ``write`` wrote. Raises DataError, and changes nothing, where it is of another U-Net."""
-        own, saved = (
-            self.weights(),
-            load_file(folder / (LORA_WEIGHTS if self._training.lora else UNET_WEIGHTS)),
-        )
+        """Load what ``write`` wrote. Raises DataError before a change if names or shapes are of another
+        U-Net."""
+        weights = self.weights()
+        saved = load_file(folder / (LORA_WEIGHTS if self._training.lora else UNET_WEIGHTS))
         values = {name.removeprefix("unet."): value for name, value in saved.items()}
-        if {name: value.shape for name, value in own.items()} != {
-            name: value.shape for name, value in values.items()
-        }:
+        shapes = {name: value.shape for name, value in weights.items()}
+        if shapes != {name: value.shape for name, value in values.items()}:
             raise DataError(f"checkpoint {str(folder)!r} belongs to another U-Net, or to other adapters")
-        for name, value in own.items():
+        for name, value in weights.items():
             value.copy_(parallel.sharded_like(values[name], value))
 
     def read_average(self, folder: Path, step: int) -> None:
-        """Take the running average as it was after ``step`` steps. It passes through the U-Net: read the policy's own after."""
+        """Load the running average after ``step`` steps. This overwrites the U-Net's weights: call ``read``
+        after it."""
         assert self.ema is not None
         self.read(folder)
         self.ema = EMAModel(self.parameters(), decay=self._training.ema_decay)
         self.ema.optimization_step = step
 
     def _add_adapters(self, lora: LoraConfig) -> None:
-        """A is drawn from the run's seed, B is zero: the policy starts as its reference."""
+        """Add adapters with A drawn from the run's seed and B = 0: the policy starts equal to its
+        reference."""
         config = peft.LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha or lora.rank,
@@ -197,25 +206,29 @@ class Policy:
 
 
 def check_targets(unet: nn.Module, lora: LoraConfig) -> None:
-    """Raises ConfigError for a target that is the name of no linear or convolution layer of the U-Net."""
+    """Raises ConfigError for a target that matches no linear or convolution layer of the U-Net."""
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    if idle := lora.unmatched(names):
-        raise ConfigError("lora.targets", idle[0], "matches no linear or convolution layer of the U-Net")
+    unmatched = lora.unmatched(names)
+    if unmatched:
+        raise ConfigError("lora.targets", unmatched[0], "matches no linear or convolution layer of the U-Net")
 
 
 def make_optimizer(parameters: list[nn.Parameter], training: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, fused into one kernel, or with its moments in 8 bits. Raises ConfigError where bitsandbytes is not installed."""
+    """Fused AdamW, or AdamW with 8-bit moments. Raises ConfigError if that needs bitsandbytes and it is
+    missing."""
     settings: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     if training.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
     check_optimizer(training)
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    make_8bit: Any = bitsandbytes.optim.AdamW8bit  # type: ignore[attr-defined]  # the library has no types
+    optimizer: torch.optim.Optimizer = make_8bit(parameters, **settings)
+    return optimizer
 
 
 def learning_rate(training: TrainConfig, step: int) -> float:
-    """Linear warm-up to a constant. A function of the step alone."""
+    """The learning rate at ``step`` (from 0): linear warm-up, then constant."""
     return training.learning_rate * min(1.0, (step + 1) / (training.warmup_steps + 1))
 
 
