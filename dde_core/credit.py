@@ -1,11 +1,12 @@
-"""Where a method puts its credit: the gradient weight g(t) as a curve over t, and as a finished run must have had it.
+"""Credit of each timestep: the gradient weight g(t) of a method as a curve, and its values in a finished run.
 
-Everything here is `step_losses` and `Calibration` fed with chosen numbers, so a curve is what training computes and not a
-second formula. A margin d is (e_ref^w - e_theta^w) - (e_ref^l - e_theta^l), a mean over latent elements; t = 1..T.
+Both run `step_losses` and `Calibration` on chosen margins, so they compute what training computes, without a
+second formula. A margin d is (e_ref^w - e_theta^w) - (e_ref^l - e_theta^l), a mean over latent elements;
+t = 1..T.
 
-    curves      one constant margin at every t, coefficients converged: g(t), C(t), w(t), and how often t is drawn
-    replay      the margins of a whole run: the calibration step by step, and the g of every pair (DDE Algorithm 1)
-    start_left  how fast the coefficients forget their start (DDE Fig. 5(b))
+    curves              one margin at every t, coefficients converged: w(t), C(t), g(t), and the density of t
+    replay              the margins of a whole run: C(t) step by step, and g of every pair (DDE Algorithm 1)
+    remaining_fraction  how fast the coefficients forget their start (DDE Fig. 5(b))
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors, step_losses
 
 MAX_MARGIN = 1e6
-"""No mean squared error comes near it, and everything computed from it is finite."""
+"""Far above any mean squared error; everything computed from it is finite."""
 
 STABLE_DIFFUSION = {
     "num_train_timesteps": 1000,
@@ -39,10 +40,11 @@ STABLE_DIFFUSION = {
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """What a method makes of one margin: float64, entry t - 1 belongs to timestep t.
+    """The curves of a method at one margin d, float64; entry t - 1 belongs to timestep t.
 
-    ``gradient_weight`` is g(t) = w(t) sigmoid(-beta (w(t) d + C(t))) times p(t) over what t is drawn from, so 0 outside of
-    the configured range. ``density`` is T times the probability that t is drawn. Their product is the credit of t.
+    ``gradient_weight`` is g(t) = w(t) sigmoid(-beta (w(t) d + C(t))), 0 outside of the configured range, times
+    the importance weight where t is not drawn from the method's own distribution. ``density`` is T times the
+    probability that t is drawn.
     """
 
     weight: Float[Tensor, " T"]
@@ -52,15 +54,15 @@ class Curves:
 
     @property
     def credit(self) -> Float[Tensor, " T"]:
-        """g(t) times the density: the share of t in the gradient, not normalised."""
+        """g(t) times the density: the contribution of t to the gradient, not normalized."""
         return self.gradient_weight * self.density
 
 
 def curves(config: ObjectiveConfig, schedule: Schedule, margin: float) -> Curves:
-    """The curves of a method at one margin, the same at every t. `sft` has g = 1 and C = 0, whatever the margin.
+    """The curves of a method at one margin, the same at every t. `sft` has g = 1 and C = 0 at every margin.
 
-    The coefficients are converged: every t was recorded once at rate 1, and `sampled` stands at its expectation. Raises
-    ConfigError for a margin that is not a number, and for a range or bins that the schedule does not have.
+    The coefficients are converged: each t is recorded once at rate 1, `sampled` at its expectation. Raises
+    ConfigError for a margin beyond MAX_MARGIN, and for timesteps or bins beyond the schedule's T.
     """
     if not abs(margin) <= MAX_MARGIN:
         raise ConfigError("margin", margin, "must lie between -1e6 and 1e6")
@@ -82,11 +84,12 @@ def replay(
     t: Int[Tensor, " n"],
     margin: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """The gradient weight of every pair of a run, float64, from nothing but the pairs' margins.
+    """The gradient weight g of every pair of a run, float64, from the pairs' margins alone.
 
-    ``step`` counts up from the run's first; all pairs of a step are together. C(t) is frozen within a step and updated
-    after it. `expected` and `mode` are linear in the errors, so the margins say all; for `sampled` this is the expectation
-    over z. `sft` reads no margin. Raises ConfigError for a margin that is needed, DataError for steps out of order.
+    ``step`` starts at the run's first and never decreases. C(t) is frozen within a step and updated after it.
+    Margins suffice because `expected` and `mode` are linear in the errors; for `sampled` the result is the
+    expectation over z. `sft` reads no margin. Raises ConfigError for a missing margin, DataError for a
+    decreasing step.
     """
     method = METHODS[config.method]
     if margin is None and method.has_reference:
@@ -101,13 +104,13 @@ def replay(
     return step_losses(*_with_margin(margin), t, config, schedule, correction).gradient_weight
 
 
-def start_left(
+def remaining_fraction(
     config: ObjectiveConfig, schedule: Schedule, batch_size: int, steps: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """The share of its start value that a coefficient still holds after so many steps of ``batch_size`` pairs, in expectation.
+    """The expected fraction of its start that a coefficient retains after ``steps`` of ``batch_size`` pairs.
 
-    (1 - mu (1 - (1 - 1/N)^B))^s for N coefficients over t drawn uniformly: one for each timestep of the range, or the bins.
-    What is gone of the start is what has been learnt (DDE Fig. 5(b)).
+    (1 - mu (1 - (1 - 1/N)^B))^s for N coefficients, one for each timestep of the range or one for each bin,
+    and t drawn uniformly. The rest is what the coefficient has learned (DDE Fig. 5(b)).
     """
     drawn = int((sampling_distribution(config, schedule) > 0).sum())
     coefficients = min(config.calibration_bins or drawn, drawn)
@@ -116,12 +119,12 @@ def start_left(
 
 
 def _with_margin(margin: Float[Tensor, " n"]) -> tuple[PairErrors, PairErrors]:
-    """Errors of policy and reference that have this margin: only the margin counts, as all that is summed up is linear.
+    """Errors of policy and reference with this margin. Any do: all sums are linear in them.
 
-    z is 0, its mean: then `sampled` records its expectation.
+    z is 0, its mean, so that `sampled` records its expectation.
     """
-    none = torch.zeros_like(margin)
-    return PairErrors(-margin, none, none, none), PairErrors(none, none, none, none)
+    zero = torch.zeros_like(margin)
+    return PairErrors(-margin, zero, zero, zero), PairErrors(zero, zero, zero, zero)
 
 
 def _record(calibration: Calibration, t: Int[Tensor, " n"], margin: Float[Tensor, " n"]) -> None:
@@ -129,9 +132,11 @@ def _record(calibration: Calibration, t: Int[Tensor, " n"], margin: Float[Tensor
 
 
 def _steps(step: Int[Tensor, " n"]) -> Iterator[slice]:
-    """The rows of each step. Raises DataError where a step is smaller than the one before it."""
-    if (step.diff() < 0).any():
-        raise DataError("steps must count up")
+    """The rows of each step. Raises DataError for a step smaller than the one before it."""
+    decreases = (step.diff() < 0).nonzero()
+    if len(decreases):
+        row = int(decreases[0])
+        raise DataError(f"step must not decrease, got {int(step[row + 1])} after {int(step[row])}")
     end = 0
     for count in torch.unique_consecutive(step, return_counts=True)[1].tolist():
         yield slice(end, end + count)

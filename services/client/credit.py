@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dde_core.calibration import Calibration
 from dde_core.config import ObjectiveConfig
-from dde_core.credit import STABLE_DIFFUSION, Curves, curves, start_left
+from dde_core.credit import STABLE_DIFFUSION, Curves, curves, remaining_fraction
 from dde_core.errors import ConfigError
 from dde_core.methods import METHODS, MethodName
 from dde_core.objectives import single_shot
@@ -237,7 +237,7 @@ def _draw_convergence(axes: Axes, credit: Credit) -> None:
     """DDE's Fig. 5(b), in closed form: the fraction of the initial coefficients that remains."""
     steps = torch.arange(CONVERGENCE_STEPS + 1)
     for batch_size in sorted({*COMPARED_BATCH_SIZES, credit.batch_size}):
-        remaining = start_left(credit.objective, credit.schedule, batch_size, steps)
+        remaining = remaining_fraction(credit.objective, credit.schedule, batch_size, steps)
         axes.plot(steps, remaining, label=f"{batch_size} pairs")
     axes.axhline(0.05, color="0.7", linewidth=0.8)
     axes.set(title="Convergence of the coefficients", xlabel="step", ylabel="fraction of the start remaining")

@@ -5,7 +5,7 @@ import torch
 
 from dde_core.calibration import NAMES, Calibration
 from dde_core.config import ObjectiveConfig
-from dde_core.credit import STABLE_DIFFUSION, curves, replay, start_left
+from dde_core.credit import STABLE_DIFFUSION, curves, remaining_fraction, replay
 from dde_core.errors import ConfigError, DataError
 from dde_core.methods import METHODS
 from dde_core.metrics import bucket_of, bucket_span, step_metrics
@@ -150,13 +150,17 @@ def test_timesteps_that_the_schedule_does_not_have_are_refused(schedule):
 
 def test_coefficients_converge_within_100_steps_of_2048_pairs_and_481_of_64(schedule):
     dde = ObjectiveConfig()
-    left = start_left(dde, schedule, 2048, torch.tensor([0, 1, 100]))
+    left = remaining_fraction(dde, schedule, 2048, torch.tensor([0, 1, 100]))
     assert left.tolist() == pytest.approx([1, 0.9129, 1.1e-4], rel=1e-2)
-    assert start_left(dde, schedule, 64, torch.tensor([481])).item() == pytest.approx(0.05, abs=3e-4)
-    assert start_left(replace(dde, calibration_bins=50), schedule, 64, torch.tensor([60])).item() < 0.05
+    assert remaining_fraction(dde, schedule, 64, torch.tensor([481])).item() == pytest.approx(0.05, abs=3e-4)
+    assert (
+        remaining_fraction(replace(dde, calibration_bins=50), schedule, 64, torch.tensor([60])).item() < 0.05
+    )
     half, inside = replace(dde, t_min=201, t_max=700), replace(dde, calibration_bins=500)
     steps = torch.tensor([30])
-    assert torch.equal(start_left(half, schedule, 64, steps), start_left(inside, schedule, 64, steps))
+    assert torch.equal(
+        remaining_fraction(half, schedule, 64, steps), remaining_fraction(inside, schedule, 64, steps)
+    )
 
 
 @pytest.mark.parametrize("bins", [0, 50])
@@ -169,7 +173,7 @@ def test_the_law_of_convergence_is_what_a_calibration_does(schedule, bins):
         t = torch.randint(1, 1001, (64,), generator=generator)
         calibration.update(t, PairErrors(none, none), PairErrors(none, none))
     recorded = calibration.theta_w if bins else calibration.theta_w[1:]
-    law = start_left(config, schedule, 64, torch.tensor([100])).item()
+    law = remaining_fraction(config, schedule, 64, torch.tensor([100])).item()
     assert recorded.mean().item() == pytest.approx(law, rel=0.05)
 
 
@@ -233,7 +237,7 @@ def test_sft_needs_no_margins_and_others_do(schedule):
 
 def test_steps_out_of_order_are_refused(schedule):
     t = torch.tensor([1, 500, 1000])
-    with pytest.raises(DataError, match="steps must count up"):
+    with pytest.raises(DataError, match="step must not decrease, got 1 after 2"):
         replay(ObjectiveConfig(), schedule, torch.tensor([1, 2, 1]), t, torch.zeros(3))
 
 
