@@ -1,24 +1,17 @@
-"""Local copies of latent shards: one uncompressed Arrow file a shard, of which rows are taken through a memory map.
+"""Local copies of latent shards: one uncompressed Arrow file each, read through a memory map.
 
-    {folder}/{sha256 of the shard}.arrow    renamed when on the disk, so whole; marked as used by its time of modification
-    {folder}/part                           the one that is being written
-    {folder}/{two hex digits}.lock          held while a shard is fetched whose sha256 begins with them
-    {folder}/room.lock                      held while room is made and used
-
-All readers of a machine share the folder: a shard is fetched once for all of them, and the files are never more than
-``max_bytes`` together, the least recently used ones going first. A file that somebody deleted is fetched again. A map lasts for
-one read, so that the pages of a file count as the system's cache and not as the process's memory.
+All readers of a node share them (dde_core/node_cache.py). A deleted or damaged file is fetched again.
+A map lasts for one read: the pages of a file count as the system's cache, not as the process's memory.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import tempfile
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +22,7 @@ from pyarrow import fs
 
 from dde_core.errors import DataError
 from dde_core.latents.schema import Shard
+from dde_core.node_cache import NodeCache
 
 CACHE_BYTES = 20_000_000_000
 ATTEMPTS = 5
@@ -37,8 +31,7 @@ ARROW_BYTES_BESIDE = 4096
 
 
 class ShardCache:
-    """The shards of the dataset at ``path``; ``folder`` is made where there is none, and is in the system's place for
-    temporary files by default."""
+    """Shards of the dataset at ``path``. ``folder`` defaults to one among the system's temporary files."""
 
     def __init__(
         self,
@@ -48,69 +41,50 @@ class ShardCache:
         folder: Path | None = None,
         max_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._filesystem, self._path, self._shards, self._max_bytes = filesystem, path, shards, max_bytes
-        self._folder = folder or Path(tempfile.gettempdir()) / "dde-latents"
-        self._kept: frozenset[str] = frozenset()
-        self._one_at_a_time = threading.Lock()  # however many threads: the memory of one shard
+        self._filesystem = filesystem
+        self._path = path
+        self._shards = shards
+        self._cache = NodeCache(folder or Path(tempfile.gettempdir()) / "dde-latents", max_bytes)
         self._closed = False
 
     def close(self) -> None:
-        """Fetch nothing any more."""
+        """Fetch no more."""
         self._closed = True
 
-    def keep(self, numbers: Iterable[int]) -> None:
-        """From now on these shards go last when room is made; those of the last call no longer do."""
-        self._kept = frozenset(self._local(number).name for number in numbers)
+    def prefer(self, numbers: Iterable[int]) -> None:
+        """Evict these shards last, in place of those of the previous call."""
+        self._cache.prefer(self._name(number) for number in numbers)
 
     def take(self, number: int, places: Int[np.ndarray, " b"]) -> pa.RecordBatch:
-        """These rows of a shard, in memory. Raises DataError where the shard is not what the manifest says."""
-        local = self._local(number)
+        """Rows of a shard, in memory. Raises DataError where the shard is not what the manifest says."""
         for _ in range(ATTEMPTS):
-            try:
-                self.fetch(number)
-                with pa.memory_map(str(local)) as source:
-                    return pa.ipc.open_file(source).get_batch(0).take(pa.array(places))
-            except FileNotFoundError:  # another process made room
-                continue
-            except pa.ArrowInvalid:  # torn by somebody or by the disk
-                local.unlink(missing_ok=True)
-        raise DataError(
-            f"shard {self._shards[number].name!r} does not stay readable in {str(self._folder)!r}"
-        )
+            with self._hold(number) as local:
+                try:
+                    with pa.memory_map(str(local)) as source:
+                        return pa.ipc.open_file(source).get_batch(0).take(pa.array(places))
+                except FileNotFoundError:  # somebody deleted it
+                    continue
+                except pa.ArrowInvalid:  # damaged by somebody or by the disk
+                    local.unlink(missing_ok=True)
+        shard = self._shards[number].name
+        raise DataError(f"shard {shard!r} cannot be read from the cache {str(self._cache.folder)!r}")
 
     def fetch(self, number: int) -> None:
         """Make sure that there is a local copy, and mark it as used. Raises RuntimeError after ``close``."""
-        shard, local = self._shards[number], self._local(number)
+        with self._hold(number):
+            pass
+
+    def _hold(self, number: int) -> AbstractContextManager[Path]:
         if self._closed:
-            raise RuntimeError(f"the cache is closed, shard {shard.name} is asked for")
-        if self._mark(local):
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self._one_at_a_time, self._locked(shard.sha256[:2]):
-            if self._mark(local):  # another thread or process was first
-                return
-            rows = self._download(shard)
-            with self._locked("room"):
-                self._make_room(pa.ipc.get_record_batch_size(rows) + ARROW_BYTES_BESIDE)
-                self._write(rows, local)
+            raise RuntimeError(f"shard {self._shards[number].name} is requested from a closed cache")
+        return self._cache.hold(self._name(number), partial(self._prepare, self._shards[number]))
 
-    def _local(self, number: int) -> Path:
-        return self._folder / f"{self._shards[number].sha256}.arrow"
+    def _name(self, number: int) -> str:
+        return f"{self._shards[number].sha256}.arrow"
 
-    @staticmethod
-    def _mark(local: Path) -> bool:
-        try:
-            os.utime(local)
-        except FileNotFoundError:
-            return False
-        return True
-
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Alone among all processes. The system lets go of the locks of one that died."""
-        with (self._folder / f"{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _prepare(self, shard: Shard) -> tuple[int, Callable[[Path], None]]:
+        rows = self._download(shard)
+        return pa.ipc.get_record_batch_size(rows) + ARROW_BYTES_BESIDE, partial(_write, rows)
 
     def _download(self, shard: Shard) -> pa.RecordBatch:
         path = f"{self._path}/{shard.name}"
@@ -121,7 +95,7 @@ class ShardCache:
             raise DataError(f"shard {path!r} is missing, the manifest names it") from error
         if (found := hashlib.sha256(data).hexdigest()) != shard.sha256:
             raise DataError(f"shard {path!r} has sha256 {found}, the manifest says {shard.sha256}")
-        # On this thread alone: threads of Arrow's that let go of the data while the process ends would abort it.
+        # On this thread alone: an Arrow thread that releases the data while the process ends would abort it.
         table = (
             pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False).combine_chunks()
         )
@@ -129,23 +103,13 @@ class ShardCache:
             raise DataError(f"shard {path!r} has {len(table)} rows, the manifest says {shard.rows}")
         return table.to_batches()[0]
 
-    def _make_room(self, num_bytes: int) -> None:
-        files = [(path.name in self._kept, path.stat(), path) for path in self._folder.glob("*.arrow")]
-        total = num_bytes + sum(stat.st_size for _, stat, _ in files)
-        for _, stat, path in sorted(files, key=lambda file: (file[0], file[1].st_mtime_ns)):
-            if total <= self._max_bytes:
-                return
-            path.unlink(missing_ok=True)
-            total -= stat.st_size
 
-    def _write(self, rows: pa.RecordBatch, local: Path) -> None:
-        part = self._folder / "part"
-        try:
-            with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
-                writer.write(rows)
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
-            part.rename(local)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise OSError(error.errno, f"a latent shard cannot be kept: {error}", str(local)) from error
+def _write(rows: pa.RecordBatch, path: Path) -> None:
+    try:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+            writer.write(rows)
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+    except OSError as error:
+        message = f"the cache cannot store a latent shard: {error}"
+        raise OSError(error.errno, message, str(path)) from error

@@ -8,23 +8,20 @@ Training writes them, the control plane lists them. Imports no torch.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import random
-import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pydantic import ValidationError
 
 from dde_core.errors import DataError
+from dde_core.node_cache import NodeCache, Prepare
 from services.api.requests import Strict
 from services.stages import layout
 from services.storage import files
@@ -132,13 +129,8 @@ def _written(target: str) -> Iterator[Path]:
         local.mkdir(parents=True, exist_ok=True)
         yield local
         return
-    with _scratch(uuid.uuid4().hex) as (place, lock):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        place.mkdir()
-        try:
-            yield place
-        finally:
-            _drop(place)
+    with _on_node(uuid.uuid4().hex, lambda: (0, Path.mkdir)) as path:
+        yield path
 
 
 @contextmanager
@@ -156,55 +148,27 @@ def opened(run: str, record: CheckpointRecord, verify: bool = True) -> Iterator[
 
 @contextmanager
 def _fetched(target: str, record: CheckpointRecord) -> Iterator[Path]:
-    """The folder itself where storage is local, else one copy for all processes of this node that want it at the time."""
+    """The folder itself where storage is local, else one copy for all processes of this node that read it now."""
     if (local := files.local_path(target)) is not None:
         yield local
         return
-    with _scratch(hashlib.sha256(f"{target} {record.model_dump_json()}".encode()).hexdigest()) as (
-        copy,
-        lock,
-    ):
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        while (
-            not copy.exists()
-        ):  # it must be there when the shared lock is had: one lock becomes the other by letting go
-            try:
-                fcntl.flock(
-                    lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # who waits for it here would wait for the readers, too
-                if not copy.exists():
-                    files.fetch_folder(target, copy)
-            except BlockingIOError:
-                time.sleep(random.uniform(0.0, 0.05))
-            fcntl.flock(lock, fcntl.LOCK_SH)
-        try:
-            yield copy
-        finally:
-            with suppress(BlockingIOError):  # somebody reads it still, and drops it later
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _drop(copy)
+    name = hashlib.sha256(f"{target} {record.model_dump_json()}".encode()).hexdigest()
+    with _on_node(
+        name, lambda: (record.num_bytes, lambda path: files.copy_folder(target, files.as_uri(path)))
+    ) as path:
+        yield path
 
 
 @contextmanager
-def _scratch(name: str) -> Iterator[tuple[Path, TextIO]]:
-    """A place for a folder on this node, and the file whose lock whoever uses it holds. Those of killed processes go."""
-    cache = Path(tempfile.gettempdir()) / f"dde-checkpoints-{os.getuid()}"
-    cache.mkdir(parents=True, exist_ok=True)
-    for path in cache.glob("*.lock"):
-        with path.open("w") as other, suppress(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _drop(path.with_suffix(""))
-    with (cache / f"{name}.lock").open("w") as lock:
-        yield cache / name, lock
-
-
-def _drop(place: Path) -> None:
-    """Out of sight first: who is killed while deleting leaves no half of a folder."""
-    beside = place.with_name(f"{place.name}{files.PART}")
-    shutil.rmtree(beside, ignore_errors=True)
-    with suppress(FileNotFoundError):
-        place.rename(beside)
-        shutil.rmtree(beside, ignore_errors=True)
+def _on_node(name: str, prepare: Prepare) -> Iterator[Path]:
+    """A folder on this node, deleted after its last use. Folders of killed processes are deleted too."""
+    cache = NodeCache(Path(tempfile.gettempdir()) / f"dde-checkpoints-{os.getuid()}", max_bytes=0)
+    cache.evict_unused()
+    try:
+        with cache.hold(name, prepare) as path:
+            yield path
+    finally:
+        cache.evict_unused()
 
 
 def digest_of(file: Path) -> FileDigest:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from dde_core.family import (
     family_of,
     missing_components,
 )
+from dde_core.node_cache import NodeCache
 from services.api.records import ModelRecord
 from services.api.requests import NAME_PATTERN
 from services.errors import BadRequest, NotFound
 from services.stages import layout
 from services.storage import files
+
+CACHE_BYTES = 100_000_000_000
+"""For copies of models on a node: the least recently used ones that no process holds are evicted."""
 
 
 def publish(root: str, record: ModelRecord) -> None:
@@ -168,19 +173,25 @@ def fetch(record: ModelRecord) -> tuple[Path, Path | None]:
 
 
 def _fetch(record: ModelRecord) -> Path:
-    filesystem, path = files.resolve(record.uri)
-    if filesystem.type_name == "local":
-        return Path(path)
-    cache = Path(tempfile.gettempdir()) / "dde-models"
-    target = cache / record.digest
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{record.digest}.lock").open("w") as lock:
-        fcntl.flock(
-            lock, fcntl.LOCK_EX
-        )  # the other processes of this node wait for one download; let go with the file
-        if not target.exists():
-            files.fetch_folder(record.uri, target, lambda copy: check_digest(record, files.as_uri(copy)))
-    return target
+    if (local := files.local_path(record.uri)) is not None:
+        return local
+    node_cache = _node_cache(Path(tempfile.gettempdir()) / "dde-models")
+    return node_cache.hold_until_exit(record.digest, partial(_prepare_copy, record))
+
+
+@cache
+def _node_cache(folder: Path) -> NodeCache:
+    """This process's view of the models on its node; it holds those that it has used."""
+    return NodeCache(folder, CACHE_BYTES)
+
+
+def _prepare_copy(record: ModelRecord) -> tuple[int, Callable[[Path], None]]:
+    return files.folder_bytes(record.uri), partial(_copy, record)
+
+
+def _copy(record: ModelRecord, folder: Path) -> None:
+    files.copy_folder(record.uri, files.as_uri(folder))
+    check_digest(record, files.as_uri(folder))
 
 
 def check_digests(record: ModelRecord) -> None:

@@ -144,19 +144,11 @@ def persist(folder: Path, uri: str) -> None:
             _sync(file)
 
 
-def fetch_folder(uri: str, target: Path, check: Callable[[Path], None] = lambda beside: None) -> None:
-    """Copy a folder to a local place, where it appears whole or not at all, and not where ``check`` raises for the copy.
-
-    One process at a time: what another, that was killed, has left is cleared away.
-    """
-    beside = target.with_name(f"{target.name}{PART}")
-    try:
-        delete_folder(as_uri(beside))
-        copy_folder(uri, as_uri(beside))
-        check(beside)
-        beside.rename(target)
-    finally:
-        delete_folder(as_uri(beside))
+def folder_bytes(uri: str) -> int:
+    """The size of all files below a folder together."""
+    if _is_object(uri):
+        return s3.bytes_below(uri)
+    return sum(file.stat().st_size for file in _local(uri).rglob("*") if file.is_file())
 
 
 def delete_file(uri: str) -> None:

@@ -229,10 +229,17 @@ def copy(source: str, target: str) -> None:
 def keys(uri: str, *, recursive: bool = True) -> Iterator[str]:
     """Names below the URI, relative to it; also those that are empty or end in "/", which some tools make for folders."""
     _, prefix = _below(uri)
-    yield from (key.removeprefix(prefix) for key in _keys(uri, "" if recursive else "/"))
+    found = _listed(uri, "" if recursive else "/")
+    yield from (each["Key"].removeprefix(prefix) for each in found)
 
 
-def _keys(uri: str, delimiter: str = "") -> Iterator[str]:
+def bytes_below(uri: str) -> int:
+    """The size of all objects below the URI together."""
+    return sum(each["Size"] for each in _listed(uri))
+
+
+def _listed(uri: str, delimiter: str = "") -> Iterator[dict[str, Any]]:
+    """What the store lists below the URI: ``Key`` and ``Size`` of each object."""
     bucket, prefix = _below(uri)
     with _naming(uri):
         for page in (
@@ -240,7 +247,7 @@ def _keys(uri: str, delimiter: str = "") -> Iterator[str]:
             .get_paginator("list_objects_v2")
             .paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter)
         ):
-            yield from (found["Key"] for found in page.get("Contents", []))
+            yield from page.get("Contents", [])
 
 
 def delete(uri: str) -> None:
@@ -253,7 +260,7 @@ def delete(uri: str) -> None:
 def delete_below(uri: str) -> None:
     """Delete all objects below the URI. Raises Unavailable where some stay."""
     bucket, _ = _parts(uri)
-    named = [{"Key": key} for key in _keys(uri)]
+    named = [{"Key": each["Key"]} for each in _listed(uri)]
     for first in range(0, len(named), DELETED_AT_ONCE):
         some = {"Objects": named[first : first + DELETED_AT_ONCE], "Quiet": True}
         with _naming(uri):

@@ -230,7 +230,7 @@ print(sorted(path.name for path in Path(sys.argv[2]).iterdir() if path.suffix !=
 print(len(reader.shard(0)))
 """
     message, files, rows = said(process(code, folder, cache)).splitlines()
-    assert "a latent shard cannot be kept" in message
+    assert "the cache cannot store a latent shard" in message
     assert str(cache) in message
     assert (files, rows) == ("[]", "20")
 

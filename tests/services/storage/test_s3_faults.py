@@ -223,7 +223,7 @@ def test_a_model_that_never_arrives_whole_is_not_kept(
     s3_server.inject(Fault("cut_download", method="GET", target="safetensors"))
     with pytest.raises(Unavailable, match="safetensors"):
         models.fetch(record)
-    assert [path.suffix for path in (tmp_path / "node" / "dde-models").iterdir()] == [".lock"]
+    assert {path.suffix for path in (tmp_path / "node" / "dde-models").iterdir()} == {".lock"}
     with pytest.raises(Unavailable, match="safetensors"):
         files.read_bytes(files.join(record.uri, "unet", "model.safetensors"))
 

@@ -428,9 +428,9 @@ def folders(node: Path) -> list[str]:
 
 
 def test_all_that_want_a_checkpoint_at_a_time_read_one_copy(bucket, node, monkeypatch):
-    run, fetched, fetch = records(bucket, 5), [], files.fetch_folder
+    run, fetched, fetch = records(bucket, 5), [], files.copy_folder
     record, together = checkpoints.read(run, 5), threading.Barrier(4)
-    monkeypatch.setattr(files, "fetch_folder", lambda uri, target: fetched.append(uri) or fetch(uri, target))
+    monkeypatch.setattr(files, "copy_folder", lambda uri, target: fetched.append(uri) or fetch(uri, target))
 
     def reads(_: int) -> str:
         with checkpoints.opened(run, record) as state:

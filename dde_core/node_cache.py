@@ -1,0 +1,187 @@
+"""Files and folders that the processes of a node share: fetched once, bounded in bytes, kept while in use.
+
+    {folder}/{name}           an entry, renamed into place when it is whole; modified when it was last used
+    {folder}/{name}.part      an entry that is being written, or one that is being deleted
+    {folder}/{stripe}.lock    locked by the process that makes an entry; the name's first two letters
+    {folder}/room.lock        locked while entries are evicted and written
+
+A user of an entry holds a shared lock on the entry itself, so eviction skips it. The system releases the locks
+of a process that died; what it left unfinished is deleted by the next eviction.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PART = ".part"
+LOCK = ".lock"
+Prepare = Callable[[], tuple[int, Callable[[Path], None]]]
+"""Returns how many bytes an entry needs, and the function that writes it to a path."""
+
+
+class NodeCache:
+    """``folder`` is created on first use. Entries exceed ``max_bytes`` only where those in use alone do."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self._max_bytes = max_bytes
+        self._preferred: frozenset[str] = frozenset()
+        self._held: dict[str, int] = {}
+        self._one_at_a_time = threading.Lock()  # many threads need the memory of one entry
+
+    def prefer(self, names: Iterable[str]) -> None:
+        """Evict these entries last, in place of those of the previous call."""
+        self._preferred = frozenset(names)
+
+    @contextmanager
+    def hold(self, name: str, prepare: Prepare) -> Iterator[Path]:
+        """An entry that stays while the block runs.
+
+        It is made where it does not exist, by one process; others wait for it. An error leaves no entry.
+        """
+        descriptor = self._open(name, prepare)
+        try:
+            yield self.folder / name
+        finally:
+            os.close(descriptor)
+
+    def hold_until_exit(self, name: str, prepare: Prepare) -> Path:
+        """An entry that stays until this process ends."""
+        path = self.folder / name
+        if name not in self._held or not path.exists():
+            self._held[name] = self._open(name, prepare)
+        return path
+
+    def evict_unused(self) -> None:
+        """Evict every entry that nobody holds."""
+        with self._locked("room"):
+            self._evict_down_to(-1)
+
+    def _open(self, name: str, prepare: Prepare) -> int:
+        """A descriptor with a shared lock on the entry, which is made where it does not exist."""
+        path = self.folder / name
+        while True:
+            with suppress(FileNotFoundError):
+                if (descriptor := _lock_shared(path)) is not None:
+                    return descriptor
+            with self._one_at_a_time, self._locked(name[:2]):
+                if path.exists():  # another thread or process was first
+                    continue
+                num_bytes, write = prepare()
+                with self._locked("room"):
+                    self._evict_down_to(self._max_bytes - num_bytes)
+                    return _write(path, write)
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Alone among all threads and processes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{name}{LOCK}").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _is_being_made(self, part: Path) -> bool:
+        with suppress(FileNotFoundError), (self.folder / f"{part.name[:2]}{LOCK}").open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def _evict_down_to(self, num_bytes: int) -> None:
+        paths = [path for path in self.folder.iterdir() if path.suffix != LOCK]
+        for part in [path for path in paths if path.suffix == PART and not self._is_being_made(path)]:
+            _delete(part)
+        sizes = {path: _size(path) for path in paths}
+        total = sum(sizes.values())
+        entries = [path for path in paths if path.suffix != PART]
+        for path in sorted(entries, key=lambda path: (path.name in self._preferred, _last_used(path))):
+            if total <= num_bytes:
+                return
+            if _evict(path):
+                total -= sizes[path]
+
+
+def _lock_shared(path: Path) -> int | None:
+    """A descriptor of the entry with a shared lock, marked as used; None where it was evicted meanwhile."""
+    with _closed_on_error(path) as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            os.utime(descriptor)
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> int:
+    """A descriptor of a new entry with a shared lock, which it has before others see it."""
+    part = path.with_name(f"{path.name}{PART}")
+    _delete(part)
+    try:
+        write(part)
+        with _closed_on_error(part) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            part.rename(path)
+            return descriptor
+    except BaseException:
+        _delete(part)
+        raise
+
+
+@contextmanager
+def _closed_on_error(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _evict(path: Path) -> bool:
+    """Delete an entry that nobody holds. Whether it is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _delete(path)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _delete(path: Path) -> None:
+    """A folder is renamed first, so that a process that is killed here leaves no half of an entry."""
+    with suppress(FileNotFoundError):
+        if not path.is_dir():
+            return path.unlink()
+        if path.suffix != PART:
+            deleted = path.with_name(f"{path.name}.deleted{PART}")
+            shutil.rmtree(deleted, ignore_errors=True)
+            path = path.rename(deleted)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    total = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+def _last_used(path: Path) -> int:
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime_ns
+    return 0
