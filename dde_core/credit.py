@@ -42,9 +42,9 @@ STABLE_DIFFUSION = {
 class Curves:
     """The curves of a method at one margin d, float64; entry t - 1 belongs to timestep t.
 
-    ``gradient_weight`` is g(t) = w(t) sigmoid(-beta (w(t) d + C(t))), 0 outside of the configured range, times
-    the importance weight where t is not drawn from the method's own distribution. ``density`` is T times the
-    probability that t is drawn.
+    ``gradient_weight`` is g(t) = w(t) sigmoid(-beta (w(t) d + C(t))), 0 outside of the configured range, and
+    times the importance weight where t is not drawn from the method's own distribution. ``density`` is T
+    times the probability that t is drawn.
     """
 
     weight: Float[Tensor, " T"]

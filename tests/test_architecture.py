@@ -99,7 +99,9 @@ def test_services_import_downward_and_processes_never_one_another(path: Path):
         ("client", {"api", "errors", "settings"}, set()),
     ],
 )
-def test_the_layer_rule_catches_what_points_upward_or_sideways(room: str, imported: set[str], caught: set[str]):
+def test_the_layer_rule_catches_what_points_upward_or_sideways(
+    room: str, imported: set[str], caught: set[str]
+):
     assert forbidden(room, imported) == caught
 
 

@@ -1,1 +1,1 @@
-"""Latent shards: what ingest writes and training reads. Parquet files that plain pyarrow reads, and a manifest."""
+"""Latent shards, written by ingest and read by training: Parquet files for plain pyarrow, and a manifest."""

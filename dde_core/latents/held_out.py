@@ -1,4 +1,4 @@
-"""Which pairs are held out: chosen by their captions, whole captions at a time, the same ones whatever the run's seed is."""
+"""Which pairs are held out. Whole captions are chosen by their hash, the same ones for every seed."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from dde_core.errors import DataError
 from dde_core.latents.schema import Manifest, Shard, token_columns
 
 READERS = 8
-"""Shards whose captions are read at once: an object store answers slowly and often."""
+"""Shards whose captions are read concurrently: one request to an object store is slow, many are not."""
 
 
 def hold_out(keys: UInt64[np.ndarray, " n"], num_pairs: int) -> Bool[np.ndarray, " n"]:
-    """Whole captions in the order of their keys, until they are at least ``num_pairs`` pairs."""
+    """Mask of the held-out pairs: whole captions in the order of their keys, up to at least ``num_pairs``
+    pairs."""
     _, caption_of, counts = np.unique(keys, return_inverse=True, return_counts=True)
     before = np.cumsum(counts) - counts
     return (before < num_pairs)[caption_of]
 
 
 def caption_keys(tokens: Int[np.ndarray, "n k s"]) -> UInt64[np.ndarray, " n"]:
-    """The first 64 bits of sha256 over each caption's tokens. Captions that agree in them stay together, which does no harm."""
+    """The first 64 bits of sha256 over each caption's tokens. Captions with equal keys are held out
+    together."""
     digests = (hashlib.sha256(caption.tobytes()).digest() for caption in tokens)
     return np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64, len(tokens))
 
 
 def dataset_keys(filesystem: fs.FileSystem, path: str, manifest: Manifest) -> UInt64[np.ndarray, " pairs"]:
-    """The keys of every pair's caption, shard by shard: of their files only the columns with tokens are read."""
+    """The caption key of every pair, shard by shard. Only the columns of tokens are read."""
 
-    def of_shard(shard: Shard) -> np.ndarray:
+    def keys_of(shard: Shard) -> UInt64[np.ndarray, " rows"]:
         return caption_keys(_tokens(filesystem, f"{path}/{shard.name}", shard.rows, manifest))
 
     with ThreadPoolExecutor(READERS) as readers:
-        return np.concatenate([np.zeros(0, np.uint64), *readers.map(of_shard, manifest.shards)])
+        return np.concatenate([np.zeros(0, np.uint64), *readers.map(keys_of, manifest.shards)])
 
 
 def _tokens(filesystem: fs.FileSystem, path: str, rows: int, manifest: Manifest) -> Int[np.ndarray, "n k s"]:
@@ -50,6 +52,5 @@ def _tokens(filesystem: fs.FileSystem, path: str, rows: int, manifest: Manifest)
         raise DataError(f"shard {path!r} cannot be read: {error}") from error
     if len(table) != rows:
         raise DataError(f"shard {path!r} has {len(table)} rows, the manifest says {rows}")
-    return np.stack(
-        [table[name].combine_chunks().flatten().to_numpy().reshape(rows, -1) for name in names], axis=1
-    )
+    columns = [table[name].combine_chunks().flatten().to_numpy().reshape(rows, -1) for name in names]
+    return np.stack(columns, axis=1)

@@ -1,13 +1,16 @@
-"""The reference ledger: errors of the frozen model, computed once for draws of every pair and read by every run that fits.
+"""The reference ledger: errors of the frozen model, computed once for each pair's draws and read by every
+matching run.
 
-The reference enters a loss through e_ref alone (and, for `sampled` calibration, mean(z (eps_ref - eps))), which depends on the
-pair, the draw and the frozen model. A ledger is a folder beside the shards that it belongs to:
+A loss reads only e_ref of the reference (and, for `sampled` calibration, mean(z (eps_ref - eps))). Both
+depend on the pair, the draw and the frozen model alone. A ledger is a folder beside the shards that it
+belongs to:
 
-    00007-0002-{sha256}.parquet    draw 2 of shard 7: float32 e_w, e_l (and z_w, z_l), rows in the shard's order
-    ledger-0003.json               written last: the key, and the files of draws 0..2
+    00007-0002-{sha256}.parquet    draw 2 of shard 7: float32 e_w, e_l (and z_w, z_l), rows in the shard's
+                                   order
+    ledger-0003.json               the record, written last: the key, and the files of draws 0..2
 
-Files are named by their content and never replaced: a pass that was killed goes on with what is missing, further draws are
-added beside the others, and passes that write one ledger at the same time do each other no harm.
+Files are named by their content and never replaced. So a killed pass resumes with the missing files, more
+draws can be added later, and several passes can write one ledger at the same time.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float
+from jaxtyping import Float32
 from pyarrow import fs
 
 from dde_core.config import ObjectiveConfig, TrainConfig
@@ -39,16 +42,19 @@ FORMAT_VERSION = 1
 COLUMNS = {"e_w": "w", "e_l": "l", "z_w": "z_w", "z_l": "z_l"}
 """Columns of a file, and the fields of PairErrors that they hold."""
 KEPT_BYTES = 64_000_000
-"""A reader keeps so much of a ledger in memory: 8 million draws without evaluation points."""
+"""How much of a ledger a reader keeps in memory: 8 million draws without evaluation points."""
 _FILE = re.compile(r"(\d{5,})-(\d{4})-([0-9a-f]{64})\.parquet")
 _RECORD = re.compile(r"ledger-(\d{4})\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerKey:
-    """Everything that the errors depend on. ``reference``, ``dataset``, ``shards`` (which row lies where) and ``schedule`` (the
-    float64 table of alpha_bar) are digests; ``precision`` names the arithmetic (compiled kernels round otherwise);
-    ``no_caption`` says what a dropped caption is."""
+    """Everything that the errors depend on.
+
+    ``reference``, ``dataset``, ``shards`` (the places of rows) and ``schedule`` (the float64 table of
+    alpha_bar) are digests. ``precision`` names the arithmetic; compiled kernels round differently.
+    ``no_caption`` is "zeros" or "empty": how a dropped caption is encoded.
+    """
 
     reference: str
     dataset: str
@@ -75,14 +81,14 @@ class LedgerKey:
         objective: ObjectiveConfig,
         training: TrainConfig,
     ) -> LedgerKey:
-        """What a run needs. ``reference`` is the frozen model's digest."""
+        """The key that a run needs. ``reference`` is the frozen model's digest."""
         schedule = folder.schedule()
+        shards = json.dumps([[shard.rows, shard.sha256] for shard in manifest.shards])
+        is_sampled = objective.calibration_point == "sampled"
         return cls(
             reference=reference,
             dataset=manifest.digest,
-            shards=hashlib.sha256(
-                json.dumps([[shard.rows, shard.sha256] for shard in manifest.shards]).encode()
-            ).hexdigest(),
+            shards=hashlib.sha256(shards.encode()).hexdigest(),
             schedule=hashlib.sha256(schedule.alpha_bar.numpy().tobytes()).hexdigest(),
             prediction_type=schedule.prediction_type,
             resolution=manifest.settings["resolution"],
@@ -93,24 +99,26 @@ class LedgerKey:
             t_min=objective.t_min,
             t_max=objective.t_max or schedule.T,
             draw_seed=training.draw_seed,
-            evaluation_points=METHODS[objective.method].corrected
-            and objective.calibration_point == "sampled",
+            evaluation_points=METHODS[objective.method].corrected and is_sampled,
         )
 
     @property
     def name(self) -> str:
-        """The ledger's folder."""
+        """The name of the ledger's folder."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def columns(self) -> list[str]:
-        """The columns of its files."""
+        """The columns of the ledger's files."""
         return list(COLUMNS)[: 4 if self.evaluation_points else 2]
 
     def mismatches(self, needed: LedgerKey) -> dict[str, tuple[Any, Any]]:
-        """Where this is not what a run needs: {field: (here, needed)}. Evaluation points that nobody reads do no harm."""
-        here, there = asdict(self), asdict(needed)
-        differing = {field: (here[field], there[field]) for field in there if here[field] != there[field]}
+        """Fields that differ from those that a run needs: {field: (own, needed)}. Extra evaluation points are
+        fine."""
+        own = asdict(self)
+        differing = {
+            field: (own[field], value) for field, value in asdict(needed).items() if own[field] != value
+        }
         if not needed.evaluation_points:
             differing.pop("evaluation_points", None)
         return differing
@@ -118,8 +126,12 @@ class LedgerKey:
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerRecord:
-    """A ledger's JSON. ``rows`` of each shard; ``files`` [draw][shard]; ``noise`` is what ``logit_deviation`` says of pairs
-    whose errors were computed twice, in batches of two sizes; ``seconds`` is the time of the pass that wrote it."""
+    """A ledger's JSON record.
+
+    ``rows`` are the shards' lengths, ``files`` the names [draw][shard]. ``noise`` is the ``logit_deviation``
+    of pairs whose errors were computed twice, in batches of two sizes. ``seconds`` is the duration of the
+    pass that wrote it.
+    """
 
     key: LedgerKey
     rows: tuple[int, ...]
@@ -129,12 +141,12 @@ class LedgerRecord:
 
     @property
     def draws(self) -> int:
-        """How many draws of every pair there are."""
+        """The number of draws of every pair."""
         return len(self.files)
 
     @property
     def name(self) -> str:
-        """The record's file."""
+        """The name of the record's file."""
         return f"ledger-{self.draws:04d}.json"
 
     def to_json(self) -> bytes:
@@ -142,10 +154,11 @@ class LedgerRecord:
 
     @classmethod
     def from_json(cls, data: bytes) -> LedgerRecord:
-        """Raises DataError for a ledger of another format, and for what is no ledger's record."""
+        """Raises DataError for a record that is invalid or of another format version."""
         try:
             values = json.loads(data)
-            if (version := values["key"].get("format_version")) == FORMAT_VERSION:
+            version = values["key"].get("format_version")
+            if version == FORMAT_VERSION:
                 return cls(
                     key=LedgerKey(**values["key"]),
                     rows=tuple(values["rows"]),
@@ -159,34 +172,38 @@ class LedgerRecord:
 
 
 def is_record_name(name: str) -> bool:
-    """Whether this is the name of a ledger's record."""
+    """Whether a file of this name is a ledger's record."""
     return _RECORD.fullmatch(name) is not None
 
 
 def committed(names: Iterable[str]) -> dict[tuple[int, int], str]:
-    """{(shard, draw): file} of what lies in a ledger's folder. Of several the first: passes on unlike machines may differ."""
-    found = {(int(m[1]), int(m[2])): m[0] for m in map(_FILE.fullmatch, sorted(names, reverse=True)) if m}
-    return dict(sorted(found.items()))
+    """{(shard, draw): file} from the names in a ledger's folder.
+
+    Passes on different machines may write different content; the first name in sorted order then counts.
+    """
+    files: dict[tuple[int, int], str] = {}
+    for match in map(_FILE.fullmatch, sorted(names)):
+        if match:
+            files.setdefault((int(match[1]), int(match[2])), match[0])
+    return files
 
 
-def complete_draws(there: Mapping[tuple[int, int], str], num_shards: int) -> tuple[tuple[str, ...], ...]:
-    """Files [draw][shard] of the draws 0, 1, ... that are complete."""
-    draws, shards = 0, range(num_shards)
-    while all((shard, draws) in there for shard in shards):
+def complete_draws(files: Mapping[tuple[int, int], str], num_shards: int) -> tuple[tuple[str, ...], ...]:
+    """Files [draw][shard] of the draws 0, 1, ... that have a file for every shard."""
+    draws = 0
+    while all((shard, draws) in files for shard in range(num_shards)):
         draws += 1
-    return tuple(tuple(there[shard, draw] for shard in shards) for draw in range(draws))
+    return tuple(tuple(files[shard, draw] for shard in range(num_shards)) for draw in range(draws))
 
 
 def ledger_file(shard: int, draw: int, errors: PairErrors) -> tuple[str, bytes]:
     """The name and the content of one shard's errors at one draw, rows in the shard's order."""
-    values = {
-        column: getattr(errors, field)
-        for column, field in COLUMNS.items()
-        if getattr(errors, field) is not None
-    }
-    table = pa.table(
-        {column: pa.array(value.cpu().numpy(), pa.float32()) for column, value in values.items()}
-    )
+    arrays = {}
+    for column, field in COLUMNS.items():
+        values = getattr(errors, field)
+        if values is not None:
+            arrays[column] = pa.array(values.cpu().numpy(), pa.float32())
+    table = pa.table(arrays)
     sink = pa.BufferOutputStream()
     pq.write_table(
         table, sink, compression="none", use_dictionary=False, write_statistics=False, store_schema=False
@@ -196,47 +213,50 @@ def ledger_file(shard: int, draw: int, errors: PairErrors) -> tuple[str, bytes]:
 
 
 class Ledger:
-    """Reads a ledger, a file at a time when a row asks for it. ``path`` is that of its record; errors come on ``device``."""
+    """Reads a ledger's files when rows need them. ``path`` is that of its record; errors are returned on
+    ``device``."""
 
     def __init__(self, filesystem: fs.FileSystem, path: str, device: torch.device | str = "cpu") -> None:
-        self._filesystem, self._device = filesystem, device
+        self._filesystem = filesystem
+        self._device = device
         self._folder, _, _ = path.rpartition("/")
         self.record = LedgerRecord.from_json(self._read(path))
         bytes_of_a_file = 4 * len(self.record.key.columns) * max(self.record.rows)
         self._file = lru_cache(maxsize=max(1, KEPT_BYTES // bytes_of_a_file))(self._load)
 
     def errors(self, rows: LatentRows) -> PairErrors:
-        """The reference's errors for each row's place and draw. Raises DataError for a file that is not what was written."""
+        """The reference's errors for each row's place and draw. Raises DataError for missing or damaged
+        files."""
         values = np.empty((len(rows), len(self.record.key.columns)), np.float32)
         files = np.stack([rows.shards, rows.draws], axis=1)
         for shard, draw in np.unique(files, axis=0).tolist():
-            here = (files == (shard, draw)).all(axis=1)
-            values[here] = self._file(shard, draw)[rows.places[here]]
+            in_file = (files == (shard, draw)).all(axis=1)
+            values[in_file] = self._file(shard, draw)[rows.places[in_file]]
         columns = torch.from_numpy(values.T.copy()).to(self._device)
-        return PairErrors(
-            **{COLUMNS[name]: column for name, column in zip(self.record.key.columns, columns, strict=True)}
-        )
+        fields = [COLUMNS[name] for name in self.record.key.columns]
+        return PairErrors(**dict(zip(fields, columns, strict=True)))
 
-    def _load(self, shard: int, draw: int) -> Float[np.ndarray, "rows columns"]:
+    def _load(self, shard: int, draw: int) -> Float32[np.ndarray, "rows columns"]:
         if draw >= self.record.draws:
             raise DataError(
-                f"ledger {self._folder!r} holds {self.record.draws} draws, draw {draw} is asked for"
+                f"ledger {self._folder!r} has draws 0..{self.record.draws - 1}, requested draw {draw}"
             )
         name = self.record.files[draw][shard]
         data = self._read(f"{self._folder}/{name}")
-        if (found := hashlib.sha256(data).hexdigest()) not in name:
-            raise DataError(f"ledger file {self._folder}/{name} has sha256 {found}")
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 not in name:
+            raise DataError(f"ledger file {self._folder}/{name} has sha256 {sha256}")
         table = pq.read_table(pa.BufferReader(data), columns=self.record.key.columns)
         values = np.stack([column.to_numpy() for column in table.columns], axis=1)
         if len(values) != self.record.rows[shard] or not np.isfinite(values).all():
-            raise DataError(
-                f"ledger file {self._folder}/{name} must hold {self.record.rows[shard]} rows of finite numbers"
-            )
+            expected = f"{self.record.rows[shard]} rows of finite numbers"
+            raise DataError(f"ledger file {self._folder}/{name} must hold {expected}")
         return values
 
     def _read(self, path: str) -> bytes:
         try:
             with self._filesystem.open_input_stream(path) as stream:
-                return stream.read()
+                data: bytes = stream.read()
         except FileNotFoundError as error:
-            raise DataError(f"ledger lacks {path!r}") from error
+            raise DataError(f"ledger file {path!r} is missing") from error
+        return data

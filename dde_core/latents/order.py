@@ -1,8 +1,9 @@
-"""The order in which pairs are visited: a function of the seed and of the shards' sizes, worked out a window at a time.
+"""The order in which pairs are visited: a function of the seed and the shards' sizes, computed a window at a
+time.
 
-An epoch is a sequence of windows. The shards are put in an order of the epoch's own and grouped, in that order, until a window
-holds WINDOW_PAIRS pairs; inside a window all of its pairs are put in an order. So a reader needs the shards of one window
-at a time, and a data set that fits into one window is put in order as a whole. What is held out is in no window.
+An epoch permutes the shards and groups them, in that order, into windows of at least WINDOW_PAIRS pairs (the
+last may have fewer). Each window permutes its pairs. So a reader needs the shards of one window at a time,
+and a dataset that fits into one window is permuted as a whole. Held-out pairs are in no window.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ WINDOW_PAIRS = 65_536
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """One window of one epoch: its shards, ascending, and the visits of the epoch (from, to) that are made in it."""
+    """One window of an epoch: its shards, ascending, and its visits ``start`` .. ``stop`` - 1 of the
+    epoch."""
 
     seed: int
     epoch: int
@@ -32,17 +34,19 @@ class Window:
 
 
 class VisitOrder:
-    """Where the pair of each visit lies. ``held_out`` says of every pair, shard by shard, whether it is never visited."""
+    """Maps visits to pairs. ``rows`` are the shards' lengths; ``held_out`` marks pairs that are never
+    visited."""
 
     def __init__(
         self, rows: Sequence[int], held_out: Bool[np.ndarray, " pairs"], window_pairs: int = WINDOW_PAIRS
     ) -> None:
         self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
-        self._is_held_out, self._window_pairs = held_out, window_pairs
+        self._is_held_out = held_out
+        self._window_pairs = window_pairs
         pairs = np.flatnonzero(held_out)
         shards = np.searchsorted(self._starts, pairs, side="right") - 1
         self.held_out: Int[np.ndarray, "2 n"] = np.stack([shards, pairs - self._starts[shards]])
-        """Shards and places of the pairs that are never visited."""
+        """Shards and places of the held-out pairs."""
         self._visited = np.array([len(self._places(shard)) for shard in range(len(rows))], dtype=np.int64)
         self._length = int(self._visited.sum())
         self.windows = lru_cache(maxsize=2)(self._windows)
@@ -54,28 +58,33 @@ class VisitOrder:
 
     def visits(
         self, seed: int, numbers: Int[np.ndarray, " b"]
-    ) -> Iterator[tuple[Window, np.ndarray, np.ndarray, np.ndarray]]:
-        """For every window that the visits (ascending, counted from the first epoch on) fall into: the window, which of them
-        are made in it, and the shards and places of their pairs."""
+    ) -> Iterator[tuple[Window, Int[np.ndarray, " m"], Int[np.ndarray, " m"], Int[np.ndarray, " m"]]]:
+        """Locate visits, window by window. ``numbers`` are ascending and count from the first epoch's first
+        visit.
+
+        For each window with visits: the window, their indices in ``numbers``, and the shards and places of
+        their pairs.
+        """
         epochs, offsets = np.divmod(numbers, len(self))
         for epoch in np.unique(epochs).tolist():
-            in_epoch, windows = np.flatnonzero(epochs == epoch), self.windows(seed, epoch)
+            in_epoch = np.flatnonzero(epochs == epoch)
+            windows = self.windows(seed, epoch)
             window_of = np.searchsorted([window.stop for window in windows], offsets[in_epoch], side="right")
             for number in np.unique(window_of).tolist():
-                here, window = in_epoch[window_of == number], windows[number]
-                shards, places = self._order(window)[:, offsets[here] - window.start]
-                yield window, here, shards, places
+                window = windows[number]
+                in_window = in_epoch[window_of == number]
+                shards, places = self._order(window)[:, offsets[in_window] - window.start]
+                yield window, in_window, shards, places
 
     def after(self, window: Window) -> Window:
-        """The window that follows, in this epoch or the next."""
-        here = self.windows(window.seed, window.epoch)
-        return (
-            here[window.number + 1]
-            if window.number + 1 < len(here)
-            else self.windows(window.seed, window.epoch + 1)[0]
-        )
+        """The next window, in this epoch or the next one."""
+        windows = self.windows(window.seed, window.epoch)
+        if window.number + 1 < len(windows):
+            return windows[window.number + 1]
+        return self.windows(window.seed, window.epoch + 1)[0]
 
-    def _places(self, shard: int) -> np.ndarray:
+    def _places(self, shard: int) -> Int[np.ndarray, " n"]:
+        """The places of a shard's pairs that are visited."""
         return np.flatnonzero(~self._is_held_out[self._starts[shard] : self._starts[shard + 1]])
 
     def _windows(self, seed: int, epoch: int) -> list[Window]:
@@ -93,6 +102,6 @@ class VisitOrder:
 
     def _window_order(self, window: Window) -> Int[np.ndarray, "2 n"]:
         places = [self._places(shard) for shard in window.shards.tolist()]
-        shards = np.repeat(window.shards, [len(some) for some in places])
+        shards = np.repeat(window.shards, [len(each) for each in places])
         order = permutation(window.seed, window.epoch, window.stop - window.start, window.number)
         return np.stack([shards, np.concatenate(places)])[:, order]

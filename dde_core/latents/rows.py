@@ -12,16 +12,17 @@ from jaxtyping import Float, Int
 from dde_core.latents.cache import ShardCache
 from dde_core.latents.schema import Manifest, token_columns
 
-Part = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Some of the rows: which, in which shards, at which places."""
+Part = tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"], Int[np.ndarray, " m"]]
+"""Some of the rows: their indices, their shards, and their places in these."""
 
 
 @dataclass(frozen=True, eq=False)
 class LatentRows:
-    """A worker's part of b rows. ``positions`` are the rows' places among all workers' rows, ``draws`` their visits.
+    """A worker's b rows. ``positions`` are their indices among all workers' rows, ``draws`` the numbers of
+    their visits.
 
-    ``shards`` and ``places`` say where a row stands in the dataset: the shard's number in the manifest, the row in it.
-    ``sizes_*`` are original (height, width), ``crops_*`` (top, left) of what was cut of it, in pixels.
+    ``shards`` and ``places`` locate a row in the dataset: the shard's number in the manifest, and the row in
+    the shard. ``sizes_*`` are the original (height, width), ``crops_*`` the crop's (top, left), in pixels.
     """
 
     positions: Int[np.ndarray, " b"]
@@ -45,47 +46,60 @@ class LatentRows:
         return LatentRows(**{field.name: getattr(self, field.name)[keep] for field in fields(self)})
 
     def visit(self, number: int) -> LatentRows:
-        """The same rows at their n-th visit."""
+        """The same rows at visit ``number``."""
         return replace(self, draws=np.full(len(self), number))
 
 
 def take_rows(
     cache: ShardCache, manifest: Manifest, positions: np.ndarray, draws: np.ndarray, parts: Iterable[Part]
 ) -> LatentRows:
-    """Read rows from the local copies of their shards, one shard after another."""
-    shards, places = np.empty_like(positions), np.empty_like(positions)
-    arrays = _arrays(len(positions), manifest)
-    for rows, in_shards, at_places in parts:
-        shards[rows], places[rows] = in_shards, at_places
-        for shard in dict.fromkeys(
-            in_shards.tolist()
-        ):  # workers meet them in different orders, and fetch for one another
-            here = rows[in_shards == shard]
-            _fill(arrays, here, cache.take(shard, places[here]), manifest)
+    """Read rows from the local copies of their shards, shard by shard.
+
+    Shards are read in the order of the rows, which differs between workers: so workers fetch different shards
+    first.
+    """
+    shards = np.empty_like(positions)
+    places = np.empty_like(positions)
+    arrays = _allocate(len(positions), manifest)
+    for rows, shards_of_rows, places_of_rows in parts:
+        shards[rows] = shards_of_rows
+        places[rows] = places_of_rows
+        for shard in dict.fromkeys(shards_of_rows.tolist()):
+            in_shard = rows[shards_of_rows == shard]
+            _fill(arrays, in_shard, cache.take(shard, places[in_shard]), manifest)
     pair_ids = tuple(arrays.pop("pair_ids").tolist())
     return LatentRows(
         positions=positions, draws=draws, shards=shards, places=places, pair_ids=pair_ids, **arrays
     )
 
 
-def _arrays(num_rows: int, manifest: Manifest) -> dict[str, np.ndarray]:
-    arrays = {"pair_ids": np.empty(num_rows, object)}
-    arrays["token_ids"] = np.empty((num_rows, manifest.num_tokenizers, manifest.num_tokens), np.int32)
+def _allocate(num_rows: int, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Empty arrays for the fields of LatentRows that come from shards."""
+    arrays = {
+        "pair_ids": np.empty(num_rows, object),
+        "token_ids": np.empty((num_rows, manifest.num_tokenizers, manifest.num_tokens), np.int32),
+    }
     for side in "wl":
         arrays[f"latents_{side}"] = np.empty((num_rows, *manifest.latent_shape), np.float16)
-        arrays |= {f"{name}_{side}": np.empty((num_rows, 2), np.int32) for name in ("sizes", "crops")}
+        arrays[f"sizes_{side}"] = np.empty((num_rows, 2), np.int32)
+        arrays[f"crops_{side}"] = np.empty((num_rows, 2), np.int32)
     return arrays
 
 
-def _fill(arrays: dict[str, np.ndarray], here: np.ndarray, rows: pa.RecordBatch, manifest: Manifest) -> None:
-    arrays["pair_ids"][here] = rows["pair_id"].to_numpy(zero_copy_only=False)
+def _fill(
+    arrays: dict[str, np.ndarray], to: Int[np.ndarray, " m"], rows: pa.RecordBatch, manifest: Manifest
+) -> None:
+    """Write m rows of a shard into the arrays at the indices ``to``."""
+    arrays["pair_ids"][to] = rows["pair_id"].to_numpy(zero_copy_only=False)
     for k, column in enumerate(token_columns(manifest.num_tokenizers)):
-        arrays["token_ids"][here, k] = _array(rows[column])
+        arrays["token_ids"][to, k] = _array(rows[column])
     for side in "wl":
-        for name, column in (("sizes", "size"), ("crops", "crop")):
-            arrays[f"{name}_{side}"][here] = _array(rows[f"{column}_{side}"])
-        arrays[f"latents_{side}"][here] = _array(rows[f"latents_{side}"]).reshape(-1, *manifest.latent_shape)
+        arrays[f"sizes_{side}"][to] = _array(rows[f"size_{side}"])
+        arrays[f"crops_{side}"][to] = _array(rows[f"crop_{side}"])
+        arrays[f"latents_{side}"][to] = _array(rows[f"latents_{side}"]).reshape(-1, *manifest.latent_shape)
 
 
 def _array(column: pa.FixedSizeListArray) -> np.ndarray:
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    """A column of lists as [rows, length]."""
+    values: np.ndarray = column.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), -1)

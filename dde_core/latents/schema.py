@@ -1,4 +1,4 @@
-"""The columns of a latent shard, one row a decided pair, and the manifest that makes shards exist."""
+"""The columns of a latent shard (one row for each decided pair), and the manifest of a dataset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def token_columns(num_tokenizers: int) -> list[str]:
 def shard_schema(latent_shape: tuple[int, int, int], num_tokenizers: int, num_tokens: int) -> pa.Schema:
     """Columns of a shard. Latents [c h w] are float16 posterior means times scaling_factor, flat in C order.
 
-    ``size_*`` is the original (height, width) of a side's picture in pixels, ``crop_*`` the (top, left) of what was cut.
+    ``size_*`` is the original (height, width) of a side's image in pixels, ``crop_*`` the crop's (top, left).
     """
     channels, height, width = latent_shape
     latents = pa.list_(pa.float16(), channels * height * width)
@@ -52,10 +52,11 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Written last: shards without a manifest do not exist.
+    """A dataset's description, written last: a folder of shards without it is not a dataset.
 
-    ``digest`` names the content (settings, encoder, pairs), whatever way rows fell into shards. ``counts`` holds rows,
-    pairs, ties, missing (no label), bad (rows quarantined; ``bad`` by cause), duplicates (repeated pairs) and images.
+    ``digest`` identifies the content (settings, encoder, pairs), however rows are split into shards.
+    ``counts`` has rows, pairs, ties, missing (rows without a label), bad (quarantined rows; ``bad`` counts
+    them by cause), duplicates (repeated pairs) and images.
     """
 
     digest: str
@@ -76,24 +77,25 @@ class Manifest:
     def from_json(cls, data: bytes) -> Manifest:
         """Raises DataError for a manifest of another schema version."""
         values = json.loads(data)
-        if values.get("schema_version") != SCHEMA_VERSION:
-            raise DataError(
-                f"manifest has schema_version {values.get('schema_version')!r}, this code reads {SCHEMA_VERSION}"
-            )
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise DataError(f"manifest has schema_version {version!r}, this code reads {SCHEMA_VERSION}")
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         return cls(shards=shards, latent_shape=tuple(values.pop("latent_shape")), **values)
 
 
 def pair_digest(pair_id: str, sha256_w: bytes, sha256_l: bytes, label: float, caption: str) -> bytes:
-    """32 bytes that stand for a pair's content: its id, its pictures' files, the winner's label and the caption (a mapped id
-    says nothing of it)."""
-    return hashlib.sha256(
-        json.dumps([pair_id, sha256_w.hex(), sha256_l.hex(), label, caption]).encode()
-    ).digest()
+    """32 bytes that identify a pair's content: its id, its image files, the winner's label and the caption.
+
+    The id alone is not enough: if it is mapped from a column, it does not depend on the content.
+    """
+    content = json.dumps([pair_id, sha256_w.hex(), sha256_l.hex(), label, caption])
+    return hashlib.sha256(content.encode()).digest()
 
 
 def dataset_digest(settings: Mapping[str, Any], encoder_digest: str, pairs: Iterable[bytes]) -> str:
-    """sha256 over settings, encoder and the sorted ``pair_digest`` of every pair: rows may fall into shards in any way."""
+    """sha256 over settings, encoder and the sorted ``pair_digest`` of every pair, so independent of
+    shards."""
     digest = hashlib.sha256(json.dumps([dict(settings), encoder_digest], sort_keys=True).encode())
     for pair in sorted(pairs):
         digest.update(pair)

@@ -1,4 +1,4 @@
-"""Write latent shards: files named by their content first, the manifest last."""
+"""Write latent shards as files named by their content. The caller writes the manifest last."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from dde_core.latents.schema import Shard
 
 
 def write_shard(number: int, table: pa.Table, write: Callable[[str, bytes], None]) -> Shard:
-    """Write one shard through ``write(name, data)``, which makes the file appear whole. The name holds the content's hash.
+    """Write one shard through ``write(name, data)``, which must create the file atomically. The name has its
+    hash.
 
-    A latent's bytes are stored apart by their place in the number: a tenth smaller, and read in a quarter of the time.
+    BYTE_STREAM_SPLIT makes latents a tenth smaller and four times as fast to read.
     """
     sink = pa.BufferOutputStream()
-    latents = {
-        f"{name}.list.element": "BYTE_STREAM_SPLIT"
-        for name in table.column_names
-        if name.startswith("latents_")
-    }
+    latent_columns = [name for name in table.column_names if name.startswith("latents_")]
     pq.write_table(
-        table, sink, compression="zstd", use_dictionary=False, column_encoding=latents, write_statistics=False
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in latent_columns},
+        write_statistics=False,
     )
     data = sink.getvalue().to_pybytes()
     sha256 = hashlib.sha256(data).hexdigest()
@@ -36,7 +38,8 @@ def write_shard(number: int, table: pa.Table, write: Callable[[str, bytes], None
 
 def shard_table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     """A table of the schema from columns of Python or numpy values (latents as rows of float16)."""
-    return pa.table({field.name: _column(columns[field.name], field.type) for field in schema}, schema=schema)
+    arrays = {field.name: _column(columns[field.name], field.type) for field in schema}
+    return pa.table(arrays, schema=schema)
 
 
 def _column(values: Any, kind: pa.DataType) -> pa.Array:

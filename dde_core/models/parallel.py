@@ -70,13 +70,12 @@ def shard(unet: UNet2DConditionModel, device: torch.device, world_size: int) -> 
     fully_shard(unet, mesh=mesh)
 
 
-def wrap(unet: UNet2DConditionModel, parallelism: Parallelism, device: torch.device) -> nn.Module:
+def wrap(unet: nn.Module, parallelism: Parallelism, device: torch.device) -> nn.Module:
     """The module to train. Its backward pass averages gradients over workers."""
     if parallelism != "ddp":
         return unet
     device_ids = [device] if device.type == "cuda" else None
-    wrapped: nn.Module = DistributedDataParallel(unet, device_ids=device_ids, gradient_as_bucket_view=True)
-    return wrapped
+    return DistributedDataParallel(unet, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 @contextmanager

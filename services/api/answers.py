@@ -175,7 +175,7 @@ class JobView(RunView):
 
 
 class EvaluationView(RunView):
-    """A comparison of the model ``model`` with ``base``: both generate the same prompts from the same seeds."""
+    """A comparison of ``model`` with ``base``: both generate images of the same prompts and seeds."""
 
     object: Literal["evaluation"]
     model: str

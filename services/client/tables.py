@@ -170,7 +170,7 @@ def memory(estimate: Estimate) -> Table:
     for term in estimate.memory:
         table.add_row(term.name, f"{term.value:,.2f}", escape(term.formula))
     limit = f"of {estimate.gpu.memory_gb:g} GB: {estimate.fit}"
-    table.add_row("together", f"{estimate.memory_gb:,.2f}", limit, style="bold")
+    table.add_row("total", f"{estimate.memory_gb:,.2f}", limit, style="bold")
     table.caption = "Training alone."
     table.caption_justify = "left"
     return table

@@ -1,3 +1,3 @@
-"""The control plane: registers datasets and models, starts the stages of jobs, records what they say, fronts
+"""The control plane: registers datasets and models, runs the stages of jobs on Ray, forwards requests to
 Serve.
 """

@@ -1,4 +1,4 @@
-"""``python -m services.control`` serves; ``python -m services.control openapi`` prints the OpenAPI document."""
+"""``python -m services.control`` serves the API; ``... openapi`` prints the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from services.settings import Settings
 
 def main(arguments: list[str]) -> None:
     if arguments == ["openapi"]:
-        nowhere = Settings(api_key=SecretStr("-"), storage_uri="file:///nowhere")
-        print(json.dumps(build_app(nowhere).openapi(), indent=1))
+        unused = Settings(api_key=SecretStr("-"), storage_uri="file:///nowhere")
+        print(json.dumps(build_app(unused).openapi(), indent=1))
     elif arguments:
         raise SystemExit("usage: python -m services.control [openapi]")
     else:

@@ -1,4 +1,4 @@
-"""The app: what it is built from, and what starts and ends with it."""
+"""The FastAPI app: its routes and shared objects, and what starts and stops with it."""
 
 from __future__ import annotations
 
@@ -43,14 +43,13 @@ BODIES = (
 
 
 def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile: bool = True) -> FastAPI:
-    """The control plane, not yet started: nothing is opened before its lifespan begins.
+    """The control plane, not started: its lifespan opens the database and starts the reconciler.
 
-    ``reconcile=False`` makes a replica that answers requests and leaves the jobs to others.
+    With ``reconcile=False`` it answers requests and leaves the jobs to other replicas.
     """
     app = FastAPI(title="dde", version="1", lifespan=_lifespan, docs_url=None, redoc_url=None)
-    app.state.settings = settings = settings.model_copy(
-        update={"storage_uri": files.as_uri(settings.storage_uri)}
-    )
+    settings = settings.model_copy(update={"storage_uri": files.as_uri(settings.storage_uri)})
+    app.state.settings = settings
     app.state.launcher = launcher or RayJobsLauncher(settings.ray_url)
     app.state.database = Database(settings.database_url)
     app.state.reconcile = reconcile
@@ -82,7 +81,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document and the bodies, which our own dependency reads."""
+    """FastAPI's document plus the request bodies, which ``dependencies.body`` reads instead of FastAPI."""
     if not app.openapi_schema:
         document = FastAPI.openapi(app)
         _, bodies = models_json_schema(
@@ -94,7 +93,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 
 def _without_422(item: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI lists a 422 of its own; every refusal here is a 4XX with our body."""
+    """FastAPI declares a 422 for every operation; here each error is a 4XX with an ErrorView."""
     for operation in item.values():
         operation["responses"].pop("422", None)
     return item

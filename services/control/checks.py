@@ -1,9 +1,12 @@
-"""What can be known of a request before anything is spent: does it fit the base, the dataset, its prompts?
+"""Checks of a request before any compute is spent: against itself, its base model, its dataset and its
+prompts.
 
 Every function raises BadRequest, naming the field and its value.
 """
 
 from __future__ import annotations
+
+from typing import NoReturn
 
 from dde_core.errors import DataError
 from dde_core.shapes import scorers
@@ -17,141 +20,146 @@ from services.errors import BadRequest
 from services.pairs.validation import check_bad
 
 
-def check_alignment(asked: AlignmentJobCreate) -> None:
-    """What the request says by itself, and whether its prompts are there."""
-    if most_workers(asked.workers) > asked.training.batch_size:
-        raise BadRequest(
-            f"workers: must be at most training.batch_size, got {show(asked.workers)}", param="workers"
-        )
-    _check_parallelism(asked)
-    check_evaluation(asked.evaluation, "evaluation.")
-    if asked.validation is not None:
-        _check_validation(asked, asked.validation)
+def check_alignment(request: AlignmentJobCreate) -> None:
+    """Check the request against itself, and that its prompts exist."""
+    if most_workers(request.workers) > request.training.batch_size:
+        _refuse("workers", "must be at most training.batch_size", request.workers)
+    _check_parallelism(request)
+    check_evaluation(request.evaluation, "evaluation.")
+    if request.validation is not None:
+        _check_validation(request, request.validation)
 
 
-def _check_parallelism(asked: AlignmentJobCreate) -> None:
-    """Refuse 8-bit moments on shares; what "auto" comes to is known on the GPUs alone."""
-    training, most = asked.training, most_workers(asked.workers)
+def _check_parallelism(request: AlignmentJobCreate) -> None:
+    """Refuse 8-bit moments on sharded parameters. What "auto" chooses is known on the GPUs only."""
+    training = request.training
+    most = most_workers(request.workers)
     if training.parallelism == "fsdp" and training.optimizer == "adamw_8bit" and most > 1:
-        refused = f'training.parallelism "fsdp" where workers may be {most}'
-        message = f"training.optimizer: does not go with {refused}, got {show(training.optimizer)}"
-        raise BadRequest(message, param="training.optimizer")
+        why = f'cannot be combined with training.parallelism "fsdp" on up to {most} workers'
+        _refuse("training.optimizer", why, training.optimizer)
 
 
-def check_base(base: ModelRecord, asked: AlignmentJobCreate) -> None:
-    """Refuse timesteps that the base's schedule does not have, and adapters for layers that its U-Net does
-    not have.
-    """
-    last, objective = models.num_train_timesteps(base), asked.objective
+def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:
+    """Refuse timesteps beyond the base's schedule, and LoRA targets that its U-Net does not have."""
+    num_timesteps = models.num_train_timesteps(base)
     for field in ("t_min", "t_max", "calibration_bins"):
-        if getattr(objective, field) > last:
-            message = f"objective.{field}: must be at most the {last} timesteps of {base.name}, got {getattr(objective, field)}"
-            raise BadRequest(message, param=f"objective.{field}")
-    if asked.training.lora:
-        if base.adapter_of:
-            message = (
-                f"training.lora: must be null, {base.name} is LoRA adapters on {base.adapter_of.name} itself"
-            )
-            raise BadRequest(message, param="training.lora")
-        if idle := asked.training.lora.unmatched(models.unet_layers(base.uri)):
-            message = f"training.lora.targets: matches no linear or convolution layer of {base.name}'s U-Net, got {idle[0]!r}"
-            raise BadRequest(message, param="training.lora.targets")
+        value = getattr(request.objective, field)
+        if value > num_timesteps:
+            why = f"must be at most the {num_timesteps} timesteps of {base.name}"
+            _refuse(f"objective.{field}", why, value)
+    lora = request.training.lora
+    if lora is None:
+        return
+    if base.adapter_of:
+        message = (
+            f"training.lora: must be null, {base.name} is LoRA adapters on {base.adapter_of.name} itself"
+        )
+        raise BadRequest(message, param="training.lora")
+    unmatched = lora.unmatched(models.unet_layers(base.uri))
+    if unmatched:
+        why = f"matches no linear or convolution layer of {base.name}'s U-Net"
+        _refuse("training.lora.targets", why, unmatched[0])
 
 
-def check_dataset(dataset: Dataset, asked: AlignmentJobCreate) -> None:
+def check_dataset(dataset: Dataset, request: AlignmentJobCreate) -> None:
     """Refuse a dataset with too few pairs, or with too many bad rows."""
-    size, held_out, pairs = asked.training.batch_size, asked.training.held_out_pairs, dataset.counts["pairs"]
-    if size <= pairs < size + held_out:
-        message = f"training.held_out_pairs: must leave training.batch_size = {size} of the {pairs} pairs, got {held_out}"
-        raise BadRequest(message, param="training.held_out_pairs")
-    if size > pairs:
-        message = (
-            f"training.batch_size: must be at most the {pairs} pairs of dataset {dataset.id}, got {size}"
-        )
-        raise BadRequest(message, param="training.batch_size")
-    bad = dataset.counts.get("bad", {})  # what rows say; pictures are looked at when they are encoded
-    check_bad(sum(bad.values()), dataset.counts["rows"], bad, asked.data.max_bad_fraction)
+    batch_size = request.training.batch_size
+    held_out = request.training.held_out_pairs
+    pairs = dataset.counts["pairs"]
+    if pairs < batch_size:
+        why = f"must be at most the {pairs} pairs of dataset {dataset.id}"
+        _refuse("training.batch_size", why, batch_size)
+    if pairs < batch_size + held_out:
+        why = f"must leave training.batch_size = {batch_size} of the {pairs} pairs"
+        _refuse("training.held_out_pairs", why, held_out)
+    bad = dataset.counts.get("bad", {})  # without bad images: those are found when they are encoded
+    check_bad(sum(bad.values()), dataset.counts["rows"], bad, request.data.max_bad_fraction)
 
 
-def check_evaluation(config: EvaluationConfig, at: str = "") -> None:
-    """Refuse prompts that are not there, before a model is trained for them.
+def check_evaluation(config: EvaluationConfig, path: str = "") -> None:
+    """Refuse unreadable or too few prompts, and prompts that the scorers cannot score.
 
-    ``at`` is where the config stands in the body.
+    ``path`` is the config's place in the request, such as "evaluation.".
     """
-    param, needed = f"{at}prompts_uri", config.num_prompts
     if len(set(config.scorers)) < len(config.scorers):
-        raise BadRequest(f"{at}scorers: must not repeat, got {config.scorers}", param=f"{at}scorers")
+        raise BadRequest(f"{path}scorers: must not repeat, got {config.scorers}", param=f"{path}scorers")
+    param = f"{path}prompts_uri"
     prompts = _prompts(config.prompts_uri, param)
-    if len(prompts) < needed:
-        message = (
-            f"{param}: {config.prompts_uri!r} holds {len(prompts)} prompts, {at}num_prompts asks for {needed}"
-        )
+    if len(prompts) < config.num_prompts:
+        has = f"{config.prompts_uri!r} has {len(prompts)} prompts"
+        message = f"{param}: {has}, {path}num_prompts requires {config.num_prompts}"
         raise BadRequest(message, param=param, code="too_few_prompts")
-    _check_scored(prompts[:needed], config, f"{at}scorers")
+    _check_scorable(prompts[: config.num_prompts], config, f"{path}scorers")
 
 
-def _check_validation(asked: AlignmentJobCreate, config: ValidationConfig) -> None:
-    """Refuse a validation that no checkpoint meets, that has nothing to measure, or no prompts."""
-    interval, held_out, steps = (
-        asked.training.checkpoint_every,
-        asked.training.held_out_pairs,
-        asked.training.steps,
-    )
-    if config.every % interval:
-        message = f"validation.every: must be a multiple of training.checkpoint_every = {interval}, got {config.every}"
-        raise BadRequest(message, param="validation.every")
-    if config.every > steps:
-        message = f"validation.every: must be at most training.steps = {steps}, got {config.every}"
-        raise BadRequest(message, param="validation.every")
-    if not config.num_prompts and not held_out:
-        message = "validation.num_prompts: must be above 0 where training.held_out_pairs is 0: nothing is measured, got 0"
-        raise BadRequest(message, param="validation.num_prompts")
-    if wrong := _unmeasured(asked, config):
-        message = f"validation.best_metric: {wrong}, got {show(config.best_metric)}"
-        raise BadRequest(message, param="validation.best_metric")
+def _check_validation(request: AlignmentJobCreate, config: ValidationConfig) -> None:
+    """Refuse a validation that never runs, measures nothing or has no prompts."""
+    training = request.training
+    if config.every % training.checkpoint_every:
+        why = f"must be a multiple of training.checkpoint_every = {training.checkpoint_every}"
+        _refuse("validation.every", why, config.every)
+    if config.every > training.steps:
+        _refuse("validation.every", f"must be at most training.steps = {training.steps}", config.every)
+    if not config.num_prompts and not training.held_out_pairs:
+        why = "must be above 0 where training.held_out_pairs is 0: nothing is measured"
+        _refuse("validation.num_prompts", why, 0)
+    not_measured = _why_not_measured(request, config)
+    if not_measured:
+        _refuse("validation.best_metric", not_measured, config.best_metric)
     if config.num_prompts:
-        _check_validation_prompts(asked.evaluation, config)
+        _check_validation_prompts(request.evaluation, config)
 
 
-def _unmeasured(asked: AlignmentJobCreate, config: ValidationConfig) -> str | None:
-    """Why the named metric will not be there."""
+def _why_not_measured(request: AlignmentJobCreate, config: ValidationConfig) -> str | None:
+    """Why validation will not measure ``best_metric``; None if it will, or if there is none."""
     if config.best_metric is None:
         return None
     if config.best_metric.startswith("held_out_"):
-        return None if asked.training.held_out_pairs else "needs training.held_out_pairs greater than 0"
-    if config.best_metric not in asked.evaluation.scorers:
+        has_pairs = request.training.held_out_pairs > 0
+        return None if has_pairs else "needs training.held_out_pairs greater than 0"
+    if config.best_metric not in request.evaluation.scorers:
         return "must be one of evaluation.scorers, or of the held-out pairs"
     return None if config.num_prompts else "needs validation.num_prompts greater than 0"
 
 
 def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationConfig) -> None:
-    """Its own file's first prompts, else those after the evaluation's."""
-    needed, skipped = config.num_prompts, 0 if config.prompts_uri else evaluation.num_prompts
-    param = "validation.prompts_uri" if config.prompts_uri else "validation.num_prompts"
-    uri = config.prompts_uri or evaluation.prompts_uri
+    """Refuse too few prompts, in validation's own file or after the evaluation's prompts in the same file."""
+    if config.prompts_uri:
+        uri = config.prompts_uri
+        param = "validation.prompts_uri"
+        num_skipped = 0
+        requirement = ""
+    else:
+        uri = evaluation.prompts_uri
+        param = "validation.num_prompts"
+        num_skipped = evaluation.num_prompts
+        requirement = f"evaluation.num_prompts requires {num_skipped} and "
     prompts = _prompts(uri, param)
-    if len(prompts) < skipped + needed:
-        asks = f"evaluation.num_prompts takes {skipped} and " if skipped else ""
-        message = (
-            f"{param}: {uri!r} holds {len(prompts)} prompts, {asks}validation.num_prompts asks for {needed}"
-        )
+    needed = config.num_prompts
+    if len(prompts) < num_skipped + needed:
+        requirement += f"validation.num_prompts requires {needed}"
+        message = f"{param}: {uri!r} has {len(prompts)} prompts, {requirement}"
         raise BadRequest(message, param=param, code="too_few_prompts")
-    _check_scored(prompts[skipped : skipped + needed], evaluation, param)
+    _check_scorable(prompts[num_skipped : num_skipped + needed], evaluation, param)
 
 
 def _prompts(uri: str, param: str) -> list[str]:
-    """Every line of a file that is not blank."""
+    """The lines of a file that are not blank."""
     try:
         return prompt_lines(uri)
-    except (OSError, ValueError) as error:  # a BadRequest for the URI's scheme is a ValueError too
+    except (OSError, ValueError) as error:  # a BadRequest for the URI's scheme is a ValueError, too
         raise BadRequest(f"{param}: cannot be read, got {uri!r}: {error}", param=param) from error
 
 
-def _check_scored(prompts: list[str], config: EvaluationConfig, param: str) -> None:
-    """Refuse prompts and pictures that the scorers do not know."""
+def _check_scorable(prompts: list[str], config: EvaluationConfig, param: str) -> None:
+    """Refuse prompts and image sizes that the scorers cannot score."""
     if not config.scorers:
         return
     try:
         scorers.check(prompts, config.sample.height, config.sample.width)
     except DataError as error:
         raise BadRequest(f"{param}: {error}", param=param) from error
+
+
+def _refuse(field: str, why: str, value: object) -> NoReturn:
+    raise BadRequest(f"{field}: {why}, got {show(value)}", param=field)

@@ -1,7 +1,4 @@
-"""The database: SQLite for one replica, PostgreSQL for several.
-
-Reads and writes are sessions in a with-block.
-"""
+"""The database: SQLite for one replica, PostgreSQL for several. Use its sessions in with-blocks."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from sqlalchemy.orm import Session, sessionmaker
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_MS = 30_000
-LOCK = 0x6464655F  # "dde_": the advisory lock on PostgreSQL that SQLite's one writer stands for
+ADVISORY_LOCK = 0x6464655F  # "dde_"; on PostgreSQL only: SQLite has a single writer anyway
 
 
 class Database:
-    """Sessions on one database. Objects stay readable after their session has ended."""
+    """Sessions on one database. Rows stay readable after their session is closed."""
 
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
@@ -32,7 +29,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A session for reading."""
+        """A session that only reads."""
         with self._reads() as session:
             yield session
 
@@ -40,8 +37,8 @@ class Database:
     def write(self, *, alone: bool = False) -> Iterator[Session]:
         """A transaction: committed at the end of the block, rolled back by an exception.
 
-        ``alone``: no other transaction of this kind runs meanwhile, on any replica; what is checked still
-        holds when it is acted on.
+        With ``alone``, no other such transaction runs at the same time on any replica: what was checked is
+        still true when it is acted on.
         """
         with self._writes.begin() as session:
             if alone:
@@ -49,7 +46,7 @@ class Database:
             yield session
 
     def migrate(self) -> None:
-        """Bring the tables to the newest version. Safe when several replicas start at once."""
+        """Migrate the tables to the newest version. Safe if several replicas start at once."""
         with self.engine.execution_options(dde_write=True).begin() as connection:
             _lock(connection)
             config = Config()
@@ -63,13 +60,13 @@ class Database:
 
 
 def update_one(session: Session, statement: Update) -> bool:
-    """Run a guarded UPDATE. Says whether its guard let it through."""
+    """Run an UPDATE. True if its WHERE clause matched a row."""
     return cast(CursorResult[Any], session.execute(statement)).rowcount > 0
 
 
 def _lock(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
 
 
 def _engine(url: str) -> Engine:
@@ -86,18 +83,15 @@ def _engine(url: str) -> Engine:
     return engine
 
 
-def _prepare_sqlite(connection, _record) -> None:  # type: ignore[no-untyped-def]
-    connection.isolation_level = None  # transactions begin where we say so, see _begin_sqlite
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # _begin_sqlite begins the transactions
     for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "foreign_keys=ON", "synchronous=NORMAL"):
         connection.execute(f"PRAGMA {pragma}")
     _use_wal(connection)
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
-    """Change the journal mode.
-
-    SQLite does not wait for that lock where several start at once on a new file: so we do.
-    """
+    """Switch to a write-ahead log, with retries: SQLite does not wait for this lock on a new file."""
     deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
     while True:
         try:
@@ -110,6 +104,6 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """A writer takes the lock at once: a reader that turns writer half-way would be refused without waiting."""
+    """Writers lock at once: SQLite refuses a reader that turns into a writer, without waiting."""
     kind = "IMMEDIATE" if connection.get_execution_options().get("dde_write") else "DEFERRED"
     connection.exec_driver_sql(f"BEGIN {kind}")

@@ -1,6 +1,4 @@
-"""What endpoints take in: the key, a body that is held against its contract, pages, and what the app was
-built with.
-"""
+"""Parameters of the endpoints: API key, body, page, and the objects that the app was built with."""
 
 from __future__ import annotations
 
@@ -25,20 +23,22 @@ _METADATA = re.compile(r"metadata\[(.+)\]")
 
 
 def require_key(
-    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> None:
-    """Raises Unauthorized."""
+    """Raises Unauthorized unless the request has the API key."""
     expected = request.app.state.settings.api_key.get_secret_value()
-    if given is None or not hmac.compare_digest(given.credentials.encode(), expected.encode()):
-        raise Unauthorized("no API key or a wrong one; send `Authorization: Bearer KEY`")
+    if credentials is None or not hmac.compare_digest(credentials.credentials.encode(), expected.encode()):
+        raise Unauthorized("missing or wrong API key; send `Authorization: Bearer KEY`")
 
 
 def get_database(request: Request) -> Database:
-    return request.app.state.database
+    database: Database = request.app.state.database
+    return database
 
 
 def get_settings(request: Request) -> Settings:
-    return request.app.state.settings
+    settings: Settings = request.app.state.settings
+    return settings
 
 
 Db = Annotated[Database, Depends(get_database)]
@@ -50,24 +50,21 @@ LongLimit = Annotated[int, Query(ge=1, le=1000)]
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The raw body. Raises TooLarge as soon as it is known to be longer."""
+    """The raw body. Raises TooLarge as soon as it exceeds ``limit_bytes``."""
+    too_large = TooLarge(f"the request body is longer than {limit_bytes} bytes")
     declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        raise too_large
     received = bytearray()
-    if not (declared.isdigit() and int(declared) > limit_bytes):
-        async for chunk in request.stream():
-            received += chunk
-            if len(received) > limit_bytes:
-                break
-        else:
-            return bytes(received)
-    raise TooLarge(f"the request body is longer than {limit_bytes} bytes")
+    async for chunk in request.stream():
+        received += chunk
+        if len(received) > limit_bytes:
+            raise too_large
+    return bytes(received)
 
 
 def parse(model: type[Body], raw: bytes) -> Body:
-    """The body as its contract.
-
-    Parsed as JSON: strict types take dataclasses from JSON only. Raises BadRequest.
-    """
+    """Parse a body as ``model``. Raises BadRequest."""
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
@@ -75,7 +72,7 @@ def parse(model: type[Body], raw: bytes) -> Body:
 
 
 def body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
-    """A dependency that reads the request's body as ``model``."""
+    """A dependency that parses the request's body as ``model``."""
 
     async def read(request: Request) -> Body:
         return parse(model, await read_body(request, BODY_BYTES))
@@ -84,13 +81,13 @@ def body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
 
 
 def takes(model: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI description of that body."""
+    """The OpenAPI entry for a body of type ``model``."""
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 def metadata_filter(request: Request) -> dict[str, str]:
-    """The ``metadata[key]=value`` of the query. Raises BadRequest for text that no metadata can hold."""
+    """The ``metadata[key]=value`` parameters of the query. Raises BadRequest for a NUL character."""
     found = {
         match[1]: value
         for name, value in request.query_params.items()
@@ -98,5 +95,5 @@ def metadata_filter(request: Request) -> dict[str, str]:
     }
     for key, value in found.items():
         if "\0" in key + value:
-            raise BadRequest(f"metadata[{key}]: must not hold a NUL character", param="metadata")
+            raise BadRequest(f"metadata[{key}]: must not contain a NUL character", param="metadata")
     return found

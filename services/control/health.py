@@ -1,4 +1,4 @@
-"""Is everything there that a job needs? Each answer is None or what is wrong."""
+"""Whether the services that a job needs are reachable."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from services.storage import files
 
 
 def readiness(database: Database, root: str, launcher: Launcher) -> tuple[bool, dict[str, Any]]:
-    """(ready, what each part says)."""
-    parts: dict[str, Callable[[], None]] = {
-        "database": lambda: _ask(database),
-        "storage": lambda: files.write_bytes(
-            files.join(root, ".writable"), b"the control plane can write here\n"
-        ),
-        "ray": lambda: launcher.state("readyz") and None,
-    }
-    problems = {name: _problem(check) for name, check in parts.items()}
+    """Whether all parts are reachable, and a report on each: ``ok``, and the error as ``detail``."""
+
+    def query_database() -> None:
+        with database.read() as session:
+            session.execute(select(1))
+
+    def write_storage() -> None:
+        files.write_bytes(files.join(root, ".writable"), b"the control plane can write here\n")
+
+    def reach_ray() -> None:
+        launcher.state("readyz")
+
+    probes = {"database": query_database, "storage": write_storage, "ray": reach_ray}
+    problems = {name: _problem(probe) for name, probe in probes.items()}
     checks = {name: {"ok": problem is None, "detail": problem} for name, problem in problems.items()}
-    ready = all(check["ok"] for check in checks.values())
-    return ready, {"status": "ready" if ready else "not ready", "checks": checks}
+    is_ready = not any(problems.values())
+    return is_ready, {"status": "ready" if is_ready else "not ready", "checks": checks}
 
 
-def _ask(database: Database) -> None:
-    with database.read() as session:
-        session.execute(select(1))
-
-
-def _problem(check: Callable[[], None]) -> str | None:
+def _problem(probe: Callable[[], None]) -> str | None:
+    """The first line of the error that the probe raises, None if it succeeds."""
     try:
-        check()
+        probe()
     except (ServiceError, SQLAlchemyError, OSError) as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:300]
     return None

@@ -1,4 +1,4 @@
-"""Requests for images and scores: checked here, forwarded to Serve unchanged, answered with Serve's answer."""
+"""Requests for images and scores: checked here, then forwarded to Serve unchanged."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def list_checkpoints(
 
 
 def _checkpoint(run: str, step: int) -> CheckpointView | None:
-    """None if training deleted the checkpoint in the meantime, or its record is damaged: it is unusable then."""
+    """None if training has deleted the checkpoint in the meantime, or its record is damaged."""
     try:
         record = checkpoints.read(run, step)
     except (FileNotFoundError, DataError):

@@ -1,4 +1,4 @@
-"""Where stages run: one Protocol, and its implementation on Ray's Jobs API."""
+"""Where stages run: a Protocol, and its implementation with Ray's Jobs API."""
 
 from __future__ import annotations
 
@@ -16,37 +16,36 @@ TAIL_LINES = 40
 
 
 class Launcher(Protocol):
-    """Runs an entry point under an id of ours. Every method raises Unavailable where nobody answers."""
+    """Runs commands under ids that the caller chooses. Every method raises Unavailable without an answer."""
 
     def submit(self, submission_id: str, entrypoint: str, metadata: dict[str, str]) -> None:
-        """Start it. A second submit with the same id does nothing."""
+        """Start the command. A second submit with the same id does nothing."""
 
     def state(self, submission_id: str) -> RunState:
-        """How it stands; "unknown" where it was never submitted."""
+        """The run's state; "unknown" if it was never submitted."""
 
     def stop(self, submission_id: str) -> None:
-        """Ask it to end. Does not wait; does nothing where it is not there."""
+        """Request the run's end without waiting for it. Does nothing for an unknown run."""
 
     def log_tail(self, submission_id: str) -> str:
-        """The last lines that its driver printed."""
+        """The last lines of the driver's output."""
 
 
 class RayJobsLauncher:
-    """Ray's Jobs API. The connection is made at first use and again after it was lost."""
+    """Ray's Jobs API. Connects at first use, and again after the connection was lost."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._lock = url, threading.Lock()
+        self._url = url
+        self._lock = threading.Lock()
         self._client: Any = None
 
     def submit(self, submission_id: str, entrypoint: str, metadata: dict[str, str]) -> None:
         try:
             self._call("submit_job", entrypoint=entrypoint, submission_id=submission_id, metadata=metadata)
-        except (
-            RuntimeError,
-            Unavailable,
-        ) as error:  # a duplicate comes back as a server error: what is there decides
+        except (RuntimeError, Unavailable) as error:
+            # Ray answers a repeated submit with a server error, too: only the state tells them apart.
             if self.state(submission_id) == "unknown":
-                raise Unavailable(f"Ray at {self._url} did not take {submission_id}: {error}") from error
+                raise Unavailable(f"Ray at {self._url} did not accept {submission_id}: {error}") from error
 
     def state(self, submission_id: str) -> RunState:
         details = self._unless_missing("get_job_info", submission_id)
@@ -60,11 +59,12 @@ class RayJobsLauncher:
         return "\n".join(text.splitlines()[-TAIL_LINES:])
 
     def _unless_missing(self, method: str, submission_id: str) -> Any:
-        """The answer, or None where Ray does not know the job."""
+        """The answer, or None if Ray does not know the job."""
         try:
             return self._call(method, submission_id)
         except RuntimeError as error:
-            if "status code 404" in str(error):  # all that the client tells of an answer
+            # Ray's client reports the HTTP status in the error's text only.
+            if "status code 404" in str(error):
                 return None
             raise Unavailable(f"Ray at {self._url}: {error}") from error
 
@@ -86,12 +86,10 @@ class RayJobsLauncher:
 
 
 def _client_class() -> type:
-    """Ray's client with a time limit on every request: without one, a silent host would hold a job's lock for
-    ever.
-    """
+    """Ray's client with a timeout on every request: a silent host must not block a review forever."""
     from ray.job_submission import JobSubmissionClient
 
-    class BoundedClient(JobSubmissionClient):
+    class BoundedClient(JobSubmissionClient):  # type: ignore[misc]  # Ray's class is untyped
         def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
             return super()._do_request(method, endpoint, timeout=TIMEOUT_S, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Around every request: an id, a figure, a line in the log, and an answer where something broke."""
+"""Around every request: a request id, metrics, an access log line, and an answer to unexpected errors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from services.control.telemetry import Telemetry
 from services.errors import ServiceError
 
 log = logging.getLogger("dde.http")
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METHODS = {"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"}
 
 
 class Observed:
-    """Puts ``x-request-id`` on every answer (the caller's own where it sent a sane one) and answers 500 for
-    the unexpected.
+    """Adds ``x-request-id`` to every answer, and answers unexpected errors with 500.
+
+    The id is the one that the caller sent, if it is valid.
     """
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
-        self._app, self._telemetry = app, telemetry
+        self._app = app
+        self._telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -34,9 +36,10 @@ class Observed:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        status, began = 0, time.perf_counter()
+        started_at = time.perf_counter()
+        status = 0
 
-        async def watch(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -44,27 +47,28 @@ class Observed:
             await send(message)
 
         try:
-            await self._app(scope, receive, watch)
+            await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            log.info("%s %s: the caller left (%s)", scope["method"], scope["path"], request_id)
-        except Exception:  # the last frame before the server: nobody else would answer
+            log.info("%s %s: the client disconnected (%s)", scope["method"], scope["path"], request_id)
+        except Exception:  # nothing above would answer the request
             log.exception("%s %s failed (%s)", scope["method"], scope["path"], request_id)
-            if status:
+            has_begun = status != 0
+            if has_begun:
                 raise
-            error = ServiceError(f"something broke on our side; ask for {request_id} in the log")
-            await JSONResponse(error.body(), error.status)(scope, receive, watch)
+            error = ServiceError(f"internal error; find {request_id} in the server's log")
+            await JSONResponse(error.body(), error.status)(scope, receive, send_with_id)
         finally:
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            seconds = time.perf_counter() - began
-            self._telemetry.request(method, _route(scope), status, seconds)
+            seconds = time.perf_counter() - started_at
+            self._telemetry.count_request(method, _route(scope), status, seconds)
             log.info("%s %s %d %.3fs %s", method, scope["path"], status, seconds, request_id)
 
 
 def _request_id(scope: Scope) -> str:
-    given = Headers(scope=scope).get("x-request-id", "")
-    return given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+    sent = Headers(scope=scope).get("x-request-id", "")
+    return sent if _VALID_ID.fullmatch(sent) else f"req_{secrets.token_hex(12)}"
 
 
 def _route(scope: Scope) -> str:
-    """The route's template: a label must not grow with ids."""
+    """The route's template, without ids: the label of a metric must have few values."""
     return getattr(scope.get("route"), "path", "unmatched")

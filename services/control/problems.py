@@ -1,6 +1,6 @@
-"""Errors as the API's error bodies: ``{"error": {"message", "type", "param", "code"}}``.
+"""Errors as bodies of the API: ``{"error": {"message", "type", "param", "code"}}``.
 
-A validation error is a 400.
+Invalid input is a 400.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ _PLACES = {"query", "path", "header", "body"}
 
 
 def from_validation(errors: Sequence[Any]) -> BadRequest:
-    """The first of pydantic's errors, with the field and the value that it is about."""
+    """The first of pydantic's errors as a BadRequest that names field and value."""
     first = errors[0]
-    path, message, value = [str(part) for part in first["loc"]], first["msg"], first.get("input")
+    path = [str(part) for part in first["loc"]]
+    message = first["msg"]
+    value = first.get("input")
     cause = (first.get("ctx") or {}).get("error")
     if isinstance(cause, ConfigError):
-        path, message, value = [*path, cause.field], cause.reason, cause.value
+        path.append(cause.field)
+        message = cause.reason
+        value = cause.value
     code = _CODES.get(first["type"], "invalid_value")
     if code == "invalid_json":
         return BadRequest(
@@ -42,11 +46,12 @@ def from_validation(errors: Sequence[Any]) -> BadRequest:
         )
     param = ".".join(path) or None
     got = "" if first["type"] == "missing" else f", got {show(value)}"
-    return BadRequest(f"{param or 'the request body'}: {message}{got}", param=param, code=code)
+    where = param or "the request body"
+    return BadRequest(f"{where}: {message}{got}", param=param, code=code)
 
 
 def show(value: Any) -> str:
-    """A value as it was sent, shortened."""
+    """A value as JSON, shortened, for an error message."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
@@ -55,7 +60,7 @@ def show(value: Any) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Register the handlers. What nobody expected is answered by the middleware, see middleware.py."""
+    """Register the handlers of expected errors. The middleware answers all others."""
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _parameters)
     app.add_exception_handler(HTTPException, _http_error)
@@ -68,7 +73,7 @@ def _service_error(_: Request, error: Exception) -> JSONResponse:
 
 
 def _parameters(request: Request, error: Exception) -> JSONResponse:
-    """Query and path parameters: the place where they stood is no part of their name."""
+    """Errors of query and path parameters; "query" or "path" is dropped from the field's name."""
     assert isinstance(error, RequestValidationError)
     found = [
         {**each, "loc": [part for part in each["loc"] if part not in _PLACES]} for each in error.errors()

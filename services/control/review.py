@@ -200,15 +200,16 @@ class JobReview:
             message = f"done.json of stage {self.stage} cannot be read: {error}"
             return self.update.fail(StageFailure(message=message, code="bad_result"))
         seconds = round(self.now - (self.job.stage_started_at or self.now), 3)
+        published = self._published(result)
         self.update.values |= {
-            "results": {**self.job.results, self.stage: self._published(result).model_dump(mode="json")},
+            "results": {**self.job.results, self.stage: published.model_dump(mode="json")},
             "stage_seconds": {**self.job.stage_seconds, self.stage: seconds},
         }
         self.update.log(f"stage {self.stage} done")
         self._enter(transitions.next_stage(self.job.kind, self.stage, self.job.request))
 
     def _published(self, result: Strict) -> Strict:
-        """The result; training's has the model under the id and name that the job gave it, to be published."""
+        """The result. Training's model gets the id and name that the job gave it, and is published."""
         if not isinstance(result, TrainResult):
             return result
         self.update.publish = stages.aligned_record(self.job, result.model)

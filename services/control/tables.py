@@ -1,4 +1,4 @@
-"""The tables. They are made by the migrations alone; a test holds the two against each other."""
+"""The tables. The migrations create them; a test compares the two."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 BigInt = BigInteger().with_variant(Integer, "sqlite")
-"""SQLite numbers rows by itself only where the key is INTEGER."""
+"""SQLite numbers rows only if the key is INTEGER."""
 
 CURRENT: dict[str, Any] = {"sqlite_where": text('"current"'), "postgresql_where": text('"current"')}
 
 
 def new_id(prefix: str) -> str:
-    """``prefix_`` and 24 hex digits."""
+    """A new id: ``prefix_`` and 24 random hex digits."""
     return f"{prefix}_{secrets.token_hex(12)}"
 
 
@@ -45,7 +45,7 @@ class Base(DeclarativeBase):
 
 
 class Resource(Base):
-    """What has an id and stands in lists. ``seq`` is the order of creation."""
+    """A row with an id that the API lists. ``seq`` is the order of creation."""
 
     __abstract__ = True
 
@@ -65,7 +65,10 @@ class Dataset(Resource):
 
 
 class Model(Resource):
-    """A base (``base`` and ``job`` are null) or an aligned model. ``current``: its name means this one."""
+    """A base model (``base`` and ``job`` are null) or an aligned one.
+
+    ``current``: its name refers to this row.
+    """
 
     __tablename__ = "models"
 
@@ -83,15 +86,21 @@ class Model(Resource):
 
 
 class Job(Resource):
-    """A chain of stages. ``kind`` is alignment or evaluation; ``inputs`` holds the records that it was
-    created with.
+    """A chain of stages.
 
-    ``attempt`` counts the runs of the present stage, ``restarts`` how often it was started again, unasked,
-    since it last came further; ``restart_step`` is how far training had come by then. ``pause_requested_at``
-    stands until the job is resumed or ends. ``stop_asked_at`` is when the attempt was asked to stop,
-    ``ended_at`` when its driver was first seen to be over, or was ended, ``unreachable_at`` when Ray was
-    first out of reach, or the journal last grew since. A row is worked on by whoever holds ``lock_token``
-    until ``lock_expires_at``.
+    kind                  "alignment" or "evaluation"
+    inputs                the records of its models and dataset when it was created
+    pause_requested_at    set until the job is resumed or ends
+    attempt               number of the current attempt at the stage
+    restarts              attempts that failed since the stage last made progress
+    restart_step          training's newest checkpoint at the last restart
+    journal_cursor        the next journal file to read
+    stop_asked_at         when the attempt was asked to stop
+    ended_at              when its driver was first seen to have ended, or was stopped
+    unreachable_at        since when Ray is unreachable and the journal silent
+    next_at               when the next review is due
+    failures, last_error  of reviews, in a row
+    lock_token            of the replica that reviews the job, valid until lock_expires_at
     """
 
     __tablename__ = "jobs"
@@ -138,7 +147,7 @@ class Job(Resource):
 
 
 class JobMetadata(Base):
-    """A job's metadata again, one row a key, for filters: the index is read in the order of lists."""
+    """A copy of a job's metadata, one row per key, for filters: its index is in the order of lists."""
 
     __tablename__ = "job_metadata"
 
@@ -162,7 +171,7 @@ class Event(Base):
 
 
 class Metric(Base):
-    """The numbers of one step of one stage."""
+    """The metrics of one step of one stage."""
 
     __tablename__ = "metrics"
 
@@ -177,7 +186,7 @@ class Metric(Base):
 
 
 class IdempotencyKey(Base):
-    """What a create under this key was asked and answered."""
+    """The digest and the answer of the create request that had this key."""
 
     __tablename__ = "idempotency_keys"
 

@@ -1,4 +1,4 @@
-"""Prometheus figures: requests as they pass, jobs as they stand in the database when somebody asks."""
+"""Prometheus metrics: requests, counted as they pass, and jobs, counted in the database at each scrape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class JobCounts(Collector):
-    """How many jobs of each kind stand at each status."""
+    """The number of jobs of each kind and status."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -35,7 +35,7 @@ class JobCounts(Collector):
 
 
 class Telemetry:
-    """One app's figures."""
+    """The metrics of one app."""
 
     def __init__(self, database: Database) -> None:
         self._registry = CollectorRegistry()
@@ -52,11 +52,11 @@ class Telemetry:
             registry=self._registry,
         )
 
-    def request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count one request."""
+    def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request and its duration."""
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
 
     def text(self) -> bytes:
-        """The page that Prometheus reads."""
+        """All metrics in the Prometheus text format."""
         return generate_latest(self._registry)

@@ -1,6 +1,6 @@
 """Encoded blocks in storage, until they are joined into shards: ``blocks/{number}.parquet`` and, beside, ``bad/{number}.json``.
 
-A block is committed once its Parquet file is there. The pictures of it that could not be used were written before that.
+A block is committed once its Parquet file is there. The images of it that could not be used were written before that.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def committed_blocks(folder: str) -> set[int]:
     return done
 
 
-def bad_pictures(folder: str, blocks: set[int]) -> Iterator[tuple[int, str]]:
+def bad_images(folder: str, blocks: set[int]) -> Iterator[tuple[int, str]]:
     """(block, JSON as ``commit`` got it) of those of these blocks that have any."""
     numbers = sorted(_numbers(layout.bad_images_folder(folder)) & blocks)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
@@ -74,7 +74,7 @@ def _numbers(folder: str) -> set[int]:
 
 
 def read_block(folder: str, number: int, uids: set[str]) -> dict[str, dict[str, Any]]:
-    """The committed pictures of a block that are asked for, by uid: ``latents`` float16 [n], ``sha256``, ``size``, ``crop``."""
+    """The committed images of a block that are asked for, by uid: ``latents`` float16 [n], ``sha256``, ``size``, ``crop``."""
     table = pq.read_table(pa.BufferReader(files.read_bytes(layout.block_uri(folder, number))))
     places = [place for place, uid in enumerate(table["uid"].to_pylist()) if uid in uids]
     latents = (

@@ -95,7 +95,7 @@ def _encode_new(
     quarantine = Quarantine(plan, spec.data.max_bad_fraction)
     try:
         quarantine.check()
-        _encode_pictures(spec, journal, source, plan, quarantine, settings, target)
+        _encode_images(spec, journal, source, plan, quarantine, settings, target)
     except BadRequest:
         _tell(quarantine, source, target, journal)
         raise
@@ -103,7 +103,7 @@ def _encode_new(
     pairs_per_shard = max(1, min(PAIRS_PER_SHARD, SHARD_BYTES // (2 * 2 * int(np.prod(latent_shape)))))
     shards, pairs = _join(spec, source, plan, quarantine, pairs_per_shard, target, latent_shape)
     if not pairs:
-        raise DataError(f"dataset {spec.source.uri!r} has no pair left: all decided pairs hold a bad picture")
+        raise DataError(f"dataset {spec.source.uri!r} has no pair left: all decided pairs hold a bad image")
     counts = plan.counts
     return Manifest(
         digest=dataset_digest(settings, encoder_digest, pairs),
@@ -119,7 +119,7 @@ def _encode_new(
             "missing": counts.missing,
             "bad": quarantine.num_rows,
             "duplicates": counts.duplicates,
-            "images": plan.num_images - quarantine.num_pictures,
+            "images": plan.num_images - quarantine.num_bad_images,
         },
         bad=quarantine.by_cause,
         shards=shards,
@@ -148,7 +148,7 @@ def _plan(spec: EncodeSpec, source: Source, size: int) -> Plan:
     return planner.plan()
 
 
-def _encode_pictures(
+def _encode_images(
     spec: EncodeSpec,
     journal: Journal,
     source: Source,
@@ -158,7 +158,7 @@ def _encode_pictures(
     target: str,
 ) -> None:
     done = committed.committed_blocks(target)
-    for block, bad in committed.bad_pictures(target, done):
+    for block, bad in committed.bad_images(target, done):
         quarantine.add(block, bad)
     progress = Progress(plan, quarantine, journal, done)
     for row in encode_blocks(plan, done, source, target, spec.model, settings, spec.actors, spec.use_gpu):
@@ -196,7 +196,7 @@ def _join(
 
 
 def _encoder_digest(folder: ModelFolder) -> str:
-    """sha256 of what decides a picture's latents and a caption's tokens: the VAE's and the tokenizers' files."""
+    """sha256 of what decides an image's latents and a caption's tokens: the VAE's and the tokenizers' files."""
     names = [name for name in COMPONENTS[folder.family] if name == "vae" or name.startswith("tokenizer")]
     parts = [models.folder_digest(files.as_uri(folder.path / name)) for name in names]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""From committed blocks to a shard: every pair takes the latents of its two pictures. Imports no torch."""
+"""From committed blocks to a shard: every pair takes the latents of its two images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from services.storage import files
 
 @dataclass(frozen=True)
 class ShardWork:
-    """Stretches of rows, and for each slot of their decided rows the block that holds its picture (int32 as bytes) and whether
-    the picture is bad (bool as bytes)."""
+    """Stretches of rows, and for each slot of their decided rows the block that holds its image (int32 as bytes) and whether
+    the image is bad (bool as bytes)."""
 
     number: int
     stretches: tuple[tuple[Unit, int, int], ...]
@@ -44,29 +44,29 @@ def join_shard(
 ) -> dict[str, Any]:
     """Write one shard beside the blocks. Makes ``number``, ``name``, ``rows``, ``sha256`` and ``pairs`` (digests of its pairs).
 
-    Pairs with a bad picture are left out; a shard of none is not written. In memory are the shard's pictures and one block.
-    Raises DataError for a picture that should be in a block and is not.
+    Pairs with a bad image are left out; a shard of none is not written. In memory are the shard's images and one block.
+    Raises DataError for an image that should be in a block and is not.
     """
     work = row["work"]
     rows = [
         each for unit, start, stop in work.stretches for each in source.rows(unit, start=start, stop=stop)
     ]
     decided = [each for each in rows if each.kind == "decided"]
-    pictures = _pictures(folder, decided, np.frombuffer(work.homes, np.int32), work.bad)
-    pairs = [pair for pair in _pairs(decided) if pair[1] in pictures and pair[2] in pictures]
+    images = _read_images(folder, decided, np.frombuffer(work.homes, np.int32), work.bad)
+    pairs = [pair for pair in _pairs(decided) if pair[1] in images and pair[2] in images]
     if not pairs:
         return {"number": work.number, "name": "", "rows": 0, "sha256": "", "pairs": b""}
     tokenizers = _tokenizers(fetch(model)[0], model.family)
     schema = shard_schema(latent_shape, len(tokenizers), tokenizers[0].model_max_length)
-    table = shard_table(_columns(pairs, pictures, tokenizers), schema)
+    table = shard_table(_columns(pairs, images, tokenizers), schema)
     shard = write_shard(
         work.number, table, lambda name, data: files.write_bytes(files.join(folder, name), data)
     )
     digests = [
         pair_digest(
             preference.pair_id,
-            pictures[winner]["sha256"],
-            pictures[loser]["sha256"],
+            images[winner]["sha256"],
+            images[loser]["sha256"],
             preference.label,
             caption,
         )
@@ -81,8 +81,8 @@ def join_shard(
     }
 
 
-def _pictures(folder: str, decided: list[Row], homes: np.ndarray, bad: bytes) -> dict[str, dict[str, Any]]:
-    """The rows' pictures by uid, read block by block, without the bad ones."""
+def _read_images(folder: str, decided: list[Row], homes: np.ndarray, bad: bytes) -> dict[str, dict[str, Any]]:
+    """The rows' images by uid, read block by block, without the bad ones."""
     wanted: dict[int, set[str]] = {}
     for uid, home, is_bad in zip(
         (uid for row in decided for uid in row.uids), homes.tolist(), bad, strict=True
@@ -94,7 +94,7 @@ def _pictures(folder: str, decided: list[Row], homes: np.ndarray, bad: bytes) ->
         found |= read_block(folder, home, wanted[home])
         if missing := wanted[home] - found.keys():
             raise DataError(
-                f"block {home} of {folder!r} lacks {len(missing)} pictures that were encoded, {min(missing)!r} among them"
+                f"block {home} of {folder!r} lacks {len(missing)} images that were encoded, {min(missing)!r} among them"
             )
     return found
 
@@ -110,7 +110,7 @@ def _pairs(decided: list[Row]) -> Iterator[Pair]:
 
 
 def _columns(
-    pairs: list[Pair], pictures: dict[str, dict[str, Any]], tokenizers: list[CLIPTokenizer]
+    pairs: list[Pair], images: dict[str, dict[str, Any]], tokenizers: list[CLIPTokenizer]
 ) -> dict[str, Any]:
     token_ids = tokenize(tokenizers, [caption for *_, caption in pairs])
     columns: dict[str, Any] = {
@@ -121,7 +121,7 @@ def _columns(
     for side, uids in (("w", [uid for _, uid, _, _ in pairs]), ("l", [uid for _, _, uid, _ in pairs])):
         columns[f"uid_{side}"] = uids
         columns |= {
-            f"{name}_{side}": np.stack([pictures[uid][name] for uid in uids])
+            f"{name}_{side}": np.stack([images[uid][name] for uid in uids])
             for name in ("latents", "size", "crop")
         }
     return columns

@@ -1,11 +1,11 @@
-"""What is encoded and written, and in which pieces: one pass over a source's rows, without pictures.
+"""What is encoded and written, and in which pieces: one pass over a source's rows, without images.
 
-A **block** is a stretch of a unit's rows; the pictures that stand first in it are encoded and committed together. After a
+A **block** is a stretch of a unit's rows; the images that stand first in it are encoded and committed together. After a
 kill a block is there or not. A **shard** is a stretch of blocks, whose pairs become one file. Both depend on the source and the
 settings alone, so a run that was killed goes on with the same pieces.
 
-A decided row has a **slot** for each of its pictures. Of a slot are kept its picture's number and the block that encodes it:
-about 40 bytes a row, whatever the pictures weigh.
+A decided row has a **slot** for each of its images. Of a slot are kept its image's number and the block that encodes it:
+about 40 bytes a row, whatever the images weigh.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from services.pairs.validation import Tally
 
 KEY_BYTES = 16
 PIXEL_BYTES = 6 * 1024**2
-"""Decoded pictures of a block are at most this large together, where that is at least the fewest."""
+"""Decoded images of a block are at most this large together, where that is at least the fewest."""
 FEWEST_IMAGES, MOST_IMAGES = 16, 1024
 ROWS_PER_SHARD = 20_000
 """A shard looks through so many rows at most, however few of them are decided."""
 
 
 def images_per_block(size: int) -> int:
-    """How many pictures of size x size pixels a block holds at most: 32 of 256 px, 16 of 512 px: a slice of the VAE."""
+    """How many images of size x size pixels a block holds at most: 32 of 256 px, 16 of 512 px: a slice of the VAE."""
     return max(FEWEST_IMAGES, min(MOST_IMAGES, PIXEL_BYTES // (3 * size**2)))
 
 
@@ -62,7 +62,7 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """``images`` [slots] numbers pictures by their uid, ``homes`` [slots] says which block encodes it, ``first`` [slots]
+    """``images`` [slots] numbers images by their uid, ``homes`` [slots] says which block encodes it, ``first`` [slots]
     whether this is where it is read; ``row_slots`` [decided rows] counts a row's slots."""
 
     units: list[Unit]
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def num_images(self) -> int:
-        """How many pictures are encoded."""
+        """How many images are encoded."""
         return int(self.first.sum())
 
     def shards(self, pairs_per_shard: int) -> Iterator[list[Block]]:
@@ -98,7 +98,7 @@ class Plan:
             yield self.units[unit], list(blocks)
 
     def rows_with(self, bad_images: np.ndarray) -> np.ndarray:
-        """bool [decided rows]: which hold one of these pictures."""
+        """bool [decided rows]: which hold one of these images."""
         row_of_slot = np.repeat(np.arange(len(self.row_slots)), self.row_slots)
         found = np.zeros(len(self.row_slots), bool)
         found[row_of_slot[np.isin(self.images, bad_images)]] = True

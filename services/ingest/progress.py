@@ -19,11 +19,11 @@ class Progress:
         )
         self._rows = sum(block.stop - block.start for block in settled)
         self._before = (
-            sum(int(plan.first[plan.blocks[n].slots].sum()) for n in done) - quarantine.num_pictures
+            sum(int(plan.first[plan.blocks[n].slots].sum()) for n in done) - quarantine.num_bad_images
         )
         self._images = self._before
         self._pace = Pace(self._before)
-        ahead = f"{plan.num_images - self._before} pictures to encode"
+        ahead = f"{plan.num_images - self._before} images to encode"
         earlier = f", {self._before} are there from an earlier run" if done else ""
         journal.event(f"{counts.pairs} decided pairs in {counts.rows} rows: {ahead}{earlier}")
 
@@ -39,13 +39,13 @@ class Progress:
         self._tell(aloud=True)
 
     def _tell(self, *, aloud: bool) -> None:
-        bad, total = self._quarantine.check(), self._plan.num_images - self._quarantine.num_pictures
+        bad, total = self._quarantine.check(), self._plan.num_images - self._quarantine.num_bad_images
         rate, eta_s = self._pace.measure(self._images, total)
         values = {"images": self._images, "images_total": total, "images_per_s": rate, "eta_s": eta_s}
         values |= {"rows": self._rows, "rows_total": self._plan.counts.rows, "quarantined": bad}
         self._journal.metrics(self._images, {name: float(value) for name, value in values.items()})
         if aloud:
             self._journal.event(
-                f"{self._images} of {total} pictures encoded ({self._rows} of {self._plan.counts.rows} rows), "
-                f"{rate:.1f} pictures/s, {eta_s:.0f} s left, {bad} rows quarantined"
+                f"{self._images} of {total} images encoded ({self._rows} of {self._plan.counts.rows} rows), "
+                f"{rate:.1f} images/s, {eta_s:.0f} s left, {bad} rows quarantined"
             )

@@ -1,4 +1,4 @@
-"""What cannot be used: counted by cause while pictures are encoded, and written row by row for people to read."""
+"""What cannot be used: counted by cause while images are encoded, and written row by row for people to read."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CAPTION_CHARACTERS = 200
 
 
 class Quarantine:
-    """Bad rows of a plan, and bad pictures as they are found."""
+    """Bad rows of a plan, and bad images as they are found."""
 
     def __init__(self, plan: Plan, max_bad_fraction: float) -> None:
         self._plan, self._max_bad_fraction = plan, max_bad_fraction
-        self._causes: dict[int, str] = {}  # by number of the picture
+        self._causes: dict[int, str] = {}  # by number of the image
 
     def add(self, block: int, bad: str) -> None:
-        """The bad pictures of a block: JSON, by slot."""
+        """The bad images of a block: JSON, by slot."""
         start = self._plan.blocks[block].slots.start
         self._causes |= {
             int(self._plan.images[start + int(slot)]): cause for slot, cause in json.loads(bad).items()
@@ -36,28 +36,28 @@ class Quarantine:
 
     @property
     def num_rows(self) -> int:
-        """Rows that are bad or hold a bad picture."""
-        return self._plan.counts.bad.total() + int(self._plan.rows_with(self._pictures).sum())
+        """Rows that are bad or hold a bad image."""
+        return self._plan.counts.bad.total() + int(self._plan.rows_with(self._bad_images).sum())
 
     @property
-    def num_pictures(self) -> int:
-        """Pictures that cannot be used."""
+    def num_bad_images(self) -> int:
+        """Images that cannot be used."""
         return len(self._causes)
 
     def of_slots(self, slots: slice) -> np.ndarray:
-        """bool [slots]: whose picture is bad."""
-        return np.isin(self._plan.images[slots], self._pictures)
+        """bool [slots]: whose image is bad."""
+        return np.isin(self._plan.images[slots], self._bad_images)
 
     @property
     def by_cause(self) -> dict[str, int]:
-        """Bad rows by their cause, and rows by the cause of each bad picture that they hold."""
+        """Bad rows by their cause, and rows by the cause of each bad image that they hold."""
         found, causes = Counter(self._plan.counts.bad), np.array(list(self._causes.values()))
         for cause in np.unique(causes):
-            found[str(cause)] += int(self._plan.rows_with(self._pictures[causes == cause]).sum())
+            found[str(cause)] += int(self._plan.rows_with(self._bad_images[causes == cause]).sum())
         return dict(sorted(found.items()))
 
     @property
-    def _pictures(self) -> np.ndarray:
+    def _bad_images(self) -> np.ndarray:
         return np.array(list(self._causes), np.int32)
 
     def check(self) -> int:
@@ -86,10 +86,10 @@ class Quarantine:
             elif row.kind == "decided":
                 numbers = self._plan.images[slot : slot + len(row.uids)].tolist()
                 slot += len(row.uids)
-                pictures = {
+                images = {
                     uid: self._causes[n]
                     for uid, n in zip(row.uids, numbers, strict=True)
                     if n in self._causes
                 }
-                if pictures:
-                    yield {**about, "cause": next(iter(pictures.values())), "pictures": pictures}
+                if images:
+                    yield {**about, "cause": next(iter(images.values())), "pictures": images}

@@ -12,25 +12,25 @@ from typing import Any
 import numpy as np
 
 from services.ingest.plan import Block
-from services.pairs.images import BadPicture, decode
+from services.pairs.images import BadImage, decode
 from services.pairs.row import Row
 from services.pairs.source import Source, Unit
 
 LOADS_AT_ONCE = 8
-"""Pictures that lie in files of their own are fetched so many at a time."""
+"""Images that lie in files of their own are fetched so many at a time."""
 
 
-def read_pictures(work: dict[str, Any], source: Source, size: int, flip: bool) -> Iterator[dict[str, Any]]:
-    """The pictures that stand first in a unit's blocks, decoded: one row a block.
+def read_images(work: dict[str, Any], source: Source, size: int, flip: bool) -> Iterator[dict[str, Any]]:
+    """The images that stand first in a unit's blocks, decoded: one row a block.
 
     Needs ``unit``, ``blocks`` and ``wanted`` (for each block a flag for each slot). Makes ``block`` (its number), ``pixels``
-    (uint8 [n size size 3] as bytes), ``about`` (JSON: uid, sha256, size, crop of each picture) and ``bad`` (JSON: by
-    its slot in the block, the cause why a picture cannot be used). In memory are one block's pixels and a few pictures' files.
+    (uint8 [n size size 3] as bytes), ``about`` (JSON: uid, sha256, size, crop of each image) and ``bad`` (JSON: by
+    its slot in the block, the cause why an image cannot be used). In memory are one block's pixels and a few images' files.
     """
     unit: Unit = work["unit"]
     blocks: list[Block] = work["blocks"]
     position = blocks[0].start
-    rows = source.rows(unit, pictures=True, start=position, stop=blocks[-1].stop)
+    rows = source.rows(unit, with_images=True, start=position, stop=blocks[-1].stop)
     for block, wanted in zip(blocks, work["wanted"], strict=True):
         _skip(rows, block.start - position)  # a block between that is there already
         yield {
@@ -49,24 +49,22 @@ def _decoded(source: Source, rows: Iterator[Row], wanted: bytes, size: int, flip
     pixels, about, bad = bytearray(), [], {}
     for slot, uid, data in _loaded(source, rows, wanted):
         try:
-            if isinstance(data, BadPicture):
+            if isinstance(data, BadImage):
                 raise data
-            picture = decode(data, size, flip)
-        except BadPicture as error:
+            image = decode(data, size, flip)
+        except BadImage as error:
             bad[slot] = error.cause
         else:
-            pixels += np.ascontiguousarray(picture.pixels).data
-            about.append([uid, hashlib.sha256(data or b"").hexdigest(), picture.size, picture.crop])
+            pixels += np.ascontiguousarray(image.pixels).data
+            about.append([uid, hashlib.sha256(data or b"").hexdigest(), image.size, image.crop])
     return {"pixels": bytes(pixels), "about": json.dumps(about), "bad": json.dumps(bad)}
 
 
 def _loaded(
     source: Source, rows: Iterator[Row], wanted: bytes
-) -> Iterator[tuple[int, str, bytes | BadPicture | None]]:
+) -> Iterator[tuple[int, str, bytes | BadImage | None]]:
     """Slot, uid and file of what is wanted, or why there is none; a few files are fetched at a time."""
-    slots = (
-        each for row in rows if row.kind == "decided" for each in zip(row.uids, row.pictures, strict=True)
-    )
+    slots = (each for row in rows if row.kind == "decided" for each in zip(row.uids, row.images, strict=True))
     chosen = ((slot, uid, cell) for slot, (uid, cell) in enumerate(slots) if wanted[slot])
     with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
         while some := list(islice(chosen, LOADS_AT_ONCE)):
@@ -74,8 +72,8 @@ def _loaded(
             yield from ((slot, uid, data) for (slot, uid, _), data in zip(some, files, strict=True))
 
 
-def _load(source: Source, cell: bytes | str | None) -> bytes | BadPicture | None:
+def _load(source: Source, cell: bytes | str | None) -> bytes | BadImage | None:
     try:
         return source.load(cell)
-    except BadPicture as error:
+    except BadImage as error:
         return error

@@ -1,7 +1,7 @@
 """The two pipelines of ingest on Ray Data. Each row is a piece of the plan, so a piece is written whole or not at all.
 
-encode: a picture goes through once, whatever number of pairs hold it
-    {unit, blocks, wanted}       --read_pictures (CPU tasks)-->  {block, pixels, about, bad}
+encode: an image goes through once, whatever number of pairs hold it
+    {unit, blocks, wanted}       --read_images (CPU tasks)-->  {block, pixels, about, bad}
     {block, pixels, about, bad}  --Encoder (an actor each GPU)->  {block, latents, about, bad}
     {block, latents, about, bad} --commit (CPU tasks)--------->  {block, images, bad}
 
@@ -25,7 +25,7 @@ from services.artifacts.models import fetch
 from services.ingest.committed import commit
 from services.ingest.joining import ShardWork, join_shard
 from services.ingest.plan import Plan, images_per_block
-from services.ingest.reading import read_pictures
+from services.ingest.reading import read_images
 from services.pairs.source import Source
 
 READERS_PER_ENCODER = 2
@@ -56,7 +56,7 @@ def encode_blocks(
     units.context.execution_options.resource_limits = window
     units.context.target_max_block_size = block_bytes  # else several go through the pipeline as one
     pixels = units.flat_map(
-        partial(read_pictures, source=source, size=size, flip=flip),
+        partial(read_images, source=source, size=size, flip=flip),
         compute=ray.data.TaskPoolStrategy(size=readers),
         num_cpus=1,
     )
@@ -93,7 +93,7 @@ def segments(plan: Plan, done: set[int], readers: int) -> list[dict[str, Any]]:
 
 
 class Encoder:
-    """One VAE in each actor. A block's pictures go through it in fixed slices, so scheduling changes nothing."""
+    """One VAE in each actor. A block's images go through it in fixed slices, so scheduling changes nothing."""
 
     def __init__(self, model: ModelRecord, size: int, device: str) -> None:
         use_deterministic_kernels()

@@ -24,11 +24,11 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
-def _is_picture(kind: pa.DataType) -> bool:
+def _is_image(kind: pa.DataType) -> bool:
     """Bytes, a path or URI, or both in a struct as Hugging Face writes them."""
     if pa.types.is_struct(kind):
         fields = {field.name: field.type for field in kind}
-        return "bytes" in fields and (pa.types.is_null(fields["bytes"]) or _is_picture(fields["bytes"]))
+        return "bytes" in fields and (pa.types.is_null(fields["bytes"]) or _is_image(fields["bytes"]))
     return (
         pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)
@@ -51,15 +51,15 @@ def _is_list_of(check: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType],
     return is_list
 
 
-_PICTURE = (_is_picture, "binary, struct<bytes, path> or string (a path or URI)")
+_IMAGE = (_is_image, "binary, struct<bytes, path> or string (a path or URI)")
 _LABEL, _ID = (_is_number, "a number"), (_is_id, "string or integer")
 _ALLOWED: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "caption": (is_text, "string"),
-    **dict.fromkeys(("jpg_0", "jpg_1", "chosen", "rejected"), _PICTURE),
+    **dict.fromkeys(("jpg_0", "jpg_1", "chosen", "rejected"), _IMAGE),
     **dict.fromkeys(("label_0", "label_1"), _LABEL),
     **dict.fromkeys(("image_0_uid", "image_1_uid", "chosen_uid", "rejected_uid", "pair_id"), _ID),
     "has_label": (lambda kind: pa.types.is_boolean(kind) or pa.types.is_integer(kind), "bool or integer"),
-    "images": (_is_list_of(_is_picture), f"a list of {_PICTURE[1]}"),
+    "images": (_is_list_of(_is_image), f"a list of {_IMAGE[1]}"),
     "ranks": (_is_list_of(_is_number), "a list of numbers"),
     "image_uids": (_is_list_of(_is_id), "a list of string or integer"),
 }

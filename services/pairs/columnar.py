@@ -24,16 +24,16 @@ from services.storage import files
 
 BATCH_BYTES = 1 << 24
 ROWS_AT_ONCE = 256
-PICTURE_ROWS_AT_ONCE = 64
+IMAGE_ROWS_AT_ONCE = 64
 STREAM_BYTES = 1 << 20
-PICTURES = frozenset({"jpg_0", "jpg_1", "chosen", "rejected", "images"})
+IMAGE_COLUMNS = frozenset({"jpg_0", "jpg_1", "chosen", "rejected", "images"})
 
 
 @dataclass(frozen=True)
 class Unit:
     """A stretch of rows that is read in order. ``rows`` is None where they were not counted.
 
-    A Parquet row group, an Arrow file, the lines that begin in bytes ``start..stop`` of a file, or the pictures ``names`` of
+    A Parquet row group, an Arrow file, the lines that begin in bytes ``start..stop`` of a file, or the images ``names`` of
     a folder.
     """
 
@@ -57,7 +57,7 @@ class Reader(Protocol):
     def columns(self) -> Found: ...
     def units(self) -> Iterator[Unit]: ...
     def rows(
-        self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None
+        self, unit: Unit, columns: Columns, with_images: bool, start: int, stop: int | None
     ) -> Iterator[Cells | str]: ...
     def identity(self) -> Iterator[bytes]: ...
 
@@ -106,22 +106,22 @@ class ParquetFiles:
                 yield Unit(file, group, metadata.row_group(group).num_rows)
 
     def rows(
-        self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None
+        self, unit: Unit, columns: Columns, with_images: bool, start: int, stop: int | None
     ) -> Iterator[Cells | str]:
         stream, footer = self._stream(unit.file)
         parquet = pq.ParquetFile(stream, metadata=footer, buffer_size=STREAM_BYTES, pre_buffer=False)
         check_types(full_uri(self.uri, unit.file), _types(parquet.schema_arrow), columns)
         leaves, row_bytes, left_out = _leaves(
-            parquet, unit.group, _wanted(parquet.schema_arrow, columns, pictures), pictures
+            parquet, unit.group, _wanted(parquet.schema_arrow, columns, with_images), with_images
         )
         if (
-            not pictures and row_bytes * footer.row_group(unit.group).num_rows <= BATCH_BYTES
+            not with_images and row_bytes * footer.row_group(unit.group).num_rows <= BATCH_BYTES
         ):  # all of it in few requests
             parquet = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
-        at_once = PICTURE_ROWS_AT_ONCE if pictures else ROWS_AT_ONCE
+        at_once = IMAGE_ROWS_AT_ONCE if with_images else ROWS_AT_ONCE
         size = max(1, min(at_once, BATCH_BYTES // max(1, row_bytes)))
         batches = parquet.iter_batches(batch_size=size, row_groups=[unit.group], columns=leaves)
-        yield from _cells(batches, columns, pictures, start, stop, left_out)
+        yield from _cells(batches, columns, with_images, start, stop, left_out)
 
     def identity(self) -> Iterator[bytes]:
         """Names, sizes and Parquet footers: a footer holds the size and place of every column chunk."""
@@ -155,18 +155,18 @@ def _footer(uri: str, size: int, mtime_ns: int) -> pq.FileMetaData:
 
 
 def _leaves(
-    parquet: pq.ParquetFile, group: int, names: set[str], pictures: bool
+    parquet: pq.ParquetFile, group: int, names: set[str], with_images: bool
 ) -> tuple[list[str], int, set[str]]:
     """The leaf columns to read, their mean bytes a row, and the columns whose bytes are left out although they are there.
 
-    Without pictures, bytes inside of structs are left out where the footer says that all or none of them are null.
+    Without images, bytes inside of structs are left out where the footer says that all or none of them are null.
     """
     metadata, leaves, total, left_out = parquet.metadata.row_group(group), [], 0, set()
     paths = [parquet.schema.column(index).path for index in range(metadata.num_columns)]
     for index, path in enumerate(paths):
         name = next((name for name in names if path == name or path.startswith(f"{name}.")), None)
         column = metadata.column(index)
-        nulls = None if pictures or f"{path.removesuffix('.bytes')}.path" not in paths else _nulls(column)
+        nulls = None if with_images or f"{path.removesuffix('.bytes')}.path" not in paths else _nulls(column)
         if name is None or nulls == column.num_values:
             continue
         if nulls == 0:
@@ -199,17 +199,17 @@ class ArrowFiles:
         yield from (Unit(file) for file in self.files)
 
     def rows(
-        self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None
+        self, unit: Unit, columns: Columns, with_images: bool, start: int, stop: int | None
     ) -> Iterator[Cells | str]:
         with self._open(unit.file) as reader:
             check_types(full_uri(self.uri, unit.file), _types(reader.schema), columns)
-            names = sorted(_wanted(reader.schema, columns, pictures))
+            names = sorted(_wanted(reader.schema, columns, with_images))
             small = (
-                batch.select(names).slice(offset, PICTURE_ROWS_AT_ONCE)
+                batch.select(names).slice(offset, IMAGE_ROWS_AT_ONCE)
                 for batch in reader
-                for offset in range(0, len(batch), PICTURE_ROWS_AT_ONCE)
+                for offset in range(0, len(batch), IMAGE_ROWS_AT_ONCE)
             )
-            yield from _cells(small, columns, pictures, start, stop)
+            yield from _cells(small, columns, with_images, start, stop)
 
     def identity(self) -> Iterator[bytes]:
         yield from (name_and_size(self.uri, file) for file in self.files)
@@ -228,26 +228,26 @@ def _types(schema: pa.Schema) -> Found:
     return {field.name: field.type for field in schema}
 
 
-def _wanted(schema: pa.Schema, columns: Columns, pictures: bool) -> set[str]:
-    """Names in the file. Without pictures a column of bytes is left out, but a ranking's, which says how many there are;
+def _wanted(schema: pa.Schema, columns: Columns, with_images: bool) -> set[str]:
+    """Names in the file. Without images a column of bytes is left out, but a ranking's, which says how many there are;
     structs say whether a path is what is read."""
 
     def light(name: str) -> bool:
         kind = schema.field(columns[name]).type  # type: ignore[index]
-        return name not in PICTURES or name == "images" or is_text(kind) or pa.types.is_struct(kind)
+        return name not in IMAGE_COLUMNS or name == "images" or is_text(kind) or pa.types.is_struct(kind)
 
-    return {columns[name] for name in columns if pictures or light(name)}
+    return {columns[name] for name in columns if with_images or light(name)}
 
 
 def _cells(
     batches: Iterator[pa.RecordBatch],
     columns: Columns,
-    pictures: bool,
+    with_images: bool,
     start: int,
     stop: int | None,
     left_out: Set[str] = frozenset(),
 ) -> Iterator[Cells]:
-    row, light = 0, frozenset() if pictures else PICTURES
+    row, light = 0, frozenset() if with_images else IMAGE_COLUMNS
     for batch in batches:
         if stop is not None and row >= stop:
             return
@@ -267,7 +267,7 @@ def _cells(
 
 
 def _without_bytes(column: pa.Array, left_out: bool) -> list[Any]:
-    """Cells of pictures with empty bytes for those that are there; ``left_out`` says that every struct of the file has some."""
+    """Cells of images with empty bytes for those that are there; ``left_out`` says that every struct of the file has some."""
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         flat = iter(_without_bytes(column.flatten(), left_out))

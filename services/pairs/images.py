@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to pixels of one size. Nothing that the bytes hold raises anything but BadPicture."""
+"""From the bytes of an image file to pixels of one size. Nothing that the bytes hold raises anything but BadImage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_FILE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class DecodedImage:
     """``pixels`` uint8 [size, size, 3]; the original (height, width) and the (top, left) of the centre crop, in pixels."""
 
     pixels: np.ndarray
@@ -39,8 +39,8 @@ class Picture:
     crop: tuple[int, int]
 
 
-class BadPicture(ValueError):
-    """A picture that cannot be used; ``cause`` is one word, ``detail`` says more."""
+class BadImage(ValueError):
+    """An image that cannot be used; ``cause`` is one word, ``detail`` says more."""
 
     def __init__(self, cause: str, detail: str = "") -> None:
         super().__init__(cause, detail)
@@ -50,14 +50,14 @@ class BadPicture(ValueError):
         return f"{self.cause}: {self.detail}" if self.detail else self.cause
 
 
-def decode(data: bytes | None, size: int, flip: bool = False) -> Picture:
-    """Decode, turn upright (EXIF), cut the centre square, resize to ``size`` pixels, mirror if ``flip``. Raises BadPicture."""
+def decode(data: bytes | None, size: int, flip: bool = False) -> DecodedImage:
+    """Decode, turn upright (EXIF), cut the centre square, resize to ``size`` pixels, mirror if ``flip``. Raises BadImage."""
     if data is None:
-        raise BadPicture("image_missing")
+        raise BadImage("image_missing")
     if not data:
-        raise BadPicture("image_empty")
+        raise BadImage("image_empty")
     if len(data) > MAX_FILE_BYTES:
-        raise BadPicture("image_too_large", f"more than {MAX_FILE_BYTES} bytes")
+        raise BadImage("image_too_large", f"more than {MAX_FILE_BYTES} bytes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         square, width, height = _square(data)
@@ -66,26 +66,26 @@ def decode(data: bytes | None, size: int, flip: bool = False) -> Picture:
         square = square.resize((size, size), Image.Resampling.LANCZOS)
     if flip:
         square = ImageOps.mirror(square)
-    return Picture(np.array(square), (height, width), ((height - side) // 2, (width - side) // 2))
+    return DecodedImage(np.array(square), (height, width), ((height - side) // 2, (width - side) // 2))
 
 
 def _square(data: bytes) -> tuple[Image.Image, int, int]:
-    """The centre square as RGB, and the upright picture's width and height. Raises BadPicture."""
+    """The centre square as RGB, and the upright image's width and height. Raises BadImage."""
     try:
         square, width, height = _cut(data)
         return square if square.mode == "RGB" else square.convert("RGB"), width, height
-    except BadPicture:
+    except BadImage:
         raise
     except UnidentifiedImageError as error:
         raise _unidentified(data) from error
     except Image.DecompressionBombError as error:
-        raise BadPicture("image_too_large", str(error)) from error
+        raise BadImage("image_too_large", str(error)) from error
     except Exception as error:  # a decoder may raise anything on bytes that somebody made for it
-        raise BadPicture("image_broken", f"{type(error).__name__}: {error}"[:200]) from error
+        raise BadImage("image_broken", f"{type(error).__name__}: {error}"[:200]) from error
 
 
 def _cut(data: bytes) -> tuple[Image.Image, int, int]:
-    """The centre square in the file's mode, with at most one copy of the pixels beside it, and the upright picture's sides.
+    """The centre square in the file's mode, with at most one copy of the pixels beside it, and the upright image's sides.
 
     Everything the header tells is looked at before anything is decoded.
     """
@@ -98,24 +98,24 @@ def _cut(data: bytes) -> tuple[Image.Image, int, int]:
 
 
 def _check(image: ImageFile.ImageFile) -> None:
-    """Raises BadPicture for what is too large, or where we would have to guess the colours or the frame that was judged."""
+    """Raises BadImage for what is too large, or where we would have to guess the colours or the frame that was judged."""
     if image.width * image.height > MAX_PIXELS:
-        raise BadPicture("image_too_large", f"{image.width}x{image.height} pixels")
+        raise BadImage("image_too_large", f"{image.width}x{image.height} pixels")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with previews behind it
-        raise BadPicture("image_animated")  # counting the frames of a TIFF takes their number squared
+        raise BadImage("image_animated")  # counting the frames of a TIFF takes their number squared
     if image.mode == "CMYK":
-        raise BadPicture("image_cmyk")
+        raise BadImage("image_cmyk")
     if image.mode.startswith(("I", "F")) or any(_DEEP.search(str(tile.args)) for tile in image.tile):
-        raise BadPicture("image_16bit", f"mode {image.mode}")
+        raise BadImage("image_16bit", f"mode {image.mode}")
     if image.mode not in MODES:
-        raise BadPicture("image_colour_space", f"mode {image.mode}")
+        raise BadImage("image_colour_space", f"mode {image.mode}")
 
 
-def _unidentified(data: bytes) -> BadPicture:
-    """Why PIL knows no picture in the bytes: it does not say that a side is zero, or that the rest of a header is broken."""
+def _unidentified(data: bytes) -> BadImage:
+    """Why PIL knows no image in the bytes: it does not say that a side is zero, or that the rest of a header is broken."""
     for magic, (offset, sides) in _HEADERS.items():
         if data.startswith(magic):
             cut = len(data) < offset + struct.calcsize(sides)
             zero = not cut and 0 in struct.unpack_from(sides, data, offset)
-            return BadPicture("image_zero_size" if zero else "image_broken", "its header cannot be read")
-    return BadPicture("image_not_an_image", f"{len(data)} bytes that are none of {', '.join(FORMATS)}")
+            return BadImage("image_zero_size" if zero else "image_broken", "its header cannot be read")
+    return BadImage("image_not_an_image", f"{len(data)} bytes that are none of {', '.join(FORMATS)}")

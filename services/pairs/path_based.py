@@ -1,4 +1,4 @@
-"""Rows that name their pictures by path: JSON lines, and folders of winners and losers. Readers as in row_files.py."""
+"""Rows that name their images by path: JSON lines, and folders of winners and losers. Readers as in row_files.py."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class JsonLines:
                 yield Unit(file, group, start=start, stop=min(start + RANGE_BYTES, size))
 
     def rows(
-        self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None
+        self, unit: Unit, columns: Columns, with_images: bool, start: int, stop: int | None
     ) -> Iterator[Cells | str]:
         for row in islice(self._objects(unit), start, stop):
             yield row if isinstance(row, str) else {name: row.get(own) for name, own in columns.items()}
@@ -106,9 +106,9 @@ def _parse(line: bytes) -> dict[str, Any] | str:
 
 @dataclass(frozen=True)
 class WinLose:
-    """Two folders with pictures of equal stems, the winners and the losers; a unit is a slice of the sorted stems.
+    """Two folders with images of equal stems, the winners and the losers; a unit is a slice of the sorted stems.
 
-    The caption is ``{stem}.txt`` beside the winner or in the folder above. Names of all files are held, pictures are not.
+    The caption is ``{stem}.txt`` beside the winner or in the folder above. Names of all files are held, images are not.
     """
 
     uri: str
@@ -124,7 +124,7 @@ class WinLose:
             yield Unit("", group, len(part), names=part)
 
     def rows(
-        self, unit: Unit, columns: Columns, pictures: bool, start: int, stop: int | None
+        self, unit: Unit, columns: Columns, with_images: bool, start: int, stop: int | None
     ) -> Iterator[Cells | str]:
         names = unit.names[start:stop]
         with ThreadPoolExecutor(CAPTIONS_AT_ONCE) as pool:
@@ -153,11 +153,11 @@ class WinLose:
                 if len(winners + losers) > 2
                 else ""
             )
-            pictures = [
+            images = [
                 f"{side}/{names[0]}" if names else ""
                 for side, names in zip(self.sides, (winners, losers), strict=True)
             ]
-            yield cause, *pictures, caption
+            yield cause, *images, caption
 
     def _listed(self, folder: str) -> dict[str, int]:
         """Names and sizes of the files in a folder, hidden ones left out."""
@@ -180,7 +180,7 @@ class WinLose:
 
 
 def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-    """Pictures by the stem of their names: every file that is no caption."""
+    """Images by the stem of their names: every file that is no caption."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         stem, suffix = posixpath.splitext(name)

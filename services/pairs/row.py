@@ -4,8 +4,8 @@ Three shapes of rows: **pair** (``jpg_0``/``jpg_1`` with the share of the prefer
 **chosen** (``chosen`` was preferred to ``rejected``) and **ranking** (``images`` with ``ranks``, 1 the best; without ranks the
 list is best first). A row of any of them is one of
 
-    decided   at least one pair of its pictures differs in preference; a ranking holds every such pair
-    tie       equal labels or ranks, or the same picture (uid) on both sides
+    decided   at least one pair of its images differs in preference; a ranking holds every such pair
+    tie       equal labels or ranks, or the same image (uid) on both sides
     missing   a label or the ranks are null, or ``has_label`` is false; nothing else is looked at then
     bad       what stands there cannot be used; ``cause`` says why
 
@@ -33,12 +33,12 @@ SLOTS: dict[Shape, tuple[tuple[str, str], ...]] = {
     "pair": (("jpg_0", "image_0_uid"), ("jpg_1", "image_1_uid")),
     "chosen": (("chosen", "chosen_uid"), ("rejected", "rejected_uid")),
 }
-"""Picture and uid columns of each slot; a ranking has lists."""
+"""Image and uid columns of each slot; a ranking has lists."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """``winner`` and ``loser`` are slots of the row's pictures, ``label`` is the winner's share of the preference."""
+    """``winner`` and ``loser`` are slots of the row's images, ``label`` is the winner's share of the preference."""
 
     winner: int
     loser: int
@@ -48,8 +48,8 @@ class Preference:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row. ``key`` is where it stands in its source, "file:group:row"; ``uids`` has one entry a picture (none where the
-    row is missing or bad). ``ties`` counts the pairs of a decided ranking that are equal. ``pictures`` are bytes, or a path
+    """One row. ``key`` is where it stands in its source, "file:group:row"; ``uids`` has one entry an image (none where the
+    row is missing or bad). ``ties`` counts the pairs of a decided ranking that are equal. ``images`` are bytes, or a path
     from the dataset's folder or a URI, and are there only when they were asked for.
     """
 
@@ -60,7 +60,7 @@ class Row:
     ties: int = 0
     cause: str = ""
     kind: Literal["decided", "tie", "missing", "bad"] = "decided"
-    pictures: tuple[bytes | str | None, ...] = ()
+    images: tuple[bytes | str | None, ...] = ()
 
 
 class _Bad(ValueError):
@@ -72,9 +72,9 @@ def bad_row(key: str, cause: str, caption: str = "") -> Row:
 
 
 def read_row(
-    shape: Shape, key: str, cells: Cells, locate: Callable[[str], str], *, pictures: bool = False
+    shape: Shape, key: str, cells: Cells, locate: Callable[[str], str], *, with_images: bool = False
 ) -> Row:
-    """What one row says; ``locate`` turns the path of a picture, as the file has it, into one from the dataset's folder."""
+    """What one row says; ``locate`` turns the path of an image, as the file has it, into one from the dataset's folder."""
     caption = ""
     try:
         if _is_missing(shape, cells):
@@ -94,7 +94,7 @@ def read_row(
             _preferences(shape, key, cells, names, caption, ordered),
             ties=math.comb(len(names), 2) - len(ordered) if ordered else 0,
             kind="decided" if ordered else "tie",
-            pictures=tuple(_content(image) for image in found) if pictures else (),
+            images=tuple(_content(image) for image in found) if with_images else (),
         )
     except _Bad as error:
         return bad_row(key, str(error), caption)
@@ -135,7 +135,7 @@ def _text(value: Any) -> str:
 
 
 def _images(shape: Shape, cells: Cells) -> tuple[list[Any], list[Any]]:
-    """The row's picture cells and uid cells, one a slot."""
+    """The row's image cells and uid cells, one a slot."""
     if shape != "ranking":
         return [cells.get(image) for image, _ in SLOTS[shape]], [cells.get(uid) for _, uid in SLOTS[shape]]
     images = cells["images"]
@@ -154,7 +154,7 @@ def _images(shape: Shape, cells: Cells) -> tuple[list[Any], list[Any]]:
 
 
 def _locate(image: Any, locate: Callable[[str], str]) -> Any:
-    """The picture cell; where its path is what is read, that from the dataset's folder. No path and no bytes is no picture."""
+    """The image cell; where its path is what is read, that from the dataset's folder. No path and no bytes is no image."""
     if isinstance(image, dict):
         content, path = image.get("bytes"), image.get("path")
         if not isinstance(content, bytes | None) or not isinstance(path, str | None):
@@ -168,12 +168,12 @@ def _locate(image: Any, locate: Callable[[str], str]) -> Any:
 
 
 def _content(image: Any) -> bytes | str | None:
-    """Bytes of a picture, or where it lies."""
+    """Bytes of an image, or where it lies."""
     return image.get("bytes") if isinstance(image, dict) else image
 
 
 def _uid(value: Any, image: Any, default: str) -> str:
-    """The uid column, else the path that the picture is read from, else where the picture stands."""
+    """The uid column, else the path that the image is read from, else where the image stands."""
     if value is None or value == "":
         value = image if isinstance(image, str) else default
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)

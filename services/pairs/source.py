@@ -1,12 +1,12 @@
 """Sources of preference pairs: which kind of files lie at a URI, which of their columns are read, and their rows in order.
 
-    parquet    a file or a folder of them, as Pick-a-Pic and the Hugging Face hub have them (pictures as bytes, paths, or
+    parquet    a file or a folder of them, as Pick-a-Pic and the Hugging Face hub have them (images as bytes, paths, or
                struct<bytes, path>), or `metadata.parquet` of an image folder
     arrow      a folder that `datasets.save_to_disk` wrote
     jsonl      a file or a folder of JSON lines with paths or URIs, `metadata.jsonl` of an image folder among them
-    folders    win/ and lose/ (or chosen/ and rejected/) with pictures of equal stems
+    folders    win/ and lose/ (or chosen/ and rejected/) with images of equal stems
 
-Any shape of rows (services/pairs/row.py) may come in any of them. Paths of pictures are relative to the file that names them.
+Any shape of rows (services/pairs/row.py) may come in any of them. Paths of images are relative to the file that names them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pyarrow import fs
 from services.api.requests import Column, DatasetSource
 from services.errors import BadRequest, ServiceError, Unavailable
 from services.pairs.column_types import Columns, Found, check_types
-from services.pairs.columnar import PICTURES, ArrowFiles, Format, ParquetFiles, Reader, Unit
-from services.pairs.images import MAX_FILE_BYTES, BadPicture
+from services.pairs.columnar import IMAGE_COLUMNS, ArrowFiles, Format, ParquetFiles, Reader, Unit
+from services.pairs.images import MAX_FILE_BYTES, BadImage
 from services.pairs.path_based import SIDES, JsonLines, WinLose
 from services.pairs.row import Row, Shape, bad_row, read_row
 from services.storage import files
@@ -67,7 +67,7 @@ class Source:
     reader: Reader = field(repr=False)
     is_folder: bool = field(repr=False)
     gone: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
-    """Buckets of others that did not answer: they are not asked again for every picture."""
+    """Buckets of others that did not answer: they are not asked again for every image."""
 
     @property
     def format(self) -> Format:
@@ -78,27 +78,27 @@ class Source:
         return self.reader.units()
 
     def rows(
-        self, unit: Unit, *, pictures: bool = False, start: int = 0, stop: int | None = None
+        self, unit: Unit, *, with_images: bool = False, start: int = 0, stop: int | None = None
     ) -> Iterator[Row]:
         """Rows ``start`` to ``stop`` of a unit. Raises BadRequest where its file has lost a column, OSError and
         pyarrow's errors where it cannot be read."""
         locate = partial(_from_root, posixpath.dirname(unit.file))
-        for row, cells in enumerate(self.reader.rows(unit, self.columns, pictures, start, stop), start):
+        for row, cells in enumerate(self.reader.rows(unit, self.columns, with_images, start, stop), start):
             key = f"{unit.file}:{unit.group}:{row}"
             yield (
                 bad_row(key, cells)
                 if isinstance(cells, str)
-                else read_row(self.shape, key, cells, locate, pictures=pictures)
+                else read_row(self.shape, key, cells, locate, with_images=with_images)
             )
 
-    def load(self, picture: bytes | str | None) -> bytes | None:
-        """The bytes of a row's picture, at most MAX_FILE_BYTES + 1 of them; None where there is no such file. Raises BadPicture
+    def load(self, image: bytes | str | None) -> bytes | None:
+        """The bytes of a row's image, at most MAX_FILE_BYTES + 1 of them; None where there is no such file. Raises BadImage
         for a path that leads out of the dataset's folder, and where a place that is not the dataset's cannot be reached. Raises
-        OSError or ServiceError where the dataset's own bucket or disk fails: that says nothing of the picture."""
-        if not isinstance(picture, str):
-            return picture
+        OSError or ServiceError where the dataset's own bucket or disk fails: that says nothing of the image."""
+        if not isinstance(image, str):
+            return image
         own, root = files.resolve(self.uri)
-        filesystem, path = self._place(picture, own, root if self.is_folder else posixpath.dirname(root))
+        filesystem, path = self._place(image, own, root if self.is_folder else posixpath.dirname(root))
         try:
             if isinstance(filesystem, fs.LocalFileSystem) and not filesystem.get_file_info(path).is_file:
                 return None  # a folder, or a device that never ends
@@ -111,34 +111,32 @@ class Source:
                 return None
             if _bucket(path) == _bucket(root):
                 raise
-            raise BadPicture("image_unreachable", str(error)) from error
+            raise BadImage("image_unreachable", str(error)) from error
 
-    def _place(self, picture: str, own: fs.FileSystem, folder: str) -> tuple[fs.FileSystem, str]:
-        """Where a picture lies: below the dataset's folder, or at the URI of an object. Raises BadPicture."""
-        filesystem, path = (
-            self._resolve(picture) if "://" in picture else (own, posixpath.join(folder, picture))
-        )
-        if "://" in picture and not isinstance(filesystem, fs.LocalFileSystem):
+    def _place(self, image: str, own: fs.FileSystem, folder: str) -> tuple[fs.FileSystem, str]:
+        """Where an image lies: below the dataset's folder, or at the URI of an object. Raises BadImage."""
+        filesystem, path = self._resolve(image) if "://" in image else (own, posixpath.join(folder, image))
+        if "://" in image and not isinstance(filesystem, fs.LocalFileSystem):
             return filesystem, path
         below = _below(folder, path) if type(filesystem) is type(own) else None
         if below is None:
-            raise BadPicture("image_outside", f"not below {folder!r}")
+            raise BadImage("image_outside", f"not below {folder!r}")
         return filesystem, below
 
     def _resolve(self, uri: str) -> tuple[fs.FileSystem, str]:
         """The place of a URI in a row. The dataset's own bucket was resolved before: what fails here is the row's."""
         bucket = uri.split("/")[2]
         if bucket in self.gone:
-            raise BadPicture("image_unreachable", f"bucket {bucket!r} did not answer before")
+            raise BadImage("image_unreachable", f"bucket {bucket!r} did not answer before")
         try:
             return files.resolve(uri)
         except ServiceError as error:
             if isinstance(error, Unavailable) or error.code == "no_credentials":
                 self.gone.add(bucket)
-            raise BadPicture("image_unreachable", str(error)) from error
+            raise BadImage("image_unreachable", str(error)) from error
 
     def fingerprint(self) -> bytes:
-        """sha256 of the files' names and sizes, and of Parquet footers. Pictures outside of the files are not looked at."""
+        """sha256 of the files' names and sizes, and of Parquet footers. Images outside of the files are not looked at."""
         digest = hashlib.sha256()
         for part in self.reader.identity():
             digest.update(part)
@@ -146,7 +144,7 @@ class Source:
 
 
 def _from_root(folder: str, path: str) -> str:
-    """A picture's path from the dataset's folder; URIs and absolute paths stay."""
+    """An image's path from the dataset's folder; URIs and absolute paths stay."""
     return path if "://" in path else posixpath.normpath(posixpath.join(folder, path))
 
 
@@ -288,5 +286,5 @@ def _read_of(shape: Shape) -> set[Column]:
 
 
 def _own_name(name: Column, found: Found) -> str | None:
-    called = [str(name), *(form.format(name) for form in ALSO_CALLED if name in PICTURES)]
+    called = [str(name), *(form.format(name) for form in ALSO_CALLED if name in IMAGE_COLUMNS)]
     return next((own for own in called if own in found), None)

@@ -1,4 +1,4 @@
-"""Looking at a dataset before anything is spent: count every row, or read a sample with its pictures."""
+"""Looking at a dataset before anything is spent: count every row, or read a sample with its images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from statistics import median
 
 from services.api.records import BadExample, BadRows, DatasetCounts, DatasetReport, PictureSizes
 from services.errors import BadRequest
-from services.pairs.images import BadPicture, decode
+from services.pairs.images import BadImage, decode
 from services.pairs.row import Row
 from services.pairs.source import Source, Unit
 
@@ -85,7 +85,7 @@ class Summary:
         )
 
     def digest(self) -> str:
-        """sha256 over what the rows say, and the source's fingerprint. Pictures are not read (a fingerprint shows when those
+        """sha256 over what the rows say, and the source's fingerprint. Images are not read (a fingerprint shows when those
         inside of the files were replaced)."""
         digest = self._said.copy()
         digest.update(self._source.fingerprint())
@@ -101,7 +101,7 @@ def check_bad(bad_rows: int, rows: int, by_cause: Mapping[str, int], max_bad_fra
 
 
 def _said(row: Row) -> bytes:
-    """A row without its pictures, for the digest."""
+    """A row without its images, for the digest."""
     preferences = [astuple(preference) for preference in row.preferences]
     return (
         json.dumps([row.key, row.kind, row.cause, row.uids, row.caption, row.ties, preferences]).encode()
@@ -110,7 +110,7 @@ def _said(row: Row) -> bytes:
 
 
 def validate(source: Source, sample_rows: int = SAMPLE_ROWS) -> DatasetReport:
-    """Read a sample that is spread over the source, decode its pictures, and tell what was found; nothing is kept."""
+    """Read a sample that is spread over the source, decode its images, and tell what was found; nothing is kept."""
     units = list(source.units())
     kinds: Counter[str] = Counter()
     bad: dict[str, BadRows] = {}
@@ -151,19 +151,19 @@ def _spread(source: Source, units: list[Unit], sample_rows: int) -> Iterator[Row
     bits = max(1, (len(units) - 1).bit_length())
     share = max(1, sample_rows // max(1, min(len(units), UNITS_AT_LEAST)))
     for number in sorted(range(len(units)), key=lambda number: int(f"{number:0{bits}b}"[::-1], 2)):
-        yield from source.rows(units[number], pictures=True, stop=share)
+        yield from source.rows(units[number], with_images=True, stop=share)
 
 
 def _look(source: Source, row: Row) -> tuple[str, str, list[int]]:
-    """Why a row is bad ("" where it is not) with what is known of it, and the shorter sides of its pictures in pixels."""
+    """Why a row is bad ("" where it is not) with what is known of it, and the shorter sides of its images in pixels."""
     if row.kind != "decided":
         return row.cause, row.caption[:DETAIL_CHARS], []
     sides = []
-    for slot, picture in enumerate(row.pictures):
+    for slot, image in enumerate(row.images):
         try:
-            sides.append(min(decode(source.load(picture), SAMPLE_SIZE_PX).size))
-        except BadPicture as error:
-            where = picture if isinstance(picture, str) else f"picture {slot}"
+            sides.append(min(decode(source.load(image), SAMPLE_SIZE_PX).size))
+        except BadImage as error:
+            where = image if isinstance(image, str) else f"image {slot}"
             return error.cause, f"{where}: {error.detail}"[:DETAIL_CHARS].removesuffix(": "), sides
     return "", "", sides
 

@@ -1,4 +1,4 @@
-"""``make bench``: run the benchmarks, print a table, and merge the results into results.json.
+"""``make bench``: run the benchmarks, print a table, merge the results into results.json.
 
 python -m tests.bench                       # all of them
 python -m tests.bench ingest_vs_bare_vae    # some of them, by name
@@ -39,18 +39,17 @@ BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
     "two_workers_vs_one": two_workers,
     "checkpoint_stall": checkpoint_stall,
 }
-"""By the name of a result. What one of them measures beside it is measured once."""
+"""By the name of a result. A function named twice runs once: it returns both results."""
 
 
 def main() -> None:
-    """Parse, measure, tell."""
-    parser = argparse.ArgumentParser(description="Measure, as ratios in one run.")
-    parser.add_argument(
-        "names", nargs="*", help=f"which ones, of {', '.join(BENCHES)} (all of them if none is named)"
-    )
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description="Run benchmarks and merge their results into results.json.")
+    parser.add_argument("names", nargs="*", help=f"benchmarks to run, of {', '.join(BENCHES)} (default: all)")
     names = parser.parse_args().names or list(BENCHES)
-    if unknown := set(names) - set(BENCHES):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(BENCHES)}")
+    unknown = sorted(set(names) - set(BENCHES))
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(BENCHES)}")
     torch.set_num_threads(1)
     ray.init(num_cpus=8, log_to_driver=False, include_dashboard=False, object_store_memory=1_000_000_000)
     results: dict[str, Result] = {}
@@ -63,18 +62,18 @@ def main() -> None:
 
 
 def merge(results: dict[str, Result]) -> None:
-    """Into results.json, at once: what comes next may fail."""
+    """Merge into results.json after each benchmark: the next one may fail."""
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(before | results, indent=1, sort_keys=True) + "\n")
 
 
 def table(results: dict[str, Result]) -> Table:
-    """One line a result."""
-    made = Table("benchmark", "ratio", "value", "against", box=None)
+    """One row for each result."""
+    rows = Table("benchmark", "ratio", "value", "against", box=None)
     for name, each in results.items():
         ratio = "" if each["ratio"] is None else f"{each['ratio']:.3f}"
-        made.add_row(name, ratio, f"{each['value']:.4g} {each['unit']}", each["against"])
-    return made
+        rows.add_row(name, ratio, f"{each['value']:.4g} {each['unit']}", each["against"])
+    return rows
 
 
 if __name__ == "__main__":

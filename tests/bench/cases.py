@@ -1,4 +1,4 @@
-"""Models and encoded pairs on disk that training is measured on, and the seconds of each step of the real loop on them."""
+"""Models and encoded pairs that training is measured on, and the seconds of each step of the real loop."""
 
 from __future__ import annotations
 
@@ -31,17 +31,22 @@ MID_SIZE: dict[str, Any] = SD15 | {
 }
 """Stable Diffusion 1.5's blocks at three tenths of their width, at 32 x 32 latents."""
 MID_SIZE_VAE: dict[str, Any] = SD15_VAE | {"sample_size": 256, "block_out_channels": (32, 64, 128, 128)}
-"""Stable Diffusion 1.5's VAE at a quarter of its width. To encode a picture of 256 px takes 1.00 times the FLOPs of a forward
-of the U-Net above, and 1.4 times its seconds: so large a picture in so few channels runs at fewer FLOP/s (float32, 8 pictures,
-one thread of an AMD EPYC). Stable Diffusion 1.5's own takes 1.39 times the FLOPs. 36 channels would take 1.26 times the FLOPs
-and 2.0 to 2.2 times the seconds, which would make the public recipe slower than it is."""
+"""Stable Diffusion 1.5's VAE at a quarter of its width.
+
+Encoding a 256 px image takes 1.00 times the FLOPs of a forward of the U-Net above (Stable Diffusion 1.5's
+own: 1.39 times) and 1.4 times its seconds: few channels at a high resolution reach fewer FLOP/s. With 36
+channels it would take 1.26 times the FLOPs but 2.0 to 2.2 times the seconds, which would make the public
+recipe slower than it is. Measured in float32 on 8 images, one thread of an AMD EPYC."""
 WARM_UP = 2
-"""Steps of a run that are not counted: memory is allocated, the first rows are read."""
+"""First steps of a run, which are not counted: they allocate memory and read the first rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """``model`` and ``root`` are folders, as text: cases go to other processes as JSON. ``title`` follows a result's name."""
+    """A model and encoded pairs. ``title`` is appended to the name of a result.
+
+    ``model`` and ``root`` are folders, as text: cases are sent to other processes as JSON.
+    """
 
     title: str
     model: str
@@ -52,7 +57,7 @@ class Case:
 
     @classmethod
     def shapes(cls, scratch: Path, batch_size: int = 64) -> Case:
-        """The shipped model, 2.2 million parameters, pictures of 32 px."""
+        """The shipped model, 2.2 million parameters, images of 32 px."""
         case = cls(
             title="",
             model=str(MODEL_DIR),
@@ -65,7 +70,7 @@ class Case:
 
     @classmethod
     def mid_size(cls, scratch: Path, batch_size: int = 4) -> Case:
-        """The mid-size U-Net, 76.0 million parameters, and its VAE, pictures of 256 px."""
+        """The mid-size U-Net, 76.0 million parameters, and its VAE, images of 256 px."""
         folder = sd15_folder(scratch / "model")
         torch.manual_seed(0)
         UNet2DConditionModel(**MID_SIZE).save_pretrained(folder / "unet")
@@ -92,43 +97,47 @@ class Case:
         return ModelFolder(self.model)
 
     def training(self, steps: int, **more: Any) -> dict[str, Any]:
-        """Settings of a run: two epochs' draws, a checkpoint at the end alone."""
+        """Settings of a run: two draws of each pair, a checkpoint at the end only."""
         return {"steps": steps, "batch_size": self.batch_size, "draws": 2, "checkpoint_every": steps, **more}
 
     def config(self, steps: int = 1) -> TrainConfig:
         return TrainConfig(**self.training(steps))
 
     def spec(self, name: str, training: dict[str, Any]) -> TrainSpec:
-        """What the train stage is told, for one worker."""
+        """The train stage's spec, for one worker."""
         spec = train_spec(Path(self.root) / name, self.folder, self.encoded, OBJECTIVE, **training)
         record = spec.model.model_copy(update={"digest": models.folder_digest(spec.model.uri)})
         return spec.model_copy(update={"model": record})
 
     def write_ledger(self) -> str:
-        """By the stage itself. The URI of its record."""
+        """Run the ledger stage. Returns the URI of the ledger's record."""
         run = self.spec("ledger", self.training(1))
         frame = {"job": run.job, "attempt": run.attempt, "prefix": run.prefix, "dataset": run.dataset}
         spec = LedgerSpec(**frame, model=run.model, objective=run.objective, training=run.training)
         return ledger(spec, Journal(spec.prefix)).ledger
 
     def train(self, name: str, steps: int, ledger: str | None, **more: Any) -> list[JournalEvent]:
-        """The real loop as one worker in this process, on a ledger or with the reference in every step. What each step told."""
-        folder, source = Path(self.root) / name, "ledger" if ledger else "online"
+        """Run the real loop as one worker in this process; return the journal's entry of each step.
+
+        Without a ledger the reference runs in every step.
+        """
+        folder = Path(self.root) / name
+        source = "ledger" if ledger else "online"
         training = self.training(steps, reference=source, **more)
         train_here(folder, self.folder, self.encoded, OBJECTIVE, ledger=ledger, **training)
-        return told_steps(folder.as_uri())
+        return step_entries(folder.as_uri())
 
 
-def told_steps(prefix: str) -> list[JournalEvent]:
-    """The journal's entries that hold metrics, in order."""
+def step_entries(prefix: str) -> list[JournalEvent]:
+    """The journal's entries with metrics, one a step, in order."""
     return [entry for _, some in read_journal(prefix, 0) for entry in some if entry.metrics]
 
 
-def step_seconds(told: Sequence[JournalEvent]) -> list[float]:
-    """From one step's telling to the next one's, after the warm-up: all that a step costs, whatever the loop counts as one."""
-    return [after.at - before.at for before, after in itertools.pairwise(told[WARM_UP - 1 :])]
+def step_seconds(steps: Sequence[JournalEvent]) -> list[float]:
+    """Seconds between the entries of successive steps, after the warm-up: the whole cost of a step."""
+    return [after.at - before.at for before, after in itertools.pairwise(steps[WARM_UP - 1 :])]
 
 
-def pairs_per_s(batch_size: int, told: Sequence[JournalEvent]) -> float:
-    """By the median step."""
-    return batch_size / statistics.median(step_seconds(told))
+def pairs_per_s(batch_size: int, steps: Sequence[JournalEvent]) -> float:
+    """From the median step."""
+    return batch_size / statistics.median(step_seconds(steps))

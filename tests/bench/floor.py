@@ -1,5 +1,7 @@
-"""The least that a training step can cost: text encoders, policy forward and backward, clipping and the optimizer, on tensors
-that lie in memory. Nothing is read, drawn, checked or told, and the reference's errors are numbers that do not change."""
+"""The least a training step can cost: text encoders, policy forward and backward, clipping, optimizer.
+
+All tensors are in memory. Nothing is read, drawn, checked or logged; the reference's errors are constants.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from dde_core.train_step import PairBatch, pair_errors
 
 
 class Floor:
-    """``batch`` is a whole optimizer step's, ``token_ids`` [b k s] are its captions. The loss is Diffusion-DPO's."""
+    """Trains on one ``batch`` with captions ``token_ids`` [b k s], by Diffusion-DPO's loss."""
 
     def __init__(
         self,
@@ -27,14 +29,18 @@ class Floor:
         token_ids: Any,
         beta: float,
     ) -> None:
-        self._batch, self._token_ids, self._training = batch, token_ids, training
-        self._half_beta, self._schedule = beta / 2, folder.schedule().to(device)
-        self._text, self._policy = TextEncoders(folder, device), Policy(folder, training, device)
+        self._batch = batch
+        self._token_ids = token_ids
+        self._training = training
+        self._half_beta = beta / 2
+        self._schedule = folder.schedule().to(device)
+        self._text = TextEncoders(folder, device)
+        self._policy = Policy(folder, training, device)
         self._optimizer = make_optimizer(self._policy.parameters(), training)
         self._ref: dict[int, Tensor] = {}
 
     def step(self) -> None:
-        """One optimizer step. The policy's own differences at the first one are the reference's from then on."""
+        """One optimizer step. The policy's error differences of the first step serve as the reference's."""
         self._optimizer.zero_grad(set_to_none=True)
         size = self._training.micro_batch_size or len(self._batch)
         for start in range(0, len(self._batch), size):
@@ -48,7 +54,8 @@ class Floor:
         self._optimizer.step()
 
     def _with_text(self, keep: slice) -> PairBatch:
-        """A micro-batch whose captions are encoded now."""
-        part, text = self._batch.rows(keep), self._text(self._token_ids[keep])
+        """A micro-batch. Encodes its captions."""
+        part = self._batch.rows(keep)
+        text = self._text(self._token_ids[keep])
         sides = {name: {**getattr(part, name), **text} for name in ("conditioning_w", "conditioning_l")}
         return PairBatch(**{**vars(part), **sides})

@@ -2,8 +2,9 @@
 
     python -m tests.bench.gpu_encode --model sd15 --out results.json
 
-Sides in turn on the same images: float32 without TF32 (ingest's own arithmetic, from uint8 on the host to float16 latents on
-the host), float32 with TF32, bfloat16 autocast. Beside each: the largest relative L2 distance of its latents from the first's.
+Sides alternate on the same images: float32 without TF32 (ingest's own arithmetic), float32 with TF32, bf16
+autocast. Each takes uint8 pixels on the host and returns float16 latents on the host. Reported with each: the
+largest relative L2 distance of its latents from ingest's own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from dde_core.models.folder import encode_images
 from dde_core.models.policy import use_deterministic_kernels
-from tests.bench.gpu_step import machine_of, tell
+from tests.bench.gpu_step import machine_of, record_results
 from tests.bench.measure import in_turn, ratio
 from tests.bench.random_folder import RandomFolder
 
@@ -27,20 +28,21 @@ OWN = "float32"
 
 
 class Encode:
-    """The same random images through one VAE, by each arithmetic."""
+    """Encodes the same random images by one VAE, in each arithmetic."""
 
     def __init__(self, model: str, device: torch.device, images: int) -> None:
         folder = RandomFolder(model, device)
-        self._device, self._vae = device, folder.vae().to(device)
-        self._images = np.random.default_rng(0).integers(
-            0, 256, (images, folder.size_px, folder.size_px, 3), np.uint8
-        )
+        self._device = device
+        self._vae = folder.vae().to(device)
+        shape = (images, folder.size_px, folder.size_px, 3)
+        self._images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         self.latents: dict[str, np.ndarray] = {}
 
     def speed(self, arithmetic: str) -> float:
-        """Images/s, after one pass that chooses kernels."""
+        """Images/s, after one pass that selects kernels."""
         use_deterministic_kernels()
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = arithmetic == "tf32"
+        torch.backends.cudnn.allow_tf32 = arithmetic == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = arithmetic == "tf32"
         autocast: Any = contextlib.nullcontext()
         if arithmetic == "bf16":
             autocast = torch.autocast(self._device.type, torch.bfloat16)
@@ -51,13 +53,13 @@ class Encode:
         return len(self._images) / (time.monotonic() - began)
 
     def distance(self, arithmetic: str) -> float:
-        """Of its latents from float32's, relative L2 of the worst image."""
+        """Relative L2 distance of its latents from float32's, of the worst image."""
         own, other = (self.latents[name].reshape(len(self._images), -1) for name in (OWN, arithmetic))
         return float((np.linalg.norm(other - own, axis=1) / np.linalg.norm(own, axis=1)).max())
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, measure, write."""
+    """Parse, measure, record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="sd15")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -67,13 +69,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     encode = Encode(options.model, device, options.images)
-    found = in_turn(
-        options.rounds, {name: lambda name=name: encode.speed(name) for name in (OWN, "tf32", "bf16")}
-    )
+    sides = {name: lambda name=name: encode.speed(name) for name in (OWN, "tf32", "bf16")}
+    found = in_turn(options.rounds, sides)
     for arithmetic in found:
         what = f"{OWN}, ingest's own; latents differ by {encode.distance(arithmetic):.2g}"
         row = {**ratio(found, arithmetic, OWN, "images/s", what), "machine": machine_of(device)}
-        tell({f"{options.model}, VAE encode, {arithmetic}": row}, options.out)
+        record_results({f"{options.model}, VAE encode, {arithmetic}": row}, options.out)
 
 
 if __name__ == "__main__":

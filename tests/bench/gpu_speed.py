@@ -1,5 +1,8 @@
-"""A full-size training step three ways on one device: ours (shards, draws and ledger, in the order of
-services/training/worker/loop.py), the public recipe, and the floor. dde_core alone: no Ray, no journal, no checkpoints."""
+"""A full-size training step on one device, three ways: ours, the public recipe, and the floor.
+
+Ours reads shards, draws and a ledger in the order of services/training/worker/loop.py. dde_core alone: no
+Ray, no journal, no checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from pyarrow import fs
+from torch import Tensor
 
 from dde_core.batches import BatchMaker, slices
 from dde_core.config import ObjectiveConfig, TrainConfig
@@ -28,48 +31,50 @@ OBJECTIVE = ObjectiveConfig(method="uniform", noise="independent")
 
 
 class Ours:
-    """One step of the loop after another, on the shard and the ledger at ``data``."""
+    """The steps of the training loop, on the shards at ``data`` and the ledger at ``record``."""
 
     def __init__(
         self, folder: RandomFolder, training: TrainConfig, device: torch.device, data: Path, record: Path
     ) -> None:
-        self._training, self._schedule = training, folder.schedule().to(device)
+        self._training = training
+        self._schedule = folder.schedule().to(device)
         self.reader = LatentReader(fs.LocalFileSystem(), str(data))
         self._maker = BatchMaker(self.reader, folder, folder.schedule(), OBJECTIVE, training, device)
         self._ledger = Ledger(fs.LocalFileSystem(), str(record), device)
-        self._policy = Policy(folder, training, device)
-        self._optimizer = make_optimizer(self._policy.parameters(), training)
+        self.policy = Policy(folder, training, device)
+        self._optimizer = make_optimizer(self.policy.parameters(), training)
         self._number = 0
 
     def step(self) -> dict[str, float]:
-        """What the loop tells of it."""
+        """One optimizer step. Returns the metrics that the loop logs."""
         self._optimizer.zero_grad(set_to_none=True)
-        rows, parts = self._maker.rows(self._number, 0, 1), []
+        rows = self._maker.rows(self._number, 0, 1)
+        timesteps: list[Tensor] = []
+        thetas: list[PairErrors] = []
+        refs: list[PairErrors] = []
         for part in slices(rows, self._training.micro_batch_size):
             batch = self._maker.make(part)
-            with self._policy.autocast():
-                ref, theta = (
-                    self._ledger.errors(part),
-                    pair_errors(self._policy.trained, self._schedule, batch),
-                )
+            ref = self._ledger.errors(part)
+            with self.policy.autocast():
+                theta = pair_errors(self.policy.trained, self._schedule, batch)
             terms = step_losses(theta, ref, batch.t, OBJECTIVE, self._schedule)
             check_finite("loss", terms.loss)
             (terms.loss.sum() / self._training.batch_size).backward()
-            parts.append((batch.t, theta, ref))
-        check_finite("gradient", self._policy.clip_gradients())
+            timesteps.append(batch.t)
+            thetas.append(theta)
+            refs.append(ref)
+        check_finite("gradient", self.policy.clip_gradients())
         self._optimizer.step()
         self._number += 1
-        t, theta, ref = (
-            torch.cat([t for t, _, _ in parts]),
-            *(PairErrors.joined([part[i] for part in parts]) for i in (1, 2)),
-        )
-        return step_metrics(
-            t, theta, ref, step_losses(theta, ref, t, OBJECTIVE, self._schedule), self._schedule.T
-        )
+        t = torch.cat(timesteps)
+        theta = PairErrors.joined(thetas)
+        ref = PairErrors.joined(refs)
+        terms = step_losses(theta, ref, t, OBJECTIVE, self._schedule)
+        return step_metrics(t, theta, ref, terms, self._schedule.T)
 
 
 class Sides:
-    """What each of ``ours``, ``public_recipe`` and ``floor`` makes of the same settings. Models live one side at a time."""
+    """Pairs/s of ``ours``, ``public_recipe`` and ``floor`` on the same settings, one at a time in memory."""
 
     def __init__(
         self,
@@ -80,51 +85,52 @@ class Sides:
         workers: int,
         timed_steps: int,
     ):
-        """``workers`` processes decode the public recipe's pictures ahead; data is written below ``scratch``."""
-        self._device, self._training, self._workers, self._timed_steps = (
-            device,
-            training,
-            workers,
-            timed_steps,
-        )
-        self._folder, self._data = RandomFolder(model, device), scratch
+        """``workers`` processes decode images for the public recipe. Data is written below ``scratch``."""
+        self._device = device
+        self._training = training
+        self._workers = workers
+        self._timed_steps = timed_steps
+        self._folder = RandomFolder(model, device)
+        self._data = scratch
         self._rows = list(synthetic_rows(2 * training.batch_size, size=self._folder.size_px, shared=0.0))
         write_shard_of(self._folder, scratch, [row["caption"] for row in self._rows])
-        kernels(device, repeatable=True)
+        select_kernels(device, deterministic=True)
         self.record = write_ledger(self._folder, scratch, OBJECTIVE, training, device)
         self.peak_gb: dict[str, float] = {}
 
     def ours(self) -> float:
-        """Pairs/s. On repeatable kernels, as every run of ours."""
-        kernels(self._device, repeatable=True)
-        made = Ours(self._folder, self._training, self._device, self._data, self.record)
-        with made.reader:
-            return self._measured("ours", made.step)
+        """Pairs/s with deterministic kernels, as every run of ours."""
+        select_kernels(self._device, deterministic=True)
+        ours = Ours(self._folder, self._training, self._device, self._data, self.record)
+        with ours.reader:
+            return self._measure("ours", ours.step)
 
     def public_recipe(self) -> float:
-        kernels(self._device, repeatable=False)
-        folder, size_px = self._folder, self._folder.size_px
-        made = PublicRecipe(
-            folder, self._training, self._device, self._rows, size_px, OBJECTIVE.beta, self._workers
+        """Pairs/s with torch's default kernels."""
+        select_kernels(self._device, deterministic=False)
+        folder = self._folder
+        recipe = PublicRecipe(
+            folder, self._training, self._device, self._rows, folder.size_px, OBJECTIVE.beta, self._workers
         )
         try:
-            return self._measured("public recipe", made.step)
+            return self._measure("public recipe", recipe.step)
         finally:
-            made.close()
+            recipe.close()
 
     def floor(self) -> float:
-        kernels(self._device, repeatable=False)
+        """Pairs/s with torch's default kernels."""
+        select_kernels(self._device, deterministic=False)
         with LatentReader(fs.LocalFileSystem(), str(self._data)) as reader:
             maker = BatchMaker(
                 reader, self._folder, self._folder.schedule(), OBJECTIVE, self._training, self._device
             )
             rows = maker.rows(0, 0, 1)
             batch = maker.make(rows)
-        made = Floor(self._folder, self._training, self._device, batch, rows.token_ids, OBJECTIVE.beta)
-        return self._measured("floor", made.step)
+        floor = Floor(self._folder, self._training, self._device, batch, rows.token_ids, OBJECTIVE.beta)
+        return self._measure("floor", floor.step)
 
-    def _measured(self, side: str, step: Callable[[], Any]) -> float:
-        """After two steps that allocate, choose kernels and compile."""
+    def _measure(self, side: str, step: Callable[[], object]) -> float:
+        """Pairs/s, after two steps that allocate, select kernels and compile."""
         for _ in range(2):
             step()
         began = self._now()
@@ -141,11 +147,11 @@ class Sides:
         return time.monotonic()
 
 
-def kernels(device: torch.device, *, repeatable: bool) -> None:
-    """What ``use_deterministic_kernels`` sets, or torch's own defaults; and what the side before left is freed."""
+def select_kernels(device: torch.device, *, deterministic: bool) -> None:
+    """Select deterministic kernels or torch's defaults; free the memory of the previous side."""
     use_deterministic_kernels()
-    torch.use_deterministic_algorithms(repeatable)
-    torch.backends.cudnn.allow_tf32 = not repeatable
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.allow_tf32 = not deterministic
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

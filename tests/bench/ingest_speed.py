@@ -1,5 +1,8 @@
-"""What does the pipeline cost beside the VAE? Pictures/s of the whole encode stage (files in, manifest out, start-up of its
-actors included) against a bare loop of the same VAE over pictures that are decoded already, on the same cores."""
+"""What does the pipeline cost beyond the VAE? Images/s of the encode stage, against a bare loop of the VAE.
+
+The stage starts its actors, reads files and writes a manifest. The bare loop encodes images that are already
+decoded, on the same cores.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +44,14 @@ def ingest_speed(scratch: Path, rounds: int = 2) -> dict[str, Result]:
     ):
         bench = Bench(scratch / f"px-{size}", model, size, pairs)
         rates = in_turn(rounds, {"pipeline": bench.pipeline, "bare VAE": bench.bare})
-        what = f"a bare VAE loop over decoded pictures in {ACTORS} processes of one thread, {2 * pairs} pictures of {size} px"
-        found[name] = ratio(rates, "pipeline", "bare VAE", "pictures/s", what)
+        loop = f"a bare VAE loop over decoded images in {ACTORS} processes of one thread"
+        what = f"{loop}, {2 * pairs} images of {size} px"
+        found[name] = ratio(rates, "pipeline", "bare VAE", "images/s", what)
     return found
 
 
 def _with_vae(folder: Path) -> ModelRecord:
-    """The tiny folder with SD1.5's VAE; its weights are drawn at random."""
+    """The tiny model with SD1.5's VAE, whose weights are random."""
     torch.manual_seed(0)
     AutoencoderKL(**SD15_VAE).save_pretrained(folder / "vae")
     uri = folder.as_uri()
@@ -55,46 +59,49 @@ def _with_vae(folder: Path) -> ModelRecord:
 
 
 class Bench:
-    """One model and one file of pairs, every picture of which is its own."""
+    """One model and one file of pairs without a repeated image."""
 
     def __init__(self, folder: Path, model: ModelRecord, size: int, pairs: int) -> None:
-        self._folder, self._model, self._size = folder, model, size
+        self._folder = folder
+        self._model = model
+        self._size = size
         self._rows = list(synthetic_rows(pairs, size=size, shared=0.0))
         self._file = write_stream(folder / "pairs.parquet", self._rows)
         self._runs = 0
 
     def pipeline(self) -> float:
-        """Pictures/s of the whole stage."""
+        """Images/s of the whole stage."""
         self._runs += 1
         data = DataConfig(resolution=self._size)
         spec: EncodeSpec = StageRuns(self._folder / str(self._runs), {}).encode_spec(
             "bench", self._file.as_uri(), self._model, data=data, actors=ACTORS
         )
-        journal, watch = Journal(spec.prefix), Stopwatch()
+        journal = Journal(spec.prefix)
+        watch = Stopwatch()
         result = encode(spec, journal)
         seconds = watch()
         return result.counts["images"] / seconds
 
     def bare(self) -> float:
-        """Pictures/s of the VAE alone."""
+        """Images/s of the VAE alone."""
         pixels = np.stack(
             [decode(row[side], self._size).pixels for row in self._rows for side in ("jpg_0", "jpg_1")]
         )
         context = multiprocessing.get_context("spawn")
         parts = [(str(models.fetch(self._model)[0]), part) for part in np.array_split(pixels, ACTORS)]
         ready = context.Barrier(ACTORS)
-        with context.Pool(ACTORS, initializer=_share, initargs=(ready,)) as pool:
+        with context.Pool(ACTORS, initializer=_set_ready, initargs=(ready,)) as pool:
             seconds = max(pool.map(_encode_part, parts, chunksize=1))
         return len(pixels) / seconds
 
 
-def _share(ready: Any) -> None:
+def _set_ready(ready: Any) -> None:
     global _READY
     _READY = ready
 
 
 def _encode_part(part: tuple[str, np.ndarray]) -> float:
-    """Seconds of the loop alone: the VAE is loaded and warm, and all processes begin together."""
+    """Seconds of the loop alone. All processes load and warm up the VAE, then begin together."""
     torch.set_num_threads(1)
     vae = ModelFolder(part[0]).vae()
     encode_images(vae, part[1][:2])

@@ -1,5 +1,7 @@
-"""What is a ledger worth to training? Pairs/s of the real training loop, with the reference's errors read from a ledger and
-computed in every step. Beside it the ceiling: (forward and backward + forward) / (forward and backward) of the U-Net alone."""
+"""How much faster is training on a ledger? Pairs/s of the real loop, against the reference in every step.
+
+Also the ceiling: (forward and backward + forward) / (forward and backward) of the U-Net alone.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,16 @@ from tests.support.encoded_pairs import batch_maker
 
 
 def ledger_speed(scratch: Path, rounds: int = 3) -> dict[str, Result]:
-    """``ledger_vs_online`` on the shapes model (64 pairs a step) and on the mid-size U-Net (4 pairs a step)."""
+    """``ledger_vs_online`` on the shapes model (64 pairs a step) and the mid-size U-Net (4 pairs a step)."""
     shapes = _measure(Case.shapes(scratch / "shapes"), 12, rounds)
     return shapes | _measure(Case.mid_size(scratch / "mid"), 4, rounds)
 
 
 def _measure(case: Case, steps: int, rounds: int) -> dict[str, Result]:
-    """By the median of ``steps`` steps a side and round, after warming up."""
-    ledger, runs, steps = case.write_ledger(), itertools.count(), steps + WARM_UP
+    """From the median of ``steps`` steps a side and round, after the warm-up."""
+    ledger = case.write_ledger()
+    runs = itertools.count()
+    steps += WARM_UP
     sides = {
         "ledger": lambda: pairs_per_s(case.batch_size, case.train(f"run-{next(runs)}", steps, ledger)),
         "online": lambda: pairs_per_s(case.batch_size, case.train(f"run-{next(runs)}", steps, None)),
@@ -33,9 +37,8 @@ def _measure(case: Case, steps: int, rounds: int) -> dict[str, Result]:
     found = ratio(in_turn(rounds, sides), "ledger", "online", "pairs/s", what)
     maker = batch_maker(case.folder, case.encoded, OBJECTIVE, batch_size=case.batch_size)
     with_gradient, forward = _passes(case.folder, maker.make(maker.rows(0, 0, 1)))
-    against = (
-        f"forward and backward {with_gradient:.3f} s, forward {forward:.3f} s, of {case.batch_size} pairs"
-    )
+    passes = f"forward and backward {with_gradient:.3f} s, forward {forward:.3f} s"
+    against = f"{passes}, of {case.batch_size} pairs"
     ceiling = (with_gradient + forward) / with_gradient
     name = f"ledger_vs_online{case.title}"
     return {name: found, f"{name}, ceiling": result(ceiling, with_gradient, "s", against)}

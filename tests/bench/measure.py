@@ -1,4 +1,4 @@
-"""What every benchmark needs: rounds whose sides take turns, medians with their spread, memory of a process tree."""
+"""Tools of every benchmark: alternating rounds, medians with their spread, memory of a process tree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 from dde_core.planning import mfu
 
 Result = dict[str, Any]
-"""``ratio`` of the two sides, ``value`` in ``unit``, ``against`` what, on which ``machine``."""
+"""``ratio`` of two sides, ``value`` of ours in ``unit``, ``against``: the other side, ``machine``."""
 
 
 def in_turn(
@@ -24,9 +24,9 @@ def in_turn(
     sides: Mapping[str, Callable[[], float]],
     on_figure: Callable[[str, float], None] = lambda side, figure: None,
 ) -> dict[str, list[float]]:
-    """Each side's figure in every round. Sides take turns and change places, so a machine that slows down harms all alike.
+    """Measure every side in every round, in alternating order; return each side's figures.
 
-    ``on_figure(side, figure)`` is called as each comes.
+    A machine that slows down therefore slows all sides. ``on_figure(side, figure)`` follows each measurement.
     """
     found: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
@@ -35,28 +35,27 @@ def in_turn(
             began = time.monotonic()
             found[name].append(sides[name]())
             seconds = time.monotonic() - began
-            print(
-                f"  round {number + 1} of {rounds}, {name}: {found[name][-1]:.4g} ({seconds:.0f} s)",
-                flush=True,
-            )
-            on_figure(name, found[name][-1])
+            figure = found[name][-1]
+            print(f"  round {number + 1} of {rounds}, {name}: {figure:.4g} ({seconds:.0f} s)", flush=True)
+            on_figure(name, figure)
     return found
 
 
 def ratio(found: Mapping[str, list[float]], side: str, against: str, unit: str, what: str) -> Result:
-    """The median of the rounds' own ratios, ``side`` over ``against``: what slows the machine for a while is on both sides."""
+    """The median over rounds of ``side`` / ``against``: a slow round slows both."""
     ratios = sorted(a / b for a, b in zip(found[side], found[against], strict=True))
-    a, b = statistics.median(found[side]), statistics.median(found[against])
+    ours = statistics.median(found[side])
+    theirs = statistics.median(found[against])
     spread = f"{len(ratios)} rounds, {ratios[0]:.3f} to {ratios[-1]:.3f}"
-    return result(statistics.median(ratios), a, unit, f"{what}: {b:.4g} {unit}; {spread}")
+    return result(statistics.median(ratios), ours, unit, f"{what}: {theirs:.4g} {unit}; {spread}")
 
 
 def ceiling(name: str) -> str:
-    """What FLOPs alone make of the ratio of this name, as the end of a text. Nothing where the model is not counted."""
+    """The end of a text: the ratio that FLOPs predict for the result of this name. "" if there is none."""
     quotient = mfu.flops_ratio(name)
-    return (
-        "" if quotient is None else f"; by arithmetic, at one speed of all of it, the ratio is {quotient:.3f}"
-    )
+    if quotient is None:
+        return ""
+    return f"; by FLOPs alone, the ratio is {quotient:.3f}"
 
 
 def result(ratio: float | None, value: float, unit: str, against: str) -> Result:
@@ -64,36 +63,38 @@ def result(ratio: float | None, value: float, unit: str, against: str) -> Result
 
 
 def machine(accelerator: str = "no accelerator") -> str:
-    """Processor, cores and memory in words."""
+    """Processor, cores, memory and accelerator, as text."""
     with open("/proc/cpuinfo") as file:
         models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     memory = psutil.virtual_memory().total / 2**30
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, {accelerator}"
+    processor = models[0] if models else platform.machine()
+    return f"{processor}, {os.cpu_count()} cores, {memory:.0f} GiB, {accelerator}"
 
 
 @contextmanager
 def peak_memory(every_s: float = 0.5) -> Iterator[dict[str, float]]:
-    """The peak of the summed PSS of this process and all below it, in ``bytes`` when the block ends.
+    """Yield a dict whose ``bytes`` is, after the block, the peak of the summed PSS of this process tree.
 
-    PSS shares what processes have in common between them, so the sum counts it once: Ray's object store, too.
+    PSS splits shared pages among the processes that share them, so the sum counts Ray's object store once.
     """
-    found, over = {"bytes": 0.0}, threading.Event()
+    peak = {"bytes": 0.0}
+    ended = threading.Event()
 
-    def watch() -> None:
-        while not over.wait(every_s):
-            found["bytes"] = max(found["bytes"], float(summed_pss()))
+    def sample() -> None:
+        while not ended.wait(every_s):
+            peak["bytes"] = max(peak["bytes"], float(summed_pss()))
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
     try:
-        yield found
+        yield peak
     finally:
-        over.set()
-        watcher.join()
+        ended.set()
+        sampler.join()
 
 
 def summed_pss() -> int:
-    """Bytes of this process and all below it."""
+    """Bytes of this process and all its descendants."""
     here = psutil.Process()
     return sum(_pss(process.pid) for process in [here, *here.children(recursive=True)])
 
@@ -107,7 +108,7 @@ def _pss(pid: int) -> int:
 
 
 class Stopwatch:
-    """Seconds since it was made."""
+    """A call returns the seconds since the stopwatch was made."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()

@@ -1,14 +1,17 @@
-"""Diffusion-DPO as public trainers run it, written out: every step decodes the pictures, encodes them by the VAE and the
-captions by the text encoders, and runs policy and frozen reference on the same noisy latents.
+"""Diffusion-DPO as public trainers run it: the baseline of the training benchmarks.
 
-From the published equations (Wallace et al., arXiv 2311.12908, Eq. 14, with the constants of the authors' code): winner and
-loser share t and the noise eps, m is a model's squared error on eps (or on v), averaged over channels, height and width, and
+Every step decodes images, encodes them by the VAE and their captions by the text encoders, and runs policy
+and frozen reference on the same noisy latents.
+
+From the published equations (Wallace et al., arXiv 2311.12908, Eq. 14, with the constants of the authors'
+code): winner and loser have the same t and noise eps; m is a model's squared error on eps (or on v),
+averaged over channels, height and width; and
 
     loss = mean over pairs of -log sigmoid(-0.5 beta ((m_theta^w - m_theta^l) - (m_ref^w - m_ref^l)))
 
-How the policy is loaded, compiled and checkpointed, and its optimizer, are those of our own runs, so that the two differ by
-what a step does alone. In bf16 the policy runs under autocast, as ours does; what is frozen (VAE, text encoders, the copy that
-is the reference) is cast to bf16 once and runs without it, as public scripts have it.
+Loading, compiling, gradient checkpointing and the optimizer are those of our own runs, so only the work of
+a step differs. In bf16 the policy runs under autocast, as ours does. As in public scripts, the frozen
+models (VAE, text encoders, reference) are cast to bf16 once and run without autocast.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ Row = Mapping[str, Any]
 
 
 class PublicRecipe:
-    """``step`` is one optimizer step of ``training.batch_size`` pairs in micro-batches. ``seconds`` adds up where they went."""
+    """``step`` is one optimizer step, in micro-batches. ``seconds`` adds up the time of each part."""
 
     def __init__(
         self,
@@ -50,49 +53,53 @@ class PublicRecipe:
         beta: float,
         workers: int,
     ) -> None:
-        """``rows`` are gone through in order, over and over, by ``workers`` processes that decode ahead (0: in line)."""
-        self._training, self._device, self._size_px, self._beta = training, device, size_px, beta
+        """``workers`` processes decode ``rows`` ahead, in order, repeatedly. 0: the step decodes them."""
+        self._training = training
+        self._device = device
+        self._size_px = size_px
+        self._beta = beta
         self._schedule: Schedule = folder.schedule().to(device)
-        self._frozen = torch.bfloat16 if training.precision == "bf16" else torch.float32
-        self.text, self.vae = TextEncoders(folder, device), folder.vae().to(device, self._frozen)
+        self._frozen_dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        self.text = TextEncoders(folder, device)
+        self.vae = folder.vae().to(device, self._frozen_dtype)
         for encoder in self.text.encoders:
-            encoder.to(self._frozen)
+            encoder.to(self._frozen_dtype)
         self.policy = Policy(folder, training, device)
-        self.reference = folder.unet().requires_grad_(False).to(device, self._frozen)
+        self.reference = folder.unet().requires_grad_(False).to(device, self._frozen_dtype)
         if training.compile:
             self.reference.compile()
         self._optimizer = make_optimizer(self.policy.parameters(), training)
         self._micro = training.micro_batch_size or training.batch_size
-        self.pictures = Pictures(rows, folder.tokenizers(), size_px)
-        ahead = {
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "pin_memory": device.type == "cuda",
-        }
-        self._loader = DataLoader(self.pictures, self._micro, **ahead)
-        self._batches = self._endless()
-        self.seconds = dict.fromkeys(
-            ("pictures", "VAE", "text encoders", "policy", "reference", "optimizer"), 0.0
+        self.images = Images(rows, folder.tokenizers(), size_px)
+        self._loader = DataLoader(
+            self.images,
+            self._micro,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
         )
+        self._batches = self._repeat_batches()
+        parts = ("images", "VAE", "text encoders", "policy", "reference", "optimizer")
+        self.seconds = dict.fromkeys(parts, 0.0)
 
     def close(self) -> None:
-        """End the processes that decode. Left to the garbage collector, each is waited for 5 s."""
+        """End the decoding processes. The garbage collector would wait 5 s for each."""
         self._batches.close()
         del self._batches, self._loader
 
     def step(self) -> float:
-        """The loss of its last micro-batch."""
+        """One optimizer step. Returns the loss of its last micro-batch."""
         self._optimizer.zero_grad(set_to_none=True)
         for _ in range(0, self._training.batch_size, self._micro):
-            with self._timed("pictures"):
+            with self._timed("images"):
                 pixels_w, pixels_l, ids, sizes = next(self._batches)
             with self._timed("VAE"):
-                latents = self._encoded(torch.cat([pixels_w, pixels_l]).to(self._device, non_blocking=True))
+                latents = self._encode(torch.cat([pixels_w, pixels_l]).to(self._device, non_blocking=True))
             with self._timed("text encoders"):
-                told = self.text.with_sizes(
-                    self.text(ids.numpy()), sizes.numpy(), np.zeros_like(sizes), (self._size_px,) * 2
-                )
-            loss = self.loss(latents, told)
+                text = self.text(ids.numpy())
+                target_size = (self._size_px, self._size_px)
+                conditioning = self.text.with_sizes(text, sizes.numpy(), np.zeros_like(sizes), target_size)
+            loss = self.loss(latents, conditioning)
             with self._timed("policy"):
                 (loss * self._micro / self._training.batch_size).backward()
         with self._timed("optimizer"):
@@ -100,36 +107,34 @@ class PublicRecipe:
             self._optimizer.step()
         return loss.item()
 
-    def loss(self, latents: Tensor, told: Conditioning) -> Tensor:
-        """Of float32 latents [2b c h w], winners first, and what the U-Net is told of each pair. Draws t and noise."""
+    def loss(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """Draw t and noise; the loss of float32 latents [2b c h w], winners first, with b conditionings."""
         noise = torch.randn_like(latents[: len(latents) // 2]).repeat(2, 1, 1, 1)
         t = torch.randint(1, self._schedule.T + 1, (len(latents) // 2,), device=self._device).repeat(2)
-        told = concatenated(told, told)
+        both = concatenated(conditioning, conditioning)
         with self._timed("policy"), self.policy.autocast():
-            theta = noise_errors(self.policy.trained, self._schedule, latents, noise, t, told)
+            theta = noise_errors(self.policy.trained, self._schedule, latents, noise, t, both)
         with self._timed("reference"), torch.no_grad():
-            told = {name: rows.to(self._frozen) for name, rows in told.items()}
-            ref = noise_errors(self._reference, self._schedule, latents, noise, t, told)
+            cast = {name: rows.to(self._frozen_dtype) for name, rows in both.items()}
+            ref = noise_errors(self._run_reference, self._schedule, latents, noise, t, cast)
         return diffusion_dpo_loss(theta, ref, self._beta)
 
-    def _reference(self, x_t: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.reference(x_t.to(self._frozen), *args, **kwargs)
+    def _run_reference(self, x_t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.reference(x_t.to(self._frozen_dtype), *args, **kwargs)
 
     @torch.no_grad()
-    def _encoded(self, pixels: Tensor) -> Tensor:
-        """A sample of the posterior of each picture, winners first: float32, whatever the VAE computes in."""
-        return (
-            self.vae.encode(pixels.to(self._frozen)).latent_dist.sample().float()
-            * self.vae.config.scaling_factor
-        )
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Latents: a float32 sample of each image's posterior, winners first."""
+        posterior = self.vae.encode(pixels.to(self._frozen_dtype)).latent_dist
+        return posterior.sample().float() * self.vae.config.scaling_factor
 
-    def _endless(self) -> Generator[list[Tensor], None, None]:
+    def _repeat_batches(self) -> Generator[list[Tensor], None, None]:
         while True:
             yield from self._loader
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        """Without waiting for a GPU: there the parts are those of the thread that feeds it."""
+        """Add to ``seconds``. On a GPU these are the seconds of the thread that launches its kernels."""
         began = time.monotonic()
         yield
         self.seconds[part] += time.monotonic() - began
@@ -141,10 +146,10 @@ def noise_errors(
     latents: Tensor,
     noise: Tensor,
     t: Tensor,
-    told: Conditioning,
+    conditioning: Conditioning,
 ) -> Tensor:
-    """Squared error of the model's prediction for each sample, mean over channels, height and width: float32 [2b]."""
-    output = predict(unet, add_noise(schedule, latents, noise, t), t, told)
+    """Squared error of each sample's prediction, averaged over channels, height and width: float32 [2b]."""
+    output = predict(unet, add_noise(schedule, latents, noise, t), t, conditioning)
     target = noise
     if schedule.prediction_type == "v_prediction":
         alpha_bar = schedule.alpha_bar[t].float().view(-1, 1, 1, 1)
@@ -153,17 +158,23 @@ def noise_errors(
 
 
 def diffusion_dpo_loss(theta: Tensor, ref: Tensor, beta: float) -> Tensor:
-    """Diffusion-DPO's loss from the errors of policy and reference, winners first: [2b] each, to a scalar."""
+    """Diffusion-DPO's loss, a scalar, from the errors of policy and reference: [2b] each, winners first."""
     theta_w, theta_l = theta.chunk(2)
     ref_w, ref_l = ref.chunk(2)
     return -F.logsigmoid(-0.5 * beta * ((theta_w - theta_l) - (ref_w - ref_l))).mean()
 
 
-class Pictures(Dataset):
-    """For each row: pixels of winner and loser, [3 size size] in -1..1, token ids [k s], the winner's (height, width)."""
+class Images(Dataset):
+    """The rows, decoded and tokenized.
+
+    An item holds the winner's and the loser's pixels [3 size size] in -1..1, token ids [k s], and the
+    (height, width) of the winner's file.
+    """
 
     def __init__(self, rows: Sequence[Row], tokenizers: Sequence[Any], size_px: int) -> None:
-        self._rows, self._tokenizers, self._size_px = rows, tokenizers, size_px
+        self._rows = rows
+        self._tokenizers = tokenizers
+        self._size_px = size_px
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -176,14 +187,14 @@ class Pictures(Dataset):
         return pixels, self._pixels(row[loser])[0], ids, torch.tensor(size)
 
     def _pixels(self, data: bytes) -> tuple[Tensor, tuple[int, int]]:
-        """Scaled until the shorter side is ``size_px``, then the centre square."""
+        """Scale the shorter side to ``size_px``, crop the center; also returns the file's (height, width)."""
         size = self._size_px
         with Image.open(io.BytesIO(data)) as file:
-            picture = file.convert("RGB")
-        width, height = picture.size
+            image = file.convert("RGB")
+        width, height = image.size
         if min(width, height) != size:
             scale = size / min(width, height)
-            picture = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
-        left, top = (picture.width - size) // 2, (picture.height - size) // 2
-        pixels = np.asarray(picture.crop((left, top, left + size, top + size)), np.float32) / 127.5 - 1
+            image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 127.5 - 1
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), (height, width)

@@ -1,4 +1,4 @@
-"""A model of a real one's size without a file, and shards and a ledger for it: what dde_core needs to train, and no more."""
+"""A model of real size without files, and shards and a ledger for it: all that dde_core needs to train."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ VAES = {
 
 
 class RandomFolder:
-    """Stands for a ModelFolder; every part is made on ``device``, with the same weights every time."""
+    """Replaces a ModelFolder: makes every part on ``device``, always with the same weights."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.name, self._device = name, device
+        self.name = name
+        self._device = device
         self.family = "sdxl" if name == "sdxl" else "sd15"
         self.no_caption_is_zeros = self.family == "sdxl"
         self.size_px = UNETS[name]["sample_size"] * 8
@@ -64,13 +65,11 @@ class RandomFolder:
 
     def text_encoders(self) -> list[Any]:
         with self._seeded():
-            first = CLIPTextModel(CLIPTextConfig(**(SMALL if self.name == "tiny" else CLIP_L)))
-            both = (
-                [first]
-                if self.family == "sd15"
-                else [first, CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_BIG_G))]
-            )
-        return [encoder.eval().requires_grad_(False) for encoder in both]
+            config = SMALL if self.name == "tiny" else CLIP_L
+            encoders: list[Any] = [CLIPTextModel(CLIPTextConfig(**config))]
+            if self.family == "sdxl":
+                encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_BIG_G)))
+        return [encoder.eval().requires_grad_(False) for encoder in encoders]
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
@@ -80,26 +79,28 @@ class RandomFolder:
             yield
 
     def tokenizers(self) -> list[CLIPTokenizer]:
-        """The shapes world's, padding to 77 as the real ones do."""
+        """The shapes model's tokenizers, which here pad to 77 tokens as the real ones do."""
         path = MODEL_DIR / "tokenizer"
         one = CLIPTokenizer.from_pretrained(str(path), local_files_only=True, model_max_length=TOKENS)
         return [one] * (2 if self.family == "sdxl" else 1)
 
 
 def write_shard_of(folder: RandomFolder, target: Path, captions: list[str]) -> None:
-    """One shard of random latents with these captions, and its manifest."""
-    pairs, side_px = len(captions), UNETS[folder.name]["sample_size"]
-    rng, shape = np.random.default_rng(0), (LATENT_CHANNELS, side_px, side_px)
+    """Write one shard of random latents with these captions, and its manifest."""
+    pairs = len(captions)
+    latent_size = UNETS[folder.name]["sample_size"]
+    shape = (LATENT_CHANNELS, latent_size, latent_size)
+    rng = np.random.default_rng(0)
     token_ids = tokenize(folder.tokenizers(), captions)
     num_tokenizers, num_tokens = token_ids.shape[1:]
     columns = {"pair_id": [f"pair-{i}" for i in range(pairs)], "label": [1.0] * pairs}
     columns |= {name: list(token_ids[:, k]) for k, name in enumerate(token_columns(num_tokenizers))}
     for side in "wl":
         columns[f"uid_{side}"] = [f"{i}{side}" for i in range(pairs)]
-        columns[f"latents_{side}"] = list(
-            rng.standard_normal((pairs, int(np.prod(shape)))).astype(np.float16)
-        )
-        columns |= {f"size_{side}": [[folder.size_px] * 2] * pairs, f"crop_{side}": [[0, 0]] * pairs}
+        latents = rng.standard_normal((pairs, int(np.prod(shape))))
+        columns[f"latents_{side}"] = list(latents.astype(np.float16))
+        columns[f"size_{side}"] = [[folder.size_px] * 2] * pairs
+        columns[f"crop_{side}"] = [[0, 0]] * pairs
     table = shard_table(columns, shard_schema(shape, num_tokenizers, num_tokens))
     manifest = Manifest(
         digest="random",
@@ -122,10 +123,12 @@ def write_ledger(
     training: TrainConfig,
     device: torch.device,
 ) -> Path:
-    """The errors of the model itself at one draw of the pairs at ``target``, in the run's arithmetic. The record's path."""
+    """Write the model's own ledger of one draw of the pairs at ``target``; return its record's path."""
     with LatentReader(fs.LocalFileSystem(), str(target)) as reader:
         maker = BatchMaker(reader, folder, folder.schedule(), objective, training, device)
-        policy, rows, errors = Policy(folder, training, device), reader.shard(0), []
+        policy = Policy(folder, training, device)
+        rows = reader.shard(0)
+        errors: list[PairErrors] = []
         for part in slices(rows, training.micro_batch_size):
             batch = maker.make(part)
             with policy.autocast():

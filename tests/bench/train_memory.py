@@ -1,5 +1,7 @@
-"""How much memory does training take beyond what it must? The peak of the real loop's process against that of the floor's, each
-in a process of its own that imports the same."""
+"""How much memory does training take beyond the minimum? The peak of the real loop against that of the floor.
+
+Each runs in a process of its own with the same imports.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import torch
 from services.training.worker.step_timer import peak_resident_bytes
 from tests.bench.cases import Case
 from tests.bench.measure import Result, result
-from tests.bench.train_speed import a_floor
+from tests.bench.train_speed import make_floor
 
 STEPS = 4
 
@@ -26,7 +28,8 @@ def train_memory(scratch: Path) -> dict[str, Result]:
     for case in (Case.shapes(scratch / "shapes"), Case.mid_size(scratch / "mid")):
         ledger = case.write_ledger()
         imports, floor, ours = (_in_a_process(case, side, ledger) for side in ("imports", "floor", "ours"))
-        against = f"the floor's {floor['peak_mb']:.0f} MB; imports alone {imports['peak_mb']:.0f} MB; {case.batch_size} pairs a step"
+        baselines = f"the floor's {floor['peak_mb']:.0f} MB; imports alone {imports['peak_mb']:.0f} MB"
+        against = f"{baselines}; {case.batch_size} pairs a step"
         name = f"train_memory_vs_floor{case.title}"
         found[name] = result(ours["peak_mb"] / floor["peak_mb"], ours["peak_mb"], "MB", against)
     return found
@@ -45,7 +48,7 @@ def _measure(case: Case, side: str, ledger: str) -> dict[str, float]:
     if side == "ours":
         case.train("memory", STEPS, ledger)
     elif side == "floor":
-        floor = a_floor(case)
+        floor = make_floor(case)
         for _ in range(STEPS):
             floor.step()
     return {"peak_mb": peak_resident_bytes() / 1e6}
@@ -56,5 +59,5 @@ if __name__ == "__main__":
     parser.add_argument("--side", choices=["imports", "floor", "ours"], required=True)
     parser.add_argument("--ledger", required=True)
     parser.add_argument("--case", type=json.loads, required=True)
-    asked = parser.parse_args()
-    print(json.dumps(_measure(Case(**asked.case), asked.side, asked.ledger)))
+    options = parser.parse_args()
+    print(json.dumps(_measure(Case(**options.case), options.side, options.ledger)))

@@ -1,5 +1,8 @@
-"""How fast is training? Pairs/s of the real loop (shards, ledger, metrics and journal, one worker) against the public recipe,
-and against the least that a step can cost. The same model, batch size, optimizer and precision, in one process, in turn."""
+"""How fast is training? Pairs/s of the real loop, against the public recipe and against the floor.
+
+The real loop reads shards and a ledger, writes metrics and a journal, and has one worker. All sides have the
+same model, batch size, optimizer and precision, and alternate in one process.
+"""
 
 from __future__ import annotations
 
@@ -27,37 +30,39 @@ def train_speed(scratch: Path) -> dict[str, Result]:
 
 
 def measure(case: Case, steps: int, rounds: int) -> dict[str, Result]:
-    """By the median of ``steps`` steps a side and round, after warming up. Short rounds: sides that follow each other
-    closely meet the same machine."""
-    ledger, runs, steps = case.write_ledger(), itertools.count(), steps + WARM_UP
-    public, floor = public_recipe(case), a_floor(case)
+    """From the median of ``steps`` steps a side and round, after the warm-up.
+
+    Short rounds keep the sides close in time, so a load on the machine slows all of them.
+    """
+    ledger = case.write_ledger()
+    runs = itertools.count()
+    steps += WARM_UP
+    public = public_recipe(case)
+    floor = make_floor(case)
     sides = {
         "ours": lambda: pairs_per_s(case.batch_size, case.train(f"run-{next(runs)}", steps, ledger)),
         "public recipe": lambda: case.batch_size / median_step(public.step, steps),
         "floor": lambda: case.batch_size / median_step(floor.step, steps),
     }
     found = in_turn(rounds, sides)
-    total = sum(public.seconds.values())
-    shares = ", ".join(f"{part} {100 * seconds / total:.0f}%" for part, seconds in public.seconds.items())
-    of, name = (
-        f"steps of {case.batch_size} pairs, pictures of {case.size_px} px",
-        f"train_vs_public_recipe{case.title}",
-    )
+    total_s = sum(public.seconds.values())
+    parts = ", ".join(f"{part} {100 * seconds / total_s:.0f}%" for part, seconds in public.seconds.items())
+    of = f"steps of {case.batch_size} pairs, images of {case.size_px} px"
+    name = f"train_vs_public_recipe{case.title}"
+    against = f"the public recipe ({parts}), {of}{ceiling(name)}"
     return {
-        name: ratio(
-            found, "ours", "public recipe", "pairs/s", f"the public recipe ({shares}), {of}{ceiling(name)}"
-        ),
+        name: ratio(found, "ours", "public recipe", "pairs/s", against),
         f"train_vs_floor{case.title}": ratio(found, "ours", "floor", "pairs/s", f"tensors in memory, {of}"),
     }
 
 
 def public_recipe(case: Case) -> PublicRecipe:
-    """On twice a batch of drawn scenes, their files in memory."""
+    """On twice a batch of rendered scenes, with their image files in memory."""
     rows = list(synthetic_rows(2 * case.batch_size, size=case.size_px, shared=0.0))
     return PublicRecipe(case.folder, case.config(), CPU, rows, case.size_px, OBJECTIVE.beta, workers=0)
 
 
-def a_floor(case: Case) -> Floor:
+def make_floor(case: Case) -> Floor:
     """On the first batch of the case's pairs."""
     maker = batch_maker(case.folder, case.encoded, OBJECTIVE, **case.training(1))
     rows = maker.rows(0, 0, 1)
@@ -65,7 +70,7 @@ def a_floor(case: Case) -> Floor:
 
 
 def median_step(step: Callable[[], object], steps: int) -> float:
-    """Seconds, after the warm-up."""
+    """Median seconds of a step, after the warm-up."""
     seconds = []
     for _ in range(steps):
         watch = Stopwatch()

@@ -1,9 +1,8 @@
-"""Are two workers twice as fast as one? Pairs/s of the train stage on Ray Train, the same global batch on one worker and two;
-and where the rest goes, measured without Ray.
+"""Are two workers twice as fast as one? Pairs/s of the train stage on Ray Train with the same global batch.
 
-A step of one worker is cut in two: each half is a smaller batch, with the whole optimizer beside it (``half a batch``). Both
-halves run at once and share the machine's caches and memory (``at once``). Gradients are added over workers
-(``communication``: gloo, as much as the model has). What is then left is Ray's, the data's and the loop's own.
+Where the rest of a step goes is measured without Ray: ``half a batch`` is a step of half the pairs with the
+whole optimizer. ``at once`` is the slowdown while both halves share the machine's caches and memory.
+``communication`` adds up all gradients over gloo. What remains belongs to Ray, the data and the loop.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ import socket
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
 
 from dde_core.models.policy import use_deterministic_kernels
 from services.stages.journal import Journal
+from services.stages.specs import JournalEvent
 from services.training.train import train
-from tests.bench.cases import WARM_UP, Case, step_seconds, told_steps
+from tests.bench.cases import WARM_UP, Case, step_entries, step_seconds
 from tests.bench.measure import Result, Stopwatch, in_turn, ratio, result
-from tests.bench.train_speed import a_floor, median_step
+from tests.bench.train_speed import make_floor, median_step
 
 WORKERS = 2
 
@@ -34,35 +33,38 @@ WORKERS = 2
 def two_workers(scratch: Path, rounds: int = 2, steps: int = 5) -> dict[str, Result]:
     """``two_workers_vs_one`` on the mid-size U-Net, 8 pairs a step, and a result for each part of a step."""
     case = Case.mid_size(scratch / "mid", batch_size=8)
-    ledger, runs, steps = case.write_ledger(), itertools.count(), steps + WARM_UP
-    told: dict[int, list[dict[str, float]]] = {1: [], WORKERS: []}
+    ledger = case.write_ledger()
+    runs = itertools.count()
+    steps += WARM_UP
+    metrics: dict[int, list[dict[str, float]]] = {1: [], WORKERS: []}
 
     def pairs_per_s(workers: int) -> float:
         entries = _trained(case, f"run-{next(runs)}", steps, ledger, workers)
-        told[workers] += [entry.metrics or {} for entry in entries[WARM_UP:]]
+        metrics[workers] += [entry.metrics or {} for entry in entries[WARM_UP:]]
         return case.batch_size / statistics.median(step_seconds(entries))
 
     found = in_turn(rounds, {"two": lambda: pairs_per_s(WORKERS), "one": lambda: pairs_per_s(1)})
     what = f"one worker, steps of {case.batch_size} pairs of the mid-size U-Net on {os.cpu_count()} cores"
     step_s = case.batch_size / statistics.median(found["two"])
-    waited_s = step_s * statistics.median(metrics["data_wait"] for metrics in told[WORKERS])
+    waited_s = step_s * statistics.median(step["data_wait"] for step in metrics[WORKERS])
     return {
         "two_workers_vs_one": ratio(found, "two", "one", "pairs/s", what),
         **_parts(case, steps, step_s, waited_s),
     }
 
 
-def _trained(case: Case, name: str, steps: int, ledger: str, workers: int) -> list[Any]:
-    """By the stage itself. What each step told."""
+def _trained(case: Case, name: str, steps: int, ledger: str, workers: int) -> list[JournalEvent]:
+    """Run the train stage; return the journal's entry of each step."""
     spec = case.spec(name, case.training(steps, reference="ledger"))
     spec = spec.model_copy(update={"ledger": ledger, "workers": workers})
     train(spec, Journal(spec.prefix))
-    return told_steps(spec.prefix)
+    return step_entries(spec.prefix)
 
 
 def _parts(case: Case, steps: int, step_s: float, waited_s: float) -> dict[str, Result]:
-    """Seconds of a step of two workers, part by part."""
-    (whole_s,), (half_s,) = (_alone(case, share, steps) for share in (1, WORKERS))
+    """The parts of a step of two workers, in seconds."""
+    whole_s = _alone(case, 1, steps)
+    half_s = _alone(case, WORKERS, steps)
     at_once = _together(case, steps)
     together_s = max(seconds for seconds, _ in at_once)
     communication_s = max(seconds for _, seconds in at_once)
@@ -75,11 +77,11 @@ def _parts(case: Case, steps: int, step_s: float, waited_s: float) -> dict[str, 
         "communication": (communication_s, "adding all gradients over gloo, with nothing else to do"),
         "data": (
             waited_s,
-            "waiting for rows, text and draws, as the loop tells (the text is in half a batch, too)",
+            "waiting for rows, text and draws, as the loop measures (the text is in half a batch, too)",
         ),
         "rest": (
             step_s - together_s - communication_s,
-            "Ray, gathering errors, telling, and waiting for the slower one",
+            "Ray, collecting errors, logging, and waiting for the slower worker",
         ),
     }
     return {
@@ -90,14 +92,14 @@ def _parts(case: Case, steps: int, step_s: float, waited_s: float) -> dict[str, 
     }
 
 
-def _alone(case: Case, share: int, steps: int) -> list[float]:
-    """Median seconds of the floor's step on a part of the batch, in a process of its own."""
+def _alone(case: Case, parts: int, steps: int) -> float:
+    """Median seconds of the floor's step on 1 / ``parts`` of the batch, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.starmap(_floor_step, [(case, share, steps)])
+        return pool.apply(_floor_step, (case, parts, steps))
 
 
 def _together(case: Case, steps: int) -> list[tuple[float, float]]:
-    """For each of two processes at once: median seconds of the floor's step, and of adding up its gradients."""
+    """Of each of two processes that run at once: median seconds of the floor's step and of its all-reduce."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -107,9 +109,10 @@ def _together(case: Case, steps: int) -> list[tuple[float, float]]:
         )
 
 
-def _floor_step(case: Case, share: int, steps: int) -> float:
+def _floor_step(case: Case, parts: int, steps: int) -> float:
     use_deterministic_kernels()
-    return median_step(a_floor(replace(case, batch_size=case.batch_size // share)).step, steps)
+    smaller = replace(case, batch_size=case.batch_size // parts)
+    return median_step(make_floor(smaller).step, steps)
 
 
 def _floor_and_sum(case: Case, steps: int, rank: int, address: str) -> tuple[float, float]:

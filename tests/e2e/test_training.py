@@ -127,7 +127,9 @@ def test_the_loss_curve_of_100_steps_is_the_golden_one(runs: Runs, tmp_path: Pat
         GOLDEN.write_text(json.dumps(losses))
     golden = json.loads(GOLDEN.read_text())
     assert losses[:50] == pytest.approx(golden[:50], rel=5e-4)
-    assert losses[50:] == pytest.approx(golden[50:], rel=1e-2), "training amplifies the last digits of another CPU"
+    assert losses[50:] == pytest.approx(golden[50:], rel=1e-2), (
+        "training amplifies the last digits of another CPU"
+    )
 
 
 def test_the_model_version_says_where_it_came_from(runs: Runs):

@@ -19,7 +19,7 @@ from services.ingest import encode as ingest
 from services.ingest.committed import commit
 from services.ingest.joining import ShardWork, join_shard
 from services.ingest.plan import Plan
-from services.ingest.reading import read_pictures
+from services.ingest.reading import read_images
 from services.ingest.stages import Encoder, segments
 from services.pairs.source import Source, open_source
 from services.pairs.validation import inspect
@@ -40,7 +40,7 @@ def encode_blocks(
     size, encoder = settings["resolution"], Encoder(model, settings["resolution"], "cpu")
     try:
         for work in segments(plan, done, 2):
-            for row in read_pictures(work, source, size, settings["flip"] == "all"):
+            for row in read_images(work, source, size, settings["flip"] == "all"):
                 made = encoder({name: np.array([value], dtype=object) for name, value in row.items()})
                 yield commit({name: values[0] for name, values in made.items()}, folder)
     finally:

@@ -3,13 +3,14 @@ command line.
 """
 
 from alembic import context
+from sqlalchemy import Connection
 
 from services.control.database import Database
 from services.control.tables import Base
 from services.settings import Settings
 
 
-def run(connection) -> None:  # type: ignore[no-untyped-def]
+def run(connection: Connection) -> None:
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
@@ -20,10 +21,10 @@ def run(connection) -> None:  # type: ignore[no-untyped-def]
         context.run_migrations()
 
 
-given = context.config.attributes.get("connection")
-if given is not None:
-    run(given)
+connection = context.config.attributes.get("connection")
+if connection is not None:
+    run(connection)
 else:
     settings = Settings()  # type: ignore[call-arg]
-    with Database(settings.database_url).engine.begin() as made:
-        run(made)
+    with Database(settings.database_url).engine.begin() as new_connection:
+        run(new_connection)

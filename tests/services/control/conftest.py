@@ -205,7 +205,7 @@ UNET_LAYERS = {"conv_in": (4, 4, 3, 3), "mid_block.attn1.to_q": (4, 4), "mid_blo
 
 
 def write_base(folder: Path, pipeline: str = "StableDiffusionPipeline") -> str:
-    """A folder with the files of a diffusers pipeline; of weights, only the U-Net's layers are looked at here."""
+    """A folder with the files of a diffusers pipeline. Only the U-Net has layers: no others are checked."""
     parts = COMPONENTS[PIPELINES[pipeline]]
     for part in parts:
         (folder / part).mkdir(parents=True, exist_ok=True)

@@ -44,8 +44,11 @@ SPECS: dict[Stage, type[StageSpec]] = {
 
 
 class FakeLauncher:
-    """Keeps what was submitted and stopped. ``plays`` says what each stage does; ``down`` makes Ray silent, ``deaf`` holds
-    runs that go on when they are stopped. Others leave the marker that the frame around every stage leaves."""
+    """Records what was submitted and stopped.
+
+    ``plays`` maps each stage to its behavior. ``down`` makes Ray unreachable. Runs in ``deaf`` ignore a
+    stop; others then write the marker that every stage writes.
+    """
 
     def __init__(self, **plays: Play) -> None:
         self.plays: dict[Stage, Play] = {

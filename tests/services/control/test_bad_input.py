@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
 
-from services.control.dependencies import BODY_BYTES
 from services.api.answers import ErrorView
+from services.control.dependencies import BODY_BYTES
 from tests.services.control.conftest import make_plane, write_base, write_pairs
 
 JOBS = "/v1/alignment/jobs"
@@ -118,7 +118,8 @@ TABLE = [
                 "workers": workers,
             },
             "training.optimizer",
-            'training.optimizer: does not go with training.parallelism "fsdp" where workers may be 4, got "adamw_8bit"',
+            'training.optimizer: cannot be combined with training.parallelism "fsdp" on up to 4 workers, '
+            'got "adamw_8bit"',
         )
         for workers in (4, [1, 4])
     ),
@@ -247,7 +248,7 @@ def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(steady, pr
         post(f"{prefix}prompts_uri: cannot be read, got '{uri}'", prompts_uri=str(uri))
     uri = str(steady.root / "prompts.txt")
     post(
-        f"{prefix}prompts_uri: '{uri}' holds 3 prompts, {prefix}num_prompts asks for 4",
+        f"{prefix}prompts_uri: '{uri}' has 3 prompts, {prefix}num_prompts requires 4",
         prompts_uri=uri,
         num_prompts=4,
     )
@@ -299,13 +300,14 @@ VALIDATION = [
         {"prompts_uri": "{root}/prompts.txt", "num_prompts": 4},
         {},
         "prompts_uri",
-        "'{root}/prompts.txt' holds 3 prompts, validation.num_prompts asks for 4",
+        "'{root}/prompts.txt' has 3 prompts, validation.num_prompts requires 4",
     ),
     (
         {"num_prompts": 2},
         {},
         "num_prompts",
-        "'{root}/prompts.txt' holds 3 prompts, evaluation.num_prompts takes 2 and validation.num_prompts asks for 2",
+        "'{root}/prompts.txt' has 3 prompts, evaluation.num_prompts requires 2 and "
+        "validation.num_prompts requires 2",
     ),
     (
         {"prompts_uri": "{root}/other.txt", "num_prompts": 2},
@@ -388,7 +390,8 @@ def test_a_parquet_file_that_breaks_half_way_is_refused(steady):
 
 def test_missing_columns_are_all_named_and_wrong_types_too(steady):
     missing = write_pairs(steady.root / "missing", caption=None, label_1=None)
-    message = f"uri '{missing}' lacks the columns label_1, caption; found: jpg_0, jpg_1, label_0, image_0_uid, image_1_uid"
+    found = "jpg_0, jpg_1, label_0, image_0_uid, image_1_uid"
+    message = f"uri '{missing}' lacks the columns label_1, caption; found: {found}"
     refused(steady, "/v1/datasets", {"name": "d", "uri": missing}, 400, "uri", message)
     wrong = write_pairs(steady.root / "wrong", label_0=pa.array(["1"] * 10))
     message = f"column label_0 of '{wrong}' has the wrong type string"
@@ -401,7 +404,8 @@ def test_a_job_on_more_bad_rows_than_it_allows_is_refused_before_anything_is_spe
         "/v1/datasets", {"name": "bad", "uri": write_pairs(steady.root / "bad", caption=captions)}
     )
     body = steady.job_body(dataset=dataset["id"])
-    message = "2 of 10 rows are bad (caption_missing 1, caption_null_byte 1): more than data.max_bad_fraction = 0.01 allows"
+    causes = "(caption_missing 1, caption_null_byte 1)"
+    message = f"2 of 10 rows are bad {causes}: more than data.max_bad_fraction = 0.01 allows"
     refused(steady, "/v1/alignment/jobs", body, 400, "data.max_bad_fraction", message)
     steady.post("/v1/alignment/jobs", body | {"data": {"max_bad_fraction": 0.2}})
 
@@ -466,7 +470,8 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     other_kind = plane.root / "flux"
     other_kind.mkdir()
     (other_kind / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    message = f"uri '{other_kind}' is not a diffusers folder that can be aligned: pipeline 'FluxPipeline' is not supported yet"
+    refused = f"uri '{other_kind}' is not a diffusers folder that can be aligned"
+    message = f"{refused}: pipeline 'FluxPipeline' is not supported yet"
     post("uri", message, uri=str(other_kind))
     scheduler = plane.root / "base" / "scheduler" / "scheduler_config.json"
     scheduler.write_text('{"num_train_timesteps": 1000, "prediction_type": "flow_prediction"}')
@@ -477,7 +482,8 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}')
     post(
         "uri",
-        f"uri '{base}' cannot be aligned: _class_name is of flow matching, which is not supported yet, got 'FlowMatch",
+        f"uri '{base}' cannot be aligned: _class_name is of flow matching, which is not supported yet, "
+        "got 'FlowMatch",
     )
     cosine = {
         "num_train_timesteps": 1000,
@@ -488,7 +494,8 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     scheduler.write_text(json.dumps(cosine))
     post(
         "uri",
-        f"uri '{base}' cannot be aligned: beta_schedule must be one of scaled_linear, linear, got 'squaredcos",
+        f"uri '{base}' cannot be aligned: beta_schedule must be one of scaled_linear, linear, "
+        "got 'squaredcos",
     )
     scheduler.write_text("{}")
     post(
@@ -502,7 +509,8 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     (unet / "config.json").write_text('{"addition_embed_type": "text_time"}')
     post(
         "uri",
-        f"uri '{base}' cannot be aligned: unet.addition_embed_type must be None in a sd15 model, got 'text_time'",
+        f"uri '{base}' cannot be aligned: unet.addition_embed_type must be None in a sd15 model, "
+        "got 'text_time'",
     )
     (unet / "model.safetensors").rename(unet / "model.fp16.safetensors")
     post("uri", f"uri '{base}' lacks unet/*.safetensors")

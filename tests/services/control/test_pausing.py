@@ -208,7 +208,10 @@ def test_training_that_hangs_is_ended_after_a_while_and_its_end_is_waited_for(pl
     plane.settle(8)
     assert status(plane, job) == "paused"
     said = plane.get(f"{JOBS}/{job}/events?limit=1000")["data"]
-    ended = r"stage train did not stop within 30\d s of the request and is being killed; what it stored last is kept"
+    ended = (
+        r"stage train did not stop within 30\d s of the request and is being killed; "
+        r"what it stored last is kept"
+    )
     lives = "Ray did not confirm that the run ended; it may still be running"
     warnings = [event["message"] for event in said if event["level"] == "warning"]
     assert re.fullmatch(ended, warnings[0])

@@ -23,7 +23,8 @@ def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
 
 
 def test_the_control_plane_imports_neither_torch_nor_ray():
-    code = "import sys, services.control.app, services.control.__main__; print([m for m in ('torch', 'ray') if m in sys.modules])"
+    imports = "import sys, services.control.app, services.control.__main__"
+    code = f"{imports}; print([m for m in ('torch', 'ray') if m in sys.modules])"
     assert run("-c", code).stdout.strip() == "[]"
 
 

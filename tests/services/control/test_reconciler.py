@@ -317,9 +317,7 @@ def test_a_run_that_writes_its_journal_lives_however_long_ray_is_away(plane):
     plane.settle(2)
     ended = plane.get(f"{JOBS}/{job}")
     assert (ended["status"], ended["reason"]["code"]) == ("failed", "cluster_unreachable")
-    assert (
-        "and the journal did not grow: Ray at http://nowhere does not answer" in ended["reason"]["message"]
-    )
+    assert "and the journal did not grow: Ray at http://nowhere does not answer" in ended["reason"]["message"]
     assert files.exists(f"{spec.prefix}/stop.json"), "a run that lives nevertheless stores its state and ends"
 
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
 
+from services.api import answers
 from services.api.records import DatasetReport
 from services.artifacts import models
-from services.api import answers
 from services.stages import layout
 from services.storage import files
 from tests.services.control import fakes

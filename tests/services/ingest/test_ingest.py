@@ -1,4 +1,4 @@
-"""Encoding: pairs come out as they went in, every picture is encoded once, what was committed stays, what is bad is told."""
+"""Encoding: pairs come out as they went in, every image is encoded once, what was committed stays, what is bad is told."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from services.ingest import encode as ingest
 from services.ingest import plan
 from services.ingest.committed import commit
 from services.ingest.plan import Planner
-from services.ingest.reading import read_pictures
+from services.ingest.reading import read_images
 from services.ingest.stages import segments
 from services.pairs.images import decode
 from services.pairs.row import Preference, Row
@@ -34,7 +34,7 @@ from tests.support.pairs_file import pair_rows, write_pairs
 
 @pytest.fixture
 def encode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> EncodeHere:
-    """Blocks of at most 8 pictures, shards of at most 6 pairs."""
+    """Blocks of at most 8 images, shards of at most 6 pairs."""
     monkeypatch.setattr(plan, "FEWEST_IMAGES", 1)
     monkeypatch.setattr(plan, "MOST_IMAGES", 8)
     monkeypatch.setattr(ingest, "PAIRS_PER_SHARD", 6)
@@ -54,7 +54,7 @@ def events(encode: EncodeHere, attempt: int) -> list[str]:
     return [entry.message for _, some in read_journal(prefix, 0) for entry in some if entry.message]
 
 
-def test_every_pair_has_the_latents_of_its_own_two_pictures(encode: EncodeHere, tmp_path: Path):
+def test_every_pair_has_the_latents_of_its_own_two_images(encode: EncodeHere, tmp_path: Path):
     rows = pair_rows(20)  # two ties among them
     rows[7]["image_1_uid"], rows[7]["jpg_1"] = rows[1]["image_0_uid"], rows[1]["jpg_0"]  # of an earlier block
     rows[15]["image_0_uid"], rows[15]["jpg_0"] = rows[14]["image_0_uid"], rows[14]["jpg_0"]
@@ -149,13 +149,13 @@ def broken_off(encode: EncodeHere, path: Path, monkeypatch: pytest.MonkeyPatch, 
     return dataset
 
 
-def test_a_block_that_lacks_a_picture_is_never_taken_for_a_bad_picture(
+def test_a_block_that_lacks_an_image_is_never_taken_for_a_bad_image(
     encode: EncodeHere, tmp_path: Path, monkeypatch
 ):
     path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
     dataset = broken_off(encode, path, monkeypatch, blocks=2)
     commit({"block": 0, "latents": b"", "about": "[]", "bad": "{}"}, dataset.as_uri())
-    with pytest.raises(DataError, match=r"block 0 of .* lacks 8 pictures that were encoded"):
+    with pytest.raises(DataError, match=r"block 0 of .* lacks 8 images that were encoded"):
         encode(path)
     assert not (dataset / "manifest.json").exists()
 
@@ -214,22 +214,22 @@ def test_blocks_between_that_are_there_are_passed_over(tmp_path: Path):
     all_of_it = {
         row["block"]: row
         for work in segments(planned, set(), 1)
-        for row in read_pictures(work, source, 32, False)
+        for row in read_images(work, source, 32, False)
     }
     some = {
         row["block"]: row
         for work in segments(planned, {0, 2, 3}, 1)
-        for row in read_pictures(work, source, 32, False)
+        for row in read_images(work, source, 32, False)
     }
     assert some == {number: row for number, row in all_of_it.items() if number not in (0, 2, 3)}
     assert sum(len(json.loads(row["about"])) for row in all_of_it.values()) == planned.num_images
 
 
-def test_bad_rows_and_bad_pictures_are_quarantined_by_row_and_cause(encode: EncodeHere, tmp_path: Path):
+def test_bad_rows_and_bad_images_are_quarantined_by_row_and_cause(encode: EncodeHere, tmp_path: Path):
     rows = pair_rows(20)
     rows[0]["caption"] = "x\0y"
     rows[3]["jpg_0"] = b"no picture"
-    rows[4]["image_1_uid"] = rows[3]["image_0_uid"]  # the same uid: its picture is the one that stands first
+    rows[4]["image_1_uid"] = rows[3]["image_0_uid"]  # the same uid: its image is the one that stands first
     result = encode(write_pairs(tmp_path / "pairs.parquet", rows), max_bad_fraction=0.2)
     lines = files.read_bytes(files.join(result.dataset, "quarantine.jsonl")).decode().splitlines()
     told = {line["row"].rsplit(":", 1)[1]: line for line in map(json.loads, lines)}
@@ -273,7 +273,7 @@ def test_a_source_that_has_changed_since_it_was_registered_is_refused(encode: En
     assert refused.value.code == "dataset_changed"
 
 
-def test_progress_is_told_in_rows_pictures_and_what_is_left(encode: EncodeHere, tmp_path: Path):
+def test_progress_is_told_in_rows_images_and_what_is_left(encode: EncodeHere, tmp_path: Path):
     encode(write_pairs(tmp_path / "pairs.parquet", pair_rows(20)))
     entries = [entry for _, some in read_journal((encode.folder / "a1").as_uri(), 0) for entry in some]
     last = [entry.metrics for entry in entries if entry.metrics][-1]
@@ -281,5 +281,5 @@ def test_progress_is_told_in_rows_pictures_and_what_is_left(encode: EncodeHere, 
     assert last["images_per_s"] > 0
     assert (last["eta_s"], last["quarantined"]) == (0, 0)
     assert any(
-        "36 of 36 pictures encoded (20 of 20 rows)" in entry.message for entry in entries if entry.message
+        "36 of 36 images encoded (20 of 20 rows)" in entry.message for entry in entries if entry.message
     )

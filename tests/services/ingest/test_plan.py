@@ -1,4 +1,4 @@
-"""A plan cuts rows into pieces that depend on the source alone, and has every picture encoded once."""
+"""A plan cuts rows into pieces that depend on the source alone, and has every image encoded once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ROWS = st.lists(
 
 
 @given(st.lists(ROWS, max_size=4), st.integers(1, 9))
-def test_every_picture_is_encoded_once_and_every_row_is_in_one_block(
+def test_every_image_is_encoded_once_and_every_row_is_in_one_block(
     units: list[list[Row]], images_per_block: int
 ):
     plan = planned(units, images_per_block)
@@ -72,7 +72,7 @@ def test_every_picture_is_encoded_once_and_every_row_is_in_one_block(
         assert [row for start, stop in stretches for row in range(start, stop)] == list(range(len(rows)))
     slots = [uid for rows in units for row in rows if row.kind == "decided" for uid in row.uids]
     assert [found[uid][0] for uid in slots] == plan.homes.tolist(), (
-        "a slot's home is the block that encodes its picture"
+        "a slot's home is the block that encodes its image"
     )
     assert len({(uid, number) for uid, number in zip(slots, plan.images.tolist(), strict=True)}) == len(
         set(slots)
@@ -89,7 +89,7 @@ def test_shards_hold_every_block_with_pairs_in_order(
     assert all(len(shard) == 1 or sum(block.pairs for block in shard) <= pairs_per_shard for shard in shards)
 
 
-def test_a_block_holds_no_more_pictures_than_it_may_unless_one_row_has_more():
+def test_a_block_holds_no_more_images_than_it_may_unless_one_row_has_more():
     rows = [decided("a", "1", "2"), decided("b", "3", "4"), decided("c", *"56789"), decided("d", "0", "1")]
     assert [(block.start, block.stop) for block in planned([rows]).blocks] == [(0, 2), (2, 3), (3, 4)]
 
@@ -102,7 +102,7 @@ def test_what_is_done_is_not_pending():
         ("0", [0, 1])
     ]
     assert [block.number for _, blocks in plan.pending({0}) for block in blocks] == [1]
-    assert list(plan.pending({0, 1})) == [], "the last block's pictures are in the first two"
+    assert list(plan.pending({0, 1})) == [], "the last block's images are in the first two"
 
 
 def test_rows_are_counted_by_what_they_are_and_repeated_pairs_found():
@@ -117,7 +117,7 @@ def test_rows_are_counted_by_what_they_are_and_repeated_pairs_found():
     assert (counts.bad, counts.pairs, counts.duplicates) == ({"label_nan": 2}, 3, 1)
 
 
-def test_rows_that_hold_a_bad_picture_are_found_in_whatever_block_it_was_read():
+def test_rows_that_hold_a_bad_image_are_found_in_whatever_block_it_was_read():
     plan = planned(
         [[decided("a", "1", "2"), decided("b", "3", "4"), decided("c", "5", "1")]], images_per_block=2
     )

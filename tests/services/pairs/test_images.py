@@ -1,4 +1,4 @@
-"""Pictures that are used, pictures that are not, and why."""
+"""Images that are used, images that are not, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from services.pairs.images import MAX_FILE_BYTES, BadPicture, decode
+from services.pairs.images import MAX_FILE_BYTES, BadImage, decode
 from tests.support.hostile_rows import ODD, PICTURES, drawn, png_of, saved
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -21,9 +21,9 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_hostile_picture_is_refused_with_its_cause_and_without_a_warning(name):
+def test_a_hostile_image_is_refused_with_its_cause_and_without_a_warning(name):
     cause, make = PICTURES[name]
-    with pytest.raises(BadPicture) as refused:
+    with pytest.raises(BadImage) as refused:
         decode(make(RNG), 32)
     assert refused.value.cause == cause
     again = pickle.loads(pickle.dumps(refused.value))
@@ -40,10 +40,10 @@ def test_unusual_kinds_and_modes_become_rgb_as_pil_converts_them(kind, mode, opt
 @pytest.mark.parametrize(("width", "height"), [(40, 24), (24, 40), (41, 24), (24, 24)])
 def test_the_centre_square_is_cut_out_and_its_place_told(width, height):
     pixels = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    picture = decode(saved(pixels), 24)
-    top, left = picture.crop
-    assert (picture.size, top, left) == ((height, width), (height - 24) // 2, (width - 24) // 2)
-    assert np.array_equal(picture.pixels, pixels[top : top + 24, left : left + 24])
+    image = decode(saved(pixels), 24)
+    top, left = image.crop
+    assert (image.size, top, left) == ((height, width), (height - 24) // 2, (width - 24) // 2)
+    assert np.array_equal(image.pixels, pixels[top : top + 24, left : left + 24])
 
 
 def test_any_size_is_scaled_to_the_size_that_is_asked_for():
@@ -67,13 +67,13 @@ def test_a_photo_is_turned_upright_as_its_exif_says(orientation):
     exif[0x0112] = orientation
     data = saved(RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8), "PNG", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    picture = decode(data, 24)
-    assert picture.size == (upright.height, upright.width) == ((24, 32) if orientation < 5 else (32, 24))
-    top, left = picture.crop
-    assert np.array_equal(picture.pixels, np.asarray(upright)[top : top + 24, left : left + 24])
+    image = decode(data, 24)
+    assert image.size == (upright.height, upright.width) == ((24, 32) if orientation < 5 else (32, 24))
+    top, left = image.crop
+    assert np.array_equal(image.pixels, np.asarray(upright)[top : top + 24, left : left + 24])
 
 
-def test_a_photo_with_previews_behind_it_is_its_first_picture():
+def test_a_photo_with_previews_behind_it_is_its_first_image():
     frames, out = [Image.fromarray(np.full((24, 24, 3), grey, np.uint8)) for grey in (50, 200)], io.BytesIO()
     frames[0].save(out, "MPO", save_all=True, append_images=frames[1:])
     assert abs(decode(out.getvalue(), 24).pixels.astype(int) - 50).max() <= 1
@@ -85,12 +85,12 @@ def test_a_bomb_is_refused_before_its_pixels_are_made(tmp_path):
     code = f"""
 import resource
 from pathlib import Path
-from services.pairs.images import BadPicture, decode
+from services.pairs.images import BadImage, decode
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before, data = peak(), Path({str(bomb)!r}).read_bytes()
 try:
     decode(data, 32)
-except BadPicture as error:
+except BadImage as error:
     print(error.cause, peak() - before)
 """
     done = subprocess.run(
@@ -110,13 +110,13 @@ def test_a_tiff_of_very_many_pages_is_refused_without_counting_them(monkeypatch)
     data += b"".join(
         struct.pack("<H", 8) + page + struct.pack("<I", 8 + size * (n + 1)) for n in range(pages)
     )
-    with pytest.raises(BadPicture) as refused:
+    with pytest.raises(BadImage) as refused:
         decode(data, 32)
     assert refused.value.cause == "image_animated"
 
 
-def test_what_is_no_picture_is_not_shown():
-    with pytest.raises(BadPicture) as refused:
+def test_what_is_no_image_is_not_shown():
+    with pytest.raises(BadImage) as refused:
         decode(b"root:x:0:0:secret", 32)
     assert (
         str(refused.value) == "image_not_an_image: 17 bytes that are none of JPEG, PNG, WEBP, GIF, BMP, TIFF"
@@ -124,7 +124,7 @@ def test_what_is_no_picture_is_not_shown():
 
 
 @pytest.mark.parametrize(("kind", "orientation"), [("RGB", 1), ("RGB", 6), ("RGBA", 1), ("RGBA", 6)])
-def test_at_most_two_copies_of_the_largest_pictures_pixels_are_held(kind, orientation, tmp_path):
+def test_at_most_two_copies_of_the_largest_images_pixels_are_held(kind, orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new(kind, (8192, 8192)).save(tmp_path / "large.png", exif=exif)
@@ -145,12 +145,12 @@ print(peak() - before)
 
 
 def test_a_file_that_is_too_long_is_refused_unread():
-    with pytest.raises(BadPicture, match=f"image_too_large: more than {MAX_FILE_BYTES} bytes"):
+    with pytest.raises(BadImage, match=f"image_too_large: more than {MAX_FILE_BYTES} bytes"):
         decode(saved(drawn(RNG)) + bytes(MAX_FILE_BYTES), 32)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_whatever_is_done_to_the_bytes_ends_as_a_picture_or_as_a_bad_picture(kind):
+def test_whatever_is_done_to_the_bytes_ends_as_an_image_or_as_a_bad_image(kind):
     data, rng, refused = saved(drawn(RNG), kind), np.random.default_rng(7), 0
     for _ in range(300):
         hurt = bytearray(data)
@@ -158,6 +158,6 @@ def test_whatever_is_done_to_the_bytes_ends_as_a_picture_or_as_a_bad_picture(kin
             hurt[place] = rng.integers(256)
         try:
             assert decode(bytes(hurt[: rng.integers(1, len(hurt) + 1)]), 16).pixels.shape == (16, 16, 3)
-        except BadPicture:
+        except BadImage:
             refused += 1
     assert refused > 0

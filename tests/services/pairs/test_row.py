@@ -96,19 +96,19 @@ def test_the_longest_caption_is_kept_whole():
     assert pair(caption="ü" * MAX_CAPTION_CHARS).caption == "ü" * MAX_CAPTION_CHARS
 
 
-def test_the_winner_has_the_larger_share_and_swapping_the_pictures_swaps_the_slots():
+def test_the_winner_has_the_larger_share_and_swapping_the_images_swaps_the_slots():
     (first,) = pair(label_0=0.8, label_1=0.2).preferences
     (second,) = pair(label_0=0.2, label_1=0.8).preferences
     assert (first.winner, first.loser, first.label) == (0, 1, 0.8)
     assert (second.winner, second.loser, second.label) == (1, 0, 0.8)
 
 
-def test_a_picture_against_itself_is_a_tie():
+def test_an_image_against_itself_is_a_tie():
     assert pair(image_1_uid="a").kind == "tie"
     assert read("chosen", {"chosen": "a.png", "rejected": "a.png", "caption": "text"}).kind == "tie"
 
 
-def test_a_uid_is_the_column_else_the_path_else_the_place_of_the_picture():
+def test_a_uid_is_the_column_else_the_path_else_the_place_of_the_image():
     assert pair().uids == ("a", "b")
     assert pair(image_0_uid=None, image_1_uid=7, jpg_0="x.png").uids == ("x.png", "7")
     assert pair(image_0_uid=None, image_1_uid="").uids == ("f:0:7:0", "f:0:7:1")
@@ -123,11 +123,11 @@ def test_a_pair_id_is_the_column_else_the_hash_of_what_identifies_the_row():
     assert hashed == pair(label_0=0.0, label_1=1.0).preferences[0].pair_id
 
 
-def test_pictures_are_handed_out_only_when_asked_for():
-    assert pair().pictures == ()
-    assert read("pair", PAIR | {"jpg_1": None}, pictures=True).pictures == (b"0", None)
+def test_images_are_handed_out_only_when_asked_for():
+    assert pair().images == ()
+    assert read("pair", PAIR | {"jpg_1": None}, with_images=True).images == (b"0", None)
     cells = {"jpg_0": {"bytes": b"x", "path": "p"}, "jpg_1": {"bytes": None, "path": "p"}}
-    assert read("pair", PAIR | cells, pictures=True).pictures == (b"x", "p")
+    assert read("pair", PAIR | cells, with_images=True).images == (b"x", "p")
 
 
 def test_chosen_is_preferred_to_rejected_with_the_whole_share():
@@ -144,7 +144,7 @@ def test_chosen_is_preferred_to_rejected_with_the_whole_share():
 @pytest.mark.parametrize(
     "ranks", [[1, 2, 3], [2, 1, 3], [3.5, 1, 1], [1, 1, 1], [4, 3, 2, 1], [1, 1, 2, 2, 3]]
 )
-def test_a_ranking_holds_every_two_pictures_of_different_rank_the_better_one_first(ranks):
+def test_a_ranking_holds_every_two_images_of_different_rank_the_better_one_first(ranks):
     row = ranking(images=[f"{i}.png" for i in range(len(ranks))], ranks=ranks)
     better = {(i, j) for i, j in product(range(len(ranks)), repeat=2) if ranks[i] < ranks[j]}
     assert {(each.winner, each.loser) for each in row.preferences} == better
@@ -198,7 +198,7 @@ def test_no_cell_of_any_kind_raises_and_every_row_survives_pickling_and_json(sha
     ]
     for name in [*good, "has_label", "pair_id", "image_uids", "chosen_uid"]:
         for junk in JUNK:
-            row = read(shape, good | {name: junk}, pictures=True)
+            row = read(shape, good | {name: junk}, with_images=True)
             assert row.kind in ("decided", "tie", "missing", "bad")
             assert (row.kind == "bad") == bool(row.cause)
             assert (row.kind == "decided") == bool(row.preferences)

@@ -16,13 +16,13 @@ import pytest
 from services.api.requests import DatasetSource
 from services.errors import BadRequest
 from services.pairs import path_based
-from services.pairs.images import MAX_FILE_BYTES, BadPicture
+from services.pairs.images import MAX_FILE_BYTES, BadImage
 from services.pairs.row import Row
 from services.pairs.source import Source, open_source
 from services.pairs.validation import validate
 from services.storage import files
 from tests.support.pairs_file import write_pairs
-from tests.support.s3_server import Harm, s3
+from tests.support.s3_server import Fault, serve_s3
 from tests.support.source_kinds import (
     ALL_ROWS,
     DECIDED,
@@ -46,9 +46,9 @@ def rows_of(source: Source, **kwargs) -> list[Row]:
 def said(source: Source) -> list[tuple]:
     """What a source says, apart from where it stands: kind, caption, the winner's and the loser's bytes, label."""
     found = []
-    for row in rows_of(source, pictures=True):
+    for row in rows_of(source, with_images=True):
         sides = [
-            tuple(source.load(row.pictures[slot]) for slot in (each.winner, each.loser))
+            tuple(source.load(row.images[slot]) for slot in (each.winner, each.loser))
             for each in row.preferences
         ]
         found.append((row.kind, row.caption, sides, [each.label for each in row.preferences]))
@@ -65,10 +65,10 @@ def refused(uri: Path | str, **columns: str) -> BadRequest:
 
 
 @pytest.mark.parametrize("kind", ["path_structs", "ranked_path_structs", "saved_paths"])
-def test_a_picture_that_is_read_by_its_path_has_the_path_as_uid_and_an_embedded_one_has_not(kind, tmp_path):
-    for row in rows_of(opened(KINDS[kind](tmp_path / "data")), pictures=True):
-        for uid, picture in zip(row.uids, row.pictures, strict=True):
-            assert (uid == picture) == isinstance(picture, str)
+def test_an_image_that_is_read_by_its_path_has_the_path_as_uid_and_an_embedded_one_has_not(kind, tmp_path):
+    for row in rows_of(opened(KINDS[kind](tmp_path / "data")), with_images=True):
+        for uid, image in zip(row.uids, row.images, strict=True):
+            assert (uid == image) == isinstance(image, str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,12 +79,12 @@ def test_every_kind_of_files_says_the_same_of_the_same_pairs(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_says_the_same_with_and_without_its_pictures_and_from_any_place(kind, tmp_path):
+def test_a_row_says_the_same_with_and_without_its_images_and_from_any_place(kind, tmp_path):
     source = pickle.loads(pickle.dumps(opened(KINDS[kind](tmp_path / "data"))))
     for unit in source.units():
-        light, full = list(source.rows(unit)), list(source.rows(unit, pictures=True))
-        assert [vars(row) | {"pictures": ()} for row in full] == [vars(row) for row in light]
-        part = list(source.rows(pickle.loads(pickle.dumps(unit)), pictures=True, start=2, stop=5))
+        light, full = list(source.rows(unit)), list(source.rows(unit, with_images=True))
+        assert [vars(row) | {"images": ()} for row in full] == [vars(row) for row in light]
+        part = list(source.rows(pickle.loads(pickle.dumps(unit)), with_images=True, start=2, stop=5))
         assert [vars(row) for row in part] == [vars(row) for row in full[2:5]]
         assert unit.rows in (None, len(full))
     keys = [row.key for row in rows_of(source)]
@@ -93,7 +93,7 @@ def test_a_row_says_the_same_with_and_without_its_pictures_and_from_any_place(ki
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    with s3(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as environment:
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as environment:
         for name, value in server.env.items():
             environment.setenv(name, value)
         yield server
@@ -114,25 +114,25 @@ def test_a_source_in_an_object_store_says_what_it_says_on_disk(kind, server, tmp
         assert cause_of(remote, path) == "image_outside"
 
 
-def test_what_a_small_row_group_says_without_its_pictures_takes_one_request_for_bytes(server, tmp_path):
+def test_what_a_small_row_group_says_without_its_images_takes_one_request_for_bytes(server, tmp_path):
     files.upload(write_pairs(tmp_path / "a.parquet", ROWS, row_group_size=4), "s3://bucket/requests.parquet")
     source = opened("s3://bucket/requests.parquet")
     units = list(source.units())
-    server.harm()
+    server.inject()
     assert sum(1 for unit in units for _ in source.rows(unit)) == 24
-    assert server.done["GET"] == len(units) == 6
+    assert server.counts["GET"] == len(units) == 6
 
 
-def test_an_object_store_that_fails_is_not_taken_for_a_missing_picture(server, tmp_path):
+def test_an_object_store_that_fails_is_not_taken_for_a_missing_image(server, tmp_path):
     json_lines(tmp_path / "data")
     files.copy_folder((tmp_path / "data").as_uri(), "s3://bucket/failing")
     lines = opened("s3://bucket/failing/pairs.jsonl")
-    (row,) = lines.rows(next(iter(lines.units())), pictures=True, stop=1)
-    server.harm(Harm("slow_down"))
+    (row,) = lines.rows(next(iter(lines.units())), with_images=True, stop=1)
+    server.inject(Fault("slow_down"))
     with pytest.raises(OSError, match="AWS Error"):
-        lines.load(row.pictures[0])
-    server.harm()
-    assert lines.load(row.pictures[0]) == ROWS[0]["jpg_0"]
+        lines.load(row.images[0])
+    server.inject()
+    assert lines.load(row.images[0]) == ROWS[0]["jpg_0"]
 
 
 # ---- columns
@@ -318,7 +318,7 @@ def test_a_line_longer_than_the_limit_is_one_bad_row_whatever_range_it_ends_in(t
 # ---- win and lose folders
 
 
-def test_a_picture_without_partner_or_caption_and_a_stem_with_two_pictures_are_bad_rows(tmp_path):
+def test_an_image_without_partner_or_caption_and_a_stem_with_two_images_are_bad_rows(tmp_path):
     for name in (
         "win/a.png",
         "lose/a.jpg",
@@ -357,7 +357,7 @@ def test_a_caption_file_of_megabytes_is_too_long_and_not_read(tmp_path):
     assert (row.cause, row.caption) == ("caption_too_long", "")
 
 
-# ---- pictures
+# ---- images
 
 
 NOWHERE = ["nowhere.png", ".", "a\0b", "x" * 5000, "a.jsonl/b.png", "sub/../nowhere.png"]
@@ -374,19 +374,19 @@ OUTSIDE = [
 
 
 def cause_of(source: Source, path: str) -> str:
-    with pytest.raises(BadPicture) as refused:
+    with pytest.raises(BadImage) as refused:
         source.load(path)
     return refused.value.cause
 
 
 @pytest.mark.parametrize("path", NOWHERE)
-def test_a_path_that_leads_to_no_file_is_a_missing_picture(path, tmp_path):
+def test_a_path_that_leads_to_no_file_is_a_missing_image(path, tmp_path):
     source = opened(write_lines(tmp_path / "a.jsonl", [{"chosen": path, "rejected": "b", "caption": "x"}]))
     assert source.load(path) is None
 
 
 @pytest.mark.parametrize("path", UNREACHABLE)
-def test_a_uri_that_cannot_be_opened_is_an_unreachable_picture(path, tmp_path):
+def test_a_uri_that_cannot_be_opened_is_an_unreachable_image(path, tmp_path):
     source = opened(write_lines(tmp_path / "a.jsonl", [{"chosen": path, "rejected": "b", "caption": "x"}]))
     assert cause_of(source, path) == "image_unreachable"
 
@@ -399,7 +399,7 @@ def test_a_row_cannot_name_a_file_outside_of_the_datasets_folder(path, folder, t
     assert cause_of(opened(file.parent if folder else file), path.format(file.parent)) == "image_outside"
 
 
-def test_a_picture_may_be_named_by_any_path_below_the_folder_also_through_links(tmp_path):
+def test_an_image_may_be_named_by_any_path_below_the_folder_also_through_links(tmp_path):
     real, link = tmp_path / "real", tmp_path / "link"
     write_lines(real / "a.jsonl", [{"chosen": "a", "rejected": "b", "caption": "x"}])
     link.symlink_to(real)
@@ -415,16 +415,16 @@ def test_a_picture_may_be_named_by_any_path_below_the_folder_also_through_links(
         assert (source.load("x/../ü a.png"), source.load("b.png")) == (b"plain", b"linked")
 
 
-def test_what_a_row_names_elsewhere_and_cannot_be_reached_is_a_bad_picture(server, tmp_path):
+def test_what_a_row_names_elsewhere_and_cannot_be_reached_is_a_bad_image(server, tmp_path):
     json_lines(tmp_path / "data")
     lines = opened(tmp_path / "data")
     files.write_bytes("s3://bucket/elsewhere.png", b"there")
     assert lines.load("s3://bucket/elsewhere.png") == b"there"
     assert lines.load("s3://bucket/nowhere.png") is None
     assert cause_of(lines, "s3://no-such-bucket/a.png") == "image_unreachable"
-    server.harm(Harm("slow_down"))
+    server.inject(Fault("slow_down"))
     assert cause_of(lines, "s3://bucket/elsewhere.png") == "image_unreachable"
-    server.harm()
+    server.inject()
 
 
 def test_a_bucket_without_credentials_spoils_the_rows_that_name_it_and_is_asked_once(
@@ -446,7 +446,7 @@ def test_a_bucket_without_credentials_spoils_the_rows_that_name_it_and_is_asked_
     assert asked == ["s3://private/0.png"]
 
 
-def test_no_more_of_a_picture_is_read_than_the_limit(tmp_path):
+def test_no_more_of_an_image_is_read_than_the_limit(tmp_path):
     source = opened(write_lines(tmp_path / "a.jsonl", [{"chosen": "a", "rejected": "b", "caption": "x"}]))
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(4 * MAX_FILE_BYTES)
@@ -457,15 +457,15 @@ def test_no_more_of_a_picture_is_read_than_the_limit(tmp_path):
 # ---- memory
 
 
-def peak_bytes(uri: Path, pictures: bool) -> tuple[int, int]:
+def peak_bytes(uri: Path, with_images: bool) -> tuple[int, int]:
     """What Python and Arrow held at most, each by its own count, while all rows were read in a process of their own."""
     code = f"""
 import tracemalloc, pyarrow
-from services.contracts import DatasetSource
-from services.sources import open_source
+from services.api.requests import DatasetSource
+from services.pairs.source import open_source
 source = open_source(DatasetSource(uri={str(uri)!r}))
 tracemalloc.start()
-rows = sum(1 for unit in source.units() for row in source.rows(unit, pictures={pictures}))
+rows = sum(1 for unit in source.units() for row in source.rows(unit, with_images={with_images}))
 print(tracemalloc.get_traced_memory()[1], pyarrow.default_memory_pool().max_memory())
 """
     done = subprocess.run(
@@ -475,8 +475,8 @@ print(tracemalloc.get_traced_memory()[1], pyarrow.default_memory_pool().max_memo
     return python, arrow
 
 
-@pytest.mark.parametrize("pictures", [False, True])
-def test_a_row_group_of_any_size_is_read_in_bounded_memory(pictures, tmp_path):
+@pytest.mark.parametrize("with_images", [False, True])
+def test_a_row_group_of_any_size_is_read_in_bounded_memory(with_images, tmp_path):
     rows = [
         {"chosen": bytes([i % 251]) * 4000, "rejected": b"1" * 4000, "caption": f"caption {i}"}
         for i in range(20_000)
@@ -487,7 +487,7 @@ def test_a_row_group_of_any_size_is_read_in_bounded_memory(pictures, tmp_path):
     )
     assert path.stat().st_size > 160_000_000
     assert pq.ParquetFile(path).num_row_groups == 1
-    python, arrow = peak_bytes(path, pictures)
+    python, arrow = peak_bytes(path, with_images)
     assert python < 8 << 20
     assert arrow < 32 << 20
 

@@ -10,7 +10,7 @@ import pytest
 from services.api.records import DatasetReport
 from services.api.requests import DatasetSource
 from services.errors import BadRequest
-from services.pairs.images import BadPicture, decode
+from services.pairs.images import BadImage, decode
 from services.pairs.source import Source, open_source
 from services.pairs.validation import inspect, validate
 from tests.support.hostile_rows import CELLS, PICTURES, hostile_rows
@@ -62,7 +62,7 @@ def test_the_digest_is_the_same_for_the_same_files_at_another_place(kind, tmp_pa
     assert first[0] == second[0]
 
 
-def test_the_digest_changes_with_captions_labels_uids_and_pictures(tmp_path):
+def test_the_digest_changes_with_captions_labels_uids_and_images(tmp_path):
     def digest(**changes) -> str:
         rows = pair_rows(5)
         rows[2] |= changes
@@ -92,12 +92,12 @@ def test_hostile_rows_end_as_what_they_are_and_none_is_lost(count, tmp_path):
     ends = write_hostile(tmp_path / "a.parquet", count)
     source, found = opened(tmp_path / "a.parquet"), []
     for unit in source.units():
-        for row in source.rows(unit, pictures=True):
+        for row in source.rows(unit, with_images=True):
             cause = row.cause or ("" if row.kind == "decided" else row.kind)
-            for picture in row.pictures if row.kind == "decided" else ():
+            for image in row.images if row.kind == "decided" else ():
                 try:
-                    decode(source.load(picture), 16)
-                except BadPicture as error:
+                    decode(source.load(image), 16)
+                except BadImage as error:
                     cause = error.cause
             found.append(cause)
     assert found == ends
@@ -125,7 +125,7 @@ def test_a_sample_of_a_whole_small_source_counts_what_is_bad_with_examples(tmp_p
     assert DatasetReport.model_validate_json(report.model_dump_json()) == report
 
 
-def test_a_report_says_what_is_read_and_how_large_pictures_are(tmp_path):
+def test_a_report_says_what_is_read_and_how_large_images_are(tmp_path):
     rows = [row | {"created_at": 3} for row in pair_rows(50)]
     report = validate(opened(write_pairs(tmp_path / "a.parquet", rows)))
     assert (report.format, report.shape, report.rows, report.columns_not_read) == (

@@ -130,14 +130,14 @@ def _of_jobs() -> None:
     _index("metrics", "job", "seq")
 
 
-def _numbered(table: str) -> tuple:
+def _numbered(table: str) -> tuple[sa.schema.SchemaItem, ...]:
     return (
         sa.Column("seq", SEQ, autoincrement=True, nullable=False),
         sa.PrimaryKeyConstraint("seq", name=f"pk_{table}"),
     )
 
 
-def _resource(table: str) -> tuple:
+def _resource(table: str) -> tuple[sa.schema.SchemaItem, ...]:
     return (
         *_numbered(table),
         sa.Column("id", sa.String(40), nullable=False),
@@ -146,7 +146,7 @@ def _resource(table: str) -> tuple:
     )
 
 
-def _job(table: str) -> sa.Column:
+def _job(table: str) -> sa.Column[str]:
     return sa.Column("job", sa.String(40), sa.ForeignKey("jobs.id", name=f"fk_{table}_job"), nullable=False)
 
 
