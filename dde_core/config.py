@@ -1,13 +1,14 @@
-"""What a run is told: frozen dataclasses that refuse nonsense. Imports no torch, so the control plane can use them.
+"""A run's configuration: frozen, validated dataclasses. Imports no torch, so the control plane can use them.
 
-Ranges stand once, as ``annotated_types`` constraints: pydantic reads them where a config is part of an API body (and
-locates the error at the field), ``check`` reads them where a config is made in Python.
+Each range is declared once, as an ``annotated_types`` constraint. pydantic validates it in API bodies (and
+locates the error at the field); ``check`` validates it when a config is created in Python.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,49 +20,55 @@ from dde_core.methods import METHODS, MethodName, NoiseMode
 CalibrationPoint = Literal["expected", "sampled", "mode"]
 
 MAX_SIZE_PX = 2048
-"""Pictures are at most this high and wide."""
+"""Greatest height and width of images."""
 
 MAX_DRAWS = 1000
-"""A ledger holds at most so many draws of a pair."""
+"""Most draws of a pair in a ledger."""
 
-_SAYS = {
-    Gt: ("must be greater than", lambda v, c: v > c.gt, "gt"),
-    Ge: ("must be at least", lambda v, c: v >= c.ge, "ge"),
-    Lt: ("must be less than", lambda v, c: v < c.lt, "lt"),
-    Le: ("must be at most", lambda v, c: v <= c.le, "le"),
-    MultipleOf: ("must be a multiple of", lambda v, c: v % c.multiple_of == 0, "multiple_of"),
+Constraint = tuple[str, Callable[[Any, Any], bool], str]
+
+_CONSTRAINTS: dict[type, Constraint] = {
+    Gt: ("gt", operator.gt, "must be greater than"),
+    Ge: ("ge", operator.ge, "must be at least"),
+    Lt: ("lt", operator.lt, "must be less than"),
+    Le: ("le", operator.le, "must be at most"),
+    MultipleOf: ("multiple_of", lambda value, bound: value % bound == 0, "must be a multiple of"),
 }
+"""The attribute with the bound, whether value and bound satisfy the constraint, and its message."""
 
 
 def check(config: Any) -> None:
-    """Hold every field of a dataclass against its annotated range. Raises ConfigError with field and value."""
+    """Validate every field of a dataclass against its annotation. Raises ConfigError with field and value."""
     hints = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
+        value = getattr(config, field.name)
+        hint = hints[field.name]
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ConfigError(field.name, value, f"must be one of {', '.join(map(repr, get_args(hint)))}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(field.name, value, "must be a finite number")
         for constraint in getattr(hint, "__metadata__", ()):
-            words, holds, bound = _SAYS[type(constraint)]
-            if value is not None and not holds(value, constraint):
-                raise ConfigError(field.name, value, f"{words} {getattr(constraint, bound)}")
+            attribute, is_satisfied, message = _CONSTRAINTS[type(constraint)]
+            bound = getattr(constraint, attribute)
+            if value is not None and not is_satisfied(value, bound):
+                raise ConfigError(field.name, value, f"{message} {bound}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Which loss is minimised, and every convention that changes what its numbers mean.
+    """The loss, and every convention that changes the meaning of its numbers.
 
-    ``beta`` multiplies errors reduced over latent elements by ``reduction`` (the mean, as the published Diffusion-DPO
-    code has it; a beta that was tuned for sums is too large by the number of elements). ``noise`` None: as the method's
-    own source has it. ``t_min``/``t_max`` are timesteps of 1..T (DDE's numbering; the U-Net is called with t - 1); 0 for
-    ``t_max`` means T. ``max_weight`` caps w(t) (0: no cap).
+    ``beta`` multiplies errors reduced over latent elements by ``reduction``: the mean, as in Diffusion-DPO's
+    published code. (A beta tuned for sums is too large by the number of elements.) ``noise`` None is the
+    method's default. ``t_min`` and ``t_max`` are timesteps of 1..T (DDE's numbering; the U-Net is called with
+    t - 1); ``t_max`` 0 means T. ``max_weight`` caps w(t); 0 means no cap.
 
-    Calibration (`dde`, `dde_step`): ``ema_rate`` is mu, ``calibration_point`` where log p/q is evaluated,
-    ``calibration_bins`` shares coefficients between neighbouring timesteps (0: one for each t).
+    Calibration (`dde`, `dde_step`): ``ema_rate`` is mu. ``calibration_point`` is where log p/q is evaluated.
+    ``calibration_bins`` gives neighboring timesteps one coefficient; 0 means one for each t.
 
-    `discounted`: ``gamma`` for each of 50 DDIM steps. ``t_sampling`` "method" draws t from the method's own distribution,
-    "uniform" draws it uniformly and weights each pair's loss by the ratio of the two, which has the same expectation.
+    `discounted`: ``gamma`` is the discount of each of 50 DDIM steps. ``t_sampling`` "method" draws t from the
+    method's distribution. "uniform" draws t uniformly and multiplies each pair's loss by the ratio of the two
+    distributions; the expectation is the same.
     """
 
     method: MethodName = "dde"
@@ -84,14 +91,15 @@ class ObjectiveConfig:
 
     @property
     def noise_mode(self) -> NoiseMode:
-        """The noise of winner and loser: as asked for, else as the method's own source has it. `sft` sees one side."""
+        """The noise of winner and loser: the configured one, else the method's default. `sft` has one side
+        only."""
         method = METHODS[self.method]
         if not method.has_loser:
             return method.noise
         return self.noise or method.noise
 
     def ignored(self) -> dict[str, Any]:
-        """The settings that were changed from their defaults and that this method does not read."""
+        """Settings that differ from their defaults although the method ignores them, with their values."""
         method = METHODS[self.method]
         unread: list[str] = []
         if not method.corrected:
@@ -109,7 +117,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters instead of the whole U-Net. ``targets`` are suffixes of module names, ``alpha`` 0 means ``rank``."""
+    """Low-rank adapters. ``targets`` are suffixes of module names; ``alpha`` 0 means ``rank``."""
 
     rank: Annotated[int, Gt(0), Le(1024)] = 16
     alpha: Annotated[int, Ge(0)] = 0
@@ -122,39 +130,42 @@ class LoraConfig:
 
     def matches(self, layer: str) -> bool:
         """Whether the layer of this name gets adapters."""
-        return any(_names(target, layer) for target in self.targets)
+        return any(_matches(target, layer) for target in self.targets)
 
     def unmatched(self, layers: Iterable[str]) -> list[str]:
-        """The targets that are the name of none of these layers."""
-        known = list(layers)
-        return [target for target in self.targets if not any(_names(target, layer) for layer in known)]
+        """The targets that match none of these layers."""
+        names = list(layers)
+        return [target for target in self.targets if not any(_matches(target, name) for name in names)]
 
 
-def _names(target: str, layer: str) -> bool:
+def _matches(target: str, layer: str) -> bool:
     return layer == target or layer.endswith(f".{target}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One fine-tune. ``batch_size`` counts pairs of the GLOBAL batch and never depends on the number of workers.
+    """One fine-tune.
 
-    ``learning_rate`` is constant after ``warmup_steps`` of linear warm-up. ``caption_dropout`` is the probability that
-    a pair's caption is empty (the same for winner and loser). ``seed`` keys the order of pairs and the first adapters.
-    ``lora`` None trains the whole U-Net. A worker runs ``micro_batch_size`` pairs at a time (0: its whole share at once; 1
-    can become 2 where ``batch_size`` does not divide by the workers, who must all have equally many parts).
-    ``precision`` is that of the U-Net's arithmetic; weights, errors and losses are float32 or wider. ``ema_decay`` 0 keeps
-    no average of the weights; otherwise the average is what is saved as the model. ``held_out_pairs`` are kept out of
-    training, whole captions at a time, and the policy's implicit accuracy is measured on them at the end.
+    ``batch_size`` counts the pairs of the GLOBAL batch, whatever the number of workers. A worker runs
+    ``micro_batch_size`` pairs at a time; 0 means all of its pairs at once. (1 can become 2 if the number of
+    workers does not divide ``batch_size``, because all workers run equally many micro-batches.)
+    ``learning_rate`` is constant after ``warmup_steps`` of linear warm-up. ``lora`` None trains the whole
+    U-Net. ``precision`` is that of the U-Net's arithmetic; weights, errors and losses are float32 or wider.
+    With ``ema_decay`` > 0 the running average of the weights becomes the model. ``caption_dropout`` is the
+    probability that a pair's caption is empty, for winner and loser alike. ``held_out_pairs`` are excluded
+    from training, whole captions at a time; implicit accuracy is measured on them at the end. ``seed``
+    determines the order of pairs and the initial adapters.
 
-    ``parallelism``: how several workers hold the model. "ddp": each a whole one; "fsdp": each a share of weights, gradients,
-    moments and reference (FSDP2); "auto": "fsdp" where a whole one does not fit on the worker's device. ``compile`` lets
-    torch.compile make the U-Net's kernels. Every ``checkpoint_every`` steps the run's state is stored; the last
-    ``keep_checkpoints`` are kept, and the best one where validation names a metric.
+    ``parallelism``: with "ddp" every worker holds the whole model. With "fsdp" (FSDP2) each holds a shard of
+    weights, gradients, moments and reference. "auto" is "fsdp" if the whole model does not fit on a worker's
+    device. ``compile`` compiles the U-Net with torch.compile. A checkpoint is stored every
+    ``checkpoint_every`` steps. The last ``keep_checkpoints`` are kept, and the best one if validation names a
+    metric.
 
-    ``reference``: where the errors of the frozen model come from. "online" computes them in every step, "ledger" reads them
-    from the dataset's ledger, which is written first where it is not there, "auto" reads them where a fitting ledger is there.
-    ``draw_seed`` keys noise, timestep and caption dropout of every visit; a pair's n-th visit uses draw n mod ``draws``
-    (0: as many draws as the run has epochs).
+    ``reference``: "online" computes the frozen model's errors in every step. "ledger" reads them from the
+    dataset's ledger, which is written first if it does not exist. "auto" reads them if a matching ledger
+    exists. ``draw_seed`` determines noise, timestep and caption dropout of every visit. A pair's n-th visit
+    uses draw n mod ``draws``; 0 means as many draws as the run has epochs.
     """
 
     steps: Annotated[int, Gt(0)] = 2000
@@ -184,16 +195,19 @@ class TrainConfig:
         check(self)
 
     def num_draws(self, num_pairs: int) -> int:
-        """How many draws a run on this many pairs makes use of: those it asks for, else one for each epoch that it begins."""
+        """The number of draws of each pair in a run on ``num_pairs`` pairs: ``draws``, else one for each
+        begun epoch."""
         return self.draws or -(-self.steps * self.batch_size // num_pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is made of a dataset's pictures. Every one is cut to its centre square and scaled to ``resolution`` pixels (0: the
-    size that the model was made for); ``flip`` "all" mirrors every one. Both belong to the encoded dataset's identity.
+    """How a dataset's images are encoded. The encoded dataset's identity includes ``resolution`` and
+    ``flip``.
 
-    A job fails where more than ``max_bad_fraction`` of the dataset's rows are bad.
+    Every image is cropped to its center square and scaled to ``resolution`` pixels; 0 means the model's own
+    size. ``flip`` "all" mirrors every image. A job fails if more than ``max_bad_fraction`` of the dataset's
+    rows are bad.
     """
 
     resolution: Annotated[int, Ge(0), Le(MAX_SIZE_PX), MultipleOf(8)] = 0
@@ -206,7 +220,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How pictures are drawn: DDIM (eta 0) with classifier-free guidance. ``height``/``width`` 0: the model's own size."""
+    """How images are sampled: DDIM (eta 0) with classifier-free guidance. Size 0 means the model's own."""
 
     steps: Annotated[int, Gt(0), Le(1000)] = 25
     guidance_scale: Annotated[float, Ge(0)] = 5.0

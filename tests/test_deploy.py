@@ -1,6 +1,7 @@
-"""What is deployed agrees with itself, with KubeRay's schemas and rules, and with the code. No cluster is needed.
+"""The deployment files are consistent with each other, with KubeRay's schemas and rules, and with the code.
 
-``KUBERAY_CRDS`` names a folder with KubeRay's CRDs (ray.io_*.yaml); without it the schema tests are skipped.
+No cluster is needed. ``KUBERAY_CRDS`` names a folder with KubeRay's CRDs (ray.io_*.yaml); without it the
+schema tests are skipped.
 """
 
 from __future__ import annotations
@@ -91,10 +92,10 @@ each_pod_owner = pytest.mark.parametrize(
 )
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
-def test_the_manifests_are_those_that_the_tests_below_are_about() -> None:
+def test_the_manifests_are_the_ones_that_these_tests_cover() -> None:
     assert sorted(RAY_IDS) == ["dde-align", "dde-serve", "dde-train"]
     assert [path.name for path in DOCKERFILES] == ["control.Dockerfile", "ray.Dockerfile"]
 
@@ -117,9 +118,9 @@ def test_a_kustomization_lists_every_manifest_beside_it(path: Path) -> None:
 @pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=lambda path: path.parent.name)
 def test_a_kustomization_renames_every_image_that_its_manifests_use(path: Path) -> None:
     (kustomization,) = documents(path)
-    here = [document for name in kustomization["resources"] for document in documents(path.parent / name)]
-    used = {c["image"].split(":")[0] for document in here if document in RAY or document["kind"] == "Deployment"
-            for c in containers(document)}  # fmt: skip
+    listed = [document for name in kustomization["resources"] for document in documents(path.parent / name)]
+    with_pods = [document for document in listed if document in RAY or document["kind"] == "Deployment"]
+    used = {c["image"].split(":")[0] for document in with_pods for c in containers(document)}
     assert {image["name"] for image in kustomization["images"]} == used
 
 
@@ -129,11 +130,11 @@ def test_no_secret_is_committed_and_no_manifest_names_a_namespace() -> None:
     assert [document for document in everything if "namespace" in document["metadata"]] == []
 
 
-# ---- KubeRay's schemas ---------------------------------------------------------------------------------------------
+# ---- KubeRay's schemas ---------------------------------------------------------------------------
 
 
 def close(schema: Any) -> Any:
-    """The same schema, refusing fields that it does not name (as they stand, KubeRay's CRDs let them pass)."""
+    """The same schema, but refusing unknown fields. KubeRay's CRDs accept them."""
     if not isinstance(schema, dict):
         return schema
     closed = {
@@ -177,7 +178,7 @@ def rename(mapping: dict, old: str, new: str) -> None:
 
 @each_ray
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("spoil", "message"),
     [
         (lambda d: rename(cluster_of(d), "rayVersion", "rayVerison"), "'rayVerison' was unexpected"),
         (lambda d: rename(groups(d)[1], "maxReplicas", "maxReplica"), "'maxReplica' was unexpected"),
@@ -191,13 +192,13 @@ def rename(mapping: dict, old: str, new: str) -> None:
     ],
     ids=["field of the cluster", "field of a group", "field of a container", "type", "enum", "missing"],
 )
-def test_the_schema_refuses_a_mistake(document: dict, spoil: Callable[[dict], Any], says: str) -> None:
-    spoilt = copy.deepcopy(document)
-    spoil(spoilt)
-    assert any(says in refusal for refusal in refusals(spoilt)), refusals(spoilt)
+def test_the_schema_refuses_a_mistake(document: dict, spoil: Callable[[dict], Any], message: str) -> None:
+    spoiled = copy.deepcopy(document)
+    spoil(spoiled)
+    assert any(message in refusal for refusal in refusals(spoiled)), refusals(spoiled)
 
 
-# ---- the operator's rules, which the schemas do not hold -------------------------------------------------------------
+# ---- the operator's rules, which the schemas do not contain --------------------------------------
 
 
 def check_name(document: dict) -> Iterator[str]:
@@ -241,13 +242,13 @@ def check_groups(document: dict) -> Iterator[str]:
             group.get("rayStartParams", {})
         ):
             yield f"{name}: resources both in rayStartParams and in resources"
-        asks_gpu = any(
+        has_gpu = any(
             "nvidia.com/gpu" in c["resources"].get("limits", {})
             for c in group["template"]["spec"]["containers"]
         )
         tolerates = [t["key"] for t in group["template"]["spec"].get("tolerations", [])] == ["nvidia.com/gpu"]
-        if asks_gpu != tolerates:
-            yield f"{name}: GPU and toleration do not go together"
+        if has_gpu != tolerates:
+            yield f"{name}: a group needs both a GPU and its toleration, or neither"
 
 
 def check_containers(document: dict) -> Iterator[str]:
@@ -307,22 +308,22 @@ def broken_rules(document: dict) -> list[str]:
 
 
 @pytest.mark.parametrize(("kind", "name"), [("RayCluster", "dde-train"), ("RayJob", "dde-align")])
-def test_a_pod_that_trains_tells_ray_before_it_goes(kind: str, name: str) -> None:
+def test_a_training_pod_drains_its_ray_node_before_it_ends(kind: str, name: str) -> None:
     (gpu,) = [group for group in groups(only(kind, name)) if group.get("groupName") == "gpu"]
     _, _, script = gpu["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     drain = shlex.split(script.split(";")[0])
-    told = drain_node.make_context("drain-node", drain[2:]).params
+    parsed = drain_node.make_context("drain-node", drain[2:]).params
     assert drain[:2] == ["ray", "drain-node"]
-    assert (told["reason"], told["deadline_remaining_seconds"]) == ("DRAIN_NODE_REASON_PREEMPTION", 100)
+    assert (parsed["reason"], parsed["deadline_remaining_seconds"]) == ("DRAIN_NODE_REASON_PREEMPTION", 100)
 
 
 @each_ray
-def test_a_ray_document_keeps_the_operators_rules(document: dict) -> None:
+def test_a_ray_document_obeys_the_operators_rules(document: dict) -> None:
     assert broken_rules(document) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "says"),
+    ("name", "spoil", "message"),
     [
         ("dde-train", lambda d: d["metadata"].update(name="dde_train"), "not a DNS-1035 label"),
         ("dde-train", lambda d: d["metadata"].update(name="1dde"), "not a DNS-1035 label"),
@@ -347,7 +348,7 @@ def test_a_ray_document_keeps_the_operators_rules(document: dict) -> None:
         (
             "dde-train",
             lambda d: pods(d)[2]["spec"].pop("tolerations"),
-            "GPU and toleration do not go together",
+            "needs both a GPU and its toleration",
         ),
         (
             "dde-train",
@@ -381,10 +382,10 @@ def test_a_ray_document_keeps_the_operators_rules(document: dict) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_each_rule_refuses_what_it_is_about(name: str, spoil: Callable[[dict], Any], says: str) -> None:
-    spoilt = copy.deepcopy(RAY[RAY_IDS.index(name)])
-    spoil(spoilt)
-    assert any(says in message for message in broken_rules(spoilt)), broken_rules(spoilt)
+def test_each_rule_refuses_its_violation(name: str, spoil: Callable[[dict], Any], message: str) -> None:
+    spoiled = copy.deepcopy(RAY[RAY_IDS.index(name)])
+    spoil(spoiled)
+    assert any(message in broken for broken in broken_rules(spoiled)), broken_rules(spoiled)
 
 
 @each_ray
@@ -392,7 +393,7 @@ def test_the_clusters_ray_is_the_one_that_the_images_install(document: dict) -> 
     assert cluster_of(document)["rayVersion"] == ray_pin()
 
 
-# ---- pods ------------------------------------------------------------------------------------------------------------
+# ---- pods ----------------------------------------------------------------------------------------
 
 
 @each_pod_owner
@@ -408,10 +409,10 @@ def test_pods_are_not_root_and_state_what_they_use(document: dict) -> None:
 
 
 @pytest.mark.parametrize("name", ["dde-train", "dde-align"])
-def test_a_stopped_job_has_time_to_leave_its_marker(name: str) -> None:
+def test_a_stopped_job_has_time_to_write_its_marker(name: str) -> None:
     head = variables(next(containers(RAY[RAY_IDS.index(name)])))
     assert head["RAY_JOB_STOP_SIGNAL"]["value"] == "SIGINT"
-    assert 3 < int(head["RAY_JOB_STOP_WAIT_TIME_S"]["value"]) <= 12, "and its workers are free within 15 s"
+    assert 3 < int(head["RAY_JOB_STOP_WAIT_TIME_S"]["value"]) <= 12, "so its workers are free within 15 s"
 
 
 def test_the_training_cluster_has_a_group_for_decoding_and_one_with_gpus() -> None:
@@ -423,7 +424,7 @@ def test_the_training_cluster_has_a_group_for_decoding_and_one_with_gpus() -> No
     assert gpus == {"decode": False, "gpu": True}
 
 
-# ---- the control plane -----------------------------------------------------------------------------------------------
+# ---- the control plane ---------------------------------------------------------------------------
 
 
 def control() -> dict:
@@ -435,7 +436,7 @@ def config() -> dict[str, str]:
     return only("ConfigMap", "dde-config")["data"]
 
 
-def test_every_variable_of_ours_is_a_setting_and_those_without_a_default_are_given() -> None:
+def test_every_dde_variable_is_a_setting_and_required_settings_are_given() -> None:
     fields = {f"DDE_{name.upper()}": field for name, field in Settings.model_fields.items()}
     given = {name for name in [*config(), *variables(control())] if name.startswith("DDE_")}
     assert given - set(fields) == set()
@@ -445,7 +446,7 @@ def test_every_variable_of_ours_is_a_setting_and_those_without_a_default_are_giv
     ] == []
 
 
-def test_the_values_in_the_config_are_good_settings() -> None:
+def test_the_values_in_the_config_are_valid_settings() -> None:
     values = {name.removeprefix("DDE_").lower(): value for name, value in config().items()}
     settings = Settings(api_key="k", database_url="postgresql+psycopg://h/d", **values)
     assert settings.use_gpu is True
@@ -468,7 +469,7 @@ def test_the_pod_reads_the_config_and_takes_secrets_from_secrets() -> None:
     assert variables(control())["RAY_AUTH_MODE"]["value"] == "token"
 
 
-def test_the_token_is_that_of_the_cluster_that_jobs_are_sent_to() -> None:
+def test_the_token_is_that_of_the_cluster_that_runs_the_jobs() -> None:
     cluster, url = only("RayCluster", "dde-train"), urlsplit(config()["DDE_RAY_URL"])
     assert url.hostname == f"{cluster['metadata']['name']}-head-svc"
     assert url.port == ports(next(containers(cluster)))["dashboard"]
@@ -477,7 +478,7 @@ def test_the_token_is_that_of_the_cluster_that_jobs_are_sent_to() -> None:
     assert token["name"] == auth.get("secretName", cluster["metadata"]["name"])
 
 
-def test_pictures_are_asked_of_the_services_serve_port() -> None:
+def test_images_are_requested_from_the_services_serve_port() -> None:
     service, url = only("RayService", "dde-serve"), urlsplit(config()["DDE_SERVE_URL"])
     assert url.hostname == f"{service['metadata']['name']}-serve-svc"
     assert {ports(container)["serve"] for container in containers(service)} == {url.port}
@@ -487,11 +488,13 @@ def test_kubernetes_adds_no_variables_that_look_like_ours() -> None:
     assert only("Deployment", "dde-control")["spec"]["template"]["spec"]["enableServiceLinks"] is False
 
 
-def test_probes_ask_health_and_readiness_on_the_port_that_is_served() -> None:
-    asked = {name: control()[name]["httpGet"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
-    assert {name: probe["path"] for name, probe in asked.items()} == {
+def test_probes_check_health_and_readiness_on_the_served_port() -> None:
+    probes = {
+        name: control()[name]["httpGet"] for name in ("startupProbe", "livenessProbe", "readinessProbe")
+    }
+    assert {name: probe["path"] for name, probe in probes.items()} == {
         "startupProbe": "/healthz", "livenessProbe": "/healthz", "readinessProbe": "/readyz"}  # fmt: skip
-    assert all(probe["port"] in ports(control()) for probe in asked.values())
+    assert all(probe["port"] in ports(control()) for probe in probes.values())
 
 
 def test_the_service_selects_the_pods_and_their_port() -> None:
@@ -504,11 +507,11 @@ def test_the_service_selects_the_pods_and_their_port() -> None:
     assert service["ports"][0]["targetPort"] in ports(control())
 
 
-# ---- network ---------------------------------------------------------------------------------------------------------
+# ---- network -------------------------------------------------------------------------------------
 
 
 def admitted(part: str) -> dict[str, set[int | str]]:
-    """From whom (a part, "operator" or "anyone") to which ports the pods of a part take connections."""
+    """The ports to which pods of a part admit connections, by sender: a part, "operator" or "anyone"."""
     (policy,) = [
         p for p in by_kind("NetworkPolicy") if p["spec"]["podSelector"] == {"matchLabels": {"dde-part": part}}
     ]
@@ -527,7 +530,7 @@ def admitted(part: str) -> dict[str, set[int | str]]:
     return found
 
 
-def test_pods_take_connections_only_from_those_who_need_them() -> None:
+def test_pods_admit_connections_only_from_those_that_need_them() -> None:
     assert admitted("control") == {"anyone": {8080}}
     assert admitted("train") == {"train": {"all"}, "control": {8265}, "operator": {8265}}
     assert admitted("serve") == {"serve": {"all"}, "control": {8000}, "operator": {8265, 8000}}
@@ -540,11 +543,11 @@ def test_every_pod_has_the_label_of_its_network_policy(document: dict) -> None:
     assert [pod["metadata"]["labels"] for pod in pods(document)] == [{"dde-part": part}] * len(pods(document))
 
 
-# ---- Serve and jobs --------------------------------------------------------------------------------------------------
+# ---- Serve and jobs ------------------------------------------------------------------------------
 
 
 def shapes(serve_config: dict) -> list[tuple[str, str, str, set[str]]]:
-    """Of each application all but the values of its arguments."""
+    """Each application's name, route, import path and argument names."""
     return [
         (a["name"], a["route_prefix"], a["import_path"], set(a["args"])) for a in serve_config["applications"]
     ]
@@ -591,7 +594,7 @@ def test_the_sample_job_starts_a_stage_with_a_spec_in_storage() -> None:
     assert spec.startswith(config()["DDE_STORAGE_URI"] + "/jobs/")
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 each_dockerfile = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 
@@ -607,7 +610,7 @@ def sources(path: Path) -> list[str]:
 
 
 @each_dockerfile
-def test_what_an_image_copies_exists_and_is_sent_to_the_builder(path: Path) -> None:
+def test_files_that_an_image_copies_exist_and_are_sent_to_the_builder(path: Path) -> None:
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert {"constraints.txt", "pyproject.toml", "dde_core", "services"} <= set(sources(path))
     assert [source for source in sources(path) if not (ROOT / source).exists()] == []
@@ -631,7 +634,7 @@ def test_an_image_installs_the_extra_that_it_is_named_after(path: Path) -> None:
     assert f"'.[{extra}]'" in [rest for word, rest in instructions(path) if word == "RUN"][-1]
 
 
-def test_the_ray_image_has_what_kuberays_probes_run_and_a_build_argument_for_pip() -> None:
+def test_the_ray_image_has_the_tools_of_kuberays_probes_and_a_build_argument_for_pip() -> None:
     steps = instructions(ROOT / "docker" / "ray.Dockerfile")
     assert any(word == "RUN" and "apt-get install" in rest and "wget" in rest.split() for word, rest in steps)
     assert [rest.split("=")[0] for word, rest in steps if word == "ARG"] == ["PIP_ARGS"]

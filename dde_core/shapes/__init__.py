@@ -1,4 +1,4 @@
-"""The embedded default: a small text-to-image world with its own model, preference pairs and ground-truth scorers."""
+"""The shapes world, the embedded default: a small model, preference pairs and ground-truth scorers."""
 
 from pathlib import Path
 

@@ -1,10 +1,11 @@
-"""Sample pictures from the shapes model and let the annotator label them: the shipped pairs and held-out prompts.
+"""Make the shipped pairs and held-out prompts: sample images from the shapes model, let the annotator label
+them.
 
     python -m dde_core.shapes.pairs --out FOLDER
 
-For each caption the model draws a few pictures; the two that differ most in the annotator's utility become a pair
-(labels that compare equal pictures teach nothing), the choice between them is Bradley-Terry, and near-equal ones are
-ties. About 5 minutes on one core. The same seed and weights give the same pairs.
+The model draws a few images for each caption. The two that differ most in the annotator's utility become a
+pair, because labels of equal images teach nothing. The choice between them is Bradley-Terry, and near-equal
+images are ties. This takes about 5 minutes on one core. The same seed and weights give the same pairs.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from jaxtyping import UInt8
 from PIL import Image
 
 from dde_core.config import SampleConfig
 from dde_core.generation import TextToImage
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR
-from dde_core.shapes.scenes import all_scenes, caption, leave_unsaid
+from dde_core.shapes.scenes import all_scenes, caption, omit_attributes
 from dde_core.shapes.scorers import score
 
-PICTURES_EACH = 4
-UNSAID = 0.6
+IMAGES_EACH = 4
+OMIT_PROBABILITY = 0.6
 BRADLEY_TERRY_SCALE = 20.0
 TIE_BELOW = 0.02
 SAMPLE = SampleConfig(steps=20, guidance_scale=3.0)
@@ -37,40 +39,48 @@ SAMPLE = SampleConfig(steps=20, guidance_scale=3.0)
 def draw_captions(
     count: int, rng: np.random.Generator, *, distinct: bool = False, without: frozenset[str] = frozenset()
 ) -> list[str]:
-    """Captions of random scenes that leave each of size, place and background unsaid with probability ``UNSAID``."""
+    """Captions of random scenes, with size, place and background each omitted with ``OMIT_PROBABILITY``.
+
+    ``without`` is excluded. ``distinct`` captions do not repeat.
+    """
     found: list[str] = []
     while len(found) < count:
-        text = caption(leave_unsaid(all_scenes()[rng.integers(len(all_scenes()))], rng, UNSAID))
+        text = caption(omit_attributes(all_scenes()[rng.integers(len(all_scenes()))], rng, OMIT_PROBABILITY))
         if text not in without and not (distinct and text in found):
             found.append(text)
     return found
 
 
-def sample(model: TextToImage, captions: list[str], seeds: list[int], config: SampleConfig) -> np.ndarray:
-    """One picture for each caption and seed, 64 at a time: uint8 [n, 32, 32, 3]."""
-    pictures = []
+def sample(
+    model: TextToImage, captions: list[str], seeds: list[int], config: SampleConfig
+) -> UInt8[np.ndarray, "n 32 32 3"]:
+    """One image for each caption and seed, 64 at a time."""
+    images = []
     for start in range(0, len(captions), 64):
-        pictures.append(model(captions[start : start + 64], seeds[start : start + 64], config))
-        print(f"{start + len(pictures[-1])}/{len(captions)} pictures", flush=True)
-    return np.concatenate(pictures)
+        images.append(model(captions[start : start + 64], seeds[start : start + 64], config))
+        print(f"{start + len(images[-1])}/{len(captions)} images", flush=True)
+    return np.concatenate(images)
 
 
-def jpeg(picture: np.ndarray) -> bytes:
-    """A picture as JPEG with full colour resolution."""
+def jpeg(image: UInt8[np.ndarray, "32 32 3"]) -> bytes:
+    """An image as JPEG with full color resolution."""
     out = io.BytesIO()
-    Image.fromarray(picture).save(out, "JPEG", quality=95, subsampling=0, optimize=True)
+    Image.fromarray(image).save(out, "JPEG", quality=95, subsampling=0, optimize=True)
     return out.getvalue()
 
 
-def label_pairs(captions: list[str], pictures: np.ndarray, rng: np.random.Generator) -> pa.Table:
-    """Pick-a-Pic's columns from ``PICTURES_EACH`` pictures a caption [captions * PICTURES_EACH, 32, 32, 3]."""
-    utility = score(pictures, [text for text in captions for _ in range(PICTURES_EACH)])["taste"].reshape(
-        -1, PICTURES_EACH
-    )
-    grouped, rows = pictures.reshape(-1, PICTURES_EACH, *pictures.shape[1:]), []
-    for text, images, values in zip(captions, grouped, utility, strict=True):
+def label_pairs(
+    captions: list[str], images: UInt8[np.ndarray, "n 32 32 3"], rng: np.random.Generator
+) -> pa.Table:
+    """Pick-a-Pic's columns, one row for each caption, from ``IMAGES_EACH`` consecutive images of each
+    caption."""
+    repeated = [text for text in captions for _ in range(IMAGES_EACH)]
+    utility = score(images, repeated)["taste"].reshape(-1, IMAGES_EACH)
+    images_of_caption = images.reshape(-1, IMAGES_EACH, *images.shape[1:])
+    rows = []
+    for text, candidates, values in zip(captions, images_of_caption, utility, strict=True):
         pair = rng.permutation([int(values.argmax()), int(values.argmin())])
-        jpg_0, jpg_1 = (jpeg(images[i]) for i in pair)
+        jpg_0, jpg_1 = (jpeg(candidates[i]) for i in pair)
         difference = values[pair[0]] - values[pair[1]]
         first_wins = float(rng.random() < 1 / (1 + np.exp(-BRADLEY_TERRY_SCALE * difference)))
         label_0 = 0.5 if abs(difference) < TIE_BELOW else first_wins
@@ -104,12 +114,12 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     held_out = draw_captions(options.prompts, rng, distinct=True)
     captions = draw_captions(options.pairs, rng, without=frozenset(held_out))
-    seeds = [int(seed) for seed in rng.integers(2**62, size=len(captions) * PICTURES_EACH)]
-    repeated = [text for text in captions for _ in range(PICTURES_EACH)]
-    pictures = sample(TextToImage(ModelFolder(options.model)), repeated, seeds, SAMPLE)
+    seeds = [int(seed) for seed in rng.integers(2**62, size=len(captions) * IMAGES_EACH)]
+    repeated = [text for text in captions for _ in range(IMAGES_EACH)]
+    images = sample(TextToImage(ModelFolder(options.model)), repeated, seeds, SAMPLE)
     options.out.mkdir(parents=True, exist_ok=True)
     pq.write_table(
-        label_pairs(captions, pictures, rng),
+        label_pairs(captions, images, rng),
         options.out / "pairs.parquet",
         compression="zstd",
         row_group_size=250,

@@ -1,7 +1,7 @@
-"""The shapes world: scenes of one shape on a plain ground, the captions that describe them, and their renderer.
+"""The shapes world: scenes of one shape on a plain background, their captions and their renderer.
 
-A scene has five attributes. A caption always states colour and shape and may leave size, place and background unsaid,
-so there is room for taste. ``parse`` inverts ``caption``. Everything here is numpy and deterministic.
+A scene has five attributes. A caption always states color and shape; it may omit size, place and background,
+which leaves room for taste. ``parse`` inverts ``caption``. Everything here is numpy and deterministic.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from functools import cache
 from itertools import product
 
 import numpy as np
+from jaxtyping import Float64, UInt8
 
 from dde_core.errors import DataError
 
 SIZE_PX = 32
-"""Pictures are 32 x 32 RGB."""
+"""Images are 32 x 32 RGB."""
 
 SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = {
+COLORS = {
     "red": (214, 40, 40),
     "green": (46, 160, 67),
     "blue": (38, 92, 224),
@@ -46,16 +47,16 @@ BACKGROUNDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One drawable scene, or (with "" for what is left unsaid) what a caption states."""
+    """One drawable scene, or the attributes that a caption states ("" for omitted ones)."""
 
     shape: str
-    colour: str
+    color: str
     size: str = ""
     place: str = ""
     background: str = ""
 
     def stated(self) -> dict[str, str]:
-        """The attributes that are said, by name."""
+        """The stated attributes by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
 
 
@@ -63,21 +64,21 @@ class Scene:
 def all_scenes() -> tuple[Scene, ...]:
     """Every complete scene, in a fixed order (1,800 of them)."""
     return tuple(
-        Scene(shape=s, colour=c, size=r, place=p, background=b)
-        for s, c, r, p, b in product(SHAPES, COLOURS, RADII_PX, PLACES, BACKGROUNDS)
+        Scene(shape=s, color=c, size=r, place=p, background=b)
+        for s, c, r, p, b in product(SHAPES, COLORS, RADII_PX, PLACES, BACKGROUNDS)
     )
 
 
 @cache
 def all_captions() -> tuple[str, ...]:
     """Every caption of the world, in a fixed order (3,456 of them)."""
-    parts = product(SHAPES, COLOURS, ("", *RADII_PX), ("", *PLACES), ("", *BACKGROUNDS))
-    return tuple(caption(Scene(shape=s, colour=c, size=r, place=p, background=b)) for s, c, r, p, b in parts)
+    parts = product(SHAPES, COLORS, ("", *RADII_PX), ("", *PLACES), ("", *BACKGROUNDS))
+    return tuple(caption(Scene(shape=s, color=c, size=r, place=p, background=b)) for s, c, r, p, b in parts)
 
 
 def caption(scene: Scene) -> str:
-    """The sentence for what a scene states: "a small red circle at the left on a navy background"."""
-    words = [scene.size, scene.colour, scene.shape]
+    """The caption of a scene's stated attributes: "a small red circle at the left on a navy background"."""
+    words = [scene.size, scene.color, scene.shape]
     if scene.place:
         words += ["at the", scene.place]
     if scene.background:
@@ -87,55 +88,62 @@ def caption(scene: Scene) -> str:
 
 
 _CAPTION = re.compile(
-    rf"an? (?:(?P<size>{'|'.join(RADII_PX)}) )?(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
+    rf"an? (?:(?P<size>{'|'.join(RADII_PX)}) )?(?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)})"
     rf"(?: at the (?P<place>{'|'.join(PLACES)}))?(?: on a (?P<background>{'|'.join(BACKGROUNDS)}) background)?"
 )
 
 
 def parse(text: str) -> Scene:
-    """What a caption states. Raises DataError for a sentence outside the world's grammar."""
+    """The attributes that a caption states. Raises DataError for a caption outside the world's grammar."""
     match = _CAPTION.fullmatch(text)
     if match is None:
-        raise DataError(
-            f"caption {text!r} is not a sentence of the shapes world, such as {all_captions()[-1]!r}"
-        )
+        example = all_captions()[-1]
+        raise DataError(f"caption {text!r} is not a sentence of the shapes world, such as {example!r}")
     return Scene(**match.groupdict(default=""))
 
 
-def leave_unsaid(scene: Scene, rng: np.random.Generator, probability: float = 0.5) -> Scene:
-    """Drop size, place and background from a scene, each with ``probability``."""
-    keep = {
-        n: getattr(scene, n)
-        for n, u in zip(("size", "place", "background"), rng.random(3), strict=True)
-        if u >= probability
-    }
-    return Scene(shape=scene.shape, colour=scene.colour, **keep)
+def omit_attributes(scene: Scene, rng: np.random.Generator, probability: float = 0.5) -> Scene:
+    """Omit size, place and background of a scene, each with ``probability``."""
+    size_u, place_u, background_u = rng.random(3)
+    return Scene(
+        shape=scene.shape,
+        color=scene.color,
+        size=scene.size if size_u >= probability else "",
+        place=scene.place if place_u >= probability else "",
+        background=scene.background if background_u >= probability else "",
+    )
 
 
-def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Draw a complete scene as uint8 [32, 32, 3]. With ``rng``, place (0.6 px) and radius (4%) vary a little."""
+def render(scene: Scene, rng: np.random.Generator | None = None) -> UInt8[np.ndarray, "32 32 3"]:
+    """Draw a complete scene. With ``rng``, place (by 0.6 px) and radius (by 4%) vary a little."""
     dx, dy, dr = rng.uniform(-1, 1, 3) if rng is not None else (0.0, 0.0, 0.0)
     x0, y0 = PLACES[scene.place]
     radius = RADII_PX[scene.size] * (1 + 0.04 * dr)
     axis = np.arange(SIZE_PX) + 0.5
-    distance = _signed_distance(
-        scene.shape, axis[None, :] - x0 - 0.6 * dx, axis[:, None] - y0 - 0.6 * dy, radius
-    )
-    inside = np.clip(0.5 - distance, 0, 1)[..., None]
-    shape, ground = np.asarray(COLOURS[scene.colour], float), np.asarray(BACKGROUNDS[scene.background], float)
-    picture = inside * shape + (1 - inside) * ground
-    return np.round(picture).astype(np.uint8)
+    x = axis[None, :] - x0 - 0.6 * dx
+    y = axis[:, None] - y0 - 0.6 * dy
+    inside = np.clip(0.5 - _signed_distance(scene.shape, x, y, radius), 0, 1)[..., None]
+    color = np.asarray(COLORS[scene.color], float)
+    background = np.asarray(BACKGROUNDS[scene.background], float)
+    image = inside * color + (1 - inside) * background
+    return np.round(image).astype(np.uint8)
 
 
-def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Distance in pixels to the outline of a shape (negative inside)."""
+def _signed_distance(
+    shape: str, x: Float64[np.ndarray, "1 32"], y: Float64[np.ndarray, "32 1"], radius: float
+) -> Float64[np.ndarray, "32 32"]:
+    """Distance in pixels to the outline of a shape (negative inside), from offsets to its center."""
+    distance: np.ndarray
     if shape == "circle":
-        return np.hypot(x, y) - radius
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.86 * radius
-    if shape == "cross":
-        arm, reach = 0.32 * radius, 1.05 * radius
+        distance = np.hypot(x, y) - radius
+    elif shape == "square":
+        distance = np.maximum(np.abs(x), np.abs(y)) - 0.86 * radius
+    elif shape == "cross":
+        arm = 0.32 * radius
+        reach = 1.05 * radius
         upright = np.maximum(np.abs(x) - arm, np.abs(y) - reach)
-        return np.minimum(upright, np.maximum(np.abs(x) - reach, np.abs(y) - arm))
-    slope = np.hypot(2.0, 1.0)  # triangle: apex up, as wide as it is high
-    return np.maximum(y - 0.9 * radius, (2.0 * np.abs(x) - y - 1.1 * radius) / slope)
+        distance = np.minimum(upright, np.maximum(np.abs(x) - reach, np.abs(y) - arm))
+    else:  # triangle: apex up, as wide as it is high
+        slope = np.hypot(2.0, 1.0)
+        distance = np.maximum(y - 0.9 * radius, (2.0 * np.abs(x) - y - 1.1 * radius) / slope)
+    return distance

@@ -1,12 +1,14 @@
-"""The three ground-truth scorers of the shapes world, each 0 to 1 for one picture and its caption.
+"""The three ground-truth scorers of the shapes world, each 0 to 1 for one image and its caption.
 
-All three read one thing: the distance of a picture to every drawable scene. A softmax over it says which scene the
-picture probably shows, so the scores vary smoothly between pictures.
+All are functions of the distances of an image to every drawable scene. A softmax over them is the probability
+that the image shows each scene, so scores vary smoothly between images.
 
-- ``match``: how many of the attributes that the caption states are there (mean over the stated ones).
-- ``taste``: the annotator's utility without noise: over the five attributes, a stated one counts if it is there, an
-  unsaid one counts by liking (large, centred, high contrast).
-- ``fidelity``: how near the picture is to the nearest drawable scene. Gaming taste by spoiling pictures shows here.
+- ``match``: the fraction of the caption's stated attributes that the image shows.
+- ``taste``: the annotator's utility without noise, a mean over the five attributes. A stated one counts if
+  the image
+  shows it, an omitted one by how much the annotator likes its value (large, centered, high contrast).
+- ``fidelity``: how near the image is to the nearest drawable scene. It falls if taste is gamed by spoiling
+  images.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+from jaxtyping import Float64, UInt8
 
 from dde_core.errors import DataError
 from dde_core.shapes.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     PLACES,
     RADII_PX,
     SIZE_PX,
@@ -30,7 +33,7 @@ from dde_core.shapes.scenes import (
 )
 
 NAMES = ("match", "taste", "fidelity")
-ATTRIBUTES = ("shape", "colour", "size", "place", "background")
+ATTRIBUTES = ("shape", "color", "size", "place", "background")
 
 SOFTMAX_MSE = 0.0005
 """Mean squared error (pixels in 0..1) that makes a scene e times less probable."""
@@ -39,7 +42,8 @@ FIDELITY_MSE = 0.02
 
 
 def check(captions: Sequence[str], height: int, width: int) -> None:
-    """Can pictures of this size (in pixels; 0: the model's own) be scored against these captions? Raises DataError."""
+    """Raises DataError if images of this size (in pixels; 0: the model's own) cannot be scored for these
+    captions."""
     for name, value in (("height", height), ("width", width)):
         if value not in (0, SIZE_PX):
             raise DataError(
@@ -49,16 +53,15 @@ def check(captions: Sequence[str], height: int, width: int) -> None:
         parse(text)
 
 
-def score(pictures: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
-    """Score uint8 pictures [n, 32, 32, 3] against n captions: {"match", "taste", "fidelity"}, each float64 [n].
+def score(images: np.ndarray, captions: Sequence[str]) -> dict[str, Float64[np.ndarray, " n"]]:
+    """Score uint8 images [n, 32, 32, 3] against n captions: {"match", "taste", "fidelity"}.
 
-    Raises DataError where sizes disagree or a caption is outside the world's grammar.
+    Raises DataError for images of another shape or type, and for a caption outside the world's grammar.
     """
-    if pictures.dtype != np.uint8 or pictures.shape != (len(captions), SIZE_PX, SIZE_PX, 3):
-        raise DataError(
-            f"pictures must be uint8 [{len(captions)}, {SIZE_PX}, {SIZE_PX}, 3], got {pictures.dtype} {list(pictures.shape)}"
-        )
-    mse = _distances(pictures)
+    if images.dtype != np.uint8 or images.shape != (len(captions), SIZE_PX, SIZE_PX, 3):
+        expected = f"uint8 [{len(captions)}, {SIZE_PX}, {SIZE_PX}, 3]"
+        raise DataError(f"images must be {expected}, got {images.dtype} {list(images.shape)}")
+    mse = _distances(images)
     nearest = mse.min(axis=1)
     probability = np.exp(-(mse - nearest[:, None]) / SOFTMAX_MSE)
     probability /= probability.sum(axis=1, keepdims=True)
@@ -68,20 +71,20 @@ def score(pictures: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray
     return {"match": np.array(match), "taste": np.array(taste), "fidelity": np.exp(-nearest / FIDELITY_MSE)}
 
 
-def _distances(pictures: np.ndarray) -> np.ndarray:
-    """Mean squared error of n pictures to every scene, pixels in 0..1: float64 [n, 1800]."""
-    flat = pictures.reshape(len(pictures), -1).astype(np.float64) / 255
-    bank, norms = _bank()
-    return np.maximum((flat**2).sum(1, keepdims=True) - 2 * flat @ bank.T + norms, 0) / flat.shape[1]
+def _distances(images: UInt8[np.ndarray, "n 32 32 3"]) -> Float64[np.ndarray, "n scenes"]:
+    """Mean squared error of each image to every scene, with pixels in 0..1."""
+    flat = images.reshape(len(images), -1).astype(np.float64) / 255
+    scenes, norms = _rendered_scenes()
+    squared: np.ndarray = (flat**2).sum(1, keepdims=True) - 2 * flat @ scenes.T + norms
+    return np.maximum(squared, 0) / flat.shape[1]
 
 
 @cache
-def _bank() -> tuple[np.ndarray, np.ndarray]:
-    bank = (
-        np.stack([render(scene) for scene in all_scenes()]).reshape(len(all_scenes()), -1).astype(np.float64)
-        / 255
-    )
-    return bank, (bank**2).sum(axis=1)
+def _rendered_scenes() -> tuple[Float64[np.ndarray, "scenes pixels"], Float64[np.ndarray, " scenes"]]:
+    """All scenes with pixels in 0..1, and their squared norms."""
+    images = np.stack([render(scene) for scene in all_scenes()])
+    scenes = images.reshape(len(images), -1).astype(np.float64) / 255
+    return scenes, (scenes**2).sum(axis=1)
 
 
 @cache
@@ -91,33 +94,35 @@ def _values() -> dict[str, np.ndarray]:
 
 @cache
 def _match_of_scenes(wanted: Scene) -> np.ndarray:
-    """Fraction of the stated attributes that each of the 1,800 scenes has."""
-    return np.mean([_values()[name] == value for name, value in wanted.stated().items()], axis=0)
+    """The fraction of the stated attributes that each of the 1,800 scenes has."""
+    matches = [_values()[name] == value for name, value in wanted.stated().items()]
+    return np.asarray(np.mean(matches, axis=0))
 
 
 @cache
 def _taste_of_scenes(wanted: Scene) -> np.ndarray:
     """The annotator's utility of each of the 1,800 scenes for a caption."""
     stated = wanted.stated()
-    return np.mean([_values()[n] == stated[n] if n in stated else _liking()[n] for n in ATTRIBUTES], axis=0)
+    utilities = [_values()[n] == stated[n] if n in stated else _liking()[n] for n in ATTRIBUTES]
+    return np.asarray(np.mean(utilities, axis=0))
 
 
 @cache
 def _liking() -> dict[str, np.ndarray]:
-    """How much the annotator likes each scene's value of an attribute that the caption leaves unsaid, 0 to 1."""
+    """How much the annotator likes each scene's value of an omitted attribute, 0 to 1."""
     size = {name: i / (len(RADII_PX) - 1) for i, name in enumerate(RADII_PX)}
     place = {name: float(name == "centre") for name in PLACES}
     contrast = {
-        (c, b): np.linalg.norm(np.subtract(COLOURS[c], BACKGROUNDS[b])) for c in COLOURS for b in BACKGROUNDS
+        (c, b): np.linalg.norm(np.subtract(COLORS[c], BACKGROUNDS[b])) for c in COLORS for b in BACKGROUNDS
     }
-    most = {c: max(contrast[c, b] for b in BACKGROUNDS) for c in COLOURS}
-    least = {c: min(contrast[c, b] for b in BACKGROUNDS) for c in COLOURS}
+    most = {c: max(contrast[c, b] for b in BACKGROUNDS) for c in COLORS}
+    least = {c: min(contrast[c, b] for b in BACKGROUNDS) for c in COLORS}
     return {
         "size": np.array([size[s.size] for s in all_scenes()]),
         "place": np.array([place[s.place] for s in all_scenes()]),
         "background": np.array(
             [
-                (contrast[s.colour, s.background] - least[s.colour]) / (most[s.colour] - least[s.colour])
+                (contrast[s.color, s.background] - least[s.color]) / (most[s.color] - least[s.color])
                 for s in all_scenes()
             ]
         ),

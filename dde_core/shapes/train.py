@@ -1,9 +1,11 @@
-"""Train the shapes pipeline from nothing: tokenizer, VAE, text encoder and U-Net, saved as a diffusers folder.
+"""Train the shapes pipeline from scratch: tokenizer, VAE, text encoder and U-Net, saved as a diffusers
+folder.
 
     python -m dde_core.shapes.train --out FOLDER
 
-The shipped weights came from this command with its defaults: about 6 minutes for the VAE and 65 for the rest on one core of
-a 2-core x86-64 machine (float32). The same seed, thread count and library versions give the same weights.
+This command with its defaults made the shipped weights: in about 6 minutes for the VAE and 65 for the rest,
+on one core of a 2-core x86-64 machine (float32). The same seed, thread count and library versions give the
+same weights.
 """
 
 from __future__ import annotations
@@ -12,28 +14,31 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from jaxtyping import Float32, UInt8
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dde_core.shapes.scenes import SIZE_PX, all_captions, all_scenes, caption, leave_unsaid, render
+from dde_core.shapes.scenes import SIZE_PX, all_captions, all_scenes, caption, omit_attributes, render
 
 MAX_TOKENS = 16
 JITTERED_COPIES = 8
-UNSAID = 0.4
+OMIT_PROBABILITY = 0.4
 EMPTY_CAPTION = 0.1
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer whose merges spell the words of the world: one token a word.
 
-    Later merges rank behind earlier ones, so a word that is whole stays whole when the next word adds its own.
+    Later merges rank behind earlier ones, so finished words stay one token when the next word adds its
+    merges.
     """
     words = sorted({word for text in all_captions() for word in text.split()})
     letters = sorted({letter for word in words for letter in word})
@@ -55,16 +60,20 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _byte_pairs(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """What the merges so far make of a word."""
-    while pairs := [pair for pair in pairwise(parts) if pair in merges]:
-        best = min(pairs, key=merges.index)
-        at = list(pairwise(parts)).index(best)
+    """Apply the merges to a word's parts."""
+    while True:
+        pairs = list(pairwise(parts))
+        mergeable = [pair for pair in pairs if pair in merges]
+        if not mergeable:
+            return parts
+        best = min(mergeable, key=merges.index)
+        at = pairs.index(best)
         parts = [*parts[:at], "".join(best), *parts[at + 2 :]]
-    return parts
 
 
 def train_vae(steps: int, rng: np.random.Generator) -> AutoencoderKL:
-    """Autoencoder with f = 4 and four latent channels on jittered scenes: L1 + L2 and a faint KL term."""
+    """Train an autoencoder with f = 4 and four latent channels on jittered scenes: L1 + L2 and a small KL
+    term."""
     vae = AutoencoderKL(
         sample_size=SIZE_PX,
         block_out_channels=(32, 64, 64),
@@ -77,14 +86,12 @@ def train_vae(steps: int, rng: np.random.Generator) -> AutoencoderKL:
     )
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
-    scenes, generator, began = (
-        all_scenes(),
-        torch.Generator().manual_seed(int(rng.integers(2**31))),
-        time.monotonic(),
-    )
+    scenes = all_scenes()
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    began = time.monotonic()
     for step in range(steps):
-        pictures = np.stack([render(scenes[i], rng) for i in rng.integers(len(scenes), size=32)])
-        pixels = to_pixels(pictures)
+        images = np.stack([render(scenes[i], rng) for i in rng.integers(len(scenes), size=32)])
+        pixels = to_pixels(images)
         posterior = vae.encode(pixels).latent_dist
         restored = vae.decode(posterior.sample(generator=generator)).sample
         error = functional.l1_loss(restored, pixels) + functional.mse_loss(restored, pixels)
@@ -99,28 +106,27 @@ def train_vae(steps: int, rng: np.random.Generator) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
-def to_pixels(pictures: np.ndarray) -> Tensor:
-    """uint8 [n, h, w, 3] -> float32 [n, 3, h, w] in -1..1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_pixels(images: UInt8[np.ndarray, "n h w 3"]) -> Float32[Tensor, "n 3 h w"]:
+    """Pixels in -1..1."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, rng: np.random.Generator) -> Tensor:
-    """Posterior means of every scene in several jittered copies, scaled to unit deviation: [scenes, copies, 4, 8, 8].
-
-    Sets the VAE's scaling_factor to the one measured here.
-    """
+def encode_scenes(vae: AutoencoderKL, rng: np.random.Generator) -> Float32[Tensor, "scenes copies 4 8 8"]:
+    """Posterior means of JITTERED_COPIES of every scene, scaled to unit deviation. Sets the VAE's
+    scaling_factor."""
     latents = []
     for scene in all_scenes():
-        pictures = np.stack([render(scene, rng) for _ in range(JITTERED_COPIES)])
-        latents.append(vae.encode(to_pixels(pictures)).latent_dist.mean)
+        images = np.stack([render(scene, rng) for _ in range(JITTERED_COPIES)])
+        latents.append(vae.encode(to_pixels(images)).latent_dist.mean)
     stacked = torch.stack(latents)
-    vae.register_to_config(scaling_factor=round(1 / stacked.std().item(), 5))
-    return stacked * vae.config.scaling_factor
+    scaling_factor: float = round(1 / stacked.std().item(), 5)
+    vae.register_to_config(scaling_factor=scaling_factor)
+    return stacked * scaling_factor
 
 
 def build_denoiser(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-    """A two-layer text encoder and a 2.5M-parameter U-Net, untrained."""
+    """An untrained two-layer text encoder and 2.5M-parameter U-Net."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -155,24 +161,25 @@ def train_denoiser(
     *,
     steps: int,
     rng: np.random.Generator,
-    on_snapshot,
+    on_snapshot: Callable[[CLIPTextModel, UNet2DConditionModel], None],
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-    """Text encoder and U-Net together on the noise-prediction loss, captions thinned at random; returns their EMA."""
+    """Train text encoder and U-Net on the noise-prediction loss, with attributes omitted at random. Returns
+    their EMA."""
     online = torch.nn.ModuleList(build_denoiser(tokenizer))
     average = copy.deepcopy(online).requires_grad_(False)
     text_encoder, unet = online
     optimizer = torch.optim.AdamW(online.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
-    scenes, generator, began = (
-        all_scenes(),
-        torch.Generator().manual_seed(int(rng.integers(2**31))),
-        time.monotonic(),
-    )
+    scenes = all_scenes()
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    began = time.monotonic()
     for step in range(steps):
         rows = rng.integers(len(scenes), size=128)
         x0 = latents[rows, rng.integers(JITTERED_COPIES, size=128)]
         texts = [
-            caption(leave_unsaid(scenes[i], rng, UNSAID)) if rng.random() >= EMPTY_CAPTION else ""
+            caption(omit_attributes(scenes[i], rng, OMIT_PROBABILITY))
+            if rng.random() >= EMPTY_CAPTION
+            else ""
             for i in rows
         ]
         t = torch.from_numpy(rng.integers(scheduler.config.num_train_timesteps, size=128))

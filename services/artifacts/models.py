@@ -41,7 +41,7 @@ def publish(root: str, record: ModelRecord) -> None:
 
 
 def set_alias(root: str, name: str, model_id: str) -> None:
-    """Let a name mean this model from now on."""
+    """Make a name refer to this model."""
     files.write_json(layout.alias_uri(root, name), {"model": model_id})
 
 
@@ -203,5 +203,8 @@ def check_digests(record: ModelRecord) -> None:
 def check_digest(record: ModelRecord, uri: str) -> None:
     """Refuse files that are not those that were registered."""
     if (found := folder_digest(uri)) != record.digest:
-        message = f"the files of model {record.name} at {record.uri!r} have changed: digest {found}, registered as {record.digest}"
+        message = (
+            f"the files of model {record.name} at {record.uri!r} have changed: "
+            f"digest {found}, registered as {record.digest}"
+        )
         raise BadRequest(message, param="model", code="model_changed")

@@ -1,4 +1,4 @@
-"""Rows that name their images by path: JSON lines, and folders of winners and losers. Readers as in row_files.py."""
+"""Rows that name their images by path: JSON lines, and folders of winners and losers. Readers as in columnar.py."""
 
 from __future__ import annotations
 

@@ -14,13 +14,14 @@ from typing import TypeVar
 from dde_core.errors import ConfigError, DdeError
 from services.api.requests import Strict
 from services.errors import ServiceError, Stopped, Unavailable
+from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.specs import Level, StageFailure, StageSpec, StageStopped
 from services.storage import files
 
 Spec = TypeVar("Spec", bound=StageSpec)
 TRANSIENT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
-"""What the operating system says of a disk that is full or away: it may be well again when the stage is tried again."""
+"""Errors of a full or unreachable disk: another attempt of the stage may succeed."""
 
 
 def run_stage(
@@ -43,33 +44,33 @@ def run_stage(
         cause = root_cause(error)
         if isinstance(cause, Stopped):
             return _leave(
-                journal, spec, "stopped.json", StageStopped(why=cause.why, step=cause.step), cause.message
+                journal,
+                layout.stopped_uri(spec.prefix),
+                StageStopped(why=cause.why, step=cause.step),
+                cause.message,
             )
         failure = failure_of(error)
-        _leave(journal, spec, "failed.json", failure, f"failed: {failure.message}", "error")
+        _leave(journal, layout.failed_uri(spec.prefix), failure, f"failed: {failure.message}", "error")
         raise
-    _leave(journal, spec, "done.json", result, f"done in {time.monotonic() - began:.1f} s")
+    _leave(journal, layout.done_uri(spec.prefix), result, f"done in {time.monotonic() - began:.1f} s")
 
 
-def _leave(
-    journal: Journal, spec: StageSpec, name: str, marker: Strict, message: str, level: Level = "info"
-) -> None:
-    """The stage's last act: what it says, then its marker."""
+def _leave(journal: Journal, uri: str, marker: Strict, message: str, level: Level = "info") -> None:
+    """Report the end of the stage, then write its marker."""
     journal.event(message, level)
     journal.flush()
-    files.write_json(files.join(spec.prefix, name), marker.model_dump(mode="json"))
+    files.write_json(uri, marker.model_dump(mode="json"))
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error of ours inside what Ray wraps around it (workers' failures, a task's cause), else the disk's that may pass,
-    else the error itself."""
+    """The first error of this service inside Ray's wrappers, else a transient disk error, else the error itself."""
     ours = (each for each in _inside(error) if isinstance(each, (DdeError, ServiceError)))
-    passing = (each for each in _inside(error) if is_transient(each))
-    return next(chain(ours, passing), error)
+    transient = (each for each in _inside(error) if is_transient(each))
+    return next(chain(ours, transient), error)
 
 
 def _inside(error: BaseException) -> Iterator[BaseException]:
-    """The error and what brought it about, outermost first, without Ray's wrappers, which pass for what they hold."""
+    """The error and its causes, outermost first, without Ray's wrappers."""
     if not hasattr(error, "cause"):
         yield error
     causes = [getattr(error, "cause", None), getattr(error, "controller_failure", None), error.__cause__]
@@ -79,13 +80,15 @@ def _inside(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether it is about a disk that is full or away."""
+    """Whether the error is that of a full or unreachable disk."""
     return isinstance(error, OSError) and error.errno in TRANSIENT
 
 
 def failure_of(error: BaseException) -> StageFailure:
-    """What failed.json says: an error of ours as it is, another by its class and first line; a full or absent disk is
-    unavailable."""
+    """The content of failed.json: the service's own errors unchanged, others by class and first line.
+
+    A full or unreachable disk has the code of Unavailable.
+    """
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
         return StageFailure(message="the stage was stopped", code="stopped")
     cause = root_cause(error)

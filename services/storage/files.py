@@ -136,7 +136,7 @@ def copy_folder(source_uri: str, target_uri: str) -> None:
 
 
 def persist(folder: Path, uri: str) -> None:
-    """Bring a local folder to its place for good: uploaded, or where it is that place already, on the disk."""
+    """Make a local folder durable at a URI: upload it, or sync it to disk if it is already there."""
     if local_path(uri) != folder:
         return copy_folder(as_uri(folder), uri)
     for file in folder.rglob("*"):

@@ -298,7 +298,10 @@ def _naming(uri: str) -> Iterator[None]:
             f"uri {uri!r}: whoever gives the credentials does not answer: {error}", param="uri"
         ) from error
     except NoCredentialsError as error:
-        message = f"uri {uri!r} cannot be opened: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give a role"
+        message = (
+            f"uri {uri!r} cannot be opened: no credentials; "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give a role"
+        )
         raise BadRequest(message, param="uri", code="no_credentials") from error
     except _NO_ANSWER as error:
         raise Unavailable(

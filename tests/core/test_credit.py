@@ -54,7 +54,8 @@ def test_the_gradient_weight_of_dde_is_small_at_both_ends(schedule):
 
 
 def test_without_the_correction_the_peak_is_at_497_and_uniform_is_flat(schedule):
-    single, uniform = of(schedule, "dde_single"), of(schedule, "uniform")
+    single = of(schedule, "dde_single")
+    uniform = of(schedule, "uniform")
     assert single.gradient_weight.argmax().item() + 1 == 497
     assert (uniform.gradient_weight == uniform.gradient_weight[0]).all()
     assert 0.2 < uniform.gradient_weight[0].item() < 0.25
@@ -69,7 +70,9 @@ def test_the_correction_moves_credit_towards_late_timesteps_by_the_known_ratio(s
 
 
 def test_a_correction_of_the_wrong_sign_and_that_of_the_mode_would_raise_the_weight(schedule):
-    dde, single, mode = of(schedule), of(schedule, "dde_single"), of(schedule, calibration_point="mode")
+    dde = of(schedule)
+    single = of(schedule, "dde_single")
+    mode = of(schedule, calibration_point="mode")
     margins = torch.full_like(dde.weight, 1e-4)
     wrong = gradient_weight(dde.weight, preference_logit(5000.0, dde.weight, margins, -dde.correction))
     for g in (wrong, mode.gradient_weight):
@@ -85,7 +88,8 @@ def test_the_sampled_point_converges_to_the_expected_one(schedule):
 
 
 def test_dde_step_is_uniform_with_the_correction_of_dde(schedule):
-    step, dde = of(schedule, "dde_step"), of(schedule)
+    step = of(schedule, "dde_step")
+    dde = of(schedule)
     assert torch.equal(step.correction, dde.correction)
     expected = 0.5 * torch.sigmoid(-5000.0 * (0.5 * 1e-4 + dde.correction))
     torch.testing.assert_close(step.gradient_weight, expected, rtol=1e-12, atol=0)
@@ -156,7 +160,8 @@ def test_coefficients_converge_within_100_steps_of_2048_pairs_and_481_of_64(sche
     assert (
         remaining_fraction(replace(dde, calibration_bins=50), schedule, 64, torch.tensor([60])).item() < 0.05
     )
-    half, inside = replace(dde, t_min=201, t_max=700), replace(dde, calibration_bins=500)
+    half = replace(dde, t_min=201, t_max=700)
+    inside = replace(dde, calibration_bins=500)
     steps = torch.tensor([30])
     assert torch.equal(
         remaining_fraction(half, schedule, 64, steps), remaining_fraction(inside, schedule, 64, steps)
@@ -168,7 +173,8 @@ def test_the_law_of_convergence_is_what_a_calibration_does(schedule, bins):
     config = ObjectiveConfig(calibration_bins=bins)
     calibration = Calibration(schedule, config)
     calibration.load_state_dict({name: torch.ones(bins or 1000, dtype=torch.float64) for name in NAMES})
-    generator, none = torch.Generator().manual_seed(0), torch.zeros(64)
+    generator = torch.Generator().manual_seed(0)
+    none = torch.zeros(64)
     for _ in range(100):
         t = torch.randint(1, 1001, (64,), generator=generator)
         calibration.update(t, PairErrors(none, none), PairErrors(none, none))
@@ -182,15 +188,16 @@ def test_the_law_of_convergence_is_what_a_calibration_does(schedule, bins):
 
 def straight_run(schedule, config, steps=40, pairs=32):
     """(step, t, margin, g) of a run as in training: random errors, C(t) updated after each step."""
-    generator, calibration, rows = torch.Generator().manual_seed(1), Calibration(schedule, config), []
+    generator = torch.Generator().manual_seed(1)
+    calibration = Calibration(schedule, config)
+    rows = []
     for step in range(1, steps + 1):
         t = torch.randint(config.t_min, (config.t_max or 1000) + 1, (pairs,), generator=generator)
         ref = 0.2 + 0.1 * torch.rand(2, pairs, generator=generator, dtype=torch.float64)
-        theta, z = (
-            ref + 3e-4 * torch.randn(2, pairs, generator=generator, dtype=torch.float64),
-            torch.zeros(pairs),
-        )
-        theta_errors, ref_errors = PairErrors(theta[0], theta[1], z, z), PairErrors(ref[0], ref[1], z, z)
+        theta = ref + 3e-4 * torch.randn(2, pairs, generator=generator, dtype=torch.float64)
+        z = torch.zeros(pairs)
+        theta_errors = PairErrors(theta[0], theta[1], z, z)
+        ref_errors = PairErrors(ref[0], ref[1], z, z)
         terms = step_losses(theta_errors, ref_errors, t, config, schedule, calibration.correction(t))
         calibration.update(t, theta_errors, ref_errors)
         margin = (ref[0] - theta[0]) - (ref[1] - theta[1])

@@ -30,7 +30,8 @@ from tests.support.unet_configs import SD15_VAE, TOKENS, conditioning, random_pa
 
 FAMILIES = ("sd15", "sdxl")
 PAPER = TrainConfig(precision="bf16", gradient_checkpointing=True, micro_batch_size=2)
-UNIFORM, SFT = ObjectiveConfig(method="uniform"), ObjectiveConfig(method="sft")
+UNIFORM = ObjectiveConfig(method="uniform")
+SFT = ObjectiveConfig(method="sft")
 LORA = dataclasses.replace(PAPER, lora=LoraConfig(rank=16))
 
 
@@ -45,7 +46,9 @@ def test_every_family_can_be_estimated():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_and_shapes_are_those_of_the_real_models(family):
-    facts, model, pairs = FACTS[family], unet(family), random_pairs(family, 1)
+    facts = FACTS[family]
+    model = unet(family)
+    pairs = random_pairs(family, 1)
     assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert facts.latent_shape == pairs.latents_w.shape[1:]
     assert facts.text_shape == pairs.conditioning_w["encoder_hidden_states"].shape[1:]
@@ -102,7 +105,8 @@ def test_the_models_of_the_benchmarks_are_counted(tmp_path):
         flops(lambda: vae.encode(torch.empty(1, 3, 32, 32, device="meta"))), rel=1e-3
     )
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**MID_SIZE), AutoencoderKL(**MID_SIZE_VAE)
+        unet = UNet2DConditionModel(**MID_SIZE)
+        vae = AutoencoderKL(**MID_SIZE_VAE)
     assert mid_size.forward_flops == pytest.approx(unet_flops(unet, 32), rel=1e-3)
     assert mid_size.vae_flops == pytest.approx(
         flops(lambda: vae.encode(torch.empty(1, 3, 256, 256, device="meta"))), rel=1e-3
@@ -125,7 +129,8 @@ def test_the_benchmarks_vaes_weigh_no_more_beside_their_unets_than_stable_diffus
 
 
 def unet_flops(unet, size) -> int:
-    unet, shape = unet.to("meta"), (1, 16, unet.config.cross_attention_dim)
+    unet = unet.to("meta")
+    shape = (1, 16, unet.config.cross_attention_dim)
     x_t, t, text = (torch.empty(each, device="meta") for each in ((1, 4, size, size), (1,), shape))
     return flops(lambda: unet(x_t, t, text))
 
@@ -134,10 +139,8 @@ def unet_flops(unet, size) -> int:
 def test_forward_flops_are_counted_and_a_backward_is_two_forwards(family):
     model = unet(family)
     inputs = conditioning(family, 1, "meta")
-    x_t, t = (
-        torch.empty(1, *FACTS[family].latent_shape, device="meta"),
-        torch.ones(1, dtype=torch.long, device="meta"),
-    )
+    x_t = torch.empty(1, *FACTS[family].latent_shape, device="meta")
+    t = torch.ones(1, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as forward:
         output = predict(model, x_t, t, inputs)
     with FlopCounterMode(display=False) as backward:
@@ -165,7 +168,8 @@ def test_activation_bytes_grow_with_samples(checkpointing):
     [LoraConfig().targets, ("attn2.to_k", "to_out.0"), ("ff.net.0.proj", "ff.net.2"), ("to_q", "attn1.to_q")],
 )
 def test_lora_parameters_are_those_that_peft_adds(family, targets):
-    model, facts = unet(family).requires_grad_(False), FACTS[family]
+    model = unet(family).requires_grad_(False)
+    facts = FACTS[family]
     model.add_adapter(PeftConfig(r=8, target_modules=list(targets)))
     added = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert lora_parameters(facts.blocks, facts.text_shape[1], LoraConfig(rank=8, targets=targets)) == added
@@ -173,7 +177,8 @@ def test_lora_parameters_are_those_that_peft_adds(family, targets):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_hours_come_back_where_the_vae_is_added(family):
-    facts, run = FACTS[family], FACTS[family].published
+    facts = FACTS[family]
+    run = FACTS[family].published
     training = dataclasses.replace(PAPER, steps=run.steps, gradient_checkpointing=run.passes == 5)
     needed = estimate(family, UNIFORM, training, 16)
     vae_hours = run.steps * run.batch_size * 2 * facts.vae_flops / (term(needed, "speed") * 1e12) / 3600

@@ -34,7 +34,8 @@ from tests.support.tiny_folders import WIDTH, sd15_folder
 from tests.support.tiny_unet import TEXT_WIDTH, tiny_unet
 from tests.support.unet_configs import unet
 
-RANKS, STEPS = 2, 3
+RANKS = 2
+STEPS = 3
 KINDS = ("whole", "lora")
 
 
@@ -107,7 +108,8 @@ class Run:
         model = ModelFolder(folder)
         self.policy = Policy(model, train_config(parallelism, kind), world_size=world_size)
         self.optimizer = make_optimizer(self.policy.parameters(), train_config(parallelism, kind))
-        self.calibration, self.rank = Calibration(model.schedule(), ObjectiveConfig()), rank
+        self.calibration = Calibration(model.schedule(), ObjectiveConfig())
+        self.rank = rank
 
     def train(self, first: int) -> float:
         """A few steps. The last norm of the gradients."""
@@ -203,7 +205,8 @@ def test_shards_make_the_update_of_whole_models_in_float32_and_the_same_gradient
     assert {n: t.shape for n, t in whole.items()} == {n: t.shape for n, t in shards.items()}, (
         "files are those of a whole model"
     )
-    start, (a, b) = alone(folder, kind).policy.weights(), map(trained, (whole, shards))
+    start = alone(folder, kind).policy.weights()
+    a, b = map(trained, (whole, shards))
     apart, length = (sum(float((a[n] - each[n]).double().square().sum()) for n in a) for each in (b, start))
     distance = (apart / length) ** 0.5
     print(f"relative L2 distance of the update, FSDP2 against DDP, 2 ranks, {kind}: {distance:.1e}")

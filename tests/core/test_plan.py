@@ -27,7 +27,8 @@ from dde_core.train_step import pair_errors
 from tests.support.unet_configs import random_pairs, schedule, unet
 
 FAMILIES = ("sd15", "sdxl")
-UNIFORM, SFT = ObjectiveConfig(method="uniform"), ObjectiveConfig(method="sft")
+UNIFORM = ObjectiveConfig(method="uniform")
+SFT = ObjectiveConfig(method="sft")
 PAPER = TrainConfig(precision="bf16", gradient_checkpointing=True, micro_batch_size=2)
 LEDGER = dataclasses.replace(PAPER, reference="ledger")
 FAST = mfu.Mfu(value=0.4, source="measured by nobody")
@@ -75,7 +76,8 @@ def test_fsdp_gathers_in_every_micro_batch_and_scatters_once():
     sent = {
         term.name: term.value for term in communication_terms(FACTS["sdxl"], UNIFORM, training, 16, "fsdp")
     }
-    weights, outside = 4 * 2.567463684, 4 * 0.054163204
+    weights = 4 * 2.567463684
+    outside = 4 * 0.054163204
     by_hand = {
         "weights": 4 * (2 * weights - outside),
         "reference": 4 * (weights - outside),
@@ -210,7 +212,8 @@ def test_training_on_one_gpu_takes_the_estimates_hours(family):
 
 def test_the_optimizer_moves_its_bytes_at_the_speed_of_the_gpus_memory():
     """Clipping 12; AdamW reads 4 numbers and writes 3, of 4 bytes, 8-bit moments of 1; the average, 32."""
-    parameters, gb_s = 2.567463684, {"a100": 2000, "h100": 3350, "h200": 4800}
+    parameters = 2.567463684
+    gb_s = {"a100": 2000, "h100": 3350, "h200": 4800}
 
     def seconds(gpu="h100", **change):
         return value(planned(dataclasses.replace(PAPER, **change), gpu=gpu).step, "optimizer")
@@ -339,7 +342,8 @@ def test_a_checkpoint_holds_weights_moments_and_average_of_what_is_trained():
 
 
 def test_a_sharded_checkpoint_is_gathered_before_it_is_copied():
-    size, on = 3 * 4 * 2.567463684, Cluster(gpus=16, gpu="h100")
+    size = 3 * 4 * 2.567463684
+    on = Cluster(gpus=16, gpu="h100")
     sharded = planned(dataclasses.replace(PAPER, parallelism="fsdp")).checkpoint
     assert value(sharded, "stall") == pytest.approx(size / 3 + on.seconds(size))
 

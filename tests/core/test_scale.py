@@ -29,7 +29,9 @@ def test_the_real_unets_have_the_published_number_of_parameters(name, parameters
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("method", ["dde", "dde_single", "dde_step", "uniform", "discounted"])
 def test_a_step_of_pairs_goes_through_the_real_unets(name, method):
-    model, batch, tables = unet(name), random_pairs(name, 3), schedule("meta")
+    model = unet(name)
+    batch = random_pairs(name, 3)
+    tables = schedule("meta")
     size = UNETS[name]["sample_size"]
     assert batch.latents_w.shape == (3, 4, size, size)
     assert batch.conditioning_w["encoder_hidden_states"].shape == (
@@ -68,7 +70,8 @@ def test_winners_alone_go_through_the_real_unets(name):
     psutil.virtual_memory().available < 9e9, reason="8 GB for weights and gradients are not free"
 )
 def test_one_real_step_of_860_million_weights_is_the_same_with_and_without_gradient_checkpointing(capsys):
-    size, samples = 16, 2
+    size = 16
+    samples = 2
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.cpu_step", str(size)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -78,7 +81,8 @@ def test_one_real_step_of_860_million_weights_is_the_same_with_and_without_gradi
     assert kept["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item())
     assert kept["grad_norm"] > 0
 
-    facts, saved = FACTS["sd15"], kept["peak_gb"] - checkpointed["peak_gb"]
+    facts = FACTS["sd15"]
+    saved = kept["peak_gb"] - checkpointed["peak_gb"]
     whole, parts = (
         facts.activation_bytes["fp32", ckpt] * samples * (size / 64) ** 2 / 1e9 for ckpt in (False, True)
     )

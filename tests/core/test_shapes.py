@@ -14,7 +14,7 @@ from dde_core.shapes.pairs import label_pairs
 from dde_core.shapes.scenes import Scene, all_captions, all_scenes, caption, parse, render
 from dde_core.shapes.scorers import score
 
-FULL = Scene(shape="circle", colour="red", size="large", place="centre", background="black")
+FULL = Scene(shape="circle", color="red", size="large", place="centre", background="black")
 
 
 def scores(scene: Scene, text: str) -> dict[str, float]:
@@ -40,7 +40,7 @@ def test_a_drawn_scene_matches_its_caption_and_has_full_fidelity():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"colour": "blue"}, {"shape": "cross"}, {"place": "left"}, {"background": "white"}]
+    "wrong", [{"color": "blue"}, {"shape": "cross"}, {"place": "left"}, {"background": "white"}]
 )
 def test_each_wrong_attribute_costs_a_fifth_of_the_match(wrong: dict[str, str]):
     other = Scene(**{**FULL.stated(), **wrong})
@@ -73,7 +73,7 @@ def test_pictures_of_another_size_are_refused():
 
 
 def test_the_annotator_prefers_the_better_picture_and_calls_near_equals_ties():
-    good, bad = render(FULL), render(Scene(**{**FULL.stated(), "colour": "green", "shape": "cross"}))
+    good, bad = render(FULL), render(Scene(**{**FULL.stated(), "color": "green", "shape": "cross"}))
     table = label_pairs(["a red circle"] * 40, np.stack([good, bad, bad, bad] * 40), np.random.default_rng(0))
     first_is_good = [row["label_0"] == 1.0 for row in table.to_pylist()]
     assert {row["label_0"] + row["label_1"] for row in table.to_pylist()} == {1.0}

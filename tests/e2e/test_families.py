@@ -1,4 +1,4 @@
-"""Small folders of both families go through the whole job: encoded, aligned, measured on held-out pairs, served."""
+"""Small models of both families pass through a whole job: encode, align, measure on held-out pairs, serve."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("dde_core", "
 
 
 def wide_pairs(path: Path) -> Path:
-    """Shipped pairs with pictures of many widths: the centre square is the shipped picture."""
+    """Shipped pairs with images of many widths. The center square is the shipped image."""
     table = pq.read_table(PAIRS_FILE).slice(0, ROWS)
     for column in ("jpg_0", "jpg_1"):
-        pictures = (np.asarray(Image.open(io.BytesIO(data))) for data in table[column].to_pylist())
+        images = (np.asarray(Image.open(io.BytesIO(data))) for data in table[column].to_pylist())
         wide = [
-            png(np.pad(picture, ((0, 0), (i % 7, i % 7), (0, 0)), mode="edge"))
-            for i, picture in enumerate(pictures)
+            png(np.pad(image, ((0, 0), (i % 7, i % 7), (0, 0)), mode="edge"))
+            for i, image in enumerate(images)
         ]
         table = table.set_column(table.column_names.index(column), column, pa.array(wide, pa.binary()))
     pq.write_table(table, path, row_group_size=200)
@@ -100,8 +100,8 @@ def test_a_small_model_of_each_family_aligns_end_to_end(client: Client, tmp_path
     )
     assert loaded.returncode == 0, loaded.stderr
 
-    pictures = [
+    images = [
         np.frombuffer(client.generate(ImageRequest(model=name, prompt="a red circle", steps=2))[0], np.uint8)
         for name in (base.name, aligned.name)
     ]
-    assert pictures[0].tobytes() != pictures[1].tobytes()
+    assert images[0].tobytes() != images[1].tobytes()

@@ -1,4 +1,4 @@
-"""Encoding that is killed ten times, at any point, ends with what an undisturbed run makes, and encodes nothing twice."""
+"""Encoding that is killed ten times gives the dataset of an undisturbed run and encodes nothing twice."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def manifest(result: EncodeResult) -> Manifest:
 
 
 def written_files(runs: StageRuns, pattern: str) -> dict[str, int]:
-    """When each file of the one dataset below ``runs`` was written."""
+    """The time at which each file of the one dataset below ``runs`` was written."""
     found = Path(files.resolve(runs.prefix("datasets"))[1]).glob(f"*/{pattern}")
     written = {}
     for path in found:
         try:
             written[path.name] = path.stat().st_mtime_ns
-        except FileNotFoundError:  # a block that was just cleared away
+        except FileNotFoundError:  # a block that was just deleted
             continue
     return written
 
@@ -42,7 +42,7 @@ def written_files(runs: StageRuns, pattern: str) -> dict[str, int]:
 def test_ten_kills_at_random_points_change_nothing(system: LocalSystem, tmp_path: Path):
     rows = list(synthetic_rows(ROWS))
     for number in range(0, ROWS, 250):
-        rows[number]["jpg_0"] = b"no picture"
+        rows[number]["jpg_0"] = b"not an image"
     pairs, env = (
         write_stream(tmp_path / "pairs.parquet", rows, row_group_size=100).as_uri(),
         cluster_environment(system),
@@ -56,7 +56,7 @@ def test_ten_kills_at_random_points_change_nothing(system: LocalSystem, tmp_path
     committed: dict[str, int] = {}
     for number, point in enumerate(points):
         run = killed.start("encode", killed.encode_spec(f"kill-{number}", pairs, model, **data))
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while (
             len(written_files(killed, "blocks/*.parquet")) + len(written_files(killed, "shard-*.parquet"))
             < point
@@ -66,9 +66,9 @@ def test_ten_kills_at_random_points_change_nothing(system: LocalSystem, tmp_path
             time.sleep(0.02)
         time.sleep(rng.random() * 0.5)
         os.kill(run.process.pid, signal.SIGKILL)
-        assert run.process.wait() == -signal.SIGKILL, "it was still at work"
+        assert run.process.wait() == -signal.SIGKILL, "the driver was still running"
         now = written_files(killed, "blocks/*.parquet")
-        assert committed.items() <= now.items(), "what was committed is written once"
+        assert committed.items() <= now.items(), "a committed block is never written again"
         committed = now
         print(f"kill {number + 1} after {point} of {pieces} pieces: {len(committed)} blocks are committed")
 
@@ -76,13 +76,15 @@ def test_ten_kills_at_random_points_change_nothing(system: LocalSystem, tmp_path
     found = last.finish()
     print(f"digests: undisturbed {expected.digest}, killed {KILLS} times {found.digest}")
     assert any("are there from an earlier run" in event for event in last.events())
-    assert manifest(found) == manifest(expected), "the same digest, counts and shards, to the byte"
+    assert manifest(found) == manifest(expected), "the same digest, counts and shards"
     assert not found.reused
-    assert not written_files(killed, "blocks/*"), "the blocks are gone once the manifest is there"
+    assert not written_files(killed, "blocks/*"), "blocks are deleted once the manifest is written"
 
 
 @pytest.mark.slow
-def test_the_same_request_again_is_no_work_and_another_setting_is(system: LocalSystem, tmp_path: Path):
+def test_the_same_request_again_reuses_the_dataset_and_another_setting_does_not(
+    system: LocalSystem, tmp_path: Path
+):
     pairs = write_stream(tmp_path / "pairs.parquet", synthetic_rows(60)).as_uri()
     runs, model = StageRuns(tmp_path / "runs", cluster_environment(system)), shapes_record()
     first = runs.start("encode", runs.encode_spec("first", pairs, model)).finish()

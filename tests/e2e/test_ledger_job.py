@@ -1,4 +1,4 @@
-"""The same job twice over HTTP, with the reference's errors from a ledger and computed in every step, on the same draws."""
+"""The same job twice over HTTP on the same draws: on a ledger, and with the reference in every step."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def metrics(client: Client, job: JobView) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_job_on_a_ledger_trains_as_one_whose_reference_runs_in_every_step(client: Client, tmp_path: Path):
+def test_a_job_on_a_ledger_trains_like_one_whose_reference_runs_in_every_step(client: Client, tmp_path: Path):
     client.create_model("shapes", MODEL_DIR.as_uri())
     dataset = client.create_dataset("pairs", PAIRS_FILE.as_uri()).id
     for method, reference in (
         ("uniform", "ledger"),
         ("dde", "auto"),
-    ):  # the second finds what the first has written
+    ):  # the second finds the ledger of the first
         cached, online = (run(client, dataset, method, each) for each in (reference, "online"))
         events = [event.message for event in client.events(cached.id)]
         assert any(event.startswith("reference errors from ledger") for event in events), events

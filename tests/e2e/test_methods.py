@@ -1,4 +1,4 @@
-"""Each method, run through the job API: what training logged is what `dde credit` makes of the run's margins."""
+"""Each method, run as a job: `dde credit` predicts the gradient weight that training logged."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def jobs(client: Client) -> dict[str, str]:
             },
         }
 
-    asked = {
+    requests = {
         method: AlignmentJobCreate.model_validate_json(json.dumps(body(method)))
         for method in get_args(MethodName)
     }
-    return {method: client.create_job(each).id for method, each in asked.items()}
+    return {method: client.create_job(each).id for method, each in requests.items()}
 
 
 def by_hand(method: str, step: np.ndarray, t: np.ndarray, margin: np.ndarray) -> np.ndarray:
-    """The gradient weight of every pair from the formulas alone, on Stable Diffusion's schedule with BINS bins."""
+    """Every pair's gradient weight from the formulas alone, on Stable Diffusion's schedule with BINS bins."""
     if not METHODS[method].has_loser:
         return np.ones(len(t))
     alpha_bar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
@@ -72,7 +72,7 @@ def by_hand(method: str, step: np.ndarray, t: np.ndarray, margin: np.ndarray) ->
     bin_of = (np.arange(1001) - 2) * BINS // 999  # of timesteps 2..1000
     for now in np.unique(step):
         rows = np.flatnonzero(step == now)
-        at = r[bin_of[2:]]  # what is recorded at timesteps 2..1000
+        at = r[bin_of[2:]]  # calibration at timesteps 2..1000
         c = np.array([at[k - 1 :].sum() for k in t[rows]])  # timesteps k + 1..1000
         c *= method in ("dde", "dde_step")
         g[rows] = w[rows] / (1 + np.exp(5000 * (w[rows] * margin[rows] + c)))
@@ -84,7 +84,7 @@ def by_hand(method: str, step: np.ndarray, t: np.ndarray, margin: np.ndarray) ->
 
 
 @pytest.mark.parametrize("method", get_args(MethodName))
-def test_the_gradient_weight_that_was_logged_is_the_predicted_one(
+def test_the_logged_gradient_weight_is_the_predicted_one(
     client: Client, system: LocalSystem, jobs: dict[str, str], method: str
 ):
     job = client.wait(jobs[method])

@@ -77,6 +77,6 @@ def test_pairs_become_a_model_in_an_object_store_that_fails_now_and_then(
     ), s3_server.counts
     s3_server.inject()
 
-    here = StageRuns(tmp_path / "here", runs.env)
-    undisturbed = here.start("encode", here.encode_spec("encode", file.as_uri(), model)).finish()
+    on_disk = StageRuns(tmp_path / "disk", runs.env)
+    undisturbed = on_disk.start("encode", on_disk.encode_spec("encode", file.as_uri(), model)).finish()
     assert undisturbed.digest == encoded.digest, "the same pairs on a disk make the same dataset"

@@ -1,4 +1,4 @@
-"""The scripts behind the shipped weights and pairs do the same from the same seed."""
+"""The scripts that made the shipped weights and pairs are deterministic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What training keeps, on real Ray Train, whatever the number of workers. Kills: test_lost_work.py."""
+"""Training on real Ray Train: the same update on one worker and two, the golden loss, lineage.
+
+Killed runs are tested in test_lost_work.py.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +66,8 @@ class Runs(StageRuns):
         self.train(name, workers, training).finish()
         return self.weights(name)
 
-    def here(self, folder: Path, training: TrainConfig) -> Path:
-        """One worker, in this process: the checkpoint after the last step."""
+    def train_in_process(self, folder: Path, training: TrainConfig) -> Path:
+        """Train on one worker in this process; return the last checkpoint."""
         dataset = Path(files.resolve(self.encoded())[1])
         train_here(folder, ModelFolder(MODEL_DIR), dataset, OBJECTIVE, **asdict(training))
         return folder / "run" / "checkpoints" / f"step-{training.steps:08d}"
@@ -74,13 +77,13 @@ class Runs(StageRuns):
         return load_file(f"{files.resolve(done.model.uri)[1]}/unet/{WEIGHTS}")
 
     def events(self, name: str) -> list[str]:
-        """What the run told."""
+        """The messages of the run's journal."""
         return [
             entry.message for _, some in read_journal(self.prefix(name), 0) for entry in some if entry.message
         ]
 
     def metrics(self, name: str, metric: str) -> dict[int, float]:
-        """The last value of each step."""
+        """The last value of each step's metric."""
         entries = [entry for _, some in read_journal(self.prefix(name), 0) for entry in some if entry.metrics]
         return {entry.step: entry.metrics[metric] for entry in entries}
 
@@ -90,32 +93,34 @@ def runs(system: LocalSystem, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(system, tmp_path_factory.mktemp("runs"))
 
 
-def test_one_and_two_workers_make_the_same_update_up_to_the_order_of_additions(runs: Runs, tmp_path: Path):
-    one = load_file(runs.here(tmp_path, TWENTY_STEPS) / "weights" / WEIGHTS)
+def test_one_and_two_workers_make_the_same_update_up_to_rounding(runs: Runs, tmp_path: Path):
+    one = load_file(runs.train_in_process(tmp_path, TWENTY_STEPS) / "weights" / WEIGHTS)
     distance = update_distance(runs.run("two", 2, TWENTY_STEPS), one, base_weights())
     print(f"relative L2 distance of the update, 1 against 2 workers, 20 steps: {distance:.2e}")
     assert distance < 1e-3
 
 
 @pytest.mark.slow
-def test_two_workers_with_shares_of_the_model_make_the_update_of_two_with_whole_ones(runs: Runs):
-    """Under FSDP2, in micro-batches; the pairs of a step do not divide by their number."""
-    shares = runs.run("shares", 2, replace(TWENTY_STEPS, parallelism="fsdp", micro_batch_size=12))
-    assert any("on 2 workers (fsdp) from step 0" in event for event in runs.events("shares"))
-    distance = update_distance(shares, runs.run("two", 2, TWENTY_STEPS), base_weights())
+def test_two_workers_under_fsdp_make_the_update_of_two_under_ddp(runs: Runs):
+    """With micro-batches whose number does not divide the pairs of a step."""
+    sharded = runs.run("sharded", 2, replace(TWENTY_STEPS, parallelism="fsdp", micro_batch_size=12))
+    assert any("on 2 workers (fsdp) from step 0" in event for event in runs.events("sharded"))
+    distance = update_distance(sharded, runs.run("two", 2, TWENTY_STEPS), base_weights())
     print(f"relative L2 distance of the update, FSDP2 against DDP, 2 workers, 20 steps: {distance:.2e}")
     assert distance < 1e-3
 
 
 @pytest.mark.slow
-def test_the_same_number_of_workers_twice_is_the_same_to_the_bit(runs: Runs):
+def test_two_runs_on_the_same_number_of_workers_are_equal_to_the_bit(runs: Runs):
     assert same_bits(runs.run("two", 2, TWENTY_STEPS), runs.run("two-again", 2, TWENTY_STEPS))
     assert runs.metrics("two", "loss") == runs.metrics("two-again", "loss")
 
 
 def test_the_loss_curve_of_100_steps_is_the_golden_one(runs: Runs, tmp_path: Path):
-    """Written by ``make golden`` after a change that is meant to change it."""
-    runs.here(tmp_path, TrainConfig(steps=100, batch_size=16, learning_rate=2e-5, checkpoint_every=100))
+    """``make golden`` rewrites the curve after an intended change."""
+    runs.train_in_process(
+        tmp_path, TrainConfig(steps=100, batch_size=16, learning_rate=2e-5, checkpoint_every=100)
+    )
     losses = [
         entry.metrics["loss"]
         for _, some in read_journal(tmp_path.as_uri(), 0)
@@ -132,7 +137,7 @@ def test_the_loss_curve_of_100_steps_is_the_golden_one(runs: Runs, tmp_path: Pat
     )
 
 
-def test_the_model_version_says_where_it_came_from(runs: Runs):
+def test_a_model_version_records_its_lineage(runs: Runs):
     runs.run("two", 2, TWENTY_STEPS)
     done = TrainResult.model_validate_json(files.read_bytes(files.join(runs.prefix("two"), "done.json")))
     assert done.model.lineage["base_digest"] == runs.base.digest

@@ -1,7 +1,8 @@
-"""How many bytes live at once in a forward and backward, counted on tensors without storage (device "meta").
+"""Peak bytes of a forward and backward, counted on tensors without storage (device "meta").
 
-On a GPU attention is one kernel that keeps queries, keys, values, its output and one number a row, and autocast runs
-convolutions and linear layers in bf16 and normalisations in float32. Neither happens on "meta", so both are put in here.
+On a GPU, attention is one kernel that keeps queries, keys, values, its output and one number a row, and
+autocast runs convolutions and linear layers in bf16 and normalizations in float32. Neither happens on
+"meta", so this module adds both.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.support.unet_configs import UNETS, conditioning, unet
 
 
 def activation_bytes(name: str, *, bf16: bool, checkpointing: bool, samples: int = 1) -> int:
-    """The most that lives beyond weights, their gradients and, with ``bf16``, their bf16 copies."""
+    """The peak beyond weights, their gradients and, with ``bf16``, their bf16 copies."""
     model = unet(name)
     if checkpointing:
         model.enable_gradient_checkpointing()
@@ -32,26 +33,26 @@ def activation_bytes(name: str, *, bf16: bool, checkpointing: bool, samples: int
         torch.empty(samples, 4, size, size, device="meta"),
         torch.ones(samples, dtype=torch.long, device="meta"),
     )
-    told = conditioning(name, samples, "meta")
-    text = told.pop("encoder_hidden_states")
+    added = conditioning(name, samples, "meta")
+    text = added.pop("encoder_hidden_states")
     copies = bf16_copies(model) if bf16 else {}
     live = LiveBytes()
     for weight in [*model.parameters(), *copies.values()]:
         weight.grad = torch.empty_like(weight)
         live.ignore(weight, weight.grad)
     with like_a_gpu(copies), live:
-        output = model(x_t, t, text, added_cond_kwargs=told or None).sample
+        output = model(x_t, t, text, added_cond_kwargs=added or None).sample
         output.float().square().mean().backward()
     return live.peak
 
 
 def bf16_copies(model: UNet2DConditionModel) -> dict[int, Tensor]:
-    """What autocast makes of each weight once and keeps, by the weight's id."""
+    """The bf16 copy that autocast makes of each weight and keeps, by the weight's id."""
     return {id(weight): weight.detach().bfloat16().requires_grad_() for weight in model.parameters()}
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operators make, until they are freed."""
+    """Counts the bytes of storages that operators allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Attention(torch.autograd.Function):
-    """A fused attention kernel's shapes and what it keeps for its backward."""
+    """The shapes of a fused attention kernel and the tensors that it keeps for its backward."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class Attention(torch.autograd.Function):
 
 @contextmanager
 def like_a_gpu(copies: dict[int, Tensor]) -> Iterator[None]:
-    """Fused attention; and where there are ``copies`` of the weights, the casts that autocast does."""
+    """Emulate fused attention and, if there are bf16 ``copies`` of the weights, the casts of autocast."""
 
     def narrow(x: Tensor | None) -> Tensor | None:
         return x.bfloat16() if copies and x is not None else x

@@ -1,10 +1,10 @@
-"""One real step of Stable Diffusion 1.5's U-Net, all 860 million random weights, on the CPU in float32: prints JSON.
+"""One real step of Stable Diffusion 1.5's U-Net, with random weights, on the CPU in float32. Prints JSON.
 
     python -m tests.support.cpu_step [SIZE]
 
-One pair of SIZE x SIZE latents (default 16), `uniform`, the policy as its own reference; with gradient checkpointing and
-then without. Gradients lie in memory from the start, so that the two peaks differ by activations alone. A process of its
-own, because a peak never falls.
+One pair of SIZE x SIZE latents (default 16), `uniform`, the policy as its own reference; first with
+gradient checkpointing, then without. Gradients are allocated from the start, so the two peaks differ by
+activations only. It is a process of its own because a process's peak never falls.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ OBJECTIVE = ObjectiveConfig(method="uniform")
 
 
 def step(model: Any, batch: Any) -> dict[str, float]:
-    """Reference, forward, loss, backward: loss, winner's error, gradient's norm, seconds, and the process's peak in GB."""
+    """One step. Returns loss, winner's error, gradient norm, seconds, and the process's peak in GB."""
     began = time.monotonic()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad.fill_(0.0)  # writes, so that the memory is really there
+        parameter.grad.fill_(0.0)  # writes, so that the memory is really allocated
     with torch.no_grad():
         ref = pair_errors(model, schedule(), batch)
     theta = pair_errors(model, schedule(), batch)

@@ -1,4 +1,4 @@
-"""The encode stage in this process: the functions of its pipelines one after the other, without a cluster."""
+"""The encode stage in this process, without a cluster: calls the functions of its pipelines one by one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def encode_blocks(
     settings: dict[str, Any],
     *resources: Any,
 ) -> Iterator[dict[str, Any]]:
-    """As in `services.ingest.stages`."""
+    """Replaces the pipeline of this name in `services.ingest.stages`."""
     size, encoder = settings["resolution"], Encoder(model, settings["resolution"], "cpu")
     try:
         for work in segments(plan, done, 2):
@@ -48,7 +48,7 @@ def encode_blocks(
 
 
 def join_shards(work: list[ShardWork], actors: int, **shared: Any) -> Iterator[dict[str, Any]]:
-    """As in `services.ingest.stages`."""
+    """Replaces the pipeline of this name in `services.ingest.stages`."""
     for each in work:
         yield join_shard({"work": each}, **shared)
 
@@ -65,7 +65,7 @@ class EncodeHere:
         self.model = ModelRecord(id="m", name="m", uri=uri, family=model.family, digest=digest, created_at=0)
 
     def spec(self, path: Path, **data: Any) -> EncodeSpec:
-        """Of a new attempt."""
+        """The spec of a new attempt."""
         self.runs += 1
         source = DatasetSource(uri=path.as_uri())
         return EncodeSpec(

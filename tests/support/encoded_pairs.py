@@ -1,4 +1,4 @@
-"""A small encoded dataset for the tiny folders, sizes and crops differing from side to side; and training on it right here."""
+"""A small encoded dataset for the tiny models, with varied sizes and crops; training in this process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_encoded(
     pairs_per_shard: int = 0,
     shape: tuple[int, int, int] = SHAPE,
 ) -> Path:
-    """A folder of shards (0: one with all pairs) and their manifest, as ingest leaves it."""
+    """Write shards and their manifest as ingest does. ``pairs_per_shard`` 0: one shard holds all pairs."""
     target.mkdir(parents=True)
 
     def write(name: str, data: bytes) -> None:
@@ -70,7 +70,7 @@ def write_encoded(
 
 
 def batch_maker(model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training) -> BatchMaker:
-    """What a worker's loop has."""
+    """The batch maker of a worker's loop."""
     reader = LatentReader(fs.LocalFileSystem(), str(encoded))
     return BatchMaker(
         reader, model, model.schedule(), objective, TrainConfig(**training), torch.device("cpu")
@@ -80,7 +80,7 @@ def batch_maker(model: ModelFolder, encoded: Path, objective: ObjectiveConfig, *
 def train_spec(
     folder: Path | str, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training
 ) -> TrainSpec:
-    """What a train stage is told, whose files lie in a folder or below a URI."""
+    """The spec of a train stage that stores its files in a folder or below a URI."""
     root = files.as_uri(folder)
     record = ModelRecord(
         id="m", name="m", uri=model.path.as_uri(), family=model.family, digest="", created_at=0
@@ -109,12 +109,12 @@ def train_here(
     ledger: str | None = None,
     **training,
 ) -> list[dict[str, float]]:
-    """The real training loop as one worker in this process, without a cluster. The metrics of each step."""
+    """Run the training loop as one worker in this process, without a cluster; return each step's metrics."""
     spec = train_spec(folder, model, encoded, objective, **training).model_copy(update={"ledger": ledger})
-    here = ray.train.ScalingConfig(num_workers=0)
+    in_process = ray.train.ScalingConfig(num_workers=0)
     try:
         TorchTrainer(
-            train_loop, train_loop_config={"spec": spec.model_dump_json()}, scaling_config=here
+            train_loop, train_loop_config={"spec": spec.model_dump_json()}, scaling_config=in_process
         ).fit()
     finally:
         torch.use_deterministic_algorithms(False)

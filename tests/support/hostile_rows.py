@@ -1,4 +1,4 @@
-"""Pick-a-Pic rows that a stranger could send, each with what it must end as."""
+"""Pick-a-Pic rows that a stranger could send, each with its expected outcome."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ JUNK = {
 
 
 def drawn(rng: np.random.Generator, size: int = 24) -> np.ndarray:
-    """A picture unlike any other: uint8 [size, size, 3]."""
+    """A random image: uint8 [size, size, 3]."""
     return rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
 def saved(pixels: np.ndarray, kind: str = "PNG", mode: str = "RGB", **options) -> bytes:
-    """A picture as a file of this kind and mode."""
+    """An image as a file of this kind and mode."""
     out = io.BytesIO()
     image = Image.fromarray(pixels)
     (image if mode == "RGB" else image.convert(mode)).save(out, kind, **options)
@@ -34,7 +34,7 @@ def saved(pixels: np.ndarray, kind: str = "PNG", mode: str = "RGB", **options) -
 
 
 def chunk(kind: bytes, data: bytes, length: int | None = None) -> bytes:
-    """A PNG chunk, with a length that may lie."""
+    """A PNG chunk. ``length`` may differ from the data's."""
     return (
         struct.pack(">I", len(data) if length is None else length)
         + kind
@@ -43,16 +43,14 @@ def chunk(kind: bytes, data: bytes, length: int | None = None) -> bytes:
     )
 
 
-def png_header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
+def png_header(width: int, height: int, depth: int = 8, color: int = 2) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(
-        b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+        b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     )
 
 
-def png_of(width: int, height: int, body: bytes, depth: int = 8, colour: int = 2) -> bytes:
-    return (
-        png_header(width, height, depth, colour) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
-    )
+def png_of(width: int, height: int, body: bytes, depth: int = 8, color: int = 2) -> bytes:
+    return png_header(width, height, depth, color) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
 
 
 def animated(rng: np.random.Generator, kind: str) -> bytes:
@@ -68,7 +66,7 @@ def deep(rng: np.random.Generator) -> bytes:
 
 
 def _flipped(rng: np.random.Generator) -> bytes:
-    """A PNG whose pixel data has a wrong checksum inside of the compressed stream."""
+    """A PNG with one byte flipped inside the compressed pixel data, so its checksum is wrong."""
     data = bytearray(png_of(24, 24, bytes(24 * 73)))
     data[-20] ^= 0xFF
     return bytes(data)
@@ -115,7 +113,7 @@ PICTURES: dict[str, tuple[str, Callable[[np.random.Generator], bytes | None]]] =
     "16 bits of colour": ("image_16bit", lambda rng: png_of(8, 8, bytes(8 * 49), depth=16)),
     "lab": ("image_colour_space", lambda rng: saved(drawn(rng), "TIFF", "LAB")),
 }
-"""Hostile pictures: the cause, and what makes one."""
+"""Hostile images by name: the cause, and a function that makes one."""
 
 CELLS: dict[str, tuple[str, dict]] = {
     "nan label": ("label_nan", {"label_0": math.nan, "label_1": 1.0}),
@@ -135,7 +133,7 @@ CELLS: dict[str, tuple[str, dict]] = {
     "equal labels": ("tie", {"label_0": 0.5, "label_1": 0.5}),
     "one picture twice": ("tie", {"image_0_uid": "same", "image_1_uid": "same"}),
 }
-"""Hostile or undecided cells: what the row ends as, and what is written over a good row."""
+"""Hostile or undecided cells by name: the outcome, and the cells that replace those of a good row."""
 
 ODD: tuple[tuple[str, str, dict], ...] = (
     ("PNG", "L", {}),
@@ -148,7 +146,7 @@ ODD: tuple[tuple[str, str, dict], ...] = (
     ("BMP", "RGB", {}),
     ("TIFF", "RGB", {}),
 )
-"""Kinds and modes that are usable although they are unusual."""
+"""Unusual kinds and modes that are usable: kind, mode, options of the writer."""
 
 
 def _half(data: bytes) -> bytes:
@@ -156,7 +154,7 @@ def _half(data: bytes) -> bytes:
 
 
 def hostile_rows(count: int, seed: int = 0) -> Iterator[tuple[dict, str]]:
-    """Rows with what each must end as: "" (good), "tie", "missing", or the cause for which it is bad. A third is good."""
+    """Rows and their expected outcome: "" (good, every third), "tie", "missing", or the cause if bad."""
     rng = np.random.default_rng(seed)
     kinds = [*(("picture", name) for name in PICTURES), *(("cells", name) for name in CELLS)]
     for number in range(count):

@@ -22,8 +22,8 @@ def write_shards(
 ) -> Path:
     """Write a dataset whose shards have ``sizes`` rows; return its folder.
 
-    Pair i is named pair-i. Its winner's latents are all i, its loser's -i, in float16. Its caption has number i,
-    or i modulo ``captions`` if that is not 0.
+    Pair i is named pair-i. Its winner's latents are all i, its loser's -i, in float16. Its caption has
+    number i, or i modulo ``captions`` if that is not 0.
     """
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -1,4 +1,4 @@
-"""Small Pick-a-Pic files for tests: drawn scenes, labelled by the annotator's taste."""
+"""Small Pick-a-Pic files: rendered scenes, of which the one that matches the caption wins."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from dde_core.shapes.scenes import all_scenes, caption, leave_unsaid, render
+from dde_core.shapes.scenes import all_scenes, caption, omit_attributes, render
 
 
-def png(picture: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
+    """An image uint8 [h w 3] as a PNG file."""
     out = io.BytesIO()
-    Image.fromarray(picture).save(out, "PNG")
+    Image.fromarray(image).save(out, "PNG")
     return out.getvalue()
 
 
@@ -25,15 +26,15 @@ def pair_rows(count: int, seed: int = 0) -> list[dict]:
     for number in range(count):
         right, wrong = (all_scenes()[i] for i in rng.integers(len(all_scenes()), size=2))
         first = bool(rng.random() < 0.5)
-        pictures = [png(render(scene, rng)) for scene in ((right, wrong) if first else (wrong, right))]
+        images = [png(render(scene, rng)) for scene in ((right, wrong) if first else (wrong, right))]
         label = 0.5 if number % 10 == 9 else float(first)
         rows.append(
             {
-                "jpg_0": pictures[0],
-                "jpg_1": pictures[1],
+                "jpg_0": images[0],
+                "jpg_1": images[1],
                 "label_0": label,
                 "label_1": 1 - label,
-                "caption": caption(leave_unsaid(right, rng)),
+                "caption": caption(omit_attributes(right, rng)),
                 "image_0_uid": f"{seed}-{number}-0",
                 "image_1_uid": f"{seed}-{number}-1",
             }
@@ -42,6 +43,7 @@ def pair_rows(count: int, seed: int = 0) -> list[dict]:
 
 
 def write_pairs(path: Path, rows: list[dict], row_group_size: int = 50) -> Path:
+    """Write the rows as a Parquet file; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
     return path

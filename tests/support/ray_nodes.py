@@ -1,4 +1,4 @@
-"""A Ray cluster of several raylets on this machine, any of which but the head's may be lost and come again."""
+"""A Ray cluster of two raylets on this machine. The second one can be killed, drained and started again."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ OBJECT_STORE_BYTES = 100_000_000
 
 
 class Nodes:
-    """``head`` has one CPU, the second node one. ``env`` is what drivers see. A second node that is to be there and has ended
-    is started again, as an operator does with a pod: its start gives up on a busy machine."""
+    """A head and a second node with one CPU each. ``env`` is the drivers' environment.
+
+    Between ``add`` and ``lose`` a second node that has ended is started again, as an operator does with a
+    pod: on a busy machine a raylet may give up while it starts.
+    """
 
     def __init__(self, head: RayHead, logs: Path, mark: str) -> None:
-        self.head, self._logs, self._mark = head, logs, mark
+        self.head = head
+        self._logs = logs
+        self._mark = mark
         self.address = f"127.0.0.1:{head.ports.gcs}"
         self.env = environment(mark, {"RAY_ADDRESS": self.address, "RAY_TRAIN_V2_ENABLED": "1", **head.auth})
         self.node: Child | None = None
-        self._started, self._lock, self._over = 0, threading.Lock(), threading.Event()
+        self._started = 0
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._keeper = threading.Thread(target=self._keep, daemon=True)
         self._keeper.start()
 
     def _keep(self) -> None:
-        while not self._over.wait(1.0):
+        while not self._closed.wait(1.0):
             with self._lock:
                 if self.node and ended(self.node):
                     self._start()
@@ -52,13 +59,13 @@ class Nodes:
         self.node = Child("node", command, self._logs / f"node-{self._started}.log", env)
 
     def add(self) -> None:
-        """Start the second node. It is there a few seconds later."""
+        """Start the second node. It joins the cluster a few seconds later."""
         with self._lock:
             assert self.node is None
             self._start()
 
     def lose(self) -> None:
-        """The second node is gone at once, with all that runs there."""
+        """Kill the second node and all its processes."""
         with self._lock:
             assert self.node
             family = [
@@ -72,11 +79,11 @@ class Nodes:
             self.node = None
 
     def drain(self) -> None:
-        """Tell Ray that the second node is about to go, as a pod tells it before its end."""
+        """Announce to Ray that the second node is preempted, as a pod's preStop hook does."""
         raylet = self.raylet()
         assert raylet
         node = next(argument for argument in raylet.cmdline() if argument.startswith("--node_id="))
-        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=it is about to go"]
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=preempted"]
         command = [
             str(executables() / "ray"),
             "drain-node",
@@ -87,14 +94,14 @@ class Nodes:
         subprocess.run(command, env=self.env, check=True, capture_output=True)
 
     def close(self) -> None:
-        """The second node, and what keeps it."""
-        self._over.set()
+        """Stop the restarts, then kill the second node."""
+        self._closed.set()
         self._keeper.join()
         if self.node:
             self.lose()
 
     def raylet(self) -> psutil.Process | None:
-        """The second node's, where it is there."""
+        """The second node's raylet, if it runs."""
         with self._lock:
             children = _children(self.node.pid) if self.node else []
         return next((child for child in children if child.name() == "raylet"), None)
@@ -106,7 +113,7 @@ class Nodes:
 
 
 def ended(child: Child) -> bool:
-    """Whether the process is over."""
+    """Whether the process has ended."""
     try:
         child.check()
     except StartFailed:
@@ -130,7 +137,7 @@ def _is_worker(process: psutil.Process) -> bool:
 
 @contextmanager
 def two_nodes(folder: Path) -> Iterator[Nodes]:
-    """Both are there when the block begins."""
+    """A head and a second node that has been started. Both are stopped after the block."""
     folder.mkdir(parents=True, exist_ok=True)
     with RayHead(folder, str(folder), num_cpus=1) as head:
         wait_until(head.is_ready, "Ray's dashboard does not answer", [head.child], 120)

@@ -151,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 
     def _read(self, at: float) -> bytes:
-        """The first ``at`` of the body; if it is chunked (pyarrow's uploads) and ``at`` < 1, the first chunk."""
+        """The first ``at`` of the body. Of a chunked body (pyarrow's), the first chunk if ``at`` < 1."""
         if "Content-Length" in self.headers:
             length = int(int(self.headers["Content-Length"]) * at)
             body = self.rfile.read(length)

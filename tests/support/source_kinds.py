@@ -1,4 +1,4 @@
-"""The same 24 pairs in every kind of files that can be read. Each function writes a folder and returns what the URI names."""
+"""The same 24 pairs in every supported format. Each function writes files and returns the path to read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def winner(row: dict) -> int:
 
 
 def as_paths(folder: Path, rows: list[dict]) -> list[dict]:
-    """The rows with their pictures in files of their own, below ``folder``."""
+    """The rows with their images in separate files below ``folder``."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     written = []
     for number, row in enumerate(rows):
@@ -116,8 +116,8 @@ def win_lose(folder: Path, names: tuple[str, str] = ("win", "lose"), captions: s
     for side, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for number, row in enumerate(DECIDED):
-            picture = row["jpg_0"] if winner(row) == side else row["jpg_1"]
-            (folder / name / f"p{number:03}.{('png', 'jpeg')[side]}").write_bytes(picture)
+            image = row["jpg_0"] if winner(row) == side else row["jpg_1"]
+            (folder / name / f"p{number:03}.{('png', 'jpeg')[side]}").write_bytes(image)
     for number, row in enumerate(DECIDED):
         (folder / captions / f"p{number:03}.txt").write_text(row["caption"] + "\n")
     return folder
@@ -128,7 +128,7 @@ def chosen_rejected(folder: Path) -> Path:
 
 
 def path_structs(folder: Path) -> Path:
-    """As Hugging Face writes cells whose pictures were not embedded; in the last group some were."""
+    """As Hugging Face writes cells whose images are not embedded. In the last row group some are."""
     rows = [
         row | {side: {"bytes": None, "path": row[side]} for side in ("jpg_0", "jpg_1")}
         for row in as_paths(folder, ROWS)
@@ -139,7 +139,7 @@ def path_structs(folder: Path) -> Path:
 
 
 def rankings(folder: Path) -> Path:
-    """Two pictures are a ranking as well; equal ranks are a tie."""
+    """Rankings of two images. Equal ranks are a tie."""
     rows = [
         {
             "images": [row["jpg_0"], row["jpg_1"]],
@@ -203,19 +203,21 @@ def chosen_parquet(folder: Path) -> Path:
 ALL_ROWS = {
     each.__name__: each
     for each in (
-        *(
-            parquet,
-            parquet_folder,
-            parquet_structs,
-            parquet_paths,
-            hub_layout,
-            saved_to_disk,
-            json_lines,
-            json_lines_folder,
-        ),
-        *(json_lines_uris, image_folder, path_structs, rankings),
+        parquet,
+        parquet_folder,
+        parquet_structs,
+        parquet_paths,
+        hub_layout,
+        saved_to_disk,
+        json_lines,
+        json_lines_folder,
+        json_lines_uris,
+        image_folder,
+        path_structs,
+        rankings,
     )
 }
+"""Formats that can hold every row, ties too."""
 DECIDED_ROWS = {
     each.__name__: each
     for each in (win_lose, chosen_rejected, ranked_structs, ranked_path_structs, saved_paths, chosen_parquet)

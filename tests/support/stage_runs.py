@@ -22,7 +22,7 @@ from services.storage import files
 
 
 def cluster_environment(system: LocalSystem) -> dict[str, str]:
-    """For a driver on a system's cluster."""
+    """The environment of a driver on a system's cluster."""
     address = f"127.0.0.1:{system.ray.ports.gcs}"
     return environment(
         str(system.state), {"RAY_ADDRESS": address, "RAY_TRAIN_V2_ENABLED": "1", **system.ray.auth}
@@ -30,20 +30,22 @@ def cluster_environment(system: LocalSystem) -> dict[str, str]:
 
 
 def shapes_record() -> ModelRecord:
-    """The shipped model."""
+    """The record of the shipped model."""
     uri = MODEL_DIR.as_uri()
     digest = models.folder_digest(uri)
     return ModelRecord(id="model_base", name="shapes", uri=uri, family="sd15", digest=digest, created_at=0)
 
 
 class Running:
-    """A stage's driver."""
+    """A stage's driver process."""
 
     def __init__(self, process: subprocess.Popen, stage: Stage, prefix: str) -> None:
-        self.process, self.stage, self.prefix = process, stage, prefix
+        self.process = process
+        self.stage = stage
+        self.prefix = prefix
 
     def finish(self, timeout_s: float = 240.0) -> Any:
-        """What done.json says."""
+        """Wait until the stage succeeds; return its result from done.json."""
         assert self.process.wait(timeout_s) == 0, self.failure()
         result: Strict = RESULTS[self.stage].model_validate_json(
             files.read_bytes(files.join(self.prefix, "done.json"))
@@ -51,7 +53,7 @@ class Running:
         return result
 
     def failure(self) -> str:
-        """What failed.json says."""
+        """The text of failed.json, if it exists."""
         uri = files.join(self.prefix, "failed.json")
         return files.read_bytes(uri).decode() if files.exists(uri) else "no failed.json"
 
@@ -60,7 +62,7 @@ class Running:
 
 
 class StageRuns:
-    """Stages whose files lie below ``root``; ``env`` is the drivers' environment."""
+    """Starts stages that store their files below ``root``. ``env`` is the drivers' environment."""
 
     def __init__(self, root: Path | str, env: Mapping[str, str]) -> None:
         self.root, self.env = files.as_uri(root), dict(env)
@@ -69,11 +71,11 @@ class StageRuns:
         return files.join(self.root, name)
 
     def frame(self, name: str) -> dict[str, Any]:
-        """What every spec of this name has."""
+        """The fields that every spec of this name has."""
         return {"job": name, "attempt": 1, "prefix": self.prefix(name)}
 
     def encode_spec(self, name: str, uri: str, model: ModelRecord, **more: Any) -> EncodeSpec:
-        """Encode the pairs at ``uri``, as they are now, into ``{root}/datasets``."""
+        """The spec to encode the pairs at ``uri``, as they are now, into ``{root}/datasets``."""
         source = DatasetSource(uri=uri)
         digest, output = inspect(open_source(source))[1], files.join(self.root, "datasets")
         given = {

@@ -1,4 +1,4 @@
-"""Pairs of any number without a model: small scenes, written as they are drawn, so that a file may be larger than memory."""
+"""Any number of pairs of rendered scenes. They are written as they are made, so a file may exceed memory."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ SCHEMA = pa.schema(
 
 
 def synthetic_rows(count: int, seed: int = 0, size: int = 32, shared: float = 0.25) -> Iterator[dict]:
-    """Pairs of two scenes, the first preferred in half of them. A part of ``shared`` takes its second picture from an earlier
-    row, as in comparisons of one prompt; every picture is unlike the others (a little noise)."""
+    """Pairs of two scenes; the first is preferred in half of them.
+
+    A fraction ``shared`` of the rows takes its second image from an earlier row, as comparisons of one
+    prompt do. A little noise makes every other image unique.
+    """
     rng, scenes = np.random.default_rng(seed), all_scenes()
     earlier: list[tuple[str, bytes]] = []
     for number in range(count):
-        pictures = [_picture(scenes[i], rng, size) for i in rng.integers(len(scenes), size=2)]
+        images = [_image(scenes[i], rng, size) for i in rng.integers(len(scenes), size=2)]
         uids = [f"{seed}-{number}-0", f"{seed}-{number}-1"]
         if earlier and rng.random() < shared:
-            uids[1], pictures[1] = earlier[rng.integers(len(earlier))]
-        earlier = [*earlier[-200:], (uids[0], pictures[0])]
+            uids[1], images[1] = earlier[rng.integers(len(earlier))]
+        earlier = [*earlier[-200:], (uids[0], images[0])]
         label = float(rng.random() < 0.5)
         yield {
-            "jpg_0": pictures[0],
-            "jpg_1": pictures[1],
+            "jpg_0": images[0],
+            "jpg_1": images[1],
             "label_0": label,
             "label_1": 1 - label,
             "caption": caption(scenes[rng.integers(len(scenes))]),
@@ -50,7 +53,7 @@ def synthetic_rows(count: int, seed: int = 0, size: int = 32, shared: float = 0.
         }
 
 
-def _picture(scene, rng: np.random.Generator, size: int) -> bytes:
+def _image(scene, rng: np.random.Generator, size: int) -> bytes:
     pixels = np.clip(render(scene).astype(np.int16) + rng.integers(-4, 5, (32, 32, 3)), 0, 255).astype(
         np.uint8
     )
@@ -62,7 +65,7 @@ def _picture(scene, rng: np.random.Generator, size: int) -> bytes:
 
 
 def write_stream(path: Path, rows: Iterable[dict], row_group_size: int = 500) -> Path:
-    """A Parquet file, a row group at a time."""
+    """Write a Parquet file, one row group at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remaining = iter(rows)
     with pq.ParquetWriter(path, SCHEMA) as writer:

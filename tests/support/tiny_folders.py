@@ -1,4 +1,4 @@
-"""Small diffusers folders of both families: the shapes world's VAE and tokenizer, text encoders and U-Net drawn at random."""
+"""Small diffusers folders of both families: the shapes model's VAE and tokenizer, all else random."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH = 32
 
 
 def sd15_folder(target: Path, prediction_type: str = "epsilon") -> Path:
-    """Of Stable Diffusion 1.5's kind: one text encoder."""
+    """A model like Stable Diffusion 1.5: one text encoder."""
     torch.manual_seed(0)
     pipeline = StableDiffusionPipeline(
         vae=_vae(),
@@ -37,7 +37,7 @@ def sd15_folder(target: Path, prediction_type: str = "epsilon") -> Path:
 
 
 def sdxl_folder(target: Path, prediction_type: str = "epsilon", zeros: bool = True) -> Path:
-    """Of SDXL's kind: two text encoders, pooled text, time ids, transformers of several layers."""
+    """A model like SDXL: two text encoders, pooled text, time ids, transformers of several layers."""
     torch.manual_seed(0)
     second = _text_config(hidden_size=48, projection_dim=24)
     unet = _unet(
@@ -80,7 +80,7 @@ def _scheduler(prediction_type: str) -> DDIMScheduler:
 
 
 def _text_config(hidden_size: int = WIDTH, **more) -> CLIPTextConfig:
-    """The shapes world's vocabulary."""
+    """A small encoder with the shapes model's vocabulary."""
     known = json.loads((MODEL_DIR / "text_encoder" / "config.json").read_text())
     names = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     shared = {name: known[name] for name in names if name in known}

@@ -18,6 +18,6 @@ def tiny_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
-        norm_num_groups=8,  # with one channel a group the timestep would be normalised away
+        norm_num_groups=8,  # with one channel a group the timestep would be normalized away
         attention_head_dim=8,
     )

@@ -1,5 +1,7 @@
-"""Stable Diffusion 1.5's and SDXL's real U-Nets, VAE and noise schedule, as their diffusers folders describe them, and random
-pairs of their shapes. No weights: they are drawn here, or left out (device "meta")."""
+"""The real U-Nets, VAE and noise schedule of Stable Diffusion 1.5 and SDXL, and random pairs of their shapes.
+
+The configurations are those of their diffusers folders. Weights are random, or absent (device "meta").
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ TINY: dict[str, Any] = {
     "attention_head_dim": 8,
     "norm_num_groups": 8,
 }
-"""Not a real one: for runs in seconds."""
+"""Not a real model: for runs in seconds."""
 
 UNETS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
 
@@ -67,10 +69,10 @@ SD15_VAE: dict[str, Any] = {
     "latent_channels": 4,
     "sample_size": 512,
 }
-"""SDXL's differs in ``sample_size`` and the scale of its latents alone."""
+"""SDXL's VAE differs only in ``sample_size`` and the scale of its latents."""
 
 POOLED_WIDTH = 1280
-"""Of SDXL's pooled text: 2816 - 6 x 256 that describe sizes and crops."""
+"""Width of SDXL's pooled text: 2816 minus 6 x 256 for sizes and crops."""
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -82,7 +84,7 @@ SCHEDULER = {
     "clip_sample": False,
     "set_alpha_to_one": False,
 }
-"""The scheduler_config.json of both."""
+"""The scheduler_config.json of both models."""
 
 
 def schedule(device: torch.device | str = "cpu") -> Schedule:
@@ -91,7 +93,7 @@ def schedule(device: torch.device | str = "cpu") -> Schedule:
 
 
 def unet(name: str, device: torch.device | str = "meta", seed: int | None = None) -> UNet2DConditionModel:
-    """A U-Net in float32 and evaluation mode; with a seed its weights are drawn, without one they are whatever is there."""
+    """A float32 U-Net in evaluation mode. With a seed its weights are random, without one uninitialized."""
     with torch.device("meta"):
         model = UNet2DConditionModel(**UNETS[name]).eval()
     model = model.to_empty(device=device)
@@ -102,8 +104,10 @@ def unet(name: str, device: torch.device | str = "meta", seed: int | None = None
 
 @torch.no_grad()
 def fill(model: torch.nn.Module, normal: Tensor) -> None:
-    """Weights of variance 1 / inputs from one table of normal numbers, over and over: drawing a billion takes minutes.
-    Biases are 0, and normalisations change nothing."""
+    """Set weights of variance 1 / inputs, biases of 0 and normalizations without effect.
+
+    Weights repeat the table ``normal``: drawing a billion numbers takes minutes.
+    """
     for parameter in model.parameters():
         if parameter.ndim > 1:
             values = normal.repeat(-(-parameter.numel() // len(normal)))[: parameter.numel()]
@@ -118,15 +122,15 @@ def fill(model: torch.nn.Module, normal: Tensor) -> None:
 def conditioning(
     name: str, b: int, device: torch.device | str, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Random text of b samples, and for SDXL what it is told beside it."""
+    """Random text embeddings of b samples; for SDXL also pooled text and time ids."""
     draw = {"device": device, "generator": generator}
-    told = {"encoder_hidden_states": torch.randn(b, TOKENS, UNETS[name]["cross_attention_dim"], **draw)}
+    given = {"encoder_hidden_states": torch.randn(b, TOKENS, UNETS[name]["cross_attention_dim"], **draw)}
     if name == "sdxl":
-        told["text_embeds"] = torch.randn(b, POOLED_WIDTH, **draw)
-        told["time_ids"] = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0], device=device).repeat(
+        given["text_embeds"] = torch.randn(b, POOLED_WIDTH, **draw)
+        given["time_ids"] = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0], device=device).repeat(
             b, 1
         )
-    return told
+    return given
 
 
 def random_pairs(
@@ -141,14 +145,14 @@ def random_pairs(
     """b random pairs with ``size`` x ``size`` latents (0: the model's own), t spread over 1..1000."""
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     size = size or UNETS[name]["sample_size"]
-    told = conditioning(name, b, device, generator)
+    given = conditioning(name, b, device, generator)
     sides: dict[str, Any] = {}
     for side in "wl"[: 1 + losers]:
         for kind in ("latents", "noise"):
             sides[f"{kind}_{side}"] = torch.randn(
                 b, LATENT_CHANNELS, size, size, device=device, generator=generator
             )
-        sides[f"conditioning_{side}"] = told
+        sides[f"conditioning_{side}"] = given
     t = (
         torch.linspace(1, 1000, b, device=device).round().long()
         if b > 1

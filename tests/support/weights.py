@@ -1,4 +1,4 @@
-"""Weights that a run has made, and how far two updates of the shapes world's model lie apart."""
+"""The weights of a trained model, and the distance of two updates of the shapes model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Weights = dict[str, np.ndarray]
 
 
 def base_weights() -> Weights:
-    """Of the model that is trained."""
+    """The weights of the shapes model, before training."""
     return load_file(MODEL_DIR / "unet" / WEIGHTS)
 
 
 def weights_of(spec: TrainSpec) -> Weights:
-    """Of the model that a run has made."""
+    """The weights of the model that a run has trained."""
     return load_file(Path(files.resolve(spec.output)[1]) / "unet" / WEIGHTS)
 
 
 def update_distance(a: Weights, b: Weights, start: Weights) -> float:
-    """Relative L2 distance between two weight updates."""
+    """Relative L2 distance of the updates ``a - start`` and ``b - start``."""
     apart = sum(float(((a[n].astype(np.float64) - b[n]) ** 2).sum()) for n in start)
     length = sum(float(((a[n].astype(np.float64) - start[n]) ** 2).sum()) for n in start)
     assert length > 0
@@ -34,5 +34,5 @@ def update_distance(a: Weights, b: Weights, start: Weights) -> float:
 
 
 def same_bits(a: Weights, b: Weights) -> bool:
-    """Whether nothing differs at all."""
+    """Whether all weights are equal, to the bit."""
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)

@@ -1,4 +1,4 @@
-"""A control plane in a temporary folder, on SQLite and on a real PostgreSQL where its binaries are installed."""
+"""A control plane in a temporary folder, on SQLite and, if it is installed, on a real PostgreSQL."""
 
 from __future__ import annotations
 

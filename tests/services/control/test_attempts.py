@@ -1,4 +1,4 @@
-"""Stages whose driver ended for reasons that may pass: started again, so often and not more, and never beside the old run."""
+"""Restarts after transient failures: limited in number, and never beside the old run."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ TABLE = [
     (
         {"training": {"batch_size": 4, "lora": {"targets": ["to_q", "norm1"]}}},
         "training.lora.targets",
-        "training.lora.targets: matches no linear or convolution layer of shapes's U-Net, got 'norm1'",
+        'training.lora.targets: matches no linear or convolution layer of shapes\'s U-Net, got "norm1"',
     ),
     (
         {"training": {"lora": {"targets": []}}},
@@ -470,8 +470,8 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     other_kind = plane.root / "flux"
     other_kind.mkdir()
     (other_kind / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    refused = f"uri '{other_kind}' is not a diffusers folder that can be aligned"
-    message = f"{refused}: pipeline 'FluxPipeline' is not supported yet"
+    unusable = f"uri '{other_kind}' is not a diffusers folder that can be aligned"
+    message = f"{unusable}: pipeline 'FluxPipeline' is not supported yet"
     post("uri", message, uri=str(other_kind))
     scheduler = plane.root / "base" / "scheduler" / "scheduler_config.json"
     scheduler.write_text('{"num_train_timesteps": 1000, "prediction_type": "flow_prediction"}')
@@ -555,7 +555,7 @@ def test_an_id_of_another_kind_is_a_404(plane):
         ("status=done", "status: Input should be 'validating',"),
         ("after=x", 'after: no such job, got "x"'),
         ("after=ajob_" + "0" * 24, "after: no such job"),
-        ("metadata[a]=%00", "metadata[a]: must not hold a NUL character"),
+        ("metadata[a]=%00", "metadata[a]: must not contain a NUL character"),
     ],
 )
 def test_bad_queries_are_refused(steady, query, message):
@@ -583,7 +583,7 @@ def test_an_unexpected_error_is_a_500_without_a_traceback(plane, monkeypatch):
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] == "mine"
     assert answer.json()["error"] == {
-        "message": "something broke on our side; ask for mine in the log",
+        "message": "internal error; find mine in the server's log",
         "type": "server_error",
         "param": None,
         "code": "server_error",

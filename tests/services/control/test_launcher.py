@@ -88,7 +88,7 @@ def test_what_ray_does_not_know_is_unknown_and_can_be_stopped(ray_url):
 
 
 def test_a_submit_that_ray_refuses_says_why(ray_url):
-    with pytest.raises(Unavailable, match=r"did not take j: .*status code 400"):
+    with pytest.raises(Unavailable, match=r"did not accept j: .*status code 400"):
         RayJobsLauncher(ray_url).submit("j", "refuse", {})
 
 

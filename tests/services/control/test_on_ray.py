@@ -1,4 +1,4 @@
-"""Pause, resume and cancel of a real training on a real cluster. `pytest -s` shows the seconds that they took."""
+"""Pause, resume and cancel of a real training on a real cluster. `pytest -s` shows how long they took."""
 
 from __future__ import annotations
 

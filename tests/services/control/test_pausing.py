@@ -1,4 +1,4 @@
-"""Pause, resume and cancel from the outside, at every point of a job. Nothing that was done is lost, nothing runs twice."""
+"""Pause, resume and cancel at every point of a job: no work is lost and nothing runs twice."""
 
 from __future__ import annotations
 

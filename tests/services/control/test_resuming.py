@@ -1,4 +1,4 @@
-"""Jobs that have failed and are gone on with: at their stage, from what is stored, never beside the run that they left."""
+"""Resuming failed jobs: at their stage, from what is stored, never beside the run that they left."""
 
 from __future__ import annotations
 
