@@ -425,10 +425,10 @@ def test_the_fastest_of_what_was_measured_alike_is_taken():
 
 
 def test_the_benchmarks_entries_are_those_that_are_looked_for():
-    from tests.bench.gpu_step import headed
+    from tests.bench.gpu_step import title_of
 
     for more, compiled in (("", None), (", compiled", ", compiled")):
-        name = f"{headed('sdxl')}, micro 4, without gradient checkpointing{more}, train_vs_public_recipe"
+        name = f"{title_of('sdxl')}, micro 4, without gradient checkpointing{more}, train_vs_public_recipe"
         assert mfu.MEASURED.fullmatch(name).groups() == ("sdxl", "4", "without", compiled)
 
 
