@@ -132,7 +132,9 @@ def test_the_least_recently_used_shards_of_others_go_first(folder: Path, cache: 
 
 
 def test_a_cache_that_cannot_hold_a_window_is_refused(folder: Path, cache: Path):
-    with pytest.raises(ConfigError, match=r"cache_bytes must be at least \d+ for a window of 60 pairs, got 65536"):
+    with pytest.raises(
+        ConfigError, match=r"cache_bytes must be at least \d+ for a window of 60 pairs, got 65536"
+    ):
         reader(folder, cache, cache_bytes=65_536)
 
 
