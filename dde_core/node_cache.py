@@ -2,8 +2,9 @@
 
     {folder}/{name}           an entry, renamed into place when it is whole; modified when it was last used
     {folder}/{name}.part      an entry that is being written, or one that is being deleted
+    {folder}/{name}.reserved.part   how many bytes the entry needs that is being written
     {folder}/{stripe}.lock    locked by the process that makes an entry; the name's first two letters
-    {folder}/room.lock        locked while entries are evicted and written
+    {folder}/room.lock        locked while entries are evicted, reserved, renamed or dropped
 
 A user of an entry holds a shared lock on the entry itself, so eviction skips it. The system releases the locks
 of a process that died; what it left unfinished is deleted by the next eviction.
@@ -20,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PART = ".part"
+RESERVED = ".reserved.part"
 LOCK = ".lock"
 Prepare = Callable[[], tuple[int, Callable[[Path], None]]]
 """Returns how many bytes an entry needs, and the function that writes it to a path."""
@@ -74,9 +76,32 @@ class NodeCache:
                 if path.exists():  # another thread or process was first
                     continue
                 num_bytes, write = prepare()
+                return self._make(path, num_bytes, write)
+
+    def _make(self, path: Path, num_bytes: int, write: Callable[[Path], None]) -> int:
+        """A descriptor of a new entry with a shared lock, which it has before others see it.
+
+        Its reservation counts while it is written, so writers of other entries do not wait.
+        """
+        part = path.with_name(f"{path.name}{PART}")
+        reservation = path.with_name(f"{path.name}{RESERVED}")
+        try:
+            with self._locked("room"):
+                self._evict_down_to(self._max_bytes - num_bytes)
+                reservation.write_text(str(num_bytes))
+                _delete(part)
+            write(part)
+            with _closed_on_error(part) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
                 with self._locked("room"):
-                    self._evict_down_to(self._max_bytes - num_bytes)
-                    return _write(path, write)
+                    part.rename(path)
+                    reservation.unlink()
+                return descriptor
+        except BaseException:
+            with self._locked("room"):
+                _delete(part)
+                reservation.unlink(missing_ok=True)
+            raise
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -98,9 +123,10 @@ class NodeCache:
         paths = [path for path in self.folder.iterdir() if path.suffix != LOCK]
         for part in [path for path in paths if path.suffix == PART and not self._is_being_made(path)]:
             _delete(part)
-        sizes = {path: _size(path) for path in paths}
-        total = sum(sizes.values())
         entries = [path for path in paths if path.suffix != PART]
+        sizes = {path: _size(path) for path in entries}
+        reservations = [path for path in paths if path.name.endswith(RESERVED)]
+        total = sum(sizes.values()) + sum(map(_reserved_bytes, reservations))
         for path in sorted(entries, key=lambda path: (path.name in self._preferred, _last_used(path))):
             if total <= num_bytes:
                 return
@@ -117,21 +143,6 @@ def _lock_shared(path: Path) -> int | None:
             return descriptor
     os.close(descriptor)
     return None
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> int:
-    """A descriptor of a new entry with a shared lock, which it has before others see it."""
-    part = path.with_name(f"{path.name}{PART}")
-    _delete(part)
-    try:
-        write(part)
-        with _closed_on_error(part) as descriptor:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            part.rename(path)
-            return descriptor
-    except BaseException:
-        _delete(part)
-        raise
 
 
 @contextmanager
@@ -179,6 +190,13 @@ def _size(path: Path) -> int:
         with suppress(FileNotFoundError):
             total += file.stat().st_size if file.is_file() else 0
     return total
+
+
+def _reserved_bytes(reservation: Path) -> int:
+    """0 where the entry is written meanwhile."""
+    with suppress(FileNotFoundError):
+        return int(reservation.read_text() or 0)
+    return 0
 
 
 def _last_used(path: Path) -> int:

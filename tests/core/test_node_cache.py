@@ -122,8 +122,20 @@ def test_what_a_killed_process_was_writing_is_deleted_and_never_read(
     cache: NodeCache, kind: Callable
 ) -> None:
     use(cache, "b1")
-    for name in ("b2.part", "c3.part", "b1.deleted.part"):
+    for name in ("b2.part", "c3.part", "c3.reserved.part", "b1.deleted.part"):
         kind(b"half")[1](cache.folder / name)
     with cache.hold("b2", partial(file_of, b"whole")) as path:
         assert path.read_bytes() == b"whole"
     assert entries(cache) == ["b1", "b2"]
+
+
+def test_entries_are_written_at_the_same_time_and_their_bytes_count_from_the_start(cache: NodeCache) -> None:
+    use(cache, "a1", "d4", "e5")
+    other = NodeCache(cache.folder, 3 * ENTRY_BYTES)
+
+    def write_while_another_is_written(path: Path) -> None:
+        use(other, "c2")
+        path.write_bytes(bytes(ENTRY_BYTES))
+
+    with cache.hold("b1", lambda: (ENTRY_BYTES, write_while_another_is_written)):
+        assert entries(cache) == ["b1", "c2", "e5"]
