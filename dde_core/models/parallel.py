@@ -34,9 +34,11 @@ def choose(
 ) -> Parallelism:
     """Resolve ``training.parallelism`` for this U-Net, with its adapters, on the smallest GPU of all workers.
 
-    A collective on GPUs: every worker must call it. Raises ConfigError for FSDP2 with 8-bit moments.
+    "auto" is a collective on GPUs: every worker must call it. Raises ConfigError for FSDP2 with 8-bit moments.
     """
-    gpu_bytes = float("inf") if world_size == 1 else smallest_memory(device)
+    gpu_bytes = float("inf")
+    if world_size > 1 and training.parallelism == "auto":
+        gpu_bytes = smallest_memory(device)
     return choose_parallelism(method, training, count_parameters(unet, training), gpu_bytes, world_size)
 
 
