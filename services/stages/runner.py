@@ -34,21 +34,16 @@ def run_stage(
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True, metavar="URI")
     spec = spec_type.model_validate_json(files.read_bytes(parser.parse_args(argv).spec))
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored by all that a shell has started in the background
+    # A shell starts background processes with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     journal, began = Journal(spec.prefix), time.monotonic()
     try:
         result = work(spec, journal)
     except BaseException as error:
         cause = root_cause(error)
         if isinstance(cause, Stopped):
-            return _leave(
-                journal,
-                layout.stopped_uri(spec.prefix),
-                StageStopped(why=cause.why, step=cause.step),
-                cause.message,
-            )
+            marker = StageStopped(why=cause.why, step=cause.step)
+            return _leave(journal, layout.stopped_uri(spec.prefix), marker, cause.message)
         failure = failure_of(error)
         _leave(journal, layout.failed_uri(spec.prefix), failure, f"failed: {failure.message}", "error")
         raise
