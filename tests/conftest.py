@@ -11,6 +11,7 @@ import pytest
 
 from services.client.api import Client
 from services.client.local import LocalSystem
+from services.storage import s3
 from tests.support.pairs_file import pair_rows, write_pairs
 from tests.support.s3_server import BUCKET, S3Server, serve_s3
 
@@ -41,7 +42,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def bucket(s3_server: S3Server) -> Iterator[str]:
-    """A prefix of its own in the S3 server for one test, without faults before and after it."""
+    """A prefix of its own in the S3 server for one test, without faults before and after it.
+
+    The test gets a client of its own: boto3's allows fewer retries after many failures, those of earlier tests too.
+    """
+    s3.client.cache_clear()
     s3_server.inject()
     yield f"s3://{BUCKET}/{uuid.uuid4().hex}"
     s3_server.inject()

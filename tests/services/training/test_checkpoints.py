@@ -397,14 +397,15 @@ def test_an_object_store_that_does_not_answer_for_a_while_costs_no_step(
 ):
     failed = Counter[str]()
 
-    def back_again() -> None:
+    def fail_for_a_while() -> None:
+        wait_until(lambda: files.exists(layout.fence_uri(run_of(bucket))))  # the run has started
+        s3_server.inject(Fault("slow_down", method="PUT"))
         wait_until(lambda: s3_server.counts["slow_down"] > 0)
         time.sleep(12)
         failed.update(s3_server.counts)
         s3_server.inject()
 
-    s3_server.inject(Fault("slow_down", method="PUT"))
-    later = threading.Thread(target=back_again)
+    later = threading.Thread(target=fail_for_a_while)
     later.start()
     metrics = train_here(bucket, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     later.join()
