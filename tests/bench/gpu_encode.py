@@ -9,10 +9,8 @@ largest relative L2 distance of its latents from ingest's own.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch
 
 from dde_core.models.folder import encode_images
 from dde_core.models.policy import use_deterministic_kernels
-from tests.bench.gpu_step import machine_of, record_results
+from tests.bench.gpu_step import gpu_parser, machine_of, record_results
 from tests.bench.measure import in_turn, ratio
 from tests.bench.random_folder import RandomFolder
 
@@ -60,12 +58,9 @@ class Encode:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse, measure, record."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="sd15")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = gpu_parser(__doc__)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON file that the results are merged into")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     encode = Encode(options.model, device, options.images)

@@ -9,7 +9,6 @@ exit code is then 1. Results: {"law, <name>": {"value": deviation, "against": "a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -36,7 +35,7 @@ from dde_core.schedule import Schedule, add_noise, epsilon_from, x0_from
 from dde_core.shapes import MODEL_DIR
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
 from tests.bench.gpu_speed import OBJECTIVE, Ours
-from tests.bench.gpu_step import machine_of, record_results
+from tests.bench.gpu_step import gpu_parser, machine_of, record_results
 from tests.bench.measure import result
 from tests.bench.random_folder import RandomFolder, write_ledger, write_shard_of
 from tests.support.unet_configs import SCHEDULER, random_pairs, schedule, unet
@@ -214,11 +213,7 @@ def moved_to(batch: PairBatch, device: torch.device) -> PairBatch:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run every law; print and record each deviation. Returns 1 if a law failed, else 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", default="sd15", help="model of the ledger and of the repeated run")
-    parser.add_argument("--out", type=Path, help="JSON file that the results are merged into")
-    options = parser.parse_args(arguments)
+    options = gpu_parser(__doc__).parse_args(arguments)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the GPU is first used
     use_deterministic_kernels()
     laws = Laws(torch.device(options.device), options.model)

@@ -59,9 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line. All sizes are in pairs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=sorted(UNETS), default="sd15")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = gpu_parser(__doc__)
     parser.add_argument("--micro", type=int, default=4, help="pairs in one forward and backward")
     parser.add_argument(
         "--pairs", type=int, default=32, help="pairs in one optimizer step: whole micro-batches"
@@ -77,8 +75,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--decoders", type=int, default=8, help="processes that decode the public recipe's images"
     )
-    parser.add_argument("--out", type=Path, help="JSON file that the results are merged into")
     return parser.parse_args(arguments)
+
+
+def gpu_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of every script for an accelerator; ``doc`` is the script's docstring."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--model", choices=sorted(UNETS), default="sd15")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="JSON file that the results are merged into")
+    return parser
 
 
 def record_results(results: dict[str, dict[str, Any]], out: Path | None) -> None:
