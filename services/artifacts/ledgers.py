@@ -80,51 +80,51 @@ def _readable(uris: Iterable[str]) -> Iterator[tuple[str, LedgerRecord]]:
             yield uri, read(uri)
 
 
-def find(asked: Needed) -> Found | None:
+def find(request: Needed) -> Found | None:
     """The first ledger that fits and is complete. One that has evaluation points serves those who do not read them too."""
-    for key, objective in asked.choices:
+    for key, objective in request.choices:
         for each in (key, replace(key, evaluation_points=True)):
-            folder = layout.ledger_folder(asked.dataset, each.name)
+            folder = layout.ledger_folder(request.dataset, each.name)
             names = reversed(list(filter(is_record_name, files.list_files(folder))))
             for uri, record in _readable(files.join(folder, name) for name in names):
-                if record.draws >= asked.draws:
+                if record.draws >= request.draws:
                     return Found(uri, record, objective)
     return None
 
 
-def check(uri: str, asked: Needed) -> Found:
+def check(uri: str, request: Needed) -> Found:
     """The ledger that was handed over. Raises ConfigError with the field in which it differs from what the run needs."""
     record = read(uri)
-    differing, objective = min(_differing(record, asked), key=lambda each: len(each[0]))
+    differing, objective = min(_differing(record, request), key=lambda each: len(each[0]))
     for field, (here, there) in differing.items():
         raise ConfigError(f"ledger.{field}", here, f"must be {there!r}, as the run has it")
     return Found(uri, record, objective)
 
 
-def nearest_misfit(asked: Needed) -> str | None:
+def nearest_misfit(request: Needed) -> str | None:
     """In which fields the nearest of the dataset's ledgers differs from what the run needs, in words."""
-    root = layout.ledgers_folder(asked.dataset)
+    root = layout.ledgers_folder(request.dataset)
     uris = [
         f"{root}/{name}"
         for name in files.list_files(root, recursive=True)
         if is_record_name(name.rpartition("/")[2])
     ]
     mismatches = [
-        (differing, uri) for uri, record in _readable(uris) for differing, _ in _differing(record, asked)
+        (differing, uri) for uri, record in _readable(uris) for differing, _ in _differing(record, request)
     ]
     if not mismatches:
         return f"{uris[0]}, cannot be read" if uris else None
     differing, uri = min(mismatches, key=lambda each: len(each[0]))
-    said = ", ".join(
+    summary = ", ".join(
         f"{field} {here!r} where the run needs {there!r}" for field, (here, there) in differing.items()
     )
-    return f"{uri} has {said}"
+    return f"{uri} has {summary}"
 
 
 def _differing(
-    record: LedgerRecord, asked: Needed
+    record: LedgerRecord, request: Needed
 ) -> Iterator[tuple[dict[str, tuple[Any, Any]], ObjectiveConfig]]:
     """For each choice of the run: {field: (here, needed)}."""
-    few = {"draws": (record.draws, asked.draws)} if record.draws < asked.draws else {}
-    for key, objective in asked.choices:
+    few = {"draws": (record.draws, request.draws)} if record.draws < request.draws else {}
+    for key, objective in request.choices:
         yield record.key.mismatches(key) | few, objective

@@ -70,9 +70,9 @@ def find(root: str, name_or_id: str) -> ModelRecord:
 
 
 def check_components(uri: str, family: Family | None) -> Family:
-    """The family of a diffusers folder, told from its JSON files and names, before anything is spent.
+    """The family of a diffusers folder, detected from its JSON files and names, before anything is spent.
 
-    Raises BadRequest for another pipeline or family than asked for, missing parts or weights, a schedule that cannot be used.
+    Raises BadRequest for another pipeline or family than requested, missing parts or weights, a schedule that cannot be used.
     """
     try:
         index = files.read_json(files.join(uri, "model_index.json"))

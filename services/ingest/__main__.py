@@ -12,9 +12,9 @@ from services.stages.specs import EncodeSpec, LedgerSpec
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("stage", choices=("encode", "ledger"))
-    asked, rest = parser.parse_known_args()
+    options, rest = parser.parse_known_args()
     ray.init(log_to_driver=False)
-    if asked.stage == "encode":
+    if options.stage == "encode":
         run_stage(EncodeSpec, encode, rest)
     else:
         run_stage(LedgerSpec, ledger, rest)

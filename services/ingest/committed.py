@@ -74,7 +74,7 @@ def _numbers(folder: str) -> set[int]:
 
 
 def read_block(folder: str, number: int, uids: set[str]) -> dict[str, dict[str, Any]]:
-    """The committed images of a block that are asked for, by uid: ``latents`` float16 [n], ``sha256``, ``size``, ``crop``."""
+    """The committed images of a block that are requested, by uid: ``latents`` float16 [n], ``sha256``, ``size``, ``crop``."""
     table = pq.read_table(pa.BufferReader(files.read_bytes(layout.block_uri(folder, number))))
     places = [place for place, uid in enumerate(table["uid"].to_pylist()) if uid in uids]
     latents = (

@@ -53,16 +53,16 @@ def ledger(spec: LedgerSpec, journal: Journal) -> LedgerResult:
     """
     began = time.monotonic()
     models.check_digests(spec.model)
-    asked = ledgers.needed(spec)
-    if asked.draws > MAX_DRAWS:
+    request = ledgers.needed(spec)
+    if request.draws > MAX_DRAWS:
         raise ConfigError(
-            "training.draws", asked.draws, f"(one for each epoch where it is 0) must be at most {MAX_DRAWS}"
+            "training.draws", request.draws, f"(one for each epoch where it is 0) must be at most {MAX_DRAWS}"
         )
-    found, reused = ledgers.find(asked), True
+    found, reused = ledgers.find(request), True
     if found is None:
-        key, objective = asked.choices[0]
-        _write(spec, journal, key, objective, asked.draws)
-        found, reused = ledgers.find(asked), False
+        key, objective = request.choices[0]
+        _write(spec, journal, key, objective, request.draws)
+        found, reused = ledgers.find(request), False
     assert found is not None, "it has just been written"
     journal.event(f"{found.record.draws} draws of {sum(found.record.rows)} pairs in ledger {found.uri}")
     return LedgerResult(

@@ -50,7 +50,7 @@ class Preference:
 class Row:
     """One row. ``key`` is where it stands in its source, "file:group:row"; ``uids`` has one entry an image (none where the
     row is missing or bad). ``ties`` counts the pairs of a decided ranking that are equal. ``images`` are bytes, or a path
-    from the dataset's folder or a URI, and are there only when they were asked for.
+    from the dataset's folder or a URI, and are present only when requested.
     """
 
     key: str

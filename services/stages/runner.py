@@ -29,7 +29,7 @@ def run_stage(
 ) -> None:
     """Run ``work`` on the spec that ``--spec URI`` names and write done.json, or failed.json and raise.
 
-    Work that raises Stopped has ended as it was asked to: stopped.json is written.
+    Work that raises Stopped has stopped on request: stopped.json is written.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True, metavar="URI")

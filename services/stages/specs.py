@@ -10,7 +10,7 @@ from services.api.requests import DatasetSource, EvaluationConfig, Strict, Uri, 
 
 
 class StageSpec(Strict):
-    """What every stage is told. ``prefix`` is the folder of this attempt: spec, journal and markers lie there."""
+    """What every stage receives. ``prefix`` is the folder of this attempt, with its spec, journal and markers."""
 
     job: str
     attempt: int
@@ -87,7 +87,7 @@ class StopRequest(Strict):
 
 
 class StageStopped(Strict):
-    """``stopped.json``: the stage ended because it was asked to, after ``step`` steps, and goes on from there."""
+    """``stopped.json``: the stage stopped on request after ``step`` steps, and resumes from there."""
 
     why: Literal["pause", "signal"]
     step: int
