@@ -34,7 +34,7 @@ step 110 $speed --checkpointing off --steps 3
 step 110 $speed --checkpointing on --steps 3
 step 60 gpu_encode --model "$MODEL"
 step 90 gpu_step --model "$LARGE" --pairs "$((PAIRS < 8 ? PAIRS : 8))" --micro "$((MICRO < 4 ? MICRO : 4))" \
-  --noise-pairs 0 --checkpointing on --steps 1 --rounds 1 --sides ours
-step 180 $speed --checkpointing off --steps 3 --rounds 1 --compile
-step 60 gpu_step --model "$MODEL" --micro 4 --noise-pairs 40 --checkpointing none
+  --noise-pairs 0 --checkpointing on --steps 2 --rounds 1
+step 40 gpu_step --model "$MODEL" --micro 4 --noise-pairs 40 --checkpointing none
+step 300 $speed --checkpointing off --steps 3 --rounds 1 --sides ours floor --compile # 110 s and 170 s
 exit $failed
