@@ -21,7 +21,7 @@ from services.ingest.joining import ShardWork
 from services.ingest.plan import Plan, Planner, images_per_block
 from services.ingest.progress import Progress
 from services.ingest.quarantine import Quarantine
-from services.ingest.stages import encode_blocks, join_shards
+from services.ingest.pipelines import encode_blocks, join_shards
 from services.pairs.source import Source, open_source
 from services.pairs.validation import Summary, check_bad
 from services.stages import layout

@@ -20,7 +20,7 @@ from services.ingest.committed import commit
 from services.ingest.joining import ShardWork, join_shard
 from services.ingest.plan import Plan
 from services.ingest.reading import read_images
-from services.ingest.stages import Encoder, segments
+from services.ingest.pipelines import Encoder, segments
 from services.pairs.source import Source, open_source
 from services.pairs.validation import inspect
 from services.stages.journal import Journal
@@ -36,7 +36,7 @@ def encode_blocks(
     settings: dict[str, Any],
     *resources: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Replaces the pipeline of this name in `services.ingest.stages`."""
+    """Replaces the pipeline of this name in `services.ingest.pipelines`."""
     size, encoder = settings["resolution"], Encoder(model, settings["resolution"], "cpu")
     try:
         for work in segments(plan, done, 2):
@@ -48,7 +48,7 @@ def encode_blocks(
 
 
 def join_shards(work: list[ShardWork], actors: int, **shared: Any) -> Iterator[dict[str, Any]]:
-    """Replaces the pipeline of this name in `services.ingest.stages`."""
+    """Replaces the pipeline of this name in `services.ingest.pipelines`."""
     for each in work:
         yield join_shard({"work": each}, **shared)
 

@@ -22,7 +22,7 @@ from services.ingest import plan
 from services.ingest.committed import commit
 from services.ingest.plan import Planner
 from services.ingest.reading import read_images
-from services.ingest.stages import segments
+from services.ingest.pipelines import segments
 from services.pairs.images import decode
 from services.pairs.row import Preference, Row
 from services.pairs.source import Unit, open_source
