@@ -183,7 +183,7 @@ def delete(run: str, step: int) -> None:
     files.delete_folder(layout.checkpoint_folder(run, step))
 
 
-def discard(run: str, step: int) -> None:
+def invalidate(run: str, step: int) -> None:
     """Invalidate an unusable checkpoint; keep its files for inspection."""
     record = layout.checkpoint_record_uri(run, step)
     files.write_bytes(layout.broken_checkpoint_uri(run, step), files.read_bytes(record))

@@ -53,7 +53,7 @@ def ledger(spec: LedgerSpec, journal: Journal) -> LedgerResult:
     """
     began = time.monotonic()
     models.check_digests(spec.model)
-    request = ledgers.needed(spec)
+    request = ledgers.requirements_of(spec)
     if request.draws > MAX_DRAWS:
         raise ConfigError(
             "training.draws", request.draws, f"(one for each epoch where it is 0) must be at most {MAX_DRAWS}"

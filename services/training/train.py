@@ -63,7 +63,7 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
         step, metrics = _select_step(spec, journal)
         record = _write_model(spec, manifest, step, journal)
     except BrokenCheckpoint as error:
-        checkpoints.discard(spec.run, error.step)
+        checkpoints.invalidate(spec.run, error.step)
         raise Unavailable(f"{error}: invalidated, the next attempt resumes from an older one") from error
     return TrainResult(model=record, step=step, metrics=metrics, seconds=time.monotonic() - began)
 

@@ -24,7 +24,7 @@ def resolve(spec: TrainSpec, journal: Journal) -> TrainSpec:
         return spec.model_copy(update={"ledger": None})
     if spec.training.reference == "online":
         return _online(spec, journal)
-    needed = ledgers.needed(spec)
+    needed = ledgers.requirements_of(spec)
     choice = layout.reference_uri(spec.run)
     if files.exists(choice):
         uri = files.read_json(choice)
@@ -35,13 +35,13 @@ def resolve(spec: TrainSpec, journal: Journal) -> TrainSpec:
     return _on_ledger(spec, found, needed.draws, journal) if found else _online(spec, journal)
 
 
-def _find(spec: TrainSpec, needed: ledgers.Needed, journal: Journal) -> ledgers.Found | None:
+def _find(spec: TrainSpec, needed: ledgers.Requirements, journal: Journal) -> ledgers.FittingLedger | None:
     if spec.ledger:
         return ledgers.check(spec.ledger, needed)
     found = ledgers.find(needed)
     if found:
         return found
-    nearest = ledgers.nearest_misfit(needed)
+    nearest = ledgers.nearest_mismatch(needed)
     if spec.training.reference == "ledger":
         reason = f"needs a ledger that fits; {nearest or 'the dataset has none'}"
         raise ConfigError("training.reference", "ledger", reason)
@@ -55,7 +55,7 @@ def _online(spec: TrainSpec, journal: Journal) -> TrainSpec:
     return spec.model_copy(update={"training": replace(spec.training, reference="online"), "ledger": None})
 
 
-def _on_ledger(spec: TrainSpec, found: ledgers.Found, draws: int, journal: Journal) -> TrainSpec:
+def _on_ledger(spec: TrainSpec, found: ledgers.FittingLedger, draws: int, journal: Journal) -> TrainSpec:
     journal.event(
         f"reference errors from ledger {found.uri}, {draws} draws of each pair, {found.objective.noise} noise"
     )

@@ -84,7 +84,7 @@ def _load_newest(run: str, identity: dict[str, Any], state: TrainState, journal:
         except BrokenCheckpoint as error:
             journal.event(f"invalidated the checkpoint of step {step}: {error}", "warning")
             journal.flush()
-            checkpoints.discard(run, step)
+            checkpoints.invalidate(run, step)
     return START
 
 

@@ -160,7 +160,7 @@ def test_steps_that_were_done_before_are_no_progress(plane):
     job = plane.job()["id"]
     plane.settle()
     fails_at(plane, job, 1, 20)
-    checkpoints.discard(plane.launcher.specs[f"{job}-train-a1"].run, 20)
+    checkpoints.invalidate(plane.launcher.specs[f"{job}-train-a1"].run, 20)
     fails_at(plane, job, 2, 10)
     assert plane.get(f"{JOBS}/{job}")["status"] == "failed"
 

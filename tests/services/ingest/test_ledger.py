@@ -231,7 +231,7 @@ def test_a_pass_that_was_killed_goes_on_and_computes_nothing_twice(here, tmp_pat
     monkeypatch.setattr(ledger_stage, "compute", killed)
     with pytest.raises(KeyboardInterrupt):
         write(run)
-    assert ledgers.find(ledgers.needed(run)) is None, "without its record it is not there"
+    assert ledgers.find(ledgers.requirements_of(run)) is None, "without its record it is not there"
     monkeypatch.setattr(ledger_stage, "compute", whole)
     result = write(run)
     assert here == [(shard, draw) for shard in range(3) for draw in range(4)], (
@@ -484,17 +484,17 @@ def test_points_that_were_written_serve_those_who_read_none_and_not_the_other_wa
 
 
 REFUSED = [
-    ({"precision": "bf16"}, {}, "ledger.precision must be 'bf16', as the run has it, got 'fp32'"),
-    ({"caption_dropout": 0.25}, {}, "ledger.caption_dropout must be 0.25, as the run has it, got 0.0"),
-    ({"draw_seed": 5}, {}, "ledger.draw_seed must be 5, as the run has it, got 0"),
-    ({"steps": 30}, {}, "ledger.draws must be 11, as the run has it, got 2"),
-    ({}, {"noise": "shared"}, "ledger.noise must be 'shared', as the run has it, got 'independent'"),
-    ({}, {"t_min": 200}, "ledger.t_min must be 200, as the run has it, got 1"),
-    ({}, {"t_max": 700}, "ledger.t_max must be 700, as the run has it, got 1000"),
+    ({"precision": "bf16"}, {}, "ledger.precision must be 'bf16' to match the run, got 'fp32'"),
+    ({"caption_dropout": 0.25}, {}, "ledger.caption_dropout must be 0.25 to match the run, got 0.0"),
+    ({"draw_seed": 5}, {}, "ledger.draw_seed must be 5 to match the run, got 0"),
+    ({"steps": 30}, {}, "ledger.draws must be 11 to match the run, got 2"),
+    ({}, {"noise": "shared"}, "ledger.noise must be 'shared' to match the run, got 'independent'"),
+    ({}, {"t_min": 200}, "ledger.t_min must be 200 to match the run, got 1"),
+    ({}, {"t_max": 700}, "ledger.t_max must be 700 to match the run, got 1000"),
     (
         {},
         {"calibration_point": "sampled"},
-        "ledger.evaluation_points must be True, as the run has it, got False",
+        "ledger.evaluation_points must be True to match the run, got False",
     ),
 ]
 
@@ -560,7 +560,7 @@ def test_a_ledger_of_another_model_or_dataset_is_refused(here, tmp_path, small):
     run = asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
     uri = write(run).ledger
     other = run.model_copy(update={"model": run.model.model_copy(update={"digest": "other"}), "ledger": uri})
-    with pytest.raises(ConfigError, match=r"ledger\.reference must be 'other', as the run has it"):
+    with pytest.raises(ConfigError, match=r"ledger\.reference must be 'other' to match the run"):
         resolved(other)
     adapted = run.model.model_copy(update={"digest": "adapters", "adapter_of": run.model})
     assert ledgers.reference_digest(adapted) == f"{run.model.digest}+adapters"
