@@ -1,13 +1,13 @@
-"""Files and folders that the processes of a node share: fetched once, bounded in bytes, kept while in use.
+"""A node's cache of files and folders: its processes share each entry, and entries in use are never evicted.
 
-    {folder}/{name}           an entry, renamed into place when it is whole; modified when it was last used
-    {folder}/{name}.part      an entry that is being written, or one that is being deleted
-    {folder}/{name}.reserved.part   how many bytes the entry needs that is being written
-    {folder}/{stripe}.lock    locked by the process that makes an entry; the name's first two letters
-    {folder}/room.lock        locked while entries are evicted, reserved, renamed or dropped
+    {folder}/{name}                 an entry, complete; its modification time is the time of its last use
+    {folder}/{name}.part            an entry that is being written or deleted
+    {folder}/{name}.reserved.part   the size in bytes of an entry that is being written
+    {folder}/{stripe}.lock          held while an entry is made; the stripe is its name's first two characters
+    {folder}/room.lock              held while entries are evicted, reserved, renamed or dropped
 
-A user of an entry holds a shared lock on the entry itself, so eviction skips it. The system releases the locks
-of a process that died; what it left unfinished is deleted by the next eviction.
+A user of an entry holds a shared lock on the entry itself, so eviction skips it. The kernel releases the
+locks of a process that died; the next eviction deletes its unfinished entries.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ PART = ".part"
 RESERVED = ".reserved.part"
 LOCK = ".lock"
 Prepare = Callable[[], tuple[int, Callable[[Path], None]]]
-"""Returns how many bytes an entry needs, and the function that writes it to a path."""
+"""Returns the size of an entry in bytes, and the function that writes it to a path."""
 
 
 class NodeCache:
-    """``folder`` is created on first use. Entries exceed ``max_bytes`` only where those in use alone do."""
+    """Entries exceed ``max_bytes`` only if those in use alone do. ``folder`` is created on first use."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
         self._max_bytes = max_bytes
         self._preferred: frozenset[str] = frozenset()
         self._held: dict[str, int] = {}
-        self._one_at_a_time = threading.Lock()  # many threads need the memory of one entry
+        self._making = threading.Lock()  # one entry at a time, which bounds this process's memory
 
     def prefer(self, names: Iterable[str]) -> None:
-        """Evict these entries last, in place of those of the previous call."""
+        """Evict these entries last. Replaces the names of the previous call."""
         self._preferred = frozenset(names)
 
     @contextmanager
     def hold(self, name: str, prepare: Prepare) -> Iterator[Path]:
-        """An entry that stays while the block runs.
+        """The path of an entry, which is not evicted while the block runs.
 
-        It is made where it does not exist, by one process; others wait for it. An error leaves no entry.
+        One process makes a missing entry and the others wait for it. An error leaves no entry.
         """
         descriptor = self._open(name, prepare)
         try:
@@ -54,34 +54,35 @@ class NodeCache:
             os.close(descriptor)
 
     def hold_until_exit(self, name: str, prepare: Prepare) -> Path:
-        """An entry that stays until this process ends."""
+        """The path of an entry, which is not evicted before this process ends."""
         path = self.folder / name
         if name not in self._held or not path.exists():
             self._held[name] = self._open(name, prepare)
         return path
 
     def evict_unused(self) -> None:
-        """Evict every entry that nobody holds."""
+        """Evict every entry that no process holds."""
         with self._locked("room"):
             self._evict_down_to(-1)
 
     def _open(self, name: str, prepare: Prepare) -> int:
-        """A descriptor with a shared lock on the entry, which is made where it does not exist."""
+        """A descriptor with a shared lock on the entry, which is made if it does not exist."""
         path = self.folder / name
         while True:
             with suppress(FileNotFoundError):
-                if (descriptor := _lock_shared(path)) is not None:
+                descriptor = _lock_shared(path)
+                if descriptor is not None:
                     return descriptor
-            with self._one_at_a_time, self._locked(name[:2]):
-                if path.exists():  # another thread or process was first
+            with self._making, self._locked(name[:2]):
+                if path.exists():  # made by another thread or process
                     continue
                 num_bytes, write = prepare()
                 return self._make(path, num_bytes, write)
 
     def _make(self, path: Path, num_bytes: int, write: Callable[[Path], None]) -> int:
-        """A descriptor of a new entry with a shared lock, which it has before others see it.
+        """A descriptor with a shared lock on a new entry, taken before other processes see the entry.
 
-        Its reservation counts while it is written, so writers of other entries do not wait.
+        Its reservation counts towards the limit while it is written, so other writers need not wait.
         """
         part = path.with_name(f"{path.name}{PART}")
         reservation = path.with_name(f"{path.name}{RESERVED}")
@@ -105,7 +106,7 @@ class NodeCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Alone among all threads and processes."""
+        """Excludes all other threads and processes of this node."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{name}{LOCK}").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -121,8 +122,9 @@ class NodeCache:
 
     def _evict_down_to(self, num_bytes: int) -> None:
         paths = [path for path in self.folder.iterdir() if path.suffix != LOCK]
-        for part in [path for path in paths if path.suffix == PART and not self._is_being_made(path)]:
-            _delete(part)
+        for path in paths:
+            if path.suffix == PART and not self._is_being_made(path):
+                _delete(path)
         entries = [path for path in paths if path.suffix != PART]
         sizes = {path: _size(path) for path in entries}
         reservations = [path for path in paths if path.name.endswith(RESERVED)]
@@ -135,7 +137,7 @@ class NodeCache:
 
 
 def _lock_shared(path: Path) -> int | None:
-    """A descriptor of the entry with a shared lock, marked as used; None where it was evicted meanwhile."""
+    """A descriptor with a shared lock on the entry, marked as used; None if it was evicted meanwhile."""
     with _closed_on_error(path) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -156,7 +158,7 @@ def _closed_on_error(path: Path) -> Iterator[int]:
 
 
 def _evict(path: Path) -> bool:
-    """Delete an entry that nobody holds. Whether it is gone."""
+    """Delete an entry unless a process holds it. Returns whether it is deleted."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -172,10 +174,11 @@ def _evict(path: Path) -> bool:
 
 
 def _delete(path: Path) -> None:
-    """A folder is renamed first, so that a process that is killed here leaves no half of an entry."""
+    """Rename a folder before its deletion: a process that is killed here leaves no partial entry."""
     with suppress(FileNotFoundError):
         if not path.is_dir():
-            return path.unlink()
+            path.unlink()
+            return
         if path.suffix != PART:
             deleted = path.with_name(f"{path.name}.deleted{PART}")
             shutil.rmtree(deleted, ignore_errors=True)
@@ -188,12 +191,13 @@ def _size(path: Path) -> int:
     total = 0
     for file in files:
         with suppress(FileNotFoundError):
-            total += file.stat().st_size if file.is_file() else 0
+            if file.is_file():
+                total += file.stat().st_size
     return total
 
 
 def _reserved_bytes(reservation: Path) -> int:
-    """0 where the entry is written meanwhile."""
+    """0 if the entry is complete meanwhile."""
     with suppress(FileNotFoundError):
         return int(reservation.read_text() or 0)
     return 0

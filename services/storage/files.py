@@ -1,8 +1,10 @@
-"""Files by URI: ``file:///...`` or a plain path, and ``s3://bucket/...`` (services/storage/s3.py). Names are quoted in URIs.
+"""Files by URI: ``file:///...`` or a plain path, and ``s3://bucket/...`` (services/storage/s3.py).
 
-Nothing half-written is visible: a local file is written beside its place, brought to the disk and renamed; an object is
-there once its upload is complete. Raises FileNotFoundError where there is nothing, BadRequest for a URI, bucket or
-credentials that cannot be used, Unavailable where the object store does not answer; all name the URI.
+Names are percent-encoded in URIs. Readers never see a partial file: a local file is written under a temporary
+name, synced to disk and renamed; an object becomes visible when its upload is complete.
+
+Raises FileNotFoundError if the file does not exist, BadRequest for an unusable URI, bucket or credentials,
+and Unavailable if the object store does not answer. All three name the URI.
 """
 
 from __future__ import annotations
@@ -28,39 +30,43 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, err
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a URI, which can be pickled, and the path on it: for ranges of files and for Ray Train.
+    """A picklable filesystem and the path on it, for Ray Train and for reading ranges of files.
 
-    Whole files are read and written by the functions below. Raises BadRequest for schemes other than file and s3.
+    Use the functions below for whole files. Raises BadRequest for schemes other than file and s3.
     """
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
     if _is_object(uri):
         return s3.resolve(uri)
     if not uri.startswith("file://"):
-        raise BadRequest(f"uri {uri!r} cannot be opened: its scheme is neither file nor s3", param="uri")
+        raise BadRequest(f"uri {uri!r} cannot be opened: use a path, file:// or s3://", param="uri")
     try:
-        return fs.FileSystem.from_uri(uri)
+        filesystem, path = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
         raise BadRequest(f"uri {uri!r} cannot be opened: {error}", param="uri") from error
+    return filesystem, path
 
 
 def join(uri: str, *parts: str) -> str:
-    """``uri/part/part``; the parts are plain names, and are quoted where ``uri`` is a URI."""
-    return "/".join([uri.rstrip("/"), *(quote(part) if "://" in uri else part for part in parts)])
+    """``uri/part/part``. The parts are plain names; they are percent-encoded if ``uri`` is a URI."""
+    names = [quote(part) for part in parts] if "://" in uri else parts
+    return "/".join([uri.rstrip("/"), *names])
 
 
 def as_uri(path: Path | str) -> str:
-    """The file:// URI of a local path; a URI stays as it is."""
-    return str(path) if "://" in str(path) else Path(path).expanduser().resolve().as_uri()
+    """The file:// URI of a local path; a URI is returned unchanged."""
+    if "://" in str(path):
+        return str(path)
+    return Path(path).expanduser().resolve().as_uri()
 
 
 def local_path(uri: str) -> Path | None:
-    """The path of a local URI; None for an object store's."""
+    """The path of a local URI; None for a URI of an object store."""
     return None if _is_object(uri) else _local(uri)
 
 
 def exists(uri: str) -> bool:
-    """Is there a file or folder?"""
+    """Whether the file or folder exists."""
     return s3.exists(uri) if _is_object(uri) else _local(uri).exists()
 
 
@@ -70,29 +76,31 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file that appears whole or not at all, replacing what was there."""
+    """Create or replace a file atomically."""
     if _is_object(uri):
         s3.write(uri, data)
     else:
-        _put(_local(uri), lambda beside: beside.write_bytes(data))
+        _put(_local(uri), lambda part: part.write_bytes(data))
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Write a file where there is none, and say whether it was so, also where the same data come again after an error. Of
-    several who try at once, one does. An object store must know conditional writes (If-None-Match). On file systems without
-    hard links the file is written in its place, so a reader may see a part of it, which a writer that is killed leaves.
+    """Create a file unless it exists. Returns whether the file now holds ``data``, so a retry also succeeds.
+
+    One of several concurrent writers succeeds. An object store must support conditional writes
+    (If-None-Match). Without hard links, a file system makes this not atomic: a reader may see a partial
+    file, and a writer that is killed leaves one.
     """
     if _is_object(uri):
         return s3.create(uri, data)
     try:
-        _put(_local(uri), lambda beside: beside.write_bytes(data), place=_link)
+        _put(_local(uri), lambda part: part.write_bytes(data), publish=_link)
     except FileExistsError:
         return _local(uri).read_bytes() == data
     return True
 
 
 def upload(path: Path, uri: str) -> None:
-    """Copy a local file of any size to its place, where it appears whole or not at all."""
+    """Create or replace a file atomically with the contents of a local file of any size."""
     if _is_object(uri):
         s3.upload(path, uri)
     else:
@@ -100,17 +108,17 @@ def upload(path: Path, uri: str) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """A JSON file. Raises ValueError for one that is not JSON."""
+    """The contents of a JSON file. Raises ValueError for invalid JSON."""
     return json.loads(read_bytes(uri))
 
 
 def write_json(uri: str, value: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Create or replace a JSON file atomically."""
     write_bytes(uri, json.dumps(value, indent=1, sort_keys=True).encode())
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[str]:
-    """Paths below a folder, relative to it, sorted; empty where there is no such folder."""
+    """Sorted paths of the files in a folder, relative to it; empty if the folder does not exist."""
     if _is_object(uri):
         names = [key for key in s3.keys(uri, recursive=recursive) if key and not key.endswith("/")]
     else:
@@ -121,12 +129,14 @@ def list_files(uri: str, *, recursive: bool = False) -> list[str]:
 
 
 def copy_folder(source_uri: str, target_uri: str) -> None:
-    """Copy every file below one folder to another; each appears whole or not at all."""
+    """Copy every file of one folder to another, each file atomically."""
     names = list_files(source_uri, recursive=True)
     if not names:
         raise FileNotFoundError(errno.ENOENT, "no files to copy", source_uri)
     for name in names:
-        source, target = join(source_uri, *name.split("/")), join(target_uri, *name.split("/"))
+        parts = name.split("/")
+        source = join(source_uri, *parts)
+        target = join(target_uri, *parts)
         if not _is_object(source):
             upload(_local(source), target)
         elif _is_object(target):
@@ -136,23 +146,24 @@ def copy_folder(source_uri: str, target_uri: str) -> None:
 
 
 def persist(folder: Path, uri: str) -> None:
-    """Make a local folder durable at a URI: upload it, or sync it to disk if it is already there."""
+    """Make a local folder durable at a URI: upload it, or sync it to disk if it is already stored there."""
     if local_path(uri) != folder:
-        return copy_folder(as_uri(folder), uri)
+        copy_folder(as_uri(folder), uri)
+        return
     for file in folder.rglob("*"):
         if file.is_file():
             _sync(file)
 
 
 def folder_bytes(uri: str) -> int:
-    """The size of all files below a folder together."""
+    """The total size of all files in a folder, subfolders included."""
     if _is_object(uri):
         return s3.bytes_below(uri)
     return sum(file.stat().st_size for file in _local(uri).rglob("*") if file.is_file())
 
 
 def delete_file(uri: str) -> None:
-    """Delete a file; nothing where there is none."""
+    """Delete a file if it exists."""
     if _is_object(uri):
         s3.delete(uri)
     else:
@@ -160,10 +171,12 @@ def delete_file(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete a folder and all below it; nothing where there is none."""
+    """Delete a folder and its contents if it exists."""
     if _is_object(uri):
         s3.delete_below(uri)
-    elif (path := _local(uri)).is_dir():
+        return
+    path = _local(uri)
+    if path.is_dir():
         shutil.rmtree(path)
 
 
@@ -175,31 +188,38 @@ def _local(uri: str) -> Path:
     return Path(resolve(uri)[1])
 
 
-def _put(path: Path, write: Callable[[Path], Any], place: Callable[[Path, Path], Any] = os.replace) -> None:
-    """Let ``write`` make a file beside the place, and bring it there by ``place`` once it is on the disk."""
+def _put(
+    path: Path, write: Callable[[Path], object], publish: Callable[[Path, Path], object] = os.replace
+) -> None:
+    """Write a temporary file in the same folder, sync it to disk, then publish it under ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
     try:
-        write(beside)
-        _sync(beside)
-        place(beside, path)
+        write(part)
+        _sync(part)
+        publish(part, path)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-def _link(beside: Path, path: Path) -> None:
-    """Raises FileExistsError where there is a file."""
+def _link(part: Path, path: Path) -> None:
+    """Raises FileExistsError if ``path`` exists."""
     try:
-        return os.link(beside, path)
+        os.link(part, path)
     except OSError as error:
         if error.errno not in NO_HARD_LINKS:
             raise
+        _copy_to_new(part, path)
+
+
+def _copy_to_new(part: Path, path: Path) -> None:
+    """Raises FileExistsError if ``path`` exists. Any other error, such as a full disk, leaves no file."""
     with path.open("xb") as file:
         try:
-            file.write(beside.read_bytes())
+            file.write(part.read_bytes())
             file.flush()
             os.fsync(file.fileno())
-        except BaseException:  # a full disk: the place is free again
+        except BaseException:
             path.unlink()
             raise
 

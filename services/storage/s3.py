@@ -1,11 +1,12 @@
-"""Objects in S3 and in what speaks its protocol: whole ones through boto3, ranges through pyarrow's filesystem.
+"""Objects in S3 and compatible stores: whole objects through boto3, ranges through pyarrow's filesystem.
 
-boto3's uploads are checked by the server, and taken back where they fail; pyarrow's output streams complete an upload also
-when an error ends them, so nothing here writes through them. Both try again for seconds. Credentials, endpoint and region
-come from the environment and the files that the cloud SDKs read. URIs are ``s3://bucket/key``, with quoted names.
+Nothing here writes through pyarrow: its output streams complete an upload even if an error ends them. The
+server verifies boto3's uploads, and boto3 aborts those that fail. Both libraries retry for some seconds.
+Credentials, endpoint and region come from the environment and the configuration files of the cloud SDKs. URIs
+are ``s3://bucket/key`` with percent-encoded names.
 
-Raises FileNotFoundError where there is nothing, BadRequest for a URI, bucket or credentials that cannot be used, Unavailable
-where the store does not answer or goes on failing; all name the URI.
+Raises FileNotFoundError if the object does not exist, BadRequest for an unusable URI, bucket or credentials,
+and Unavailable if the store does not answer or keeps failing. All three name the URI.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ from services.errors import BadRequest, ServiceError, Unavailable
 
 SCHEME = "s3://"
 ATTEMPTS = 7
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
-DELETED_AT_ONCE = 1000
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 30
+MAX_DELETED_PER_REQUEST = 1000
 """S3's limit."""
 Call = TypeVar("Call", bound=Callable[..., Any])
 TRANSIENT = (
@@ -64,31 +66,36 @@ TRANSIENT = (
     "ExpiredToken",
     "ExpiredTokenException",
 )
-"""Codes of answers that may be others soon: under load, and while credentials are renewed."""
-_TORN = (ResponseStreamingError, IncompleteReadError, FlexibleChecksumError, ReadTimeoutError)
-_NO_ANSWER = (HTTPClientError, ConnectionError, RetriesExceededError, S3DownloadFailedError, *_TORN)
+"""Error codes of a store under load, or of credentials that are being renewed: a retry may succeed."""
+ALREADY_EXISTS = ("PreconditionFailed", "ConditionalRequestConflict")
+"""Error codes of a conditional write."""
+_INCOMPLETE = (ResponseStreamingError, IncompleteReadError, FlexibleChecksumError, ReadTimeoutError)
+_NO_ANSWER = (HTTPClientError, ConnectionError, RetriesExceededError, S3DownloadFailedError, *_INCOMPLETE)
 
 
-def with_retries(again: retry_base) -> Callable[[Call], Call]:
-    """Try again where boto3 and pyarrow give up at once."""
+def with_retries(condition: retry_base) -> Callable[[Call], Call]:
+    """Retry errors that boto3 and pyarrow do not retry themselves."""
     stop = stop_after_attempt(ATTEMPTS) | stop_after_delay(2 * READ_TIMEOUT_S)
     wait = wait_exponential_jitter(multiplier=0.05, max=5, jitter=0.1)
-    return cast("Callable[[Call], Call]", retry(retry=again, stop=stop, wait=wait, reraise=True))
+    return cast("Callable[[Call], Call]", retry(retry=condition, stop=stop, wait=wait, reraise=True))
 
 
 @cache
 def client() -> Any:
-    """boto3's client for this process; threads may share it."""
+    """This process's boto3 client, shared by its threads. Any: boto3 has no types."""
     retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
     config = Config(retries=retries, connect_timeout=CONNECT_TIMEOUT_S, read_timeout=READ_TIMEOUT_S)
     return boto3.Session().client("s3", config=config)
 
 
-class S3FileSystem(fs.S3FileSystem):
-    """pyarrow's, whose settings stay when it is pickled: its own way drops the retries. An empty endpoint is that of AWS."""
+class S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no types
+    """pyarrow's filesystem, whose retry settings survive pickling; pyarrow's own pickling drops them.
+
+    An empty ``endpoint`` means AWS.
+    """
 
     def __init__(self, endpoint: str, region: str) -> None:
-        self._place = (endpoint, region)
+        self._arguments = (endpoint, region)
         super().__init__(
             endpoint_override=endpoint or None,
             region=region,
@@ -98,21 +105,24 @@ class S3FileSystem(fs.S3FileSystem):
         )
 
     def __reduce__(self) -> tuple[type[S3FileSystem], tuple[str, str]]:
-        return S3FileSystem, self._place
+        return S3FileSystem, self._arguments
 
     def open_input_file(self, path: str) -> pa.NativeFile:
-        """For random access."""
+        """A file for random access."""
         return pa.PythonFile(_Ranges(super().open_input_file(path)), mode="r")
 
     def open_input_stream(
         self, path: str, compression: str | None = None, buffer_size: int | None = None
     ) -> pa.NativeFile:
-        """The same, as it lies there: reading all of pyarrow's stream makes a request for every 256 KB."""
+        """The same file, without decompression: pyarrow's own stream makes one request per 256 KB."""
         return self.open_input_file(path)
 
 
 class _Ranges(io.RawIOBase):
-    """An object, read in ranges. pyarrow fails at once where the store's 503 is longer than the range: that is tried again."""
+    """An object, read in ranges.
+
+    pyarrow does not retry a 503 whose body is longer than the requested range; ``read`` does.
+    """
 
     def __init__(self, file: pa.NativeFile) -> None:
         self._file = file
@@ -124,16 +134,20 @@ class _Ranges(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
+        position: int = self._file.seek(offset, whence)
+        return position
 
     def tell(self) -> int:
-        return self._file.tell()
+        position: int = self._file.tell()
+        return position
 
     @with_retries(retry_if_exception_message(match=".*Failed to flush response stream"))
     def read(self, size: int = -1) -> bytes:
-        at = self._file.tell()
-        data = self._file.read_at(self._file.size() - at if size < 0 else size, at)
-        self._file.seek(at + len(data))
+        start = self.tell()
+        if size < 0:
+            size = self._file.size() - start
+        data: bytes = self._file.read_at(size, start)
+        self._file.seek(start + len(data))
         return data
 
     def close(self) -> None:
@@ -144,27 +158,27 @@ class _Ranges(io.RawIOBase):
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of the URI's bucket and the path on it."""
     bucket, key = _parts(uri)
-    with _naming(uri):
+    with _translated_errors(uri):
         return filesystem(bucket), f"{bucket}/{key}".rstrip("/")
 
 
 @cache
 def filesystem(bucket: str) -> S3FileSystem:
-    """pyarrow's filesystem at the endpoint and in the region of a bucket, which must be there."""
+    """pyarrow's filesystem with the endpoint and region of a bucket, which must exist."""
     region = client().head_bucket(Bucket=bucket).get("BucketRegion") or client().meta.region_name
     return S3FileSystem(own_endpoint(client().meta.endpoint_url), region)
 
 
 def own_endpoint(url: str) -> str:
-    """The endpoint, or nothing where it is the one that AWS has for a region: a bucket's may be another."""
+    """The endpoint, or "" for an endpoint of AWS: that depends on the bucket's region."""
     return "" if re.fullmatch(r"https://s3[a-z0-9.-]*\.amazonaws\.com(\.cn)?", url) else url
 
 
 def exists(uri: str) -> bool:
-    """Is there an object, or are there any below this name?"""
+    """Whether the object exists, or any object below the URI."""
     bucket, key = _parts(uri)
     try:
-        with _naming(uri):
+        with _translated_errors(uri):
             return bool(key) and bool(client().head_object(Bucket=bucket, Key=key))
     except FileNotFoundError:
         return next(keys(uri), None) is not None
@@ -172,155 +186,159 @@ def exists(uri: str) -> bool:
 
 def read(uri: str) -> bytes:
     """The whole object."""
-    with _naming(uri):
+    with _translated_errors(uri):
         return _get(*_parts(uri))
 
 
-@with_retries(retry_if_exception_type(_TORN))
+@with_retries(retry_if_exception_type(_INCOMPLETE))
 def _get(bucket: str, key: str) -> bytes:
-    """In one request, so of one version. boto3 tries requests again, but not an answer whose body ends early."""
-    return client().get_object(Bucket=bucket, Key=key)["Body"].read()
+    """Reads one version of the object, in one request. boto3 does not retry a body that ends early."""
+    data: bytes = client().get_object(Bucket=bucket, Key=key)["Body"].read()
+    return data
 
 
 def write(uri: str, data: bytes) -> None:
-    """Make or replace the object."""
+    """Create or replace the object."""
     bucket, key = _parts(uri)
-    with _naming(uri):
+    with _translated_errors(uri):
         client().put_object(Bucket=bucket, Key=key, Body=data)
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Make the object where there is none. Whether this made it: also where an answer was lost and the request repeated."""
+    """Create the object unless it exists. Returns whether it now holds ``data``, so a retry also succeeds."""
     bucket, key = _parts(uri)
-    with _naming(uri):
+    with _translated_errors(uri):
         try:
             client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
         except ClientError as error:
-            if error.response.get("Error", {}).get("Code") not in (
-                "PreconditionFailed",
-                "ConditionalRequestConflict",
-            ):
+            if _error_code(error) not in ALREADY_EXISTS:
                 raise
             return _get(bucket, key) == data
     return True
 
 
 def upload(path: Path, uri: str) -> None:
-    """Make or replace the object with a file of any size."""
+    """Create or replace the object with the contents of a file of any size."""
     bucket, key = _parts(uri)
-    with _naming(uri), path.open("rb") as file:
+    with _translated_errors(uri), path.open("rb") as file:
         client().upload_fileobj(file, bucket, key)
 
 
 def download(uri: str, path: Path) -> None:
-    """Write the object to a file, which holds only a part of it where this raises."""
+    """Write the object to a file. An error leaves a partial file."""
     bucket, key = _parts(uri)
-    with _naming(uri), path.open("wb") as file:
+    with _translated_errors(uri), path.open("wb") as file:
         client().download_fileobj(bucket, key, file)
 
 
 def copy(source: str, target: str) -> None:
     """Copy an object within the store."""
-    (source_bucket, source_key), (bucket, key) = _parts(source), _parts(target)
-    with _naming(source):
+    source_bucket, source_key = _parts(source)
+    bucket, key = _parts(target)
+    with _translated_errors(source):
         client().copy({"Bucket": source_bucket, "Key": source_key}, bucket, key)
 
 
 def keys(uri: str, *, recursive: bool = True) -> Iterator[str]:
-    """Names below the URI, relative to it; also those that are empty or end in "/", which some tools make for folders."""
+    """Names of the objects below the URI, relative to it.
+
+    Includes empty names and names that end in "/", with which some tools mark folders.
+    """
     _, prefix = _below(uri)
-    found = _listed(uri, "" if recursive else "/")
-    yield from (each["Key"].removeprefix(prefix) for each in found)
+    delimiter = "" if recursive else "/"
+    for entry in _list(uri, delimiter):
+        yield entry["Key"].removeprefix(prefix)
 
 
 def bytes_below(uri: str) -> int:
-    """The size of all objects below the URI together."""
-    return sum(each["Size"] for each in _listed(uri))
+    """The total size of all objects below the URI."""
+    return sum(entry["Size"] for entry in _list(uri))
 
 
-def _listed(uri: str, delimiter: str = "") -> Iterator[dict[str, Any]]:
-    """What the store lists below the URI: ``Key`` and ``Size`` of each object."""
+def _list(uri: str, delimiter: str = "") -> Iterator[dict[str, Any]]:
+    """``Key``, ``Size`` and more of each object below the URI."""
     bucket, prefix = _below(uri)
-    with _naming(uri):
-        for page in (
-            client()
-            .get_paginator("list_objects_v2")
-            .paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter)
-        ):
+    with _translated_errors(uri):
+        paginator = client().get_paginator("list_objects_v2")
+        for page in paginator.paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter):
             yield from page.get("Contents", [])
 
 
 def delete(uri: str) -> None:
-    """Delete the object; nothing where there is none."""
+    """Delete the object if it exists."""
     bucket, key = _parts(uri)
-    with _naming(uri):
+    with _translated_errors(uri):
         client().delete_object(Bucket=bucket, Key=key)
 
 
 def delete_below(uri: str) -> None:
-    """Delete all objects below the URI. Raises Unavailable where some stay."""
+    """Delete all objects below the URI. Raises Unavailable if some could not be deleted."""
     bucket, _ = _parts(uri)
-    named = [{"Key": each["Key"]} for each in _listed(uri)]
-    for first in range(0, len(named), DELETED_AT_ONCE):
-        some = {"Objects": named[first : first + DELETED_AT_ONCE], "Quiet": True}
-        with _naming(uri):
-            left = client().delete_objects(Bucket=bucket, Delete=some).get("Errors", [])
-        if left:
-            why = f"{left[0].get('Key')!r}: {left[0].get('Message')}"
-            raise Unavailable(f"uri {uri!r}: {len(left)} objects were not deleted; {why}", param="uri")
+    objects = [{"Key": entry["Key"]} for entry in _list(uri)]
+    for start in range(0, len(objects), MAX_DELETED_PER_REQUEST):
+        batch = {"Objects": objects[start : start + MAX_DELETED_PER_REQUEST], "Quiet": True}
+        with _translated_errors(uri):
+            errors = client().delete_objects(Bucket=bucket, Delete=batch).get("Errors", [])
+        if errors:
+            first = f"{errors[0].get('Key')!r}: {errors[0].get('Message')}"
+            message = f"uri {uri!r}: {len(errors)} objects were not deleted; first error: {first}"
+            raise Unavailable(message, param="uri")
 
 
 def _parts(uri: str) -> tuple[str, str]:
     """Bucket and key."""
     bucket, _, key = unquote(uri.removeprefix(SCHEME)).partition("/")
     if "?" in uri:
-        why = "a '?' in a name is written %3F, and endpoint and region come from the environment"
-        raise BadRequest(f"uri {uri!r} cannot be opened: {why}", param="uri")
+        advice = "write '?' in a name as %3F; set endpoint and region in the environment"
+        raise BadRequest(f"uri {uri!r} cannot be opened: {advice}", param="uri")
     if not bucket:
-        raise BadRequest(f"uri {uri!r} cannot be opened: it names no bucket", param="uri")
+        raise BadRequest(f"uri {uri!r} cannot be opened: use s3://bucket/key", param="uri")
     return bucket, key.strip("/")
 
 
 def _below(uri: str) -> tuple[str, str]:
+    """Bucket and prefix of the objects below the URI."""
     bucket, key = _parts(uri)
     return bucket, f"{key}/" if key else ""
 
 
 @contextmanager
-def _naming(uri: str) -> Iterator[None]:
-    """boto3's errors as ours, with the URI."""
+def _translated_errors(uri: str) -> Iterator[None]:
+    """Raises boto3's errors as ours, with the URI."""
     try:
         yield
     except ClientError as error:
-        raise _said(uri, error) from error
+        raise _translated(uri, error) from error
     except CredentialRetrievalError as error:
-        raise Unavailable(
-            f"uri {uri!r}: whoever gives the credentials does not answer: {error}", param="uri"
-        ) from error
+        message = f"uri {uri!r}: the credential provider does not answer: {error}"
+        raise Unavailable(message, param="uri") from error
     except NoCredentialsError as error:
         message = (
             f"uri {uri!r} cannot be opened: no credentials; "
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give a role"
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"
         )
         raise BadRequest(message, param="uri", code="no_credentials") from error
     except _NO_ANSWER as error:
-        raise Unavailable(
-            f"uri {uri!r}: the object store does not answer, or not with all of it: {error}", param="uri"
-        ) from error
+        message = f"uri {uri!r}: the object store does not answer or its answer is incomplete: {error}"
+        raise Unavailable(message, param="uri") from error
     except BotoCoreError as error:
         raise BadRequest(f"uri {uri!r} cannot be opened: {error}", param="uri") from error
 
 
-def _said(uri: str, error: ClientError) -> OSError | ServiceError:
-    """What an answer means that is no success."""
+def _translated(uri: str, error: ClientError) -> OSError | ServiceError:
+    """Our error for an error response of the store."""
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    code = error.response.get("Error", {}).get("Code", "")
+    code = _error_code(error)
     if code == "NoSuchBucket" or (status == 404 and error.operation_name == "HeadBucket"):
-        return BadRequest(
-            f"uri {uri!r}: bucket {_parts(uri)[0]!r} does not exist", param="uri", code="no_such_bucket"
-        )
-    if code == "NoSuchKey" or code == "404":
+        message = f"uri {uri!r}: bucket {_parts(uri)[0]!r} does not exist"
+        return BadRequest(message, param="uri", code="no_such_bucket")
+    if code in ("NoSuchKey", "404"):
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri)
     if status >= 500 or status == 429 or code in TRANSIENT:
-        return Unavailable(f"uri {uri!r}: the object store goes on failing: {error}", param="uri")
+        return Unavailable(f"uri {uri!r}: the object store keeps failing: {error}", param="uri")
     return BadRequest(f"uri {uri!r} cannot be opened: {error}", param="uri")
+
+
+def _error_code(error: ClientError) -> str:
+    code: str = error.response.get("Error", {}).get("Code", "")
+    return code

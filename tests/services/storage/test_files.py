@@ -1,4 +1,4 @@
-"""Files appear whole, alike on disk and in an object store; journals hand over, and a stage always leaves a marker."""
+"""Files are written atomically, on disk and in an object store. Writers share a journal. Stages write markers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ODD_NAMES = ["a b", "100%", "50%25", "Größe", "a+b&c=d#e?f", "日本"]
 
 @pytest.fixture(params=["file", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder's URI that holds nothing yet."""
+    """The URI of an empty folder."""
     return (tmp_path / "root").as_uri() if request.param == "file" else request.getfixturevalue("bucket")
 
 
-def test_what_was_written_last_is_read_whole(root: str):
+def test_the_last_write_is_read_completely(root: str):
     uri = files.join(root, "deep", "file.json")
     files.write_json(uri, {"a": [1] * 1000})
     files.write_json(uri, {"a": 2})
@@ -39,7 +39,7 @@ def test_what_was_written_last_is_read_whole(root: str):
     assert files.read_bytes(uri) == b""
 
 
-def test_where_there_is_nothing_there_is_no_file_and_deleting_is_no_error(root: str):
+def test_missing_files_raise_on_reading_and_not_on_deletion(root: str):
     nothing = files.join(root, "nothing")
     for read in (
         files.read_bytes,
@@ -54,7 +54,7 @@ def test_where_there_is_nothing_there_is_no_file_and_deleting_is_no_error(root: 
     assert files.list_files(nothing, recursive=True) == []
 
 
-def test_files_are_listed_by_their_names_below_the_folder_and_half_written_ones_are_not(root: str):
+def test_files_are_listed_by_their_names_below_the_folder_and_partial_ones_are_not(root: str):
     for name in ("b/c", "b/d/e", "a", "bc", "b/x.part"):
         files.write_bytes(files.join(root, *name.split("/")), name.encode())
     assert files.list_files(root) == ["a", "bc"]
@@ -62,7 +62,7 @@ def test_files_are_listed_by_their_names_below_the_folder_and_half_written_ones_
     assert files.list_files(f"{root}/b/", recursive=True) == ["c", "d/e"]
 
 
-def test_files_and_folders_exist_and_beginnings_of_names_do_not(root: str):
+def test_files_and_folders_exist_and_prefixes_of_names_do_not(root: str):
     files.write_bytes(files.join(root, "folder", "file"), b"x")
     assert files.exists(root)
     assert files.exists(files.join(root, "folder"))
@@ -104,7 +104,7 @@ def test_a_folder_is_copied_between_all_places(root: str, target: str, bucket: s
     assert {name: files.read_bytes(files.join(copied, *name.split("/"))) for name in names} == contents
 
 
-def test_a_file_from_the_disk_is_put_in_its_place_whole_and_stays_where_it_was(root: str, tmp_path: Path):
+def test_an_upload_copies_a_local_file_completely_and_leaves_it_unchanged(root: str, tmp_path: Path):
     path = tmp_path / "built.jsonl"
     path.write_bytes(b"0123456789" * 1_000_000)
     files.upload(path, files.join(root, "deep", "put.jsonl"))
@@ -114,7 +114,7 @@ def test_a_file_from_the_disk_is_put_in_its_place_whole_and_stays_where_it_was(r
     assert files.list_files(root, recursive=True) == ["deep/put.jsonl"]
 
 
-def test_a_local_write_that_fails_leaves_the_file_before_and_nothing_beside_it(tmp_path: Path):
+def test_a_failed_local_write_leaves_the_previous_file_and_no_temporary_one(tmp_path: Path):
     uri = (tmp_path / "file").as_uri()
     files.write_bytes(uri, b"before")
     with pytest.raises(TypeError):
@@ -125,13 +125,13 @@ def test_a_local_write_that_fails_leaves_the_file_before_and_nothing_beside_it(t
 @pytest.mark.parametrize(
     "uri", ["gopher://x/y", "gs://x/y", "file://host/x", "s3://", "s3:///y", "s3://bucket/y?region=x"]
 )
-def test_a_uri_that_cannot_be_opened_is_refused_by_name(uri: str):
+def test_the_error_of_an_unusable_uri_names_it(uri: str):
     with pytest.raises(BadRequest) as refused:
         files.read_bytes(uri)
     assert (refused.value.param, uri in str(refused.value)) == ("uri", True)
 
 
-def test_models_are_known_by_name_until_they_are_retracted(root: str):
+def test_models_are_found_by_name_until_they_are_retracted(root: str):
     record = ModelRecord(
         id="model_1", name="aligned", uri=f"{root}/x", family="sd15", digest="d", created_at=0, job="j"
     )
@@ -145,7 +145,7 @@ def test_models_are_known_by_name_until_they_are_retracted(root: str):
         models.find(root, "aligned")
 
 
-def test_a_journal_is_read_once_from_where_the_reader_was_and_writers_take_turns(root: str):
+def test_a_journal_is_read_from_any_number_and_two_writers_alternate(root: str):
     first = Journal(root, flush_every_s=0)
     first.event("begins")
     second = Journal(root, flush_every_s=0)
@@ -158,19 +158,14 @@ def test_a_journal_is_read_once_from_where_the_reader_was_and_writers_take_turns
     assert read_journal(root, 3) == []
 
 
-def test_a_driver_that_takes_over_again_goes_on_behind_its_workers_and_changes_none_of_their_files(root: str):
-    driver, said = Journal(root, flush_every_s=0), [str(number) for number in range(12)]
-    writers = (
-        [driver] * 2
-        + [Journal(root, flush_every_s=0)] * 3
-        + [Journal(root, flush_every_s=0)] * 4
-        + [driver] * 3
-    )
-    for message, writer in zip(said, writers, strict=True):
+def test_a_writer_continues_after_the_files_of_later_writers_and_overwrites_none(root: str):
+    driver, worker, other_worker = (Journal(root, flush_every_s=0) for _ in range(3))
+    writers = [driver] * 2 + [worker] * 3 + [other_worker] * 4 + [driver] * 3
+    messages = [str(number) for number in range(12)]
+    for message, writer in zip(messages, writers, strict=True):
         writer.event(message)
-    assert [(number, [entry.message for entry in entries]) for number, entries in read_journal(root, 0)] == [
-        (number, [message]) for number, message in enumerate(said)
-    ]
+    read = [(number, [entry.message for entry in entries]) for number, entries in read_journal(root, 0)]
+    assert read == [(number, [message]) for number, message in enumerate(messages)]
 
 
 def spec(folder: Path) -> EncodeSpec:
@@ -182,36 +177,39 @@ def spec(folder: Path) -> EncodeSpec:
 
 
 @pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     uri = files.join(tmp_path.as_uri(), "spec.json")
     files.write_json(uri, spec(tmp_path).model_dump(mode="json"))
     monkeypatch.setattr(sys, "argv", ["stage", "--spec", uri])
     return tmp_path
 
 
-def test_a_stage_that_succeeds_leaves_its_result(told: Path):
+def test_a_stage_that_succeeds_writes_its_result(prefix: Path):
     result = EncodeResult(dataset="d", digest="x", counts={"pairs": 1}, reused=False, seconds=1.0)
-    run_stage(
-        EncodeSpec, lambda asked, journal: result if asked == spec(told) else pytest.fail("another spec")
-    )
-    assert EncodeResult.model_validate_json((told / "done.json").read_bytes()) == result
-    assert not (told / "failed.json").exists()
+
+    def work(received: EncodeSpec, journal: Journal) -> EncodeResult:
+        assert received == spec(prefix)
+        return result
+
+    run_stage(EncodeSpec, work)
+    assert EncodeResult.model_validate_json((prefix / "done.json").read_bytes()) == result
+    assert not (prefix / "failed.json").exists()
 
 
-def test_a_stage_that_fails_leaves_why_with_the_field_and_fails(told: Path):
-    def work(asked, journal):
+def test_a_stage_that_fails_writes_the_reason_with_the_field_and_raises(prefix: Path):
+    def work(received, journal):
         raise ConfigError("beta", -1, "must be greater than 0")
 
     with pytest.raises(ConfigError):
         run_stage(EncodeSpec, work)
-    failure = StageFailure.model_validate(json.loads((told / "failed.json").read_text()))
+    failure = StageFailure.model_validate(json.loads((prefix / "failed.json").read_text()))
     assert failure == StageFailure(
         message="beta must be greater than 0, got -1", code="config_error", param="beta"
     )
-    assert not (told / "done.json").exists()
+    assert not (prefix / "done.json").exists()
 
 
-def test_the_error_of_ours_is_found_inside_what_ray_wraps_around_it():
+def test_our_error_is_found_inside_rays_wrappers():
     ours = ConfigError("beta", -1, "must be greater than 0")
     task = RayTaskError("decode", "a long traceback", ours).as_instanceof_cause()
     workers = WorkerGroupError("rank 1 failed", {1: task})
@@ -222,7 +220,7 @@ def test_the_error_of_ours_is_found_inside_what_ray_wraps_around_it():
     assert root_cause(other) is other
 
 
-def test_what_failed_is_one_line_and_a_stop_is_no_error_of_the_work():
+def test_a_failure_is_one_line_and_a_stop_is_not_an_error_of_the_work():
     assert failure_of(SystemExit(1)) == StageFailure(message="the stage was stopped", code="stopped")
     assert failure_of(OSError("disk full\nand more")) == StageFailure(
         message="OSError: disk full", code="oserror"

@@ -1,4 +1,4 @@
-"""An object store that is slow, says 503 and tears connections: what is there is whole, and what was written is there."""
+"""An object store that is slow, answers 503 and breaks connections: objects stay complete, writes are kept."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def big(tmp_path: Path) -> Path:
 
 
 def keys(server: S3Server, uri: str) -> list[str]:
-    """What really lies below."""
+    """The keys below the URI, read past the injected faults."""
     prefix = uri.removeprefix(f"s3://{BUCKET}/")
     return [
         found["Key"]
@@ -58,7 +58,7 @@ def keys(server: S3Server, uri: str) -> list[str]:
     ]
 
 
-# ---- what passes
+# ---- faults that retries overcome
 
 
 @pytest.mark.parametrize("fault", SOMETIMES)
@@ -94,9 +94,7 @@ def test_ranges_of_parquet_are_intact(fault: str, s3_server: S3Server, bucket: s
 
 
 @pytest.mark.parametrize("kind", ["slow_down", "lose_response", "cut_download"])
-def test_a_range_of_any_length_is_read_also_from_a_filesystem_that_was_pickled(
-    kind: Any, s3_server: S3Server, bucket: str
-):
+def test_a_pickled_filesystem_reads_ranges_of_any_length(kind: Any, s3_server: S3Server, bucket: str):
     data = os.urandom(1_000_000)
     files.write_bytes(f"{bucket}/a", data)
     filesystem, path = pickle.loads(pickle.dumps(files.resolve(f"{bucket}/a")))
@@ -116,7 +114,7 @@ def test_a_stream_is_read_in_one_request(s3_server: S3Server, bucket: str):
     assert s3_server.counts == {"HEAD": 1, "GET": 1}
 
 
-def test_more_objects_are_listed_and_deleted_than_one_answer_holds(s3_server: S3Server, bucket: str):
+def test_more_objects_are_listed_and_deleted_than_fit_in_one_response(s3_server: S3Server, bucket: str):
     client, prefix = s3_server.direct(), bucket.removeprefix(f"s3://{BUCKET}/")
     names = [f"{number:04d}" for number in range(1_200)]
     with ThreadPoolExecutor(4) as pool:
@@ -128,11 +126,11 @@ def test_more_objects_are_listed_and_deleted_than_one_answer_holds(s3_server: S3
     assert s3_server.counts["GET"] >= 4
 
 
-# ---- what does not pass
+# ---- faults that become errors
 
 
 @pytest.mark.parametrize("kind", ["refuse_upload", "cut_upload"])
-def test_where_every_upload_is_torn_the_object_before_stays(
+def test_an_object_stays_unchanged_when_every_upload_breaks(
     kind: Any, s3_server: S3Server, bucket: str, big: Path
 ):
     files.write_bytes(f"{bucket}/a", b"before")
@@ -147,7 +145,7 @@ def test_where_every_upload_is_torn_the_object_before_stays(
     assert not files.exists(f"{bucket}/new")
 
 
-def test_where_every_piece_is_refused_the_upload_is_taken_back(s3_server: S3Server, bucket: str, big: Path):
+def test_an_upload_whose_parts_all_fail_is_aborted(s3_server: S3Server, bucket: str, big: Path):
     s3_server.inject(Fault("lose_response", method="PUT", target="partNumber=2"))
     with pytest.raises(Unavailable, match=f"{bucket}/a"):
         files.upload(big, f"{bucket}/a")
@@ -187,7 +185,7 @@ def record(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mode
     return ModelRecord(id="m", name="m", uri=bucket, family="sd15", digest=digest, created_at=0)
 
 
-def test_a_model_that_is_torn_on_its_way_is_fetched_again(s3_server: S3Server, record: ModelRecord):
+def test_a_model_whose_download_breaks_is_fetched_again(s3_server: S3Server, record: ModelRecord):
     s3_server.inject(Fault("cut_download", first(2), "GET", "safetensors"))
     folder, _ = models.fetch(record)
     assert s3_server.counts["cut_download"] == 2
@@ -201,10 +199,8 @@ def test_processes_of_a_node_fetch_a_model_once(s3_server: S3Server, record: Mod
         from services.api.records import ModelRecord
         print(models.fetch(ModelRecord.model_validate_json({record.model_dump_json()!r}))[0])
     """
-    command, env = (
-        [sys.executable, "-c", textwrap.dedent(code)],
-        {**os.environ, "TMPDIR": str(tmp_path / "node")},
-    )
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    env = {**os.environ, "TMPDIR": str(tmp_path / "node")}
     (tmp_path / "node").mkdir()
     with ThreadPoolExecutor(3) as pool:
         runs = [
@@ -217,7 +213,7 @@ def test_processes_of_a_node_fetch_a_model_once(s3_server: S3Server, record: Mod
     assert s3_server.counts["delay"] == 1
 
 
-def test_a_model_that_never_arrives_whole_is_not_kept(
+def test_a_model_whose_every_download_breaks_is_not_kept(
     s3_server: S3Server, record: ModelRecord, tmp_path: Path
 ):
     s3_server.inject(Fault("cut_download", method="GET", target="safetensors"))
@@ -245,7 +241,7 @@ def refusals(uri: str, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_endpoints_of_aws_are_left_to_the_region_of_the_bucket_and_others_are_used():
+def test_the_endpoint_depends_on_the_buckets_region_for_aws_and_is_kept_for_other_stores():
     for url in (
         "https://s3.amazonaws.com",
         "https://s3.eu-central-1.amazonaws.com",
@@ -260,9 +256,7 @@ def test_endpoints_of_aws_are_left_to_the_region_of_the_bucket_and_others_are_us
         assert s3.own_endpoint(url) == url
 
 
-def test_credentials_that_are_just_being_renewed_are_no_mistake_of_the_caller(
-    s3_server: S3Server, bucket: str
-):
+def test_expired_credentials_are_unavailable_and_not_the_callers_mistake(s3_server: S3Server, bucket: str):
     s3_server.inject(Fault("expired"))
     with pytest.raises(Unavailable, match="ExpiredToken"):
         files.write_bytes(f"{bucket}/a", b"1")
@@ -271,7 +265,7 @@ def test_credentials_that_are_just_being_renewed_are_no_mistake_of_the_caller(
 
 
 REFUSED = {
-    "a bucket that is not there": (
+    "a missing bucket": (
         "s3://nowhere/a",
         {},
         "BadRequest uri 's3://nowhere/a': bucket 'nowhere' does not exist",
@@ -281,7 +275,7 @@ REFUSED = {
         {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": "/nowhere"},
         "BadRequest uri 's3://bucket/a' cannot be opened: no credentials",
     ),
-    "nobody at the endpoint": (
+    "no server at the endpoint": (
         "s3://bucket/a",
         {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"},
         "Unavailable uri 's3://bucket/a': the object store does not answer",
@@ -290,7 +284,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_a_store_that_cannot_be_used_is_named(why: str, s3_server: S3Server):
+def test_an_unusable_store_is_named_in_every_error(why: str, s3_server: S3Server):
     uri, environment, message = REFUSED[why]
     printed = refusals(uri, **environment)
     lines = printed.splitlines()
