@@ -18,10 +18,10 @@ from services.artifacts import models
 from services.errors import BadRequest
 from services.ingest import committed
 from services.ingest.joining import ShardWork
+from services.ingest.pipelines import encode_blocks, join_shards
 from services.ingest.plan import Plan, Planner, images_per_block
 from services.ingest.progress import Progress
 from services.ingest.quarantine import Quarantine
-from services.ingest.pipelines import encode_blocks, join_shards
 from services.pairs.source import Source, open_source
 from services.pairs.validation import Summary, check_bad
 from services.stages import layout
@@ -138,7 +138,7 @@ def _plan(spec: EncodeSpec, source: Source, size: int) -> Plan:
     summary = Summary(source)
     planner = Planner(images_per_block(size))
     for unit in source.units():
-        planner.add(unit, summary.over(source.rows(unit)))
+        planner.add(unit, summary.observe(source.rows(unit)))
     if (found := summary.digest()) != spec.source_digest:
         message = (
             f"dataset {spec.source.uri!r} has changed: digest {found}, registered as {spec.source_digest}"

@@ -19,8 +19,9 @@ from dde_core.models.tokens import load_tokenizers, tokenize
 from services.api.records import ModelRecord
 from services.artifacts.models import fetch
 from services.ingest.committed import read_block
+from services.pairs.columnar import Unit
 from services.pairs.row import Preference, Row
-from services.pairs.source import Source, Unit
+from services.pairs.source import Source
 from services.storage import files
 
 

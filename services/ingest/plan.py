@@ -18,8 +18,8 @@ from itertools import groupby
 
 import numpy as np
 
+from services.pairs.columnar import Unit
 from services.pairs.row import Row
-from services.pairs.source import Unit
 from services.pairs.validation import Tally
 
 KEY_BYTES = 16

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from services.ingest.plan import Block
+from services.pairs.columnar import Unit
 from services.pairs.images import BadImage, decode
 from services.pairs.row import Row
-from services.pairs.source import Source, Unit
+from services.pairs.source import Source
 
 LOADS_AT_ONCE = 8
 """Images that lie in files of their own are fetched so many at a time."""

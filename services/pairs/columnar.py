@@ -1,13 +1,13 @@
-"""Files that hold rows with their types, read in order and in bounded pieces: Parquet and Arrow streams.
+"""Readers of typed columns: Parquet files and Arrow streams, in order and in bounded memory.
 
-A reader (also those of services/pairs/path_based.py) lists the columns, cuts itself into units, and yields the rows of a
-unit as cells by canonical name. It knows nothing of what a row means (services/pairs/row.py). A reader holds URIs and
-names only, so it can be pickled.
+A reader (also those of path_based.py) lists the columns, splits its files into units, and yields each row
+of a unit as cells by canonical name. It does not interpret a row; row.py does. A reader holds only URIs and
+names, so it can be pickled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -19,22 +19,29 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from services.errors import BadRequest, ServiceError, Unavailable
-from services.pairs.column_types import Columns, Found, check_types, is_text
+from services.pairs.column_types import (
+    ColumnMap,
+    FileColumns,
+    check_types,
+    is_binary,
+    is_list,
+    is_text,
+)
 from services.storage import files
 
 BATCH_BYTES = 1 << 24
-ROWS_AT_ONCE = 256
-IMAGE_ROWS_AT_ONCE = 64
+BATCH_ROWS = 256
+IMAGE_BATCH_ROWS = 64
 STREAM_BYTES = 1 << 20
 IMAGE_COLUMNS = frozenset({"jpg_0", "jpg_1", "chosen", "rejected", "images"})
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A stretch of rows that is read in order. ``rows`` is None where they were not counted.
+    """Rows that are read in order: the smallest piece that can be read independently.
 
-    A Parquet row group, an Arrow file, the lines that begin in bytes ``start..stop`` of a file, or the images ``names`` of
-    a folder.
+    A Parquet row group, an Arrow file, the lines that begin in bytes ``start..stop`` of a file, or the images
+    ``names`` of a folder. ``rows`` is None where counting would require reading.
     """
 
     file: str
@@ -50,32 +57,41 @@ Cells = dict[str, Any]
 
 
 class Reader(Protocol):
-    """``rows`` gives cells by the names that are read, or the cause why there are none; from row ``start`` up to ``stop``."""
+    """The files of a source. Each reader is for one format."""
 
     @property
     def format(self) -> Format: ...
-    def columns(self) -> Found: ...
+
+    def columns(self) -> FileColumns: ...
+
     def units(self) -> Iterator[Unit]: ...
+
     def rows(
-        self, unit: Unit, columns: Columns, with_images: bool, start: int, stop: int | None
-    ) -> Iterator[Cells | str]: ...
-    def identity(self) -> Iterator[bytes]: ...
+        self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
+    ) -> Iterator[Cells | str]:
+        """Rows ``start`` to ``stop`` of a unit: cells by canonical name, or why a row is unreadable."""
+
+    def identity(self) -> Iterator[bytes]:
+        """What identifies the files' content without reading it."""
 
 
 def full_uri(uri: str, file: str) -> str:
-    """Where a file of a dataset lies; "" is the URI itself."""
+    """The URI of a dataset's file; "" is the dataset's URI itself."""
     return files.join(uri, file) if file else uri
 
 
 def unreadable(error: Exception, uri: str, why: str, code: str | None = None) -> ServiceError:
-    """What a file that cannot be read means: an object store that goes on failing, or a file that is not what it should be."""
+    """The error to raise for a file that cannot be read.
+
+    Unavailable where the object store failed, else BadRequest: the file is not what it should be.
+    """
     if "AWS Error" in str(error):
-        return Unavailable(f"uri {uri!r}: the object store goes on failing: {error}", param="uri")
+        return Unavailable(f"uri {uri!r}: the object store keeps failing, try again: {error}", param="uri")
     return BadRequest(f"uri {uri!r} {why}: {error}", param="uri", code=code)
 
 
 def open_file(uri: str, file: str) -> pa.NativeFile:
-    """A file of a dataset for random access."""
+    """Open a dataset's file for random access."""
     filesystem, path = files.resolve(full_uri(uri, file))
     return filesystem.open_input_file(path)
 
@@ -87,8 +103,9 @@ def name_and_size(uri: str, file: str) -> bytes:
 
 @dataclass(frozen=True)
 class ParquetFiles:
-    """A unit is a row group, which is decoded a few rows at a time: what is held is a page of each column, not the group.
+    """Parquet files; a unit is a row group.
 
+    A row group is decoded a few rows at a time, so memory holds a page of each column and not the group.
     pyarrow and pandas write pages of 1024 rows where rows are large.
     """
 
@@ -96,7 +113,7 @@ class ParquetFiles:
     files: tuple[str, ...]
     format: Format = "parquet"
 
-    def columns(self) -> Found:
+    def columns(self) -> FileColumns:
         return _types(self._open(self.files[0]).schema_arrow)
 
     def units(self) -> Iterator[Unit]:
@@ -106,25 +123,27 @@ class ParquetFiles:
                 yield Unit(file, group, metadata.row_group(group).num_rows)
 
     def rows(
-        self, unit: Unit, columns: Columns, with_images: bool, start: int, stop: int | None
+        self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
     ) -> Iterator[Cells | str]:
         stream, footer = self._stream(unit.file)
         parquet = pq.ParquetFile(stream, metadata=footer, buffer_size=STREAM_BYTES, pre_buffer=False)
         check_types(full_uri(self.uri, unit.file), _types(parquet.schema_arrow), columns)
-        leaves, row_bytes, left_out = _leaves(
-            parquet, unit.group, _wanted(parquet.schema_arrow, columns, with_images), with_images
-        )
-        if (
-            not with_images and row_bytes * footer.row_group(unit.group).num_rows <= BATCH_BYTES
-        ):  # all of it in few requests
+        names = _names_to_read(parquet.schema_arrow, columns, with_images)
+        selection = _select_leaves(parquet, unit.group, names, with_images)
+        group_bytes = selection.row_bytes * footer.row_group(unit.group).num_rows
+        if not with_images and group_bytes <= BATCH_BYTES:
+            # Small enough to fetch the whole group in few requests.
             parquet = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
-        at_once = IMAGE_ROWS_AT_ONCE if with_images else ROWS_AT_ONCE
-        size = max(1, min(at_once, BATCH_BYTES // max(1, row_bytes)))
-        batches = parquet.iter_batches(batch_size=size, row_groups=[unit.group], columns=leaves)
-        yield from _cells(batches, columns, with_images, start, stop, left_out)
+        max_rows = IMAGE_BATCH_ROWS if with_images else BATCH_ROWS
+        batches = parquet.iter_batches(
+            batch_size=max(1, min(max_rows, BATCH_BYTES // max(1, selection.row_bytes))),
+            row_groups=[unit.group],
+            columns=selection.leaves,
+        )
+        yield from _cells(batches, columns, with_images, start, stop, selection.omitted_bytes)
 
     def identity(self) -> Iterator[bytes]:
-        """Names, sizes and Parquet footers: a footer holds the size and place of every column chunk."""
+        """Names, sizes and Parquet footers: a footer holds the size and offset of every column chunk."""
         for file in self.files:
             with open_file(self.uri, file) as stream:
                 size = stream.size()
@@ -136,62 +155,80 @@ class ParquetFiles:
         return pq.ParquetFile(stream, metadata=footer)
 
     def _stream(self, file: str) -> tuple[pa.NativeFile, pq.FileMetaData]:
-        full = full_uri(self.uri, file)
-        filesystem, path = files.resolve(full)
+        uri = full_uri(self.uri, file)
+        filesystem, path = files.resolve(uri)
         try:
             info = filesystem.get_file_info(path)
-            footer = _footer(full, info.size, info.mtime_ns)
+            footer = _footer(uri, info.size, info.mtime_ns)
             return filesystem.open_input_file(path), footer
         except (pa.ArrowInvalid, OSError) as error:
-            raise unreadable(error, full, "is not a Parquet file", "not_parquet") from error
+            raise unreadable(error, uri, "is not a Parquet file", "not_parquet") from error
 
 
 @lru_cache(maxsize=2)
 def _footer(uri: str, size: int, mtime_ns: int) -> pq.FileMetaData:
-    """The footer is parsed once for all row groups of a file: size and time of change tell whether it is the same file."""
+    """Parse a file's footer once for all its row groups; a changed size or mtime means another file."""
     filesystem, path = files.resolve(uri)
     with filesystem.open_input_file(path) as stream:
         return pq.read_metadata(stream)
 
 
-def _leaves(
-    parquet: pq.ParquetFile, group: int, names: set[str], with_images: bool
-) -> tuple[list[str], int, set[str]]:
-    """The leaf columns to read, their mean bytes a row, and the columns whose bytes are left out although they are there.
+@dataclass(frozen=True)
+class _Selection:
+    """Leaf columns to read, their mean bytes a row, and the columns whose non-null bytes are not read."""
 
-    Without images, bytes inside of structs are left out where the footer says that all or none of them are null.
+    leaves: list[str]
+    row_bytes: int
+    omitted_bytes: set[str]
+
+
+def _select_leaves(parquet: pq.ParquetFile, group: int, names: set[str], with_images: bool) -> _Selection:
+    """Choose the leaf columns of a row group.
+
+    Without images, the bytes inside structs are omitted where the footer says that all or none are null.
     """
-    metadata, leaves, total, left_out = parquet.metadata.row_group(group), [], 0, set()
+    metadata = parquet.metadata.row_group(group)
     paths = [parquet.schema.column(index).path for index in range(metadata.num_columns)]
+    leaves: list[str] = []
+    omitted_bytes: set[str] = set()
+    total_bytes = 0
     for index, path in enumerate(paths):
         name = next((name for name in names if path == name or path.startswith(f"{name}.")), None)
+        if name is None:
+            continue
         column = metadata.column(index)
-        nulls = None if with_images or f"{path.removesuffix('.bytes')}.path" not in paths else _nulls(column)
-        if name is None or nulls == column.num_values:
+        is_struct_bytes = f"{path.removesuffix('.bytes')}.path" in paths
+        nulls = _null_count(column) if is_struct_bytes and not with_images else None
+        if nulls == column.num_values:
             continue
         if nulls == 0:
-            left_out.add(name)
+            omitted_bytes.add(name)
         else:
             leaves.append(path)
-            total += column.total_uncompressed_size
-    return leaves, total // max(1, metadata.num_rows), left_out
+            total_bytes += column.total_uncompressed_size
+    return _Selection(leaves, total_bytes // max(1, metadata.num_rows), omitted_bytes)
 
 
-def _nulls(column: pq.ColumnChunkMetaData) -> int | None:
-    """How many values of a column chunk are null, where its file says so."""
+def _null_count(column: pq.ColumnChunkMetaData) -> int | None:
+    """The number of nulls in a column chunk; None where its file does not say."""
     statistics = column.statistics
-    return statistics.null_count if statistics is not None and statistics.has_null_count else None
+    if statistics is None or not statistics.has_null_count:
+        return None
+    return int(statistics.null_count)
 
 
 @dataclass(frozen=True)
 class ArrowFiles:
-    """Hugging Face's `save_to_disk`: Arrow IPC streams, a unit each. Local files are mapped, others read a batch at a time."""
+    """Arrow IPC streams of Hugging Face's `save_to_disk`; a unit is a file.
+
+    Local files are memory-mapped, others are read a batch at a time.
+    """
 
     uri: str
     files: tuple[str, ...]
     format: Format = "arrow"
 
-    def columns(self) -> Found:
+    def columns(self) -> FileColumns:
         with self._open(self.files[0]) as reader:
             return _types(reader.schema)
 
@@ -199,104 +236,123 @@ class ArrowFiles:
         yield from (Unit(file) for file in self.files)
 
     def rows(
-        self, unit: Unit, columns: Columns, with_images: bool, start: int, stop: int | None
+        self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
     ) -> Iterator[Cells | str]:
         with self._open(unit.file) as reader:
             check_types(full_uri(self.uri, unit.file), _types(reader.schema), columns)
-            names = sorted(_wanted(reader.schema, columns, with_images))
-            small = (
-                batch.select(names).slice(offset, IMAGE_ROWS_AT_ONCE)
+            names = sorted(_names_to_read(reader.schema, columns, with_images))
+            small_batches = (
+                batch.select(names).slice(offset, IMAGE_BATCH_ROWS)
                 for batch in reader
-                for offset in range(0, len(batch), IMAGE_ROWS_AT_ONCE)
+                for offset in range(0, len(batch), IMAGE_BATCH_ROWS)
             )
-            yield from _cells(small, columns, with_images, start, stop)
+            yield from _cells(small_batches, columns, with_images, start, stop)
 
     def identity(self) -> Iterator[bytes]:
         yield from (name_and_size(self.uri, file) for file in self.files)
 
     def _open(self, file: str) -> pa.RecordBatchStreamReader:
-        full = full_uri(self.uri, file)
-        filesystem, path = files.resolve(full)
+        uri = full_uri(self.uri, file)
+        filesystem, path = files.resolve(uri)
         try:
-            local = isinstance(filesystem, fs.LocalFileSystem)
-            return pa.ipc.open_stream(pa.memory_map(path) if local else filesystem.open_input_stream(path))
+            if isinstance(filesystem, fs.LocalFileSystem):
+                return pa.ipc.open_stream(pa.memory_map(path))
+            return pa.ipc.open_stream(filesystem.open_input_stream(path))
         except (pa.ArrowInvalid, OSError) as error:
-            raise unreadable(error, full, "is not an Arrow stream", "not_arrow") from error
+            raise unreadable(error, uri, "is not an Arrow stream", "not_arrow") from error
 
 
-def _types(schema: pa.Schema) -> Found:
+def _types(schema: pa.Schema) -> FileColumns:
     return {field.name: field.type for field in schema}
 
 
-def _wanted(schema: pa.Schema, columns: Columns, with_images: bool) -> set[str]:
-    """Names in the file. Without images a column of bytes is left out, but a ranking's, which says how many there are;
-    structs say whether a path is what is read."""
+def _names_to_read(schema: pa.Schema, columns: ColumnMap, with_images: bool) -> set[str]:
+    """Names in the file.
 
-    def light(name: str) -> bool:
-        kind = schema.field(columns[name]).type  # type: ignore[index]
-        return name not in IMAGE_COLUMNS or name == "images" or is_text(kind) or pa.types.is_struct(kind)
+    Without images, plain bytes are not read. A ranking's list is still read for the number of images, and a
+    struct for its path.
+    """
 
-    return {columns[name] for name in columns if with_images or light(name)}
+    def is_light(column: str, name: str) -> bool:
+        kind = schema.field(name).type
+        return (
+            column not in IMAGE_COLUMNS
+            or column == "images"
+            or is_text(kind)
+            or bool(pa.types.is_struct(kind))
+        )
+
+    return {name for column, name in columns.items() if with_images or is_light(column, name)}
 
 
 def _cells(
-    batches: Iterator[pa.RecordBatch],
-    columns: Columns,
+    batches: Iterable[pa.RecordBatch],
+    columns: ColumnMap,
     with_images: bool,
     start: int,
     stop: int | None,
-    left_out: Set[str] = frozenset(),
+    omitted_bytes: Set[str] = frozenset(),
 ) -> Iterator[Cells]:
-    row, light = 0, frozenset() if with_images else IMAGE_COLUMNS
+    """Rows ``start`` to ``stop`` of the batches as cells by canonical name."""
+    first_row = 0
     for batch in batches:
-        if stop is not None and row >= stop:
+        if stop is not None and first_row >= stop:
             return
-        skip, end = max(0, start - row), len(batch) if stop is None else min(len(batch), stop - row)
-        row += len(batch)
-        if skip < end:
-            part = batch.slice(skip, end - skip)
-            values = {
-                name: _without_bytes(part.column(own), own in left_out)
-                if name in light
-                else _python(part.column(own))
-                for name, own in columns.items()
-                if own in part.schema.names
-            }
-            for place in range(len(part)):
-                yield {name: column[place] for name, column in values.items()}
+        begin = max(0, start - first_row)
+        end = len(batch) if stop is None else min(len(batch), stop - first_row)
+        first_row += len(batch)
+        if begin < end:
+            yield from _batch_cells(batch.slice(begin, end - begin), columns, with_images, omitted_bytes)
 
 
-def _without_bytes(column: pa.Array, left_out: bool) -> list[Any]:
-    """Cells of images with empty bytes for those that are there; ``left_out`` says that every struct of the file has some."""
+def _batch_cells(
+    batch: pa.RecordBatch, columns: ColumnMap, with_images: bool, omitted_bytes: Set[str]
+) -> Iterator[Cells]:
+    values: dict[str, list[Any]] = {}
+    for column, name in columns.items():
+        if name not in batch.schema.names:
+            continue
+        if column in IMAGE_COLUMNS and not with_images:
+            values[column] = _without_bytes(batch.column(name), name in omitted_bytes)
+        else:
+            values[column] = _python(batch.column(name))
+    for row in range(len(batch)):
+        yield {column: cells[row] for column, cells in values.items()}
+
+
+def _without_bytes(column: pa.Array, omitted_bytes: bool) -> list[Any]:
+    """Cells of images, with empty bytes in place of non-null bytes.
+
+    ``omitted_bytes`` means that every struct has bytes in the file, which were not read.
+    """
     kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        flat = iter(_without_bytes(column.flatten(), left_out))
-        return [
-            None if n is None else list(islice(flat, n)) for n in pc.list_value_length(column).to_pylist()
-        ]
+    if is_list(kind):
+        flat = iter(_without_bytes(column.flatten(), omitted_bytes))
+        lengths = pc.list_value_length(column).to_pylist()
+        return [None if length is None else list(islice(flat, length)) for length in lengths]
     if pa.types.is_struct(kind):
         fields = {
-            field.name: _without_bytes(column.field(index), left_out) for index, field in enumerate(kind)
+            field.name: _without_bytes(column.field(index), omitted_bytes) for index, field in enumerate(kind)
         }
-        fields |= {"bytes": [b""] * len(column)} if left_out else {}
+        if omitted_bytes:
+            fields["bytes"] = [b""] * len(column)
         cells = (dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True))
-        return [
-            cell if valid else None for cell, valid in zip(cells, column.is_valid().to_pylist(), strict=True)
-        ]
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
-        return [b"" if valid else None for valid in column.is_valid().to_pylist()]
+        valid = column.is_valid().to_pylist()
+        return [cell if is_valid else None for cell, is_valid in zip(cells, valid, strict=True)]
+    if is_binary(kind):
+        return [b"" if is_valid else None for is_valid in column.is_valid().to_pylist()]
     return _python(column)
 
 
 def _python(column: pa.Array) -> list[Any]:
-    """Python values; a cell with text that is not UTF-8, which Parquet does not check, becomes empty bytes."""
+    """Python values. Text that is not UTF-8, which Parquet does not check, becomes empty bytes."""
     try:
-        return column.to_pylist()
+        return list(column.to_pylist())
     except UnicodeDecodeError:
-        return [_one(value) for value in column]
+        return [_python_value(value) for value in column]
 
 
-def _one(value: pa.Scalar) -> Any:
+def _python_value(value: pa.Scalar) -> Any:
     try:
         return value.as_py()
     except UnicodeDecodeError:

@@ -20,12 +20,13 @@ from services.errors import BadRequest
 from services.ingest import encode as ingest
 from services.ingest import plan
 from services.ingest.committed import commit
+from services.ingest.pipelines import segments
 from services.ingest.plan import Planner
 from services.ingest.reading import read_images
-from services.ingest.pipelines import segments
+from services.pairs.columnar import Unit
 from services.pairs.images import decode
 from services.pairs.row import Preference, Row
-from services.pairs.source import Unit, open_source
+from services.pairs.source import open_source
 from services.stages.journal import read_journal
 from services.storage import files
 from tests.support.encode_here import EncodeHere

@@ -146,7 +146,7 @@ def test_columns_with_other_names_are_mapped_and_the_rest_is_told_as_not_read(tm
     path = renamed(tmp_path / "a.parquet", caption="prompt", jpg_0="left", image_1_uid="second")
     source = opened(path, caption="prompt", jpg_0="left")
     assert said(source) == expected(ROWS)
-    assert (source.columns["caption"], source.columns["jpg_1"], source.not_read) == (
+    assert (source.columns["caption"], source.columns["jpg_1"], source.unused_columns) == (
         "prompt",
         "jpg_1",
         ("second",),
