@@ -1,9 +1,9 @@
 """A training run's checkpoints in storage: committed by their record, verified by their digests.
 
     {run}/checkpoints/step-00000050/weights/ ...        the files of dde_core.checkpoint
-                                   /checkpoint.json     CheckpointRecord, written last: without it there is no checkpoint
+                                   /checkpoint.json     CheckpointRecord, written last to commit them
 
-Training writes them, the control plane lists them. Imports no torch.
+Training writes checkpoints and the control plane lists them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,35 +28,36 @@ from services.storage import files
 
 
 class BrokenCheckpoint(DataError):
-    """Files or record of the checkpoint after ``step`` steps are not what was written: nobody can go on from it."""
+    """Files or record of the checkpoint after ``step`` steps are damaged: no run can resume from it."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message, step)
-        self.message, self.step = message, step
+        self.message = message
+        self.step = step
 
     def __str__(self) -> str:
         return self.message
 
 
 class FileDigest(Strict):
-    """One file of a checkpoint."""
+    """Size and digest of one file of a checkpoint."""
 
     bytes: int
     sha256: str
 
 
 class ReaderPosition(Strict):
-    """Which pair comes next: number ``pair`` of the order of epoch ``epoch``, both counted from 0."""
+    """The next pair: number ``pair`` in the order of epoch ``epoch``, both counted from 0."""
 
     epoch: int
     pair: int
 
 
 class CheckpointRecord(Strict):
-    """What a checkpoint is of. ``identity`` is everything that two runs must share for one to go on from the other's.
+    """A checkpoint's contents. A run can resume from it only if its own ``identity`` is equal.
 
-    ``images_seen`` counts pictures that went through the U-Net, ``workers`` who wrote it; ``metrics`` are those of its step,
-    ``alarms`` what the next warnings depend on.
+    ``images_seen`` counts the images that passed through the U-Net, ``workers`` the training workers.
+    ``metrics`` are those of its step; ``alarms`` is the state of the alarms.
     """
 
     step: int
@@ -74,45 +75,45 @@ class CheckpointRecord(Strict):
 
     @property
     def num_bytes(self) -> int:
-        """Of all files together."""
+        """The total size of all files."""
         return sum(file.bytes for file in self.files.values())
 
 
 def steps(run: str) -> list[int]:
-    """The steps after which there is a checkpoint, ascending."""
+    """The steps of all committed checkpoints, ascending."""
     names = files.list_files(layout.checkpoints_folder(run), recursive=True)
-    found = (layout.checkpoint_step(name) for name in names)
-    return sorted(step for step in found if step is not None)
+    steps_or_none = (layout.checkpoint_step(name) for name in names)
+    return sorted(step for step in steps_or_none if step is not None)
 
 
 def read(run: str, step: int) -> CheckpointRecord:
-    """Raises FileNotFoundError where there is no checkpoint, BrokenCheckpoint for a record that is no JSON, and DataError for
-    one of another version of this code."""
+    """The record of a checkpoint.
+
+    Raises FileNotFoundError if the checkpoint does not exist, BrokenCheckpoint if the record is not JSON, and
+    DataError if another version of this code wrote it.
+    """
     data = files.read_bytes(layout.checkpoint_record_uri(run, step))
-    where = layout.checkpoint_folder(run, step)
+    folder = layout.checkpoint_folder(run, step)
     try:
         return CheckpointRecord.model_validate(json.loads(data))
     except ValidationError as error:
-        raise DataError(
-            f"the checkpoint at {where!r} was written by another version of this code: {error}"
-        ) from error
+        message = f"the checkpoint at {folder!r} was written by another version of this code: {error}"
+        raise DataError(message) from error
     except ValueError as error:
-        raise BrokenCheckpoint(
-            f"the record of the checkpoint at {where!r} cannot be read: {error}", step
-        ) from error
+        message = f"the record of the checkpoint at {folder!r} is not JSON: {error}"
+        raise BrokenCheckpoint(message, step) from error
 
 
 @contextmanager
 def committed(run: str, record: CheckpointRecord, before_record: Callable[[], None]) -> Iterator[Path]:
-    """A folder to write a checkpoint's files into; it becomes the checkpoint when the block ends without an error.
+    """A folder for a checkpoint's files. If the block ends without an error, its files become the checkpoint.
 
-    On a local storage it is the place itself, invisible without its record; else a temporary one that is uploaded.
-    ``before_record`` may raise at the last moment.
+    ``before_record`` is called at the start and just before the record is written, and may raise.
     """
     before_record()
-    delete(run, record.step)  # what is left of an attempt that was killed
+    delete(run, record.step)  # a killed attempt may have left files
     target = layout.checkpoint_folder(run, record.step)
-    with _written(target) as path:
+    with _writable(target) as path:
         yield path
         members = sorted(file for file in path.rglob("*") if file.is_file())
         digests = {file.relative_to(path).as_posix(): digest_of(file) for file in members}
@@ -123,45 +124,59 @@ def committed(run: str, record: CheckpointRecord, before_record: Callable[[], No
 
 
 @contextmanager
-def _written(target: str) -> Iterator[Path]:
-    """The folder itself where storage is local, else a temporary one."""
-    if (local := files.local_path(target)) is not None:
+def _writable(target: str) -> Iterator[Path]:
+    """The target itself in local storage, invisible without its record; else a temporary folder to upload."""
+    local = files.local_path(target)
+    if local is not None:
         local.mkdir(parents=True, exist_ok=True)
         yield local
         return
-    with _on_node(uuid.uuid4().hex, lambda: (0, Path.mkdir)) as path:
+    with _node_folder(uuid.uuid4().hex, lambda: (0, Path.mkdir)) as path:
         yield path
 
 
 @contextmanager
 def opened(run: str, record: CheckpointRecord, verify: bool = True) -> Iterator[Path]:
-    """A local folder with a checkpoint's files. Raises BrokenCheckpoint where they are not those that were written."""
+    """A local folder with a checkpoint's files.
+
+    With ``verify``, raises BrokenCheckpoint if a file is missing or differs from its digest.
+    """
     target = layout.checkpoint_folder(run, record.step)
-    with _fetched(target, record) as path:
-        for name, written in record.files.items():
-            if verify and (not (path / name).is_file() or digest_of(path / name) != written):
-                raise BrokenCheckpoint(
-                    f"{name} of the checkpoint at {target!r} is not what was written", record.step
-                )
+    with _readable(target, record) as path:
+        if verify:
+            _check_files(path, target, record)
         yield path
 
 
+def _check_files(folder: Path, target: str, record: CheckpointRecord) -> None:
+    for name, written in record.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise BrokenCheckpoint(f"{name} of the checkpoint at {target!r} is missing", record.step)
+        if digest_of(file) != written:
+            message = f"{name} of the checkpoint at {target!r} differs from its recorded digest"
+            raise BrokenCheckpoint(message, record.step)
+
+
 @contextmanager
-def _fetched(target: str, record: CheckpointRecord) -> Iterator[Path]:
-    """The folder itself where storage is local, else one copy for all processes of this node that read it now."""
-    if (local := files.local_path(target)) is not None:
+def _readable(target: str, record: CheckpointRecord) -> Iterator[Path]:
+    """The target itself in local storage; else a copy that concurrent readers on this node share."""
+    local = files.local_path(target)
+    if local is not None:
         yield local
         return
+
+    def prepare() -> tuple[int, Callable[[Path], None]]:
+        return record.num_bytes, lambda path: files.copy_folder(target, files.as_uri(path))
+
     name = hashlib.sha256(f"{target} {record.model_dump_json()}".encode()).hexdigest()
-    with _on_node(
-        name, lambda: (record.num_bytes, lambda path: files.copy_folder(target, files.as_uri(path)))
-    ) as path:
+    with _node_folder(name, prepare) as path:
         yield path
 
 
 @contextmanager
-def _on_node(name: str, prepare: Prepare) -> Iterator[Path]:
-    """A folder on this node, deleted after its last use. Folders of killed processes are deleted too."""
+def _node_folder(name: str, prepare: Prepare) -> Iterator[Path]:
+    """A folder on this node, deleted after its last use. Also deletes the folders of killed processes."""
     cache = NodeCache(Path(tempfile.gettempdir()) / f"dde-checkpoints-{os.getuid()}", max_bytes=0)
     cache.evict_unused()
     try:
@@ -172,13 +187,13 @@ def _on_node(name: str, prepare: Prepare) -> Iterator[Path]:
 
 
 def digest_of(file: Path) -> FileDigest:
-    """Its length and sha256."""
+    """The size and sha256 of a file."""
     with file.open("rb") as stream:
         return FileDigest(bytes=file.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
 
 
 def delete(run: str, step: int) -> None:
-    """Drop a checkpoint: its record first, so that no half of one is seen."""
+    """Delete a checkpoint. Its record goes first, so a partly deleted checkpoint is never read."""
     files.delete_file(layout.checkpoint_record_uri(run, step))
     files.delete_folder(layout.checkpoint_folder(run, step))
 

@@ -1,6 +1,6 @@
-"""Models as files: what the control plane writes, and what training, evaluation and Serve read.
+"""Models as files: the control plane writes their records; training, evaluation and Serve read them.
 
-``models/{id}.json`` is a model's record, ``aliases/{name}.json`` says which model a name means now.
+``models/{id}.json`` is a model's record; ``aliases/{name}.json`` maps a name to its current model.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from services.stages import layout
 from services.storage import files
 
 CACHE_BYTES = 100_000_000_000
-"""For copies of models on a node: the least recently used ones that no process holds are evicted."""
+"""Limit for copies of models on a node. The least recently used ones that no process holds are evicted."""
 
 
 def publish(root: str, record: ModelRecord) -> None:
-    """Make a model known to Serve under its id."""
+    """Let Serve find a model under its id."""
     files.write_json(layout.model_record_uri(root, record.id), record.model_dump())
 
 
@@ -46,7 +46,7 @@ def set_alias(root: str, name: str, model_id: str) -> None:
 
 
 def retract(root: str, record: ModelRecord) -> None:
-    """Undo publish and set_alias: Serve forgets the model. Weights that a job made are deleted, a base's files stay."""
+    """Undo publish and set_alias. Deletes the weights of an aligned model and keeps those of a base model."""
     alias = layout.alias_uri(root, record.name)
     if files.exists(alias) and files.read_json(alias)["model"] == record.id:
         files.delete_file(alias)
@@ -56,7 +56,7 @@ def retract(root: str, record: ModelRecord) -> None:
 
 
 def find(root: str, name_or_id: str) -> ModelRecord:
-    """The model of an id or a name. Raises NotFound, naming it."""
+    """The model with this name or id. Raises NotFound if there is none."""
     if re.fullmatch(NAME_PATTERN, name_or_id):
         try:
             model_id = files.read_json(layout.alias_uri(root, name_or_id))["model"]
@@ -70,72 +70,83 @@ def find(root: str, name_or_id: str) -> ModelRecord:
 
 
 def check_components(uri: str, family: Family | None) -> Family:
-    """The family of a diffusers folder, detected from its JSON files and names, before anything is spent.
+    """The family of a diffusers folder, from its JSON files and file names alone.
 
-    Raises BadRequest for another pipeline or family than requested, missing parts or weights, a schedule that cannot be used.
+    Raises BadRequest for a pipeline that cannot be aligned, a family other than ``family``, missing components
+    or weights, and an unusable noise schedule or U-Net.
     """
+    found = _check_index(uri, family)
+    _check_files(uri, found)
+    try:
+        check_scheduler(scheduler_config(uri))
+        check_unet(files.read_json(files.join(uri, "unet", "config.json")), found)
+    except (FileNotFoundError, ConfigError) as error:
+        message = f"uri {uri!r} cannot be aligned: {error}"
+        raise BadRequest(message, param="uri", code="unsupported_model") from error
+    return found
+
+
+def _check_index(uri: str, family: Family | None) -> Family:
+    """The family, from model_index.json."""
     try:
         index = files.read_json(files.join(uri, "model_index.json"))
         found = family_of(index)
         missing = missing_components(index)
     except (OSError, ValueError, AttributeError) as error:
-        why = str(error) if isinstance(error, ModelError) else "model_index.json cannot be read"
-        raise BadRequest(
-            f"uri {uri!r} is not a diffusers folder that can be aligned: {why}", param="uri"
-        ) from error
+        reason = str(error) if isinstance(error, ModelError) else "model_index.json cannot be read"
+        message = f"uri {uri!r} is not a diffusers folder that can be aligned: {reason}"
+        raise BadRequest(message, param="uri") from error
     if family not in (None, found):
-        raise BadRequest(
-            f"family: model_index.json of {uri!r} says {found!r}, got {family!r}", param="family"
-        )
+        message = f"family: model_index.json of {uri!r} says {found!r}, got {family!r}"
+        raise BadRequest(message, param="family")
     if missing:
         message = f"uri {uri!r} is not of family {found!r}: model_index.json lacks {', '.join(missing)}"
         raise BadRequest(message, param="family" if family else "uri", code="missing_components")
-    paths = files.list_files(uri, recursive=True)
-    lacking = [name for name in COMPONENTS[found] if not any(file.startswith(f"{name}/") for file in paths)]
-    with_weights = [name for name in WITH_WEIGHTS if name in COMPONENTS[found]]
-    lacking += [
-        f"{name}/*.safetensors" for name in with_weights if not any(_is_weights(file, name) for file in paths)
-    ]
-    if lacking:
-        raise BadRequest(f"uri {uri!r} lacks {', '.join(lacking)}", param="uri", code="missing_components")
-    try:
-        check_scheduler(scheduler_config(uri))
-        check_unet(files.read_json(files.join(uri, "unet", "config.json")), found)
-    except (FileNotFoundError, ConfigError) as error:
-        raise BadRequest(
-            f"uri {uri!r} cannot be aligned: {error}", param="uri", code="unsupported_model"
-        ) from error
     return found
 
 
-def _is_weights(file: str, part: str) -> bool:
-    """Under the names that are loaded by default, in one file or several: not a variant as .fp16.safetensors."""
-    return (
-        re.fullmatch(rf"{part}/(diffusion_pytorch_)?model(-\d{{5}}-of-\d{{5}})?\.safetensors", file)
-        is not None
-    )
+def _check_files(uri: str, family: Family) -> None:
+    """Each component has a folder with files, and weights if it needs them."""
+    paths = files.list_files(uri, recursive=True)
+    components = COMPONENTS[family]
+    missing = [name for name in components if not any(path.startswith(f"{name}/") for path in paths)]
+    for name in WITH_WEIGHTS:
+        if name in components and not any(_is_weights(path, name) for path in paths):
+            missing.append(f"{name}/*.safetensors")
+    if missing:
+        raise BadRequest(f"uri {uri!r} lacks {', '.join(missing)}", param="uri", code="missing_components")
+
+
+def _is_weights(path: str, component: str) -> bool:
+    """A name that is loaded by default, in one file or several; not a variant such as .fp16.safetensors."""
+    pattern = rf"{component}/(diffusion_pytorch_)?model(-\d{{5}}-of-\d{{5}})?\.safetensors"
+    return re.fullmatch(pattern, path) is not None
 
 
 def unet_layers(uri: str) -> set[str]:
-    """Names of the U-Net's linear and convolution layers, from the headers of its safetensors: no weight is read."""
+    """Names of the U-Net's linear and convolution layers, from safetensors headers: no weight is read."""
     layers: set[str] = set()
-    paths = [file for file in files.list_files(uri, recursive=True) if _is_weights(file, "unet")]
-    for file in paths:
-        filesystem, path = files.resolve(files.join(uri, file))
-        with filesystem.open_input_file(path) as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        tensors = {name: len(about["shape"]) for name, about in header.items() if name != "__metadata__"}
-        layers |= {
-            name.removesuffix(".weight")
-            for name, rank in tensors.items()
-            if name.endswith(".weight") and rank in (2, 4)
-        }
+    for path in files.list_files(uri, recursive=True):
+        if _is_weights(path, "unet"):
+            layers |= _layers_in(files.join(uri, path))
     return layers
 
 
+def _layers_in(uri: str) -> set[str]:
+    """Layers whose weight is a matrix or a convolution kernel."""
+    filesystem, path = files.resolve(uri)
+    with filesystem.open_input_file(path) as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_bytes))
+    return {
+        name.removesuffix(".weight")
+        for name, tensor in header.items()
+        if name.endswith(".weight") and len(tensor["shape"]) in (2, 4)
+    }
+
+
 def folder_digest(uri: str) -> str:
-    """sha256 over the sorted (path, sha256 of the file) below a folder."""
+    """sha256 over the path and the sha256 of every file in a folder, sorted by path."""
     digest = hashlib.sha256()
     for name in files.list_files(uri, recursive=True):
         digest.update(f"{name}\0{_file_digest(files.join(uri, name))}\n".encode())
@@ -153,19 +164,20 @@ def _file_digest(uri: str) -> str:
 
 def scheduler_config(uri: str) -> dict[str, Any]:
     """The contents of a diffusers folder's scheduler_config.json."""
-    return files.read_json(files.join(uri, "scheduler", "scheduler_config.json"))
+    config: dict[str, Any] = files.read_json(files.join(uri, "scheduler", "scheduler_config.json"))
+    return config
 
 
 def num_train_timesteps(record: ModelRecord) -> int:
-    """T of the model's noise schedule."""
+    """T, the number of timesteps of the model's noise schedule."""
     return int(scheduler_config((record.adapter_of or record).uri)["num_train_timesteps"])
 
 
 def fetch(record: ModelRecord) -> tuple[Path, Path | None]:
-    """Local folders with the model's files: a diffusers folder and, for LoRA adapters on it, theirs.
+    """Local folders of the model: the diffusers folder, and that of its LoRA adapters if it has them.
 
-    A folder that is local is used where it is, others are copied once, by digest, to this node. Raises BadRequest where the
-    copy is not what was registered.
+    A local folder is used in place. A remote one is copied to this node once, under its digest. Raises
+    BadRequest if the copy differs from the registered digest.
     """
     if record.adapter_of is None:
         return _fetch(record), None
@@ -173,7 +185,8 @@ def fetch(record: ModelRecord) -> tuple[Path, Path | None]:
 
 
 def _fetch(record: ModelRecord) -> Path:
-    if (local := files.local_path(record.uri)) is not None:
+    local = files.local_path(record.uri)
+    if local is not None:
         return local
     node_cache = _node_cache(Path(tempfile.gettempdir()) / "dde-models")
     return node_cache.hold_until_exit(record.digest, partial(_prepare_copy, record))
@@ -181,7 +194,7 @@ def _fetch(record: ModelRecord) -> Path:
 
 @cache
 def _node_cache(folder: Path) -> NodeCache:
-    """This process's view of the models on its node; it holds those that it has used."""
+    """This process's cache of models on its node. It holds those that the process has used."""
     return NodeCache(folder, CACHE_BYTES)
 
 
@@ -195,14 +208,15 @@ def _copy(record: ModelRecord, folder: Path) -> None:
 
 
 def check_digests(record: ModelRecord) -> None:
-    """Refuse local files of a model, adapters and what they work on, that are not those that were registered."""
+    """Raise BadRequest if the files of the model or of its base have changed since registration."""
     for each in filter(None, (record.adapter_of, record)):
         check_digest(each, files.as_uri(_fetch(each)))
 
 
 def check_digest(record: ModelRecord, uri: str) -> None:
-    """Refuse files that are not those that were registered."""
-    if (found := folder_digest(uri)) != record.digest:
+    """Raise BadRequest if the folder at ``uri`` differs from the model's registered digest."""
+    found = folder_digest(uri)
+    if found != record.digest:
         message = (
             f"the files of model {record.name} at {record.uri!r} have changed: "
             f"digest {found}, registered as {record.digest}"

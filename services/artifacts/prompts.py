@@ -1,4 +1,4 @@
-"""Files of prompts, one a line."""
+"""Prompt files: one prompt a line."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from services.storage import files
 
 
 def prompt_lines(uri: str) -> list[str]:
-    """Every line of a file that is not blank, as it stands."""
+    """The non-blank lines of a file, unchanged."""
     return [line for line in files.read_bytes(uri).decode().splitlines() if line.strip()]
 
 
 def read_prompts(uri: str, num_prompts: int, skip: int = 0, param: str = "num_prompts") -> list[str]:
-    """So many prompts of a file, after the first ``skip``; empty lines do not count. Raises BadRequest where it has too few."""
+    """``num_prompts`` prompts of a file, after the first ``skip``. Raises BadRequest if it has too few."""
     lines = [line.strip() for line in prompt_lines(uri)]
     if len(lines) < skip + num_prompts:
         after = f" after the first {skip}" if skip else ""

@@ -1,30 +1,31 @@
-"""Every path and marker name in storage. Other modules call these functions; none joins or parses a path of its own.
+"""Every path and marker name in storage. Other modules call these functions and build or parse no paths.
 
-A job is a chain of stages. Each stage is one Ray job: it reads a spec file and writes a marker file when it ends.
+A job is a chain of stages. A stage is one Ray job that reads a spec file and ends by writing a marker file.
 
     {root}/jobs/{job}/{stage}/a{attempt}/                    the prefix of one attempt
         spec.json                   written by the control plane, read by the stage
         journal/{number}.json       append-only events and metrics, written by the stage
-        done.json                   the stage's result, written last
-        failed.json                 or why it failed
-        stopped.json                or the step after which it stopped on request
-        stop.json                   a request to stop, by the control plane (only train reads it)
+        done.json                   marker: the stage's result
+        failed.json                 marker: why it failed
+        stopped.json                marker: the step after which it stopped on request
+        stop.json                   a request to stop, written by the control plane, read only by train
         stopping.json               a worker has received that request
-        worker-failed.json          an error that ends the run; worker-error-{rank}.json counts others
-        report.json, grid.png       what evaluate measured
-    {root}/jobs/{job}/train/run/                             the run that all attempts to train share
-        checkpoints/step-{step}/    checkpoint.json is the record, written last (services/artifacts/checkpoints.py)
-        validation/step-{step}.json validation's metrics of that checkpoint; its images as .png
+        worker-failed.json          an error that ends the run
+        worker-error-{rank}.json    how often a worker failed with the same unexpected error
+        report.json, grid.png       the report and image grid of evaluate
+    {root}/jobs/{job}/train/run/                             the run that all attempts of train share
+        checkpoints/step-{step}/    committed by checkpoint.json (services/artifacts/checkpoints.py)
+        validation/step-{step}.json validation's metrics of that checkpoint; the .png has its images
         tensorboard/, wandb/        files of the trackers
         pairs/*.parquet             t, margin and gradient weight of every pair of every step
         fence.json                  the attempt and the group of workers that may write
         reference.json              the ledger that the run started with
     {root}/datasets/{key}/                                   one encoded dataset
-        manifest.json               names the latent shards, written last: no manifest, no dataset
+        manifest.json               commits the dataset: names the latent shards, written last
         quarantine.jsonl            rows that cannot be used
         blocks/, bad/               encoded blocks, until they are joined into shards
-        ledgers/{key}/ledger-*.json errors of a frozen model on the shards, written last: no record, no ledger
-    {root}/models/{model}.json, {root}/aliases/{name}.json   what Serve can load, written by the control plane
+        ledgers/{key}/ledger-*.json commits a ledger: errors of a frozen model on the shards, written last
+    {root}/models/{model}.json, {root}/aliases/{name}.json   models for Serve, written by the control plane
     {root}/models/{model}/                                   weights of an aligned model: a diffusers folder
         credit.json                 where its training put the credit
 
@@ -41,6 +42,7 @@ from services.storage import files
 CREDIT = "credit.json"
 CHECKPOINT_RECORD = "checkpoint.json"
 _STEP = re.compile(r"step-(\d+)")
+_BLOCK = re.compile(r"(\d{8,})\.(parquet|json)")
 
 
 def attempt_prefix(root: str, job: str, stage: str, attempt: int) -> str:
@@ -49,7 +51,10 @@ def attempt_prefix(root: str, job: str, stage: str, attempt: int) -> str:
 
 
 def attempts_up_to(prefix: str, attempt: int) -> list[str]:
-    """The prefixes of attempts 1 to ``attempt``, whose own prefix is given; only that one if it is not an attempt's folder."""
+    """The prefixes of attempts 1 to ``attempt``, from the prefix of the last one.
+
+    A prefix that does not end in the attempt's name is returned alone.
+    """
     folder, _, name = prefix.rstrip("/").rpartition("/")
     if name != _attempt_name(attempt):
         return [prefix]
@@ -104,12 +109,12 @@ def stop_ack_uri(prefix: str) -> str:
 
 
 def worker_failed_uri(prefix: str) -> str:
-    """The StageFailure of a worker whose error would come again."""
+    """The StageFailure of a worker whose error a retry would repeat."""
     return files.join(prefix, "worker-failed.json")
 
 
 def worker_error_uri(prefix: str, rank: int) -> str:
-    """How often worker ``rank`` has failed with the same unforeseen error."""
+    """How often worker ``rank`` has failed with the same unexpected error."""
     return files.join(prefix, f"worker-error-{rank}.json")
 
 
@@ -127,7 +132,7 @@ def grid_uri(output: str) -> str:
 
 
 def run_folder(root: str, job: str) -> str:
-    """The folder that all attempts to train share."""
+    """The run folder, which all attempts of the train stage share."""
     return files.join(root, "jobs", job, "train", "run")
 
 
@@ -152,28 +157,28 @@ def broken_checkpoint_uri(run: str, step: int) -> str:
 
 
 def checkpoint_step(name: str) -> int | None:
-    """The step of a checkpoint, from its record's path below ``checkpoints_folder``; None for every other file."""
+    """The step of a checkpoint, from its record's path in ``checkpoints_folder``; None for any other file."""
     folder, _, file = name.partition("/")
     return _step_of(folder) if file == CHECKPOINT_RECORD else None
 
 
 def validation_folder(run: str) -> str:
-    """The folder of what validation measured."""
+    """The folder of validation outcomes."""
     return files.join(run, "validation")
 
 
 def outcome_uri(run: str, step: int) -> str:
-    """What validation measured of the model after ``step`` steps: a Validated."""
+    """The validation outcome of the model after ``step`` steps: a Validated."""
     return files.join(validation_folder(run), f"{_step_name(step)}.json")
 
 
 def outcome_image_uri(run: str, step: int) -> str:
-    """The image grid that validation drew with the model after ``step`` steps."""
+    """The image grid of the model after ``step`` steps, generated by validation."""
     return files.join(validation_folder(run), f"{_step_name(step)}.png")
 
 
 def outcome_step(name: str) -> int | None:
-    """The step of an outcome, from its file's name in ``validation_folder``; None for every other file."""
+    """The step of an outcome, from its file name in ``validation_folder``; None for any other file."""
     return _step_of(name.removesuffix(".json")) if name.endswith(".json") else None
 
 
@@ -182,8 +187,8 @@ def _step_name(step: int) -> str:
 
 
 def _step_of(name: str) -> int | None:
-    found = _STEP.fullmatch(name)
-    return int(found[1]) if found else None
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def pair_log_folder(run: str) -> str:
@@ -197,12 +202,12 @@ def tensorboard_folder(run: str) -> str:
 
 
 def wandb_folder(run: str) -> str:
-    """The folder of offline files for `wandb sync`."""
+    """The folder of Weights & Biases' offline files, for `wandb sync`."""
     return files.join(run, "wandb")
 
 
 def fence_uri(run: str) -> str:
-    """Who may write into the run's folder."""
+    """The attempt and the group of workers that may write into the run's folder."""
     return files.join(run, "fence.json")
 
 
@@ -250,14 +255,14 @@ def bad_images_folder(dataset: str) -> str:
 
 
 def bad_images_uri(dataset: str, number: int) -> str:
-    """Why images of one block cannot be used, by slot."""
+    """Why images of one block cannot be used, by their slot in the block."""
     return files.join(bad_images_folder(dataset), f"{number:08d}.json")
 
 
 def block_number(name: str) -> int | None:
-    """The number of a block, from a file's name in ``blocks_folder`` or ``bad_images_folder``; None for every other file."""
-    found = re.fullmatch(r"(\d{8,})\.(parquet|json)", name)
-    return int(found[1]) if found else None
+    """The number of a block, from its file name in either of its folders; None for any other file."""
+    match = _BLOCK.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def ledgers_folder(dataset: str) -> str:
@@ -266,7 +271,7 @@ def ledgers_folder(dataset: str) -> str:
 
 
 def ledger_folder(dataset: str, key: str) -> str:
-    """The ledger with this key's name."""
+    """The ledger whose key has the name ``key``."""
     return files.join(ledgers_folder(dataset), key)
 
 

@@ -1,4 +1,4 @@
-"""The frame around every stage: read the spec, do the work, leave a marker. The marker decides, not the exit code."""
+"""Runs a stage: read the spec, work, write a marker. The marker is the outcome, not the exit code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import TypeVar
 
 from dde_core.errors import ConfigError, DdeError
@@ -27,76 +26,88 @@ TRANSIENT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errn
 def run_stage(
     spec_type: type[Spec], work: Callable[[Spec, Journal], Strict], argv: Sequence[str] | None = None
 ) -> None:
-    """Run ``work`` on the spec that ``--spec URI`` names and write done.json, or failed.json and raise.
+    """Run ``work`` on the spec at ``--spec URI`` and write its result to done.json.
 
-    Work that raises Stopped has stopped on request: stopped.json is written.
+    If work raises Stopped, it stopped on request: write stopped.json. For any other error, write failed.json
+    and raise it again.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True, metavar="URI")
     spec = spec_type.model_validate_json(files.read_bytes(parser.parse_args(argv).spec))
     # A shell starts background processes with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    journal, began = Journal(spec.prefix), time.monotonic()
+    journal = Journal(spec.prefix)
+    began = time.monotonic()
     try:
         result = work(spec, journal)
     except BaseException as error:
         cause = root_cause(error)
         if isinstance(cause, Stopped):
-            marker = StageStopped(why=cause.why, step=cause.step)
-            return _leave(journal, layout.stopped_uri(spec.prefix), marker, cause.message)
+            stopped = StageStopped(why=cause.why, step=cause.step)
+            _finish(journal, layout.stopped_uri(spec.prefix), stopped, cause.message)
+            return
         failure = failure_of(error)
-        _leave(journal, layout.failed_uri(spec.prefix), failure, f"failed: {failure.message}", "error")
+        _finish(journal, layout.failed_uri(spec.prefix), failure, f"failed: {failure.message}", "error")
         raise
-    _leave(journal, layout.done_uri(spec.prefix), result, f"done in {time.monotonic() - began:.1f} s")
+    _finish(journal, layout.done_uri(spec.prefix), result, f"done in {time.monotonic() - began:.1f} s")
 
 
-def _leave(journal: Journal, uri: str, marker: Strict, message: str, level: Level = "info") -> None:
-    """Report the end of the stage, then write its marker."""
+def _finish(journal: Journal, uri: str, marker: Strict, message: str, level: Level = "info") -> None:
+    """Record the end of the stage in the journal, then write its marker."""
     journal.event(message, level)
     journal.flush()
     files.write_json(uri, marker.model_dump(mode="json"))
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The first error of this service inside Ray's wrappers, else a transient disk error, else the error itself."""
-    ours = (each for each in _inside(error) if isinstance(each, (DdeError, ServiceError)))
-    transient = (each for each in _inside(error) if is_transient(each))
-    return next(chain(ours, transient), error)
+    """The first DdeError or ServiceError inside Ray's wrappers, else a transient disk error, else itself."""
+    for cause in _unwrapped(error):
+        if isinstance(cause, (DdeError, ServiceError)):
+            return cause
+    for cause in _unwrapped(error):
+        if is_transient(cause):
+            return cause
+    return error
 
 
-def _inside(error: BaseException) -> Iterator[BaseException]:
+def _unwrapped(error: BaseException) -> Iterator[BaseException]:
     """The error and its causes, outermost first, without Ray's wrappers."""
-    if not hasattr(error, "cause"):
+    is_ray_wrapper = hasattr(error, "cause")
+    if not is_ray_wrapper:
         yield error
+    worker_failures = getattr(error, "worker_failures", {}).values()
     causes = [getattr(error, "cause", None), getattr(error, "controller_failure", None), error.__cause__]
-    for each in [*getattr(error, "worker_failures", {}).values(), *causes]:
-        if isinstance(each, BaseException):
-            yield from _inside(each)
+    for cause in [*worker_failures, *causes]:
+        if isinstance(cause, BaseException):
+            yield from _unwrapped(cause)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the error is that of a full or unreachable disk."""
+    """Whether the error is due to a full or unreachable disk."""
     return isinstance(error, OSError) and error.errno in TRANSIENT
 
 
 def failure_of(error: BaseException) -> StageFailure:
-    """The content of failed.json: the service's own errors unchanged, others by class and first line.
+    """The content of failed.json.
 
-    A full or unreachable disk has the code of Unavailable.
+    ServiceErrors keep their fields. Other errors get a code from their class name, except for a full or
+    unreachable disk, which has the code of Unavailable.
     """
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
         return StageFailure(message="the stage was stopped", code="stopped")
     cause = root_cause(error)
     if isinstance(cause, ServiceError):
         return StageFailure(message=cause.message, code=cause.code, param=cause.param)
-    name = type(cause).__name__
-    code = (
-        Unavailable.default_code if is_transient(cause) else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-    )
+    if isinstance(cause, ConfigError):
+        return StageFailure(message=str(cause), code=_code_of(cause), param=cause.field)
     if isinstance(cause, DdeError):
-        return StageFailure(
-            message=str(cause), code=code, param=cause.field if isinstance(cause, ConfigError) else None
-        )
-    return StageFailure(
-        message=f"{name}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}", code=code
-    )
+        return StageFailure(message=str(cause), code=_code_of(cause))
+    lines = str(cause).strip().splitlines() or [""]
+    return StageFailure(message=f"{type(cause).__name__}: {lines[0]}", code=_code_of(cause))
+
+
+def _code_of(error: BaseException) -> str:
+    """The class name in snake case: ``config_error`` for a ConfigError."""
+    if is_transient(error):
+        return Unavailable.default_code
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()

@@ -1,4 +1,4 @@
-"""What a stage is given, and what it leaves. A job is a chain of stages, each one Ray job; no torch, no Ray."""
+"""What a stage receives, and what it writes to storage. Imports no torch and no Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from services.api.requests import DatasetSource, EvaluationConfig, Strict, Uri, 
 
 
 class StageSpec(Strict):
-    """What every stage receives. ``prefix`` is the folder of this attempt, with its spec, journal and markers."""
+    """The base of all specs. ``prefix`` is the folder of this attempt, with its spec, journal and markers."""
 
     job: str
     attempt: int
@@ -18,7 +18,7 @@ class StageSpec(Strict):
 
 
 class EncodeSpec(StageSpec):
-    """Encode a dataset's pairs with a model's VAE and tokenizer; ``output`` is the folder under which datasets lie."""
+    """Encode a dataset's pairs with a model's VAE and tokenizer; ``output`` is the folder of all datasets."""
 
     source: DatasetSource
     source_digest: str
@@ -30,8 +30,10 @@ class EncodeSpec(StageSpec):
 
 
 class LedgerSpec(StageSpec):
-    """Compute the errors of the frozen ``model`` for every draw that the run of ``objective`` and ``training`` makes of the
-    shards at ``dataset``."""
+    """Compute the errors of the frozen ``model`` on the shards at ``dataset``.
+
+    The draws are those of a run with this ``objective`` and ``training``.
+    """
 
     dataset: Uri
     model: ModelRecord
@@ -42,9 +44,11 @@ class LedgerSpec(StageSpec):
 
 
 class TrainSpec(StageSpec):
-    """Fine-tune ``model`` on the shards at ``dataset``; ``run`` keeps checkpoints, ``output`` receives the weights.
-    ``ledger`` is the record of the reference's errors, where the job has written or found one. Pictures of ``validation`` are
-    drawn with ``evaluation``'s settings and scorers."""
+    """Fine-tune ``model`` on the shards at ``dataset``: checkpoints go to ``run``, the weights to ``output``.
+
+    ``ledger`` is the record of the reference errors, if the job has written or found one. Validation
+    generates images with the settings and scorers of ``evaluation``.
+    """
 
     dataset: Uri
     model: ModelRecord
@@ -62,7 +66,7 @@ class TrainSpec(StageSpec):
 
 
 class EvaluateSpec(StageSpec):
-    """Compare ``candidate`` with ``base``; report and picture grid are written under ``output``."""
+    """Compare ``candidate`` with ``base``; write the report and the image grid to ``output``."""
 
     candidate: ModelRecord
     base: ModelRecord
@@ -73,7 +77,7 @@ class EvaluateSpec(StageSpec):
 
 
 class StageFailure(Strict):
-    """``failed.json``: ``code`` is for programs, ``param`` the field that it is about, where there is one."""
+    """``failed.json``: ``code`` is for programs; ``param`` names the invalid field, if any."""
 
     message: str
     code: str
@@ -81,7 +85,10 @@ class StageFailure(Strict):
 
 
 class StopRequest(Strict):
-    """``stop.json``: training writes a checkpoint after the step it is at, and ends. Other stages do not read it."""
+    """``stop.json``: training finishes its current step, writes a checkpoint and ends.
+
+    Other stages do not read it.
+    """
 
     why: Literal["pause", "signal"]
 
@@ -118,4 +125,4 @@ ENTRY_MODULES: dict[Stage, str] = {
     "train": "services.training",
     "evaluate": "services.evaluation",
 }
-"""What follows ``python -m``: a module, and which of its stages where it has several."""
+"""The arguments of ``python -m``: a module, and the name of the stage if the module has several."""

@@ -156,7 +156,7 @@ def test_a_checkpoint_whose_files_have_changed_is_put_aside(model, encoded, tmp_
     weights.write_bytes(data)
     with pytest.raises(
         DataError,
-        match=r"optimizer\.safetensors of the checkpoint at .*step-00000004' is not what was written",
+        match=r"optimizer\.safetensors of the checkpoint at .*step-00000004' differs from its recorded digest",
     ):
         state(tmp_path, 4)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
