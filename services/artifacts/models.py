@@ -72,15 +72,15 @@ def find(root: str, name_or_id: str) -> ModelRecord:
 def check_components(uri: str, family: Family | None) -> Family:
     """The family of a diffusers folder, from its JSON files and file names alone.
 
-    Raises BadRequest for a pipeline that cannot be aligned, a family other than ``family``, missing components
-    or weights, and an unusable noise schedule or U-Net.
+    Raises BadRequest for a pipeline that cannot be aligned, a family other than ``family``, missing
+    components or weights, and an unusable noise schedule or U-Net.
     """
     found = _check_index(uri, family)
     _check_files(uri, found)
     try:
         check_scheduler(scheduler_config(uri))
-        check_unet(files.read_json(files.join(uri, "unet", "config.json")), found)
-    except (FileNotFoundError, ConfigError) as error:
+        check_unet(_read_object(uri, "unet", "config.json"), found)
+    except (FileNotFoundError, ConfigError, ModelError) as error:
         message = f"uri {uri!r} cannot be aligned: {error}"
         raise BadRequest(message, param="uri", code="unsupported_model") from error
     return found
@@ -89,10 +89,10 @@ def check_components(uri: str, family: Family | None) -> Family:
 def _check_index(uri: str, family: Family | None) -> Family:
     """The family, from model_index.json."""
     try:
-        index = files.read_json(files.join(uri, "model_index.json"))
+        index = _read_object(uri, "model_index.json")
         found = family_of(index)
         missing = missing_components(index)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         reason = str(error) if isinstance(error, ModelError) else "model_index.json cannot be read"
         message = f"uri {uri!r} is not a diffusers folder that can be aligned: {reason}"
         raise BadRequest(message, param="uri") from error
@@ -164,8 +164,19 @@ def _file_digest(uri: str) -> str:
 
 def scheduler_config(uri: str) -> dict[str, Any]:
     """The contents of a diffusers folder's scheduler_config.json."""
-    config: dict[str, Any] = files.read_json(files.join(uri, "scheduler", "scheduler_config.json"))
-    return config
+    return _read_object(uri, "scheduler", "scheduler_config.json")
+
+
+def _read_object(uri: str, *path: str) -> dict[str, Any]:
+    """A JSON file of a diffusers folder. Raises ModelError if it holds no JSON object."""
+    data = files.read_bytes(files.join(uri, *path))
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise ModelError(f"{'/'.join(path)} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{'/'.join(path)} must hold a JSON object, got a {type(value).__name__}")
+    return value
 
 
 def num_train_timesteps(record: ModelRecord) -> int:

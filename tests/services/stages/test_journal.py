@@ -1,4 +1,4 @@
-"""A journal that several write at once, in a folder and in an object store: it loses, repeats and overwrites nothing."""
+"""Concurrent writers of one journal, in a folder and in an object store: no entry is lost or repeated."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(params=["file", "s3"])
 def prefix(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where an attempt's journal will be."""
+    """The prefix of an attempt without a journal."""
     return (tmp_path / "a1").as_uri() if request.param == "file" else request.getfixturevalue("bucket")
 
 
-def told(prefix: str) -> list[str]:
+def messages_in(prefix: str) -> list[str]:
     """All messages, in the journal's order; the numbers of its files have no gaps."""
     journal_files = read_journal(prefix, 0)
     assert [number for number, _ in journal_files] == list(
@@ -52,14 +52,14 @@ def test_threads_that_share_a_journal_lose_nothing(prefix: str):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda writer: write(journal, names(writer, 50)), "abcd"))
     journal.flush()
-    assert [of(writer, told(prefix)) for writer in "abcd"] == [names(writer, 50) for writer in "abcd"]
+    assert [of(writer, messages_in(prefix)) for writer in "abcd"] == [names(writer, 50) for writer in "abcd"]
 
 
 def test_several_writers_at_once_lose_and_overwrite_nothing(prefix: str):
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda writer: write(Journal(prefix, flush_every_s=0), names(writer, 12)), "abc"))
     assert len(read_journal(prefix, 0)) == 36
-    assert [of(writer, told(prefix)) for writer in "abc"] == [names(writer, 12) for writer in "abc"]
+    assert [of(writer, messages_in(prefix)) for writer in "abc"] == [names(writer, 12) for writer in "abc"]
 
 
 def test_processes_that_write_at_once_lose_and_overwrite_nothing(tmp_path: Path):
@@ -70,15 +70,14 @@ def test_processes_that_write_at_once_lose_and_overwrite_nothing(tmp_path: Path)
         for number in range(20):
             journal.event(f"{sys.argv[2]} {number}")
     """
-    command, prefix = [sys.executable, "-c", textwrap.dedent(code), tmp_path.as_uri()], tmp_path.as_uri()
+    prefix = tmp_path.as_uri()
+    command = [sys.executable, "-c", textwrap.dedent(code), prefix]
     processes = [subprocess.Popen([*command, writer], cwd=ROOT) for writer in "ab"]
     assert [process.wait() for process in processes] == [0, 0]
-    assert [of(writer, told(prefix)) for writer in "ab"] == [names(writer, 20) for writer in "ab"]
+    assert [of(writer, messages_in(prefix)) for writer in "ab"] == [names(writer, 20) for writer in "ab"]
 
 
-def test_requests_whose_answer_is_lost_or_whose_upload_is_torn_lose_and_repeat_nothing(
-    s3_server: S3Server, bucket: str
-):
+def test_lost_responses_and_broken_uploads_lose_and_repeat_no_entry(s3_server: S3Server, bucket: str):
     s3_server.inject(Fault("lose_response", every(3), "PUT"), Fault("cut_upload", every(4), "PUT"))
     first, second = Journal(bucket, flush_every_s=0), Journal(bucket, flush_every_s=0)
     for number in range(6):
@@ -86,16 +85,16 @@ def test_requests_whose_answer_is_lost_or_whose_upload_is_torn_lose_and_repeat_n
         write(second, [f"b {number}"])
     assert s3_server.counts["lose_response"] > 0 < s3_server.counts["cut_upload"]
     s3_server.inject()
-    assert told(bucket) == [f"{writer} {number}" for number in range(6) for writer in "ab"]
+    assert messages_in(bucket) == [f"{writer} {number}" for number in range(6) for writer in "ab"]
 
 
-def test_who_writes_alone_lists_no_folder(s3_server: S3Server, bucket: str):
+def test_a_single_writer_lists_no_folder(s3_server: S3Server, bucket: str):
     s3_server.inject()
     write(Journal(bucket, flush_every_s=0), names("a", 5))
     assert s3_server.counts == {"PUT": 5}
 
 
-def test_what_storage_does_not_take_is_kept_and_written_once_it_does(tmp_path: Path):
+def test_entries_of_a_failed_write_are_kept_and_written_later(tmp_path: Path):
     journal = Journal(tmp_path.as_uri(), flush_every_s=0)
     (tmp_path / "journal").write_bytes(b"a file where the folder must be")
     for message in ("a 0", "a 1"):
@@ -103,10 +102,10 @@ def test_what_storage_does_not_take_is_kept_and_written_once_it_does(tmp_path: P
             journal.event(message)
     (tmp_path / "journal").unlink()
     journal.flush()
-    assert told(tmp_path.as_uri()) == ["a 0", "a 1"]
+    assert messages_in(tmp_path.as_uri()) == ["a 0", "a 1"]
 
 
-def test_a_write_that_failed_after_it_was_done_is_not_repeated(
+def test_a_write_that_succeeded_with_an_error_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     link = os.link
@@ -121,11 +120,11 @@ def test_a_write_that_failed_after_it_was_done_is_not_repeated(
         with pytest.raises(OSError, match="the answer was lost"):
             journal.event("a 0")
     journal.event("a 1")
-    assert told(tmp_path.as_uri()) == ["a 0", "a 1"]
+    assert messages_in(tmp_path.as_uri()) == ["a 0", "a 1"]
 
 
 @pytest.mark.parametrize("number", files.NO_HARD_LINKS)
-def test_where_there_are_no_hard_links_writers_overwrite_nothing_either(
+def test_writers_overwrite_nothing_without_hard_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ):
     def refuse(*paths: Path) -> None:
@@ -136,11 +135,11 @@ def test_where_there_are_no_hard_links_writers_overwrite_nothing_either(
     write(first, names("a", 2))
     write(second, names("b", 2))
     write(first, ["a 2"])
-    assert told(tmp_path.as_uri()) == ["a 0", "a 1", "b 0", "b 1", "a 2"]
+    assert messages_in(tmp_path.as_uri()) == ["a 0", "a 1", "b 0", "b 1", "a 2"]
     assert not files.create_bytes(files.join(tmp_path.as_uri(), "journal", "00000001.json"), b"other")
 
 
-def test_a_disk_that_is_full_leaves_no_part_where_there_are_no_hard_links(
+def test_a_full_disk_leaves_no_partial_file_without_hard_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def refuse(*paths: Path) -> None:
@@ -157,7 +156,7 @@ def test_a_disk_that_is_full_leaves_no_part_where_there_are_no_hard_links(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_stops_before_a_file_that_is_half_written_and_refuses_one_of_another_kind(prefix: str):
+def test_a_reader_stops_before_a_partial_file_and_refuses_other_contents(prefix: str):
     write(Journal(prefix, flush_every_s=0), names("a", 3))
     uri = files.join(prefix, "journal", "00000001.json")
     whole = files.read_bytes(uri)
@@ -165,7 +164,7 @@ def test_a_reader_stops_before_a_file_that_is_half_written_and_refuses_one_of_an
         files.write_bytes(uri, part)
         assert [number for number, _ in read_journal(prefix, 0)] == [0]
     files.write_bytes(uri, whole)
-    assert told(prefix) == names("a", 3)
+    assert messages_in(prefix) == names("a", 3)
     files.write_bytes(uri, b'[{"at": "noon"}]')
     with pytest.raises(ValueError, match="at"):
         read_journal(prefix, 0)

@@ -1,4 +1,4 @@
-"""Paths in storage are an interface: what an earlier version wrote is found by a later one."""
+"""Paths in storage are an interface: a later version finds the files of an earlier one."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ DATASET = f"{ROOT}/datasets/key"
         (layout.credit_uri(f"{ROOT}/models/model_1"), f"{ROOT}/models/model_1/credit.json"),
     ],
 )
-def test_every_path_is_the_one_that_earlier_versions_wrote(found: str, expected: str) -> None:
+def test_every_path_is_that_of_earlier_versions(found: str, expected: str) -> None:
     assert found == expected
 
 
 @pytest.mark.parametrize("number", [0, 7, 10**9])
-def test_a_number_is_read_back_from_the_name_that_holds_it(number: int) -> None:
+def test_a_number_is_read_back_from_its_name(number: int) -> None:
     below = f"{layout.checkpoints_folder(RUN)}/"
     assert layout.checkpoint_step(layout.checkpoint_record_uri(RUN, number).removeprefix(below)) == number
     assert layout.outcome_step(layout.outcome_uri(RUN, number).rpartition("/")[2]) == number
@@ -72,7 +72,7 @@ def test_other_files_have_no_step(name: str) -> None:
     assert layout.block_number(name) is None
 
 
-def test_earlier_attempts_are_named_from_the_newest_ones_prefix() -> None:
+def test_the_prefixes_of_earlier_attempts_follow_from_the_last_one() -> None:
     stage = f"{ROOT}/jobs/ajob_1/train"
     assert layout.attempts_up_to(f"{stage}/a3", 3) == [f"{stage}/a1", f"{stage}/a2", f"{stage}/a3"]
     assert layout.attempts_up_to(f"{stage}/a2/", 2) == [f"{stage}/a1", f"{stage}/a2"]

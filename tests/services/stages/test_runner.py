@@ -1,4 +1,4 @@
-"""The frame around a stage, where it is asked to end: by itself, and by the signal that Ray sends."""
+"""How run_stage ends: on request, by a signal of Ray, and by errors inside Ray's wrappers."""
 
 from __future__ import annotations
 
@@ -36,34 +36,30 @@ run_stage(StageSpec, work)
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> list[str]:
-    """The arguments of a stage whose files lie in ``tmp_path``."""
+def arguments(tmp_path: Path) -> list[str]:
+    """The arguments of a stage whose prefix is ``tmp_path``."""
     uri = files.join(tmp_path.as_uri(), "spec.json")
     files.write_json(uri, StageSpec(job="j", attempt=1, prefix=tmp_path.as_uri()).model_dump())
     return ["--spec", uri]
 
 
-def test_a_stage_that_ended_as_it_was_asked_to_leaves_how_far_it_came_and_has_not_failed(tmp_path, asked):
+def test_a_stage_that_stops_on_request_writes_its_step_and_has_not_failed(tmp_path, arguments):
     def work(spec, journal):
         raise Stopped("pause", 7)
 
-    run_stage(StageSpec, work, asked)
-    left = StageStopped.model_validate_json((tmp_path / "stopped.json").read_bytes())
-    assert left == StageStopped(why="pause", step=7)
+    run_stage(StageSpec, work, arguments)
+    stopped = StageStopped.model_validate_json((tmp_path / "stopped.json").read_bytes())
+    assert stopped == StageStopped(why="pause", step=7)
     assert not (tmp_path / "failed.json").exists()
     assert not (tmp_path / "done.json").exists()
-    said = [entry.message for _, entries in read_journal(tmp_path.as_uri(), 0) for entry in entries]
-    assert said == ["stopped after step 7"]
+    messages = [entry.message for _, entries in read_journal(tmp_path.as_uri(), 0) for entry in entries]
+    assert messages == ["stopped after step 7"]
 
 
 def test_a_stop_keeps_why_and_where_across_processes():
     stopped = pickle.loads(pickle.dumps(Stopped("signal", 12)))
-    assert (stopped.why, stopped.step, stopped.code, str(stopped)) == (
-        "signal",
-        12,
-        "stopped",
-        "stopped after step 12",
-    )
+    assert (stopped.why, stopped.step, stopped.code) == ("signal", 12, "stopped")
+    assert str(stopped) == "stopped after step 12"
     assert root_cause(RayTaskError("loop", "a long traceback", stopped).as_instanceof_cause()) is stopped
 
 
@@ -79,7 +75,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("number", sorted(TRANSIENT), ids=errno.errorcode.get)
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_a_disk_that_is_full_or_away_is_unavailable_however_ray_wraps_it(wrap, number):
+def test_a_full_or_unreachable_disk_is_unavailable_in_every_wrapper_of_ray(wrap, number):
     failure = failure_of(
         cloudpickle.loads(cloudpickle.dumps(wrap(OSError(number, os.strerror(number), "/a/file"))))
     )
@@ -88,28 +84,26 @@ def test_a_disk_that_is_full_or_away_is_unavailable_however_ray_wraps_it(wrap, n
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR, None])
-def test_an_error_that_would_come_again_is_not(number):
-    error = OSError("what was not said by the system") if number is None else OSError(number, "refused")
+def test_an_error_that_a_retry_would_repeat_is_not_unavailable(number):
+    error = OSError("not an error of the system") if number is None else OSError(number, "refused")
     assert failure_of(error).code != "unavailable"
     wrapped = WRAPPERS["a task"](error)
     assert (root_cause(wrapped), failure_of(wrapped).code == "unavailable") == (wrapped, False)
 
 
-def test_an_error_of_ours_says_more_than_the_disk_that_it_comes_from():
+def test_our_error_takes_precedence_over_the_disk_error_that_caused_it():
     ours = Unavailable("the store does not answer")
     ours.__cause__ = OSError(errno.EIO, "broken")
     assert root_cause(WRAPPERS["workers"](ours)) is ours
     assert root_cause(WorkerGroupError("they failed", {0: OSError(errno.ENOSPC, "full"), 1: ours})) is ours
 
 
-def test_a_stage_that_gets_sigint_leaves_its_marker_also_where_the_signal_was_ignored(tmp_path, asked):
+def test_a_stage_writes_its_marker_on_sigint_even_if_it_was_started_with_sigint_ignored(tmp_path, arguments):
     ignored = subprocess.Popen(
-        [sys.executable, "-c", WAITS, *asked],
+        [sys.executable, "-c", WAITS, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        ),  # as a shell does to what it starts with &
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell does with &
     )
     with ignored:
         assert ignored.stdout.readline() == b"at work\n"
