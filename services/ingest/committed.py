@@ -1,6 +1,7 @@
-"""Encoded blocks in storage, until they are joined into shards: ``blocks/{number}.parquet`` and, beside, ``bad/{number}.json``.
+"""Encoded blocks in storage, until they are joined into shards.
 
-A block is committed once its Parquet file is there. The images of it that could not be used were written before that.
+A block is ``blocks/{number}.parquet``, and ``bad/{number}.json`` holds its unusable images. The JSON is
+written first, so a block is committed once its Parquet file exists.
 """
 
 from __future__ import annotations
@@ -18,51 +19,59 @@ from dde_core.latents.writer import shard_table
 from services.stages import layout
 from services.storage import files
 
-READS_AT_ONCE = 16
+READ_THREADS = 16
+NO_BAD_IMAGES = "{}"
 
 
 def commit(row: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Write a block. Needs ``block``, ``latents`` (float16 [n c h w] as bytes), ``about`` and ``bad``; makes ``block``,
-    ``images`` (how many are in it) and ``bad``."""
-    about: list[Any] = json.loads(row["about"])
-    if row["bad"] != "{}":
+    """Write a block.
+
+    In: ``block`` (its number), ``latents`` (float16 [n c h w] as bytes), ``metadata`` and ``bad`` (both JSON,
+    as ``read_images`` makes them). Out: ``block``, ``images`` (how many it holds) and ``bad``.
+    """
+    metadata: list[Any] = json.loads(row["metadata"])
+    if row["bad"] != NO_BAD_IMAGES:
         files.write_bytes(layout.bad_images_uri(folder, row["block"]), row["bad"].encode())
+    latents = np.frombuffer(row["latents"], np.float16)
     columns: dict[str, Any] = {
-        "uid": [uid for uid, *_ in about],
-        "sha256": [bytes.fromhex(sha256) for _, sha256, *_ in about],
-        "size": [size for *_, size, _ in about],
-        "crop": [crop for *_, crop in about],
-        "latents": np.frombuffer(row["latents"], np.float16),
+        "uid": [uid for uid, *_ in metadata],
+        "sha256": [bytes.fromhex(sha256) for _, sha256, *_ in metadata],
+        "size": [size for *_, size, _ in metadata],
+        "crop": [crop for *_, crop in metadata],
+        "latents": latents,
     }
-    pair, latents = (
-        pa.list_(pa.int32(), 2),
-        pa.list_(pa.float16(), max(1, len(columns["latents"]) // max(1, len(about)))),
+    schema = pa.schema(
+        {
+            "uid": pa.string(),
+            "sha256": pa.binary(32),
+            "size": pa.list_(pa.int32(), 2),
+            "crop": pa.list_(pa.int32(), 2),
+            "latents": pa.list_(pa.float16(), max(1, len(latents) // max(1, len(metadata)))),
+        }
     )
-    kinds = {"uid": pa.string(), "sha256": pa.binary(32), "size": pair, "crop": pair, "latents": latents}
     sink = pa.BufferOutputStream()
     pq.write_table(
-        shard_table(columns, pa.schema(kinds)),
-        sink,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
+        shard_table(columns, schema), sink, compression="none", use_dictionary=False, write_statistics=False
     )
     files.write_bytes(layout.block_uri(folder, row["block"]), sink.getvalue().to_pybytes())
-    return {"block": row["block"], "images": len(about), "bad": row["bad"]}
+    return {"block": row["block"], "images": len(metadata), "bad": row["bad"]}
 
 
 def committed_blocks(folder: str) -> set[int]:
-    """The numbers of the blocks that are there. What was said of others is dropped: it is said anew when they are encoded."""
-    done = _numbers(layout.blocks_folder(folder))
-    for number in _numbers(layout.bad_images_folder(folder)) - done:
+    """The numbers of the committed blocks."""
+    return _numbers(layout.blocks_folder(folder))
+
+
+def delete_uncommitted(folder: str, committed: set[int]) -> None:
+    """Delete the bad images of other blocks: they are recorded again when these blocks are encoded."""
+    for number in _numbers(layout.bad_images_folder(folder)) - committed:
         files.delete_file(layout.bad_images_uri(folder, number))
-    return done
 
 
 def bad_images(folder: str, blocks: set[int]) -> Iterator[tuple[int, str]]:
-    """(block, JSON as ``commit`` got it) of those of these blocks that have any."""
+    """(block, ``bad`` as ``commit`` received it) of those of these blocks that have bad images."""
     numbers = sorted(_numbers(layout.bad_images_folder(folder)) & blocks)
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
         contents = pool.map(lambda number: files.read_bytes(layout.bad_images_uri(folder, number)), numbers)
         for number, content in zip(numbers, contents, strict=True):
             yield number, content.decode()
@@ -74,19 +83,24 @@ def _numbers(folder: str) -> set[int]:
 
 
 def read_block(folder: str, number: int, uids: set[str]) -> dict[str, dict[str, Any]]:
-    """The committed images of a block that are requested, by uid: ``latents`` float16 [n], ``sha256``, ``size``, ``crop``."""
+    """The requested images of a committed block, by uid.
+
+    Each has ``latents`` (float16 [n]), ``sha256``, ``size`` and ``crop``. Images that the block lacks are
+    absent.
+    """
     table = pq.read_table(pa.BufferReader(files.read_bytes(layout.block_uri(folder, number))))
-    places = [place for place, uid in enumerate(table["uid"].to_pylist()) if uid in uids]
-    latents = (
-        table["latents"].combine_chunks().flatten().to_numpy().reshape(len(table), -1) if len(table) else []
-    )
-    rows = table.drop_columns(["latents"]).take(pa.array(places, pa.int64())).to_pylist()
+    indices = [index for index, uid in enumerate(table["uid"].to_pylist()) if uid in uids]
+    if not indices:
+        return {}
+    latents = table["latents"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    rows = table.drop_columns(["latents"]).take(pa.array(indices, pa.int64())).to_pylist()
     return {
-        row["uid"]: {**row, "latents": latents[place].copy()} for place, row in zip(places, rows, strict=True)
+        row["uid"]: {**row, "latents": latents[index].copy()}
+        for index, row in zip(indices, rows, strict=True)
     }
 
 
 def clear(folder: str) -> None:
-    """Drop the blocks once the shards that hold them are there."""
+    """Delete all blocks, once the shards hold their content."""
     files.delete_folder(layout.blocks_folder(folder))
     files.delete_folder(layout.bad_images_folder(folder))

@@ -1,4 +1,4 @@
-"""Preference pairs in, latent shards and a manifest out. Read it top to bottom: find, plan, encode, join, tell."""
+"""The encode stage: preference pairs in, latent shards and a manifest out. Plan, encode, quarantine, join."""
 
 from __future__ import annotations
 
@@ -31,37 +31,31 @@ from services.storage import files
 
 SHARD_BYTES = 64 * 1024**2
 PAIRS_PER_SHARD = 1000
+DIGEST_BYTES = 32
 
 
 def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
-    """Encode a dataset, go on where a killed run ended, or find that it is encoded with this content, encoder and settings.
+    """Encode a dataset, resume where a killed run stopped, or reuse an encoded one.
 
-    Raises BadRequest where the source has changed or too many rows are bad, DataError where no pair is left.
+    A dataset is reused for the same content, encoder and settings. Raises BadRequest where the source has
+    changed or too many rows are bad, DataError where no pair is left.
     """
-    began = time.monotonic()
-    folder, source = ModelFolder(*models.fetch(spec.model)), open_source(spec.source)
+    started = time.monotonic()
+    folder = ModelFolder(*models.fetch(spec.model))
+    source = open_source(spec.source)
     size = spec.data.resolution or folder.image_size()
     settings: dict[str, Any] = {"resolution": size, "crop": "centre", "flip": spec.data.flip}
     encoder_digest = _encoder_digest(folder)
-    identity = [SCHEMA_VERSION, spec.source_digest, encoder_digest, settings, images_per_block(size)]
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    key = _dataset_key(spec.source_digest, encoder_digest, settings)
     target = layout.dataset_folder(spec.output, key)
-    manifest = _find(target)
-    if reused := manifest is not None:
-        journal.event(f"dataset {key} is encoded already")
+    manifest = _read_manifest(target)
+    reused = manifest is not None
+    if manifest is None:
+        manifest = _encode_and_write(spec, journal, source, folder, settings, encoder_digest, target)
     else:
-        try:
-            made = _encode_new(spec, journal, source, folder, settings, encoder_digest, target)
-            if (
-                manifest := _find(target)
-            ) is None:  # else another run was faster, and its shards may be in use
-                files.write_bytes(layout.manifest_uri(target), made.to_json())
-                manifest = made
-        except Exception:
-            if (manifest := _find(target)) is None:  # else another run has cleared the blocks away
-                raise
+        journal.event(f"dataset {key} is already encoded")
     check_bad(manifest.counts["bad"], manifest.counts["rows"], manifest.bad, spec.data.max_bad_fraction)
-    committed.clear(target)  # a run that was killed after its manifest has left them
+    committed.clear(target)  # also for a run that was killed after it wrote the manifest
     journal.event(f"{manifest.counts['pairs']} pairs encoded: {manifest.counts}")
     return EncodeResult(
         dataset=target,
@@ -69,13 +63,44 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
         counts=manifest.counts,
         bad=manifest.bad,
         reused=reused,
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - started,
     )
 
 
-def _find(target: str) -> Manifest | None:
+def _dataset_key(source_digest: str, encoder_digest: str, settings: dict[str, Any]) -> str:
+    """Equal for equal content, encoder, settings and blocks."""
+    block_images = images_per_block(settings["resolution"])
+    identity = [SCHEMA_VERSION, source_digest, encoder_digest, settings, block_images]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read_manifest(target: str) -> Manifest | None:
     uri = layout.manifest_uri(target)
     return Manifest.from_json(files.read_bytes(uri)) if files.exists(uri) else None
+
+
+def _encode_and_write(
+    spec: EncodeSpec,
+    journal: Journal,
+    source: Source,
+    folder: ModelFolder,
+    settings: dict[str, Any],
+    encoder_digest: str,
+    target: str,
+) -> Manifest:
+    """Encode the dataset and write its manifest; where another run was faster, return that run's manifest."""
+    try:
+        manifest = _encode_new(spec, journal, source, folder, settings, encoder_digest, target)
+        finished = _read_manifest(target)
+        if finished is None:
+            files.write_bytes(layout.manifest_uri(target), manifest.to_json())
+            return manifest
+    except Exception:
+        finished = _read_manifest(target)
+        if finished is None:
+            raise
+        # Another run has finished and deleted the blocks that this one needed.
+    return finished
 
 
 def _encode_new(
@@ -88,19 +113,22 @@ def _encode_new(
     target: str,
 ) -> Manifest:
     size = settings["resolution"]
-    latent_shape, tokenizers = folder.latent_shape(size), folder.tokenizers()
+    latent_shape = folder.latent_shape(size)
+    tokenizers = folder.tokenizers()
     plan = _plan(spec, source, size)
-    if found := _find(target):
-        return found
+    finished = _read_manifest(target)
+    if finished is not None:
+        return finished
     quarantine = Quarantine(plan, spec.data.max_bad_fraction)
     try:
         quarantine.check()
         _encode_images(spec, journal, source, plan, quarantine, settings, target)
     except BadRequest:
-        _tell(quarantine, source, target, journal)
+        _write_quarantine(quarantine, source, target, journal)
         raise
-    _tell(quarantine, source, target, journal)
-    pairs_per_shard = max(1, min(PAIRS_PER_SHARD, SHARD_BYTES // (2 * 2 * int(np.prod(latent_shape)))))
+    _write_quarantine(quarantine, source, target, journal)
+    latent_bytes = 2 * int(np.prod(latent_shape))
+    pairs_per_shard = max(1, min(PAIRS_PER_SHARD, SHARD_BYTES // (2 * latent_bytes)))
     shards, pairs = _join(spec, source, plan, quarantine, pairs_per_shard, target, latent_shape)
     if not pairs:
         raise DataError(f"dataset {spec.source.uri!r} has no pair left: all decided pairs hold a bad image")
@@ -126,24 +154,25 @@ def _encode_new(
     )
 
 
-def _tell(quarantine: Quarantine, source: Source, target: str, journal: Journal) -> None:
-    if written := quarantine.write(source, target):
-        journal.event(
-            f"{quarantine.num_rows} rows are quarantined, see {written}: {quarantine.by_cause}", "warning"
-        )
+def _write_quarantine(quarantine: Quarantine, source: Source, target: str, journal: Journal) -> None:
+    uri = quarantine.write(source, target)
+    if uri is not None:
+        message = f"{quarantine.num_rows} rows are quarantined, see {uri}: {quarantine.by_cause}"
+        journal.event(message, "warning")
 
 
 def _plan(spec: EncodeSpec, source: Source, size: int) -> Plan:
-    """One pass over the rows. Raises BadRequest where they are not those that were registered."""
+    """Plan in one pass over the rows. Raises BadRequest where they differ from those that were registered."""
     summary = Summary(source)
     planner = Planner(images_per_block(size))
     for unit in source.units():
         planner.add(unit, summary.observe(source.rows(unit)))
-    if (found := summary.digest()) != spec.source_digest:
+    digest = summary.digest()
+    if digest != spec.source_digest:
         message = (
-            f"dataset {spec.source.uri!r} has changed: digest {found}, registered as {spec.source_digest}"
+            f"dataset {spec.source.uri!r} has changed: digest {digest}, registered as {spec.source_digest}; "
+            "register it again (a registration by an earlier version may have another digest, too)"
         )
-        message += " (by an earlier version perhaps: register it again)"
         raise BadRequest(message, param="dataset", code="dataset_changed")
     return planner.plan()
 
@@ -154,10 +183,12 @@ def _encode_images(
     source: Source,
     plan: Plan,
     quarantine: Quarantine,
-    settings: dict,
+    settings: dict[str, Any],
     target: str,
 ) -> None:
+    """Encode and commit every block that an earlier run has not, and record the bad images of all blocks."""
     done = committed.committed_blocks(target)
+    committed.delete_uncommitted(target, done)
     for block, bad in committed.bad_images(target, done):
         quarantine.add(block, bad)
     progress = Progress(plan, quarantine, journal, done)
@@ -176,27 +207,32 @@ def _join(
     target: str,
     latent_shape: tuple[int, int, int],
 ) -> tuple[tuple[Shard, ...], list[bytes]]:
-    """The shards in their order, and the digest of every pair."""
-    work = []
+    """Write the shards. Returns them in order, and the digest of every pair."""
+    work: list[ShardWork] = []
     for number, blocks in enumerate(plan.shards(pairs_per_shard)):
         slots = slice(blocks[0].slots.start, blocks[-1].slots.stop)
-        stretches = tuple((plan.units[block.unit], block.start, block.stop) for block in blocks)
-        work.append(
-            ShardWork(number, stretches, plan.homes[slots].tobytes(), quarantine.of_slots(slots).tobytes())
+        shard_work = ShardWork(
+            number=number,
+            row_ranges=tuple((plan.units[block.unit], block.start, block.stop) for block in blocks),
+            block_of_slot=plan.block_of_slot[slots].tobytes(),
+            bad=quarantine.of_slots(slots).tobytes(),
         )
+        work.append(shard_work)
     shards: dict[int, Shard] = {}
     pairs: list[bytes] = []
-    for row in join_shards(
+    joined = join_shards(
         work, spec.actors, source=source, folder=target, model=spec.model, latent_shape=latent_shape
-    ):
+    )
+    for row in joined:
         if row["rows"]:
             shards[row["number"]] = Shard(name=row["name"], rows=row["rows"], sha256=row["sha256"])
-            pairs += [row["pairs"][start : start + 32] for start in range(0, len(row["pairs"]), 32)]
+            digests = row["pairs"]
+            pairs += [digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES)]
     return tuple(shards[number] for number in sorted(shards)), pairs
 
 
 def _encoder_digest(folder: ModelFolder) -> str:
-    """sha256 of what decides an image's latents and a caption's tokens: the VAE's and the tokenizers' files."""
+    """sha256 of the files that determine latents and tokens: those of the VAE and the tokenizers."""
     names = [name for name in COMPONENTS[folder.family] if name == "vae" or name.startswith("tokenizer")]
     parts = [models.folder_digest(files.as_uri(folder.path / name)) for name in names]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

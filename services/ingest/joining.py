@@ -1,4 +1,4 @@
-"""From committed blocks to a shard: every pair takes the latents of its two images. Imports no torch."""
+"""Join committed blocks into a shard: every pair gets the latents of its two images. Without torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import CLIPTokenizer
 
 from dde_core.errors import DataError
@@ -24,15 +25,21 @@ from services.pairs.row import Preference, Row
 from services.pairs.source import Source
 from services.storage import files
 
+Pair = tuple[Preference, str, str, str]
+"""(preference, winner's uid, loser's uid, caption)."""
+
 
 @dataclass(frozen=True)
 class ShardWork:
-    """Stretches of rows, and for each slot of their decided rows the block that holds its image (int32 as bytes) and whether
-    the image is bad (bool as bytes)."""
+    """The rows of a shard: ``row_ranges`` (unit, start, stop).
+
+    For each slot of their decided rows, ``block_of_slot`` (int32 as bytes) is the block that holds its image,
+    and ``bad`` (bool as bytes) whether that image is bad.
+    """
 
     number: int
-    stretches: tuple[tuple[Unit, int, int], ...]
-    homes: bytes
+    row_ranges: tuple[tuple[Unit, int, int], ...]
+    block_of_slot: bytes
     bad: bytes
 
 
@@ -43,17 +50,19 @@ def join_shard(
     model: ModelRecord,
     latent_shape: tuple[int, int, int],
 ) -> dict[str, Any]:
-    """Write one shard beside the blocks. Makes ``number``, ``name``, ``rows``, ``sha256`` and ``pairs`` (digests of its pairs).
+    """Write one shard beside the blocks, without pairs that have a bad image; no pairs, no shard.
 
-    Pairs with a bad image are left out; a shard of none is not written. In memory are the shard's images and one block.
-    Raises DataError for an image that should be in a block and is not.
+    In: ``work``. Out: ``number``, ``name``, ``rows``, ``sha256`` and ``pairs`` (the digests of its pairs).
+    Memory holds the shard's images and one block. Raises DataError for an image that its block lacks.
     """
     work = row["work"]
-    rows = [
-        each for unit, start, stop in work.stretches for each in source.rows(unit, start=start, stop=stop)
+    decided = [
+        source_row
+        for unit, start, stop in work.row_ranges
+        for source_row in source.rows(unit, start=start, stop=stop)
+        if source_row.kind == "decided"
     ]
-    decided = [each for each in rows if each.kind == "decided"]
-    images = _read_images(folder, decided, np.frombuffer(work.homes, np.int32), work.bad)
+    images = _read_images(folder, decided, np.frombuffer(work.block_of_slot, np.int32), work.bad)
     pairs = [pair for pair in _pairs(decided) if pair[1] in images and pair[2] in images]
     if not pairs:
         return {"number": work.number, "name": "", "rows": 0, "sha256": "", "pairs": b""}
@@ -82,49 +91,48 @@ def join_shard(
     }
 
 
-def _read_images(folder: str, decided: list[Row], homes: np.ndarray, bad: bytes) -> dict[str, dict[str, Any]]:
-    """The rows' images by uid, read block by block, without the bad ones."""
-    wanted: dict[int, set[str]] = {}
-    for uid, home, is_bad in zip(
-        (uid for row in decided for uid in row.uids), homes.tolist(), bad, strict=True
-    ):
+def _read_images(
+    folder: str, decided: list[Row], block_of_slot: NDArray[np.int32], bad: bytes
+) -> dict[str, dict[str, Any]]:
+    """The rows' good images by uid, read block by block."""
+    uids = (uid for row in decided for uid in row.uids)
+    uids_of_block: dict[int, set[str]] = {}
+    for uid, block, is_bad in zip(uids, block_of_slot.tolist(), bad, strict=True):
         if not is_bad:
-            wanted.setdefault(home, set()).add(uid)
-    found: dict[str, dict[str, Any]] = {}
-    for home in sorted(wanted):
-        found |= read_block(folder, home, wanted[home])
-        if missing := wanted[home] - found.keys():
+            uids_of_block.setdefault(block, set()).add(uid)
+    images: dict[str, dict[str, Any]] = {}
+    for block in sorted(uids_of_block):
+        images |= read_block(folder, block, uids_of_block[block])
+        missing = uids_of_block[block] - images.keys()
+        if missing:
             raise DataError(
-                f"block {home} of {folder!r} lacks {len(missing)} images that were encoded, {min(missing)!r} among them"
+                f"block {block} of {folder!r} lacks {len(missing)} images that were encoded, such as "
+                f"{min(missing)!r}; delete this folder and encode again"
             )
-    return found
-
-
-Pair = tuple[Preference, str, str, str]
-"""What was preferred, the uids of winner and loser, the caption."""
+    return images
 
 
 def _pairs(decided: list[Row]) -> Iterator[Pair]:
     for row in decided:
-        for each in row.preferences:
-            yield each, row.uids[each.winner], row.uids[each.loser], row.caption
+        for preference in row.preferences:
+            yield preference, row.uids[preference.winner], row.uids[preference.loser], row.caption
 
 
 def _columns(
     pairs: list[Pair], images: dict[str, dict[str, Any]], tokenizers: list[CLIPTokenizer]
 ) -> dict[str, Any]:
+    """The shard's columns; ``_w`` is the winner, ``_l`` the loser."""
     token_ids = tokenize(tokenizers, [caption for *_, caption in pairs])
     columns: dict[str, Any] = {
         "pair_id": [preference.pair_id for preference, *_ in pairs],
         "label": [preference.label for preference, *_ in pairs],
     }
     columns |= {name: token_ids[:, k] for k, name in enumerate(token_columns(len(tokenizers)))}
-    for side, uids in (("w", [uid for _, uid, _, _ in pairs]), ("l", [uid for _, _, uid, _ in pairs])):
+    uids_of_side = {"w": [winner for _, winner, _, _ in pairs], "l": [loser for _, _, loser, _ in pairs]}
+    for side, uids in uids_of_side.items():
         columns[f"uid_{side}"] = uids
-        columns |= {
-            f"{name}_{side}": np.stack([images[uid][name] for uid in uids])
-            for name in ("latents", "size", "crop")
-        }
+        for name in ("latents", "size", "crop"):
+            columns[f"{name}_{side}"] = np.stack([images[uid][name] for uid in uids])
     return columns
 
 

@@ -1,4 +1,4 @@
-"""How fast a stage is, what is left, and when it is time to say so."""
+"""The speed of a stage, its remaining time, and the intervals at which it reports."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ METRICS_EVERY_S = 1.0
 EVENT_EVERY_S = 15.0
 
 
+class Interval:
+    """Elapses every ``seconds`` after the last restart."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._started = time.monotonic()
+
+    def has_elapsed(self) -> bool:
+        return time.monotonic() - self._started >= self._seconds
+
+    def restart(self) -> None:
+        self._started = time.monotonic()
+
+
 class Pace:
-    """Of work that had ``done`` behind it when this was made."""
+    """Measures work of which ``done`` units were complete when this was created."""
 
     def __init__(self, done: int = 0) -> None:
-        self._before = done
-        self._began = self._told_metrics = self._told_event = time.monotonic()
+        self._initially_done = done
+        self._started = time.monotonic()
+        self.metrics = Interval(METRICS_EVERY_S)
+        self.event = Interval(EVENT_EVERY_S)
 
     def measure(self, done: int, total: int) -> tuple[float, float]:
-        """Units a second since the beginning, and the seconds that are left at that pace."""
-        rate = (done - self._before) / (time.monotonic() - self._began)
+        """Units a second since the start, and the seconds left at that rate (0 where it is 0)."""
+        rate = (done - self._initially_done) / (time.monotonic() - self._started)
         return rate, (total - done) / rate if rate else 0.0
-
-    def metrics_due(self) -> bool:
-        """Has a second gone by since the last time?"""
-        now = time.monotonic()
-        if due := now - self._told_metrics >= METRICS_EVERY_S:
-            self._told_metrics = now
-        return due
-
-    def event_due(self) -> bool:
-        """The same for what people read, which is told less often."""
-        now = time.monotonic()
-        if due := now - self._told_event >= EVENT_EVERY_S:
-            self._told_event = now
-        return due

@@ -1,12 +1,12 @@
-"""The two pipelines of ingest on Ray Data. Each row is a piece of the plan, so a piece is written whole or not at all.
+"""The two Ray Data pipelines of ingest. A row is a piece of the plan and is written whole or not at all.
 
-encode: an image goes through once, whatever number of pairs hold it
-    {unit, blocks, wanted}       --read_images (CPU tasks)-->  {block, pixels, about, bad}
-    {block, pixels, about, bad}  --Encoder (an actor each GPU)->  {block, latents, about, bad}
-    {block, latents, about, bad} --commit (CPU tasks)--------->  {block, images, bad}
+encode: every image is encoded once, however many pairs hold it
+    {unit, blocks, wanted}          --read_images (CPU tasks)----->  {block, pixels, metadata, bad}
+    {block, pixels, metadata, bad}  --Encoder (one actor a GPU)--->  {block, latents, metadata, bad}
+    {block, latents, metadata, bad} --commit (CPU tasks)---------->  {block, images, bad}
 
-join: pairs take their latents from the blocks that encoded them
-    {work: ShardWork}            --join_shard (CPU tasks)----->  {number, name, rows, sha256, pairs}
+join: pairs get their latents from the blocks that encoded them
+    {work: ShardWork}               --join_shard (CPU tasks)------>  {number, name, rows, sha256, pairs}
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import ray.data
+from numpy.typing import NDArray
 
 from dde_core.models.folder import ModelFolder, encode_images
 from dde_core.models.policy import use_deterministic_kernels
@@ -30,7 +31,7 @@ from services.pairs.source import Source
 
 READERS_PER_ENCODER = 2
 BLOCKS_IN_FLIGHT = 32
-"""Decoded blocks that may wait in the object store for each actor: fewer leave readers or encoders idle in turn."""
+"""Decoded blocks in the object store for each actor; with fewer, readers or encoders idle in turn."""
 
 
 def encode_blocks(
@@ -43,18 +44,19 @@ def encode_blocks(
     actors: int,
     use_gpu: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Encode and commit every block that is not ``done``. Yields {block, images, bad} as they come, in any order."""
+    """Encode and commit every block that is not ``done``. Yields {block, images, bad} in any order."""
     readers = READERS_PER_ENCODER * actors
-    if not (work := segments(plan, done, readers)):
+    work = segments(plan, done, readers)
+    if not work:
         return
-    size, flip = settings["resolution"], settings["flip"] == "all"
+    size = settings["resolution"]
+    flip = settings["flip"] == "all"
     units = ray.data.from_items(work, override_num_blocks=len(work))
     block_bytes = images_per_block(size) * 3 * size**2
-    window = ray.data.ExecutionResources.for_limits(
+    units.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=BLOCKS_IN_FLIGHT * actors * block_bytes
     )
-    units.context.execution_options.resource_limits = window
-    units.context.target_max_block_size = block_bytes  # else several go through the pipeline as one
+    units.context.target_max_block_size = block_bytes  # else Ray Data merges several blocks
     pixels = units.flat_map(
         partial(read_images, source=source, size=size, flip=flip),
         compute=ray.data.TaskPoolStrategy(size=readers),
@@ -72,47 +74,43 @@ def encode_blocks(
 
 
 def segments(plan: Plan, done: set[int], readers: int) -> list[dict[str, Any]]:
-    """What is left, in stretches that are read apart from each other: {unit, blocks, wanted}.
+    """The blocks to encode, in pieces that are read independently: {unit, blocks, wanted}.
 
-    A unit is read from its beginning, so it is cut only where there are too few to keep the readers busy.
+    A unit is decoded from its beginning, so it is split only where units are too few for the readers.
     """
-    pending, work = list(plan.pending(done)), []
-    parts = -(-2 * readers // max(1, len(pending)))
+    pending = list(plan.pending(done))
+    parts_per_unit = -(-2 * readers // max(1, len(pending)))
+    work: list[dict[str, Any]] = []
     for unit, blocks in pending:
-        length = -(-len(blocks) // parts)
+        length = -(-len(blocks) // parts_per_unit)
         for start in range(0, len(blocks), length):
             part = blocks[start : start + length]
-            work.append(
-                {
-                    "unit": unit,
-                    "blocks": part,
-                    "wanted": [plan.first[block.slots].tobytes() for block in part],
-                }
-            )
+            wanted = [plan.is_first[block.slots].tobytes() for block in part]
+            work.append({"unit": unit, "blocks": part, "wanted": wanted})
     return work
 
 
 class Encoder:
-    """One VAE in each actor. A block's images go through it in fixed slices, so scheduling changes nothing."""
+    """The VAE of one actor. It encodes a block in fixed slices, so results do not depend on scheduling."""
 
     def __init__(self, model: ModelRecord, size: int, device: str) -> None:
         use_deterministic_kernels()
-        self._vae, self._size = ModelFolder(*fetch(model)).vae().to(device), size
+        self._vae = ModelFolder(*fetch(model)).vae().to(device)
+        self._size = size
 
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        pixels = [
-            np.frombuffer(each, np.uint8).reshape(-1, self._size, self._size, 3)
-            for each in rows.pop("pixels")
-        ]
-        return {
-            **rows,
-            "latents": [encode_images(self._vae, each).tobytes() if len(each) else b"" for each in pixels],
-        }
+    def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, Any]:
+        latents = [self._encode(pixels) for pixels in rows.pop("pixels")]
+        return {**rows, "latents": latents}
+
+    def _encode(self, pixels: bytes) -> bytes:
+        """Latents (float16 [n c h w]) of a block's pixels (uint8 [n size size 3])."""
+        images = np.frombuffer(pixels, np.uint8).reshape(-1, self._size, self._size, 3)
+        return encode_images(self._vae, images).tobytes() if len(images) else b""
 
 
 def join_shards(work: Iterable[ShardWork], actors: int, **shared: Any) -> Iterator[dict[str, Any]]:
     """Write every shard. Yields {number, name, rows, sha256, pairs} in any order."""
-    items = [{"work": each} for each in work]
+    items = [{"work": shard} for shard in work]
     joined = ray.data.from_items(items, override_num_blocks=len(items)).map(
         partial(join_shard, **shared),
         compute=ray.data.TaskPoolStrategy(size=READERS_PER_ENCODER * actors),

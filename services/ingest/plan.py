@@ -1,11 +1,11 @@
-"""What is encoded and written, and in which pieces: one pass over a source's rows, without images.
+"""What is encoded and written, and in which pieces. Planned in one pass over a source's rows, without images.
 
-A **block** is a stretch of a unit's rows; the images that stand first in it are encoded and committed together. After a
-kill a block is there or not. A **shard** is a stretch of blocks, whose pairs become one file. Both depend on the source and the
-settings alone, so a run that was killed goes on with the same pieces.
+A **block** is a range of a unit's rows. The images that occur first in it are encoded and committed together,
+whole or not at all. A **shard** is a sequence of blocks whose pairs become one file. Both depend only on the
+source and the settings, so a resumed run has the same pieces.
 
-A decided row has a **slot** for each of its images. Of a slot are kept its image's number and the block that encodes it:
-about 40 bytes a row, whatever the images weigh.
+Each image of a decided row has a **slot**. The plan stores the slot's image number and the block that encodes
+it: about 40 bytes a row, whatever the size of the images.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ from hashlib import blake2b
 from itertools import groupby
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.pairs.columnar import Unit
 from services.pairs.row import Row
 from services.pairs.validation import Tally
 
-KEY_BYTES = 16
-PIXEL_BYTES = 6 * 1024**2
-"""Decoded images of a block are at most this large together, where that is at least the fewest."""
-FEWEST_IMAGES, MOST_IMAGES = 16, 1024
-ROWS_PER_SHARD = 20_000
-"""A shard looks through so many rows at most, however few of them are decided."""
+IMAGE_KEY_BYTES = 16
+PAIR_KEY_BYTES = 8
+MAX_BLOCK_PIXEL_BYTES = 6 * 1024**2
+"""The decoded images of a block; MIN_BLOCK_IMAGES may exceed it."""
+MIN_BLOCK_IMAGES = 16
+MAX_BLOCK_IMAGES = 1024
+MAX_SHARD_ROWS = 20_000
+"""Rows that a shard covers, however few of them are decided."""
 
 
 def images_per_block(size: int) -> int:
-    """How many images of size x size pixels a block holds at most: 32 of 256 px, 16 of 512 px: a slice of the VAE."""
-    return max(FEWEST_IMAGES, min(MOST_IMAGES, PIXEL_BYTES // (3 * size**2)))
+    """The most images of ``size`` x ``size`` pixels in a block: 32 of 256 px, 16 of 512 px."""
+    fitting = MAX_BLOCK_PIXEL_BYTES // (3 * size**2)
+    return max(MIN_BLOCK_IMAGES, min(MAX_BLOCK_IMAGES, fitting))
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows ``start``..``stop`` of a unit; ``slots`` of the plan's arrays belong to them. ``pairs`` they decide."""
+    """Rows ``start`` to ``stop`` of unit number ``unit``, with their ``slots`` in the plan's arrays."""
 
     number: int
     unit: int
@@ -49,7 +53,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of rows: all of them, decided, ties, without a label, bad by cause. Of the decided: pairs, repeated pairs."""
+    """Rows: all, decided, ties, without a label (``missing``), bad by cause. Pairs: all, ``duplicates``."""
 
     rows: int
     decided: int
@@ -62,114 +66,138 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """``images`` [slots] numbers images by their uid, ``homes`` [slots] says which block encodes it, ``first`` [slots]
-    whether this is where it is read; ``row_slots`` [decided rows] counts a row's slots."""
+    """Arrays over slots, in the order of the rows.
+
+    ``images`` int32 [slots] is the number of the slot's image: equal where the uids are. ``block_of_slot``
+    int32 [slots] is the block that encodes it. ``is_first`` bool [slots] marks where it occurs first, and so
+    is read. ``slots_per_row`` uint8 [decided rows].
+    """
 
     units: list[Unit]
     blocks: list[Block]
-    images: np.ndarray
-    homes: np.ndarray
-    first: np.ndarray
-    row_slots: np.ndarray
+    images: NDArray[np.int32]
+    block_of_slot: NDArray[np.int32]
+    is_first: NDArray[np.bool_]
+    slots_per_row: NDArray[np.uint8]
     counts: Counts
 
     @property
     def num_images(self) -> int:
-        """How many images are encoded."""
-        return int(self.first.sum())
+        """The number of images to encode."""
+        return int(self.is_first.sum())
+
+    def num_first(self, block: Block) -> int:
+        """The number of images that this block encodes."""
+        return int(self.is_first[block.slots].sum())
 
     def shards(self, pairs_per_shard: int) -> Iterator[list[Block]]:
-        """Blocks with pairs in order, together so many pairs at most (one block at least)."""
+        """Blocks with pairs, in order, grouped to at most so many pairs (at least one block) a shard."""
         shard: list[Block] = []
-        pairs = rows = 0
-        for block in (block for block in self.blocks if block.pairs):
-            pairs, rows = pairs + block.pairs, rows + block.stop - block.start
-            if shard and (pairs > pairs_per_shard or rows > ROWS_PER_SHARD):
+        pairs = 0
+        rows = 0
+        for block in self.blocks:
+            if not block.pairs:
+                continue
+            block_rows = block.stop - block.start
+            pairs += block.pairs
+            rows += block_rows
+            if shard and (pairs > pairs_per_shard or rows > MAX_SHARD_ROWS):
                 yield shard
-                shard, pairs, rows = [], block.pairs, block.stop - block.start
+                shard = []
+                pairs = block.pairs
+                rows = block_rows
             shard.append(block)
         if shard:
             yield shard
 
     def pending(self, done: set[int]) -> Iterator[tuple[Unit, list[Block]]]:
-        """Units with the blocks in which something is left to encode."""
-        left = (block for block in self.blocks if block.number not in done and self.first[block.slots].any())
-        for unit, blocks in groupby(left, key=lambda block: block.unit):
-            yield self.units[unit], list(blocks)
+        """Units with their blocks that have images to encode and are not ``done``."""
+        blocks = (block for block in self.blocks if block.number not in done and self.num_first(block))
+        for unit, unit_blocks in groupby(blocks, key=lambda block: block.unit):
+            yield self.units[unit], list(unit_blocks)
 
-    def rows_with(self, bad_images: np.ndarray) -> np.ndarray:
-        """bool [decided rows]: which hold one of these images."""
-        row_of_slot = np.repeat(np.arange(len(self.row_slots)), self.row_slots)
-        found = np.zeros(len(self.row_slots), bool)
-        found[row_of_slot[np.isin(self.images, bad_images)]] = True
-        return found
+    def rows_with(self, images: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """bool [decided rows]: whether the row holds one of these images."""
+        row_of_slot = np.repeat(np.arange(len(self.slots_per_row)), self.slots_per_row)
+        is_holder = np.zeros(len(self.slots_per_row), np.bool_)
+        is_holder[row_of_slot[np.isin(self.images, images)]] = True
+        return is_holder
 
 
 class Planner:
-    """Cuts units into blocks of at most ``images_per_block`` slots (one row at least), a row at a time."""
+    """Cuts units into blocks of at most ``images_per_block`` slots (at least one row), a row at a time."""
 
     def __init__(self, images_per_block: int) -> None:
         self._images_per_block = images_per_block
         self._units: list[Unit] = []
         self._blocks: list[Block] = []
-        self._keys, self._pair_keys, self._row_slots = bytearray(), bytearray(), bytearray()
+        self._image_keys = bytearray()
+        self._pair_keys = bytearray()
+        self._slots_per_row = bytearray()
         self._tally = Tally()
 
     def add(self, unit: Unit, rows: Iterable[Row]) -> None:
-        """One unit's rows, in their order."""
-        start, first_slot, pairs, number = 0, self._num_slots, 0, -1
+        """Add a unit's rows, in their order."""
+        start = 0
+        first_slot = self._num_slots
+        pairs = 0
+        num_rows = 0
         for number, row in enumerate(rows):
             slots = len(row.uids) if row.kind == "decided" else 0
-            if self._num_slots > first_slot and self._num_slots + slots - first_slot > self._images_per_block:
-                self._close(start, number, first_slot, pairs)
-                start, first_slot, pairs = number, self._num_slots, 0
+            has_images = self._num_slots > first_slot
+            if has_images and self._num_slots - first_slot + slots > self._images_per_block:
+                self._close_block(start, number, first_slot, pairs)
+                start = number
+                first_slot = self._num_slots
+                pairs = 0
             self._count(row)
             if slots:
-                self._keys += b"".join(
-                    blake2b(uid.encode(), digest_size=KEY_BYTES).digest() for uid in row.uids
-                )
-                self._row_slots.append(slots)
+                for uid in row.uids:
+                    self._image_keys += blake2b(uid.encode(), digest_size=IMAGE_KEY_BYTES).digest()
+                self._slots_per_row.append(slots)
                 pairs += len(row.preferences)
-        if number >= start:
-            self._close(start, number + 1, first_slot, pairs)
+            num_rows = number + 1
+        if num_rows > start:
+            self._close_block(start, num_rows, first_slot, pairs)
         self._units.append(unit)
 
     def plan(self) -> Plan:
-        """What the units that were added come to."""
-        keys = np.frombuffer(bytes(self._keys), np.uint64).reshape(-1, 2)
-        images, first_slot = _numbered(keys)
+        """The plan of the units added so far."""
+        keys = np.frombuffer(bytes(self._image_keys), np.uint64).reshape(-1, 2)
+        images, first_slot = _number_keys(keys)
         block_of_slot = np.repeat(
             np.arange(len(self._blocks), dtype=np.int32),
-            [each.slots.stop - each.slots.start for each in self._blocks],
+            [block.slots.stop - block.slots.start for block in self._blocks],
         )
-        first = np.zeros(len(keys), bool)
-        first[first_slot] = True
+        is_first = np.zeros(len(keys), np.bool_)
+        is_first[first_slot] = True
         return Plan(
             units=self._units,
             blocks=self._blocks,
             images=images,
-            homes=block_of_slot[first_slot[images]],
-            first=first,
-            row_slots=np.frombuffer(bytes(self._row_slots), np.uint8),
+            block_of_slot=block_of_slot[first_slot[images]],
+            is_first=is_first,
+            slots_per_row=np.frombuffer(bytes(self._slots_per_row), np.uint8),
             counts=self._counts(),
         )
 
     @property
     def _num_slots(self) -> int:
-        return len(self._keys) // KEY_BYTES
+        return len(self._image_keys) // IMAGE_KEY_BYTES
 
-    def _close(self, start: int, stop: int, first_slot: int, pairs: int) -> None:
+    def _close_block(self, start: int, stop: int, first_slot: int, pairs: int) -> None:
         slots = slice(first_slot, self._num_slots)
         self._blocks.append(Block(len(self._blocks), len(self._units), start, stop, slots, pairs))
 
     def _count(self, row: Row) -> None:
         self._tally.add(row)
-        for each in row.preferences:
-            content = "\0".join((row.uids[each.winner], row.uids[each.loser], row.caption))
-            self._pair_keys += blake2b(content.encode(), digest_size=8).digest()
+        for preference in row.preferences:
+            content = "\0".join((row.uids[preference.winner], row.uids[preference.loser], row.caption))
+            self._pair_keys += blake2b(content.encode(), digest_size=PAIR_KEY_BYTES).digest()
 
     def _counts(self) -> Counts:
-        tally, pairs = self._tally, np.frombuffer(bytes(self._pair_keys), np.uint64)
+        tally = self._tally
+        pair_keys = np.frombuffer(bytes(self._pair_keys), np.uint64)
         return Counts(
             rows=tally.kinds.total(),
             decided=tally.kinds["decided"],
@@ -177,16 +205,19 @@ class Planner:
             missing=tally.kinds["missing"],
             bad=tally.bad,
             pairs=tally.pairs,
-            duplicates=len(pairs) - len(np.unique(pairs)),
+            duplicates=len(pair_keys) - len(np.unique(pair_keys)),
         )
 
 
-def _numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For keys uint64 [n 2]: a number for each (int32 [n], the same where keys are equal), and where a number stands first."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in their order
+def _number_keys(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
+    """Number distinct keys. ``keys`` is uint64 [n 2].
+
+    Returns each key's number (int32 [n], equal for equal keys) and the index where each number occurs first.
+    """
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys keep their order
     ordered = keys[order]
-    new = np.ones(len(keys), bool)
-    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    images = np.empty(len(keys), np.int32)
-    images[order] = np.cumsum(new) - 1
-    return images, order[new]
+    is_new = np.ones(len(keys), np.bool_)
+    is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    numbers = np.empty(len(keys), np.int32)
+    numbers[order] = np.cumsum(is_new) - 1
+    return numbers, order[is_new]

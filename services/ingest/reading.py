@@ -1,4 +1,4 @@
-"""From a unit's rows to pixels of one size, on the CPU. Imports no torch: its workers start fast."""
+"""Decode the images of a unit's rows to pixels of one size, on the CPU. Without torch: workers start fast."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from services.pairs.images import BadImage, decode
 from services.pairs.row import Row
 from services.pairs.source import Source
 
-LOADS_AT_ONCE = 8
-"""Images that lie in files of their own are fetched so many at a time."""
+LOAD_THREADS = 8
+"""Images in files of their own are fetched this many at a time."""
 
 
 def read_images(work: dict[str, Any], source: Source, size: int, flip: bool) -> Iterator[dict[str, Any]]:
-    """The images that stand first in a unit's blocks, decoded: one row a block.
+    """Decode the images that occur first in these blocks of a unit. Yields one row for each block.
 
-    Needs ``unit``, ``blocks`` and ``wanted`` (for each block a flag for each slot). Makes ``block`` (its number), ``pixels``
-    (uint8 [n size size 3] as bytes), ``about`` (JSON: uid, sha256, size, crop of each image) and ``bad`` (JSON: by
-    its slot in the block, the cause why an image cannot be used). In memory are one block's pixels and a few images' files.
+    In: ``unit``, ``blocks`` and ``wanted`` (for each block a flag for each slot). Out: ``block`` (its
+    number), ``pixels`` (uint8 [n size size 3] as bytes), ``metadata`` (JSON: [uid, sha256, size, crop] of
+    each image) and ``bad`` (JSON: slot in the block -> why its image cannot be used). Memory holds the pixels
+    of one block and LOAD_THREADS image files.
     """
     unit: Unit = work["unit"]
     blocks: list[Block] = work["blocks"]
     position = blocks[0].start
     rows = source.rows(unit, with_images=True, start=position, stop=blocks[-1].stop)
     for block, wanted in zip(blocks, work["wanted"], strict=True):
-        _skip(rows, block.start - position)  # a block between that is there already
-        yield {
-            "block": block.number,
-            **_decoded(source, islice(rows, block.stop - block.start), wanted, size, flip),
-        }
+        _skip(rows, block.start - position)  # the rows of a committed block in between
+        block_rows = islice(rows, block.stop - block.start)
+        yield {"block": block.number, **_decoded(source, block_rows, wanted, size, flip)}
         position = block.stop
 
 
@@ -47,7 +46,9 @@ def _skip(rows: Iterator[Row], count: int) -> None:
 
 
 def _decoded(source: Source, rows: Iterator[Row], wanted: bytes, size: int, flip: bool) -> dict[str, Any]:
-    pixels, about, bad = bytearray(), [], {}
+    pixels = bytearray()
+    metadata: list[Any] = []
+    bad: dict[int, str] = {}
     for slot, uid, data in _loaded(source, rows, wanted):
         try:
             if isinstance(data, BadImage):
@@ -57,24 +58,25 @@ def _decoded(source: Source, rows: Iterator[Row], wanted: bytes, size: int, flip
             bad[slot] = error.cause
         else:
             pixels += np.ascontiguousarray(image.pixels).data
-            about.append([uid, hashlib.sha256(data or b"").hexdigest(), image.size, image.crop])
-    return {"pixels": bytes(pixels), "about": json.dumps(about), "bad": json.dumps(bad)}
+            metadata.append([uid, hashlib.sha256(data or b"").hexdigest(), image.size, image.crop])
+    return {"pixels": bytes(pixels), "metadata": json.dumps(metadata), "bad": json.dumps(bad)}
 
 
 def _loaded(
     source: Source, rows: Iterator[Row], wanted: bytes
 ) -> Iterator[tuple[int, str, bytes | BadImage | None]]:
-    """Slot, uid and file of what is wanted, or why there is none; a few files are fetched at a time."""
-    slots = (each for row in rows if row.kind == "decided" for each in zip(row.uids, row.images, strict=True))
-    chosen = ((slot, uid, cell) for slot, (uid, cell) in enumerate(slots) if wanted[slot])
-    with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
-        while some := list(islice(chosen, LOADS_AT_ONCE)):
-            files = pool.map(lambda each: _load(source, each[2]), some)
-            yield from ((slot, uid, data) for (slot, uid, _), data in zip(some, files, strict=True))
+    """(slot, uid, file or why it cannot be loaded) of the wanted images, LOAD_THREADS at a time."""
+    decided = (row for row in rows if row.kind == "decided")
+    slots = (uid_and_image for row in decided for uid_and_image in zip(row.uids, row.images, strict=True))
+    chosen = ((slot, uid, image) for slot, (uid, image) in enumerate(slots) if wanted[slot])
+    with ThreadPoolExecutor(LOAD_THREADS) as pool:
+        while group := list(islice(chosen, LOAD_THREADS)):
+            files = pool.map(lambda entry: _load(source, entry[2]), group)
+            yield from ((slot, uid, data) for (slot, uid, _), data in zip(group, files, strict=True))
 
 
-def _load(source: Source, cell: bytes | str | None) -> bytes | BadImage | None:
+def _load(source: Source, image: bytes | str | None) -> bytes | BadImage | None:
     try:
-        return source.load(cell)
+        return source.load(image)
     except BadImage as error:
         return error

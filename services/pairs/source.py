@@ -148,7 +148,7 @@ class Source:
             raise BadImage("image_unreachable", str(error)) from error
 
     def fingerprint(self) -> bytes:
-        """sha256 of the files' names and sizes and of Parquet footers. Images in other files are not covered."""
+        """sha256 of the files' names, sizes and Parquet footers. Images in other files are not covered."""
         digest = hashlib.sha256()
         for part in self.reader.identity():
             digest.update(part)

@@ -154,7 +154,7 @@ def _total_rows(units: list[Unit]) -> int | None:
 
 
 def _spread(source: Source, units: list[Unit], sample_rows: int) -> Iterator[Row]:
-    """The first rows of each unit; units in the order of their reversed bits, so that any prefix is spread."""
+    """The first rows of each unit. Units come by their reversed bits, so that any prefix is spread."""
     bits = max(1, (len(units) - 1).bit_length())
     sampled_units = max(1, min(len(units), MIN_SAMPLED_UNITS))
     rows_per_unit = max(1, sample_rows // sampled_units)

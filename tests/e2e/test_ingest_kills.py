@@ -75,7 +75,7 @@ def test_ten_kills_at_random_points_change_nothing(system: LocalSystem, tmp_path
     last = killed.start("encode", killed.encode_spec("last", pairs, model, **data))
     found = last.finish()
     print(f"digests: undisturbed {expected.digest}, killed {KILLS} times {found.digest}")
-    assert any("are there from an earlier run" in event for event in last.events())
+    assert any("already encoded by an earlier run" in event for event in last.events())
     assert manifest(found) == manifest(expected), "the same digest, counts and shards"
     assert not found.reused
     assert not written_files(killed, "blocks/*"), "blocks are deleted once the manifest is written"

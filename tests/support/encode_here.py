@@ -18,9 +18,9 @@ from services.artifacts import models
 from services.ingest import encode as ingest
 from services.ingest.committed import commit
 from services.ingest.joining import ShardWork, join_shard
+from services.ingest.pipelines import Encoder, segments
 from services.ingest.plan import Plan
 from services.ingest.reading import read_images
-from services.ingest.pipelines import Encoder, segments
 from services.pairs.source import Source, open_source
 from services.pairs.validation import inspect
 from services.stages.journal import Journal

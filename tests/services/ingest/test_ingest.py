@@ -36,8 +36,8 @@ from tests.support.pairs_file import pair_rows, write_pairs
 @pytest.fixture
 def encode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> EncodeHere:
     """Blocks of at most 8 images, shards of at most 6 pairs."""
-    monkeypatch.setattr(plan, "FEWEST_IMAGES", 1)
-    monkeypatch.setattr(plan, "MOST_IMAGES", 8)
+    monkeypatch.setattr(plan, "MIN_BLOCK_IMAGES", 1)
+    monkeypatch.setattr(plan, "MAX_BLOCK_IMAGES", 8)
     monkeypatch.setattr(ingest, "PAIRS_PER_SHARD", 6)
     return EncodeHere(monkeypatch, ModelFolder(MODEL_DIR), tmp_path / "encoded")
 
@@ -126,7 +126,7 @@ def test_a_run_that_broke_off_is_gone_on_with_and_ends_the_same(
     )
     again = encode(path, max_bad_fraction=0.1)
     assert after == before, "what was committed is not encoded again"
-    assert "17 are there from an earlier run" in events(encode, 2)[0]
+    assert "17 already encoded by an earlier run" in events(encode, 2)[0]
     manifests = [files.read_bytes(files.join(result.dataset, "manifest.json")) for result in (whole, again)]
     assert manifests[0] == manifests[1]
     assert again.bad == {"image_not_an_image": 1}
@@ -155,7 +155,7 @@ def test_a_block_that_lacks_an_image_is_never_taken_for_a_bad_image(
 ):
     path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
     dataset = broken_off(encode, path, monkeypatch, blocks=2)
-    commit({"block": 0, "latents": b"", "about": "[]", "bad": "{}"}, dataset.as_uri())
+    commit({"block": 0, "latents": b"", "metadata": "[]", "bad": "{}"}, dataset.as_uri())
     with pytest.raises(DataError, match=r"block 0 of .* lacks 8 images that were encoded"):
         encode(path)
     assert not (dataset / "manifest.json").exists()
@@ -223,7 +223,7 @@ def test_blocks_between_that_are_there_are_passed_over(tmp_path: Path):
         for row in read_images(work, source, 32, False)
     }
     assert some == {number: row for number, row in all_of_it.items() if number not in (0, 2, 3)}
-    assert sum(len(json.loads(row["about"])) for row in all_of_it.values()) == planned.num_images
+    assert sum(len(json.loads(row["metadata"])) for row in all_of_it.values()) == planned.num_images
 
 
 def test_bad_rows_and_bad_images_are_quarantined_by_row_and_cause(encode: EncodeHere, tmp_path: Path):

@@ -41,7 +41,7 @@ def encoded_by(plan: Plan, units: list[list[Row]]) -> dict[str, list[int]]:
     for block in plan.blocks:
         rows = [row for row in units[block.unit][block.start : block.stop] if row.kind == "decided"]
         uids = [uid for row in rows for uid in row.uids]
-        for uid, wanted in zip(uids, plan.first[block.slots], strict=True):
+        for uid, wanted in zip(uids, plan.is_first[block.slots], strict=True):
             found.setdefault(uid, [])
             if wanted:
                 found[uid].append(block.number)
@@ -71,7 +71,7 @@ def test_every_image_is_encoded_once_and_every_row_is_in_one_block(
         stretches = [(block.start, block.stop) for block in plan.blocks if block.unit == number]
         assert [row for start, stop in stretches for row in range(start, stop)] == list(range(len(rows)))
     slots = [uid for rows in units for row in rows if row.kind == "decided" for uid in row.uids]
-    assert [found[uid][0] for uid in slots] == plan.homes.tolist(), (
+    assert [found[uid][0] for uid in slots] == plan.block_of_slot.tolist(), (
         "a slot's home is the block that encodes its image"
     )
     assert len({(uid, number) for uid, number in zip(slots, plan.images.tolist(), strict=True)}) == len(
