@@ -1,4 +1,4 @@
-"""Which reference ledger serves a run: the ledgers beside a dataset's shards, found by their keys."""
+"""Finds the reference ledger that serves a run among the ledgers of its dataset, by their keys."""
 
 from __future__ import annotations
 

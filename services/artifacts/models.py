@@ -34,6 +34,8 @@ from services.storage import files
 CACHE_BYTES = 100_000_000_000
 """Limit for copies of models on a node. The least recently used ones that no process holds are evicted."""
 
+READ_BYTES = 1 << 22
+
 
 def publish(root: str, record: ModelRecord) -> None:
     """Let Serve find a model under its id."""
@@ -157,7 +159,7 @@ def _file_digest(uri: str) -> str:
     digest = hashlib.sha256()
     filesystem, path = files.resolve(uri)
     with filesystem.open_input_stream(path) as stream:
-        while block := stream.read(1 << 22):
+        while block := stream.read(READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
 

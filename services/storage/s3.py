@@ -68,7 +68,7 @@ TRANSIENT = (
 )
 """Error codes of a store under load, or of credentials that are being renewed: a retry may succeed."""
 ALREADY_EXISTS = ("PreconditionFailed", "ConditionalRequestConflict")
-"""Error codes of a conditional write."""
+"""Error codes of a conditional write to an existing object."""
 _INCOMPLETE = (ResponseStreamingError, IncompleteReadError, FlexibleChecksumError, ReadTimeoutError)
 _NO_ANSWER = (HTTPClientError, ConnectionError, RetriesExceededError, S3DownloadFailedError, *_INCOMPLETE)
 

@@ -1,4 +1,4 @@
-"""Entries of a node's cache: made once, kept while in use, evicted by their last use."""
+"""Entries of a node's cache are made once, kept while in use, and evicted by their last use."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def test_the_least_recently_used_entry_is_evicted(cache: NodeCache, kind: Callab
 
 
 @KINDS
-def test_an_entry_in_use_is_not_evicted_even_where_the_bytes_are_exceeded(
-    cache: NodeCache, kind: Callable
-) -> None:
+def test_an_entry_in_use_is_not_evicted_even_above_the_limit(cache: NodeCache, kind: Callable) -> None:
     use(cache, "b1", "a2", "c3", kind=kind)
     with cache.hold("b1", kind) as path:
         os.utime(path, (0, 0))
@@ -99,7 +97,7 @@ sys.stdin.read()
     assert entries(cache) == []
 
 
-def test_an_entry_that_is_held_until_exit_is_made_again_where_somebody_deleted_it(cache: NodeCache) -> None:
+def test_a_deleted_entry_is_made_again_even_if_it_was_held_until_exit(cache: NodeCache) -> None:
     path = cache.hold_until_exit("b1", partial(file_of, b"first"))
     path.unlink()
     assert cache.hold_until_exit("b1", partial(file_of, b"second")).read_bytes() == b"second"
@@ -118,7 +116,7 @@ def test_an_error_leaves_no_entry(cache: NodeCache, kind: Callable) -> None:
 
 
 @KINDS
-def test_what_a_killed_process_was_writing_is_deleted_and_never_read(
+def test_unfinished_entries_of_a_killed_process_are_deleted_and_never_read(
     cache: NodeCache, kind: Callable
 ) -> None:
     use(cache, "b1")
@@ -129,7 +127,9 @@ def test_what_a_killed_process_was_writing_is_deleted_and_never_read(
     assert entries(cache) == ["b1", "b2"]
 
 
-def test_entries_are_written_at_the_same_time_and_their_bytes_count_from_the_start(cache: NodeCache) -> None:
+def test_entries_are_written_concurrently_and_their_bytes_count_from_the_reservation(
+    cache: NodeCache,
+) -> None:
     use(cache, "a1", "d4", "e5")
     other = NodeCache(cache.folder, 3 * ENTRY_BYTES)
 

@@ -497,6 +497,11 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
         f"uri '{base}' cannot be aligned: beta_schedule must be one of scaled_linear, linear, "
         "got 'squaredcos",
     )
+    scheduler.write_text("[]")
+    no_object = "scheduler/scheduler_config.json must hold a JSON object, got a list"
+    post("uri", f"uri '{base}' cannot be aligned: {no_object}")
+    scheduler.write_text("{")
+    post("uri", f"uri '{base}' cannot be aligned: scheduler/scheduler_config.json is not JSON")
     scheduler.write_text("{}")
     post(
         "uri",

@@ -1,4 +1,4 @@
-"""Files are written atomically, on disk and in an object store. Writers share a journal. Stages write markers."""
+"""Files are written atomically on disk and in an object store. Journals take several writers."""
 
 from __future__ import annotations
 

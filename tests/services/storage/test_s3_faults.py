@@ -1,4 +1,4 @@
-"""An object store that is slow, answers 503 and breaks connections: objects stay complete, writes are kept."""
+"""An object store that is slow, answers 503 and breaks connections: objects are complete, writes are kept."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ MULTIPART_BYTES = 9_000_000
 SOMETIMES = {
     "503": [Fault("slow_down", every(3))],
     "slow": [Fault("delay", every(3), seconds=0.1)],
-    "torn uploads": [Fault("refuse_upload", every(3), "PUT"), Fault("cut_upload", every(2), "PUT")],
-    "lost answers": [Fault("lose_response", every(3))],
-    "torn downloads": [Fault("cut_download", every(2), "GET")],
+    "broken uploads": [Fault("refuse_upload", every(3), "PUT"), Fault("cut_upload", every(2), "PUT")],
+    "lost responses": [Fault("lose_response", every(3))],
+    "broken downloads": [Fault("cut_download", every(2), "GET")],
     "all of it": [
         Fault("cut_upload", random_fraction(0.3, 4), "PUT"),
         Fault("cut_download", random_fraction(0.3, 5), "GET"),
@@ -80,7 +80,7 @@ def test_what_is_written_listed_copied_and_read_is_intact(
     assert {each.kind for each in SOMETIMES[fault]} <= s3_server.counts.keys()
 
 
-@pytest.mark.parametrize("fault", ["503", "torn downloads", "lost answers"])
+@pytest.mark.parametrize("fault", ["503", "broken downloads", "lost responses"])
 def test_ranges_of_parquet_are_intact(fault: str, s3_server: S3Server, bucket: str, tmp_path: Path):
     table = pa.table({"n": range(20_000), "bytes": [os.urandom(50) for _ in range(20_000)]})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=4_000)
