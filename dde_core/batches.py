@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -127,16 +127,17 @@ class BatchMaker:
         return columns
 
 
+AnyRows = TypeVar("AnyRows", bound="Rows")
+
+
+@runtime_checkable
 class Rows(Protocol):
     """Anything with one row for each pair: LatentRows, PairBatch."""
 
     def __len__(self) -> int: ...
 
-    def rows(self, keep: slice) -> Self:
+    def rows(self: AnyRows, keep: slice) -> AnyRows:
         """Some of the rows."""
-
-
-AnyRows = TypeVar("AnyRows", bound=Rows)
 
 
 def slices(rows: AnyRows, size: int) -> Iterator[AnyRows]:

@@ -1,14 +1,28 @@
-"""Shared fixtures: one system a session (real Ray, Serve, control plane on 127.0.0.1), one S3 server."""
+"""Shared fixtures: one system a session (real Ray, Serve, control plane on 127.0.0.1), one S3 server.
+
+In this process jaxtyping checks shapes and types of every call to dde_core. Its hook must be in place before
+dde_core is imported. Left out is ``config``, whose own checks refuse values of a wrong type.
+"""
 
 from __future__ import annotations
 
 import os
+import pkgutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
+import tests.support.typechecker
+
+ROOT = Path(__file__).parent.parent
+MODULES = [module.name for module in pkgutil.iter_modules([str(ROOT / "dde_core")])]
+CHECKED = [f"dde_core.{name}" for name in MODULES if name != "config"]
+install_import_hook(CHECKED, f"{tests.support.typechecker.__name__}.typechecker")
+
+# ruff: noqa: E402
 from services.client.api import Client
 from services.client.local import LocalSystem
 from services.storage import s3

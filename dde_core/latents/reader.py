@@ -19,7 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from pyarrow import fs
@@ -87,7 +86,7 @@ class LatentReader:
         """The number of pairs in an epoch."""
         return len(self._order)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LatentReader:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -19,6 +19,7 @@ from dde_core.latents.ledger import LedgerKey, LedgerRecord, ledger_file
 from dde_core.latents.reader import LatentReader
 from dde_core.latents.schema import MANIFEST, Manifest, shard_schema, token_columns
 from dde_core.latents.writer import shard_table, write_shard
+from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy
 from dde_core.models.tokens import tokenize
 from dde_core.schedule import Schedule
@@ -43,14 +44,14 @@ VAES = {
 }
 
 
-class RandomFolder:
-    """Replaces a ModelFolder: makes every part on ``device``, always with the same weights."""
+class RandomFolder(ModelFolder):
+    """A ModelFolder without files: makes every part on ``device``, always with the same weights."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
         self._device = device
         self.family = "sdxl" if name == "sdxl" else "sd15"
-        self.no_caption_is_zeros = self.family == "sdxl"
+        self.index = {}
         self.size_px = UNETS[name]["sample_size"] * 8
 
     def unet(self) -> UNet2DConditionModel:

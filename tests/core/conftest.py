@@ -1,11 +1,10 @@
-"""One thread; and shapes in annotations are checked: the maths modules are imported under jaxtyping and beartype."""
+"""One thread for torch, one profile for hypothesis, and Stable Diffusion's schedule."""
 
 import hypothesis
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-CHECKED = ("schedule", "noise", "calibration", "objectives", "train_step", "sampling", "metrics", "credit")
+from dde_core.schedule import Schedule
 
 SD = {
     "num_train_timesteps": 1000,
@@ -19,7 +18,6 @@ SD = {
 """What Stable Diffusion's scheduler_config.json says."""
 
 torch.set_num_threads(1)
-install_import_hook([f"dde_core.{name}" for name in CHECKED], "beartype.beartype")
 hypothesis.settings.register_profile("core", deadline=None, database=None)
 hypothesis.settings.load_profile("core")
 
@@ -31,6 +29,4 @@ def sd_config() -> dict:
 
 @pytest.fixture(scope="session")
 def schedule():
-    from dde_core.schedule import Schedule  # after the hook
-
     return Schedule.from_config(SD)

@@ -111,7 +111,7 @@ def test_everything_for_an_accelerator_runs_on_a_tiny_model(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     names = set(json.loads(out.read_text()))
     assert {"tiny, VAE encode, tf32", "law, gradient, float32"} <= names
-    assert any("compiled, train_vs_public_recipe" in name for name in names)
+    assert any("compiled, train_vs_floor" in name for name in names)
 
 
 def test_real_models_are_compared_with_the_estimated_memory_and_the_published_speed():

@@ -79,9 +79,14 @@ def write_record(folder: Path, key: LedgerKey) -> Path:
 def rows_at(*where: tuple[int, int, int]) -> LatentRows:
     """Rows of (shard, draw, place); a ledger reads nothing else of them."""
     shards, draws, places = (np.array(column) for column in zip(*where, strict=True))
-    empty = dict.fromkeys(field.name for field in dataclasses.fields(LatentRows))
+    rows = len(where)
+    none = {"token_ids": np.empty((rows, 0, 0), int)}
+    for side in "wl":
+        none[f"latents_{side}"] = np.empty((rows, 0, 0, 0), np.float32)
+        none[f"sizes_{side}"] = np.empty((rows, 2), int)
+        none[f"crops_{side}"] = np.empty((rows, 2), int)
     ids = tuple(map(str, where))
-    return LatentRows(**empty | {"shards": shards, "draws": draws, "places": places, "pair_ids": ids})
+    return LatentRows(np.arange(rows), draws, shards, places, ids, **none)
 
 
 def opened(path: Path) -> Ledger:

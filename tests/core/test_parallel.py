@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -292,7 +291,8 @@ def test_a_policy_counts_a_reference_only_where_its_method_has_one(monkeypatch, 
     """SDXL in bf16 with a running average on 85 GB: 56.5 GB of state, 66.8 GB with a reference."""
     monkeypatch.setattr(parallel, "shard", lambda *arguments: None)
     monkeypatch.setattr(parallel, "wrap", lambda model, parallelism, device: model)
-    folder = SimpleNamespace(unet=lambda: meta_unet("sdxl", None))
+    folder = object.__new__(ModelFolder)
+    monkeypatch.setattr(folder, "unet", lambda: meta_unet("sdxl", None), raising=False)
     training = TrainConfig(ema_decay=0.999, precision="bf16")
     assert Policy(folder, training, "meta", ON.gpus, method).parallelism == chosen
 
