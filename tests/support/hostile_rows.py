@@ -72,7 +72,7 @@ def _flipped(rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-PICTURES: dict[str, tuple[str, Callable[[np.random.Generator], bytes | None]]] = {
+IMAGES: dict[str, tuple[str, Callable[[np.random.Generator], bytes | None]]] = {
     "null": ("image_missing", lambda rng: None),
     "no bytes": ("image_empty", lambda rng: b""),
     **{name: ("image_not_an_image", lambda rng, data=data: data) for name, data in JUNK.items()},
@@ -84,7 +84,7 @@ PICTURES: dict[str, tuple[str, Callable[[np.random.Generator], bytes | None]]] =
     "half a tiff": ("image_broken", lambda rng: _half(saved(drawn(rng), "TIFF"))),
     "half a bmp": ("image_broken", lambda rng: _half(saved(drawn(rng), "BMP"))),
     "a png header alone": ("image_broken", lambda rng: png_header(24, 24)),
-    "a chunk that lies about its length": (
+    "a chunk with a false length": (
         "image_broken",
         lambda rng: (
             png_header(24, 24) + chunk(b"IDAT", zlib.compress(bytes(24 * 73)), length=5) + chunk(b"IEND", b"")
@@ -109,8 +109,8 @@ PICTURES: dict[str, tuple[str, Callable[[np.random.Generator], bytes | None]]] =
     "an animated webp": ("image_animated", lambda rng: animated(rng, "WEBP")),
     "a tiff of three pages": ("image_animated", lambda rng: animated(rng, "TIFF")),
     "cmyk": ("image_cmyk", lambda rng: saved(drawn(rng), "JPEG", "CMYK")),
-    "16 bits of grey": ("image_16bit", deep),
-    "16 bits of colour": ("image_16bit", lambda rng: png_of(8, 8, bytes(8 * 49), depth=16)),
+    "16 bits of gray": ("image_16bit", deep),
+    "16 bits of color": ("image_16bit", lambda rng: png_of(8, 8, bytes(8 * 49), depth=16)),
     "lab": ("image_colour_space", lambda rng: saved(drawn(rng), "TIFF", "LAB")),
 }
 """Hostile images by name: the cause, and a function that makes one."""
@@ -131,7 +131,7 @@ CELLS: dict[str, tuple[str, dict]] = {
     "a null label and no caption": ("missing", {"label_1": None, "caption": None}),
     "has_label false": ("missing", {"has_label": False}),
     "equal labels": ("tie", {"label_0": 0.5, "label_1": 0.5}),
-    "one picture twice": ("tie", {"image_0_uid": "same", "image_1_uid": "same"}),
+    "one image twice": ("tie", {"image_0_uid": "same", "image_1_uid": "same"}),
 }
 """Hostile or undecided cells by name: the outcome, and the cells that replace those of a good row."""
 
@@ -156,7 +156,7 @@ def _half(data: bytes) -> bytes:
 def hostile_rows(count: int, seed: int = 0) -> Iterator[tuple[dict, str]]:
     """Rows and their expected outcome: "" (good, every third), "tie", "missing", or the cause if bad."""
     rng = np.random.default_rng(seed)
-    kinds = [*(("picture", name) for name in PICTURES), *(("cells", name) for name in CELLS)]
+    kinds = [*(("image", name) for name in IMAGES), *(("cells", name) for name in CELLS)]
     for number in range(count):
         row = _good(number, seed, rng)
         if number % 3 == 0:
@@ -167,7 +167,7 @@ def hostile_rows(count: int, seed: int = 0) -> Iterator[tuple[dict, str]]:
             end, changes = CELLS[name]
             yield row | changes, end
         else:
-            end, make = PICTURES[name]
+            end, make = IMAGES[name]
             yield row | {f"jpg_{rng.integers(2)}": make(rng)}, end
 
 

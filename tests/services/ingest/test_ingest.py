@@ -1,4 +1,4 @@
-"""Encoding: pairs come out as they went in, every image is encoded once, what was committed stays, what is bad is told."""
+"""Encoding keeps pairs as they are, encodes every image once, keeps committed blocks and reports bad rows."""
 
 from __future__ import annotations
 
@@ -64,16 +64,15 @@ def test_every_pair_has_the_latents_of_its_own_two_images(encode: EncodeHere, tm
     assert result.counts == {
         "rows": 20, "pairs": 18, "ties": 2, "missing": 0, "bad": 0, "duplicates": 0, "images": 34
     }  # fmt: skip
-    source, vae, found = (
-        open_source(DatasetSource(uri=path.as_uri())),
-        ModelFolder(MODEL_DIR).vae(),
-        rows_of(result),
-    )
+    source = open_source(DatasetSource(uri=path.as_uri()))
+    vae = ModelFolder(MODEL_DIR).vae()
+    found = rows_of(result)
     by_uid = {row[f"image_{side}_uid"]: row[f"jpg_{side}"] for row in rows for side in (0, 1)}
     decided = [row for unit in source.units() for row in source.rows(unit) if row.kind == "decided"]
     assert set(found) == {row.preferences[0].pair_id for row in decided}
     for row in decided:
-        preference, shard_row = row.preferences[0], found[row.preferences[0].pair_id]
+        preference = row.preferences[0]
+        shard_row = found[preference.pair_id]
         for side, slot in (("w", preference.winner), ("l", preference.loser)):
             uid = row.uids[slot]
             assert shard_row[f"uid_{side}"] == uid
@@ -84,8 +83,8 @@ def test_every_pair_has_the_latents_of_its_own_two_images(encode: EncodeHere, tm
 
 
 def test_a_ranking_becomes_every_pair_of_unequal_rank(encode: EncodeHere, tmp_path: Path):
-    pictures = [row["jpg_0"] for row in pair_rows(4)]
-    table = pa.table({"images": [pictures], "ranks": [[2, 1, 2, 3]], "caption": ["a red circle"]})
+    images = [row["jpg_0"] for row in pair_rows(4)]
+    table = pa.table({"images": [images], "ranks": [[2, 1, 2, 3]], "caption": ["a red circle"]})
     pq.write_table(table, tmp_path / "rankings.parquet")
     result = encode(tmp_path / "rankings.parquet")
     assert (result.counts["pairs"], result.counts["images"], result.counts["ties"]) == (5, 4, 1)
@@ -107,15 +106,15 @@ def test_flip_and_resolution_make_another_dataset(encode: EncodeHere, tmp_path: 
     assert all(straight[name]["latents_w"] != mirrored[name]["latents_w"] for name in straight)
 
 
-def test_a_run_that_broke_off_is_gone_on_with_and_ends_the_same(
+def test_an_interrupted_run_is_resumed_and_ends_with_the_same_manifest(
     encode: EncodeHere, tmp_path: Path, monkeypatch
 ):
     rows = pair_rows(30)
-    rows[2]["jpg_0"] = b"no picture"
+    rows[2]["jpg_0"] = b"no image"
     path = write_pairs(tmp_path / "pairs.parquet", rows, row_group_size=10)
     whole = EncodeHere(monkeypatch, ModelFolder(MODEL_DIR), tmp_path / "whole")(path, max_bad_fraction=0.1)
 
-    dataset = broken_off(encode, path, monkeypatch, blocks=3)
+    dataset = interrupted(encode, path, monkeypatch, blocks=3)
     before = {file: file.stat().st_mtime_ns for file in dataset.glob("blocks/*")}
     assert len(before) == 3
     after: dict[Path, int] = {}
@@ -132,17 +131,17 @@ def test_a_run_that_broke_off_is_gone_on_with_and_ends_the_same(
     assert again.bad == {"image_not_an_image": 1}
 
 
-def broken_off(encode: EncodeHere, path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int) -> Path:
-    """The folder of a dataset of which so many blocks are committed."""
+def interrupted(encode: EncodeHere, path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int) -> Path:
+    """The folder of a dataset whose run was interrupted after so many blocks."""
 
-    def breaking(*arguments, **more):
+    def interrupting(*arguments, **more):
         for number, row in enumerate(encode_blocks(*arguments, **more)):
             yield row
             if number + 1 == blocks:
                 raise KeyboardInterrupt
 
     encode_blocks = ingest.encode_blocks
-    monkeypatch.setattr(ingest, "encode_blocks", breaking)
+    monkeypatch.setattr(ingest, "encode_blocks", interrupting)
     with pytest.raises(KeyboardInterrupt):
         encode(path, max_bad_fraction=0.1)
     monkeypatch.setattr(ingest, "encode_blocks", encode_blocks)
@@ -150,29 +149,27 @@ def broken_off(encode: EncodeHere, path: Path, monkeypatch: pytest.MonkeyPatch, 
     return dataset
 
 
-def test_a_block_that_lacks_an_image_is_never_taken_for_a_bad_image(
+def test_a_block_that_lacks_an_image_is_an_error_and_no_bad_image(
     encode: EncodeHere, tmp_path: Path, monkeypatch
 ):
     path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
-    dataset = broken_off(encode, path, monkeypatch, blocks=2)
+    dataset = interrupted(encode, path, monkeypatch, blocks=2)
     commit({"block": 0, "latents": b"", "metadata": "[]", "bad": "{}"}, dataset.as_uri())
     with pytest.raises(DataError, match=r"block 0 of .* lacks 8 images that were encoded"):
         encode(path)
     assert not (dataset / "manifest.json").exists()
 
 
-def test_what_was_said_of_a_block_that_was_not_committed_is_forgotten(
-    encode: EncodeHere, tmp_path: Path, monkeypatch
-):
+def test_bad_images_of_an_uncommitted_block_are_deleted(encode: EncodeHere, tmp_path: Path, monkeypatch):
     path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
-    dataset = broken_off(encode, path, monkeypatch, blocks=2)
+    dataset = interrupted(encode, path, monkeypatch, blocks=2)
     (dataset / "bad").mkdir()
     (dataset / "bad" / "00000003.json").write_text('{"0": "image_missing"}')
     (dataset / "blocks" / ".nfs0001").write_bytes(b"")
     assert encode(path).counts["bad"] == 0
 
 
-def test_a_run_that_another_one_has_overtaken_takes_its_manifest(
+def test_a_run_that_another_run_has_overtaken_uses_its_manifest(
     encode: EncodeHere, tmp_path: Path, monkeypatch
 ):
     path = write_pairs(tmp_path / "pairs.parquet", pair_rows(20))
@@ -189,7 +186,7 @@ def test_a_run_that_another_one_has_overtaken_takes_its_manifest(
     assert (slow.digest, slow.dataset) == (results[0].digest, results[0].dataset)
 
 
-def test_few_units_are_cut_for_many_readers_and_many_are_not():
+def test_units_are_split_only_where_they_are_too_few_for_the_readers():
     def cut(units: int, readers: int) -> list[int]:
         planner = Planner(images_per_block=2)
         for unit in range(units):
@@ -205,14 +202,14 @@ def test_few_units_are_cut_for_many_readers_and_many_are_not():
     assert cut(units=8, readers=4) == [12] * 8
 
 
-def test_blocks_between_that_are_there_are_passed_over(tmp_path: Path):
+def test_committed_blocks_in_between_are_skipped(tmp_path: Path):
     rows = pair_rows(20)
     source = open_source(DatasetSource(uri=write_pairs(tmp_path / "pairs.parquet", rows).as_uri()))
     planner = Planner(images_per_block=6)
     for unit in source.units():
         planner.add(unit, source.rows(unit))
     planned = planner.plan()
-    all_of_it = {
+    all_rows = {
         row["block"]: row
         for work in segments(planned, set(), 1)
         for row in read_images(work, source, 32, False)
@@ -222,27 +219,27 @@ def test_blocks_between_that_are_there_are_passed_over(tmp_path: Path):
         for work in segments(planned, {0, 2, 3}, 1)
         for row in read_images(work, source, 32, False)
     }
-    assert some == {number: row for number, row in all_of_it.items() if number not in (0, 2, 3)}
-    assert sum(len(json.loads(row["metadata"])) for row in all_of_it.values()) == planned.num_images
+    assert some == {number: row for number, row in all_rows.items() if number not in (0, 2, 3)}
+    assert sum(len(json.loads(row["metadata"])) for row in all_rows.values()) == planned.num_images
 
 
 def test_bad_rows_and_bad_images_are_quarantined_by_row_and_cause(encode: EncodeHere, tmp_path: Path):
     rows = pair_rows(20)
     rows[0]["caption"] = "x\0y"
-    rows[3]["jpg_0"] = b"no picture"
-    rows[4]["image_1_uid"] = rows[3]["image_0_uid"]  # the same uid: its image is the one that stands first
+    rows[3]["jpg_0"] = b"no image"
+    rows[4]["image_1_uid"] = rows[3]["image_0_uid"]  # the same uid: its image is the one that occurs first
     result = encode(write_pairs(tmp_path / "pairs.parquet", rows), max_bad_fraction=0.2)
     lines = files.read_bytes(files.join(result.dataset, "quarantine.jsonl")).decode().splitlines()
-    told = {line["row"].rsplit(":", 1)[1]: line for line in map(json.loads, lines)}
-    assert {row: line["cause"] for row, line in told.items()} == {
+    quarantined = {line["row"].rsplit(":", 1)[1]: line for line in map(json.loads, lines)}
+    assert {row: line["cause"] for row, line in quarantined.items()} == {
         "0": "caption_null_byte", "3": "image_not_an_image", "4": "image_not_an_image"
     }  # fmt: skip
-    assert told["4"]["pictures"] == {rows[3]["image_0_uid"]: "image_not_an_image"}
+    assert quarantined["4"]["pictures"] == {rows[3]["image_0_uid"]: "image_not_an_image"}
     assert result.bad == {"caption_null_byte": 1, "image_not_an_image": 2}
     assert result.counts["pairs"] == 18 - 3
 
 
-def test_more_bad_rows_than_allowed_fail_with_their_counts_also_where_the_shards_are_there(
+def test_more_bad_rows_than_allowed_fail_with_their_counts_also_where_the_shards_exist(
     encode: EncodeHere, tmp_path: Path
 ):
     rows = pair_rows(20)
@@ -274,7 +271,7 @@ def test_a_source_that_has_changed_since_it_was_registered_is_refused(encode: En
     assert refused.value.code == "dataset_changed"
 
 
-def test_progress_is_told_in_rows_images_and_what_is_left(encode: EncodeHere, tmp_path: Path):
+def test_progress_reports_rows_images_and_the_time_left(encode: EncodeHere, tmp_path: Path):
     encode(write_pairs(tmp_path / "pairs.parquet", pair_rows(20)))
     entries = [entry for _, some in read_journal((encode.folder / "a1").as_uri(), 0) for entry in some]
     last = [entry.metrics for entry in entries if entry.metrics][-1]

@@ -1,5 +1,8 @@
-"""The reference ledger from the pass to the loop: what it holds is what the frozen model says, whoever asks and however often
-the pass was killed; a run takes the one that fits, and says why another does not."""
+"""The reference ledger from the pass to the training loop.
+
+It holds the errors of the frozen model for every worker, however often the pass was killed. A run uses the
+ledger that fits, and reports why another does not.
+"""
 
 from __future__ import annotations
 
@@ -62,12 +65,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 @pytest.fixture
-def here(monkeypatch) -> list[tuple[int, int]]:
-    """The pass in this process, without a cluster: the real actor, called by hand. The units that were computed."""
+def in_process(monkeypatch) -> list[tuple[int, int]]:
+    """Runs the pass in this process with the real actor. Returns the (shard, draw) that were computed."""
     computed: list[tuple[int, int]] = []
 
-    def compute(units, *told):
-        frozen = ReferencePass(*told)
+    def compute(units, *arguments):
+        frozen = ReferencePass(*arguments)
         for unit in units:
             computed.append((unit["shard"], unit["draw"]))
             (row,) = frozen({name: np.array([value]) for name, value in unit.items()}).to_pylist()
@@ -81,7 +84,7 @@ def here(monkeypatch) -> list[tuple[int, int]]:
 attempts = count(1)
 
 
-def asked(
+def requested(
     folder: Path, model: ModelFolder, encoded: Path, objective: ObjectiveConfig, **training
 ) -> TrainSpec:
     """A run on the real digest of its model."""
@@ -90,9 +93,9 @@ def asked(
     return spec.model_copy(update={"model": spec.model.model_copy(update={"digest": digest})})
 
 
-def ledger_spec(run: TrainSpec, **told) -> LedgerSpec:
-    same = ("job", "attempt", "prefix", "dataset", "model", "objective", "training", "use_gpu")
-    return LedgerSpec(**{name: getattr(run, name) for name in same}, **told)
+def ledger_spec(run: TrainSpec, **arguments) -> LedgerSpec:
+    shared = ("job", "attempt", "prefix", "dataset", "model", "objective", "training", "use_gpu")
+    return LedgerSpec(**{name: getattr(run, name) for name in shared}, **arguments)
 
 
 def write(run: TrainSpec) -> LedgerResult:
@@ -133,7 +136,7 @@ def same_loss(cached: list[dict], online: list[dict], rel: float) -> None:
 @pytest.mark.parametrize(
     "objective", [ObjectiveConfig(calibration_point="sampled"), ObjectiveConfig(method="uniform")]
 )
-def test_the_ledger_holds_what_the_frozen_model_says_of_every_draw(here, tmp_path, model, objective):
+def test_the_ledger_holds_the_frozen_models_errors_of_every_draw(in_process, tmp_path, model, objective):
     encoded = write_encoded(tmp_path / "pairs", model, PAIRS, PER_SHARD)
     training = {
         "steps": 9,
@@ -142,7 +145,7 @@ def test_the_ledger_holds_what_the_frozen_model_says_of_every_draw(here, tmp_pat
         "caption_dropout": 0.5,
         "draw_seed": 3,
     }
-    result = write(asked(tmp_path, model, encoded, objective, **training))
+    result = write(requested(tmp_path, model, encoded, objective, **training))
     assert (result.draws, result.pairs, result.reused) == (4, PAIRS, False)  # 63 visits of 20 pairs
     cached, maker = opened(result.ledger), batch_maker(model, encoded, objective, **training)
     policy, schedule, visits = Policy(model, TrainConfig()), model.schedule(), set()
@@ -158,10 +161,10 @@ def test_the_ledger_holds_what_the_frozen_model_says_of_every_draw(here, tmp_pat
 
 
 def test_the_pass_has_the_arithmetic_of_the_run_to_the_bit_where_the_batches_are_the_same(
-    here, tmp_path, small
+    in_process, tmp_path, small
 ):
     encoded, objective = write_encoded(tmp_path / "pairs", small, PAIRS), ObjectiveConfig()
-    run = asked(tmp_path, small, encoded, objective, steps=1, batch_size=PAIRS, precision="bf16")
+    run = requested(tmp_path, small, encoded, objective, steps=1, batch_size=PAIRS, precision="bf16")
     cached, maker = opened(write(run).ledger), batch_maker(small, encoded, objective)
     with LatentReader(fs.LocalFileSystem(), str(encoded)) as reader:
         rows = reader.shard(0)
@@ -173,13 +176,11 @@ def test_the_pass_has_the_arithmetic_of_the_run_to_the_bit_where_the_batches_are
         assert torch.equal(found.w, cached.errors(rows).w) == (precision == "bf16")
 
 
-def test_workers_see_the_reference_errors_that_one_sees(here, tmp_path, small):
+def test_workers_see_the_reference_errors_that_one_sees(in_process, tmp_path, small):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    run = asked(tmp_path, small, encoded, ObjectiveConfig(), steps=3, batch_size=BATCH)
-    cached, maker = (
-        opened(write(run).ledger),
-        batch_maker(small, encoded, ObjectiveConfig(), batch_size=BATCH),
-    )
+    run = requested(tmp_path, small, encoded, ObjectiveConfig(), steps=3, batch_size=BATCH)
+    cached = opened(write(run).ledger)
+    maker = batch_maker(small, encoded, ObjectiveConfig(), batch_size=BATCH)
     for step in range(3):
         whole = cached.errors(maker.rows(step, 0, 1)).w
         together = torch.full((BATCH,), torch.nan)
@@ -190,13 +191,11 @@ def test_workers_see_the_reference_errors_that_one_sees(here, tmp_path, small):
 
 
 def test_a_unit_whose_errors_are_no_numbers_stops_the_pass_and_is_not_written(
-    here, tmp_path, small, monkeypatch
+    in_process, tmp_path, small, monkeypatch
 ):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    run, real = (
-        asked(tmp_path, small, encoded, ObjectiveConfig(), steps=1, batch_size=BATCH),
-        ledger_stage.pair_errors,
-    )
+    run = requested(tmp_path, small, encoded, ObjectiveConfig(), steps=1, batch_size=BATCH)
+    real = ledger_stage.pair_errors
 
     def broken(unet, schedule, batch):
         errors = real(unet, schedule, batch)
@@ -215,15 +214,13 @@ def test_a_unit_whose_errors_are_no_numbers_stops_the_pass_and_is_not_written(
 # ---- the pass
 
 
-def test_a_pass_that_was_killed_goes_on_and_computes_nothing_twice(here, tmp_path, small, monkeypatch):
+def test_a_killed_pass_is_resumed_and_computes_nothing_twice(in_process, tmp_path, small, monkeypatch):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    run, whole = (
-        asked(tmp_path, small, encoded, ObjectiveConfig(), steps=9, batch_size=BATCH),
-        ledger_stage.compute,
-    )
+    run = requested(tmp_path, small, encoded, ObjectiveConfig(), steps=9, batch_size=BATCH)
+    whole = ledger_stage.compute
 
-    def killed(units, *told):
-        for number, row in enumerate(whole(units, *told)):
+    def killed(units, *arguments):
+        for number, row in enumerate(whole(units, *arguments)):
             yield row
             if number == 4:
                 raise KeyboardInterrupt
@@ -231,46 +228,47 @@ def test_a_pass_that_was_killed_goes_on_and_computes_nothing_twice(here, tmp_pat
     monkeypatch.setattr(ledger_stage, "compute", killed)
     with pytest.raises(KeyboardInterrupt):
         write(run)
-    assert ledgers.find(ledgers.requirements_of(run)) is None, "without its record it is not there"
+    assert ledgers.find(ledgers.requirements_of(run)) is None, "without its record it does not exist"
     monkeypatch.setattr(ledger_stage, "compute", whole)
     result = write(run)
-    assert here == [(shard, draw) for shard in range(3) for draw in range(4)], (
+    assert in_process == [(shard, draw) for shard in range(3) for draw in range(4)], (
         "a shard is not fetched again for each draw"
     )
 
     undisturbed = write_encoded(tmp_path / "again", small, PAIRS, PER_SHARD)
-    other = write(asked(tmp_path, small, undisturbed, ObjectiveConfig(), steps=9, batch_size=BATCH))
+    other = write(requested(tmp_path, small, undisturbed, ObjectiveConfig(), steps=9, batch_size=BATCH))
     assert ledger_files(other.ledger) == ledger_files(result.ledger)
     assert LedgerResult.model_validate(other).ledger != result.ledger
 
 
-def test_draws_that_are_added_are_those_of_a_pass_over_all_of_them(here, tmp_path, small):
+def test_draws_that_are_added_are_those_of_a_pass_over_all_of_them(in_process, tmp_path, small):
     at_once, bit_by_bit = (
         write_encoded(tmp_path / name, small, PAIRS, PER_SHARD) for name in ("one", "other")
     )
-    wanted = write(asked(tmp_path, small, at_once, ObjectiveConfig(), steps=1, batch_size=BATCH, draws=3))
-    del here[:]
+    wanted = write(requested(tmp_path, small, at_once, ObjectiveConfig(), steps=1, batch_size=BATCH, draws=3))
+    del in_process[:]
     found = [
-        write(asked(tmp_path, small, bit_by_bit, ObjectiveConfig(), batch_size=BATCH, draws=k))
+        write(requested(tmp_path, small, bit_by_bit, ObjectiveConfig(), batch_size=BATCH, draws=k))
         for k in (1, 3, 2)
     ]
     assert [(each.draws, each.reused) for each in found] == [(1, False), (3, False), (3, True)]
-    assert here == [(shard, 0) for shard in range(3)] + [
+    assert in_process == [(shard, 0) for shard in range(3)] + [
         (shard, draw) for shard in range(3) for draw in (1, 2)
     ]
     assert ledger_files(found[1].ledger) == ledger_files(wanted.ledger)
-    assert opened(found[0].ledger).record.draws == 1, "who has begun with fewer draws goes on with them"
+    assert opened(found[0].ledger).record.draws == 1, "a run that started with fewer draws keeps them"
 
 
-def test_jobs_that_write_one_ledger_at_once_do_each_other_no_harm(here, tmp_path, small, monkeypatch):
+def test_jobs_may_write_one_ledger_at_the_same_time(in_process, tmp_path, small, monkeypatch):
     encoded, whole = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD), ledger_stage.compute
     few, many = (
-        asked(tmp_path, small, encoded, ObjectiveConfig(), batch_size=BATCH, draws=draws) for draws in (1, 2)
+        requested(tmp_path, small, encoded, ObjectiveConfig(), batch_size=BATCH, draws=draws)
+        for draws in (1, 2)
     )
     others: list[LedgerResult] = []
 
-    def overtaken(units, *told):
-        yield from whole(units, *told)
+    def overtaken(units, *arguments):
+        yield from whole(units, *arguments)
         if not others:
             monkeypatch.setattr(ledger_stage, "compute", whole)
             others.append(write(many))
@@ -286,33 +284,33 @@ def test_jobs_that_write_one_ledger_at_once_do_each_other_no_harm(here, tmp_path
 
 
 def test_a_complete_ledger_is_found_and_a_changed_model_is_refused_before_anything_is_computed(
-    here, tmp_path, small
+    in_process, tmp_path, small
 ):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    run = asked(tmp_path, small, encoded, ObjectiveConfig(), steps=3, batch_size=BATCH)
+    run = requested(tmp_path, small, encoded, ObjectiveConfig(), steps=3, batch_size=BATCH)
     first, again = write(run), write(run)
     assert (first.reused, again.reused) == (False, True)
     assert dataclasses.replace(opened(first.ledger).record) == opened(again.ledger).record
-    assert len(here) == 6
+    assert len(in_process) == 6
     bad = run.model_copy(update={"model": run.model.model_copy(update={"digest": "other"})})
     with pytest.raises(BadRequest, match="have changed"):
         write(bad)
-    assert len(here) == 6
+    assert len(in_process) == 6
 
 
-def test_more_draws_than_a_ledger_holds_are_refused_before_anything_is_computed(here, tmp_path, small):
+def test_more_draws_than_a_ledger_holds_are_refused_before_anything_is_computed(in_process, tmp_path, small):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
     with pytest.raises(ConfigError, match=r"training\.draws .* must be at most 1000, got 1001"):
-        write(asked(tmp_path, small, encoded, ObjectiveConfig(), steps=1001, batch_size=PAIRS))
-    assert not here
+        write(requested(tmp_path, small, encoded, ObjectiveConfig(), steps=1001, batch_size=PAIRS))
+    assert not in_process
     assert not (encoded / "ledgers").exists()
-    online = resolved(asked(tmp_path, small, encoded, ObjectiveConfig(), steps=1001, batch_size=PAIRS))
+    online = resolved(requested(tmp_path, small, encoded, ObjectiveConfig(), steps=1001, batch_size=PAIRS))
     assert (online.ledger, online.training.reference) == (None, "online")
 
 
-def test_progress_is_told_in_pairs_and_the_rounding_is_reported(here, tmp_path, small):
+def test_progress_in_pairs_and_the_rounding_are_reported(in_process, tmp_path, small):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    run = asked(tmp_path, small, encoded, ObjectiveConfig(), steps=6, batch_size=BATCH)
+    run = requested(tmp_path, small, encoded, ObjectiveConfig(), steps=6, batch_size=BATCH)
     journal = Journal(run.prefix)
     result = ledger(ledger_spec(run), journal)
     journal.flush()
@@ -320,7 +318,7 @@ def test_progress_is_told_in_pairs_and_the_rounding_is_reported(here, tmp_path, 
     assert rows[-1].step == rows[-1].metrics["pairs"] == rows[-1].metrics["pairs_total"] == 3 * PAIRS
     assert rows[-1].metrics["pairs_per_s"] > 0
     assert rows[-1].metrics["eta_s"] == 0
-    assert any("reference errors of 60 of 60 pairs" in said for said in events(run))
+    assert any("reference errors of 60 of 60 pairs" in message for message in events(run))
     assert 0 < result.noise["step0_logit_std_half"] < 0.01
     assert {name for name in result.noise if "snr" in name} > {"step0_logit_std_snr_t1000"}
     assert result.noise == opened(result.ledger).record.noise
@@ -330,7 +328,7 @@ def test_progress_is_told_in_pairs_and_the_rounding_is_reported(here, tmp_path, 
 
 
 @pytest.mark.parametrize(("method", "point", "noise"), CASES)
-def test_cached_is_online_for_every_method_and_noise_mode(here, tmp_path, small, method, point, noise):
+def test_cached_is_online_for_every_method_and_noise_mode(in_process, tmp_path, small, method, point, noise):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
     objective = ObjectiveConfig(
         method=method, calibration_point=point, noise=noise, beta=5.0, t_sampling="uniform"
@@ -342,7 +340,7 @@ def test_cached_is_online_for_every_method_and_noise_mode(here, tmp_path, small,
         "learning_rate": 1e-4,
         "caption_dropout": 0.3,
     }
-    uri = write(asked(tmp_path, small, encoded, objective, **training | {"micro_batch_size": 0})).ledger
+    uri = write(requested(tmp_path, small, encoded, objective, **training | {"micro_batch_size": 0})).ledger
     cached = train_here(tmp_path / "cached", small, encoded, objective, ledger=uri, **training)
     online = train_here(tmp_path / "online", small, encoded, objective, **training)
     assert online[0]["step0_logit_std_half"] == 0, "the same kernels, the same shapes of batches"
@@ -353,7 +351,7 @@ def test_cached_is_online_for_every_method_and_noise_mode(here, tmp_path, small,
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
-def test_a_run_on_a_ledger_never_asks_the_reference(here, tmp_path, model, monkeypatch, lora):
+def test_a_run_on_a_ledger_never_runs_the_reference(in_process, tmp_path, model, monkeypatch, lora):
     encoded, objective = write_encoded(tmp_path / "pairs", model, PAIRS, PER_SHARD), ObjectiveConfig(beta=5.0)
     training = {
         "steps": 4,
@@ -362,21 +360,22 @@ def test_a_run_on_a_ledger_never_asks_the_reference(here, tmp_path, model, monke
         "lora": lora,
         "micro_batch_size": 4,
     }
-    uri = write(asked(tmp_path, model, encoded, objective, **training)).ledger
+    uri = write(requested(tmp_path, model, encoded, objective, **training)).ledger
     online = train_here(tmp_path / "online", model, encoded, objective, **training)
-    loaded, real = [], ModelFolder.unet
+    loaded: list[ModelFolder] = []
+    real = ModelFolder.unet
     monkeypatch.setattr(ModelFolder, "unet", lambda folder: loaded.append(folder) or real(folder))
-    monkeypatch.setattr(Policy, "reference", lambda *told, **more: pytest.fail("the reference was asked"))
+    monkeypatch.setattr(Policy, "reference", lambda *arguments, **more: pytest.fail("the reference ran"))
     cached = train_here(tmp_path / "cached", model, encoded, objective, ledger=uri, **training)
     assert len(loaded) == 1
     assert cached[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     same_loss(cached, online, rel=2e-4)
 
 
-def test_one_draw_is_used_again_in_every_epoch(here, tmp_path, small, monkeypatch):
+def test_one_draw_is_used_again_in_every_epoch(in_process, tmp_path, small, monkeypatch):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
     training = {"steps": 4, "batch_size": PAIRS, "draws": 1}
-    result = write(asked(tmp_path, small, encoded, ObjectiveConfig(), **training))
+    result = write(requested(tmp_path, small, encoded, ObjectiveConfig(), **training))
     assert result.draws == 1
     seen: list[dict[str, int]] = []
 
@@ -391,11 +390,13 @@ def test_one_draw_is_used_again_in_every_epoch(here, tmp_path, small, monkeypatc
     assert len(set(seen[0].values())) > PAIRS // 2
 
 
-def test_at_step_0_rounding_moves_the_logit_of_the_shapes_model_by_less_than_a_hundredth(here, tmp_path):
+def test_at_step_0_rounding_moves_the_logit_of_the_shapes_model_by_less_than_a_hundredth(
+    in_process, tmp_path
+):
     model = ModelFolder(MODEL_DIR)
     encoded, objective = write_encoded(tmp_path / "pairs", model, 128, 50), ObjectiveConfig(method="uniform")
     training = {"steps": 1, "batch_size": 120, "micro_batch_size": 5}
-    result = write(asked(tmp_path, model, encoded, objective, **training | {"micro_batch_size": 0}))
+    result = write(requested(tmp_path, model, encoded, objective, **training | {"micro_batch_size": 0}))
     (cached,) = train_here(tmp_path / "cached", model, encoded, objective, ledger=result.ledger, **training)
     noise = {name: value for name, value in cached.items() if name.startswith("step0")}
     print(f"\nbeta {objective.beta:g}: the run beside the pass' own report")
@@ -413,74 +414,80 @@ def names_no_noise(**training) -> dict:
     return {"steps": 3, "batch_size": BATCH} | training
 
 
-def test_auto_takes_the_ledger_that_fits_and_says_so(here, tmp_path, small):
+def test_auto_takes_the_ledger_that_fits_and_reports_it(in_process, tmp_path, small):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    run = asked(tmp_path, small, encoded, ObjectiveConfig(beta=7.0), learning_rate=0.1, **names_no_noise())
+    run = requested(
+        tmp_path, small, encoded, ObjectiveConfig(beta=7.0), learning_rate=0.1, **names_no_noise()
+    )
     alone = resolved(run)
     assert (alone.ledger, alone.training.reference) == (None, "online")
     uri = write(run).ledger
-    assert resolved(run).ledger is None, "a run that goes on stays with what it began with"
-    other = asked(
+    assert resolved(run).ledger is None, "a resumed run keeps what it started with"
+    other = requested(
         tmp_path, small, encoded, ObjectiveConfig(method="dde_step", beta=9.0), **names_no_noise(seed=4)
     )
     found = resolved(other)
     assert (found.ledger, found.training.reference, found.training.draws) == (uri, "ledger", 2)
-    assert any(f"reference errors from ledger {uri}, 2 draws" in said for said in events(other))
+    assert any(f"reference errors from ledger {uri}, 2 draws" in message for message in events(other))
     assert lineage(found)["key"] == LedgerRecord.from_json(files.read_bytes(uri)).key.name
     assert lineage(found) | {"from": "online"} != lineage(alone) == {"from": "online"}
     assert (
         resolved(
-            asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(reference="online"))
+            requested(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(reference="online"))
         ).ledger
         is None
     )
 
 
-def test_a_job_that_names_no_noise_mode_follows_the_ledger_that_is_there(here, tmp_path, small):
+def test_a_job_that_names_no_noise_mode_follows_the_ledger_that_exists(in_process, tmp_path, small):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
     shared = write(
-        asked(tmp_path, small, encoded, ObjectiveConfig(method="uniform"), **names_no_noise())
+        requested(tmp_path, small, encoded, ObjectiveConfig(method="uniform"), **names_no_noise())
     ).ledger
-    follows = resolved(asked(tmp_path, small, encoded, ObjectiveConfig(method="dde"), **names_no_noise()))
+    follows = resolved(requested(tmp_path, small, encoded, ObjectiveConfig(method="dde"), **names_no_noise()))
     assert (follows.ledger, follows.objective.noise_mode) == (shared, "shared")
     assert any("the default of method 'dde' is independent" in event for event in events(follows))
     insists = resolved(
-        asked(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())
+        requested(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())
     )
     assert (insists.ledger, insists.objective.noise_mode) == (None, "independent")
     assert (
-        write(asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(reference="ledger"))).ledger
+        write(
+            requested(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(reference="ledger"))
+        ).ledger
         == shared
     )
     own = write(
-        asked(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())
+        requested(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())
     ).ledger
-    again = resolved(asked(tmp_path, small, encoded, ObjectiveConfig(method="dde"), **names_no_noise()))
+    again = resolved(requested(tmp_path, small, encoded, ObjectiveConfig(method="dde"), **names_no_noise()))
     assert (again.ledger, again.objective.noise_mode) == (own, "independent"), "its own goes first"
 
 
-def test_discounted_draws_t_uniformly_on_a_ledger_and_sft_has_none(here, tmp_path, small):
+def test_discounted_draws_t_uniformly_on_a_ledger_and_sft_has_none(in_process, tmp_path, small):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    uri = write(asked(tmp_path, small, encoded, ObjectiveConfig(method="uniform"), **names_no_noise())).ledger
-    run = asked(tmp_path, small, encoded, ObjectiveConfig(method="discounted"), **names_no_noise())
+    uri = write(
+        requested(tmp_path, small, encoded, ObjectiveConfig(method="uniform"), **names_no_noise())
+    ).ledger
+    run = requested(tmp_path, small, encoded, ObjectiveConfig(method="discounted"), **names_no_noise())
     assert (resolved(run).ledger, resolved(run).objective.t_sampling) == (uri, "uniform")
-    assert any("weighted by p(t)/u(t)" in said for said in events(run))
+    assert any("weighted by p(t)/u(t)" in message for message in events(run))
     winners = resolved(
-        asked(tmp_path, small, encoded, ObjectiveConfig(method="sft"), **names_no_noise(reference="ledger"))
+        requested(
+            tmp_path, small, encoded, ObjectiveConfig(method="sft"), **names_no_noise(reference="ledger")
+        )
     )
     assert (winners.ledger, lineage(winners)) == (None, {"from": "none"})
 
 
-def test_points_that_were_written_serve_those_who_read_none_and_not_the_other_way_round(
-    here, tmp_path, small
-):
+def test_a_ledger_with_points_serves_a_run_without_but_not_vice_versa(in_process, tmp_path, small):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
     sampled, plain = ObjectiveConfig(calibration_point="sampled"), ObjectiveConfig()
-    write(asked(tmp_path, small, encoded, plain, **names_no_noise()))
-    assert resolved(asked(tmp_path, small, encoded, sampled, **names_no_noise())).ledger is None
+    write(requested(tmp_path, small, encoded, plain, **names_no_noise()))
+    assert resolved(requested(tmp_path, small, encoded, sampled, **names_no_noise())).ledger is None
     encoded = write_encoded(tmp_path / "others", small, PAIRS, PER_SHARD)
-    uri = write(asked(tmp_path, small, encoded, sampled, **names_no_noise())).ledger
-    assert resolved(asked(tmp_path, small, encoded, plain, **names_no_noise())).ledger == uri
+    uri = write(requested(tmp_path, small, encoded, sampled, **names_no_noise())).ledger
+    assert resolved(requested(tmp_path, small, encoded, plain, **names_no_noise())).ledger == uri
 
 
 REFUSED = [
@@ -500,38 +507,40 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(
-    ("training", "objective", "said"), REFUSED, ids=[said.split()[0] for *_, said in REFUSED]
+    ("training", "objective", "message"), REFUSED, ids=[message.split()[0] for *_, message in REFUSED]
 )
 def test_a_ledger_that_does_not_fit_is_refused_by_the_field_that_differs(
-    here, tmp_path, small, training, objective, said
+    in_process, tmp_path, small, training, objective, message
 ):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
     uri = write(
-        asked(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())
+        requested(tmp_path, small, encoded, ObjectiveConfig(noise="independent"), **names_no_noise())
     ).ledger
     wanted = ObjectiveConfig(**{"noise": "independent"} | objective)
-    handed = asked(tmp_path, small, encoded, wanted, **names_no_noise(**training)).model_copy(
+    handed = requested(tmp_path, small, encoded, wanted, **names_no_noise(**training)).model_copy(
         update={"ledger": uri}
     )
     with pytest.raises(ConfigError) as refused:
         resolved(handed)
-    assert str(refused.value) == said
-    field = said.split()[0].removeprefix("ledger.")
-    without = asked(tmp_path, small, encoded, wanted, **names_no_noise(**training))
+    assert str(refused.value) == message
+    field = message.split()[0].removeprefix("ledger.")
+    without = requested(tmp_path, small, encoded, wanted, **names_no_noise(**training))
     assert resolved(without).ledger is None
     assert any(f"no ledger fits; the nearest, {uri} has {field} " in each for each in events(without))
     with pytest.raises(
         ConfigError, match=f"training.reference needs a ledger that fits; .* has {field} .*, got 'ledger'"
     ):
-        resolved(asked(tmp_path, small, encoded, wanted, **names_no_noise(**training, reference="ledger")))
+        resolved(
+            requested(tmp_path, small, encoded, wanted, **names_no_noise(**training, reference="ledger"))
+        )
 
 
 @pytest.mark.parametrize(
     "harm", [lambda data: data.replace(b'"format_version": 1', b'"format_version": 2'), lambda data: data[:9]]
 )
-def test_a_ledger_that_cannot_be_read_is_passed_over_unless_it_was_handed_over(here, tmp_path, small, harm):
+def test_a_ledger_that_cannot_be_read_is_skipped_unless_the_job_names_it(in_process, tmp_path, small, harm):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    run = asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
+    run = requested(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
     uri = write(run).ledger
     path, whole = Path(files.resolve(uri)[1]), files.read_bytes(uri)
     path.write_bytes(harm(whole))
@@ -539,25 +548,27 @@ def test_a_ledger_that_cannot_be_read_is_passed_over_unless_it_was_handed_over(h
         DataError, match=f"ledger '{uri}': ledger('s record cannot be read| has format_version 2)"
     ):
         resolved(run.model_copy(update={"ledger": uri}))
-    alone = asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
+    alone = requested(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
     assert resolved(alone).ledger is None
     assert f"no ledger fits; the nearest, {uri}, cannot be read" in events(alone)
     neighbour = write(
-        asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(draw_seed=5))
+        requested(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise(draw_seed=5))
     ).ledger
-    other = asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
+    other = requested(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
     assert resolved(other).ledger is None
-    assert any(f"no ledger fits; the nearest, {neighbour} has draw_seed 5 " in said for said in events(other))
-    again = write(asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise()))
-    assert (again.ledger, again.reused, len(here)) == (uri, False, 12), (
-        "its files are there, its record is written again"
+    assert any(
+        f"no ledger fits; the nearest, {neighbour} has draw_seed 5 " in message for message in events(other)
+    )
+    again = write(requested(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise()))
+    assert (again.ledger, again.reused, len(in_process)) == (uri, False, 12), (
+        "its files exist, its record is written again"
     )
     assert LedgerRecord.from_json(files.read_bytes(uri)).files == LedgerRecord.from_json(whole).files
 
 
-def test_a_ledger_of_another_model_or_dataset_is_refused(here, tmp_path, small):
+def test_a_ledger_of_another_model_or_dataset_is_refused(in_process, tmp_path, small):
     encoded = write_encoded(tmp_path / "pairs", small, PAIRS, PER_SHARD)
-    run = asked(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
+    run = requested(tmp_path, small, encoded, ObjectiveConfig(), **names_no_noise())
     uri = write(run).ledger
     other = run.model_copy(update={"model": run.model.model_copy(update={"digest": "other"}), "ledger": uri})
     with pytest.raises(ConfigError, match=r"ledger\.reference must be 'other' to match the run"):
@@ -568,7 +579,9 @@ def test_a_ledger_of_another_model_or_dataset_is_refused(here, tmp_path, small):
     with pytest.raises(ConfigError, match=r"ledger\.shards must be"):
         resolved(run.model_copy(update={"dataset": elsewhere.as_uri(), "ledger": uri}))
     with pytest.raises(ConfigError, match="needs a ledger that fits; the dataset has none"):
-        resolved(asked(tmp_path, small, elsewhere, ObjectiveConfig(), **names_no_noise(reference="ledger")))
+        resolved(
+            requested(tmp_path, small, elsewhere, ObjectiveConfig(), **names_no_noise(reference="ledger"))
+        )
 
 
 # ---- on a real cluster
@@ -585,7 +598,7 @@ def cluster():
 def test_a_killed_driver_costs_what_was_not_yet_written(cluster, tmp_path):
     model = ModelFolder(MODEL_DIR)
     encoded = write_encoded(tmp_path / "pairs", model, 240, 40)
-    run = asked(tmp_path, model, encoded, ObjectiveConfig(), steps=1, batch_size=BATCH, draws=2)
+    run = requested(tmp_path, model, encoded, ObjectiveConfig(), steps=1, batch_size=BATCH, draws=2)
     spec = ledger_spec(run, actors=2)
     files.write_json(f"{run.prefix}/spec.json", spec.model_dump(mode="json"))
     command = [sys.executable, "-m", "services.ingest", "ledger", "--spec", f"{run.prefix}/spec.json"]

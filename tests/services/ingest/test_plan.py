@@ -13,8 +13,8 @@ from services.pairs.row import Preference, Row
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Stands for a source's unit."""
+class FakeUnit:
+    """In place of a source's unit."""
 
     name: str
 
@@ -31,7 +31,7 @@ def undecided(key: str, kind: str, cause: str = "") -> Row:
 def planned(units: list[list[Row]], images_per_block: int = 4) -> Plan:
     planner = Planner(images_per_block)
     for number, rows in enumerate(units):
-        planner.add(Stretch(str(number)), iter(rows))
+        planner.add(FakeUnit(str(number)), iter(rows))
     return planner.plan()
 
 
@@ -68,11 +68,11 @@ def test_every_image_is_encoded_once_and_every_row_is_in_one_block(
     assert all(len(blocks) == 1 for blocks in found.values())
     assert plan.num_images == len(found)
     for number, rows in enumerate(units):
-        stretches = [(block.start, block.stop) for block in plan.blocks if block.unit == number]
-        assert [row for start, stop in stretches for row in range(start, stop)] == list(range(len(rows)))
+        ranges = [(block.start, block.stop) for block in plan.blocks if block.unit == number]
+        assert [row for start, stop in ranges for row in range(start, stop)] == list(range(len(rows)))
     slots = [uid for rows in units for row in rows if row.kind == "decided" for uid in row.uids]
     assert [found[uid][0] for uid in slots] == plan.block_of_slot.tolist(), (
-        "a slot's home is the block that encodes its image"
+        "a slot names the block that encodes its image"
     )
     assert len({(uid, number) for uid, number in zip(slots, plan.images.tolist(), strict=True)}) == len(
         set(slots)
@@ -89,7 +89,7 @@ def test_shards_hold_every_block_with_pairs_in_order(
     assert all(len(shard) == 1 or sum(block.pairs for block in shard) <= pairs_per_shard for shard in shards)
 
 
-def test_a_block_holds_no_more_images_than_it_may_unless_one_row_has_more():
+def test_a_block_exceeds_its_limit_of_images_only_for_one_row():
     rows = [decided("a", "1", "2"), decided("b", "3", "4"), decided("c", *"56789"), decided("d", "0", "1")]
     assert [(block.start, block.stop) for block in planned([rows]).blocks] == [(0, 2), (2, 3), (3, 4)]
 
@@ -105,7 +105,7 @@ def test_what_is_done_is_not_pending():
     assert list(plan.pending({0, 1})) == [], "the last block's images are in the first two"
 
 
-def test_rows_are_counted_by_what_they_are_and_repeated_pairs_found():
+def test_rows_are_counted_by_kind_and_repeated_pairs_are_found():
     rows = [decided("a", "1", "2"), decided("b", "1", "2"), decided("c", "2", "1"), undecided("d", "tie")]
     rows += [
         undecided("e", "missing"),
@@ -117,7 +117,7 @@ def test_rows_are_counted_by_what_they_are_and_repeated_pairs_found():
     assert (counts.bad, counts.pairs, counts.duplicates) == ({"label_nan": 2}, 3, 1)
 
 
-def test_rows_that_hold_a_bad_image_are_found_in_whatever_block_it_was_read():
+def test_rows_that_hold_a_bad_image_are_found_in_every_block():
     plan = planned(
         [[decided("a", "1", "2"), decided("b", "3", "4"), decided("c", "5", "1")]], images_per_block=2
     )

@@ -14,15 +14,15 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
 from services.pairs.images import MAX_FILE_BYTES, BadImage, decode
-from tests.support.hostile_rows import ODD, PICTURES, drawn, png_of, saved
+from tests.support.hostile_rows import IMAGES, ODD, drawn, png_of, saved
 
 pytestmark = pytest.mark.filterwarnings("error")
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_a_hostile_image_is_refused_with_its_cause_and_without_a_warning(name):
-    cause, make = PICTURES[name]
+    cause, make = IMAGES[name]
     with pytest.raises(BadImage) as refused:
         decode(make(RNG), 32)
     assert refused.value.cause == cause
@@ -38,7 +38,7 @@ def test_unusual_kinds_and_modes_become_rgb_as_pil_converts_them(kind, mode, opt
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 24), (24, 40), (41, 24), (24, 24)])
-def test_the_centre_square_is_cut_out_and_its_place_told(width, height):
+def test_the_center_square_is_cropped_and_its_position_is_returned(width, height):
     pixels = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
     image = decode(saved(pixels), 24)
     top, left = image.crop
@@ -46,14 +46,14 @@ def test_the_centre_square_is_cut_out_and_its_place_told(width, height):
     assert np.array_equal(image.pixels, pixels[top : top + 24, left : left + 24])
 
 
-def test_any_size_is_scaled_to_the_size_that_is_asked_for():
-    grey = np.full((100, 60, 3), 77, np.uint8)
+def test_any_size_is_scaled_to_the_requested_size():
+    gray = np.full((100, 60, 3), 77, np.uint8)
     for size in (8, 60, 200):
-        pixels = decode(saved(grey), size).pixels
+        pixels = decode(saved(gray), size).pixels
         assert (pixels.shape, pixels.dtype, set(pixels.ravel())) == ((size, size, 3), np.uint8, {77})
 
 
-def test_a_flip_mirrors_what_was_cut_out_and_twice_is_none():
+def test_a_flip_mirrors_the_crop():
     data = saved(RNG.integers(0, 256, (24, 41, 3), dtype=np.uint8))
     plain, flipped = decode(data, 24), decode(data, 24, flip=True)
     assert np.array_equal(flipped.pixels, plain.pixels[:, ::-1])
@@ -62,7 +62,7 @@ def test_a_flip_mirrors_what_was_cut_out_and_twice_is_none():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photo_is_turned_upright_as_its_exif_says(orientation):
+def test_a_photo_is_turned_upright_by_its_exif(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8), "PNG", exif=exif)
@@ -73,8 +73,9 @@ def test_a_photo_is_turned_upright_as_its_exif_says(orientation):
     assert np.array_equal(image.pixels, np.asarray(upright)[top : top + 24, left : left + 24])
 
 
-def test_a_photo_with_previews_behind_it_is_its_first_image():
-    frames, out = [Image.fromarray(np.full((24, 24, 3), grey, np.uint8)) for grey in (50, 200)], io.BytesIO()
+def test_a_photo_that_is_followed_by_previews_is_its_first_image():
+    frames = [Image.fromarray(np.full((24, 24, 3), gray, np.uint8)) for gray in (50, 200)]
+    out = io.BytesIO()
     frames[0].save(out, "MPO", save_all=True, append_images=frames[1:])
     assert abs(decode(out.getvalue(), 24).pixels.astype(int) - 50).max() <= 1
 
@@ -115,7 +116,7 @@ def test_a_tiff_of_very_many_pages_is_refused_without_counting_them(monkeypatch)
     assert refused.value.cause == "image_animated"
 
 
-def test_what_is_no_image_is_not_shown():
+def test_the_content_of_a_file_that_is_no_image_is_not_shown():
     with pytest.raises(BadImage) as refused:
         decode(b"root:x:0:0:secret", 32)
     assert (
@@ -150,14 +151,16 @@ def test_a_file_that_is_too_long_is_refused_unread():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_whatever_is_done_to_the_bytes_ends_as_an_image_or_as_a_bad_image(kind):
-    data, rng, refused = saved(drawn(RNG), kind), np.random.default_rng(7), 0
+def test_damaged_bytes_are_decoded_or_refused_as_a_bad_image(kind):
+    data = saved(drawn(RNG), kind)
+    rng = np.random.default_rng(7)
+    refused = 0
     for _ in range(300):
-        hurt = bytearray(data)
-        for place in rng.integers(0, len(hurt), rng.integers(1, 8)):
-            hurt[place] = rng.integers(256)
+        damaged = bytearray(data)
+        for index in rng.integers(0, len(damaged), rng.integers(1, 8)):
+            damaged[index] = rng.integers(256)
         try:
-            assert decode(bytes(hurt[: rng.integers(1, len(hurt) + 1)]), 16).pixels.shape == (16, 16, 3)
+            assert decode(bytes(damaged[: rng.integers(1, len(damaged) + 1)]), 16).pixels.shape == (16, 16, 3)
         except BadImage:
             refused += 1
     assert refused > 0

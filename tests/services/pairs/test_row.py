@@ -1,4 +1,4 @@
-"""What a row of preference data means, for each shape of rows."""
+"""The meaning of a row of preference data, for each shape of rows."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "cause"), BAD)
-def test_what_cannot_be_used_is_a_bad_row_with_its_cause(changes, cause):
+def test_an_unusable_row_is_bad_with_its_cause(changes, cause):
     row = pair(**changes)
     assert (row.kind, row.cause, row.preferences, row.key) == ("bad", cause, (), "f:0:7")
 
@@ -108,7 +108,7 @@ def test_an_image_against_itself_is_a_tie():
     assert read("chosen", {"chosen": "a.png", "rejected": "a.png", "caption": "text"}).kind == "tie"
 
 
-def test_a_uid_is_the_column_else_the_path_else_the_place_of_the_image():
+def test_a_uid_is_the_column_else_the_path_else_the_position_of_the_image():
     assert pair().uids == ("a", "b")
     assert pair(image_0_uid=None, image_1_uid=7, jpg_0="x.png").uids == ("x.png", "7")
     assert pair(image_0_uid=None, image_1_uid="").uids == ("f:0:7:0", "f:0:7:1")
@@ -123,7 +123,7 @@ def test_a_pair_id_is_the_column_else_the_hash_of_what_identifies_the_row():
     assert hashed == pair(label_0=0.0, label_1=1.0).preferences[0].pair_id
 
 
-def test_images_are_handed_out_only_when_asked_for():
+def test_images_are_returned_only_on_request():
     assert pair().images == ()
     assert read("pair", PAIR | {"jpg_1": None}, with_images=True).images == (b"0", None)
     cells = {"jpg_0": {"bytes": b"x", "path": "p"}, "jpg_1": {"bytes": None, "path": "p"}}

@@ -1,4 +1,4 @@
-"""Kinds of files with preference pairs: what is told from them, that all of them say the same, and what is refused."""
+"""File formats of preference pairs: detected, equal in content, and refused where unusable."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def rows_of(source: Source, **kwargs) -> list[Row]:
     return [row for unit in source.units() for row in source.rows(unit, **kwargs)]
 
 
-def said(source: Source) -> list[tuple]:
-    """What a source says, apart from where it stands: kind, caption, the winner's and the loser's bytes, label."""
+def content_of(source: Source) -> list[tuple]:
+    """The content of a source without its positions: kind, caption, bytes of winner and loser, labels."""
     found = []
     for row in rows_of(source, with_images=True):
         sides = [
@@ -61,7 +61,7 @@ def refused(uri: Path | str, **columns: str) -> BadRequest:
     return error.value
 
 
-# ---- the same pairs in every kind of files
+# ---- the same pairs in every format
 
 
 @pytest.mark.parametrize("kind", ["path_structs", "ranked_path_structs", "saved_paths"])
@@ -72,14 +72,14 @@ def test_an_image_that_is_read_by_its_path_has_the_path_as_uid_and_an_embedded_o
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_files_says_the_same_of_the_same_pairs(kind, tmp_path):
+def test_every_format_yields_the_same_content_for_the_same_pairs(kind, tmp_path):
     source = opened(KINDS[kind](tmp_path / "data"))
     assert source.format == FORMATS.get(kind, "parquet")
-    assert said(source) == expected(ROWS if kind in ALL_ROWS else DECIDED)
+    assert content_of(source) == expected(ROWS if kind in ALL_ROWS else DECIDED)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_says_the_same_with_and_without_its_images_and_from_any_place(kind, tmp_path):
+def test_a_row_is_the_same_with_and_without_its_images_and_from_any_start(kind, tmp_path):
     source = pickle.loads(pickle.dumps(opened(KINDS[kind](tmp_path / "data"))))
     for unit in source.units():
         light, full = list(source.rows(unit)), list(source.rows(unit, with_images=True))
@@ -100,21 +100,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"json_lines_uris"}))
-def test_a_source_in_an_object_store_says_what_it_says_on_disk(kind, server, tmp_path):
+def test_a_source_in_an_object_store_yields_what_it_yields_on_disk(kind, server, tmp_path):
     local = KINDS[kind](tmp_path / "data")
     uri = f"s3://bucket/{kind}"
     files.copy_folder((tmp_path / "data").as_uri(), uri)
     remote = opened(
         files.join(uri, local.relative_to(tmp_path / "data").as_posix()) if local.is_file() else uri
     )
-    assert said(remote) == said(opened(local))
+    assert content_of(remote) == content_of(opened(local))
     assert [vars(row) for row in rows_of(remote)] == [vars(row) for row in rows_of(opened(local))]
     assert remote.load("pictures/nowhere.png") is None
     for path in ("/etc/hostname", "../a.png", "file:///etc/hostname"):
         assert cause_of(remote, path) == "image_outside"
 
 
-def test_what_a_small_row_group_says_without_its_images_takes_one_request_for_bytes(server, tmp_path):
+def test_a_small_row_group_without_its_images_takes_one_request_for_bytes(server, tmp_path):
     files.upload(write_pairs(tmp_path / "a.parquet", ROWS, row_group_size=4), "s3://bucket/requests.parquet")
     source = opened("s3://bucket/requests.parquet")
     units = list(source.units())
@@ -123,7 +123,7 @@ def test_what_a_small_row_group_says_without_its_images_takes_one_request_for_by
     assert server.counts["GET"] == len(units) == 6
 
 
-def test_an_object_store_that_fails_is_not_taken_for_a_missing_image(server, tmp_path):
+def test_a_failing_object_store_is_not_reported_as_a_missing_image(server, tmp_path):
     json_lines(tmp_path / "data")
     files.copy_folder((tmp_path / "data").as_uri(), "s3://bucket/failing")
     lines = opened("s3://bucket/failing/pairs.jsonl")
@@ -142,10 +142,10 @@ def renamed(path: Path, **names: str) -> Path:
     return write_pairs(path, [{names.get(name, name): value for name, value in row.items()} for row in ROWS])
 
 
-def test_columns_with_other_names_are_mapped_and_the_rest_is_told_as_not_read(tmp_path):
+def test_columns_with_other_names_are_mapped_and_the_rest_is_reported_as_not_read(tmp_path):
     path = renamed(tmp_path / "a.parquet", caption="prompt", jpg_0="left", image_1_uid="second")
     source = opened(path, caption="prompt", jpg_0="left")
-    assert said(source) == expected(ROWS)
+    assert content_of(source) == expected(ROWS)
     assert (source.columns["caption"], source.columns["jpg_1"], source.unused_columns) == (
         "prompt",
         "jpg_1",
@@ -153,7 +153,7 @@ def test_columns_with_other_names_are_mapped_and_the_rest_is_told_as_not_read(tm
     )
 
 
-def test_a_mapped_column_that_is_not_there_is_refused_with_what_was_found(tmp_path):
+def test_a_mapped_column_that_is_missing_is_refused_with_the_columns_found(tmp_path):
     error = refused(renamed(tmp_path / "a.parquet", caption="prompt"), caption="promt")
     assert (error.param, error.code) == ("columns", "missing_columns")
     assert str(error).startswith("columns.caption: ")
@@ -161,13 +161,13 @@ def test_a_mapped_column_that_is_not_there_is_refused_with_what_was_found(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["jpg_0", "jpg_1", "label_0", "label_1", "caption"])
-def test_a_column_that_is_needed_and_not_there_is_named(name, tmp_path):
+def test_a_required_column_that_is_missing_is_named(name, tmp_path):
     error = refused(renamed(tmp_path / "a.parquet", **{name: "other"}))
     assert (error.param, error.code) == ("uri", "missing_columns")
     assert f"lacks the columns {name}; found: " in str(error)
 
 
-def test_files_with_nothing_that_can_be_read_are_refused_with_every_set_of_columns(tmp_path):
+def test_files_without_a_readable_column_are_refused_with_every_set_of_columns(tmp_path):
     error = refused(write_lines(tmp_path / "a.jsonl", [{"text": "a"}]))
     assert "(jpg_0, jpg_1, label_0, label_1, caption or chosen, rejected, caption or images, caption)" in str(
         error
@@ -176,11 +176,11 @@ def test_files_with_nothing_that_can_be_read_are_refused_with_every_set_of_colum
 
 
 def test_a_mapping_decides_between_shapes_of_rows_and_must_fit_the_one_it_decides_for(tmp_path):
-    rows = [row | {"a": row["jpg_0"], "rejected": row["jpg_1"], "pictures": [b"1", b"2"]} for row in ROWS]
+    rows = [row | {"a": row["jpg_0"], "rejected": row["jpg_1"], "views": [b"1", b"2"]} for row in ROWS]
     path = write_pairs(tmp_path / "a.parquet", rows)
     assert opened(path).shape == "pair"
     assert opened(path, chosen="a").shape == "chosen"
-    assert opened(path, images="pictures").shape == "ranking"
+    assert opened(path, images="views").shape == "ranking"
     error = refused(path, ranks="label_0")
     assert "columns.ranks: is not read beside jpg_0" in str(error)
     assert "a is read for two columns" in str(refused(path, jpg_0="a", jpg_1="a"))
@@ -220,13 +220,13 @@ def test_columns_that_are_null_throughout_are_read_as_nulls(tmp_path):
     assert [row.cause for row in found] == ["caption_missing"] * 24
 
 
-def test_text_of_any_arrow_type_is_read_and_one_cell_that_is_not_utf8_spoils_no_other(tmp_path):
+def test_text_of_any_arrow_type_is_read_and_a_cell_that_is_not_utf8_affects_no_other(tmp_path):
     table = pa.Table.from_pylist(ROWS)
     broken = pa.array([row["caption"].encode() for row in ROWS[:-1]] + [b"\xff\xfe"]).view(pa.string())
     for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
         captions = table["caption"].cast(kind)
         pq.write_table(table.set_column(4, "caption", captions), tmp_path / "a.parquet")
-        assert said(opened(tmp_path / "a.parquet")) == expected(ROWS)
+        assert content_of(opened(tmp_path / "a.parquet")) == expected(ROWS)
     pq.write_table(table.set_column(4, "caption", broken), tmp_path / "a.parquet")
     found = rows_of(opened(tmp_path / "a.parquet"))
     assert [row.cause for row in found] == [""] * 23 + ["not_unicode"]
@@ -251,7 +251,7 @@ def test_a_saved_dataset_with_a_broken_state_is_refused(state, tmp_path):
     assert "state.json" in str(refused(tmp_path))
 
 
-def test_a_place_without_usable_files_is_refused(tmp_path):
+def test_a_uri_without_usable_files_is_refused(tmp_path):
     (tmp_path / "note.txt").write_text("x")
     (tmp_path / "a.parquet.txt").write_text("x")
     assert "holds no .parquet file" in str(refused(tmp_path))
@@ -266,7 +266,7 @@ def test_a_place_without_usable_files_is_refused(tmp_path):
 # ---- JSON lines
 
 
-def test_a_broken_line_is_a_bad_row_in_its_place(tmp_path):
+def test_a_broken_line_is_a_bad_row_at_its_position(tmp_path):
     lines = [json.dumps({"chosen": "a", "rejected": "b", "caption": "x"})] * 3
     broken = [
         '{"chosen": ',
@@ -400,7 +400,8 @@ def test_a_row_cannot_name_a_file_outside_of_the_datasets_folder(path, folder, t
 
 
 def test_an_image_may_be_named_by_any_path_below_the_folder_also_through_links(tmp_path):
-    real, link = tmp_path / "real", tmp_path / "link"
+    real = tmp_path / "real"
+    link = tmp_path / "link"
     write_lines(real / "a.jsonl", [{"chosen": "a", "rejected": "b", "caption": "x"}])
     link.symlink_to(real)
     (tmp_path / "blob").write_bytes(b"linked")
@@ -409,13 +410,12 @@ def test_an_image_may_be_named_by_any_path_below_the_folder_also_through_links(t
     for uri in (real.as_uri(), link.as_uri()):
         source = opened(uri)
         for folder in (real, link):
-            assert (
-                source.load(str(folder / "ü a.png")) == source.load((folder / "ü a.png").as_uri()) == b"plain"
-            )
+            image = folder / "ü a.png"
+            assert source.load(str(image)) == source.load(image.as_uri()) == b"plain"
         assert (source.load("x/../ü a.png"), source.load("b.png")) == (b"plain", b"linked")
 
 
-def test_what_a_row_names_elsewhere_and_cannot_be_reached_is_a_bad_image(server, tmp_path):
+def test_an_unreachable_image_outside_the_dataset_is_a_bad_image(server, tmp_path):
     json_lines(tmp_path / "data")
     lines = opened(tmp_path / "data")
     files.write_bytes("s3://bucket/elsewhere.png", b"there")
@@ -427,15 +427,13 @@ def test_what_a_row_names_elsewhere_and_cannot_be_reached_is_a_bad_image(server,
     server.inject()
 
 
-def test_a_bucket_without_credentials_spoils_the_rows_that_name_it_and_is_asked_once(
-    server, tmp_path, monkeypatch
-):
-    asked = []
+def test_a_bucket_without_credentials_makes_its_rows_bad_and_is_requested_once(server, tmp_path, monkeypatch):
+    requested = []
     resolve = files.resolve
 
     def refusing(uri: str):
         if uri.startswith("s3://"):
-            asked.append(uri)
+            requested.append(uri)
             raise BadRequest("no credentials", param="uri", code="no_credentials")
         return resolve(uri)
 
@@ -443,7 +441,7 @@ def test_a_bucket_without_credentials_spoils_the_rows_that_name_it_and_is_asked_
     rows = [{"chosen": f"s3://private/{n}.png", "rejected": "b.png", "caption": "x"} for n in range(5)]
     report = validate(opened(write_lines(tmp_path / "a.jsonl", rows)))
     assert {cause: bad.count for cause, bad in report.bad.items()} == {"image_unreachable": 5}
-    assert asked == ["s3://private/0.png"]
+    assert requested == ["s3://private/0.png"]
 
 
 def test_no_more_of_an_image_is_read_than_the_limit(tmp_path):
@@ -458,7 +456,7 @@ def test_no_more_of_an_image_is_read_than_the_limit(tmp_path):
 
 
 def peak_bytes(uri: Path, with_images: bool) -> tuple[int, int]:
-    """What Python and Arrow held at most, each by its own count, while all rows were read in a process of their own."""
+    """Peak memory of Python and of Arrow, each by its own count, while a subprocess reads all rows."""
     code = f"""
 import tracemalloc, pyarrow
 from services.api.requests import DatasetSource
@@ -492,7 +490,7 @@ def test_a_row_group_of_any_size_is_read_in_bounded_memory(with_images, tmp_path
     assert arrow < 32 << 20
 
 
-def test_a_line_of_many_megabytes_is_not_held(tmp_path):
+def test_a_line_of_many_megabytes_is_not_kept_in_memory(tmp_path):
     good = json.dumps({"chosen": "a", "rejected": "b", "caption": "x"})
     (tmp_path / "a.jsonl").write_text(f"{good}\n{'x' * 100_000_000}\n{good}\n")
     python, _ = peak_bytes(tmp_path / "a.jsonl", False)

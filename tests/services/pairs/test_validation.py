@@ -1,4 +1,4 @@
-"""What is counted when a dataset is registered, and what a sample shows before."""
+"""The counts and digest of a registered dataset, and the report on a sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.errors import BadRequest
 from services.pairs.images import BadImage, decode
 from services.pairs.source import Source, open_source
 from services.pairs.validation import inspect, validate
-from tests.support.hostile_rows import CELLS, PICTURES, hostile_rows
+from tests.support.hostile_rows import CELLS, IMAGES, hostile_rows
 from tests.support.pairs_file import pair_rows, write_pairs
 from tests.support.source_kinds import KINDS, win_lose, write_lines
 
@@ -56,7 +56,7 @@ def test_a_rankings_pairs_and_equal_ranks_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_digest_is_the_same_for_the_same_files_at_another_place(kind, tmp_path):
+def test_the_digest_is_the_same_for_the_same_files_at_another_uri(kind, tmp_path):
     first, second = (inspect(opened(KINDS[kind](tmp_path / place / "data"))) for place in ("1", "2"))
     assert (first == second) == (kind != "json_lines_uris")
     assert first[0] == second[0]
@@ -78,7 +78,7 @@ def test_the_digest_changes_with_captions_labels_uids_and_images(tmp_path):
     assert len({digest(), *changed}) == 5
 
 
-def test_a_dataset_without_a_decided_pair_is_refused_with_what_it_has(tmp_path):
+def test_a_dataset_without_a_decided_pair_is_refused_with_its_counts(tmp_path):
     rows = [{"chosen": "a", "rejected": "a", "caption": "x"}, {"chosen": "a", "rejected": "b", "caption": ""}]
     with pytest.raises(
         BadRequest, match="no decided pair: 2 rows, 1 ties, 0 without a label, 1 caption_missing"
@@ -88,7 +88,7 @@ def test_a_dataset_without_a_decided_pair_is_refused_with_what_it_has(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_hostile_rows_end_as_what_they_are_and_none_is_lost(count, tmp_path):
+def test_hostile_rows_get_their_kind_and_cause_and_none_is_lost(count, tmp_path):
     ends = write_hostile(tmp_path / "a.parquet", count)
     source, found = opened(tmp_path / "a.parquet"), []
     for unit in source.units():
@@ -101,7 +101,7 @@ def test_hostile_rows_end_as_what_they_are_and_none_is_lost(count, tmp_path):
                     cause = error.cause
             found.append(cause)
     assert found == ends
-    assert set(ends) >= {cause for cause, _ in [*PICTURES.values(), *CELLS.values()]}
+    assert set(ends) >= {cause for cause, _ in [*IMAGES.values(), *CELLS.values()]}
     counts, _ = inspect(source)
     expected = Counter(end for end in ends if end not in UNDECIDED and not end.startswith("image_"))
     assert counts.bad == expected
@@ -125,7 +125,7 @@ def test_a_sample_of_a_whole_small_source_counts_what_is_bad_with_examples(tmp_p
     assert DatasetReport.model_validate_json(report.model_dump_json()) == report
 
 
-def test_a_report_says_what_is_read_and_how_large_images_are(tmp_path):
+def test_a_report_lists_the_columns_read_and_the_sizes_of_images(tmp_path):
     rows = [row | {"created_at": 3} for row in pair_rows(50)]
     report = validate(opened(write_pairs(tmp_path / "a.parquet", rows)))
     assert (report.format, report.shape, report.rows, report.columns_not_read) == (
@@ -144,7 +144,7 @@ def test_a_report_says_what_is_read_and_how_large_images_are(tmp_path):
     assert report.bad["image_missing"].examples[0].model_dump() == {"row": ":0:0", "detail": "a.png"}
 
 
-def test_a_sample_comes_from_all_over_the_source(tmp_path):
+def test_a_sample_is_spread_over_the_source(tmp_path):
     rows = [
         row | {"caption": "" if number < 200 else row["caption"]} for number, row in enumerate(pair_rows(400))
     ]
