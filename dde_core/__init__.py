@@ -1,3 +1,3 @@
-"""Preference alignment of diffusion models by Denoised Distribution Estimation: the algorithm, without Ray or HTTP."""
+"""Preference alignment of diffusion models: the algorithm, without Ray or HTTP."""
 
 __version__ = "0.1.0"

@@ -58,7 +58,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def bucket(s3_server: S3Server) -> Iterator[str]:
     """A prefix of its own in the S3 server for one test, without faults before and after it.
 
-    The test gets a client of its own: boto3's allows fewer retries after many failures, those of earlier tests too.
+    The test gets a client of its own: boto3's allows fewer retries after many failures, those of earlier
+    tests too.
     """
     s3.client.cache_clear()
     s3_server.inject()

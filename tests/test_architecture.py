@@ -19,12 +19,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"artifacts"}),
     frozenset({"ingest", "training", "evaluation", "serving", "control", "client"}),
 )
-"""Rooms of services/, lowest first. A room imports its own layer's libraries and those below, never one above."""
+"""Packages of services/, lowest layer first. A package imports from its own layer and from those below."""
 
 PROCESSES = LAYERS[-1]
 """Each runs by itself, so none imports another."""
 
-ROOM_ORDER = ("storage", "api", "stages")
+PACKAGE_ORDER = ("storage", "api", "stages")
 """Within the second layer: each imports only those before it."""
 
 NOT_FOR_CORE = {"ray", "fastapi", "sqlalchemy", "boto3", "httpx", "services"}
@@ -48,33 +48,33 @@ def sources(folder: str) -> list[Path]:
     return found
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     """``services/pairs/row.py`` -> ``pairs``; ``services/errors.py`` -> ``errors``."""
     return path.relative_to(ROOT / "services").parts[0].removesuffix(".py")
 
 
-def layer_of(room: str) -> int:
-    return next(number for number, rooms in enumerate(LAYERS) if room in rooms)
+def layer_of(package: str) -> int:
+    return next(number for number, packages in enumerate(LAYERS) if package in packages)
 
 
-def forbidden(room: str, imported: set[str]) -> set[str]:
-    """Rooms that a module of ``room`` imports and must not."""
-    others = imported - {room}
-    upward = {other for other in others if layer_of(other) > layer_of(room)}
-    if room in PROCESSES:
+def forbidden(package: str, imported: set[str]) -> set[str]:
+    """Packages that a module of ``package`` imports and must not."""
+    others = imported - {package}
+    upward = {other for other in others if layer_of(other) > layer_of(package)}
+    if package in PROCESSES:
         return upward | (others & PROCESSES)
-    if room in ROOM_ORDER:
-        return upward | {other for other in others & set(ROOM_ORDER) if later(other, room)}
+    if package in PACKAGE_ORDER:
+        return upward | {other for other in others & set(PACKAGE_ORDER) if later(other, package)}
     return upward
 
 
-def later(other: str, room: str) -> bool:
-    return ROOM_ORDER.index(other) > ROOM_ORDER.index(room)
+def later(other: str, package: str) -> bool:
+    return PACKAGE_ORDER.index(other) > PACKAGE_ORDER.index(package)
 
 
-def test_every_room_of_services_stands_in_the_layer_table():
-    rooms = {room_of(path) for path in sources("services")} - {"__init__"}
-    assert rooms == set().union(*LAYERS)
+def test_every_package_of_services_stands_in_the_layer_table():
+    packages = {package_of(path) for path in sources("services")} - {"__init__"}
+    assert packages == set().union(*LAYERS)
 
 
 def test_the_root_of_services_holds_two_modules():
@@ -85,12 +85,12 @@ def test_the_root_of_services_holds_two_modules():
 @pytest.mark.parametrize("path", sources("services"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_services_import_downward_and_processes_never_one_another(path: Path):
     used = {name.split(".")[1] for name in imports_of(path.read_text()) if name.startswith("services.")}
-    if room_of(path) != "__init__":
-        assert not forbidden(room_of(path), used)
+    if package_of(path) != "__init__":
+        assert not forbidden(package_of(path), used)
 
 
 @pytest.mark.parametrize(
-    ("room", "imported", "caught"),
+    ("package", "imported", "caught"),
     [
         ("pairs", {"artifacts"}, {"artifacts"}),
         ("artifacts", {"pairs", "storage", "control"}, {"control"}),
@@ -100,9 +100,9 @@ def test_services_import_downward_and_processes_never_one_another(path: Path):
     ],
 )
 def test_the_layer_rule_catches_what_points_upward_or_sideways(
-    room: str, imported: set[str], caught: set[str]
+    package: str, imported: set[str], caught: set[str]
 ):
-    assert forbidden(room, imported) == caught
+    assert forbidden(package, imported) == caught
 
 
 @pytest.mark.parametrize("path", sources("dde_core"), ids=lambda path: str(path.relative_to(ROOT)))

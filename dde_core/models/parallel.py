@@ -34,7 +34,8 @@ def choose(
 ) -> Parallelism:
     """Resolve ``training.parallelism`` for this U-Net, with its adapters, on the smallest GPU of all workers.
 
-    "auto" is a collective on GPUs: every worker must call it. Raises ConfigError for FSDP2 with 8-bit moments.
+    "auto" is a collective on GPUs: every worker must call it. Raises ConfigError for FSDP2 with 8-bit
+    moments.
     """
     gpu_bytes = float("inf")
     if world_size > 1 and training.parallelism == "auto":

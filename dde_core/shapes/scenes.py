@@ -89,7 +89,8 @@ def caption(scene: Scene) -> str:
 
 _CAPTION = re.compile(
     rf"an? (?:(?P<size>{'|'.join(RADII_PX)}) )?(?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)})"
-    rf"(?: at the (?P<place>{'|'.join(PLACES)}))?(?: on a (?P<background>{'|'.join(BACKGROUNDS)}) background)?"
+    rf"(?: at the (?P<place>{'|'.join(PLACES)}))?"
+    rf"(?: on a (?P<background>{'|'.join(BACKGROUNDS)}) background)?"
 )
 
 
@@ -126,7 +127,8 @@ def render(scene: Scene, rng: np.random.Generator | None = None) -> UInt8[np.nda
     color = np.asarray(COLORS[scene.color], float)
     background = np.asarray(BACKGROUNDS[scene.background], float)
     image = inside * color + (1 - inside) * background
-    return np.round(image).astype(np.uint8)
+    pixels: UInt8[np.ndarray, "32 32 3"] = np.round(image).astype(np.uint8)
+    return pixels
 
 
 def _signed_distance(

@@ -76,7 +76,8 @@ def _distances(images: UInt8[np.ndarray, "n 32 32 3"]) -> Float64[np.ndarray, "n
     flat = images.reshape(len(images), -1).astype(np.float64) / 255
     scenes, norms = _rendered_scenes()
     squared: np.ndarray = (flat**2).sum(1, keepdims=True) - 2 * flat @ scenes.T + norms
-    return np.maximum(squared, 0) / flat.shape[1]
+    distances: Float64[np.ndarray, "n scenes"] = np.maximum(squared, 0) / flat.shape[1]
+    return distances
 
 
 @cache

@@ -188,7 +188,7 @@ def train_denoiser(
         predicted = unet(scheduler.add_noise(x0, noise, t), t, text_encoder(tokens).last_hidden_state).sample
         loss = functional.mse_loss(predicted, noise)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
         torch.nn.utils.clip_grad_norm_(online.parameters(), 1.0)
         optimizer.step()
         schedule.step()

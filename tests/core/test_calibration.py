@@ -25,7 +25,7 @@ def errors(n, seed=0):
 
 
 def with_margin(margin, n=1000):
-    """Errors whose margin is the same everywhere: the policy is better on the winner, the loser as the reference."""
+    """Errors with the same margin everywhere: the policy is better on the winner and equal on the loser."""
     ref = torch.full((n,), 0.25, dtype=torch.float64)
     return ref - margin, ref, ref, ref
 

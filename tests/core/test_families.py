@@ -1,4 +1,4 @@
-"""Both families: drawn as diffusers draws them, saved as diffusers reads them, refused where they are of another kind."""
+"""Both families: images equal those of diffusers, diffusers loads what is saved, other kinds are refused."""
 
 from __future__ import annotations
 

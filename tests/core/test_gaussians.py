@@ -1,4 +1,4 @@
-"""What the errors are multiples of, by brute force: the Gaussians of one step and of one shot, in float64, per element."""
+"""Errors against the Gaussians of one step and of one shot, by brute force, in float64, per element."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def randn(seed: int, *shape: int) -> torch.Tensor:
 
 
 class Step:
-    """q(x_{t-1} | x_t, x0) and p(x_{t-1} | x_t) of a model that says ``eps_hat``: means, and the variance that both have."""
+    """Means of q(x_{t-1} | x_t, x0) and p(x_{t-1} | x_t) for the prediction ``eps_hat``; their variance."""
 
     def __init__(self, schedule, t: int, x0, eps, eps_hat) -> None:
         now, before = schedule.alpha_bar[t].item(), schedule.alpha_bar[t - 1].item()

@@ -1,4 +1,4 @@
-"""Shards: what is written is read back, an order depends on (seed, step) alone, and nothing exists without a manifest."""
+"""Shards: round trips, an order that depends on (seed, step) alone, and no dataset without a manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger's files: errors are read back at their places; damaged, short or mismatched files are refused."""
+"""The ledger's files: errors are read back at their places; damaged or mismatched files are refused."""
 
 from __future__ import annotations
 

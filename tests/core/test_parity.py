@@ -102,10 +102,10 @@ BETA = 20.0
 
 
 def published_loss(unet, reference, scheduler, batch: PairBatch, compared: str) -> torch.Tensor:
-    """Diffusion-DPO's loss: one batch of winners and losers that share timestep, noise and text, means over C, H, W.
+    """Diffusion-DPO's loss: winners and losers share timestep, noise and text; means over C, H, W.
 
-    It is published for models that predict noise. ``compared`` "noise" takes the noise that the output stands for, "output"
-    compares a velocity with the velocity, as diffusers' example scripts do.
+    It is published for models that predict noise. ``compared`` "noise" converts the output to noise;
+    "output" compares velocities, as diffusers' example scripts do.
     """
     timesteps, latents = (batch.t - 1).repeat(2), torch.cat([batch.latents_w, batch.latents_l])
     target = batch.noise_w.repeat(2, 1, 1, 1)
@@ -189,7 +189,7 @@ def test_uniform_is_the_published_loss_of_diffusion_dpo_and_has_its_gradient(mod
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction"], indirect=True)
 def test_comparing_velocities_would_be_the_same_logit_without_the_factor_alpha_bar(model: ModelFolder):
-    """eps - eps_model = sqrt(alpha_bar) (v - v_model): so an objective means the same whatever the model predicts."""
+    """eps - eps_model = sqrt(alpha_bar) (v - v_model), whatever the prediction type."""
     batch, reference, unet = shared_noise_pairs(model), moved(model.unet(), 1), moved(model.unet(), 2)
     scheduler = DDPMScheduler.from_config(model.scheduler_config())
     with torch.no_grad():

@@ -114,7 +114,7 @@ def test_a_reference_of_another_arithmetic_would_leave_logits_behind(folder, lor
 
 
 def test_under_bf16_all_that_is_trained_has_a_gradient_although_the_reference_ran_first(folder, lora):
-    """autocast keeps its casts of weights: those of a pass without gradient must not serve the one with it."""
+    """autocast caches its casts of weights: those of a pass without gradient must not serve one with it."""
     policy, batch = Policy(folder, TrainConfig(precision="bf16", lora=lora)), pairs(folder)
     theta, ref = both(policy, folder, batch)
     step_losses(

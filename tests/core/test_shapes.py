@@ -1,4 +1,4 @@
-"""The shapes world: captions and scenes invert one another, scorers rank what they say they rank, shipped files are sound."""
+"""The shapes world: captions and scenes invert one another, scorers rank, shipped files are sound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards on the local disk: bounded, shared, never half-written, there in time; and memory that does not grow."""
+"""Shards on the local disk: bounded, shared, never half-written, prefetched; memory does not grow."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from dde_core.latents.reader import LatentReader
 from tests.support.latent_shards import RecordingFiles
 
 watched = RecordingFiles(float(sys.argv[3]))
-reader = LatentReader(fs.PyFileSystem(watched), sys.argv[1], cache=Path(sys.argv[2]), window_pairs=int(sys.argv[4]))
+folder, cache, window_pairs = sys.argv[1], Path(sys.argv[2]), int(sys.argv[4])
+reader = LatentReader(fs.PyFileSystem(watched), folder, cache=cache, window_pairs=window_pairs)
 """
 """Arguments: dataset, cache, delay of a read in seconds, pairs of a window."""
 

@@ -76,7 +76,7 @@ def test_a_range_keeps_the_density_inside_it_and_renormalises(schedule, method, 
 
 
 def expected(config: ObjectiveConfig, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss and its gradient in expectation over t, by summing over every t: three pairs, errors of two parameters."""
+    """The expected loss over t and its gradient, summed over every t: three pairs, two parameters."""
     parameters = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
     generator, loss = torch.Generator().manual_seed(0), torch.zeros((), dtype=torch.float64)
     drawn = sampling_distribution(config, schedule)[1:]

@@ -154,10 +154,8 @@ def test_a_checkpoint_whose_files_have_changed_is_put_aside(model, encoded, tmp_
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(
-        DataError,
-        match=r"optimizer\.safetensors of the checkpoint at .*step-00000004' differs from its recorded digest",
-    ):
+    changed = r"optimizer\.safetensors of the checkpoint at .*step-00000004' differs from its recorded digest"
+    with pytest.raises(DataError, match=changed):
         state(tmp_path, 4)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     assert any("invalidated the checkpoint of step 4" in event for event in events(tmp_path))
