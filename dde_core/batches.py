@@ -147,16 +147,6 @@ def slices(rows: AnyRows, size: int) -> Iterator[AnyRows]:
         yield rows.rows(slice(start, start + size))
 
 
-def count_micro_batches(batch_size: int, world_size: int, size: int) -> int:
-    """How many micro-batches of at most ``size`` pairs every worker runs in one step.
-
-    Workers may differ by one pair, but not in this number: FSDP2 gathers the model on all workers at once,
-    and a worker with one micro-batch more would wait for ever. So for ``size`` 1 a micro-batch can have 2
-    pairs.
-    """
-    return min(-(-batch_size // (world_size * size)), batch_size // world_size)
-
-
 def micro_batches(rows: AnyRows, num_parts: int) -> Iterator[tuple[AnyRows, bool]]:
     """Parts of nearly equal length, each with whether it is the last."""
     ends = [len(rows) * number // num_parts for number in range(num_parts + 1)]

@@ -104,12 +104,23 @@ def pairs_of_a_worker(training: TrainConfig, num_workers: int) -> int:
     return -(-training.batch_size // num_workers)
 
 
-def pairs_of_a_micro_batch(training: TrainConfig, num_workers: int) -> int:
-    """Pairs in one forward and backward pass."""
-    pairs = pairs_of_a_worker(training, num_workers)
-    return min(training.micro_batch_size or pairs, pairs)
+def max_micro_batch(training: TrainConfig, num_workers: int) -> int:
+    """Most pairs that a worker may run at a time."""
+    return training.micro_batch_size or pairs_of_a_worker(training, num_workers)
 
 
-def num_micro_batches(training: TrainConfig, num_workers: int) -> int:
-    """Forward and backward passes of a worker in one step. Their gradients are summed."""
-    return -(-pairs_of_a_worker(training, num_workers) // pairs_of_a_micro_batch(training, num_workers))
+def num_micro_batches(batch_size: int, num_workers: int, max_pairs: int) -> int:
+    """Forward and backward passes of a worker in one step, of at most ``max_pairs`` pairs. Their gradients
+    are summed.
+
+    Workers may differ by one pair, but not in this number: FSDP2 gathers the model on all workers at once,
+    and a worker with one micro-batch more would wait for ever. So for ``max_pairs`` 1 a micro-batch can have
+    2 pairs.
+    """
+    return min(-(-batch_size // (num_workers * max_pairs)), batch_size // num_workers)
+
+
+def micro_batch_counts(training: TrainConfig, num_workers: int) -> tuple[int, int]:
+    """Micro-batches of a step, and the pairs of the largest, on the worker that has most pairs."""
+    count = num_micro_batches(training.batch_size, num_workers, max_micro_batch(training, num_workers))
+    return count, -(-pairs_of_a_worker(training, num_workers) // count)

@@ -72,7 +72,7 @@ def later(other: str, package: str) -> bool:
     return PACKAGE_ORDER.index(other) > PACKAGE_ORDER.index(package)
 
 
-def test_every_package_of_services_stands_in_the_layer_table():
+def test_every_package_of_services_is_in_the_layer_table():
     packages = {package_of(path) for path in sources("services")} - {"__init__"}
     assert packages == set().union(*LAYERS)
 

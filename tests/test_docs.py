@@ -476,7 +476,7 @@ def made_up(text: str, folder: str = ".") -> Page:
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
 )
-def test_a_check_catches_what_it_is_about(check: Any, text: str, says: str):
+def test_a_check_catches_its_fault(check: Any, text: str, says: str):
     found = list(check(made_up(text)))
     assert any(says in each for each in found), found
 

@@ -33,7 +33,7 @@ from dde_core.parallelism import (
     Parallelism,
     choose_parallelism,
     holds_reference,
-    num_micro_batches,
+    micro_batch_counts,
     runs_reference,
 )
 from dde_core.planning.estimate import Term, memory_terms, parameters_of
@@ -122,7 +122,7 @@ def _fsdp_terms(facts: Facts, objective: ObjectiveConfig, training: TrainConfig,
     base, trained = parameters_of(facts, training)
     numbers = base + trained if training.lora else base
     outside = facts.outside_blocks
-    count = num_micro_batches(training, gpus)
+    count, _ = micro_batch_counts(training, gpus)
     stay = f"{outside / 1e6:,.1f}M outside of blocks, which stay"
     gathered = f"x {numbers / 1e6:,.1f}M parameters - {stay}) x 4 bytes (all-gather)"
 
@@ -153,7 +153,8 @@ def _sharded_terms(
 ) -> Iterator[Term]:
     """The terms of a whole model as FSDP2 shards them, and what is gathered at one time: the block that
     computes, the next one, and the parameters outside of blocks, of policy and frozen reference."""
-    accumulates = num_micro_batches(training, gpus) > 1
+    count, _ = micro_batch_counts(training, gpus)
+    accumulates = count > 1
     for term in whole:
         if term.name == "gradients" and accumulates:
             yield Term(term.name, f"{term.formula}, unsharded until the last micro-batch", term.value)

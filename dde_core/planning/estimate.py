@@ -27,7 +27,7 @@ from dde_core.parallelism import (
     FLOAT32,
     Parameters,
     StateTerm,
-    pairs_of_a_micro_batch,
+    micro_batch_counts,
     runs_reference,
     state_terms,
 )
@@ -141,7 +141,7 @@ def _bytes(name: str, held: StateTerm, what: str, kind: str) -> Term:
 
 def _batch(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int) -> Term:
     """Latents, noise (and z of `sampled`) of a micro-batch on each side, and one text."""
-    pairs = pairs_of_a_micro_batch(training, workers)
+    _, pairs = micro_batch_counts(training, workers)
     kinds = 3 if draws_evaluation_points(objective) else 2
     tensors = sides_of(objective) * kinds
     latents = math.prod(facts.latent_shape)
@@ -151,7 +151,7 @@ def _batch(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, work
 
 
 def _activations(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, workers: int) -> Term:
-    pairs = pairs_of_a_micro_batch(training, workers)
+    _, pairs = micro_batch_counts(training, workers)
     sides = sides_of(objective)
     each = facts.activation_bytes[training.precision, training.gradient_checkpointing]
     how = "checkpointed" if training.gradient_checkpointing else "all kept"

@@ -31,7 +31,7 @@ from dde_core.parallelism import (
     FLOAT32,
     MOMENT_BYTES,
     Parallelism,
-    num_micro_batches,
+    micro_batch_counts,
     pairs_of_a_worker,
     runs_reference,
 )
@@ -99,7 +99,7 @@ class Run:
 
     @property
     def num_micro_batches(self) -> int:
-        return num_micro_batches(self.training, self.cluster.gpus)
+        return micro_batch_counts(self.training, self.cluster.gpus)[0]
 
     @property
     def reads_ledger(self) -> bool:

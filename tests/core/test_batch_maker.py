@@ -154,7 +154,7 @@ def test_t_follows_the_methods_density(model, encoded, method, t_sampling):
 # ---- what a side is told
 
 
-def test_winner_and_loser_are_told_the_same_text_and_their_own_sizes(model, encoded):
+def test_winner_and_loser_get_the_same_text_and_their_own_sizes(model, encoded):
     table = pq.read_table(next(encoded.glob("*.parquet"))).to_pylist()
     by_pair = {row["pair_id"]: row for row in table}
     batch = one_batch(model, encoded, ObjectiveConfig())

@@ -129,7 +129,7 @@ def test_errors_that_are_not_finite_are_refused_and_change_nothing(schedule):
     assert all(torch.equal(before[name], r.state_dict()[name]) for name in NAMES)
 
 
-def test_a_restored_calibration_goes_on_to_the_bit(schedule):
+def test_a_restored_calibration_continues_to_the_bit(schedule):
     run, resumed = calibration(schedule), calibration(schedule)
     feed(run, EVERY_T, *errors(1000))
     saved = run.state_dict()

@@ -47,7 +47,7 @@ def test_the_same_ranges_hold_in_an_api_body_and_are_located_at_the_field():
         Body.model_validate_json('{"objective": {"beta": true}}')
 
 
-def test_each_method_has_its_own_sources_noise_unless_told_otherwise():
+def test_each_method_has_its_own_sources_noise_by_default():
     assert ObjectiveConfig(method="dde").noise_mode == "independent"
     assert ObjectiveConfig(method="uniform").noise_mode == "shared"
     assert ObjectiveConfig(method="uniform", noise="independent").noise_mode == "independent"

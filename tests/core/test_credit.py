@@ -121,7 +121,7 @@ def test_credit_is_the_same_whether_t_is_drawn_by_its_density_or_weighted_with_i
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_within_a_range_all_credit_lies_inside_and_the_density_grows(schedule, method):
+def test_within_a_range_all_credit_is_inside_and_the_density_grows(schedule, method):
     c = of(schedule, method, t_min=200, t_max=700)
     inside = (torch.arange(1, 1001) >= 200) & (torch.arange(1, 1001) <= 700)
     for curve in (c.gradient_weight, c.density):

@@ -142,7 +142,7 @@ def test_adapters_start_as_the_reference_to_the_bit_and_the_same_at_every_start(
     assert first.parameters()
 
 
-def test_only_adapters_are_trained_where_they_are_asked_for(folder: Path):
+def test_only_adapters_are_trained_where_they_are_requested(folder: Path):
     base = ModelFolder(folder).unet().state_dict()
     policy = train_a_little(folder, LORA)
     frozen = {

@@ -61,7 +61,7 @@ def test_rows_come_back_as_they_were_written(folder: Path):
     assert batch.latents_w.dtype == np.float16
 
 
-def test_all_rows_of_a_shard_can_be_asked_for_in_their_order(folder: Path):
+def test_all_rows_of_a_shard_can_be_read_in_their_order(folder: Path):
     rows = reader(folder, 5).shard(1)
     assert numbers(rows) == list(range(10, PAIRS))
     assert rows.places.tolist() == rows.positions.tolist() == list(range(13))

@@ -152,7 +152,7 @@ def test_only_draws_that_every_shard_has_are_there():
     assert complete_draws({}, 3) == ()
 
 
-def test_a_record_says_what_it_said(tmp_path):
+def test_a_record_round_trips(tmp_path):
     path = write(tmp_path, key_of())
     record = LedgerRecord.from_json(path.read_bytes())
     assert path.name == record.name == "ledger-0003.json"
@@ -195,7 +195,7 @@ def test_values_that_are_no_numbers_and_missing_rows_are_refused(tmp_path, bad, 
         ledger.errors(rows_at((1, 2, 0)))
 
 
-def test_a_draw_that_is_not_there_and_a_record_of_another_format_are_refused(tmp_path):
+def test_a_missing_draw_and_a_record_of_another_format_are_refused(tmp_path):
     path = write(tmp_path, key_of())
     with pytest.raises(DataError, match=r"has draws 0\.\.2, requested draw 3"):
         opened(path).errors(rows_at((0, 3, 0)))

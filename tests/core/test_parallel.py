@@ -25,7 +25,7 @@ from dde_core.models.folder import ModelFolder
 from dde_core.models.parallel import synchronized
 from dde_core.models.policy import Policy, make_optimizer, use_deterministic_kernels
 from dde_core.models.saving import save_aligned
-from dde_core.parallelism import Parameters, choose_parallelism, state_terms
+from dde_core.parallelism import Parameters, choose_parallelism, micro_batch_counts, state_terms
 from dde_core.planning.cluster import Cluster, parallelism_on
 from dde_core.planning.estimate import parameters_of
 from dde_core.planning.facts import FACTS
@@ -283,6 +283,17 @@ def test_planner_and_trainer_choose_alike(method, family, lora, ema_decay, preci
     assert parallel.count_parameters(model, training) == parameters_of(FACTS[family], training)
     planned = parallelism_on(ON, FACTS[family], ObjectiveConfig(method=method), training)
     assert parallel.choose(method, training, model, torch.device("cpu"), ON.gpus) == planned
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "workers", "micro_batch_size", "count", "pairs"),
+    [(9, 8, 1, 1, 2), (8, 2, 3, 2, 2), (10, 2, 3, 2, 3), (10, 3, 0, 1, 4)],
+)
+def test_the_planner_counts_the_micro_batches_of_the_worker_that_has_most(
+    batch_size, workers, micro_batch_size, count, pairs
+):
+    training = TrainConfig(batch_size=batch_size, micro_batch_size=micro_batch_size)
+    assert micro_batch_counts(training, workers) == (count, pairs)
 
 
 @pytest.mark.usefixtures("on_h100s")

@@ -159,9 +159,7 @@ def test_a_shard_that_was_changed_is_refused_and_not_kept(folder: Path, cache: P
     assert not kept(cache)
 
 
-def test_an_error_of_a_batch_that_was_read_ahead_is_raised_where_it_is_asked_for_and_may_pass(
-    folder: Path, cache: Path
-):
+def test_an_error_of_a_prefetched_batch_is_raised_at_its_request_and_may_pass(folder: Path, cache: Path):
     with reader(folder, cache) as expected:
         steps = [expected.batch(0, step, 5).pair_ids for step in range(13)]
         late = int(expected.batch(0, 12, 5).shards[0])  # of the second window
@@ -268,7 +266,7 @@ def test_no_more_is_fetched_ahead_than_there_is_room_for(folder: Path, cache: Pa
     assert len(shards) == len(set(shards)) >= 9  # of three windows, each once
 
 
-def test_the_next_batch_is_in_memory_before_it_is_asked_for(folder: Path, cache: Path):
+def test_the_next_batch_is_in_memory_before_its_request(folder: Path, cache: Path):
     with reader(folder, cache.with_name("other")) as other:
         expected = other.batch(0, 1, 20).pair_ids
     with reader(folder, cache) as running:

@@ -8,7 +8,7 @@ import ray.train
 import ray.train.torch
 
 from dde_core import checkpoint
-from dde_core.batches import BatchMaker, count_micro_batches, micro_batches
+from dde_core.batches import BatchMaker, micro_batches
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
 from dde_core.latents.ledger import Ledger
@@ -17,7 +17,7 @@ from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
 from dde_core.models.parallel import synchronized
 from dde_core.models.policy import Policy, learning_rate, make_optimizer, use_deterministic_kernels
-from dde_core.parallelism import pairs_of_a_worker
+from dde_core.parallelism import max_micro_batch, num_micro_batches
 from dde_core.train_step import check_finite, pair_errors, step_losses
 from services.api.requests import most_workers
 from services.artifacts import models
@@ -65,8 +65,8 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
     optimizer = make_optimizer(policy.parameters(), training)
     calibration = Calibration(schedule, objective)
     # What fits in memory with all workers must still fit when some are missing.
-    max_size = training.micro_batch_size or pairs_of_a_worker(training, most_workers(spec.workers))
-    num_parts = count_micro_batches(training.batch_size, world_size, max_size)
+    max_pairs = max_micro_batch(training, most_workers(spec.workers))
+    num_parts = num_micro_batches(training.batch_size, world_size, max_pairs)
 
     # Resume.
     identity = run_identity(spec, reader.manifest, ledger)

@@ -103,7 +103,7 @@ def test_the_state_folder_provides_address_and_key(server, dde, tmp_path) -> Non
     assert server.sent("GET", JOBS)[0][0]["authorization"] == f"Bearer {KEY}"
 
 
-def test_a_server_that_is_not_there_is_one_line(dde, monkeypatch) -> None:
+def test_an_unreachable_server_is_reported_in_one_line(dde, monkeypatch) -> None:
     monkeypatch.setattr("services.client.api.LONGEST_PAUSE_S", 0.0)
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     result = dde("models", "list", DDE_URL=url)

@@ -145,7 +145,7 @@ def test_a_margin_that_leaves_no_credit_is_reported_and_drawn(dde) -> None:
     assert ["dde", "none"] in [line.split() for line in result.stdout.splitlines()]
 
 
-def test_a_job_brings_its_objective_its_schedule_and_what_it_logged(server, dde) -> None:
+def test_a_job_brings_its_objective_its_schedule_and_its_metrics(server, dde) -> None:
     answer_with(server, record())
     output = strict(dde("--job", "ajob_1", "--method", "dde", "--margin", 2e-4, "--json").stdout)
     assert list(output) == ["t", "dde", "job"]

@@ -104,7 +104,7 @@ def test_a_failure_that_would_come_again_is_not_tried_again(plane):
 
 
 @pytest.mark.parametrize("ends", ["stopped", "failed"])
-def test_training_that_others_stopped_goes_on_in_the_same_run(plane, ends):
+def test_training_that_others_stopped_resumes_in_the_same_run(plane, ends):
     plane.launcher.plays["train"] = fakes.runs
     job = plane.job()["id"]
     plane.settle()

@@ -543,7 +543,7 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
         "/v1/evaluations/x",
     ],
 )
-def test_an_id_that_is_not_there_is_a_404(steady, path):
+def test_an_unknown_id_is_a_404(steady, path):
     assert steady.get(path, 404)["error"]["code"].endswith("_not_found")
 
 

@@ -26,7 +26,7 @@ def steps(answer: dict) -> list[int]:
     return [each["step"] for each in answer["data"]]
 
 
-def test_every_checkpoint_is_told_with_what_validation_measured_of_it(plane, job):
+def test_every_checkpoint_is_listed_with_its_validation(plane, job):
     job, run = job
     assert plane.launcher.specs[f"{job}-train-a1"].run == run
     for step in (10, 20):

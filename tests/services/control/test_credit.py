@@ -62,7 +62,7 @@ def test_before_training_is_done_there_is_none(plane, job):
     assert refusal(plane, job)["message"].endswith("when training is done; the job is failed")
 
 
-def test_a_model_without_one_and_a_deleted_model_are_said(plane, job):
+def test_a_model_without_one_and_a_deleted_model_are_reported(plane, job):
     plane.launcher.plays["train"] = fakes.train
     plane.settle()
     said = f"job {job} has no credit record: its model has none; the job is succeeded"

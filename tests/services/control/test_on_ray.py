@@ -61,7 +61,7 @@ def workers(system: LocalSystem) -> list[int]:
     return found
 
 
-def test_a_paused_training_frees_its_workers_keeps_its_step_and_goes_on_from_it(client, system, request_of):
+def test_a_paused_training_frees_its_workers_keeps_its_step_and_resumes_from_it(client, system, request_of):
     job = client.create_job(request_of(60)).id
     wait_for(lambda: len(list(client.metrics(job, "train"))) >= 5)
     asked = time.monotonic()

@@ -42,7 +42,7 @@ def asked_to_stop(plane, submission: str) -> bool:
     return files.exists(f"{plane.launcher.specs[submission].prefix}/stop.json")
 
 
-def test_training_is_asked_to_store_its_state_and_goes_on_in_the_same_run(any_plane):
+def test_training_is_requested_to_store_its_state_and_resumes_in_the_same_run(any_plane):
     plane = any_plane
     job = training(plane)
     first = f"{job}-train-a1"
@@ -222,7 +222,7 @@ def test_training_that_hangs_is_ended_after_a_while_and_its_end_is_waited_for(pl
     assert status(plane, job) == "succeeded"
 
 
-def test_training_that_has_heard_is_given_the_time_of_its_step_and_its_checkpoint(plane):
+def test_training_that_acknowledged_a_stop_gets_the_time_of_its_step_and_its_checkpoint(plane):
     job = training(plane)
     ask(plane, "pause", job)
     plane.settle(5)
@@ -251,7 +251,7 @@ def test_a_cancel_frees_the_workers_while_the_journal_cannot_be_read(plane, monk
     assert status(plane, job) == "cancelled"
 
 
-def test_training_that_was_never_asked_to_stop_is_given_its_time_after_an_outage_of_the_control_plane(plane):
+def test_training_that_received_no_stop_gets_its_time_after_an_outage_of_the_control_plane(plane):
     job = training(plane)
     ask(plane, "pause", job)
     plane.clock.now += 2 * plane.settings.unreachable_s

@@ -51,7 +51,7 @@ def test_a_job_goes_through_every_stage_to_a_served_model(any_plane):
     assert ended["result"]["train"]["model"] == record.model_dump()
 
 
-def test_every_stage_is_told_where_its_input_and_output_lie(plane):
+def test_every_stage_receives_the_uris_of_its_input_and_output(plane):
     job = plane.job(objective={"beta": 7.0})
     plane.settle()
     root = plane.app_settings.storage_uri
@@ -73,7 +73,7 @@ def test_every_stage_is_told_where_its_input_and_output_lie(plane):
     assert plane.launcher.entrypoints[f"{job['id']}-encode-a1"] == command
 
 
-def test_training_is_told_how_to_validate_with_places_as_uris(plane):
+def test_training_receives_its_validation_with_uris(plane):
     evaluation = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2, "seed": 3}
     validation = {"every": 50, "num_prompts": 1, "best_metric": "taste"}
     own = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 3}
@@ -90,7 +90,7 @@ def test_training_is_told_how_to_validate_with_places_as_uris(plane):
     assert separate.validation.model_dump(mode="json") == jobs[2]["validation"]
 
 
-def test_prompts_that_validation_does_not_draw_are_said_not_to_be_read(plane):
+def test_prompts_that_validation_does_not_draw_are_reported_as_unused(plane):
     idle = {"every": 50, "prompts_uri": "nowhere.txt"}
     job = plane.job(validation=idle, training={"steps": 50, "batch_size": 4, "held_out_pairs": 2})
     assert "validation.prompts_uri is ignored: validation.num_prompts is 0" in plane.events(job["id"])
@@ -101,7 +101,7 @@ def test_a_single_worker_shares_nothing_out_and_may_have_8_bit_moments(plane):
     assert plane.job(training=asked)["training"]["optimizer"] == "adamw_8bit"
 
 
-def test_training_is_told_between_how_many_workers_it_may_have(plane):
+def test_training_receives_its_range_of_workers(plane):
     job = plane.job(workers=[1, 4])
     plane.settle()
     assert job["workers"] == [1, 4]
@@ -475,7 +475,7 @@ def test_a_crash_between_submit_and_its_record_submits_nothing_twice(plane):
     assert plane.get(f"{JOBS}/{job['id']}")["status"] == "succeeded"
 
 
-def test_an_unexpected_error_is_told_once_retried_with_growing_pauses_and_stops_no_other_job(plane):
+def test_an_unexpected_error_is_logged_once_retried_with_growing_pauses_and_stops_no_other_job(plane):
     def broken(spec):
         raise ZeroDivisionError("a bug")
 

@@ -65,7 +65,7 @@ def test_validating_a_dataset_reports_a_sample_and_stores_nothing(plane):
     assert plane.get("/v1/datasets")["data"] == []
 
 
-def test_a_setting_that_the_method_does_not_read_is_said_in_a_warning(plane):
+def test_a_setting_that_the_method_ignores_is_reported_as_a_warning(plane):
     said = {"method": "uniform", "beta": 7.0, "gamma": 0.8, "calibration_bins": 9}
     job = plane.job(objective=said)
     events = plane.get(f"/v1/alignment/jobs/{job['id']}/events")["data"]

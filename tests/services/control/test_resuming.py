@@ -56,7 +56,7 @@ def left_by_ray(plane) -> str:
     return job
 
 
-def test_a_failed_training_goes_on_in_the_same_run_and_its_job_succeeds(any_plane):
+def test_a_failed_training_resumes_in_the_same_run_and_its_job_succeeds(any_plane):
     plane = any_plane
     job = failed_at(plane, "train")
     told = len(plane.events(job))
@@ -78,7 +78,7 @@ def test_a_failed_training_goes_on_in_the_same_run_and_its_job_succeeds(any_plan
 
 
 @pytest.mark.parametrize("stage", ["encode", "ledger", "evaluate"])
-def test_a_job_goes_on_at_the_stage_where_it_failed_and_does_no_other_again(plane, stage):
+def test_a_job_resumes_at_the_stage_that_failed_and_repeats_no_other(plane, stage):
     job = failed_at(plane, stage)
     resume(plane, job)
     plane.settle(40)
@@ -288,7 +288,7 @@ def test_what_a_resumed_job_needs_is_kept_and_its_name_is_taken_again(plane):
     assert taken["code"] == "name_taken"
 
 
-def test_a_stream_that_ended_with_a_failure_goes_on_once_the_job_is_resumed(plane):
+def test_a_stream_that_ended_with_a_failure_continues_once_the_job_is_resumed(plane):
     job = failed_at(plane, "train")
     last = plane.get(f"{JOBS}/{job}/events?limit=1000")["data"][-1]["id"]
     path, asked = f"{JOBS}/{job}/events", {"accept": "text/event-stream", "last-event-id": last}
@@ -324,7 +324,7 @@ def test_a_result_that_came_after_the_job_had_failed_is_taken_and_nothing_is_don
     assert "queued -> running: stage train had already finished" in plane.events(job)
 
 
-def test_training_that_is_cancelled_while_ray_is_away_is_asked_through_storage(plane):
+def test_training_that_is_cancelled_while_ray_is_unreachable_is_stopped_through_storage(plane):
     plane.launcher.plays["train"] = fakes.runs
     job = plane.job()["id"]
     plane.settle()

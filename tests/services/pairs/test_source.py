@@ -100,7 +100,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"json_lines_uris"}))
-def test_a_source_in_an_object_store_yields_what_it_yields_on_disk(kind, server, tmp_path):
+def test_a_source_in_an_object_store_yields_the_same_as_on_disk(kind, server, tmp_path):
     local = KINDS[kind](tmp_path / "data")
     uri = f"s3://bucket/{kind}"
     files.copy_folder((tmp_path / "data").as_uri(), uri)

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
-from dde_core.batches import count_micro_batches, micro_batches
+from dde_core.batches import micro_batches
 from dde_core.calibration import Calibration
 from dde_core.config import ObjectiveConfig
 from dde_core.models.parallel import full_tensor, shard, synchronized, wrap
 from dde_core.noise import draw_evaluation_point, draw_noise, draw_timestep
+from dde_core.parallelism import num_micro_batches
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors, step_losses
 from services.training.worker.collectives import gather, gather_errors
@@ -84,7 +85,7 @@ def train(rank: int, world_size: int, file: str, parallelism: str) -> None:
         places = np.arange(rank, BATCH, world_size)
         batch, errors = make_batch(step, places), []
         optimizer.zero_grad()
-        for part, is_last in micro_batches(batch, count_micro_batches(BATCH, world_size, MICRO)):
+        for part, is_last in micro_batches(batch, num_micro_batches(BATCH, world_size, MICRO)):
             with synchronized(parallel, is_last):
                 theta = pair_errors(parallel, schedule, part)
                 with torch.no_grad():
@@ -155,7 +156,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(size: int, lengths: 
             done += len(part)
         return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
 
-    parts = list(micro_batches(batch, count_micro_batches(BATCH, 1, size)))
+    parts = list(micro_batches(batch, num_micro_batches(BATCH, 1, size)))
     assert [len(part) for part, _ in parts] == lengths
     assert [is_last for _, is_last in parts] == [False] * (len(lengths) - 1) + [True]
     assert [name for part, _ in parts for name in part.pair_ids] == list(batch.pair_ids)
@@ -179,7 +180,7 @@ def test_all_workers_have_equally_many_micro_batches_of_no_more_pairs_than_reque
     batch_size, world_size, size
 ):
     assume(world_size <= batch_size)
-    num_parts = count_micro_batches(batch_size, world_size, size)
+    num_parts = num_micro_batches(batch_size, world_size, size)
     for share in {batch_size // world_size, -(-batch_size // world_size)}:
         lengths = [len(part) for part, _ in micro_batches(Numbers(range(share)), num_parts)]
         assert (len(lengths), sum(lengths)) == (num_parts, share)

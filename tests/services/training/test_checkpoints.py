@@ -115,7 +115,7 @@ def events(folder: Path | str) -> list[str]:
     ]
 
 
-def test_a_checkpoint_says_what_it_is_of_and_the_last_ones_are_kept(model, encoded, tmp_path, undisturbed):
+def test_a_checkpoint_names_its_run_and_the_last_ones_are_kept(model, encoded, tmp_path, undisturbed):
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     assert checkpoints.steps(run_of(tmp_path)) == [6, 8]
     record = checkpoints.read(run_of(tmp_path), 8)
@@ -138,7 +138,7 @@ def test_a_checkpoint_says_what_it_is_of_and_the_last_ones_are_kept(model, encod
     assert same(state(tmp_path, 8), undisturbed)
 
 
-def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(model, encoded, tmp_path, undisturbed):
+def test_a_run_resumes_from_its_checkpoint_to_the_same_bits(model, encoded, tmp_path, undisturbed):
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     assert [event for event in events(tmp_path) if "from step" in event] == [
@@ -343,7 +343,7 @@ def test_an_attempt_that_was_given_up_writes_no_checkpoint_any_more(model, encod
     assert checkpoints.steps(run_of(tmp_path)) == []
 
 
-def test_a_run_that_is_asked_to_stop_ends_after_a_step_and_goes_on_to_the_same_bits(
+def test_a_run_that_is_requested_to_stop_ends_after_a_step_and_resumes_to_the_same_bits(
     model, encoded, tmp_path, undisturbed, monkeypatch
 ):
     monkeypatch.setattr(preemption, "LISTEN_EVERY_S", 0.01)

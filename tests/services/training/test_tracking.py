@@ -581,7 +581,7 @@ def wandb_records(folder: Path) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_weights_and_biases_writes_offline_what_it_would_show(tmp_path, events, monkeypatch):
+def test_weights_and_biases_writes_its_records_offline(tmp_path, events, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     spec = train_spec(tmp_path.as_uri())
     trackers = opened(spec, events)
