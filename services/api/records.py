@@ -46,6 +46,15 @@ class BadRows(Strict):
     examples: list[BadExample]
 
 
+class DecidedExample(Strict):
+    """A decided row in words: which image was preferred for the caption. Check the direction."""
+
+    row: str
+    chosen: str
+    rejected: str
+    caption: str
+
+
 class PictureSizes(Strict):
     """Lengths of the shorter side of a sample's images, in pixels: each image is cropped to that square."""
 
@@ -60,15 +69,19 @@ class DatasetReport(Strict):
 
     ``columns`` maps expected column names to the ones in the files. ``sampled`` counts the sampled rows in
     total and by kind: decided, tie, missing (no label) and bad. A row with an unusable image is bad.
+    ``files_not_read`` counts, by suffix, the files of a folder that are neither rows nor images.
     """
 
     uri: str
-    format: Literal["parquet", "arrow", "jsonl", "folders"]
+    format: Literal["parquet", "arrow", "jsonl", "json", "csv", "tar", "folders"]
     shape: Literal["pair", "chosen", "ranking"]
+    split: str | None = None
     columns: dict[str, str]
     columns_not_read: list[str]
+    files_not_read: dict[str, int] = {}
     rows: int | None
     sampled: dict[str, int]
+    example: DecidedExample | None = None
     bad: dict[str, BadRows]
     pictures: PictureSizes | None
 

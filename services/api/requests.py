@@ -30,7 +30,8 @@ MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 Scorer = Literal["match", "taste", "fidelity"]
 Column = Literal[
     "caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "image_0_uid", "image_1_uid",
-    "chosen", "rejected", "chosen_uid", "rejected_uid", "images", "ranks", "image_uids", "pair_id",
+    "chosen", "rejected", "chosen_uid", "rejected_uid", "images", "ranks", "scores", "image_uids",
+    "pair_id",
 ]  # fmt: skip
 """The columns that a dataset may have: those of Pick-a-Pic, of chosen/rejected pairs and of rankings."""
 ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
@@ -46,12 +47,15 @@ class Strict(BaseModel):
 class DatasetSource(Strict):
     """Where preference pairs are stored: a file or folder, as a path or URI on the server's side.
 
-    The format is detected automatically: Parquet, Arrow, JSON lines, or a folder of win/ and lose/ images.
-    ``columns`` renames columns, from the expected name to the one in your files: ``{"caption": "prompt"}``.
+    The format is detected automatically: Parquet, Arrow, JSON, CSV, webdataset tars, or a folder of win/ and
+    lose/ images. A folder that holds several splits needs ``split``: the one to read, such as ``"train"``.
+    ``columns`` renames columns, from the expected name to the one in your files: ``{"caption": "prompt"}``;
+    a column mapped to ``""`` is not read.
     """
 
     uri: Uri
     columns: dict[Column, str] = {}
+    split: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")] | None = None
 
 
 class DatasetCreate(DatasetSource):

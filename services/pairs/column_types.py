@@ -74,7 +74,7 @@ _ALLOWED: dict[str, _Allowed] = {
     **dict.fromkeys(("image_0_uid", "image_1_uid", "chosen_uid", "rejected_uid", "pair_id"), _ID),
     "has_label": (_is_boolean_or_integer, "bool or integer"),
     "images": (_is_list_of(_is_image), f"a list of {_IMAGE[1]}"),
-    "ranks": (_is_list_of(_is_number), "a list of numbers"),
+    **dict.fromkeys(("ranks", "scores"), (_is_list_of(_is_number), "a list of numbers")),
     "image_uids": (_is_list_of(_is_id), "a list of string or integer"),
 }
 

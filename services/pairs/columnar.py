@@ -1,17 +1,18 @@
 """Readers of typed columns: Parquet files and Arrow streams, in order and in bounded memory.
 
-A reader (also those of path_based.py) lists the columns, splits its files into units, and yields each row
-of a unit as cells by canonical name. It does not interpret a row; row.py does. A reader holds only URIs and
-names, so it can be pickled.
+A reader (also those of path_based.py, documents.py and tars.py) lists the columns, splits its files into
+units, and yields each row of a unit as cells by canonical name. It does not interpret a row; row.py does. A
+reader holds only URIs and names, so it can be pickled.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,6 +34,8 @@ BATCH_BYTES = 1 << 24
 BATCH_ROWS = 256
 IMAGE_BATCH_ROWS = 64
 STREAM_BYTES = 1 << 20
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+"""First bytes of a compressed file -> pyarrow's name of the compression."""
 IMAGE_COLUMNS = frozenset({"jpg_0", "jpg_1", "chosen", "rejected", "images"})
 
 
@@ -40,8 +43,8 @@ IMAGE_COLUMNS = frozenset({"jpg_0", "jpg_1", "chosen", "rejected", "images"})
 class Unit:
     """Rows that are read in order: the smallest piece that can be read independently.
 
-    A Parquet row group, an Arrow file, the lines that begin in bytes ``start..stop`` of a file, or the images
-    ``names`` of a folder. ``rows`` is None where counting would require reading.
+    A Parquet row group, a file of another format, the lines that begin in bytes ``start..stop`` of a file, or
+    the images ``names`` of a folder. ``rows`` is None where counting would require reading.
     """
 
     file: str
@@ -52,8 +55,16 @@ class Unit:
     names: tuple[tuple[str, ...], ...] = ()
 
 
-Format = Literal["parquet", "arrow", "jsonl", "folders"]
+Format = Literal["parquet", "arrow", "jsonl", "json", "csv", "tar", "folders"]
 Cells = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A row without cells: ``cause`` is an identifier for counting, ``detail`` is for people."""
+
+    cause: str
+    detail: str = ""
 
 
 class Reader(Protocol):
@@ -68,7 +79,7 @@ class Reader(Protocol):
 
     def rows(
         self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
-    ) -> Iterator[Cells | str]:
+    ) -> Iterator[Cells | Unreadable]:
         """Rows ``start`` to ``stop`` of a unit: cells by canonical name, or why a row is unreadable."""
 
     def identity(self) -> Iterator[bytes]:
@@ -94,6 +105,25 @@ def open_file(uri: str, file: str) -> pa.NativeFile:
     """Open a dataset's file for random access."""
     filesystem, path = files.resolve(full_uri(uri, file))
     return filesystem.open_input_file(path)
+
+
+def compression_of(stream: pa.NativeFile) -> str | None:
+    """How a file is compressed, by its first bytes; the stream is back at its start."""
+    head = stream.read(4)
+    stream.seek(0)
+    return next((name for magic, name in COMPRESSIONS.items() if head.startswith(magic)), None)
+
+
+def open_decompressed(uri: str, file: str) -> BinaryIO:
+    """Open a dataset's file for reading from its start, without its compression.
+
+    Reading raises OSError where a compressed file is cut off.
+    """
+    stream = open_file(uri, file)
+    compression = compression_of(stream)
+    if compression:
+        stream = pa.CompressedInputStream(stream, compression)
+    return io.BufferedReader(cast(io.RawIOBase, stream), STREAM_BYTES)
 
 
 def name_and_size(uri: str, file: str) -> bytes:
@@ -124,7 +154,7 @@ class ParquetFiles:
 
     def rows(
         self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
-    ) -> Iterator[Cells | str]:
+    ) -> Iterator[Cells | Unreadable]:
         stream, footer = self._stream(unit.file)
         parquet = pq.ParquetFile(stream, metadata=footer, buffer_size=STREAM_BYTES, pre_buffer=False)
         check_types(full_uri(self.uri, unit.file), _types(parquet.schema_arrow), columns)
@@ -237,7 +267,7 @@ class ArrowFiles:
 
     def rows(
         self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
-    ) -> Iterator[Cells | str]:
+    ) -> Iterator[Cells | Unreadable]:
         with self._open(unit.file) as reader:
             check_types(full_uri(self.uri, unit.file), _types(reader.schema), columns)
             names = sorted(_names_to_read(reader.schema, columns, with_images))

@@ -4,14 +4,15 @@ A row has one of three shapes:
 
     pair      ``jpg_0`` and ``jpg_1``; ``label_0`` and ``label_1`` hold each one's share of the preference
     chosen    ``chosen`` was preferred to ``rejected``
-    ranking   ``images`` with ``ranks``, 1 the best; without ranks the list is best first
+    ranking   ``images`` with ``ranks`` (from 1, the best) or ``scores`` (more is better); without either
+              the list is best first
 
 and is one of four kinds:
 
     decided   at least two of its images differ in preference; a ranking contributes every such pair
-    tie       equal labels or ranks, or the same image (uid) on both sides
-    missing   a label or the ranks are null, or ``has_label`` is false; nothing else is checked then
-    bad       unusable; ``cause`` says why
+    tie       equal labels, ranks or scores, or the same image (uid) on both sides
+    missing   a label, the ranks or the scores are null, or ``has_label`` is false; nothing else is checked
+    bad       unusable; ``cause`` says why, and ``detail`` which columns and values
 
 No content of a row raises an error.
 """
@@ -25,6 +26,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from dde_core.latents.schema import pair_id
+from services.pairs.details import detail_of
 
 Shape = Literal["pair", "chosen", "ranking"]
 Cells = Mapping[str, Any]
@@ -67,6 +69,7 @@ class Row:
     cause: str = ""
     kind: Literal["decided", "tie", "missing", "bad"] = "decided"
     images: tuple[bytes | str | None, ...] = ()
+    detail: str = ""
 
 
 class _BadRow(ValueError):
@@ -77,8 +80,8 @@ class _BadRow(ValueError):
         self.cause = cause
 
 
-def bad_row(key: str, cause: str, caption: str = "") -> Row:
-    return Row(key, caption=caption, cause=cause, kind="bad")
+def bad_row(key: str, cause: str, caption: str = "", detail: str = "") -> Row:
+    return Row(key, caption=caption, cause=cause, kind="bad", detail=detail)
 
 
 def read_row(
@@ -114,14 +117,14 @@ def read_row(
             images=tuple(_content(image) for image in images) if with_images else (),
         )
     except _BadRow as error:
-        return bad_row(key, error.cause, caption)
+        return bad_row(key, error.cause, caption, detail_of(error.cause, cells))
 
 
 def _is_missing(shape: Shape, cells: Cells) -> bool:
     has_label = cells.get("has_label")
     if has_label is not None and not isinstance(has_label, bool | int):
         raise _BadRow("wrong_type")
-    labels = {"pair": ("label_0", "label_1"), "chosen": (), "ranking": ("ranks",)}[shape]
+    labels = {"pair": ("label_0", "label_1"), "chosen": (), "ranking": ("ranks", "scores")}[shape]
     return has_label in (False, 0) or any(name in cells and cells[name] is None for name in labels)
 
 
@@ -220,9 +223,9 @@ def _ordered_slots(shape: Shape, cells: Cells, count: int) -> list[tuple[int, in
         if first == second:
             return []
         return [(0, 1, first)] if first > second else [(1, 0, second)]
-    ranks = _ranks(cells["ranks"], count) if "ranks" in cells else list(range(count))
-    unequal = [(i, j) for i, j in combinations(range(count), 2) if ranks[i] != ranks[j]]
-    return [(i, j, 1.0) if ranks[i] < ranks[j] else (j, i, 1.0) for i, j in unequal]
+    places = _places(cells, count)
+    unequal = [(i, j) for i, j in combinations(range(count), 2) if places[i] != places[j]]
+    return [(i, j, 1.0) if places[i] < places[j] else (j, i, 1.0) for i, j in unequal]
 
 
 def _labels(cells: Cells) -> tuple[float, float]:
@@ -238,15 +241,42 @@ def _labels(cells: Cells) -> tuple[float, float]:
     return first, second
 
 
-def _ranks(values: Any, count: int) -> list[float]:
+def _places(cells: Cells, count: int) -> list[float]:
+    """A number for each image of a ranking, less is better: its rank, minus its score, or its position.
+
+    Ranks count from 1, so that a column where more is better, such as [1, 0], is not mistaken for ranks.
+    """
+    scores = [-score for score in _numbers(cells, "scores", count)] if "scores" in cells else []
+    if "ranks" not in cells:
+        return scores or [float(position) for position in range(count)]
+    ranks = _numbers(cells, "ranks", count)
+    if min(ranks) < 1:
+        raise _BadRow("ranks_below_one")
+    if scores and any(_order(ranks, i, j) != _order(scores, i, j) for i, j in combinations(range(count), 2)):
+        raise _BadRow("scores_against_ranks")
+    return ranks
+
+
+def _order(places: list[float], i: int, j: int) -> int:
+    """-1 where i comes before j, 1 where it comes after, 0 for a tie."""
+    return (places[i] > places[j]) - (places[i] < places[j])
+
+
+def _numbers(cells: Cells, column: str, count: int) -> list[float]:
+    """The numbers of a ranking's images. Raises _BadRow where they are not finite, or not one an image."""
+    values = cells[column]
     if not isinstance(values, list):
         raise _BadRow("wrong_type")
     if len(values) != count:
-        raise _BadRow("ranks_length")
-    ranks = [math.nan if value is None else _number(value) for value in values]
-    if not all(map(math.isfinite, ranks)):
-        raise _BadRow("ranks_nan")
-    return ranks
+        raise _BadRow(f"{column}_length")
+    is_score = column == "scores"  # where HPDv2 has 1 for the preferred image, others have true
+    numbers = [
+        math.nan if value is None else _number(int(value) if is_score and isinstance(value, bool) else value)
+        for value in values
+    ]
+    if not all(map(math.isfinite, numbers)):
+        raise _BadRow(f"{column}_nan")
+    return numbers
 
 
 def _number(value: Any) -> float:

@@ -1,9 +1,12 @@
 """Sources of preference pairs: the format of the files at a URI, the columns to read, and the rows in order.
 
-    parquet    a file or a folder of files, as Pick-a-Pic and the Hugging Face hub store them (images as
-               bytes, paths, or struct<bytes, path>), or `metadata.parquet` of an image folder
-    arrow      a folder that `datasets.save_to_disk` wrote
-    jsonl      a file or a folder of JSON lines with paths or URIs, or `metadata.jsonl` of an image folder
+    parquet    as Pick-a-Pic and the Hugging Face hub store rows (images as bytes, paths, or
+               struct<bytes, path>)
+    arrow      what `datasets.save_to_disk` wrote
+    jsonl      JSON lines with paths or URIs
+    json       one JSON list of rows, as HPDv2 and ImageReward have it
+    csv        a table with a header
+    tar        webdataset tars
     folders    win/ and lose/ (or chosen/ and rejected/) with images of equal stems
 
 Rows of any shape (row.py) may come in any format. Image paths are relative to the file that names them.
@@ -17,7 +20,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
@@ -28,9 +31,9 @@ from pyarrow import fs
 from services.api.requests import Column, DatasetSource
 from services.errors import BadRequest, ServiceError, Unavailable
 from services.pairs.column_types import ColumnMap, FileColumns, check_types
-from services.pairs.columnar import IMAGE_COLUMNS, ArrowFiles, Format, ParquetFiles, Reader, Unit
+from services.pairs.columnar import IMAGE_COLUMNS, Format, Reader, Unit, Unreadable
+from services.pairs.detection import Detected, detect
 from services.pairs.images import MAX_FILE_BYTES, BadImage
-from services.pairs.path_based import SIDES, JsonLines, WinLose
 from services.pairs.row import Row, Shape, bad_row, read_row
 from services.storage import files
 
@@ -38,20 +41,24 @@ _ID: tuple[Column, ...] = ("has_label", "pair_id")
 SHAPES: dict[Shape, tuple[tuple[Column, ...], tuple[Column, ...]]] = {
     "pair": (("jpg_0", "jpg_1", "label_0", "label_1", "caption"), ("image_0_uid", "image_1_uid", *_ID)),
     "chosen": (("chosen", "rejected", "caption"), ("chosen_uid", "rejected_uid", *_ID)),
-    "ranking": (("images", "caption"), ("ranks", "image_uids", *_ID)),
+    "ranking": (("images", "caption"), ("ranks", "scores", "image_uids", *_ID)),
 }
 """The required and the optional columns of each shape."""
 PATH_COLUMN_NAMES = ("{}_file_name", "{}_file_names")
 """How Hugging Face names columns of paths in an image folder's metadata."""
-JSON_LINES = (".jsonl", ".ndjson")
-FOLDER_READERS: tuple[tuple[Callable[[str, tuple[str, ...]], Reader], tuple[str, ...]], ...] = (
-    (ParquetFiles, (".parquet",)),
-    (JsonLines, JSON_LINES),
-    (ArrowFiles, (".arrow",)),
+LAYOUTS: tuple[ColumnMap, ...] = (
+    {"images": "image_path", "scores": "human_preference", "caption": "prompt"},
+    {"images": "file_path", "scores": "human_preference", "caption": "prompt"},
+    {"images": "image_path", "ranks": "rank", "caption": "prompt"},
+    {"images": "generations", "ranks": "ranking", "caption": "prompt"},
 )
+"""Columns of published datasets: HPDv2's train.json (two names are in use) and test.json, and ImageReward."""
+IMAGE_FOLDERS = ("{}", "{}_images")
+"""Where HPDv2 and ImageReward keep the images of `train.json`, if such a folder is beside it."""
 _NO_FILE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 _NO_FILE_S3_ERRORS = ("ACCESS_DENIED", "NO_SUCH_BUCKET")
-_SPLIT_FILE = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")
+_ORDER = re.compile(r"rank|score|prefer|rating|label|vote|reward|order", re.IGNORECASE)
+"""Names of columns that may say which image of a ranking is better."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,10 @@ class Source:
     unused_columns: tuple[str, ...]
     reader: Reader = field(repr=False)
     is_folder: bool = field(repr=False)
+    split: str | None = None
+    files_not_read: dict[str, int] = field(default_factory=dict)
+    image_folder: str = ""
+    """Where the images of a published dataset are, relative to the file that names them."""
     unreachable_buckets: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     """Foreign buckets that did not answer; they are not requested again for every image."""
 
@@ -83,13 +94,17 @@ class Source:
         Raises BadRequest where the unit's file lacks a column, OSError and pyarrow's errors where it is
         unreadable.
         """
-        locate = partial(_relative_to_root, posixpath.dirname(unit.file))
+        locate = partial(_relative_to_root, posixpath.join(posixpath.dirname(unit.file), self.image_folder))
         for row, cells in enumerate(self.reader.rows(unit, self.columns, with_images, start, stop), start):
             key = f"{unit.file}:{unit.group}:{row}"
-            if isinstance(cells, str):
-                yield bad_row(key, cells)
+            if isinstance(cells, Unreadable):
+                yield bad_row(key, cells.cause, detail=cells.detail)
             else:
                 yield read_row(self.shape, key, cells, locate, with_images=with_images)
+
+    def row_name(self, key: str) -> str:
+        """A row's key with the name of its file, also where the dataset is one file."""
+        return key if self.is_folder else posixpath.basename(self.uri) + key
 
     def load(self, image: bytes | str | None) -> bytes | None:
         """The bytes of a row's image, at most MAX_FILE_BYTES + 1 of them; None where the file does not exist.
@@ -184,95 +199,59 @@ def open_source(source: DatasetSource) -> Source:
 
     Raises BadRequest that names the URI or the column.
     """
-    reader, is_folder = _reader(source.uri)
+    detected = detect(source.uri, source.split)
+    reader = detected.reader
     file_columns = reader.columns()
-    shape, columns = choose_columns(source.uri, file_columns, source.columns)
+    layout = _published_layout(file_columns, source.columns)
+    shape, columns = choose_columns(source.uri, file_columns, layout or source.columns)
     check_types(source.uri, file_columns, columns)
     unused = tuple(name for name in file_columns if name not in columns.values())
-    return Source(source.uri, shape, columns, unused, reader, is_folder)
+    return Source(
+        source.uri,
+        shape,
+        columns,
+        unused,
+        reader,
+        detected.is_folder,
+        detected.split,
+        dict(sorted(detected.files_not_read.items())),
+        _image_folder(source.uri, detected) if layout else "",
+    )
 
 
-def _reader(uri: str) -> tuple[Reader, bool]:
-    """The reader for the files at a URI, and whether the URI is a folder."""
-    filesystem, path = files.resolve(uri)
-    kind = filesystem.get_file_info(path).type
-    if kind == fs.FileType.NotFound:
-        raise BadRequest(f"uri {uri!r} does not exist", param="uri", code="not_found")
-    if kind == fs.FileType.Directory:
-        return _folder_reader(uri), True
-    if path.endswith(JSON_LINES):
-        return JsonLines(uri, ("",)), False
-    if path.endswith(".arrow"):
-        return ArrowFiles(uri, ("",)), False
-    return ParquetFiles(uri, ("",)), False
+def _published_layout(file_columns: FileColumns, mapped: ColumnMap) -> ColumnMap | None:
+    """The columns of a published dataset, where the files have just those and the request maps none."""
+    if mapped or "caption" in file_columns:
+        return None
+    fitting = [layout for layout in LAYOUTS if file_columns.keys() >= set(layout.values())]
+    return fitting[0] if len(fitting) == 1 else None
 
 
-def _folder_reader(uri: str) -> Reader:
-    filesystem, path = files.resolve(uri)
-    entries = {info.base_name for info in filesystem.get_file_info(fs.FileSelector(path))}
-    if "dataset_dict.json" in entries:
-        splits = ", ".join(files.read_json(files.join(uri, "dataset_dict.json")).get("splits", []))
-        message = f"uri {uri!r} holds several splits, name the folder of one of them: {splits}"
-        raise BadRequest(message, param="uri", code="splits")
-    if "state.json" in entries:
-        return ArrowFiles(uri, _saved_files(uri))
-    if "metadata.jsonl" in entries:
-        return JsonLines(uri, ("metadata.jsonl",))
-    for sides in SIDES:
-        if entries.issuperset(sides):
-            return WinLose(uri, sides)
-    all_names = files.list_files(uri, recursive=True)
-    visible = [name for name in all_names if not name.startswith(".") and "/." not in name]
-    for reader, suffixes in FOLDER_READERS:
-        names = tuple(name for name in visible if name.endswith(suffixes))
-        if names:
-            return reader(uri, _one_split(uri, names))
-    message = f"uri {uri!r} holds no .parquet file, no JSON lines, no .arrow file and no win and lose folders"
-    raise BadRequest(message, param="uri")
-
-
-def _saved_files(uri: str) -> tuple[str, ...]:
-    """The Arrow files of `save_to_disk`, in the order of its state.json. Raises BadRequest."""
-    try:
-        entries = files.read_json(files.join(uri, "state.json"))["_data_files"]
-        names = tuple(str(entry["filename"]) for entry in entries)
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadRequest(f"uri {uri!r} has a state.json that names no data files", param="uri") from error
-    if not names or any("/" in name for name in names):
-        message = f"uri {uri!r} has a state.json with unusable data files: {list(names)}"
-        raise BadRequest(message, param="uri")
-    return names
-
-
-def _one_split(uri: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The files to read: of several splits only `train`, by the hub's names `train-00000-of-00003.parquet`.
-
-    Raises BadRequest.
-    """
-    split_of: dict[str, str] = {}
-    for name in names:
-        match = _SPLIT_FILE.fullmatch(posixpath.basename(name))
-        if match:
-            split_of[name] = match[1]
-    splits = sorted(set(split_of.values()))
-    if len(splits) < 2:
-        return names
-    if "train" not in splits:
-        message = f"uri {uri!r} holds several splits and none is called train: {', '.join(splits)}"
-        raise BadRequest(message, param="uri", code="splits")
-    return tuple(name for name in names if split_of.get(name, "train") == "train")
+def _image_folder(uri: str, detected: Detected) -> str:
+    """The folder beside a published dataset's file that has its images; "" where they are beside the file."""
+    file = next(detected.reader.units()).file
+    stem = posixpath.basename(file or uri).partition(".")[0]
+    beside = posixpath.dirname(files.join(uri, file) if file else uri)
+    for form in IMAGE_FOLDERS:
+        filesystem, path = files.resolve(files.join(beside, form.format(stem)))
+        if filesystem.get_file_info(path).type == fs.FileType.Directory:
+            return form.format(stem)
+    return ""
 
 
 def choose_columns(uri: str, file_columns: FileColumns, mapped: ColumnMap) -> tuple[Shape, ColumnMap]:
     """The shape of the rows and the columns to read.
 
-    ``mapped`` are the columns that the request names. Raises BadRequest that lists the columns found.
+    ``mapped`` are the columns that the request names; one that is mapped to "" is not read. Raises BadRequest
+    that lists the columns found.
     """
+    omitted = {column for column, name in mapped.items() if not name}
+    mapped = {column: name for column, name in mapped.items() if name}
     _check_mapping(uri, file_columns, mapped)
     usable: ColumnMap = {}
     for column in get_args(Column):
         name = mapped.get(column) or _name_in_files(column, file_columns)
-        if name:
+        if name and column not in omitted:
             usable[column] = name
     lacking = {
         shape: [column for column in required if column not in usable]
@@ -287,7 +266,23 @@ def choose_columns(uri: str, file_columns: FileColumns, mapped: ColumnMap) -> tu
     if unread:
         message = f"columns.{min(unread)}: is not read beside {', '.join(SHAPES[shape][0])}"
         raise BadRequest(message, "columns")
-    return shape, {column: name for column, name in usable.items() if column in _columns_of(shape)}
+    columns: ColumnMap = {column: name for column, name in usable.items() if column in _columns_of(shape)}
+    if shape == "ranking" and not {"ranks", "scores"} & (columns.keys() | omitted):
+        _check_no_order(uri, file_columns, columns)
+    return shape, columns
+
+
+def _check_no_order(uri: str, file_columns: FileColumns, columns: ColumnMap) -> None:
+    """Refuse a column that may order the images, where the list itself would be taken as best first."""
+    others = file_columns.keys() - columns.values() - set(get_args(Column))
+    found = min(filter(_ORDER.search, others), default="")
+    if found:
+        message = (
+            f"uri {uri!r} has a column {found!r} that may say which image is better: map it with "
+            f'ranks={found} (1 is the best) or scores={found} (more is better), or ranks= where "images" is '
+            "best first"
+        )
+        raise BadRequest(message, param="columns", code="order_unclear")
 
 
 def _check_mapping(uri: str, file_columns: FileColumns, mapped: ColumnMap) -> None:

@@ -10,12 +10,23 @@ from dataclasses import astuple
 from itertools import islice
 from statistics import median
 
-from services.api.records import BadExample, BadRows, DatasetCounts, DatasetReport, PictureSizes
+import numpy as np
+from numpy.typing import NDArray
+
+from services.api.records import (
+    BadExample,
+    BadRows,
+    DatasetCounts,
+    DatasetReport,
+    DecidedExample,
+    PictureSizes,
+)
 from services.errors import BadRequest
 from services.pairs.columnar import Unit
 from services.pairs.images import BadImage, decode
-from services.pairs.row import Row
+from services.pairs.row import SLOTS, Row
 from services.pairs.source import Source
+from services.pairs.uids import UidCheck, differ, uid_column
 
 SAMPLE_ROWS = 256
 SAMPLE_SIZE_PX = 64
@@ -27,19 +38,58 @@ MAX_DETAIL_CHARS = 200
 def inspect(source: Source) -> tuple[DatasetCounts, str]:
     """Read every row without its images. Returns the counts and the digest.
 
-    Raises BadRequest where a file is unusable or no pair is decided.
+    Raises BadRequest where a file is unusable, no pair is decided, or a uid names several images.
     """
     summary = Summary(source)
+    uids = UidCheck(source)
+    details: dict[str, str] = {}
     for unit in source.units():
-        for _ in summary.observe(source.rows(unit)):
-            pass
+        for row in uids.observe(unit, summary.observe(source.rows(unit))):
+            if row.kind == "bad":
+                details.setdefault(row.cause, f"{source.row_name(row.key)}: {row.detail}")
     counts = summary.counts()
     if not counts.pairs:
         found = f"{counts.rows} rows, {counts.ties} ties, {counts.missing} without a label"
-        found += "".join(f", {count} {cause}" for cause, count in counts.bad.items())
+        found += "".join(f", {count} {cause} ({details[cause]})" for cause, count in counts.bad.items())
         message = f"uri {source.uri!r} has no decided pair: {found}"
         raise BadRequest(message, param="uri", code="no_decided_pair")
+    uids.check()
     return counts, summary.digest()
+
+
+def decided_example(source: Source) -> DecidedExample | None:
+    """The first decided row, for people to check its direction; None where no row is decided."""
+    for unit in source.units():
+        for number, row in enumerate(source.rows(unit)):
+            if row.kind == "decided":
+                return _example(
+                    source, next(source.rows(unit, with_images=True, start=number, stop=number + 1))
+                )
+    return None
+
+
+def _example(source: Source, row: Row) -> DecidedExample:
+    """A decided row with its images, in words."""
+    preference = row.preferences[0]
+    return DecidedExample(
+        row=source.row_name(row.key),
+        chosen=_image_name(source, row, preference.winner),
+        rejected=_image_name(source, row, preference.loser),
+        caption=row.caption[:MAX_DETAIL_CHARS],
+    )
+
+
+def _image_name(source: Source, row: Row, slot: int) -> str:
+    """An image's path or URI; of one without, its column and its uid."""
+    image = row.images[slot]
+    if isinstance(image, str):
+        return image[:MAX_DETAIL_CHARS]
+    if source.shape == "ranking":
+        column = f"{source.columns['images']}[{slot}]"
+    else:
+        column = source.columns[SLOTS[source.shape][slot][0]]  # type: ignore[index]  # names are of Column
+    uid = row.uids[slot]
+    return column if uid == f"{row.key}:{slot}" else f"{column}, uid {uid}"[:MAX_DETAIL_CHARS]
 
 
 class Tally:
@@ -122,28 +172,33 @@ def validate(source: Source, sample_rows: int = SAMPLE_ROWS) -> DatasetReport:
     units = list(source.units())
     kinds: Counter[str] = Counter()
     bad: dict[str, BadRows] = {}
-    shorter_sides: list[int] = []
+    examiner = _Examiner(source)
+    example: DecidedExample | None = None
     for row in islice(_spread(source, units, sample_rows), sample_rows):
-        cause, detail, sides = _examine(source, row)
+        cause, detail = examiner.examine(row)
         kinds["bad" if cause else row.kind] += 1
-        shorter_sides += sides
+        if example is None and row.kind == "decided":
+            example = _example(source, row)
         if cause:
             bad_rows = bad.setdefault(cause, BadRows(count=0, examples=[]))
             bad_rows.count += 1
             if len(bad_rows.examples) < MAX_EXAMPLES:
-                bad_rows.examples.append(BadExample(row=row.key, detail=detail))
+                bad_rows.examples.append(BadExample(row=source.row_name(row.key), detail=detail))
     sampled = {"rows": kinds.total()}
     sampled |= {kind: kinds[kind] for kind in ("decided", "tie", "missing", "bad")}
     return DatasetReport(
         uri=source.uri,
         format=source.format,
         shape=source.shape,
+        split=source.split,
         columns={str(column): name for column, name in source.columns.items()},
         columns_not_read=list(source.unused_columns),
+        files_not_read=source.files_not_read,
         rows=_total_rows(units),
         sampled=sampled,
+        example=example,
         bad=dict(sorted(bad.items())),
-        pictures=_sizes(shorter_sides),
+        pictures=_sizes(examiner.shorter_sides),
     )
 
 
@@ -166,22 +221,32 @@ def _spread(source: Source, units: list[Unit], sample_rows: int) -> Iterator[Row
         yield from source.rows(units[number], with_images=True, stop=rows_per_unit)
 
 
-def _examine(source: Source, row: Row) -> tuple[str, str, list[int]]:
-    """Decode a row's images. Returns (cause, detail, shorter sides of its images in pixels).
+class _Examiner:
+    """Decodes the images of sampled rows, and compares those of one uid."""
 
-    The cause is "" where the row is not bad.
-    """
-    if row.kind != "decided":
-        return row.cause, row.caption[:MAX_DETAIL_CHARS], []
-    sides: list[int] = []
-    for slot, image in enumerate(row.images):
-        try:
-            sides.append(min(decode(source.load(image), SAMPLE_SIZE_PX).size))
-        except BadImage as error:
-            name = image if isinstance(image, str) else f"image {slot}"
-            detail = f"{name}: {error.detail}"[:MAX_DETAIL_CHARS].removesuffix(": ")
-            return error.cause, detail, sides
-    return "", "", sides
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._seen: dict[str, tuple[str, NDArray[np.uint8]]] = {}
+        """By uid: its first row and its pixels."""
+        self.shorter_sides: list[int] = []
+        """In pixels, of every image that could be decoded."""
+
+    def examine(self, row: Row) -> tuple[str, str]:
+        """Why the row is bad, and a detail for people; "" where it is not."""
+        if row.kind != "decided":
+            return row.cause, row.detail
+        for slot, (uid, image) in enumerate(zip(row.uids, row.images, strict=True)):
+            try:
+                decoded = decode(self._source.load(image), SAMPLE_SIZE_PX)
+            except BadImage as error:
+                name = image if isinstance(image, str) else _image_name(self._source, row, slot)
+                return error.cause, f"{name}: {error.detail}"[:MAX_DETAIL_CHARS].removesuffix(": ")
+            self.shorter_sides.append(min(decoded.size))
+            first, pixels = self._seen.setdefault(uid, (row.key, decoded.pixels))
+            if differ(pixels, decoded.pixels):
+                place = f"another image than in row {self._source.row_name(first)}"
+                return "uid_conflict", f"{uid_column(self._source, slot)} {uid!r} names {place}"
+        return "", ""
 
 
 def _sizes(shorter_sides: list[int]) -> PictureSizes | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -65,7 +69,6 @@ def parquet_paths(folder: Path) -> Path:
 def hub_layout(folder: Path) -> Path:
     write_pairs(folder / "data" / "train-00000-of-00002.parquet", as_structs(ROWS[:10]))
     write_pairs(folder / "data" / "train-00001-of-00002-0123456789abcdef.parquet", as_structs(ROWS[10:]))
-    write_pairs(folder / "data" / "test-00000-of-00001.parquet", as_structs(pair_rows(3)))
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     return folder
 
@@ -112,6 +115,78 @@ def image_folder(folder: Path) -> Path:
     return folder
 
 
+def json_list(folder: Path) -> Path:
+    (folder / "pairs.json").parent.mkdir(parents=True)
+    (folder / "pairs.json").write_text(json.dumps(as_paths(folder, ROWS), indent=1))
+    return folder / "pairs.json"
+
+
+def hpd_json(folder: Path) -> Path:
+    """As HPDv2 has its training rows: the images of `train.json` are in `train/`, and more is better."""
+    rows = [
+        {
+            "prompt": row["caption"],
+            "file_path": [row["jpg_0"], row["jpg_1"]],
+            "human_preference": [row["label_0"], row["label_1"]],
+        }
+        for row in as_paths(folder / "train", ROWS)
+    ]
+    (folder / "train.json").write_text(json.dumps(rows))
+    return folder / "train.json"
+
+
+def image_reward_json(folder: Path) -> Path:
+    """As ImageReward has its rows: rank 1 is the best, the images of `test.json` are in `test_images/`."""
+    rows = [
+        {
+            "id": f"{number}",
+            "prompt": row["caption"],
+            "generations": [row["jpg_0"], row["jpg_1"]],
+            "ranking": [2 - row["label_0"], 2 - row["label_1"]],
+        }
+        for number, row in enumerate(as_paths(folder / "test_images", ROWS))
+    ]
+    (folder / "test.json").write_text(json.dumps(rows))
+    return folder
+
+
+def json_lines_gz(folder: Path) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in as_paths(folder, ROWS))
+    (folder / "pairs.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    return folder / "pairs.jsonl.gz"
+
+
+def metadata_csv(folder: Path) -> Path:
+    rows = [
+        {f"{name}_file_name" if "jpg" in name else name: row[name] for name in row}
+        for row in as_paths(folder, ROWS)
+    ]
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def webdataset(folder: Path, rows: list[dict] = ROWS) -> Path:
+    """Two tars of rows: an image in each column, and the rest in JSON."""
+    folder.mkdir(parents=True)
+    for number, part in enumerate((rows[:10], rows[10:])):
+        with tarfile.open(folder / f"{number:06}.tar", "w") as tar:
+            for index, row in enumerate(part):
+                rest = {name: row[name] for name in ("label_0", "label_1", "caption")}
+                add_member(tar, f"{index:04}.jpg_0", row["jpg_0"])
+                add_member(tar, f"{index:04}.jpg_1.png", row["jpg_1"])
+                add_member(tar, f"{index:04}.json", json.dumps(rest).encode())
+    return folder
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
 def win_lose(folder: Path, names: tuple[str, str] = ("win", "lose"), captions: str = "") -> Path:
     for side, name in enumerate(names):
         (folder / name).mkdir(parents=True)
@@ -143,7 +218,7 @@ def rankings(folder: Path) -> Path:
     rows = [
         {
             "images": [row["jpg_0"], row["jpg_1"]],
-            "ranks": [1 - row["label_0"], 1 - row["label_1"]],
+            "ranks": [2 - row["label_0"], 2 - row["label_1"]],
             "caption": row["caption"],
         }
         for row in ROWS
@@ -215,6 +290,12 @@ ALL_ROWS = {
         image_folder,
         path_structs,
         rankings,
+        json_list,
+        hpd_json,
+        image_reward_json,
+        json_lines_gz,
+        metadata_csv,
+        webdataset,
     )
 }
 """Formats that can hold every row, ties too."""
@@ -225,7 +306,12 @@ DECIDED_ROWS = {
 KINDS = ALL_ROWS | DECIDED_ROWS
 FORMATS = {
     **dict.fromkeys(("saved_to_disk", "saved_paths"), "arrow"),
-    **dict.fromkeys(("json_lines", "json_lines_folder", "json_lines_uris", "image_folder"), "jsonl"),
+    **dict.fromkeys(
+        ("json_lines", "json_lines_folder", "json_lines_uris", "image_folder", "json_lines_gz"), "jsonl"
+    ),
+    **dict.fromkeys(("json_list", "hpd_json", "image_reward_json"), "json"),
+    "metadata_csv": "csv",
+    "webdataset": "tar",
     **dict.fromkeys(("win_lose", "chosen_rejected"), "folders"),
 }
 

@@ -153,6 +153,23 @@ def test_a_ranking_holds_every_two_images_of_different_rank_the_better_one_first
     assert row.ties == (math.comb(len(ranks), 2) - len(better) if better else 0)
 
 
+@pytest.mark.parametrize("scores", [[1, 0], [0.2, -3, 0.9], [True, False], [5, 5, 7]])
+def test_of_two_scores_the_greater_one_wins(scores):
+    images = [f"{i}.png" for i in range(len(scores))]
+    row = read("ranking", {"images": images, "scores": scores, "caption": "text"})
+    better = {(i, j) for i, j in product(range(len(scores)), repeat=2) if scores[i] > scores[j]}
+    assert {(each.winner, each.loser) for each in row.preferences} == better
+
+
+def test_ranks_and_scores_of_one_row_must_agree():
+    assert ranking(scores=[7, 9, 1]).kind == "decided"
+    row = ranking(scores=[1, 2, 3])
+    assert (row.cause, row.detail) == (
+        "scores_against_ranks",
+        "ranks = [2, 1, 3], scores = [1, 2, 3]: they order the images differently",
+    )
+
+
 def test_a_ranking_without_ranks_is_best_first():
     row = read("ranking", {"images": ["a", "b", "c"], "caption": "text"})
     assert [(each.winner, each.loser) for each in row.preferences] == [(0, 1), (0, 2), (1, 2)]
@@ -171,6 +188,11 @@ def test_a_rankings_pair_ids_differ_also_where_the_column_has_one_for_the_row():
         ({"ranks": [1, 2, None]}, "ranks_nan"),
         ({"ranks": [1, 2, math.inf]}, "ranks_nan"),
         ({"ranks": 3}, "wrong_type"),
+        ({"ranks": [1, 0, 0]}, "ranks_below_one"),
+        ({"ranks": [0, 1, 2]}, "ranks_below_one"),
+        ({"scores": [1]}, "scores_length"),
+        ({"scores": [1, None, 2]}, "scores_nan"),
+        ({"scores": "abc"}, "wrong_type"),
         ({"images": ["a"] * (MAX_RANKED + 1)}, "too_many_images"),
         ({"images": ["a"]}, "too_few_images"),
         ({"images": None}, "image_missing"),
@@ -185,6 +207,7 @@ def test_a_ranking_that_cannot_be_used_is_bad(changes, cause):
 
 def test_a_ranking_whose_ranks_are_null_is_missing():
     assert ranking(ranks=None).kind == "missing"
+    assert ranking(scores=None).kind == "missing"
 
 
 JUNK = [None, "", "x\0", "\udfff", b"", b"\xff", 0, -1, 10**400, math.nan, math.inf, True]
@@ -196,12 +219,14 @@ def test_no_cell_of_any_kind_raises_and_every_row_survives_pickling_and_json(sha
     good = {"pair": PAIR, "chosen": {"chosen": "a", "rejected": "b", "caption": "text"}, "ranking": RANKING}[
         shape
     ]
-    for name in [*good, "has_label", "pair_id", "image_uids", "chosen_uid"]:
+    for name in [*good, "has_label", "pair_id", "image_uids", "chosen_uid", "scores"]:
         for junk in JUNK:
             row = read(shape, good | {name: junk}, with_images=True)
             assert row.kind in ("decided", "tie", "missing", "bad")
             assert (row.kind == "bad") == bool(row.cause)
             assert (row.kind == "decided") == bool(row.preferences)
             json.dumps([row.uids, row.caption, row.cause]).encode()
-            "".join([*row.uids, row.caption]).encode()
+            "".join([*row.uids, row.caption, row.detail]).encode()
+            assert bool(row.detail) == (row.kind == "bad")
+            assert len(row.detail) <= 200
             assert vars(pickle.loads(pickle.dumps(row))) == vars(row)

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from tests.support.source_kinds import (
     ROWS,
     expected,
     json_lines,
+    win_lose,
     write_lines,
 )
 
@@ -237,10 +239,18 @@ def test_text_of_any_arrow_type_is_read_and_a_cell_that_is_not_utf8_affects_no_o
 
 def test_a_folder_of_splits_is_refused_naming_them(tmp_path):
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test_unique"]}')
-    assert str(refused(tmp_path)).endswith("name the folder of one of them: train, test_unique")
+    assert "holds several splits: test_unique, train; name one" in str(refused(tmp_path))
     write_pairs(tmp_path / "hub" / "data" / "valid-00000-of-00001.parquet", ROWS)
     write_pairs(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet", ROWS)
-    assert str(refused(tmp_path / "hub")).endswith("none is called train: test, valid")
+    assert "holds several splits: test, validation; name one" in str(refused(tmp_path / "hub"))
+
+
+@pytest.mark.parametrize(
+    "content", ["no json", "[]", '{"splits": []}', '{"splits": [3]}', '{"splits": ["../x"]}']
+)
+def test_a_list_of_splits_that_is_broken_is_refused(content, tmp_path):
+    (tmp_path / "dataset_dict.json").write_text(content)
+    assert "dataset_dict.json that names no splits" in str(refused(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -254,9 +264,11 @@ def test_a_saved_dataset_with_a_broken_state_is_refused(state, tmp_path):
 def test_a_uri_without_usable_files_is_refused(tmp_path):
     (tmp_path / "note.txt").write_text("x")
     (tmp_path / "a.parquet.txt").write_text("x")
-    assert "holds no .parquet file" in str(refused(tmp_path))
+    assert "holds no file of rows; found: 2 .txt" in str(refused(tmp_path))
     assert refused(tmp_path / "nowhere").code == "not_found"
-    assert refused(tmp_path / "note.txt").code == "not_parquet"
+    assert refused(tmp_path / "note.txt").code == "unknown_format"
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut off")
+    assert refused(tmp_path / "cut.parquet").code == "not_parquet"
     (tmp_path / "a.arrow").write_bytes(b"not arrow")
     assert refused(tmp_path / "a.arrow").code == "not_arrow"
     (tmp_path / "a.jsonl").write_text("[1]\n\n{broken\n")
@@ -285,6 +297,8 @@ def test_a_broken_line_is_a_bad_row_at_its_position(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(content)
     found = rows_of(opened(tmp_path / "a.jsonl"))
     assert [row.cause for row in found] == ["", *["json_broken"] * 7, "", "", "json_broken", ""]
+    assert found[1].detail == "the line at byte 49: Expecting value at character 12"
+    assert found[2].detail == "the line at byte 61 is a list, must be an object"
 
 
 def test_ranges_of_a_file_hold_every_line_once(tmp_path, monkeypatch):
@@ -346,6 +360,91 @@ def test_an_image_without_partner_or_caption_and_a_stem_with_two_images_are_bad_
     causes = ["", "partner_missing", "partner_missing", "caption_missing", "stem_twice", "not_unicode"]
     assert [row.cause for row in found] == causes
     assert (found[0].caption, found[0].uids) == ("a.txt", ("win/a.png", "lose/a.jpg"))
+
+
+def test_sidecars_system_files_and_masks_are_no_images_and_are_reported(tmp_path):
+    folder = win_lose(tmp_path / "data")
+    for side in ("win", "lose"):
+        for name in ("p000.json", "p000.npz", "p001.safetensors", "Thumbs.db", "desktop.ini", ".DS_Store"):
+            (folder / side / name).write_bytes(b"x")
+        for name in ("p000_mask.png", "p000-masklabel.png", "masks/p001.png", "p001.mask.png"):
+            (folder / side / name).parent.mkdir(exist_ok=True)
+            (folder / side / name).write_bytes(ROWS[0]["jpg_0"])
+    source = opened(folder)
+    assert content_of(source) == expected(DECIDED)
+    assert source.files_not_read == {
+        ".db": 2,
+        ".ini": 2,
+        ".json": 2,
+        ".npz": 2,
+        ".safetensors": 2,
+        "masks": 8,
+    }
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".caption", ".Caption"])
+@pytest.mark.parametrize("side", ["win", "lose", ""])
+def test_a_caption_may_be_beside_either_image_or_above_with_a_suffix_in_any_case(suffix, side, tmp_path):
+    folder = win_lose(tmp_path / "data")
+    for file in list(folder.glob("*.txt")):
+        file.rename(folder / side / f"{file.stem}{suffix}")
+    assert content_of(opened(folder)) == expected(DECIDED)
+
+
+def test_names_in_either_unicode_form_are_one_stem(tmp_path):
+    names = {"win": unicodedata.normalize("NFC", "café ü"), "lose": unicodedata.normalize("NFD", "café ü")}
+    for side, stem in names.items():
+        (tmp_path / side).mkdir()
+        (tmp_path / side / f"{stem}.png").write_bytes(side.encode())
+    (tmp_path / f"{names['lose']}.txt").write_text("a cup")
+    source = opened(tmp_path)
+    (row,) = rows_of(source, with_images=True)
+    assert (row.kind, row.caption) == ("decided", "a cup")
+    assert [source.load(image) for image in row.images] == [b"win", b"lose"]
+
+
+def test_images_in_folders_below_the_sides_are_paired_by_their_paths(tmp_path):
+    for part in ("a", "b"):
+        for side in ("win", "lose"):
+            (tmp_path / side / part).mkdir(parents=True)
+            (tmp_path / side / part / "1.png").write_bytes(f"{side} {part}".encode())
+        (tmp_path / "win" / part / "1.txt").write_text(part)
+    assert [(row.caption, row.uids) for row in rows_of(opened(tmp_path))] == [
+        (part, (f"win/{part}/1.png", f"lose/{part}/1.png")) for part in ("a", "b")
+    ]
+
+
+def test_a_side_without_a_readable_image_is_refused_with_what_it_holds(tmp_path):
+    folder = win_lose(tmp_path / "data")
+    for file in (folder / "lose").iterdir():
+        file.rename(file.with_suffix(".heic"))
+    error = refused(folder)
+    assert error.code == "no_image"
+    assert f"lose' holds no image; found: {len(DECIDED)} .heic; images that can be read are JPEG" in str(
+        error
+    )
+
+
+def test_every_bad_pair_of_folders_names_its_file(tmp_path):
+    for side in ("win", "lose"):
+        (tmp_path / side).mkdir()
+        for stem in ("empty", "none", "long", "broken", "null", "twice"):
+            (tmp_path / side / f"{stem}.png").write_bytes(b"x")
+    (tmp_path / "win" / "alone.png").write_bytes(b"x")
+    (tmp_path / "lose" / "twice.jpg").write_bytes(b"x")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "win" / "long.txt").write_text("x" * 10_001)
+    (tmp_path / "win" / "broken.txt").write_bytes(b"\xff\xff")
+    (tmp_path / "win" / "null.caption").write_text("a\0b")
+    assert {(row.cause, row.detail) for row in rows_of(opened(tmp_path))} == {
+        ("partner_missing", "win/alone.png: no image 'alone' in lose"),
+        ("not_unicode", "win/broken.txt is not UTF-8"),
+        ("caption_missing", "empty.txt is empty"),
+        ("caption_missing", "win/none.txt does not exist"),
+        ("caption_too_long", "win/long.txt has more than 10,000 characters"),
+        ("caption_null_byte", "win/null.caption holds a null byte"),
+        ("stem_twice", "win/twice.png, lose/twice.jpg, lose/twice.png"),
+    }
 
 
 def test_a_caption_file_of_megabytes_is_too_long_and_not_read(tmp_path):

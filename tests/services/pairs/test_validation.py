@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from services.api.records import DatasetReport
 from services.api.requests import DatasetSource
 from services.errors import BadRequest
 from services.pairs.images import BadImage, decode
 from services.pairs.source import Source, open_source
-from services.pairs.validation import inspect, validate
+from services.pairs.validation import decided_example, inspect, validate
 from tests.support.hostile_rows import CELLS, IMAGES, hostile_rows
 from tests.support.pairs_file import pair_rows, write_pairs
 from tests.support.source_kinds import KINDS, win_lose, write_lines
@@ -80,11 +82,11 @@ def test_the_digest_changes_with_captions_labels_uids_and_images(tmp_path):
 
 def test_a_dataset_without_a_decided_pair_is_refused_with_its_counts(tmp_path):
     rows = [{"chosen": "a", "rejected": "a", "caption": "x"}, {"chosen": "a", "rejected": "b", "caption": ""}]
-    with pytest.raises(
-        BadRequest, match="no decided pair: 2 rows, 1 ties, 0 without a label, 1 caption_missing"
-    ) as refused:
+    found = "no decided pair: 2 rows, 1 ties, 0 without a label, 1 caption_missing"
+    with pytest.raises(BadRequest, match=found) as refused:
         inspect(opened(write_lines(tmp_path / "a.jsonl", rows)))
     assert refused.value.code == "no_decided_pair"
+    assert str(refused.value).endswith("caption_missing (a.jsonl:0:1: caption = '')")
 
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -121,7 +123,9 @@ def test_a_sample_of_a_whole_small_source_counts_what_is_bad_with_examples(tmp_p
     )
     for bad in report.bad.values():
         assert len(bad.examples) == min(3, bad.count)
-        assert all(example.row.startswith(":") and len(example.detail) <= 200 for example in bad.examples)
+        assert all(
+            example.row.startswith("a.parquet:") and len(example.detail) <= 200 for example in bad.examples
+        )
     assert DatasetReport.model_validate_json(report.model_dump_json()) == report
 
 
@@ -141,7 +145,7 @@ def test_a_report_lists_the_columns_read_and_the_sizes_of_images(tmp_path):
     lines = write_lines(tmp_path / "a.jsonl", [{"chosen": "a.png", "rejected": "b.png", "caption": "x"}])
     report = validate(opened(lines))
     assert (report.rows, report.pictures) == (None, None)
-    assert report.bad["image_missing"].examples[0].model_dump() == {"row": ":0:0", "detail": "a.png"}
+    assert report.bad["image_missing"].examples[0].model_dump() == {"row": "a.jsonl:0:0", "detail": "a.png"}
 
 
 def test_a_sample_is_spread_over_the_source(tmp_path):
@@ -151,3 +155,123 @@ def test_a_sample_is_spread_over_the_source(tmp_path):
     report = validate(opened(write_pairs(tmp_path / "a.parquet", rows, row_group_size=10)), 32)
     assert report.sampled["rows"] == 32
     assert 12 <= report.bad["caption_missing"].count <= 20
+
+
+# ---- a decided row in words
+
+
+@pytest.mark.parametrize(
+    ("row", "chosen", "rejected"),
+    [
+        ({"images": ["a.png", "b.png"], "scores": [0, 1]}, "b.png", "a.png"),
+        ({"images": ["a.png", "b.png"], "ranks": [2, 1]}, "b.png", "a.png"),
+        ({"images": ["a.png", "b.png"]}, "a.png", "b.png"),
+        ({"jpg_0": "a.png", "jpg_1": "b.png", "label_0": 0, "label_1": 1}, "b.png", "a.png"),
+        ({"chosen": "a.png", "rejected": "b.png"}, "a.png", "b.png"),
+    ],
+)
+def test_a_decided_row_is_shown_with_its_files_and_caption(row, chosen, rejected, tmp_path):
+    undecided = {"caption": "y", **row, "has_label": False}
+    path = write_lines(tmp_path / "a.jsonl", [undecided, {"caption": "x", **row, "has_label": True}])
+    shown = {"row": "a.jsonl:0:1", "chosen": chosen, "rejected": rejected, "caption": "x"}
+    for example in (decided_example(opened(path)), validate(opened(path)).example):
+        assert example is not None
+        assert example.model_dump() == shown
+
+
+def test_an_embedded_image_is_shown_by_its_column_and_uid(tmp_path):
+    rows = [row | {"label_0": 0.0, "label_1": 1.0} for row in pair_rows(1)]
+    example = decided_example(opened(write_pairs(tmp_path / "a.parquet", rows)))
+    assert example is not None
+    assert (example.chosen, example.rejected) == ("jpg_1, uid 0-0-1", "jpg_0, uid 0-0-0")
+    for row in rows:
+        row["image_0_uid"] = row["image_1_uid"] = None
+    example = decided_example(opened(write_pairs(tmp_path / "a.parquet", rows)))
+    assert example is not None
+    assert (example.chosen, example.rejected) == ("jpg_1", "jpg_0")
+    assert decided_example(opened(write_lines(tmp_path / "b.jsonl", [{"images": [], "caption": ""}]))) is None
+
+
+# ---- details
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause", "detail"),
+    [
+        ({"label_0": 0.7, "label_1": 0.5}, "label_sum", "label_0 = 0.7, label_1 = 0.5: they must be equal"),
+        ({"label_0": "1"}, "wrong_type", "label_0 = '1', must be a number"),
+        ({"caption": 3}, "wrong_type", "caption = 3, must be a string"),
+        ({"has_label": "yes"}, "wrong_type", "has_label = 'yes', must be a boolean"),
+        ({"jpg_0": 3}, "wrong_type", "jpg_0 = 3, must be bytes, a path or a URI"),
+        ({"caption": "x" * 10_001}, "caption_too_long", f"caption = '{'x' * 60}'... (10,001 characters)"),
+        ({"caption": "a\0b"}, "caption_null_byte", "caption = 'a\\x00b'"),
+        ({"caption": "\ud83d"}, "not_unicode", "'\\ud83d'"),
+        ({"image_0_uid": "u\0"}, "uid_null_byte", "image_0_uid = 'u\\x00'"),
+    ],
+)
+def test_a_bad_row_is_explained_by_its_columns_and_values(changes, cause, detail, tmp_path):
+    good = {"jpg_0": "a", "jpg_1": "b", "label_0": 1, "label_1": 0, "caption": "x", "has_label": True}
+    path = write_lines(tmp_path / "a.jsonl", [good | {"image_0_uid": "u"} | changes])
+    (example,) = validate(opened(path)).bad[cause].examples
+    assert detail in example.detail
+
+
+def test_every_bad_row_has_a_detail(tmp_path):
+    write_hostile(tmp_path / "a.parquet", 400, seed=2)
+    report = validate(opened(tmp_path / "a.parquet"), 1000)
+    assert len(report.bad) > 10
+    assert all(example.detail for bad in report.bad.values() for example in bad.examples)
+
+
+# ---- uids
+
+
+def with_uids(path: Path, names: list[tuple[object, object]], rows: list[dict] | None = None) -> Path:
+    rows = rows or pair_rows(len(names))
+    for row, (first, second) in zip(rows, names, strict=True):
+        row["image_0_uid"], row["image_1_uid"] = first, second
+    return write_pairs(path, rows, row_group_size=3)
+
+
+def test_a_uid_of_different_images_is_refused_and_counted_in_a_sample(tmp_path):
+    source = opened(with_uids(tmp_path / "a.parquet", [("0", "1")] * 8))
+    with pytest.raises(BadRequest, match="image_0_uid '0' names different images") as refused:
+        inspect(source)
+    assert refused.value.code == "uid_conflict"
+    assert "in the rows a.parquet:0:0 and a.parquet:0:1" in str(refused.value)
+    assert str(refused.value).endswith("leave it out: --column image_0_uid= --column image_1_uid=")
+    report = validate(source)
+    assert (report.bad["uid_conflict"].count, report.sampled["decided"]) == (7, 1)
+    assert (
+        report.bad["uid_conflict"].examples[0].detail
+        == "image_0_uid '0' names another image than in row a.parquet:0:0"
+    )
+
+
+def test_uids_that_are_left_out_are_not_merged(tmp_path):
+    path = with_uids(tmp_path / "a.parquet", [("0", "1")] * 8)
+    columns = {"image_0_uid": "", "image_1_uid": ""}
+    source = open_source(DatasetSource(uri=path.as_uri(), columns=columns))  # type: ignore[arg-type]
+    uids = {uid for unit in source.units() for row in source.rows(unit) for uid in row.uids}
+    assert (inspect(source)[0].pairs, len(uids)) == (8, 16)
+
+
+def test_uids_that_start_again_in_each_file_are_refused(tmp_path):
+    for file in range(2):
+        names = [(f"{2 * number}", f"{2 * number + 1}") for number in range(5)]
+        with_uids(tmp_path / f"{file}.parquet", names, pair_rows(5, seed=file))
+    with pytest.raises(BadRequest, match=r"rows 0\.parquet:0:0 and 1\.parquet:0:0"):
+        inspect(opened(tmp_path))
+
+
+def test_one_image_of_several_rows_keeps_its_uid_also_where_its_file_differs(tmp_path):
+    rows = pair_rows(6)
+    for row in rows[1:]:
+        row["jpg_0"] = rows[0]["jpg_0"]
+    again = io.BytesIO()
+    Image.open(io.BytesIO(rows[0]["jpg_0"])).resize((64, 64)).save(again, "JPEG", quality=95)
+    rows[3]["jpg_0"] = again.getvalue()
+    names: list[tuple[object, object]] = [("same", f"{number}") for number in range(6)]
+    source = opened(with_uids(tmp_path / "a.parquet", names, rows))
+    assert inspect(source)[0].pairs == 6
+    assert validate(source).bad == {}
