@@ -15,6 +15,7 @@ from dde_core.family import Family
 from services.api.records import (
     FINAL_STATUSES,
     DatasetCounts,
+    DecidedExample,
     EncodeResult,
     EvaluateResult,
     JobStatus,
@@ -70,15 +71,17 @@ class ErrorView(Answer):
 
 
 class DatasetView(Answer):
-    """Registered preference pairs. ``digest`` identifies their content."""
+    """Registered preference pairs. ``digest`` identifies their content, ``example`` is a decided row."""
 
     id: str
     object: Literal["dataset"]
     name: str
     uri: str
+    split: str | None = None
     columns: dict[str, str]
     digest: str
     counts: DatasetCounts
+    example: DecidedExample | None = None
     created_at: int
 
 

@@ -114,18 +114,26 @@ class Client:
 
     # ---- datasets and models
 
-    def create_dataset(self, name: str, uri: str, columns: Mapping[str, str] | None = None) -> DatasetView:
-        """Register preference pairs. ``columns`` maps the API's column names to the files' names.
+    def create_dataset(
+        self, name: str, uri: str, columns: Mapping[str, str] | None = None, split: str | None = None
+    ) -> DatasetView:
+        """Register preference pairs.
+
+        ``columns`` maps the API's column names to the files' names. ``split`` is the one to read of a folder
+        that holds several.
 
         The server reads and counts all pairs first, which can take minutes. This waits without a limit and
         tries once.
         """
-        request = DatasetCreate.model_validate({"name": name, "uri": uri, "columns": dict(columns or {})})
+        body = {"name": name, "uri": uri, "columns": dict(columns or {}), "split": split}
+        request = DatasetCreate.model_validate(body)
         return parse(DatasetView, self._send("POST", "/v1/datasets", request, slow=True))
 
-    def validate_dataset(self, uri: str, columns: Mapping[str, str] | None = None) -> DatasetReport:
+    def validate_dataset(
+        self, uri: str, columns: Mapping[str, str] | None = None, split: str | None = None
+    ) -> DatasetReport:
         """Check a sample of the rows and images at a URI; the server stores nothing."""
-        request = DatasetSource.model_validate({"uri": uri, "columns": dict(columns or {})})
+        request = DatasetSource.model_validate({"uri": uri, "columns": dict(columns or {}), "split": split})
         answer = self._send("POST", "/v1/datasets/validate", request)
         return DatasetReport.model_validate(answer, extra="ignore")
 

@@ -68,11 +68,14 @@ def read_body(file: Path) -> dict[str, Any]:
 
 
 def columns_of(options: Sequence[str]) -> dict[str, str]:
-    """``["caption=prompt"]`` as a mapping. Raises BadRequest for an option without a name or a column."""
+    """``["caption=prompt"]`` as a mapping. ``NAME=`` alone means that the column is not read.
+
+    Raises BadRequest for an option without a name.
+    """
     columns = {}
     for option in options:
-        name, _, column = option.partition("=")
-        if not (name and column):
+        name, separator, column = option.partition("=")
+        if not (name and separator):
             raise BadRequest(f"--column must be NAME=COLUMN, as in caption=prompt, got {option!r}")
         columns[name] = column
     return columns

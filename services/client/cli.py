@@ -50,13 +50,18 @@ app.add_typer(models, name="models")
 app.add_typer(jobs, name="jobs")
 
 PairsUri = Annotated[
-    str, typer.Argument(help="Parquet, JSON lines, or a folder (Hugging Face or win/lose): a path or a URI.")
+    str,
+    typer.Argument(help="Parquet, JSON, CSV, tars, or a folder (Hugging Face or win/lose): a path or a URI."),
 ]
 ColumnOption = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME=COLUMN", help="Column of your files to read as NAME: caption=prompt. Repeatable."
+        metavar="NAME=COLUMN",
+        help="Column of your files to read as NAME: caption=prompt. NAME= alone: not read. Repeatable.",
     ),
+]
+SplitOption = Annotated[
+    str | None, typer.Option(help="Split to read of a folder that holds several, such as train.")
 ]
 Cpus = Annotated[
     int, typer.Option(min=1, help="CPUs that Ray may assign; each worker and replica takes one.")
@@ -111,19 +116,23 @@ def demo(
 
 
 @datasets.command("create")
-def create_dataset(name: str, uri: PairsUri, column: ColumnOption = None) -> None:
+def create_dataset(name: str, uri: PairsUri, column: ColumnOption = None, split: SplitOption = None) -> None:
     """Register preference pairs; prints the dataset's id."""
     with connect() as client:
-        dataset = client.create_dataset(name, as_uri(uri), columns_of(column or ()))
+        dataset = client.create_dataset(name, as_uri(uri), columns_of(column or ()), split)
     typer.echo(dataset.id)
     typer.echo(tables.counts_line(dataset.counts), err=True)
+    if dataset.split:
+        typer.echo(f"split: {dataset.split}", err=True)
+    if dataset.example:
+        typer.echo(f"for example {tables.example_line(dataset.example)}", err=True)
 
 
 @datasets.command("validate")
-def validate_dataset(uri: PairsUri, column: ColumnOption = None) -> None:
+def validate_dataset(uri: PairsUri, column: ColumnOption = None, split: SplitOption = None) -> None:
     """Check a sample of rows and images and print a report. Exit code 1 if no pair is usable."""
     with connect() as client:
-        report = client.validate_dataset(as_uri(uri), columns_of(column or ()))
+        report = client.validate_dataset(as_uri(uri), columns_of(column or ()), split)
     tables.print_report(Console(), report)
     if not report.sampled["decided"]:
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from dde_core.planning.estimate import Estimate
 from services.api.answers import CheckpointView, RunView
-from services.api.records import DatasetCounts, DatasetReport, EvaluateResult, Interval
+from services.api.records import DatasetCounts, DatasetReport, DecidedExample, EvaluateResult, Interval
 from services.api.requests import ALL_SCORERS
 
 CHECKPOINT_COLUMNS = ("step", "images", "MB", "workers", "validation", "uri", "created")
@@ -100,6 +100,11 @@ def counts_line(counts: DatasetCounts) -> str:
     return f"{line}, {sum(counts.bad.values())} bad ({causes})"
 
 
+def example_line(example: DecidedExample) -> str:
+    """A decided row in words."""
+    return f'{example.chosen} is preferred to {example.rejected} for "{example.caption}" ({example.row})'
+
+
 def print_report(console: Console, report: DatasetReport) -> None:
     """Print a report: format and columns, how many rows of each kind, which rows are bad and why."""
     rows = "not counted" if report.rows is None else f"{report.rows:,}"
@@ -109,9 +114,11 @@ def print_report(console: Console, report: DatasetReport) -> None:
     facts = {
         "rows": f"{rows}; {report.format}, one {report.shape} a row",
         "columns": columns,
-        "not read": ", ".join(report.columns_not_read) or "-",
+        "columns not read": ", ".join(report.columns_not_read) or "-",
+        **_about_files(report),
         "sample": ", ".join(f"{count} {kind}" for kind, count in report.sampled.items()),
         "shorter sides, px": f"{sizes} (smallest / median / largest)",
+        "for example": example_line(report.example) if report.example else "no row is decided",
     }
     print_list(console, ("fact", report.uri), facts.items())
     if report.bad:
@@ -121,6 +128,15 @@ def print_report(console: Console, report: DatasetReport) -> None:
             for example in bad.examples
         ]
         print_list(console, ("bad", "rows", "for example", "detail"), examples)
+
+
+def _about_files(report: DatasetReport) -> dict[str, str]:
+    """The split, and the files that are not read, of a dataset that has them."""
+    facts = {"split": report.split} if report.split else {}
+    if report.files_not_read:
+        counts = report.files_not_read.items()
+        facts["files not read"] = ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
+    return facts
 
 
 # ---- evaluations

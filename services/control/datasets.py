@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.api.answers import DatasetView, DeletedView, ListView
-from services.api.records import DatasetCounts, DatasetReport
+from services.api.records import DatasetCounts, DatasetReport, DecidedExample
 from services.api.requests import DatasetCreate, DatasetSource
 from services.control.database import Database
 from services.control.idempotency import IdempotentRequest, create_once
@@ -22,7 +22,7 @@ from services.control.views import dataset_view
 from services.errors import Conflict
 from services.pairs.columnar import unreadable
 from services.pairs.source import Source, open_source
-from services.pairs.validation import inspect, validate
+from services.pairs.validation import decided_example, inspect, validate
 from services.storage import files
 
 Findings = TypeVar("Findings")
@@ -31,21 +31,31 @@ Findings = TypeVar("Findings")
 def create(database: Database, idempotent: IdempotentRequest, request: DatasetCreate) -> DatasetView:
     """Read all rows, without their images, and register them. Raises BadRequest for unusable files."""
 
-    def insert(session: Session, inspected: tuple[DatasetCounts, str]) -> DatasetView:
-        counts, digest = inspected
+    def insert(
+        session: Session, inspected: tuple[DatasetCounts, str, str | None, DecidedExample | None]
+    ) -> DatasetView:
+        counts, digest, split, example = inspected
         row = Dataset(
             id=new_id("ds"),
             name=request.name,
             uri=files.as_uri(request.uri),
+            split=split,
             columns=dict(request.columns),
             digest=digest,
             counts=counts.model_dump(),
+            example=example.model_dump() if example else None,
             created_at=time.time(),
         )
         session.add(row)
         return dataset_view(row)
 
-    return create_once(database, idempotent, DatasetView, lambda: _read(request, inspect), insert)
+    return create_once(database, idempotent, DatasetView, lambda: _read(request, _inspected), insert)
+
+
+def _inspected(source: Source) -> tuple[DatasetCounts, str, str | None, DecidedExample | None]:
+    """The counts, the digest, the split that is read, and a decided row."""
+    counts, digest = inspect(source)
+    return counts, digest, source.split, decided_example(source)
 
 
 def report(source: DatasetSource) -> DatasetReport:

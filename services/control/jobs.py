@@ -54,7 +54,12 @@ def create_alignment(
         row.output_model = new_id("model")
         row.inputs = {
             "model": models.record_of(base).model_dump(mode="json"),
-            "dataset": {"uri": dataset.uri, "columns": dataset.columns, "digest": dataset.digest},
+            "dataset": {
+                "uri": dataset.uri,
+                "columns": dataset.columns,
+                "split": dataset.split,
+                "digest": dataset.digest,
+            },
         }
         session.add(row)
         session.flush()

@@ -52,7 +52,9 @@ def _encode(job: Job, settings: Settings, common: dict[str, Any]) -> EncodeSpec:
     dataset = job.inputs["dataset"]
     return EncodeSpec(
         **common,
-        source=DatasetSource(uri=dataset["uri"], columns=dataset.get("columns", {})),
+        source=DatasetSource(
+            uri=dataset["uri"], columns=dataset.get("columns", {}), split=dataset.get("split")
+        ),
         source_digest=dataset["digest"],
         model=ModelRecord(**job.inputs["model"]),
         data=_request(job).data,

@@ -60,8 +60,10 @@ class Dataset(Resource):
     name: Mapped[str] = mapped_column(String(64))
     uri: Mapped[str] = mapped_column(Text)
     digest: Mapped[str] = mapped_column(String(64))
+    split: Mapped[str | None] = mapped_column(String(128))
     columns: Mapped[dict[str, Any]] = mapped_column(default=dict)
     counts: Mapped[dict[str, Any]]
+    example: Mapped[dict[str, Any] | None]
 
 
 class Model(Resource):

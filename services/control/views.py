@@ -28,7 +28,7 @@ def dataset_view(row: Dataset) -> DatasetView:
         DatasetView,
         {
             "object": "dataset",
-            **_columns(row, "id", "name", "uri", "columns", "digest", "counts"),
+            **_columns(row, "id", "name", "uri", "split", "columns", "digest", "counts", "example"),
             "created_at": int(row.created_at),
         },
     )

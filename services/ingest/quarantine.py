@@ -89,7 +89,7 @@ class Quarantine:
         for row in (row for unit in self._plan.units for row in source.rows(unit)):
             line = {"row": row.key, "cause": row.cause, "caption": row.caption[:MAX_CAPTION_CHARS]}
             if row.kind == "bad":
-                yield line
+                yield {**line, "detail": row.detail}
             elif row.kind == "decided":
                 numbers = self._plan.images[first_slot : first_slot + len(row.uids)].tolist()
                 first_slot += len(row.uids)

@@ -24,12 +24,15 @@ REPORT = {
     "format": "parquet",
     "shape": "pair",
     "columns": {"caption": "prompt", **{name: name for name in PAIR}},
+    "split": "train",
     "columns_not_read": ["user_id"],
+    "files_not_read": {".md": 1, ".npz": 2_000},
     "rows": 959_040,
     "sampled": {"rows": 256, "decided": 200, "tie": 50, "missing": 0, "bad": 6},
     "bad": {
         "image_broken": {"count": 6, "examples": [{"row": "a.parquet:0:7", "detail": "picture 1: OSError"}]}
     },
+    "example": {"row": "a.parquet:0:3", "chosen": "a.png", "rejected": "b.png", "caption": "a cat"},
     "pictures": {"count": 400, "min_px": 512, "median_px": 768, "max_px": 1024},
     "made_by_a_newer_server": 1,
 }
@@ -285,10 +288,18 @@ def test_columns_are_mapped_by_options(server, dde) -> None:
     assert the_body(server, "/v1/datasets")["columns"] == {"caption": "prompt", "jpg_0": "a=b"}
 
 
-@pytest.mark.parametrize("option", ["caption", "=prompt", "caption="])
-def test_a_column_without_a_name_on_both_sides_is_refused_before_anything_is_sent(
-    option, server, dde
-) -> None:
+def test_a_column_is_left_out_and_a_split_chosen_by_options(server, dde) -> None:
+    options = ("--column", "image_0_uid=", "--split", "train")
+    assert dde("datasets", "create", "pairs", "s3://b/pairs", *options).exit_code == 0
+    body = the_body(server, "/v1/datasets")
+    assert (body["columns"], body["split"]) == ({"image_0_uid": ""}, "train")
+    server.single["/v1/datasets/validate"] = deque([REPORT])
+    assert dde("datasets", "validate", "s3://b/pairs", *options).exit_code == 0
+    assert the_body(server, "/v1/datasets/validate")["split"] == "train"
+
+
+@pytest.mark.parametrize("option", ["caption", "=prompt", "="])
+def test_a_column_without_a_name_is_refused_before_anything_is_sent(option, server, dde) -> None:
     result = dde("datasets", "create", "pairs", "s3://b/pairs", "--column", option)
     assert result.stderr == f"error: --column must be NAME=COLUMN, as in caption=prompt, got {option!r}\n"
     assert (
@@ -308,9 +319,12 @@ def test_a_report_on_a_dataset_shows_columns_rows_and_bad_rows(server, dde) -> N
         ["fact", "s3://b/pairs"],
         ["rows", "959,040; parquet, one pair a row"],
         ["columns", "caption = prompt, jpg_0, jpg_1, label_0, label_1"],
-        ["not read", "user_id"],
+        ["columns not read", "user_id"],
+        ["split", "train"],
+        ["files not read", "1 .md, 2,000 .npz"],
         ["sample", "256 rows, 200 decided, 50 tie, 0 missing, 6 bad"],
         ["shorter sides, px", "512 / 768 / 1024 (smallest / median / largest)"],
+        ["for example", 'a.png is preferred to b.png for "a cat" (a.parquet:0:3)'],
         ["bad", "rows", "for example", "detail"],
         ["image_broken", "6", "a.parquet:0:7", "picture 1: OSError"],
     ]

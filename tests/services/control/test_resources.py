@@ -46,6 +46,26 @@ def test_a_datasets_columns_are_kept_and_shown_and_bad_rows_are_counted(any_plan
     )
 
 
+def test_a_dataset_is_one_split_of_a_folder_and_shows_a_decided_row(any_plane):
+    folder = any_plane.root / "splits"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write_pairs(folder / split, caption=pa.array([split] * 10))
+    request = {"name": "splits", "uri": folder.as_uri()}
+    error = any_plane.error("/v1/datasets", request)
+    assert (error["param"], error["code"]) == ("uri", "splits")
+    assert "test, train" in error["message"]
+    dataset = any_plane.post("/v1/datasets", {**request, "split": "train"})
+    assert (dataset["split"], dataset["example"]["caption"], dataset["counts"]["rows"]) == (
+        "train",
+        "train",
+        10,
+    )
+    assert any_plane.get(f"/v1/datasets/{dataset['id']}") == dataset
+    report = any_plane.post("/v1/datasets/validate", {"uri": folder.as_uri(), "split": "test"})
+    assert (report["split"], report["rows"]) == ("test", 10)
+
+
 def test_validating_a_dataset_reports_a_sample_and_stores_nothing(plane):
     uri = write_pairs(
         plane.root / "pairs", jpg_0=pa.array([None] * 10, pa.binary()), extra=pa.array(range(10))
