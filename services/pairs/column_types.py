@@ -36,6 +36,10 @@ def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
+def _is_number_or_boolean(kind: pa.DataType) -> bool:
+    return _is_number(kind) or bool(pa.types.is_boolean(kind))
+
+
 def _is_boolean_or_integer(kind: pa.DataType) -> bool:
     return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind))
 
@@ -74,7 +78,8 @@ _ALLOWED: dict[str, _Allowed] = {
     **dict.fromkeys(("image_0_uid", "image_1_uid", "chosen_uid", "rejected_uid", "pair_id"), _ID),
     "has_label": (_is_boolean_or_integer, "bool or integer"),
     "images": (_is_list_of(_is_image), f"a list of {_IMAGE[1]}"),
-    **dict.fromkeys(("ranks", "scores"), (_is_list_of(_is_number), "a list of numbers")),
+    "ranks": (_is_list_of(_is_number), "a list of numbers"),
+    "scores": (_is_list_of(_is_number_or_boolean), "a list of numbers or booleans"),
     "image_uids": (_is_list_of(_is_id), "a list of string or integer"),
 }
 

@@ -8,6 +8,7 @@ reader holds only URIs and names, so it can be pickled.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import lru_cache
@@ -144,7 +145,7 @@ class ParquetFiles:
     format: Format = "parquet"
 
     def columns(self) -> FileColumns:
-        return _types(self._open(self.files[0]).schema_arrow)
+        return _types(full_uri(self.uri, self.files[0]), self._open(self.files[0]).schema_arrow)
 
     def units(self) -> Iterator[Unit]:
         for file in self.files:
@@ -157,7 +158,8 @@ class ParquetFiles:
     ) -> Iterator[Cells | Unreadable]:
         stream, footer = self._stream(unit.file)
         parquet = pq.ParquetFile(stream, metadata=footer, buffer_size=STREAM_BYTES, pre_buffer=False)
-        check_types(full_uri(self.uri, unit.file), _types(parquet.schema_arrow), columns)
+        uri = full_uri(self.uri, unit.file)
+        check_types(uri, _types(uri, parquet.schema_arrow), columns)
         names = _names_to_read(parquet.schema_arrow, columns, with_images)
         selection = _select_leaves(parquet, unit.group, names, with_images)
         group_bytes = selection.row_bytes * footer.row_group(unit.group).num_rows
@@ -260,7 +262,7 @@ class ArrowFiles:
 
     def columns(self) -> FileColumns:
         with self._open(self.files[0]) as reader:
-            return _types(reader.schema)
+            return _types(full_uri(self.uri, self.files[0]), reader.schema)
 
     def units(self) -> Iterator[Unit]:
         yield from (Unit(file) for file in self.files)
@@ -269,7 +271,8 @@ class ArrowFiles:
         self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
     ) -> Iterator[Cells | Unreadable]:
         with self._open(unit.file) as reader:
-            check_types(full_uri(self.uri, unit.file), _types(reader.schema), columns)
+            uri = full_uri(self.uri, unit.file)
+            check_types(uri, _types(uri, reader.schema), columns)
             names = sorted(_names_to_read(reader.schema, columns, with_images))
             small_batches = (
                 batch.select(names).slice(offset, IMAGE_BATCH_ROWS)
@@ -292,7 +295,12 @@ class ArrowFiles:
             raise unreadable(error, uri, "is not an Arrow stream", "not_arrow") from error
 
 
-def _types(schema: pa.Schema) -> FileColumns:
+def _types(uri: str, schema: pa.Schema) -> FileColumns:
+    """The columns of a file. Raises BadRequest for a name that it has twice: either could be meant."""
+    repeated = sorted(name for name, count in Counter(schema.names).items() if count > 1)
+    if repeated:
+        message = f"uri {uri!r} has several columns called {', '.join(repeated)}: rename them"
+        raise BadRequest(message, param="uri", code="repeated_columns")
     return {field.name: field.type for field in schema}
 
 

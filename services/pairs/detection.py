@@ -15,7 +15,14 @@ from services.errors import BadRequest
 from services.pairs import formats, splits
 from services.pairs.columnar import ArrowFiles, Format, ParquetFiles, Reader
 from services.pairs.documents import CsvFiles, JsonLists
-from services.pairs.path_based import IMAGE_SUFFIXES, SIDES, JsonLines, WinLose, is_hidden
+from services.pairs.path_based import (
+    ALL_SIDES,
+    IMAGE_SUFFIXES,
+    JsonLines,
+    WinLose,
+    is_hidden,
+    sides_among,
+)
 from services.pairs.tars import Tars
 from services.storage import files
 
@@ -56,6 +63,8 @@ def detect(uri: str, split: str | None) -> Detected:
         raise BadRequest(message, param="uri", code="not_found")
     if kind == fs.FileType.Directory:
         return _in_folder(uri, split)
+    if kind != fs.FileType.File:
+        raise BadRequest(f"uri {uri!r} is neither a file nor a folder", param="uri", code="no_file")
     if split is not None:
         message = f"split {split!r} is for a folder of several splits, but uri {uri!r} is one file"
         raise BadRequest(message, param="split", code="splits")
@@ -80,16 +89,21 @@ def _download(name: str) -> str:
 
 def _in_folder(uri: str, split: str | None) -> Detected:
     filesystem, path = files.resolve(uri)
-    entries = {info.base_name for info in filesystem.get_file_info(fs.FileSelector(path))}
-    if _SPLITS in entries:
+    infos = filesystem.get_file_info(fs.FileSelector(path))
+    names = sorted(info.base_name for info in infos if info.is_file and not is_hidden(info.base_name))
+    folders = {info.base_name for info in infos if not info.is_file}
+    if _SPLITS in names:
         return _saved(uri, _splits_of_dict(uri), split)
-    if _STATE in entries:
+    if _STATE in names:
         return _saved(uri, {"": None}, split)
-    if any(map(_is_metadata, entries)):
-        return _rows(uri, [name for name in sorted(entries) if not is_hidden(name)], split)
-    for sides in SIDES:
-        if entries.issuperset(sides):
-            return _win_lose(uri, {"": sides}, split)
+    if any(map(_is_metadata, names)):
+        return _rows(uri, names, split)
+    if "_delta_log" in folders:
+        message = f"uri {uri!r} is a Delta table, whose files also hold deleted rows; export it as Parquet"
+        raise BadRequest(message, param="uri", code="unknown_format")
+    sides = sides_among(folders)
+    if sides:
+        return _win_lose(uri, {"": sides}, split)
     visible = [name for name in files.list_files(uri, recursive=True) if not is_hidden(name)]
     nested = _sides_in(visible)
     if nested and not any(_may_hold_rows(name) and not _is_in_sides(name) for name in visible):
@@ -103,7 +117,7 @@ def _splits_of_dict(uri: str) -> dict[str, str | None]:
         names = files.read_json(files.join(uri, _SPLITS))["splits"]
         if names and all(isinstance(name, str) and "/" not in name for name in names):
             return {name: name for name in names}
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise BadRequest(f"uri {uri!r} has a {_SPLITS} that names no splits", param="uri", code="splits")
 
@@ -124,7 +138,7 @@ def _data_files(uri: str) -> tuple[str, ...]:
     try:
         entries = files.read_json(files.join(uri, _STATE))["_data_files"]
         names = tuple(str(entry["filename"]) for entry in entries)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadRequest(f"uri {uri!r} has no {_STATE} that names data files", param="uri") from error
     if not names or any("/" in name for name in names):
         message = f"uri {uri!r} has a {_STATE} with unusable data files: {list(names)}"
@@ -134,21 +148,18 @@ def _data_files(uri: str) -> tuple[str, ...]:
 
 def _sides_in(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """The folders below the dataset's that hold win and lose, with the names of the two."""
-    found: set[tuple[str, str]] = set()
+    inside: dict[str, set[str]] = {}
     for name in names:
         *folders, _ = name.split("/")
-        found |= {("/".join(folders[:depth]), folder) for depth, folder in enumerate(folders)}
-    return {
-        folder: sides
-        for folder, _ in found
-        for sides in SIDES
-        if folder and all((folder, side) in found for side in sides)
-    }
+        for depth, folder in enumerate(folders):
+            inside.setdefault("/".join(folders[:depth]), set()).add(folder)
+    found = {folder: sides_among(folders) for folder, folders in inside.items() if folder}
+    return {folder: sides for folder, sides in found.items() if sides}
 
 
 def _is_in_sides(name: str) -> bool:
     """Whether a file is in a folder of winners or losers."""
-    return any(side in name.split("/")[:-1] for sides in SIDES for side in sides)
+    return any(folder.lower() in ALL_SIDES for folder in name.split("/")[:-1])
 
 
 def _win_lose(uri: str, folders: dict[str, tuple[str, str]], split: str | None) -> Detected:

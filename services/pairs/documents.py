@@ -30,8 +30,6 @@ from services.pairs.columnar import (
 from services.pairs.path_based import MAX_LINE_BYTES, cells_of, keys_of, not_an_object
 
 MAX_ROW_CHARS = MAX_LINE_BYTES
-MAX_FIELD_CHARS = 131_072
-"""The limit of Python's csv module."""
 CHUNK_CHARS = 1 << 16
 DELIMITERS = ",;\t|"
 _NUMBERS = ("label_0", "label_1")
@@ -206,23 +204,37 @@ class CsvFiles:
         yield from (name_and_size(self.uri, file) for file in self.files)
 
     def _lines(self, file: str) -> Iterator[tuple[list[str] | str, int]]:
-        """The fields of each row, or what is wrong with it, and the number of the row's last line."""
+        """The header, then the fields of each row or what is wrong with it, and the number of its last line.
+
+        Raises BadRequest for broken rows of several lines: a quote that is not closed takes rows in.
+        """
         with open_decompressed(self.uri, file) as reader:
             text = io.TextIOWrapper(reader, encoding="utf-8-sig", errors="surrogateescape", newline="")
-            first = text.readline(MAX_FIELD_CHARS)
+            first = text.readline(MAX_ROW_CHARS)
             delimiter = max(DELIMITERS, key=first.count)
-            yield next(csv.reader([first], delimiter=delimiter), []), 1
-            rows = csv.reader(iter(lambda: text.readline(MAX_FIELD_CHARS), ""), delimiter=delimiter)
-            while True:
-                try:
-                    fields = next(rows)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield str(error), rows.line_num + 1
-                else:
-                    if fields:
-                        yield fields, rows.line_num + 1
+            header = next(csv.reader([first], delimiter=delimiter), [])
+            yield header, 1
+            lines = iter(lambda: text.readline(MAX_ROW_CHARS), "")
+            rows = csv.reader(lines, delimiter=delimiter, strict=True)
+            line = 1
+            while (fields := _next(rows)) is not None:
+                begin = line + 1
+                line = rows.line_num + 1
+                if line > begin and (isinstance(fields, str) or len(fields) != len(header)):
+                    uri = full_uri(self.uri, file)
+                    where = f"the row of lines {begin:,} to {line:,}"
+                    message = f"uri {uri!r} has a quote that is not closed in {where}"
+                    raise BadRequest(message, param="uri", code="not_csv")
+                if fields:
+                    yield fields, line
+
+
+def _next(rows: Any) -> list[str] | str | None:
+    """The next row's fields, or what is wrong with it; None at the end. csv's reader has no public type."""
+    try:
+        return next(rows, None)
+    except csv.Error as error:
+        return str(error)
 
 
 def cell_of(column: str, text: str) -> Any:

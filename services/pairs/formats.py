@@ -64,6 +64,7 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x89PNG", "a PNG image", _ONE_IMAGE),
     (0, b"\xff\xd8\xff", "a JPEG image", _ONE_IMAGE),
     (0, b"GIF8", "a GIF image", _ONE_IMAGE),
+    (4, b"ftyp", "a HEIC or AVIF image, or a video", "convert images to PNG or JPEG; " + _ONE_IMAGE),
     (0, b"RIFF", "a WebP image or other media", _ONE_IMAGE),
     (0, b"\xff\xfe", "text in UTF-16", "save it as UTF-8: `iconv -f UTF-16 -t UTF-8`"),
     (0, b"\xfe\xff", "text in UTF-16", "save it as UTF-8: `iconv -f UTF-16 -t UTF-8`"),
@@ -169,6 +170,8 @@ def _description(head: bytes, name: str) -> tuple[str, str]:
     if not head:
         return "an empty file", "its download or copy may have failed"
     text = head.lstrip(_BLANK)
+    if not text:
+        return "a file of blank lines", "its rows may be in another file"
     suffix = suffix_of(name)
     if suffix in _BY_SUFFIX:
         return _BY_SUFFIX[suffix]

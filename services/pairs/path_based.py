@@ -37,7 +37,15 @@ RANGE_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 22
 LINES_FOR_COLUMNS = 1000
 STEMS_PER_UNIT = 500
-SIDES: tuple[tuple[str, str], ...] = (("win", "lose"), ("chosen", "rejected"))
+SIDES: tuple[tuple[str, str], ...] = (
+    ("win", "lose"),
+    ("chosen", "rejected"),
+    ("winner", "loser"),
+    ("winners", "losers"),
+    ("preferred", "rejected"),
+)
+"""Names of the two folders, in any case."""
+ALL_SIDES = frozenset(name for sides in SIDES for name in sides)
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Suffixes of caption files, in any case; the first that exists is read."""
 IMAGE_SUFFIXES = frozenset(
@@ -203,10 +211,18 @@ class WinLose:
     ) -> Iterator[Cells | Unreadable]:
         names = unit.names[start:stop]
         with ThreadPoolExecutor(CAPTION_THREADS) as pool:
-            captions = pool.map(self._caption, [caption for *_, caption in names])
-            for (cause, detail, winner, loser, file), caption in zip(names, captions, strict=True):
-                bad = Unreadable(cause, detail) if cause else _bad_caption(file, caption)
-                yield bad or {"caption": caption, "chosen": winner, "rejected": loser}
+            captions = pool.map(self._caption, [file for *_, file, _ in names])
+            others = pool.map(self._caption, [other for *_, other in names])
+            for (cause, detail, winner, loser, file, other), caption, again in zip(
+                names, captions, others, strict=True
+            ):
+                if cause:
+                    yield Unreadable(cause, detail)
+                elif other and again != caption:
+                    yield Unreadable("captions_differ", f"{file} and {other} hold different captions")
+                else:
+                    cells = {"caption": caption, "chosen": winner, "rejected": loser}
+                    yield _bad_caption(file, caption) or cells
 
     def identity(self) -> Iterator[bytes]:
         for folder in ("", *self.sides):
@@ -214,12 +230,13 @@ class WinLose:
                 yield f"{folder}/{name}\0{size}\0".encode()
 
     def not_read(self) -> Counter[str]:
-        """How many files of either side are no image and no caption that is read, by suffix."""
+        """How many files of either side are no image and no caption of one, by suffix."""
         counts: Counter[str] = Counter()
         for side in self.sides:
             names = self._listed(side)
             images = _Images(names)
-            others = [name for name in names if not images.holds(name) and not _is_caption(name)]
+            captions = {name for stem, name in _captions(names).items() if stem in images.by_stem}
+            others = [name for name in names if not images.holds(name) and name not in captions]
             counts.update(_kind_of(name, images) for name in others)
         return counts
 
@@ -234,7 +251,10 @@ class WinLose:
             raise BadRequest(message, param="uri", code="no_image")
 
     def _names(self) -> Iterator[tuple[str, ...]]:
-        """(cause, detail, winner, loser, caption) of every stem; "" for an absent one."""
+        """(cause, detail, winner, loser, caption, the loser's caption beside the winner's) of every stem.
+
+        "" stands for an absent one.
+        """
         win, lose = self.sides
         win_files, lose_files, parent_files = (self._listed(folder) for folder in (win, lose, ""))
         captions = [(win, _captions(win_files)), (lose, _captions(lose_files)), ("", _captions(parent_files))]
@@ -242,11 +262,13 @@ class WinLose:
         for stem in sorted(winners_of.keys() | losers_of.keys()):
             winners = [self._path(win, name) for name in winners_of.get(stem, [])]
             losers = [self._path(lose, name) for name in losers_of.get(stem, [])]
-            caption = next((self._path(side, of[stem]) for side, of in captions if stem in of), "")
+            caption, *others = [self._path(side, of[stem]) for side, of in captions if stem in of] or [""]
+            other = next((file for file in others if file.startswith(f"{self._path(lose)}/")), "")
             cause, detail = _cause(winners, losers, stem, (self._path(win), self._path(lose)))
             if not cause and not caption:
                 cause, detail = "caption_missing", f"{self._path(win, stem)}.txt does not exist"
-            yield cause, detail, winners[0] if winners else "", losers[0] if losers else "", caption
+            winner = winners[0] if winners else ""
+            yield cause, detail, winner, losers[0] if losers else "", caption, other
 
     def _path(self, *parts: str) -> str:
         """The path of a file relative to the dataset's URI."""
@@ -271,6 +293,12 @@ class WinLose:
         except UnicodeDecodeError:
             # A longer caption may end within a character; it is too long in any case.
             return content.decode(errors="ignore") if len(content) > max_bytes else b""
+
+
+def sides_among(folders: Iterable[str]) -> tuple[str, str] | None:
+    """The two of these folders that hold winners and losers."""
+    names = {folder.lower(): folder for folder in sorted(folders)}
+    return next(((names[win], names[lose]) for win, lose in SIDES if win in names and lose in names), None)
 
 
 def is_hidden(name: str) -> bool:

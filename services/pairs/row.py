@@ -81,7 +81,9 @@ class _BadRow(ValueError):
 
 
 def bad_row(key: str, cause: str, caption: str = "", detail: str = "") -> Row:
-    return Row(key, caption=caption, cause=cause, kind="bad", detail=detail)
+    """``detail`` may name a file whose name is not UTF-8."""
+    shown = detail.encode(errors="backslashreplace").decode()
+    return Row(key, caption=caption, cause=cause, kind="bad", detail=shown)
 
 
 def read_row(

@@ -199,7 +199,11 @@ def open_source(source: DatasetSource) -> Source:
 
     Raises BadRequest that names the URI or the column.
     """
-    detected = detect(source.uri, source.split)
+    try:
+        detected = detect(source.uri, source.split)
+    except UnicodeDecodeError as error:  # pyarrow lists files by text
+        message = f"uri {source.uri!r} holds a file whose name is not UTF-8: rename it"
+        raise BadRequest(message, param="uri", code="name_not_utf8") from error
     reader = detected.reader
     file_columns = reader.columns()
     layout = _published_layout(file_columns, source.columns)

@@ -19,13 +19,14 @@ from services.storage import files
 MAX_README_BYTES = 1 << 20
 MAX_NAMED = 5
 _WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation", "holdout"),
+    "train": ("train", "training", "trainset"),
+    "validation": ("validation", "valid", "val", "valset", "dev", "devset"),
+    "test": ("test", "testing", "testset", "eval", "evaluation", "holdout", "heldout"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
 _PART_FILE = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.\w+(\.\w+)?")
-_TOKENS = re.compile(r"[A-Za-z]+")
+_TOKENS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_HELD_OUT = re.compile(r"(held|hold)[-_ ]out", re.IGNORECASE)
 _REVISION = re.compile(r"(?:^|/)snapshots/([0-9a-f]{40})/")
 
 
@@ -88,7 +89,7 @@ def _folder_split(name: str) -> str | None:
 
 def _word(text: str) -> str | None:
     """The split that a word of the text names."""
-    words = (_SPLIT_OF_WORD.get(word.lower()) for word in _TOKENS.findall(text))
+    words = (_SPLIT_OF_WORD.get(word.lower()) for word in _TOKENS.findall(_HELD_OUT.sub("heldout", text)))
     return next((split for split in words if split), None)
 
 
@@ -149,15 +150,14 @@ def _declared_split(declared: Mapping[str, list[str]], name: str) -> str | None:
 
 def _front_matter(uri: str) -> dict[str, Any]:
     """The YAML at the start of a folder's README.md; empty where there is none that can be read."""
-    readme = files.join(uri, "README.md")
-    if not files.exists(readme):
+    filesystem, path = files.resolve(files.join(uri, "README.md"))
+    if not filesystem.get_file_info(path).is_file:
         return {}
-    filesystem, path = files.resolve(readme)
     with filesystem.open_input_stream(path) as stream:
         text = bytes(stream.read(MAX_README_BYTES)).decode(errors="replace")
     match = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
         value = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that does not exist
         return {}
     return value if isinstance(value, dict) else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -68,6 +69,10 @@ def causes(source: Source) -> list[str]:
         ("test/metadata.jsonl", "test"),
         ("eval.json", "test"),
         ("test/train.csv", "train"),
+        ("trainPairs.parquet", "train"),
+        ("held_out/0.parquet", "test"),
+        ("split=validation/0.parquet", "validation"),
+        ("train-000001.tar", "train"),
         ("pairs.parquet", None),
         ("contest/trained.parquet", None),
         ("a b/0.parquet", None),
@@ -293,6 +298,40 @@ def test_a_folder_without_rows_is_refused_with_what_it_holds(tmp_path):
     assert "found: 3 .zip, 1 .md; 0.zip is a zip archive; unpack it" in str(refused(tmp_path))
 
 
+def test_what_is_no_regular_file_is_refused_or_passed_over_and_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for uri in (tmp_path / "pipe", Path("/dev/zero")):
+        assert refused(uri).code == "no_file"
+    (tmp_path / "pipe").unlink()
+    for name in ("README.md", "state.json", "dataset_dict.json", "metadata.csv", "a.parquet"):
+        os.mkfifo(tmp_path / name)
+    write_lines(tmp_path / "pairs.jsonl", [PAIR])
+    assert inspect(opened(tmp_path))[0].rows == 1
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    write_lines(tmp_path / "pairs.jsonl", [PAIR])
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).touch()
+    assert refused(tmp_path).code == "name_not_utf8"
+
+
+def test_a_broken_description_of_a_folder_is_no_crash(tmp_path):
+    write_lines(tmp_path / "pairs.jsonl", [PAIR])
+    for text in ("[" * 50_000, "- : [", "date: 2020-99-99", "x"):
+        (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
+        assert inspect(opened(tmp_path))[0].rows == 1
+    for name in ("dataset_dict.json", "state.json"):
+        (tmp_path / name).write_text("[" * 100_000)
+        assert name in str(refused(tmp_path))
+        (tmp_path / name).unlink()
+
+
+def test_a_delta_table_is_refused_for_its_files_hold_deleted_rows(tmp_path):
+    write_pairs(tmp_path / "0.parquet", ROWS)
+    (tmp_path / "_delta_log").mkdir()
+    assert "is a Delta table" in str(refused(tmp_path))
+
+
 @pytest.mark.parametrize("uri", ["hf://datasets/me/pairs", "https://huggingface.co/datasets/me/pairs"])
 def test_a_dataset_of_the_hub_is_refused_with_the_command_that_downloads_it(uri):
     assert "`hf download --repo-type dataset me/pairs --local-dir FOLDER`" in str(refused(uri))
@@ -405,6 +444,18 @@ def test_a_broken_line_of_a_table_is_a_bad_row_with_its_number(tmp_path):
     rows = list(source.rows(next(source.units())))
     assert [row.cause for row in rows] == ["", "csv_broken", "csv_broken", "not_unicode", ""]
     assert rows[1].detail == "line 3 has 2 fields, the header 3"
+
+
+@pytest.mark.parametrize("rows", ['a,b,"big cat\nc,d,x\ne,f,y\n', 'a,b,"big cat\nc,d,"x"\ne,f,y\n'])
+def test_a_quote_that_is_not_closed_is_refused_for_it_takes_rows_in(rows, tmp_path):
+    error = refused(csv_file(tmp_path, f"chosen,rejected,caption\n{rows}"))
+    assert error.code == "not_csv"
+    assert "has a quote that is not closed in the row of lines 2 to " in str(error)
+
+
+def test_a_field_beyond_the_limit_is_one_bad_row(tmp_path):
+    text = f"chosen,rejected,caption\na,b,{'x' * 200_000}\nc,d,x\n"
+    assert causes(opened(csv_file(tmp_path, text))) == ["csv_broken", ""]
 
 
 def test_a_table_with_a_repeated_column_or_no_header_is_refused(tmp_path):

@@ -214,6 +214,13 @@ def test_a_later_file_that_lacks_a_column_is_refused_when_it_is_read(tmp_path):
     assert "1.parquet' lacks the columns caption" in str(refused(tmp_path))
 
 
+def test_a_file_with_two_columns_of_one_name_is_refused(tmp_path):
+    names = ["chosen", "rejected", "caption", "caption"]
+    pq.write_table(pa.table([pa.array(["x"])] * 4, names=names), tmp_path / "a.parquet")
+    error = refused(tmp_path / "a.parquet")
+    assert (error.code, "several columns called caption" in str(error)) == ("repeated_columns", True)
+
+
 def test_columns_that_are_null_throughout_are_read_as_nulls(tmp_path):
     rows = [
         row | {"image_0_uid": None, "image_1_uid": None, "has_label": None, "caption": None} for row in ROWS
@@ -412,6 +419,20 @@ def test_images_in_folders_below_the_sides_are_paired_by_their_paths(tmp_path):
     assert [(row.caption, row.uids) for row in rows_of(opened(tmp_path))] == [
         (part, (f"win/{part}/1.png", f"lose/{part}/1.png")) for part in ("a", "b")
     ]
+
+
+@pytest.mark.parametrize("names", [("Win", "LOSE"), ("winner", "loser"), ("preferred", "rejected")])
+def test_the_two_folders_may_have_any_of_their_usual_names(names, tmp_path):
+    assert content_of(opened(win_lose(tmp_path / "data", names))) == expected(DECIDED)
+
+
+def test_a_pair_whose_two_captions_differ_is_bad(tmp_path):
+    folder = win_lose(tmp_path / "data", captions="win")
+    (folder / "lose" / "p000.txt").write_text((folder / "win" / "p000.txt").read_text())
+    (folder / "lose" / "p001.txt").write_text("another prompt")
+    first, second, *_ = rows_of(opened(folder))
+    assert first.kind == "decided"
+    assert second.detail == "win/p001.txt and lose/p001.txt hold different captions"
 
 
 def test_a_side_without_a_readable_image_is_refused_with_what_it_holds(tmp_path):
