@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -141,7 +141,7 @@ def _suffix(name: str) -> str:
 
 
 def _row(
-    tar: tarfile.TarFile, members: Iterator[tarfile.TarInfo], column_of: dict[str, str], with_images: bool
+    tar: tarfile.TarFile, members: Iterator[tarfile.TarInfo], column_of: Mapping[str, str], with_images: bool
 ) -> dict[str, Any] | Unreadable:
     """The columns of a row by their names in the files. Without images, empty bytes stand for an image's."""
     cells: dict[str, Any] = {}
