@@ -69,7 +69,8 @@ class DatasetReport(Strict):
 
     ``columns`` maps expected column names to the ones in the files. ``sampled`` counts the sampled rows in
     total and by kind: decided, tie, missing (no label) and bad. A row with an unusable image is bad.
-    ``files_not_read`` counts, by suffix, the files of a folder that are neither rows nor images.
+    ``files_not_read`` counts, by suffix, the files of a folder that are neither rows nor images;
+    ``parts_missing`` the files that the names of others tell of.
     """
 
     uri: str
@@ -79,6 +80,7 @@ class DatasetReport(Strict):
     columns: dict[str, str]
     columns_not_read: list[str]
     files_not_read: dict[str, int] = {}
+    parts_missing: int = 0
     rows: int | None
     sampled: dict[str, int]
     example: DecidedExample | None = None

@@ -131,11 +131,13 @@ def print_report(console: Console, report: DatasetReport) -> None:
 
 
 def _about_files(report: DatasetReport) -> dict[str, str]:
-    """The split, and the files that are not read, of a dataset that has them."""
+    """The split, the files that are not read and those that are missing, of a dataset that has them."""
     facts = {"split": report.split} if report.split else {}
     if report.files_not_read:
         counts = report.files_not_read.items()
         facts["files not read"] = ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
+    if report.parts_missing:
+        facts["parts missing"] = f"{report.parts_missing:,}, by the names of the files"
     return facts
 
 

@@ -45,12 +45,16 @@ _DESCRIPTIONS = frozenset((_STATE, _SPLITS, "dataset_info.json", "dataset_infos.
 
 @dataclass(frozen=True)
 class Detected:
-    """A reader, whether the URI is a folder, the split, and how many files are not read, by suffix."""
+    """A reader, whether the URI is a folder, the split, and how many files are not read, by suffix.
+
+    ``parts_missing`` counts files that the names of others tell of.
+    """
 
     reader: Reader
     is_folder: bool
     split: str | None = None
     files_not_read: Counter[str] = field(default_factory=Counter)
+    parts_missing: int = 0
 
 
 def detect(uri: str, split: str | None) -> Detected:
@@ -136,10 +140,13 @@ def _saved(uri: str, folders: dict[str, str | None], split: str | None) -> Detec
 def _data_files(uri: str) -> tuple[str, ...]:
     """The Arrow files of `save_to_disk`, in the order of its state.json. Raises BadRequest."""
     try:
-        entries = files.read_json(files.join(uri, _STATE))["_data_files"]
-        names = tuple(str(entry["filename"]) for entry in entries)
+        state = files.read_json(files.join(uri, _STATE))
+        names = tuple(str(entry["filename"]) for entry in state["_data_files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadRequest(f"uri {uri!r} has no {_STATE} that names data files", param="uri") from error
+    if state.get("_indices_data_files"):
+        message = f"uri {uri!r} is a selection of its rows: save it again after `flatten_indices()`"
+        raise BadRequest(message, param="uri", code="selection")
     if not names or any("/" in name for name in names):
         message = f"uri {uri!r} has a {_STATE} with unusable data files: {list(names)}"
         raise BadRequest(message, param="uri")
@@ -203,7 +210,7 @@ def _rows(uri: str, visible: list[str], split: str | None) -> Detected:
         )
         raise BadRequest(message, param="uri", code="several_formats")
     reader = READERS[actual[names[0]]](uri, names)
-    return Detected(reader, True, chosen, _not_read(visible, names))
+    return Detected(reader, True, chosen, _not_read(visible, names), splits.parts_missing(names))
 
 
 def _may_hold_rows(name: str) -> bool:

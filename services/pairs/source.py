@@ -20,7 +20,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
@@ -30,9 +30,10 @@ from pyarrow import fs
 
 from services.api.requests import Column, DatasetSource
 from services.errors import BadRequest, ServiceError, Unavailable
+from services.pairs import splits
 from services.pairs.column_types import ColumnMap, FileColumns, check_types
 from services.pairs.columnar import IMAGE_COLUMNS, Format, Reader, Unit, Unreadable
-from services.pairs.detection import Detected, detect
+from services.pairs.detection import detect
 from services.pairs.images import MAX_FILE_BYTES, BadImage
 from services.pairs.row import Row, Shape, bad_row, read_row
 from services.storage import files
@@ -53,8 +54,8 @@ LAYOUTS: tuple[ColumnMap, ...] = (
     {"images": "generations", "ranks": "ranking", "caption": "prompt"},
 )
 """Columns of published datasets: HPDv2's train.json (two names are in use) and test.json, and ImageReward."""
-IMAGE_FOLDERS = ("{}", "{}_images")
-"""Where HPDv2 and ImageReward keep the images of `train.json`, if such a folder is beside it."""
+IMAGE_FOLDERS = ("", "{}", "{}_images")
+"""Where the images of a published `train.json` may be: beside it, in `train/`, or in `train_images/`."""
 _NO_FILE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 _NO_FILE_S3_ERRORS = ("ACCESS_DENIED", "NO_SUCH_BUCKET")
 _ORDER = re.compile(r"rank|score|prefer|rating|label|vote|reward|order", re.IGNORECASE)
@@ -73,6 +74,9 @@ class Source:
     is_folder: bool = field(repr=False)
     split: str | None = None
     files_not_read: dict[str, int] = field(default_factory=dict)
+    parts_missing: int = 0
+    split_columns: tuple[str, ...] = ()
+    """Columns that are not read and may say of which split a row is."""
     image_folder: str = ""
     """Where the images of a published dataset are, relative to the file that names them."""
     unreachable_buckets: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
@@ -101,6 +105,17 @@ class Source:
                 yield bad_row(key, cells.cause, detail=cells.detail)
             else:
                 yield read_row(self.shape, key, cells, locate, with_images=with_images)
+
+    def check_split_columns(self, units: Iterable[Unit], stop: int | None = None) -> None:
+        """Raises BadRequest where a column says that rows ``..stop`` of the units are of several splits."""
+        for column in self.split_columns:
+            cells = (
+                cell
+                for unit in units
+                for cell in self.reader.rows(unit, {"pair_id": column}, False, 0, stop)
+                if not isinstance(cell, Unreadable)
+            )
+            splits.check_column(self.uri, column, (cell.get("pair_id") for cell in cells))
 
     def row_name(self, key: str) -> str:
         """A row's key with the name of its file, also where the dataset is one file."""
@@ -219,27 +234,37 @@ def open_source(source: DatasetSource) -> Source:
         detected.is_folder,
         detected.split,
         dict(sorted(detected.files_not_read.items())),
-        _image_folder(source.uri, detected) if layout else "",
+        detected.parts_missing,
+        tuple(name for name in unused if splits.is_column(name, file_columns[name])),
+        _image_folder(source.uri, reader, layout) if layout else "",
     )
 
 
 def _published_layout(file_columns: FileColumns, mapped: ColumnMap) -> ColumnMap | None:
-    """The columns of a published dataset, where the files have just those and the request maps none."""
-    if mapped or "caption" in file_columns:
+    """The columns of a published dataset, where the files have them and the request maps none differently."""
+    if "caption" in file_columns:
         return None
-    fitting = [layout for layout in LAYOUTS if file_columns.keys() >= set(layout.values())]
+    fitting = [
+        layout
+        for layout in LAYOUTS
+        if file_columns.keys() >= set(layout.values()) and mapped.items() <= layout.items()
+    ]
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _image_folder(uri: str, detected: Detected) -> str:
-    """The folder beside a published dataset's file that has its images; "" where they are beside the file."""
-    file = next(detected.reader.units()).file
-    stem = posixpath.basename(file or uri).partition(".")[0]
-    beside = posixpath.dirname(files.join(uri, file) if file else uri)
-    for form in IMAGE_FOLDERS:
-        filesystem, path = files.resolve(files.join(beside, form.format(stem)))
-        if filesystem.get_file_info(path).type == fs.FileType.Directory:
-            return form.format(stem)
+def _image_folder(uri: str, reader: Reader, layout: ColumnMap) -> str:
+    """Where the first image of a published dataset is, relative to the file that names it."""
+    unit = next(reader.units())
+    cells = next(reader.rows(unit, layout, False, 0, 1), None)
+    images = cells.get("images") if isinstance(cells, dict) else None
+    image = images[0] if isinstance(images, list) and images else None
+    stem = posixpath.basename(unit.file or uri).partition(".")[0]
+    filesystem, path = files.resolve(files.join(uri, unit.file) if unit.file else uri)
+    for folder in (
+        form.format(stem) for form in IMAGE_FOLDERS if isinstance(image, str) and "\0" not in image
+    ):
+        if filesystem.get_file_info(posixpath.join(posixpath.dirname(path), folder, image)).is_file:
+            return folder
     return ""
 
 

@@ -8,23 +8,28 @@ from __future__ import annotations
 import fnmatch
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pyarrow as pa
 import yaml
 
 from services.errors import BadRequest
+from services.pairs.column_types import is_text
 from services.storage import files
 
 MAX_README_BYTES = 1 << 20
 MAX_NAMED = 5
+COLUMNS = ("split", "subset", "partition")
+"""Names of columns that say of which split a row is."""
 _WORDS = {
     "train": ("train", "training", "trainset"),
     "validation": ("validation", "valid", "val", "valset", "dev", "devset"),
     "test": ("test", "testing", "testset", "eval", "evaluation", "holdout", "heldout"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
-_PART_FILE = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.\w+(\.\w+)?")
+_PART_FILE = re.compile(r"(.+?)-\d{5}-of-(\d{5})(-[0-9a-f]+)?\.\w+(\.\w+)?")
 _TOKENS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _HELD_OUT = re.compile(r"(held|hold)[-_ ]out", re.IGNORECASE)
 _REVISION = re.compile(r"(?:^|/)snapshots/([0-9a-f]{40})/")
@@ -91,6 +96,29 @@ def _word(text: str) -> str | None:
     """The split that a word of the text names."""
     words = (_SPLIT_OF_WORD.get(word.lower()) for word in _TOKENS.findall(_HELD_OUT.sub("heldout", text)))
     return next((split for split in words if split), None)
+
+
+def parts_missing(names: Iterable[str]) -> int:
+    """How many parts are absent, by names as `train-00001-of-00003.parquet`: a download may be partial."""
+    present = Counter((match[1], int(match[2])) for match in map(_PART_FILE.fullmatch, names) if match)
+    return sum(max(0, total - count) for (_, total), count in present.items())
+
+
+def is_column(name: str, kind: pa.DataType | None) -> bool:
+    """Whether a column may say of which split a row is."""
+    return name.lower() in COLUMNS and (kind is None or is_text(kind))
+
+
+def check_column(uri: str, column: str, values: Iterable[object]) -> None:
+    """Raises BadRequest where the values of a column are several splits; other values mean something else."""
+    found = {_word(str(value)) or "others" for value in values if value is not None}
+    if len(found) > 1:
+        names = ", ".join(sorted(found))
+        message = (
+            f"uri {uri!r} holds rows of several splits, by its column {column!r}: {names}; "
+            "write a file of each, or rename the column"
+        )
+        raise BadRequest(message, param="uri", code="splits")
 
 
 def _preferred(splits: list[str]) -> str:

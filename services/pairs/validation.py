@@ -38,8 +38,10 @@ MAX_DETAIL_CHARS = 200
 def inspect(source: Source) -> tuple[DatasetCounts, str]:
     """Read every row without its images. Returns the counts and the digest.
 
-    Raises BadRequest where a file is unusable, no pair is decided, or a uid names several images.
+    Raises BadRequest where a file is unusable, no pair is decided, rows are of several splits, or a uid names
+    several images.
     """
+    source.check_split_columns(source.units())
     summary = Summary(source)
     uids = UidCheck(source)
     details: dict[str, str] = {}
@@ -170,6 +172,7 @@ def _digest_line(row: Row) -> bytes:
 def validate(source: Source, sample_rows: int = SAMPLE_ROWS) -> DatasetReport:
     """Report on a sample of rows, spread over the source, whose images are decoded. Stores nothing."""
     units = list(source.units())
+    source.check_split_columns(units, sample_rows)
     kinds: Counter[str] = Counter()
     bad: dict[str, BadRows] = {}
     examiner = _Examiner(source)
@@ -194,6 +197,7 @@ def validate(source: Source, sample_rows: int = SAMPLE_ROWS) -> DatasetReport:
         columns={str(column): name for column, name in source.columns.items()},
         columns_not_read=list(source.unused_columns),
         files_not_read=source.files_not_read,
+        parts_missing=source.parts_missing,
         rows=_total_rows(units),
         sampled=sampled,
         example=example,

@@ -27,6 +27,7 @@ REPORT = {
     "split": "train",
     "columns_not_read": ["user_id"],
     "files_not_read": {".md": 1, ".npz": 2_000},
+    "parts_missing": 3,
     "rows": 959_040,
     "sampled": {"rows": 256, "decided": 200, "tie": 50, "missing": 0, "bad": 6},
     "bad": {
@@ -322,6 +323,7 @@ def test_a_report_on_a_dataset_shows_columns_rows_and_bad_rows(server, dde) -> N
         ["columns not read", "user_id"],
         ["split", "train"],
         ["files not read", "1 .md, 2,000 .npz"],
+        ["parts missing", "3, by the names of the files"],
         ["sample", "256 rows, 200 decided, 50 tie, 0 missing, 6 bad"],
         ["shorter sides, px", "512 / 768 / 1024 (smallest / median / largest)"],
         ["for example", 'a.png is preferred to b.png for "a cat" (a.parquet:0:3)'],

@@ -201,6 +201,35 @@ def test_a_folder_of_one_split_is_read_and_the_report_names_it(tmp_path):
     assert opened(tmp_path / "other").split is None
 
 
+def test_rows_of_several_splits_in_one_file_are_refused(tmp_path):
+    rows = [row | {"split": "train" if number < 9 else "test"} for number, row in enumerate(ROWS)]
+    path = write_pairs(tmp_path / "a.parquet", rows)
+    for read in (inspect, validate):
+        with pytest.raises(BadRequest, match="by its column 'split': test, train; write a file of each"):
+            read(opened(path))
+    one = write_pairs(tmp_path / "b.parquet", rows[:9])
+    assert inspect(opened(one))[0].rows == 9
+    lines = write_lines(tmp_path / "c.jsonl", [PAIR | {"Subset": "train"}, PAIR | {"Subset": "val"}, PAIR])
+    assert "by its column 'Subset': train, validation" in str(refused(lines))
+    styles = [PAIR | {"subset": style} for style in ("anime", "photo")]
+    assert inspect(opened(write_lines(tmp_path / "d.jsonl", styles)))[0].rows == 2
+
+
+def test_parts_that_are_missing_are_reported(tmp_path):
+    two_files(
+        tmp_path, "data/train-00000-of-00005.parquet", "data/train-00003-of-00005-0123456789abcdef.parquet"
+    )
+    assert validate(opened(tmp_path)).parts_missing == 3
+
+
+def test_a_saved_selection_is_refused_for_its_files_hold_other_rows(tmp_path):
+    folder = saved_to_disk(tmp_path / "data")
+    state = json.loads((folder / "state.json").read_text())
+    state["_indices_data_files"] = [{"filename": "indices.arrow"}]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert "save it again after `flatten_indices()`" in str(refused(folder))
+
+
 def test_a_split_of_a_single_file_is_refused(tmp_path):
     error = refused(write_pairs(tmp_path / "train.parquet", ROWS), "train")
     assert (error.param, error.code) == ("split", "splits")
@@ -575,3 +604,22 @@ def test_a_published_dataset_is_read_by_its_own_column_names(tmp_path):
     assert source.columns == {"images": "image_path", "ranks": "rank", "caption": "prompt"}
     (row,) = source.rows(next(source.units()))
     assert [(each.winner, each.loser) for each in row.preferences] == [(1, 0), (0, 2), (1, 2)]
+
+
+def test_the_images_of_a_published_dataset_are_looked_for_beside_the_file_and_in_its_own_folder(tmp_path):
+    for folder, names in (
+        ("a/train", "{}.png"),
+        ("b/train_images", "{}.png"),
+        ("c", "train/{}.png"),
+        ("d", "{}.png"),
+    ):
+        rows = [{"prompt": "x", "file_path": [names.format(0), names.format(1)], "human_preference": [0, 1]}]
+        home = tmp_path / folder[0]
+        for number in (0, 1):
+            image = home / folder[2:] / names.format(number)
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(b"%d" % number)
+        (home / "train.json").write_text(json.dumps(rows))
+        source = opened(home / "train.json", caption="prompt")
+        (row,) = source.rows(next(source.units()), with_images=True)
+        assert [source.load(row.images[slot]) for slot in (row.preferences[0].winner, 0)] == [b"1", b"0"]
