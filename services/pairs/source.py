@@ -257,12 +257,10 @@ def _image_folder(uri: str, reader: Reader, layout: ColumnMap) -> str:
     unit = next(reader.units())
     cells = next(reader.rows(unit, layout, False, 0, 1), None)
     images = cells.get("images") if isinstance(cells, dict) else None
-    image = images[0] if isinstance(images, list) and images else None
+    image = str(images[0]) if isinstance(images, list) and images else "\0"
     stem = posixpath.basename(unit.file or uri).partition(".")[0]
     filesystem, path = files.resolve(files.join(uri, unit.file) if unit.file else uri)
-    for folder in (
-        form.format(stem) for form in IMAGE_FOLDERS if isinstance(image, str) and "\0" not in image
-    ):
+    for folder in (form.format(stem) for form in IMAGE_FOLDERS if "\0" not in image):
         if filesystem.get_file_info(posixpath.join(posixpath.dirname(path), folder, image)).is_file:
             return folder
     return ""

@@ -371,8 +371,8 @@ def test_datasets_that_are_not_there_or_not_parquet_are_refused(steady):
     (steady.root / "empty").mkdir()
     (steady.root / "text.parquet").write_text("not parquet at all")
     post(steady.root / "nowhere", f"uri '{steady.root}/nowhere' does not exist")
-    post(steady.root / "empty", f"uri '{steady.root}/empty' holds no .parquet file")
-    post(steady.root / "text.parquet", f"uri '{steady.root}/text.parquet' is not a Parquet file")
+    post(steady.root / "empty", f"uri '{steady.root}/empty' holds no files")
+    post(steady.root / "text.parquet", f"uri '{steady.root}/text.parquet' is a text file")
     post("gopher://x", "uri 'gopher://x' cannot be opened")
     refused(
         steady, "/v1/datasets", {"name": "d", "uri": "a\0b"}, 400, "uri", "uri: String should match pattern"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+import pyarrow as pa
 import pytest
 from sqlalchemy import select, update
 
@@ -14,8 +15,11 @@ from services.control.job_update import JobUpdate
 from services.control.reconciler import StaleToken
 from services.control.tables import Event, Job, Metric, Model
 from services.control.transitions import STAGES
+from services.pairs.source import open_source
+from services.pairs.validation import inspect
 from services.storage import files
 from tests.services.control import fakes
+from tests.services.control.conftest import write_pairs
 
 JOBS = "/v1/alignment/jobs"
 
@@ -49,6 +53,19 @@ def test_a_job_goes_through_every_stage_to_a_served_model(any_plane):
     assert (record.base, record.job) == (base["id"], job["id"])
     assert record.lineage == {"job": job["id"], "dataset": "d1", "base": base["digest"]}
     assert ended["result"]["train"]["model"] == record.model_dump()
+
+
+def test_encoding_reads_the_split_and_the_columns_that_were_registered(plane):
+    folder = plane.root / "splits"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write_pairs(folder / split, caption=None, prompt=pa.array([split] * 10))
+    request = {"name": "splits", "uri": folder.as_uri(), "split": "train", "columns": {"caption": "prompt"}}
+    job = plane.job(dataset=plane.post("/v1/datasets", request)["id"])
+    plane.settle()
+    source = plane.launcher.specs[f"{job['id']}-encode-a1"].source
+    assert (source.split, source.columns) == ("train", {"caption": "prompt"})
+    assert inspect(open_source(source))[0].rows == 10
 
 
 def test_every_stage_receives_the_uris_of_its_input_and_output(plane):
