@@ -46,7 +46,7 @@ class UidCheck:
     def observe(self, unit: Unit, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield a unit's rows unchanged."""
         for number, row in enumerate(rows):
-            if row.kind == "decided" and len(self._again) < MAX_COMPARED:
+            if (row.kind == "decided" or repeats_a_uid(row)) and len(self._again) < MAX_COMPARED:
                 for slot, uid in enumerate(row.uids):
                     self._add(uid, _Place(unit, number, slot))
             yield row
@@ -107,6 +107,11 @@ class UidCheck:
             f"uri {source.uri!r}: {column} {uid!r} names different images in the rows {rows}; a uid must "
             f"name one image in the whole dataset; {remedy}"
         )
+
+
+def repeats_a_uid(row: Row) -> bool:
+    """Whether a row names one image twice: it is a tie then, if the image is one."""
+    return len(set(row.uids)) < len(row.uids)
 
 
 def _pixels(data: bytes | None) -> NDArray[np.uint8]:

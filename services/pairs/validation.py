@@ -26,7 +26,7 @@ from services.pairs.columnar import Unit
 from services.pairs.images import BadImage, decode
 from services.pairs.row import SLOTS, Row
 from services.pairs.source import Source
-from services.pairs.uids import UidCheck, differ, uid_column
+from services.pairs.uids import UidCheck, differ, repeats_a_uid, uid_column
 
 SAMPLE_ROWS = 256
 SAMPLE_SIZE_PX = 64
@@ -49,13 +49,13 @@ def inspect(source: Source) -> tuple[DatasetCounts, str]:
         for row in uids.observe(unit, summary.observe(source.rows(unit))):
             if row.kind == "bad":
                 details.setdefault(row.cause, f"{source.row_name(row.key)}: {row.detail}")
+    uids.check()
     counts = summary.counts()
     if not counts.pairs:
         found = f"{counts.rows} rows, {counts.ties} ties, {counts.missing} without a label"
         found += "".join(f", {count} {cause} ({details[cause]})" for cause, count in counts.bad.items())
         message = f"uri {source.uri!r} has no decided pair: {found}"
         raise BadRequest(message, param="uri", code="no_decided_pair")
-    uids.check()
     return counts, summary.digest()
 
 
@@ -237,15 +237,18 @@ class _Examiner:
 
     def examine(self, row: Row) -> tuple[str, str]:
         """Why the row is bad, and a detail for people; "" where it is not."""
-        if row.kind != "decided":
+        if row.kind != "decided" and not repeats_a_uid(row):
             return row.cause, row.detail
         for slot, (uid, image) in enumerate(zip(row.uids, row.images, strict=True)):
             try:
                 decoded = decode(self._source.load(image), SAMPLE_SIZE_PX)
             except BadImage as error:
+                if row.kind != "decided":  # no image of a tie is used
+                    return "", ""
                 name = image if isinstance(image, str) else _image_name(self._source, row, slot)
                 return error.cause, f"{name}: {error.detail}"[:MAX_DETAIL_CHARS].removesuffix(": ")
-            self.shorter_sides.append(min(decoded.size))
+            if row.kind == "decided":
+                self.shorter_sides.append(min(decoded.size))
             first, pixels = self._seen.setdefault(uid, (row.key, decoded.pixels))
             if differ(pixels, decoded.pixels):
                 place = f"another image than in row {self._source.row_name(first)}"

@@ -115,6 +115,7 @@ IMAGES: dict[str, tuple[str, Callable[[np.random.Generator], bytes | None]]] = {
 }
 """Hostile images by name: the cause, and a function that makes one."""
 
+BLACK = saved(np.zeros((24, 24, 3), np.uint8))
 CELLS: dict[str, tuple[str, dict]] = {
     "nan label": ("label_nan", {"label_0": math.nan, "label_1": 1.0}),
     "labels over one": ("label_sum", {"label_0": 1.0, "label_1": 0.5}),
@@ -131,7 +132,10 @@ CELLS: dict[str, tuple[str, dict]] = {
     "a null label and no caption": ("missing", {"label_1": None, "caption": None}),
     "has_label false": ("missing", {"has_label": False}),
     "equal labels": ("tie", {"label_0": 0.5, "label_1": 0.5}),
-    "one image twice": ("tie", {"image_0_uid": "same", "image_1_uid": "same"}),
+    "one image twice": (
+        "tie",
+        {"image_0_uid": "same", "image_1_uid": "same", **dict.fromkeys(("jpg_0", "jpg_1"), BLACK)},
+    ),
 }
 """Hostile or undecided cells by name: the outcome, and the cells that replace those of a good row."""
 

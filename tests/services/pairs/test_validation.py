@@ -256,6 +256,14 @@ def test_uids_that_are_left_out_are_not_merged(tmp_path):
     assert (inspect(source)[0].pairs, len(uids)) == (8, 16)
 
 
+def test_two_images_of_one_uid_in_a_row_are_no_tie(tmp_path):
+    source = opened(with_uids(tmp_path / "a.parquet", [(f"{number}", f"{number}") for number in range(6)]))
+    with pytest.raises(BadRequest, match="image_1_uid '0' names different images in the rows"):
+        inspect(source)
+    report = validate(source)
+    assert (report.sampled["tie"], report.bad["uid_conflict"].count) == (0, 6)
+
+
 def test_uids_that_start_again_in_each_file_are_refused(tmp_path):
     for file in range(2):
         names = [(f"{2 * number}", f"{2 * number + 1}") for number in range(5)]
