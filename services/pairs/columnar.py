@@ -194,7 +194,7 @@ class ParquetFiles:
             footer = _footer(uri, info.size, info.mtime_ns)
             return filesystem.open_input_file(path), footer
         except (pa.ArrowInvalid, OSError) as error:
-            raise unreadable(error, uri, "is not a Parquet file", "not_parquet") from error
+            raise unreadable(error, uri, "is not a complete Parquet file", "not_parquet") from error
 
 
 @lru_cache(maxsize=2)
@@ -292,7 +292,7 @@ class ArrowFiles:
                 return pa.ipc.open_stream(pa.memory_map(path))
             return pa.ipc.open_stream(filesystem.open_input_stream(path))
         except (pa.ArrowInvalid, OSError) as error:
-            raise unreadable(error, uri, "is not an Arrow stream", "not_arrow") from error
+            raise unreadable(error, uri, "is not a complete Arrow stream", "not_arrow") from error
 
 
 def _types(uri: str, schema: pa.Schema) -> FileColumns:

@@ -42,6 +42,14 @@ _EXPECTED: dict[str, tuple[tuple[type, ...], str]] = {
     "image_uids": ((list,), "a list of strings or integers"),
 }
 
+_ENTRIES: dict[str, tuple[type, ...]] = {
+    "ranks": (int, float),
+    "scores": (bool, int, float),
+    "images": (str, bytes, dict),
+    "image_uids": (str, int),
+}
+"""The types of a list's entries."""
+
 
 def detail_of(cause: str, cells: Mapping[str, Any]) -> str:
     """``label_0 = 0.7, label_1 = 0.5``: the cells that a cause is about, at most MAX_DETAIL_CHARS."""
@@ -87,14 +95,22 @@ def _of_cause(cause: str, cells: Mapping[str, Any]) -> list[str]:
 
 
 def _misfits(cells: Mapping[str, Any]) -> list[str]:
-    """The cells whose type cannot be used, or whose entries cannot."""
+    """The cells whose type, or whose entries' type, cannot be used."""
     found: list[str] = []
     for name, value in cells.items():
         types, expected = _EXPECTED.get(name, ((object,), ""))
-        is_boolean = isinstance(value, bool) and bool not in types
-        if value is not None and (is_boolean or not isinstance(value, types)):
+        entry_types = _ENTRIES.get(name, (object,))
+        is_wrong = value is not None and not _is_one_of(value, types)
+        if is_wrong or not all(_is_one_of(entry, entry_types) for entry in _entries(value)):
             found.append(f"{name} = {show(value)}, must be {expected}")
-    if found:
-        return found
-    lists = [f"{name} = {show(value)}" for name, value in cells.items() if isinstance(value, list | dict)]
-    return lists or [f"{name} = {show(value)}" for name, value in cells.items()]
+    return found or [f"{name} = {show(value)}" for name, value in cells.items()]
+
+
+def _entries(value: Any) -> list[Any]:
+    """The entries of a list that are not null."""
+    return [entry for entry in value if entry is not None] if isinstance(value, list) else []
+
+
+def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
+    """Whether a value is of these types; a boolean is a number where booleans are listed only."""
+    return isinstance(value, types) and not (isinstance(value, bool) and int in types and bool not in types)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
+from typing import Any
 
 from services.errors import BadRequest
 from services.pairs.columnar import Format, full_uri, open_decompressed, unreadable
@@ -149,14 +150,23 @@ def _by_content(head: bytes, by_name: Format | None) -> Format | None:
         return "json"
     if by_name == "csv" or (by_name == "jsonl" and text):
         return by_name
-    return "jsonl" if _is_object(text.partition(b"\n")[0]) and not _field_of_rows(head) else None
+    is_row = _object(text.partition(b"\n")[0]) and not _field_of_rows(head) and not _is_columns(text)
+    return "jsonl" if is_row else None
 
 
-def _is_object(line: bytes) -> bool:
+def _object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; empty where it holds none."""
     try:
-        return isinstance(json.loads(line), dict)
+        value = json.loads(line)
     except (ValueError, RecursionError):
-        return False
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _is_columns(text: bytes) -> bool:
+    """Whether a document is one object of columns, as pandas writes a table."""
+    values = _object(text).values()
+    return bool(values) and all(isinstance(value, dict | list) for value in values)
 
 
 def _field_of_rows(head: bytes) -> str:
@@ -184,14 +194,15 @@ def _description(head: bytes, name: str) -> tuple[str, str]:
         return "a file of an unknown kind", _TO_PARQUET
     if text.startswith(b"<"):
         return "an XML file", _JSON_LINES
-    if text.startswith(b"{"):
-        field = _field_of_rows(head)
-        remedy = (
-            f"write its rows one a line: `jq -c '.[\"{field}\"][]' FILE > rows.jsonl`"
-            if field
-            else _JSON_LINES
-        )
+    field = _field_of_rows(head)
+    if text.startswith(b"{") and field:
+        remedy = f"write its rows one a line: `jq -c '.[\"{field}\"][]' FILE > rows.jsonl`"
         return "one JSON object, not a list of rows", remedy
+    if _is_columns(text):
+        remedy = "write its rows with pandas: `frame.to_json(path, orient='records', lines=True)`"
+        return "one JSON object of columns, not of rows", remedy
+    if text.startswith(b"{"):
+        return "one JSON object, not a list of rows", _JSON_LINES
     if text.startswith(b"["):
         return "a JSON list of values that are no objects", _JSON_LINES
     return "a text file", f"{_JSON_LINES}, or a table with a header as .csv"

@@ -287,6 +287,7 @@ UNREADABLE = {
     "a.xml": (b"<?xml version='1.0'?><rows/>", "is an XML file"),
     "a.json": (b'{\n "a": 1\n}', "is one JSON object, not a list of rows"),
     "b.json": (b'{"info": {}, "pairs": [{"caption": "x"}]}', "`jq -c '.[\"pairs\"][]' FILE > rows.jsonl`"),
+    "d.json": (b'{"prompt": {"0": "x"}, "images": {"0": []}}', "is one JSON object of columns, not of rows"),
     "c.json": (b"[1, 2]", "is a JSON list of values that are no objects"),
     "a.bin": (bytes(range(256)), "is a file of an unknown kind"),
 }

@@ -161,6 +161,14 @@ def test_of_two_scores_the_greater_one_wins(scores):
     assert {(each.winner, each.loser) for each in row.preferences} == better
 
 
+def test_an_entry_of_the_wrong_type_is_shown_with_its_list():
+    row = ranking(ranks=["1", "2", "3"])
+    assert (row.cause, row.detail) == (
+        "wrong_type",
+        "ranks = ['1', '2', '3'], must be a list of numbers",
+    )
+
+
 def test_ranks_and_scores_of_one_row_must_agree():
     assert ranking(scores=[7, 9, 1]).kind == "decided"
     row = ranking(scores=[1, 2, 3])

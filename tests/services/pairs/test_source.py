@@ -276,6 +276,7 @@ def test_a_uri_without_usable_files_is_refused(tmp_path):
     assert refused(tmp_path / "note.txt").code == "unknown_format"
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut off")
     assert refused(tmp_path / "cut.parquet").code == "not_parquet"
+    assert "is not a complete Parquet file" in str(refused(tmp_path / "cut.parquet"))
     (tmp_path / "a.arrow").write_bytes(b"not arrow")
     assert refused(tmp_path / "a.arrow").code == "not_arrow"
     (tmp_path / "a.jsonl").write_text("[1]\n\n{broken\n")
