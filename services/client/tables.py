@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from dde_core.planning.estimate import Estimate
 from services.api.answers import CheckpointView, RunView
-from services.api.records import DatasetCounts, DatasetReport, EvaluateResult, Interval
+from services.api.records import DatasetCounts, DatasetReport, EvaluateResult, Interval, PairCounts
 from services.api.requests import ALL_SCORERS
 
 CHECKPOINT_COLUMNS = ("step", "images", "MB", "workers", "validation", "uri", "created")
@@ -93,11 +93,24 @@ def checkpoint_row(checkpoint: CheckpointView) -> tuple[object, ...]:
 
 def counts_line(counts: DatasetCounts) -> str:
     """A dataset's counts in one line."""
-    line = f"{counts.rows} rows: {counts.pairs} pairs, {counts.ties} ties, {counts.missing} without a label"
+    remarks = ", ".join(remark for count, remark in _remarks(counts) if count)
+    pairs = f"{counts.pairs} pairs ({remarks})" if remarks else f"{counts.pairs} pairs"
+    line = f"{counts.rows} rows: {pairs}, {counts.ties} ties, {counts.missing} without a label"
     if not counts.bad:
         return line
     causes = ", ".join(f"{cause} {count}" for cause, count in counts.bad.items())
     return f"{line}, {sum(counts.bad.values())} bad ({causes})"
+
+
+def _remarks(pairs: PairCounts) -> list[tuple[int | None, str]]:
+    """Counts of pairs with their meaning."""
+    counts = {
+        "soft (trained on as whole unless objective.label is soft)": pairs.soft,
+        "duplicate": pairs.duplicates,
+        "contradicted": pairs.contradicting,
+        "with a caption beyond CLIP's 77 tokens": pairs.long_captions,
+    }
+    return [(count, f"{count} {meaning}") for meaning, count in counts.items()]
 
 
 def print_report(console: Console, report: DatasetReport) -> None:
@@ -111,6 +124,8 @@ def print_report(console: Console, report: DatasetReport) -> None:
         "columns": columns,
         "not read": ", ".join(report.columns_not_read) or "-",
         "sample": ", ".join(f"{count} {kind}" for kind, count in report.sampled.items()),
+        "pairs": f"{report.pairs.pairs}: " + ", ".join(remark for _, remark in _remarks(report.pairs)),
+        "transparent": f"{images.transparent} of {images.count} images" if images else "none was read",
         "shorter sides, px": f"{sizes} (smallest / median / largest)",
     }
     print_list(console, ("fact", report.uri), facts.items())

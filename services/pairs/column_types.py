@@ -36,6 +36,10 @@ def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
+def _is_label(kind: pa.DataType) -> bool:
+    return _is_number(kind) or bool(pa.types.is_boolean(kind))
+
+
 def _is_boolean_or_integer(kind: pa.DataType) -> bool:
     return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind))
 
@@ -65,7 +69,7 @@ _Allowed = tuple[Callable[[pa.DataType], bool], str]
 """The check of a type, and the allowed types in words."""
 
 _IMAGE: _Allowed = (_is_image, "binary, struct<bytes, path> or string (a path or URI)")
-_LABEL: _Allowed = (_is_number, "a number")
+_LABEL: _Allowed = (_is_label, "a number or bool")
 _ID: _Allowed = (_is_id, "string or integer")
 _ALLOWED: dict[str, _Allowed] = {
     "caption": (is_text, "string"),

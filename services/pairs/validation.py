@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from itertools import islice
 from statistics import median
 
@@ -14,6 +14,7 @@ from services.api.records import BadExample, BadRows, DatasetCounts, DatasetRepo
 from services.errors import BadRequest
 from services.pairs.columnar import Unit
 from services.pairs.images import BadImage, decode
+from services.pairs.pair_counts import PairTally
 from services.pairs.row import Row
 from services.pairs.source import Source
 
@@ -30,10 +31,18 @@ def inspect(source: Source) -> tuple[DatasetCounts, str]:
     Raises BadRequest where a file is unusable or no pair is decided.
     """
     summary = Summary(source)
+    pairs = PairTally()
     for unit in source.units():
-        for _ in summary.observe(source.rows(unit)):
-            pass
-    counts = summary.counts()
+        for row in summary.observe(source.rows(unit)):
+            pairs.add(row)
+    tally = summary.tally
+    counts = DatasetCounts(
+        **pairs.counts().model_dump(),
+        rows=tally.kinds.total(),
+        ties=tally.ties,
+        missing=tally.kinds["missing"],
+        bad=dict(sorted(tally.bad.items())),
+    )
     if not counts.pairs:
         found = f"{counts.rows} rows, {counts.ties} ties, {counts.missing} without a label"
         found += "".join(f", {count} {cause}" for cause, count in counts.bad.items())
@@ -70,26 +79,15 @@ class Summary:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._tally = Tally()
+        self.tally = Tally()
         self._rows_digest = hashlib.sha256()
 
     def observe(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield the rows unchanged, counting and digesting each."""
         for row in rows:
-            self._tally.add(row)
+            self.tally.add(row)
             self._rows_digest.update(_digest_line(row))
             yield row
-
-    def counts(self) -> DatasetCounts:
-        """The counts of the rows so far."""
-        tally = self._tally
-        return DatasetCounts(
-            rows=tally.kinds.total(),
-            pairs=tally.pairs,
-            ties=tally.ties,
-            missing=tally.kinds["missing"],
-            bad=dict(sorted(tally.bad.items())),
-        )
 
     def digest(self) -> str:
         """sha256 of the rows so far, without images, and of the source's fingerprint.
@@ -122,12 +120,15 @@ def validate(source: Source, sample_rows: int = SAMPLE_ROWS) -> DatasetReport:
     units = list(source.units())
     kinds: Counter[str] = Counter()
     bad: dict[str, BadRows] = {}
-    shorter_sides: list[int] = []
+    pairs = PairTally()
+    images: list[_Image] = []
     for row in islice(_spread(source, units, sample_rows), sample_rows):
-        cause, detail, sides = _examine(source, row)
+        cause, detail, row_images = _examine(source, row)
         kinds["bad" if cause else row.kind] += 1
-        shorter_sides += sides
-        if cause:
+        images += row_images
+        if not cause:
+            pairs.add(row, [image.sha256 for image in row_images])
+        else:
             bad_rows = bad.setdefault(cause, BadRows(count=0, examples=[]))
             bad_rows.count += 1
             if len(bad_rows.examples) < MAX_EXAMPLES:
@@ -142,8 +143,9 @@ def validate(source: Source, sample_rows: int = SAMPLE_ROWS) -> DatasetReport:
         columns_not_read=list(source.unused_columns),
         rows=_total_rows(units),
         sampled=sampled,
+        pairs=pairs.counts(),
         bad=dict(sorted(bad.items())),
-        pictures=_sizes(shorter_sides),
+        pictures=_sizes(images),
     )
 
 
@@ -166,30 +168,41 @@ def _spread(source: Source, units: list[Unit], sample_rows: int) -> Iterator[Row
         yield from source.rows(units[number], with_images=True, stop=rows_per_unit)
 
 
-def _examine(source: Source, row: Row) -> tuple[str, str, list[int]]:
-    """Decode a row's images. Returns (cause, detail, shorter sides of its images in pixels).
+@dataclass(frozen=True)
+class _Image:
+    """A decoded image: its shorter side in pixels, whether the background shows, and its file's digest."""
 
-    The cause is "" where the row is not bad.
-    """
+    side_px: int
+    transparent: bool
+    sha256: str
+
+
+def _examine(source: Source, row: Row) -> tuple[str, str, list[_Image]]:
+    """Decode a row's images. Returns (cause, detail, images). The cause is "" where the row is not bad."""
     if row.kind != "decided":
         return row.cause, row.caption[:MAX_DETAIL_CHARS], []
-    sides: list[int] = []
+    images: list[_Image] = []
     for slot, image in enumerate(row.images):
         try:
-            sides.append(min(decode(source.load(image), SAMPLE_SIZE_PX).size))
+            data = source.load(image)
+            decoded = decode(data, SAMPLE_SIZE_PX)
         except BadImage as error:
             name = image if isinstance(image, str) else f"image {slot}"
             detail = f"{name}: {error.detail}"[:MAX_DETAIL_CHARS].removesuffix(": ")
-            return error.cause, detail, sides
-    return "", "", sides
+            return error.cause, detail, images
+        sha256 = hashlib.sha256(data or b"").hexdigest()
+        images.append(_Image(min(decoded.size), decoded.transparent, sha256))
+    return "", "", images
 
 
-def _sizes(shorter_sides: list[int]) -> PictureSizes | None:
-    if not shorter_sides:
+def _sizes(images: list[_Image]) -> PictureSizes | None:
+    if not images:
         return None
+    shorter_sides = [image.side_px for image in images]
     return PictureSizes(
-        count=len(shorter_sides),
+        count=len(images),
         min_px=min(shorter_sides),
         median_px=int(median(shorter_sides)),
         max_px=max(shorter_sides),
+        transparent=sum(image.transparent for image in images),
     )
