@@ -9,6 +9,7 @@ import io
 import re
 import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +23,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "La", "RGBa", "YCbCr"}
 _DEEP = re.compile(r"\b(L|LA|RGB|RGBA|RGBa|RGBX);16")
 """Raw modes with more than 8 bits a channel, which PIL may truncate to 8 ("RGB;16B")."""
+_PNG = b"\x89PNG\r\n\x1a\n"
 _HEADERS = {
-    b"\x89PNG\r\n\x1a\n": (16, ">II"),
+    _PNG: (16, ">II"),
     b"GIF8": (6, "<HH"),
     b"BM": (18, "<ii"),
     b"\xff\xd8\xff": (3, ""),
@@ -32,6 +34,9 @@ _HEADERS = {
     b"MM\0*": (4, ""),
 }
 """Magic bytes -> (offset, struct format) of width and height; the format is "" where the offset varies."""
+_PIXEL_CHUNKS = {b"tRNS", b"acTL", b"fcTL", b"fdAT"}
+"""Of the PNG chunks that a decoder may ignore, those that change the pixels, or make them an animation."""
+_ORIENTATION_CHUNKS = {b"eXIf", b"iTXt", b"tEXt", b"zTXt"}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -136,7 +141,7 @@ def _upright(data: bytes, to_square: bool) -> tuple[Image.Image, int, int]:
 
     The header is checked before anything is decoded. At most one copy of the pixels is made.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+    with Image.open(io.BytesIO(_without_metadata(data)), formats=FORMATS) as file:
         _check(file)
         file.load()
         turn = _UPRIGHT.get(_orientation(file))
@@ -149,6 +154,31 @@ def _upright(data: bytes, to_square: bool) -> tuple[Image.Image, int, int]:
     left = (width - side) // 2
     top = (height - side) // 2
     return image.crop((left, top, left + side, top + side)), width, height
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG file without chunks that neither its pixels nor its orientation need; another file as it is.
+
+    PIL gives up the image for a broken chunk of whatever kind. Those of the orientation stay if their
+    checksum is right.
+    """
+    if not data.startswith(_PNG):
+        return data
+    view = memoryview(data)
+    kept = [view[: len(_PNG)]]
+    start = len(_PNG)
+    while start < len(data):
+        length = int.from_bytes(view[start : start + 4])
+        kind = bytes(view[start + 4 : start + 8])
+        end = start + length + 12
+        if kind[:1].isupper() or kind in _PIXEL_CHUNKS:
+            kept.append(view[start:end])
+        elif kind in _ORIENTATION_CHUNKS:
+            checksum = int.from_bytes(view[end - 4 : end])
+            if zlib.crc32(view[start + 4 : end - 4]) == checksum:
+                kept.append(view[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def _orientation(image: Image.Image) -> int:

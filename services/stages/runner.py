@@ -81,7 +81,8 @@ def root_cause(error: BaseException) -> BaseException:
 
 def describe(error: BaseException) -> str:
     """The class and the first line of the message of an error's root cause, without Ray's wrappers."""
-    return ": ".join(_class_and_message(root_cause(error)))
+    name, message = _class_and_message(root_cause(error))
+    return f"{_without_package(name)}: {message}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -102,17 +103,21 @@ def _is_of_ray(error: BaseException) -> bool:
 def _class_and_message(error: BaseException) -> tuple[str, str]:
     """The name of an error's class and the first line of its message.
 
-    Of some errors Ray keeps the traceback's text alone, such as those of an actor's constructor.
+    Of some errors Ray keeps the traceback's text alone: those of an actor's constructor and of Ray Data's
+    functions.
     """
     text = _COLOR.sub("", str(error)).strip()
     if not _is_of_ray(error):
         return type(error).__name__, text.partition("\n")[0]
     for match in reversed(list(_ERROR_IN_TRACEBACK.finditer(text))):
-        package, _, name = match["name"].rpartition(".")
-        if package.partition(".")[0] != "ray":
-            return name, match["message"] or ""
+        if not match["name"].startswith("ray."):
+            return match["name"], match["message"] or ""
     lines = [line for line in text.splitlines() if not line.startswith("\t")]  # without ids of processes
     return type(error).__name__, " ".join(lines)[:MAX_MESSAGE_CHARS]
+
+
+def _without_package(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def is_transient(error: BaseException) -> bool:
@@ -131,17 +136,33 @@ def failure_of(error: BaseException) -> StageFailure:
     cause = root_cause(error)
     if isinstance(cause, ServiceError):
         return StageFailure(message=cause.message, code=cause.code, param=cause.param)
-    if isinstance(cause, ConfigError):
-        return StageFailure(message=str(cause), code=_code_of(cause), param=cause.field)
     if isinstance(cause, DdeError):
-        return StageFailure(message=str(cause), code=_code_of(cause))
+        param = cause.field if isinstance(cause, ConfigError) else None
+        return StageFailure(message=str(cause), code=_in_snake_case(type(cause).__name__), param=param)
     name, message = _class_and_message(cause)
-    return StageFailure(message=f"{name}: {message}", code=_code_of(cause, name, message))
-
-
-def _code_of(error: BaseException, name: str = "", message: str = "") -> str:
-    """The class name in snake case: ``config_error`` for a ConfigError."""
     number = _ERRNO.match(message)
-    if is_transient(error) or (number and int(number[1]) in TRANSIENT):
-        return Unavailable.default_code
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name or type(error).__name__).lower()
+    if is_transient(cause) or (number and int(number[1]) in TRANSIENT):
+        return StageFailure(message=f"{name}: {message}", code=Unavailable.default_code)
+    if name in _CODES:
+        return StageFailure(message=message, code=_CODES[name])
+    name = _without_package(name)
+    return StageFailure(message=f"{name}: {message}", code=_in_snake_case(name))
+
+
+def _in_snake_case(name: str) -> str:
+    """``config_error`` for ConfigError."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def _subclasses(error: type[Exception]) -> Iterator[type[Exception]]:
+    for each in error.__subclasses__():
+        yield each
+        yield from _subclasses(each)
+
+
+_CODES = {
+    f"{each.__module__}.{each.__name__}": getattr(each, "default_code", _in_snake_case(each.__name__))
+    for root in (DdeError, ServiceError)
+    for each in _subclasses(root)
+}
+"""Codes of our errors, by what a traceback calls them."""

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
 from services.pairs.images import MAX_FILE_BYTES, BadImage, decode, decode_whole
-from tests.support.hostile_rows import IMAGES, ODD, drawn, png_of, saved
+from tests.support.hostile_rows import IMAGES, ODD, chunk, drawn, png_of, saved
 
 pytestmark = pytest.mark.filterwarnings("error")
 RNG = np.random.default_rng(0)
@@ -91,6 +91,27 @@ def test_junk_in_place_of_the_orientation_does_not_cost_the_image(name, kind):
         saved(pixels, kind, quality=90, exif=exif) for exif in (b"", b"Exif\0\0" + JUNK[name])
     )
     assert np.array_equal(decode(with_junk, 24).pixels, decode(plain, 24).pixels)
+
+
+@pytest.mark.parametrize(
+    "kind", [b"eXIf", b"gAMA", b"cHRM", b"pHYs", b"sRGB", b"iCCP", b"tEXt", b"tIME", b"npVy"]
+)
+@pytest.mark.parametrize("content", [b"", b"\xff", b"junk junk\0\xff"])
+def test_a_junk_chunk_of_metadata_does_not_cost_a_png(kind, content):
+    pixels = drawn(RNG)
+    data = saved(pixels)
+    with_checksum = chunk(kind, content)
+    for junk in (with_checksum, with_checksum[:-4] + b"none"):
+        for place in (33, len(data) - 12):  # behind the header, before the end
+            assert np.array_equal(decode(data[:place] + junk + data[place:], 24).pixels, pixels)
+
+
+def test_a_chunk_that_changes_the_pixels_is_read_and_not_ignored_where_it_is_broken():
+    data = with_color_key("RGB")
+    assert decode(data, 24).transparent
+    place = data.index(b"tRNS")
+    with pytest.raises(BadImage, match="image_broken"):
+        decode(data[: place + 4] + b"\xff" + data[place + 5 :], 24)
 
 
 def test_a_broken_image_with_junk_for_its_orientation_stays_broken():

@@ -18,7 +18,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError, UserCode
 from ray.train import ControllerError, WorkerGroupError
 
 from dde_core.errors import ModelError
-from services.errors import Stopped, Unavailable
+from services.errors import BadRequest, Stopped, Unavailable
 from services.stages.journal import read_journal
 from services.stages.runner import TRANSIENT, describe, failure_of, root_cause, run_stage
 from services.stages.specs import StageFailure, StageSpec, StageStopped
@@ -142,7 +142,11 @@ def test_a_failure_inside_ray_is_its_cause_in_one_plain_line(wrap):
 
 @pytest.mark.parametrize("wrap", RAY.values(), ids=RAY)
 def test_a_failure_inside_ray_keeps_the_code_of_its_cause(wrap):
-    assert failure_of(wrap(ModelError("no tokenizer"))).code == "model_error"
+    assert failure_of(wrap(ModelError("no tokenizer"))) == StageFailure(
+        message="no tokenizer", code="model_error"
+    )
+    gone = BadRequest("uri 'y' is gone")
+    assert failure_of(wrap(gone)) == StageFailure(message="uri 'y' is gone", code="invalid_value")
     assert failure_of(wrap(Unavailable("the store does not answer"))).code == "unavailable"
     assert failure_of(wrap(OSError(errno.ENOSPC, "No space left on device"))).code == "unavailable"
     assert failure_of(wrap(OSError(errno.EACCES, "Permission denied"))).code == "permission_error"
