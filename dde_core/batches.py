@@ -104,7 +104,12 @@ class BatchMaker:
         if draws.losers:
             columns |= self._side(rows, text, visits, draws, "l")
         t = [draw_timestep(draws.seed, pair, n, draws.cumulative) for pair, n in visits]
-        return PairBatch(pair_ids=rows.pair_ids, t=torch.tensor(t, device=self._device), **columns)
+        return PairBatch(
+            pair_ids=rows.pair_ids,
+            t=torch.tensor(t, device=self._device),
+            share=torch.tensor(rows.labels, device=self._device),
+            **columns,
+        )
 
     def _side(
         self, rows: LatentRows, text: Conditioning, visits: Visits, draws: Draws, side: Literal["w", "l"]

@@ -18,6 +18,7 @@ from dde_core.errors import ConfigError
 from dde_core.methods import METHODS, MethodName, NoiseMode
 
 CalibrationPoint = Literal["expected", "sampled", "mode"]
+Background = Literal["white", "gray", "black"]
 
 MAX_SIZE_PX = 2048
 """Greatest height and width of images."""
@@ -63,6 +64,10 @@ class ObjectiveConfig:
     method's default. ``t_min`` and ``t_max`` are timesteps of 1..T (DDE's numbering; the U-Net is called with
     t - 1); ``t_max`` 0 means T. ``max_weight`` caps w(t); 0 means no cap.
 
+    ``label``: "hard" trains on the winner, whatever its share p of the preference (0.75 for three of four
+    votes). "soft" trains on p: the loss is -p log sigmoid(logit) - (1 - p) log sigmoid(-logit). The two are
+    equal at p = 1.
+
     Calibration (`dde`, `dde_step`): ``ema_rate`` is mu. ``calibration_point`` is where log p/q is evaluated.
     ``calibration_bins`` gives neighboring timesteps one coefficient; 0 means one for each t.
 
@@ -72,6 +77,7 @@ class ObjectiveConfig:
     """
 
     method: MethodName = "dde"
+    label: Literal["hard", "soft"] = "hard"
     beta: Annotated[float, Gt(0)] = 5000.0
     reduction: Literal["mean"] = "mean"
     noise: NoiseMode | None = None
@@ -107,7 +113,7 @@ class ObjectiveConfig:
         if not method.discounted:
             unread += ["gamma", "t_sampling"]
         if not method.has_loser:
-            unread += ["beta", "noise", "max_weight"]
+            unread += ["beta", "noise", "max_weight", "label"]
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -202,16 +208,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """How a dataset's images are encoded. The encoded dataset's identity includes ``resolution`` and
-    ``flip``.
+    """How a dataset's images are encoded. All but ``max_bad_fraction`` is part of the encoded dataset's
+    identity.
 
     Every image is cropped to its center square and scaled to ``resolution`` pixels; 0 means the model's own
-    size. ``flip`` "all" mirrors every image. A job fails if more than ``max_bad_fraction`` of the dataset's
-    rows are bad.
+    size. ``flip`` "all" mirrors every image. Transparent pixels show the ``background``. A job fails if more
+    than ``max_bad_fraction`` of the dataset's rows are bad.
     """
 
     resolution: Annotated[int, Ge(0), Le(MAX_SIZE_PX), MultipleOf(8)] = 0
     flip: Literal["none", "all"] = "none"
+    background: Background = "white"
     max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.01
 
     def __post_init__(self) -> None:

@@ -61,8 +61,9 @@ class Curves:
 def curves(config: ObjectiveConfig, schedule: Schedule, margin: float) -> Curves:
     """The curves of a method at one margin, the same at every t. `sft` has g = 1 and C = 0 at every margin.
 
-    The coefficients are converged: each t is recorded once at rate 1, `sampled` at its expectation. Raises
-    ConfigError for a margin beyond MAX_MARGIN, and for timesteps or bins beyond the schedule's T.
+    The label is whole: a winner's share of p lowers g by w(t) (1 - p). The coefficients are converged: each t
+    is recorded once at rate 1, `sampled` at its expectation. Raises ConfigError for a margin beyond
+    MAX_MARGIN, and for timesteps or bins beyond the schedule's T.
     """
     if not abs(margin) <= MAX_MARGIN:
         raise ConfigError("margin", margin, "must lie between -1e6 and 1e6")
@@ -73,7 +74,7 @@ def curves(config: ObjectiveConfig, schedule: Schedule, margin: float) -> Curves
     if METHODS[config.method].corrected:
         _record(calibration, t, margins)
     correction = calibration.correction(t)
-    terms = step_losses(*_with_margin(margins), t, config, schedule, correction)
+    terms = step_losses(*_with_margin(margins), t, replace(config, label="hard"), schedule, correction)
     return Curves(weights(config, schedule)[1:], correction, terms.gradient_weight, density)
 
 
@@ -83,13 +84,14 @@ def replay(
     step: Int[Tensor, " n"],
     t: Int[Tensor, " n"],
     margin: Float[Tensor, " n"] | None = None,
+    share: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " n"]:
     """The gradient weight g of every pair of a run, float64, from the pairs' margins alone.
 
     ``step`` starts at the run's first and never decreases. C(t) is frozen within a step and updated after it.
     Margins suffice because `expected` and `mode` are linear in the errors; for `sampled` the result is the
-    expectation over z. `sft` reads no margin. Raises ConfigError for a missing margin, DataError for a
-    decreasing step.
+    expectation over z. `sft` reads no margin; soft labels need each pair's ``share``. Raises ConfigError for
+    a missing margin or share, DataError for a decreasing step.
     """
     method = METHODS[config.method]
     if margin is None and method.has_reference:
@@ -101,7 +103,7 @@ def replay(
         for rows in _steps(step):
             correction[rows] = calibration.correction(t[rows])
             _record(calibration, t[rows], margin[rows])
-    return step_losses(*_with_margin(margin), t, config, schedule, correction).gradient_weight
+    return step_losses(*_with_margin(margin), t, config, schedule, correction, share).gradient_weight
 
 
 def remaining_fraction(

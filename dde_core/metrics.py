@@ -35,11 +35,12 @@ def step_metrics(
 
     A tenth is named by its last timestep: of 1000, ``margin_t0100`` is the mean over t = 1..100. A tenth
     without pairs has no metrics. Without a reference (`sft`) there are no metrics that compare with it.
-    ``implicit_accuracy`` is the fraction of pairs with a positive margin; a margin of 0 counts half.
+    ``implicit_accuracy`` is the fraction of pairs with a positive margin; a margin of 0 counts half. Gradient
+    weights count by their size: with soft labels those of surer pairs are negative.
     """
     values = {
         "loss": _array(terms.loss),
-        "gradient_weight": _array(terms.gradient_weight),
+        "gradient_weight": np.abs(_array(terms.gradient_weight)),
         "gradient_weight_at_zero": _array(terms.gradient_weight_at_zero),
         "winner_error": _array(theta.w),
     }

@@ -5,11 +5,13 @@ Let e be the squared error of the noise, the MEAN over latent elements, of polic
 
     margin = (e_ref^w - e_theta^w) - (e_ref^l - e_theta^l)
     logit  = beta (w(t) margin + C(t))
-    loss   = -log sigmoid(logit)
+    loss   = -p log sigmoid(logit) - (1 - p) log sigmoid(-logit)
 
 This is DDE's Eq. 10 for w = 1/SNR, and Diffusion-DPO's loss (arXiv 2311.12908) for w = 1/2 and C = 0. DDE's
 Eq. 15 drops 1 / (2 sigma_t^2), so its single-shot term and C have different units; it is implemented as
-printed. `sft` uses no preference: its loss is e_theta on winners.
+printed. In both p = 1. With soft labels p is the winner's share of the preference, of each pair its own: the
+loss of conservative DPO (Mitchell, "A note on DPO with noisy preferences", 2023). `sft` uses no preference:
+its loss is e_theta on winners.
 """
 
 from __future__ import annotations
@@ -138,21 +140,38 @@ def preference_logit(
     return beta * (weight * margin + correction)
 
 
-def preference_loss(logit: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """-log sigmoid(logit) for each pair (DDE Eq. 10), not reduced."""
-    return -torch.nn.functional.logsigmoid(logit)
+def preference_loss(
+    logit: Float[Tensor, " b"], share: Float[Tensor, " b"] | float = 1.0
+) -> Float[Tensor, " b"]:
+    """-p log sigmoid(logit) - (1 - p) log sigmoid(-logit) for each pair, not reduced; p is ``share``.
+
+    DDE Eq. 10 at p = 1. The second logarithm is that of the first sigmoid, minus the logit.
+    """
+    return -torch.nn.functional.logsigmoid(logit) + (1 - share) * logit
 
 
-def gradient_weight(weight: Float[Tensor, " b"], logit: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """g(t) = w(t) sigmoid(-logit): the factor of the gradient of a pair's margin, apart from beta."""
-    return weight * torch.sigmoid(-logit)
+def gradient_weight(
+    weight: Float[Tensor, " b"], logit: Float[Tensor, " b"], share: Float[Tensor, " b"] | float = 1.0
+) -> Float[Tensor, " b"]:
+    """g(t) = w(t) (p - sigmoid(logit)): the factor of the gradient of a pair's margin, apart from beta.
+
+    It is negative where the policy is surer of the winner than ``share`` = p says.
+    """
+    return weight * (torch.sigmoid(-logit) - (1 - share))
+
+
+_LOSSES = {
+    "hard": "-log sigmoid(beta (w(t) margin + C(t)))",
+    "soft": "-p log sigmoid(logit) - (1 - p) log sigmoid(-logit), p the winner's share, "
+    "logit = beta (w(t) margin + C(t))",
+}
 
 
 def conventions(config: ObjectiveConfig, schedule: Schedule) -> dict[str, Any]:
     """How to read this run's numbers, with defaults resolved: for lineages and model cards."""
     method = METHODS[config.method]
     resolved: dict[str, Any] = {
-        "loss": "-log sigmoid(beta (w(t) margin + C(t)))" if method.has_loser else "e_theta of the winner",
+        "loss": _LOSSES[config.label] if method.has_loser else "e_theta of the winner",
         "source": OBJECTIVES[config.method].source,
         "error": f"{config.reduction} over latent elements of (eps - eps_model)^2, reduced in float32",
         "timesteps": f"{config.t_min}..{config.t_max or schedule.T} of 1..{schedule.T}; "

@@ -7,7 +7,7 @@ A training loop uses them like this:
                                                                        ledger
     theta = pair_errors(policy, schedule, batch)                       # with gradient; policy may be wrapped
                                                                        in DDP
-    terms = step_losses(theta, ref, batch.t, config, schedule, calibration.correction(batch.t))
+    terms = step_losses(theta, ref, batch.t, config, schedule, calibration.correction(batch.t), batch.share)
     check_finite("loss", terms.loss)
     (terms.loss.sum() / global_batch * world_size).backward()          # DDP divides by world_size
 """
@@ -41,12 +41,13 @@ class PairBatch:
     """b pairs, ready for the U-Net. Row i of every field belongs to ``pair_ids[i]``; winner and loser share
     t.
 
-    Without losers (`sft`) the fields ending in _l are None. Only `sampled` calibration has ``z_w`` and
-    ``z_l``.
+    ``share`` is the winner's share of the preference. Without losers (`sft`) the fields ending in _l are
+    None. Only `sampled` calibration has ``z_w`` and ``z_l``.
     """
 
     pair_ids: tuple[str, ...]
     t: Int[Tensor, " b"]
+    share: Float[Tensor, " b"]
     latents_w: Float[Tensor, "b c h w"]
     noise_w: Float[Tensor, "b c h w"]
     conditioning_w: Conditioning
@@ -103,7 +104,7 @@ class StepTerms:
 
     ``gradient_weight`` multiplies the gradient of the margin (for `sft`: of the winner's error), apart from
     beta. ``gradient_weight_at_zero`` is its value at logit 0; the ratio of the two shows how saturated the
-    loss is.
+    loss is. ``share`` is None unless the loss reads it: for soft labels.
     """
 
     loss: Float[Tensor, " b"]
@@ -111,6 +112,7 @@ class StepTerms:
     gradient_weight_at_zero: Float[Tensor, " b"]
     margin: Float[Tensor, " b"] | None = None
     logit: Float[Tensor, " b"] | None = None
+    share: Float[Tensor, " b"] | None = None
 
 
 def pair_errors(unet: Callable[..., Any], schedule: Schedule, batch: PairBatch) -> PairErrors:
@@ -158,11 +160,13 @@ def step_losses(
     config: ObjectiveConfig,
     schedule: Schedule,
     correction: Float[Tensor, " b"] | None = None,
+    share: Float[Tensor, " b"] | None = None,
 ) -> StepTerms:
     """The loss of each pair (DDE Eq. 10; `sft`: the winner's error), not reduced.
 
-    ``correction`` is C(t). Only corrected methods read it; `sft` does not read ``ref``. Raises ConfigError if
-    the method needs an argument that is None.
+    ``correction`` is C(t); only corrected methods read it. ``share`` is p, the winner's share of the
+    preference; only ``label`` "soft" reads it, else p is 1. `sft` reads neither these nor ``ref``. Raises
+    ConfigError if the method needs an argument that is None.
     """
     method = METHODS[config.method]
     scale = importance(config, schedule).to(t.device)[t]
@@ -180,13 +184,19 @@ def step_losses(
         correction = torch.zeros_like(weight)
     elif correction is None:
         raise ConfigError("correction", None, f"is needed by method {config.method!r}")
+    if config.label == "hard":
+        share = None
+    elif share is None:
+        raise ConfigError("share", None, 'of each pair is needed by label "soft"')
+    p = 1.0 if share is None else share.double()
     logit = preference_logit(config.beta, weight, margin, correction)
     return StepTerms(
-        loss=scale * preference_loss(logit),
-        gradient_weight=scale * gradient_weight(weight, logit.detach()),
-        gradient_weight_at_zero=scale * gradient_weight(weight, torch.zeros_like(logit)),
+        loss=scale * preference_loss(logit, p),
+        gradient_weight=scale * gradient_weight(weight, logit.detach(), p),
+        gradient_weight_at_zero=scale * gradient_weight(weight, torch.zeros_like(logit), p),
         margin=margin.detach(),
         logit=logit.detach(),
+        share=share,
     )
 
 

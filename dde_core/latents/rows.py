@@ -22,7 +22,8 @@ class LatentRows:
     their visits.
 
     ``shards`` and ``places`` locate a row in the dataset: the shard's number in the manifest, and the row in
-    the shard. ``sizes_*`` are the original (height, width), ``crops_*`` the crop's (top, left), in pixels.
+    the shard. ``labels`` are the winners' shares of the preference. ``sizes_*`` are the original (height,
+    width), ``crops_*`` the crop's (top, left), in pixels.
     """
 
     positions: Int[np.ndarray, " b"]
@@ -30,6 +31,7 @@ class LatentRows:
     shards: Int[np.ndarray, " b"]
     places: Int[np.ndarray, " b"]
     pair_ids: tuple[str, ...]
+    labels: Float[np.ndarray, " b"]
     token_ids: Int[np.ndarray, "b k s"]
     latents_w: Float[np.ndarray, "b c h w"]
     latents_l: Float[np.ndarray, "b c h w"]
@@ -77,6 +79,7 @@ def _allocate(num_rows: int, manifest: Manifest) -> dict[str, np.ndarray]:
     """Empty arrays for the fields of LatentRows that come from shards."""
     arrays = {
         "pair_ids": np.empty(num_rows, object),
+        "labels": np.empty(num_rows, np.float32),
         "token_ids": np.empty((num_rows, manifest.num_tokenizers, manifest.num_tokens), np.int32),
     }
     for side in "wl":
@@ -91,6 +94,7 @@ def _fill(
 ) -> None:
     """Write m rows of a shard into the arrays at the indices ``to``."""
     arrays["pair_ids"][to] = rows["pair_id"].to_numpy(zero_copy_only=False)
+    arrays["labels"][to] = rows["label"].to_numpy()
     for k, column in enumerate(token_columns(manifest.num_tokenizers)):
         arrays["token_ids"][to, k] = _array(rows[column])
     for side in "wl":

@@ -56,7 +56,9 @@ class Manifest:
 
     ``digest`` identifies the content (settings, encoder, pairs), however rows are split into shards.
     ``counts`` has rows, pairs, ties, missing (rows without a label), bad (quarantined rows; ``bad`` counts
-    them by cause), duplicates (repeated pairs) and images.
+    them by cause) and images. Of the pairs: soft (the winner's share is below 1), duplicates (the same images
+    and caption as an earlier pair), contradicting (another pair has the opposite winner), long_captions (cut
+    by a tokenizer) and transparent (the background shows in an image).
     """
 
     digest: str

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 from transformers import CLIPTokenizer
 
 from dde_core.errors import ModelError
@@ -36,3 +36,12 @@ def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> In
         )
         ids.append(encoded.input_ids)
     return np.stack(ids, axis=1).astype(np.int32)
+
+
+def are_cut(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Bool[np.ndarray, " b"]:
+    """Which of b captions have more tokens than some tokenizer's length: ``tokenize`` cuts them."""
+    is_cut = np.zeros(len(captions), np.bool_)
+    for tokenizer in tokenizers:
+        encoded = tokenizer(list(captions), truncation=False, verbose=False)
+        is_cut |= np.array([len(ids) > tokenizer.model_max_length for ids in encoded.input_ids], np.bool_)
+    return is_cut

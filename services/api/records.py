@@ -19,14 +19,27 @@ FINAL_STATUSES: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancel
 """Only a request changes these: a failed job may be resumed."""
 
 
-class DatasetCounts(Strict):
+class PairCounts(Strict):
+    """Decided pairs: all; with a soft label (the winner's share is below 1); repetitions of an earlier pair;
+    pairs that another pair contradicts; and those whose caption CLIP's tokenizer cuts at 77 tokens for sure.
+
+    Null: not counted by the version that registered the dataset.
+    """
+
+    pairs: int
+    soft: int | None = None
+    duplicates: int | None = None
+    contradicting: int | None = None
+    long_captions: int | None = None
+
+
+class DatasetCounts(PairCounts):
     """Rows of a dataset: all, decided pairs, ties, without a label, and bad rows by cause.
 
-    Images are not read.
+    Images are not read: they are compared by their uids.
     """
 
     rows: int
-    pairs: int
     ties: int
     missing: int
     bad: dict[str, int] = {}
@@ -56,12 +69,16 @@ class DecidedExample(Strict):
 
 
 class PictureSizes(Strict):
-    """Lengths of the shorter side of a sample's images, in pixels: each image is cropped to that square."""
+    """Lengths of the shorter side of a sample's images, in pixels: each image is cropped to that square.
+
+    ``transparent`` images have pixels that show the background.
+    """
 
     count: int
     min_px: int
     median_px: int
     max_px: int
+    transparent: int
 
 
 class DatasetReport(Strict):
@@ -71,6 +88,7 @@ class DatasetReport(Strict):
     total and by kind: decided, tie, missing (no label) and bad. A row with an unusable image is bad.
     ``files_not_read`` counts, by suffix, the files of a folder that are neither rows nor images;
     ``parts_missing`` the files that the names of others tell of.
+    ``pairs`` are those of the sample; their images are compared by content.
     """
 
     uri: str
@@ -84,6 +102,7 @@ class DatasetReport(Strict):
     rows: int | None
     sampled: dict[str, int]
     example: DecidedExample | None = None
+    pairs: PairCounts
     bad: dict[str, BadRows]
     pictures: PictureSizes | None
 

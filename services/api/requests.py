@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from dde_core.config import DataConfig, ObjectiveConfig, SampleConfig, TrainConfig
+from dde_core.config import Background, DataConfig, ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.errors import ConfigError
 from dde_core.family import Family
 from services.errors import BadRequest
@@ -204,11 +204,15 @@ class ImageRequest(Strict):
 
 
 class ScoreRequest(Strict):
-    """Score images (base64 PNG or JPEG) against their prompts: ``prompts[i]`` belongs to ``images[i]``."""
+    """Score images (base64 PNG or JPEG) against their prompts: ``prompts[i]`` belongs to ``images[i]``.
+
+    Transparent pixels show the ``background``.
+    """
 
     images: Annotated[list[str], Field(min_length=1, max_length=256)]
     prompts: Annotated[list[str], Field(min_length=1, max_length=256)]
     scorers: Annotated[list[Scorer], Field(min_length=1)] = list(ALL_SCORERS)
+    background: Background = "white"
 
     def check_lengths(self) -> None:
         """Raises BadRequest unless there is one prompt for each image."""

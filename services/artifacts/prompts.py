@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import re
+
 from services.errors import BadRequest
 from services.storage import files
 
+_LINE_END = re.compile(r"\r\n|\r|\n")
+"""What ends a line of a text file. Unicode's other separators, and form feeds, may be part of a prompt."""
+
 
 def prompt_lines(uri: str) -> list[str]:
-    """The non-blank lines of a file, unchanged."""
-    return [line for line in files.read_bytes(uri).decode().splitlines() if line.strip()]
+    """The non-blank lines of a file, unchanged. Raises BadRequest for a file that is not text in UTF-8."""
+    try:
+        text = files.read_bytes(uri).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"{uri!r} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        raise BadRequest(message, code="not_utf8") from error
+    lines = _LINE_END.split(text)
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise BadRequest(f"{uri!r} holds a null byte in line {number}: save it as UTF-8", code="not_utf8")
+    return [line for line in lines if line.strip()]
 
 
 def read_prompts(uri: str, num_prompts: int, skip: int = 0, param: str = "num_prompts") -> list[str]:

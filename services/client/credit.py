@@ -260,6 +260,6 @@ def _draw_buckets(axes: Axes, job: CreditRecord) -> None:
     axes.set_xticks(positions, [_timesteps(bucket) for bucket in job.buckets])
     axes.set(title=f"Gradient weight of the job ({job.objective.method})", xlabel="t", ylabel="mean g")
     largest = max((bucket.logged for bucket in job.buckets), default=0)
-    if largest > 0:
+    if largest > 0 and job.objective.label == "hard":  # weights of soft labels may be negative
         axes.set(yscale="log", ylim=(1e-6 * largest, 3 * largest))
     axes.legend(loc="upper left")

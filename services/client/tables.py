@@ -13,7 +13,14 @@ from rich.table import Column, Table
 
 from dde_core.planning.estimate import Estimate
 from services.api.answers import CheckpointView, RunView
-from services.api.records import DatasetCounts, DatasetReport, DecidedExample, EvaluateResult, Interval
+from services.api.records import (
+    DatasetCounts,
+    DatasetReport,
+    DecidedExample,
+    EvaluateResult,
+    Interval,
+    PairCounts,
+)
 from services.api.requests import ALL_SCORERS
 
 CHECKPOINT_COLUMNS = ("step", "images", "MB", "workers", "validation", "uri", "created")
@@ -93,7 +100,9 @@ def checkpoint_row(checkpoint: CheckpointView) -> tuple[object, ...]:
 
 def counts_line(counts: DatasetCounts) -> str:
     """A dataset's counts in one line."""
-    line = f"{counts.rows} rows: {counts.pairs} pairs, {counts.ties} ties, {counts.missing} without a label"
+    remarks = ", ".join(remark for count, remark in _remarks(counts) if count)
+    pairs = f"{counts.pairs} pairs ({remarks})" if remarks else f"{counts.pairs} pairs"
+    line = f"{counts.rows} rows: {pairs}, {counts.ties} ties, {counts.missing} without a label"
     if not counts.bad:
         return line
     causes = ", ".join(f"{cause} {count}" for cause, count in counts.bad.items())
@@ -103,6 +112,17 @@ def counts_line(counts: DatasetCounts) -> str:
 def example_line(example: DecidedExample) -> str:
     """A decided row in words."""
     return f'{example.chosen} is preferred to {example.rejected} for "{example.caption}" ({example.row})'
+
+
+def _remarks(pairs: PairCounts) -> list[tuple[int | None, str]]:
+    """Counts of pairs with their meaning."""
+    counts = {
+        "soft (trained on as whole unless objective.label is soft)": pairs.soft,
+        "duplicate": pairs.duplicates,
+        "contradicted": pairs.contradicting,
+        "with a caption beyond CLIP's 77 tokens": pairs.long_captions,
+    }
+    return [(count, f"{count} {meaning}") for meaning, count in counts.items()]
 
 
 def print_report(console: Console, report: DatasetReport) -> None:
@@ -117,6 +137,8 @@ def print_report(console: Console, report: DatasetReport) -> None:
         "columns not read": ", ".join(report.columns_not_read) or "-",
         **_about_files(report),
         "sample": ", ".join(f"{count} {kind}" for kind, count in report.sampled.items()),
+        "pairs": f"{report.pairs.pairs}: " + ", ".join(remark for _, remark in _remarks(report.pairs)),
+        "transparent": f"{images.transparent} of {images.count} images" if images else "none was read",
         "shorter sides, px": f"{sizes} (smallest / median / largest)",
         "for example": example_line(report.example) if report.example else "no row is decided",
     }

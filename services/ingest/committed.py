@@ -36,8 +36,9 @@ def commit(row: dict[str, Any], folder: str) -> dict[str, Any]:
     columns: dict[str, Any] = {
         "uid": [uid for uid, *_ in metadata],
         "sha256": [bytes.fromhex(sha256) for _, sha256, *_ in metadata],
-        "size": [size for *_, size, _ in metadata],
-        "crop": [crop for *_, crop in metadata],
+        "size": [size for *_, size, _, _ in metadata],
+        "crop": [crop for *_, crop, _ in metadata],
+        "transparent": [is_transparent for *_, is_transparent in metadata],
         "latents": latents,
     }
     schema = pa.schema(
@@ -46,6 +47,7 @@ def commit(row: dict[str, Any], folder: str) -> dict[str, Any]:
             "sha256": pa.binary(32),
             "size": pa.list_(pa.int32(), 2),
             "crop": pa.list_(pa.int32(), 2),
+            "transparent": pa.bool_(),
             "latents": pa.list_(pa.float16(), max(1, len(latents) // max(1, len(metadata)))),
         }
     )
@@ -85,8 +87,8 @@ def _numbers(folder: str) -> set[int]:
 def read_block(folder: str, number: int, uids: set[str]) -> dict[str, dict[str, Any]]:
     """The requested images of a committed block, by uid.
 
-    Each has ``latents`` (float16 [n]), ``sha256``, ``size`` and ``crop``. Images that the block lacks are
-    absent.
+    Each has ``latents`` (float16 [n]), ``sha256``, ``size``, ``crop`` and ``transparent``. Images that the
+    block lacks are absent.
     """
     table = pq.read_table(pa.BufferReader(files.read_bytes(layout.block_uri(folder, number))))
     indices = [index for index, uid in enumerate(table["uid"].to_pylist()) if uid in uids]

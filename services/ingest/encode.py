@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from services.ingest.pipelines import encode_blocks, join_shards
 from services.ingest.plan import Plan, Planner, images_per_block
 from services.ingest.progress import Progress
 from services.ingest.quarantine import Quarantine
+from services.pairs.pair_counts import count_repeats
 from services.pairs.source import Source, open_source
 from services.pairs.validation import Summary, check_bad
 from services.stages import layout
@@ -32,6 +36,17 @@ from services.storage import files
 SHARD_BYTES = 64 * 1024**2
 PAIRS_PER_SHARD = 1000
 DIGEST_BYTES = 32
+SUMMED = ("soft", "long_captions", "transparent")
+"""Counts that each shard has."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The shards in order, the digest of every pair, and the manifest's counts of pairs."""
+
+    shards: tuple[Shard, ...]
+    digests: list[bytes]
+    counts: dict[str, int]
 
 
 def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
@@ -44,7 +59,12 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
     folder = ModelFolder(*models.fetch(spec.model))
     source = open_source(spec.source)
     size = spec.data.resolution or folder.image_size()
-    settings: dict[str, Any] = {"resolution": size, "crop": "centre", "flip": spec.data.flip}
+    settings: dict[str, Any] = {
+        "resolution": size,
+        "crop": "centre",
+        "flip": spec.data.flip,
+        "background": spec.data.background,
+    }
     encoder_digest = _encoder_digest(folder)
     key = _dataset_key(spec.source_digest, encoder_digest, settings)
     target = layout.dataset_folder(spec.output, key)
@@ -57,6 +77,8 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
     check_bad(manifest.counts["bad"], manifest.counts["rows"], manifest.bad, spec.data.max_bad_fraction)
     committed.clear(target)  # also for a run that was killed after it wrote the manifest
     journal.event(f"{manifest.counts['pairs']} pairs encoded: {manifest.counts}")
+    for remark in _remarks(manifest):
+        journal.event(remark, "warning")
     return EncodeResult(
         dataset=target,
         digest=manifest.digest,
@@ -129,12 +151,12 @@ def _encode_new(
     _write_quarantine(quarantine, source, target, journal)
     latent_bytes = 2 * int(np.prod(latent_shape))
     pairs_per_shard = max(1, min(PAIRS_PER_SHARD, SHARD_BYTES // (2 * latent_bytes)))
-    shards, pairs = _join(spec, source, plan, quarantine, pairs_per_shard, target, latent_shape)
-    if not pairs:
+    joined = _join(spec, source, plan, quarantine, pairs_per_shard, target, latent_shape)
+    if not joined.digests:
         raise DataError(f"dataset {spec.source.uri!r} has no pair left: all decided pairs hold a bad image")
     counts = plan.counts
     return Manifest(
-        digest=dataset_digest(settings, encoder_digest, pairs),
+        digest=dataset_digest(_seen(settings, joined), encoder_digest, joined.digests),
         encoder_digest=encoder_digest,
         settings=settings,
         latent_shape=latent_shape,
@@ -142,16 +164,37 @@ def _encode_new(
         num_tokens=tokenizers[0].model_max_length,
         counts={
             "rows": counts.rows,
-            "pairs": len(pairs),
             "ties": counts.ties,
             "missing": counts.missing,
             "bad": quarantine.num_rows,
-            "duplicates": counts.duplicates,
             "images": plan.num_images - quarantine.num_bad_images,
+            **joined.counts,
         },
         bad=quarantine.by_cause,
-        shards=shards,
+        shards=joined.shards,
     )
+
+
+def _seen(settings: dict[str, Any], joined: Joined) -> dict[str, Any]:
+    """The settings that the content depends on: without a transparent image, no background is seen."""
+    has_background = joined.counts["transparent"] > 0
+    return {name: value for name, value in settings.items() if name != "background" or has_background}
+
+
+def _remarks(manifest: Manifest) -> Iterator[str]:
+    """What people should know of the pairs before they train on them."""
+    counts = manifest.counts
+    remarks = {
+        "soft": "have a soft label: objective.label decides what is made of it",
+        "duplicates": "repeat an earlier pair: the same images and caption, the same winner",
+        "contradicting": "are contradicted by another pair: the same images and caption, the other winner",
+        "long_captions": f"have a caption of more than {manifest.num_tokens} tokens: the rest is not read",
+        "transparent": f"have a transparent image: it shows {manifest.settings['background']} "
+        "(data.background)",
+    }
+    for name, remark in remarks.items():
+        if counts[name]:
+            yield f"{counts[name]} of {counts['pairs']} pairs {remark}"
 
 
 def _write_quarantine(quarantine: Quarantine, source: Source, target: str, journal: Journal) -> None:
@@ -206,8 +249,8 @@ def _join(
     pairs_per_shard: int,
     target: str,
     latent_shape: tuple[int, int, int],
-) -> tuple[tuple[Shard, ...], list[bytes]]:
-    """Write the shards. Returns them in order, and the digest of every pair."""
+) -> Joined:
+    """Write the shards."""
     work: list[ShardWork] = []
     for number, blocks in enumerate(plan.shards(pairs_per_shard)):
         slots = slice(blocks[0].slots.start, blocks[-1].slots.stop)
@@ -219,16 +262,23 @@ def _join(
         )
         work.append(shard_work)
     shards: dict[int, Shard] = {}
-    pairs: list[bytes] = []
+    digests = bytearray()
+    keys = bytearray()
+    counts: Counter[str] = Counter()
     joined = join_shards(
         work, spec.actors, source=source, folder=target, model=spec.model, latent_shape=latent_shape
     )
     for row in joined:
         if row["rows"]:
             shards[row["number"]] = Shard(name=row["name"], rows=row["rows"], sha256=row["sha256"])
-            digests = row["pairs"]
-            pairs += [digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES)]
-    return tuple(shards[number] for number in sorted(shards)), pairs
+            digests += row["pairs"]
+            keys += row["keys"]
+            counts.update({name: row[name] for name in SUMMED})
+    pairs = [bytes(digests[start : start + DIGEST_BYTES]) for start in range(0, len(digests), DIGEST_BYTES)]
+    duplicates, contradicting = count_repeats(bytes(keys))
+    of_pairs = {"pairs": len(pairs), "duplicates": duplicates, "contradicting": contradicting}
+    of_pairs |= {name: counts[name] for name in SUMMED}
+    return Joined(tuple(shards[number] for number in sorted(shards)), pairs, of_pairs)
 
 
 def _encoder_digest(folder: ModelFolder) -> str:

@@ -16,11 +16,12 @@ from dde_core.errors import DataError
 from dde_core.family import Family
 from dde_core.latents.schema import pair_digest, shard_schema, token_columns
 from dde_core.latents.writer import shard_table, write_shard
-from dde_core.models.tokens import load_tokenizers, tokenize
+from dde_core.models.tokens import are_cut, load_tokenizers, tokenize
 from services.api.records import ModelRecord
 from services.artifacts.models import fetch
 from services.ingest.committed import read_block
 from services.pairs.columnar import Unit
+from services.pairs.pair_counts import pair_key
 from services.pairs.row import Preference, Row
 from services.pairs.source import Source
 from services.storage import files
@@ -52,8 +53,10 @@ def join_shard(
 ) -> dict[str, Any]:
     """Write one shard beside the blocks, without pairs that have a bad image; no pairs, no shard.
 
-    In: ``work``. Out: ``number``, ``name``, ``rows``, ``sha256`` and ``pairs`` (the digests of its pairs).
-    Memory holds the shard's images and one block. Raises DataError for an image that its block lacks.
+    In: ``work``. Out: ``number``, ``name``, ``rows``, ``sha256``, ``pairs`` (the digests of its pairs),
+    ``keys`` (their ``pair_key``), and how many pairs are ``soft`` and ``transparent`` and have
+    ``long_captions``, as in a manifest. Memory holds the shard's images and one block. Raises DataError for
+    an image that its block lacks.
     """
     work = row["work"]
     decided = [
@@ -65,29 +68,32 @@ def join_shard(
     images = _read_images(folder, decided, np.frombuffer(work.block_of_slot, np.int32), work.bad)
     pairs = [pair for pair in _pairs(decided) if pair[1] in images and pair[2] in images]
     if not pairs:
-        return {"number": work.number, "name": "", "rows": 0, "sha256": "", "pairs": b""}
+        none = dict.fromkeys(("soft", "transparent", "long_captions"), 0)
+        return {"number": work.number, "name": "", "rows": 0, "sha256": "", "pairs": b"", "keys": b"", **none}
     tokenizers = _tokenizers(fetch(model)[0], model.family)
     schema = shard_schema(latent_shape, len(tokenizers), tokenizers[0].model_max_length)
     table = shard_table(_columns(pairs, images, tokenizers), schema)
     shard = write_shard(
         work.number, table, lambda name, data: files.write_bytes(files.join(folder, name), data)
     )
-    digests = [
-        pair_digest(
-            preference.pair_id,
-            images[winner]["sha256"],
-            images[loser]["sha256"],
-            preference.label,
-            caption,
-        )
-        for preference, winner, loser, caption in pairs
-    ]
+    digests: list[bytes] = []
+    keys: list[bytes] = []
+    num_transparent = 0
+    for preference, winner, loser, caption in pairs:
+        sha256_w, sha256_l = images[winner]["sha256"], images[loser]["sha256"]
+        digests.append(pair_digest(preference.pair_id, sha256_w, sha256_l, preference.label, caption))
+        keys.append(pair_key(sha256_w.hex(), sha256_l.hex(), caption))
+        num_transparent += images[winner]["transparent"] or images[loser]["transparent"]
     return {
         "number": work.number,
         "name": shard.name,
         "rows": shard.rows,
         "sha256": shard.sha256,
         "pairs": b"".join(digests),
+        "keys": b"".join(keys),
+        "soft": sum(preference.label < 1 for preference, *_ in pairs),
+        "transparent": num_transparent,
+        "long_captions": int(are_cut(tokenizers, [caption for *_, caption in pairs]).sum()),
     }
 
 

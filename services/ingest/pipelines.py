@@ -6,7 +6,7 @@ encode: every image is encoded once, however many pairs hold it
     {block, latents, metadata, bad} --commit (CPU tasks)---------->  {block, images, bad}
 
 join: pairs get their latents from the blocks that encoded them
-    {work: ShardWork}               --join_shard (CPU tasks)------>  {number, name, rows, sha256, pairs}
+    {work: ShardWork}               --join_shard (CPU tasks)------>  {number, name, rows, sha256, pairs, ...}
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ def encode_blocks(
     if not work:
         return
     size = settings["resolution"]
-    flip = settings["flip"] == "all"
     units = ray.data.from_items(work, override_num_blocks=len(work))
     block_bytes = images_per_block(size) * 3 * size**2
     units.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
@@ -58,7 +57,7 @@ def encode_blocks(
     )
     units.context.target_max_block_size = block_bytes  # else Ray Data merges several blocks
     pixels = units.flat_map(
-        partial(read_images, source=source, size=size, flip=flip),
+        partial(read_images, source=source, settings=settings),
         compute=ray.data.TaskPoolStrategy(size=readers),
         num_cpus=1,
     )
@@ -109,7 +108,7 @@ class Encoder:
 
 
 def join_shards(work: Iterable[ShardWork], actors: int, **shared: Any) -> Iterator[dict[str, Any]]:
-    """Write every shard. Yields {number, name, rows, sha256, pairs} in any order."""
+    """Write every shard. Yields what ``join_shard`` returns, in any order."""
     items = [{"work": shard} for shard in work]
     joined = ray.data.from_items(items, override_num_blocks=len(items)).map(
         partial(join_shard, **shared),

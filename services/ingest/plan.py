@@ -24,7 +24,6 @@ from services.pairs.row import Row
 from services.pairs.validation import Tally
 
 IMAGE_KEY_BYTES = 16
-PAIR_KEY_BYTES = 8
 MAX_BLOCK_PIXEL_BYTES = 6 * 1024**2
 """The decoded images of a block; MIN_BLOCK_IMAGES may exceed it."""
 MIN_BLOCK_IMAGES = 16
@@ -53,7 +52,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows: all, decided, ties, without a label (``missing``), bad by cause. Pairs: all, ``duplicates``."""
+    """Rows: all, decided, ties, without a label (``missing``), bad by cause. Pairs."""
 
     rows: int
     decided: int
@@ -61,7 +60,6 @@ class Counts:
     missing: int
     bad: Counter[str]
     pairs: int
-    duplicates: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +130,6 @@ class Planner:
         self._units: list[Unit] = []
         self._blocks: list[Block] = []
         self._image_keys = bytearray()
-        self._pair_keys = bytearray()
         self._slots_per_row = bytearray()
         self._tally = Tally()
 
@@ -150,7 +147,7 @@ class Planner:
                 start = number
                 first_slot = self._num_slots
                 pairs = 0
-            self._count(row)
+            self._tally.add(row)
             if slots:
                 for uid in row.uids:
                     self._image_keys += blake2b(uid.encode(), digest_size=IMAGE_KEY_BYTES).digest()
@@ -189,15 +186,8 @@ class Planner:
         slots = slice(first_slot, self._num_slots)
         self._blocks.append(Block(len(self._blocks), len(self._units), start, stop, slots, pairs))
 
-    def _count(self, row: Row) -> None:
-        self._tally.add(row)
-        for preference in row.preferences:
-            content = "\0".join((row.uids[preference.winner], row.uids[preference.loser], row.caption))
-            self._pair_keys += blake2b(content.encode(), digest_size=PAIR_KEY_BYTES).digest()
-
     def _counts(self) -> Counts:
         tally = self._tally
-        pair_keys = np.frombuffer(bytes(self._pair_keys), np.uint64)
         return Counts(
             rows=tally.kinds.total(),
             decided=tally.kinds["decided"],
@@ -205,7 +195,6 @@ class Planner:
             missing=tally.kinds["missing"],
             bad=tally.bad,
             pairs=tally.pairs,
-            duplicates=len(pair_keys) - len(np.unique(pair_keys)),
         )
 
 

@@ -21,13 +21,13 @@ LOAD_THREADS = 8
 """Images in files of their own are fetched this many at a time."""
 
 
-def read_images(work: dict[str, Any], source: Source, size: int, flip: bool) -> Iterator[dict[str, Any]]:
+def read_images(work: dict[str, Any], source: Source, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Decode the images that occur first in these blocks of a unit. Yields one row for each block.
 
     In: ``unit``, ``blocks`` and ``wanted`` (for each block a flag for each slot). Out: ``block`` (its
-    number), ``pixels`` (uint8 [n size size 3] as bytes), ``metadata`` (JSON: [uid, sha256, size, crop] of
-    each image) and ``bad`` (JSON: slot in the block -> why its image cannot be used). Memory holds the pixels
-    of one block and LOAD_THREADS image files.
+    number), ``pixels`` (uint8 [n size size 3] as bytes), ``metadata`` (JSON: [uid, sha256, size, crop,
+    transparent] of each image) and ``bad`` (JSON: slot in the block -> why its image cannot be used).
+    ``settings`` are the dataset's. Memory holds the pixels of one block and LOAD_THREADS image files.
     """
     unit: Unit = work["unit"]
     blocks: list[Block] = work["blocks"]
@@ -36,7 +36,7 @@ def read_images(work: dict[str, Any], source: Source, size: int, flip: bool) -> 
     for block, wanted in zip(blocks, work["wanted"], strict=True):
         _skip(rows, block.start - position)  # the rows of a committed block in between
         block_rows = islice(rows, block.stop - block.start)
-        yield {"block": block.number, **_decoded(source, block_rows, wanted, size, flip)}
+        yield {"block": block.number, **_decoded(source, block_rows, wanted, settings)}
         position = block.stop
 
 
@@ -45,7 +45,7 @@ def _skip(rows: Iterator[Row], count: int) -> None:
         pass
 
 
-def _decoded(source: Source, rows: Iterator[Row], wanted: bytes, size: int, flip: bool) -> dict[str, Any]:
+def _decoded(source: Source, rows: Iterator[Row], wanted: bytes, settings: dict[str, Any]) -> dict[str, Any]:
     pixels = bytearray()
     metadata: list[Any] = []
     bad: dict[int, str] = {}
@@ -53,12 +53,13 @@ def _decoded(source: Source, rows: Iterator[Row], wanted: bytes, size: int, flip
         try:
             if isinstance(data, BadImage):
                 raise data
-            image = decode(data, size, flip)
+            image = decode(data, settings["resolution"], settings["flip"] == "all", settings["background"])
         except BadImage as error:
             bad[slot] = error.cause
         else:
             pixels += np.ascontiguousarray(image.pixels).data
-            metadata.append([uid, hashlib.sha256(data or b"").hexdigest(), image.size, image.crop])
+            sha256 = hashlib.sha256(data or b"").hexdigest()
+            metadata.append([uid, sha256, image.size, image.crop, image.transparent])
     return {"pixels": bytes(pixels), "metadata": json.dumps(metadata), "bad": json.dumps(bad)}
 
 

@@ -69,7 +69,7 @@ _Allowed = tuple[Callable[[pa.DataType], bool], str]
 """The check of a type, and the allowed types in words."""
 
 _IMAGE: _Allowed = (_is_image, "binary, struct<bytes, path> or string (a path or URI)")
-_LABEL: _Allowed = (_is_number, "a number")
+_LABEL: _Allowed = (_is_number_or_boolean, "a number or bool")
 _ID: _Allowed = (_is_id, "string or integer")
 _ALLOWED: dict[str, _Allowed] = {
     "caption": (is_text, "string"),

@@ -13,7 +13,7 @@ _CAUSES: dict[str, tuple[tuple[str, ...], str]] = {
     "caption_too_long": (("caption",), ""),
     "caption_null_byte": (("caption",), ""),
     "label_nan": (_LABELS, ""),
-    "label_sum": (_LABELS, "they must be equal, or add up to 1"),
+    "label_sum": (_LABELS, "they must be shares that add up to 1, or votes"),
     "image_missing": (("images",), ""),
     "too_few_images": (("images",), ""),
     "too_many_images": (("images",), ""),
@@ -34,7 +34,7 @@ _IMAGES = ("jpg_0", "jpg_1", "chosen", "rejected", "images")
 _EXPECTED: dict[str, tuple[tuple[type, ...], str]] = {
     "caption": ((str,), "a string"),
     "has_label": ((bool, int), "a boolean"),
-    **dict.fromkeys(_LABELS, ((int, float), "a number")),
+    **dict.fromkeys(_LABELS, ((bool, int, float), "a number or a boolean")),
     **dict.fromkeys(("ranks", "scores"), ((list,), "a list of numbers")),
     **dict.fromkeys(_UIDS, ((str, int), "a string or an integer")),
     **dict.fromkeys(_IMAGES, ((str, bytes, dict), "bytes, a path or a URI")),

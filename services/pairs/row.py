@@ -35,6 +35,8 @@ Cells = Mapping[str, Any]
 MAX_CAPTION_CHARS = 10_000
 MAX_UID_CHARS = 1024
 MAX_RANKED = 64
+MAX_ROUNDING = 0.02
+"""How far from 1 the sum of two rounded shares may be: 0.33 and 0.66 are thirds."""
 SLOTS: dict[Shape, tuple[tuple[str, str], ...]] = {
     "pair": (("jpg_0", "image_0_uid"), ("jpg_1", "image_1_uid")),
     "chosen": (("chosen", "chosen_uid"), ("rejected", "rejected_uid")),
@@ -44,7 +46,10 @@ SLOTS: dict[Shape, tuple[tuple[str, str], ...]] = {
 
 @dataclass(frozen=True)
 class Preference:
-    """``winner`` and ``loser`` are slots: indices into the row's images. ``label`` is the winner's share."""
+    """``winner`` and ``loser`` are slots: indices into the row's images.
+
+    ``label`` is the winner's share of the preference, above 0.5 and at most 1.
+    """
 
     winner: int
     loser: int
@@ -231,16 +236,32 @@ def _ordered_slots(shape: Shape, cells: Cells, count: int) -> list[tuple[int, in
 
 
 def _labels(cells: Cells) -> tuple[float, float]:
-    """The labels of a pair: equal, or shares that add up to 1."""
-    first = _number(cells["label_0"])
-    second = _number(cells["label_1"])
+    """The labels of a pair: equal, or shares that add up to 1.
+
+    A file holds shares, which may be rounded, or votes: whole numbers. True is 1 and false is 0.
+    """
+    first = _label(cells["label_0"])
+    second = _label(cells["label_1"])
     if math.isnan(first) or math.isnan(second):
         raise _BadRow("label_nan")
-    if not all(math.isfinite(label) and label >= 0 for label in (first, second)):
+    total = first + second
+    if min(first, second) < 0 or not math.isfinite(total):
         raise _BadRow("label_sum")
-    if first != second and not math.isclose(first + second, 1.0, rel_tol=0, abs_tol=1e-6):
+    if first == second or _is_one(total, 1e-6):
+        return first, second
+    are_votes = first.is_integer() and second.is_integer()
+    if not are_votes and not _is_one(total, MAX_ROUNDING):
         raise _BadRow("label_sum")
-    return first, second
+    return first / total, second / total
+
+
+def _is_one(total: float, tolerance: float) -> bool:
+    return abs(total - 1) <= tolerance + 1e-9
+
+
+def _label(value: Any) -> float:
+    """A label, which may be true or false, as a number."""
+    return float(value) if isinstance(value, bool) else _number(value)
 
 
 def _places(cells: Cells, count: int) -> list[float]:

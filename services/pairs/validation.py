@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from itertools import islice
 from statistics import median
 
@@ -24,6 +24,7 @@ from services.api.records import (
 from services.errors import BadRequest
 from services.pairs.columnar import Unit
 from services.pairs.images import BadImage, decode
+from services.pairs.pair_counts import PairTally
 from services.pairs.row import SLOTS, Row
 from services.pairs.source import Source
 from services.pairs.uids import UidCheck, differ, repeats_a_uid, uid_column
@@ -44,13 +45,22 @@ def inspect(source: Source) -> tuple[DatasetCounts, str]:
     source.check_split_columns(source.units())
     summary = Summary(source)
     uids = UidCheck(source)
+    pairs = PairTally()
     details: dict[str, str] = {}
     for unit in source.units():
         for row in uids.observe(unit, summary.observe(source.rows(unit))):
+            pairs.add(row)
             if row.kind == "bad":
                 details.setdefault(row.cause, f"{source.row_name(row.key)}: {row.detail}")
     uids.check()
-    counts = summary.counts()
+    tally = summary.tally
+    counts = DatasetCounts(
+        **pairs.counts().model_dump(),
+        rows=tally.kinds.total(),
+        ties=tally.ties,
+        missing=tally.kinds["missing"],
+        bad=dict(sorted(tally.bad.items())),
+    )
     if not counts.pairs:
         found = f"{counts.rows} rows, {counts.ties} ties, {counts.missing} without a label"
         found += "".join(f", {count} {cause} ({details[cause]})" for cause, count in counts.bad.items())
@@ -122,26 +132,15 @@ class Summary:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._tally = Tally()
+        self.tally = Tally()
         self._rows_digest = hashlib.sha256()
 
     def observe(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield the rows unchanged, counting and digesting each."""
         for row in rows:
-            self._tally.add(row)
+            self.tally.add(row)
             self._rows_digest.update(_digest_line(row))
             yield row
-
-    def counts(self) -> DatasetCounts:
-        """The counts of the rows so far."""
-        tally = self._tally
-        return DatasetCounts(
-            rows=tally.kinds.total(),
-            pairs=tally.pairs,
-            ties=tally.ties,
-            missing=tally.kinds["missing"],
-            bad=dict(sorted(tally.bad.items())),
-        )
 
     def digest(self) -> str:
         """sha256 of the rows so far, without images, and of the source's fingerprint.
@@ -176,13 +175,18 @@ def validate(source: Source, sample_rows: int = SAMPLE_ROWS) -> DatasetReport:
     kinds: Counter[str] = Counter()
     bad: dict[str, BadRows] = {}
     examiner = _Examiner(source)
+    pairs = PairTally()
+    images: list[_Image] = []
     example: DecidedExample | None = None
     for row in islice(_spread(source, units, sample_rows), sample_rows):
-        cause, detail = examiner.examine(row)
+        cause, detail, row_images = examiner.examine(row)
         kinds["bad" if cause else row.kind] += 1
+        images += row_images
         if example is None and row.kind == "decided":
             example = _example(source, row)
-        if cause:
+        if not cause:
+            pairs.add(row, [image.sha256 for image in row_images])
+        else:
             bad_rows = bad.setdefault(cause, BadRows(count=0, examples=[]))
             bad_rows.count += 1
             if len(bad_rows.examples) < MAX_EXAMPLES:
@@ -201,8 +205,9 @@ def validate(source: Source, sample_rows: int = SAMPLE_ROWS) -> DatasetReport:
         rows=_total_rows(units),
         sampled=sampled,
         example=example,
+        pairs=pairs.counts(),
         bad=dict(sorted(bad.items())),
-        pictures=_sizes(examiner.shorter_sides),
+        pictures=_sizes(images),
     )
 
 
@@ -225,6 +230,15 @@ def _spread(source: Source, units: list[Unit], sample_rows: int) -> Iterator[Row
         yield from source.rows(units[number], with_images=True, stop=rows_per_unit)
 
 
+@dataclass(frozen=True)
+class _Image:
+    """A decoded image: its shorter side in pixels, whether the background shows, and its file's digest."""
+
+    side_px: int
+    transparent: bool
+    sha256: str
+
+
 class _Examiner:
     """Decodes the images of sampled rows, and compares those of one uid."""
 
@@ -232,36 +246,41 @@ class _Examiner:
         self._source = source
         self._seen: dict[str, tuple[str, NDArray[np.uint8]]] = {}
         """By uid: its first row and its pixels."""
-        self.shorter_sides: list[int] = []
-        """In pixels, of every image that could be decoded."""
 
-    def examine(self, row: Row) -> tuple[str, str]:
-        """Why the row is bad, and a detail for people; "" where it is not."""
+    def examine(self, row: Row) -> tuple[str, str, list[_Image]]:
+        """(cause, detail, images that are used). The cause is "" where the row is not bad."""
         if row.kind != "decided" and not repeats_a_uid(row):
-            return row.cause, row.detail
+            return row.cause, row.detail, []
+        images: list[_Image] = []
         for slot, (uid, image) in enumerate(zip(row.uids, row.images, strict=True)):
             try:
-                decoded = decode(self._source.load(image), SAMPLE_SIZE_PX)
+                data = self._source.load(image)
+                decoded = decode(data, SAMPLE_SIZE_PX)
             except BadImage as error:
                 if row.kind != "decided":  # no image of a tie is used
-                    return "", ""
+                    return "", "", []
                 name = image if isinstance(image, str) else _image_name(self._source, row, slot)
-                return error.cause, f"{name}: {error.detail}"[:MAX_DETAIL_CHARS].removesuffix(": ")
+                detail = f"{name}: {error.detail}"[:MAX_DETAIL_CHARS].removesuffix(": ")
+                return error.cause, detail, images
             if row.kind == "decided":
-                self.shorter_sides.append(min(decoded.size))
+                sha256 = hashlib.sha256(data or b"").hexdigest()
+                images.append(_Image(min(decoded.size), decoded.transparent, sha256))
             first, pixels = self._seen.setdefault(uid, (row.key, decoded.pixels))
             if differ(pixels, decoded.pixels):
                 place = f"another image than in row {self._source.row_name(first)}"
-                return "uid_conflict", f"{uid_column(self._source, slot)} {uid!r} names {place}"
-        return "", ""
+                detail = f"{uid_column(self._source, slot)} {uid!r} names {place}"
+                return "uid_conflict", detail, images
+        return "", "", images
 
 
-def _sizes(shorter_sides: list[int]) -> PictureSizes | None:
-    if not shorter_sides:
+def _sizes(images: list[_Image]) -> PictureSizes | None:
+    if not images:
         return None
+    shorter_sides = [image.side_px for image in images]
     return PictureSizes(
-        count=len(shorter_sides),
+        count=len(images),
         min_px=min(shorter_sides),
         median_px=int(median(shorter_sides)),
         max_px=max(shorter_sides),
+        transparent=sum(image.transparent for image in images),
     )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dde_core.config import Background
 from dde_core.errors import DataError
 from dde_core.generation import TextToImage
 from dde_core.models.folder import ModelFolder
@@ -21,6 +22,7 @@ from services.api.records import ModelRecord
 from services.api.requests import ImageRequest, ScoreRequest
 from services.artifacts import models
 from services.errors import BadRequest
+from services.pairs.images import BadImage, decode_whole
 
 
 class CallerDisconnected(Exception):
@@ -63,7 +65,9 @@ class Engine:
     def score(self, request: ScoreRequest) -> dict[str, list[float]]:
         """One number per scorer and pair of image and prompt. Raises BadRequest, naming the entry."""
         request.check_lengths()
-        images = _stack([from_base64(data, f"images[{i}]") for i, data in enumerate(request.images)])
+        images = _stack(
+            [from_base64(data, f"images[{i}]", request.background) for i, data in enumerate(request.images)]
+        )
         height, width = images.shape[1:3]
         if (width, height) != (SIZE_PX, SIZE_PX):
             message = f"images must be {SIZE_PX} x {SIZE_PX} px for these scorers, got {width} x {height}"
@@ -91,13 +95,15 @@ def to_png(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def from_base64(data: str, field: str) -> np.ndarray:
-    """A base64 image file as uint8 [h, w, 3]. Raises BadRequest, naming the field."""
+def from_base64(data: str, field: str, background: Background = "white") -> np.ndarray:
+    """A base64 image file as uint8 [h, w, 3], read as those of a dataset. Raises BadRequest, naming the
+    field."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
-            return np.asarray(image.convert("RGB"))
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadRequest(f"{field} is not a base64 image file: {data[:40]!r}", param=field) from error
+        return decode_whole(base64.b64decode(data, validate=True), background)
+    except BadImage as error:
+        raise BadRequest(f"{field} cannot be scored: {error}", param=field, code=error.cause) from error
+    except ValueError as error:
+        raise BadRequest(f"{field} is not base64: {data[:40]!r}", param=field) from error
 
 
 def _stack(images: Sequence[np.ndarray]) -> np.ndarray:

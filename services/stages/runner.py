@@ -21,6 +21,13 @@ from services.storage import files
 Spec = TypeVar("Spec", bound=StageSpec)
 TRANSIENT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 """Errors of a full or unreachable disk: another attempt of the stage may succeed."""
+MAX_MESSAGE_CHARS = 1000
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+_ERROR_IN_TRACEBACK = re.compile(
+    r"^(?:  File |.*\(pid=)[^\n]*\n(?: [^\n]*\n)*(?P<name>[\w.]+)(?:: ?(?P<message>[^\n]*))?$", re.MULTILINE
+)
+"""What follows the frames of a traceback: an error's class and the first line of its message."""
+_ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 
 def run_stage(
@@ -60,26 +67,57 @@ def _finish(journal: Journal, uri: str, marker: Strict, message: str, level: Lev
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The first DdeError or ServiceError inside Ray's wrappers, else a transient disk error, else itself."""
-    for cause in _unwrapped(error):
+    """The first DdeError or ServiceError inside Ray's wrappers, else a transient disk error, else the first
+    error that is not Ray's, else itself."""
+    causes = list(_causes(error))
+    for cause in causes:
         if isinstance(cause, (DdeError, ServiceError)):
             return cause
-    for cause in _unwrapped(error):
+    for cause in causes:
         if is_transient(cause):
             return cause
-    return error
+    return next((cause for cause in causes if not _is_of_ray(cause)), error)
 
 
-def _unwrapped(error: BaseException) -> Iterator[BaseException]:
-    """The error and its causes, outermost first, without Ray's wrappers."""
-    is_ray_wrapper = hasattr(error, "cause")
-    if not is_ray_wrapper:
+def describe(error: BaseException) -> str:
+    """The class and the first line of the message of an error's root cause, without Ray's wrappers."""
+    name, message = _class_and_message(root_cause(error))
+    return f"{_without_package(name)}: {message}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and its causes, outermost first. Ray's wrappers of another error are left out."""
+    if not (_is_of_ray(error) and hasattr(error, "cause")):
         yield error
     worker_failures = getattr(error, "worker_failures", {}).values()
     causes = [getattr(error, "cause", None), getattr(error, "controller_failure", None), error.__cause__]
     for cause in [*worker_failures, *causes]:
         if isinstance(cause, BaseException):
-            yield from _unwrapped(cause)
+            yield from _causes(cause)
+
+
+def _is_of_ray(error: BaseException) -> bool:
+    return any(each.__module__.partition(".")[0] == "ray" for each in type(error).__mro__)
+
+
+def _class_and_message(error: BaseException) -> tuple[str, str]:
+    """The name of an error's class and the first line of its message.
+
+    Of some errors Ray keeps the traceback's text alone: those of an actor's constructor and of Ray Data's
+    functions.
+    """
+    text = _COLOR.sub("", str(error)).strip()
+    if not _is_of_ray(error):
+        return type(error).__name__, text.partition("\n")[0]
+    for match in reversed(list(_ERROR_IN_TRACEBACK.finditer(text))):
+        if not match["name"].startswith("ray."):
+            return match["name"], match["message"] or ""
+    lines = [line for line in text.splitlines() if not line.startswith("\t")]  # without ids of processes
+    return type(error).__name__, " ".join(lines)[:MAX_MESSAGE_CHARS]
+
+
+def _without_package(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def is_transient(error: BaseException) -> bool:
@@ -98,16 +136,33 @@ def failure_of(error: BaseException) -> StageFailure:
     cause = root_cause(error)
     if isinstance(cause, ServiceError):
         return StageFailure(message=cause.message, code=cause.code, param=cause.param)
-    if isinstance(cause, ConfigError):
-        return StageFailure(message=str(cause), code=_code_of(cause), param=cause.field)
     if isinstance(cause, DdeError):
-        return StageFailure(message=str(cause), code=_code_of(cause))
-    lines = str(cause).strip().splitlines() or [""]
-    return StageFailure(message=f"{type(cause).__name__}: {lines[0]}", code=_code_of(cause))
+        param = cause.field if isinstance(cause, ConfigError) else None
+        return StageFailure(message=str(cause), code=_in_snake_case(type(cause).__name__), param=param)
+    name, message = _class_and_message(cause)
+    number = _ERRNO.match(message)
+    if is_transient(cause) or (number and int(number[1]) in TRANSIENT):
+        return StageFailure(message=f"{name}: {message}", code=Unavailable.default_code)
+    if name in _CODES:
+        return StageFailure(message=message, code=_CODES[name])
+    name = _without_package(name)
+    return StageFailure(message=f"{name}: {message}", code=_in_snake_case(name))
 
 
-def _code_of(error: BaseException) -> str:
-    """The class name in snake case: ``config_error`` for a ConfigError."""
-    if is_transient(error):
-        return Unavailable.default_code
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
+def _in_snake_case(name: str) -> str:
+    """``config_error`` for ConfigError."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def _subclasses(error: type[Exception]) -> Iterator[type[Exception]]:
+    for each in error.__subclasses__():
+        yield each
+        yield from _subclasses(each)
+
+
+_CODES = {
+    f"{each.__module__}.{each.__name__}": getattr(each, "default_code", _in_snake_case(each.__name__))
+    for root in (DdeError, ServiceError)
+    for each in _subclasses(root)
+}
+"""Codes of our errors, by what a traceback calls them."""

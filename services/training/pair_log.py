@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         pa.field("t", pa.int32(), nullable=False),
         pa.field("margin", pa.float32()),
         pa.field("gradient_weight", pa.float32(), nullable=False),
+        pa.field("share", pa.float32()),
     ]
 )
 
@@ -42,29 +43,39 @@ SCHEMA = pa.schema(
 class LoggedPairs:
     """Columns over all pairs of all steps, in step order.
 
-    ``step`` (from 1) and ``t`` are int64, the others float32. ``margin`` is None for a method without losers.
+    ``step`` (from 1) and ``t`` are int64, the others float32. ``margin`` is None for a method without losers,
+    ``share`` unless the loss reads soft labels.
     """
 
     step: Tensor
     t: Tensor
     margin: Tensor | None
     gradient_weight: Tensor
+    share: Tensor | None
 
 
 class PairLog:
-    """The writer, on rank 0. Holds 16 bytes a pair in memory until the next flush."""
+    """The writer, on rank 0. Holds 20 bytes a pair in memory until the next flush."""
 
     def __init__(self, run: str) -> None:
         self._folder = layout.pair_log_folder(run)
         self._pending: list[pa.Table] = []
 
-    def add(self, step: int, t: Tensor, margin: Tensor | None, gradient_weight: Tensor) -> None:
+    def add(
+        self,
+        step: int,
+        t: Tensor,
+        margin: Tensor | None,
+        gradient_weight: Tensor,
+        share: Tensor | None = None,
+    ) -> None:
         """Add one step's pairs of the GLOBAL batch, one value each. Steps count from 1."""
         columns = [
             pa.array(np.full(len(t), step), pa.int32()),
             pa.array(t.cpu().numpy(), pa.int32()),
-            pa.nulls(len(t), pa.float32()) if margin is None else _floats(margin),
+            _floats_or_nulls(margin, len(t)),
             _floats(gradient_weight),
+            _floats_or_nulls(share, len(t)),
         ]
         self._pending.append(pa.Table.from_arrays(columns, schema=SCHEMA))
 
@@ -86,6 +97,10 @@ def _floats(values: Tensor) -> pa.Array:
     return pa.array(values.detach().float().cpu().numpy())
 
 
+def _floats_or_nulls(values: Tensor | None, length: int) -> pa.Array:
+    return pa.nulls(length, pa.float32()) if values is None else _floats(values)
+
+
 def read(run: str) -> LoggedPairs:
     """A run's pairs, every step once. Raises DataError if there are none."""
     folder = layout.pair_log_folder(run)
@@ -100,9 +115,16 @@ def read(run: str) -> LoggedPairs:
     if not tables:
         raise DataError(f"run {run!r} has no pair log")
     table = pa.concat_tables(tables)
-    step, t, margin, gradient_weight = (torch.tensor(table[name].to_numpy()) for name in SCHEMA.names)
+    columns = {name: torch.tensor(table[name].to_numpy()) for name in SCHEMA.names}
     has_margin = table["margin"].null_count == 0
-    return LoggedPairs(step.long(), t.long(), margin if has_margin else None, gradient_weight)
+    has_share = table["share"].null_count == 0  # files of earlier versions lack the column
+    return LoggedPairs(
+        step=columns["step"].long(),
+        t=columns["t"].long(),
+        margin=columns["margin"] if has_margin else None,
+        gradient_weight=columns["gradient_weight"],
+        share=columns["share"] if has_share else None,
+    )
 
 
 def _span(name: str) -> tuple[int, int]:
@@ -127,7 +149,7 @@ def credit_record(
     steps = int(pairs.step[-1])
     if not torch.equal(pairs.step, torch.arange(1, steps + 1).repeat_interleave(batch_size)):
         raise DataError(f"the pair log lacks pairs: {len(pairs.step)} in steps 1..{steps} of {batch_size}")
-    predicted = replay(objective, schedule, pairs.step, pairs.t, pairs.margin)
+    predicted = replay(objective, schedule, pairs.step, pairs.t, pairs.margin, pairs.share)
     resolved = dataclasses.replace(objective, noise=objective.noise_mode, t_max=objective.t_max or schedule.T)
     return CreditRecord(
         objective=resolved,

@@ -17,6 +17,7 @@ import dde_core
 from dde_core import checkpoint
 from dde_core.errors import ConfigError, DataError
 from dde_core.latents.schema import Manifest
+from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import check_optimizer
 from dde_core.models.saving import save_adapters, save_aligned
@@ -29,7 +30,7 @@ from services.errors import Unavailable
 from services.settings import TrackerSettings, TrainingSettings
 from services.stages import layout
 from services.stages.journal import Journal
-from services.stages.runner import root_cause
+from services.stages.runner import describe
 from services.stages.specs import TrainSpec
 from services.storage import files
 from services.training import pair_log, selection
@@ -54,6 +55,7 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     began = time.monotonic()
     manifest = Manifest.from_json(files.read_bytes(layout.manifest_uri(spec.dataset)))
     _check(spec, manifest)
+    _log_soft_labels(spec, manifest, journal)
     spec = reference.resolve(spec, journal)
     fence = Fence(spec.run, spec.attempt)
     fence.take()
@@ -87,6 +89,19 @@ def _check(spec: TrainSpec, manifest: Manifest) -> None:
     check_trackers(TrackerSettings())
 
 
+def _log_soft_labels(spec: TrainSpec, manifest: Manifest, journal: Journal) -> None:
+    """Say what is done with soft labels. Manifests of earlier versions do not count them."""
+    soft = manifest.counts.get("soft", 0)
+    if not soft or not METHODS[spec.objective.method].has_loser:
+        return
+    found = f"{soft} of {manifest.counts['pairs']} pairs have a soft label"
+    if spec.objective.label == "soft":
+        journal.event(f"{found}: the loss uses the winner's share")
+    else:
+        message = f"{found} and are trained on as if all had preferred the winner"
+        journal.event(f'{message}: objective.label "soft" uses its share', "warning")
+
+
 def _run_workers(spec: TrainSpec, journal: Journal) -> None:
     """Train to the last step, on Ray Train, whose own state is temporary: checkpoints are ours."""
     training = spec.training
@@ -113,14 +128,13 @@ def _run_workers(spec: TrainSpec, journal: Journal) -> None:
         try:
             supervise(trainer, spec, journal)
         except ray.train.ControllerError as error:
-            message = f"workers = {workers} could not be started: {error.controller_failure}"
+            message = f"workers = {workers} could not be started: {describe(error)}"
             raise Unavailable(message, param="workers") from error
         except ray.train.WorkerGroupError as error:
-            message = f"workers failed {MAX_WORKER_FAILURES} times; the last error: {root_cause(error)}"
+            message = f"workers failed {MAX_WORKER_FAILURES} times; the last error: {describe(error)}"
             raise Unavailable(message) from error
         except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise Unavailable(f"Ray Train's controller or Ray itself died: {first_line}") from error
+            raise Unavailable(f"Ray Train's controller or Ray itself died: {describe(error)}") from error
 
 
 def _workers_summary(spec: TrainSpec) -> str:

@@ -18,6 +18,7 @@ BAD = [
         {"method": "ppo"},
         "method must be one of 'dde', 'dde_single', 'dde_step', 'uniform', 'discounted', 'sft', got 'ppo'",
     ),
+    (ObjectiveConfig, {"label": "firm"}, "label must be one of 'hard', 'soft', got 'firm'"),
     (ObjectiveConfig, {"ema_rate": 1.5}, "ema_rate must be at most 1, got 1.5"),
     (ObjectiveConfig, {"t_min": 500, "t_max": 200}, "t_max must be 0 or at least t_min = 500, got 200"),
     (TrainConfig, {"steps": 0}, "steps must be greater than 0, got 0"),

@@ -35,7 +35,8 @@ def pairs(t, losers: bool = True, dtype=torch.float64) -> PairBatch:
     for name in ("latents", "noise", "z"):
         for side in "wl"[: 1 + losers]:
             sides[f"{name}_{side}"] = torch.randn(len(t), 4, 8, 8, generator=generator, dtype=dtype)
-    return PairBatch(pair_ids=tuple(f"pair-{i}" for i in range(len(t))), t=torch.tensor(t), **sides)
+    ids = tuple(f"pair-{i}" for i in range(len(t)))
+    return PairBatch(pair_ids=ids, t=torch.tensor(t), share=torch.ones(len(t), dtype=dtype), **sides)
 
 
 def turned_round(batch: PairBatch) -> PairBatch:
@@ -133,6 +134,64 @@ def test_a_preference_without_reference_or_loser_is_refused(schedule, method):
     for given in ((theta, None), (theta, PairErrors(ref.w)), (PairErrors(theta.w), ref)):
         with pytest.raises(ConfigError, match=f"are needed by method '{method}'"):
             step_losses(*given, batch.t, config, schedule, torch.zeros(1, dtype=torch.float64))
+
+
+# ---- soft labels
+
+
+@pytest.mark.parametrize("method", PREFERENCE)
+def test_a_soft_label_loses_p_times_the_preference_and_1_minus_p_times_its_opposite(schedule, method):
+    hard = ObjectiveConfig(method=method, beta=50.0)
+    soft = dataclasses.replace(hard, label="soft")
+    batch, t = pairs([2, 50, 500, 999, 1000]), torch.tensor([2, 50, 500, 999, 1000])
+    p = torch.tensor([1.0, 0.9, 0.75, 0.6, 0.51], dtype=torch.float64)
+    with torch.no_grad():
+        theta, ref = errors_of(moved(tiny_unet().double()), tiny_unet().double(), schedule, batch)
+    correction = torch.linspace(-1, 1, 5, dtype=torch.float64) / 50 * METHODS[method].corrected
+    terms = step_losses(theta, ref, t, soft, schedule, correction, p)
+    own = step_losses(theta, ref, t, hard, schedule, correction).loss
+    turned = PairErrors(theta.l, theta.w), PairErrors(ref.l, ref.w)
+    opposite = step_losses(*turned, t, hard, schedule, -correction).loss
+    torch.testing.assert_close(terms.loss, p * own + (1 - p) * opposite, rtol=1e-9, atol=1e-12)
+    assert (terms.loss[1:] - own[1:]).abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_whole_label_has_the_same_loss_and_gradient_soft_or_hard_to_the_bit(schedule, method):
+    losers = METHODS[method].has_loser
+    batch = pairs([1, 2, 500, 999, 1000], losers, dtype=torch.float32)
+    found = []
+    for label in ("hard", "soft"):
+        policy = moved(tiny_unet())
+        theta, ref = errors_of(policy, tiny_unet(), schedule, batch)
+        config = ObjectiveConfig(method=method, label=label)
+        correction = torch.full((5,), 1e-5, dtype=torch.float64)
+        terms = step_losses(theta, ref, batch.t, config, schedule, correction, batch.share)
+        terms.loss.mean().backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+        found.append((terms.loss.detach(), terms.gradient_weight, terms.gradient_weight_at_zero, gradient))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hard_label_and_sft_do_not_read_the_share(schedule, method):
+    losers = METHODS[method].has_loser
+    batch, nan = pairs([500], losers), torch.full((1,), float("nan"))
+    with torch.no_grad():
+        theta, ref = errors_of(tiny_unet().double(), tiny_unet().double(), schedule, batch)
+    zero = torch.zeros(1, dtype=torch.float64)
+    config = ObjectiveConfig(method=method, label="hard" if losers else "soft")
+    terms = step_losses(theta, ref, batch.t, config, schedule, zero, nan)
+    assert terms.loss.isfinite().all()
+    assert terms.share is None
+
+
+@pytest.mark.parametrize("method", PREFERENCE)
+def test_a_soft_label_without_the_shares_is_refused(schedule, method):
+    zero, config = torch.zeros(1, dtype=torch.float64), ObjectiveConfig(method=method, label="soft")
+    errors = PairErrors(zero, zero)
+    with pytest.raises(ConfigError, match="share of each pair is needed"):
+        step_losses(errors, errors, torch.tensor([500]), config, schedule, zero)
 
 
 # ---- sft

@@ -108,7 +108,8 @@ def pairs(t: list[int], z_seed: int) -> PairBatch:
     names = [f"{kind}_{side}" for kind in ("latents", "noise") for side in "wl"]
     drawn = {name: randn(seed, len(t), *SHAPE) for seed, name in enumerate(names)}
     z = {f"z_{side}": randn(z_seed + side_seed, len(t), *SHAPE) for side_seed, side in enumerate("wl")}
-    return PairBatch(pair_ids=tuple(map(str, range(len(t)))), t=torch.tensor(t), **drawn, **told, **z)
+    ids = tuple(map(str, range(len(t))))
+    return PairBatch(pair_ids=ids, t=torch.tensor(t), share=torch.ones(len(t)), **drawn, **told, **z)
 
 
 def recorded(

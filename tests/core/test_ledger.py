@@ -80,7 +80,7 @@ def rows_at(*where: tuple[int, int, int]) -> LatentRows:
     """Rows of (shard, draw, place); a ledger reads nothing else of them."""
     shards, draws, places = (np.array(column) for column in zip(*where, strict=True))
     rows = len(where)
-    none = {"token_ids": np.empty((rows, 0, 0), int)}
+    none = {"token_ids": np.empty((rows, 0, 0), int), "labels": np.ones(rows, np.float32)}
     for side in "wl":
         none[f"latents_{side}"] = np.empty((rows, 0, 0, 0), np.float32)
         none[f"sizes_{side}"] = np.empty((rows, 2), int)

@@ -47,6 +47,13 @@ def test_a_step_is_summed_up_by_means_over_the_global_batch(metrics):
     assert all(type(value) is float for value in metrics.values())
 
 
+def test_a_gradient_weight_counts_by_its_size_whatever_its_sign():
+    one = column(1.0, 1.0)
+    terms = StepTerms(loss=one, gradient_weight=column(3, -1), gradient_weight_at_zero=one, margin=one)
+    pair = PairErrors(one, one)
+    assert step_metrics(torch.tensor([5, 5]), pair, pair, terms, 1000)["gradient_weight"] == 2
+
+
 def test_each_tenth_of_the_timesteps_has_its_own_means_and_an_empty_one_has_none(metrics):
     assert {name[-6:] for name in metrics if "_t" in name} == {"_t0100", "_t0200", "_t1000"}
     assert [metrics[f"gradient_weight_t{last}"] for last in ("0100", "0200", "1000")] == [15.0, 30.0, 40.0]

@@ -74,3 +74,23 @@ def test_the_loss_is_minus_log_sigmoid_and_its_slope_is_minus_beta_g(beta, w, ma
     assert logit.item() == beta * (w * margin + c).item()
     torch.testing.assert_close(loss, torch.log1p(torch.exp(-logit.abs())) + (-logit).clamp(min=0))
     torch.testing.assert_close(margin.grad, -beta * gradient_weight(w, logit.detach()), rtol=1e-9, atol=1e-30)
+
+
+@given(st.floats(-50, 50), st.floats(0.5, 1))
+def test_the_soft_loss_is_the_cross_entropy_with_p_and_its_slope_is_sigmoid_minus_p(logit, p):
+    p = torch.tensor([p], dtype=torch.float64)
+    logit = torch.tensor([logit], dtype=torch.float64, requires_grad=True)
+    loss = preference_loss(logit, p)
+    loss.sum().backward()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logit, p, reduction="none")
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    weight = torch.ones_like(p)
+    torch.testing.assert_close(logit.grad, -gradient_weight(weight, logit.detach(), p), rtol=1e-9, atol=1e-12)
+
+
+def test_the_soft_loss_is_least_where_the_policy_is_as_sure_as_the_label():
+    p = torch.tensor([0.6, 0.75, 0.99], dtype=torch.float64)
+    logit = torch.log(p / (1 - p))
+    assert gradient_weight(torch.ones_like(p), logit, p).abs().max() < 1e-15
+    for step in (-0.1, 0.1):
+        assert (preference_loss(logit + step, p) > preference_loss(logit, p)).all()

@@ -156,7 +156,9 @@ def shared_noise_pairs(model: ModelFolder, b: int = 6) -> PairBatch:
         told[f"conditioning_{side}"] = {name: rows.double() for name, rows in sized.items()}
     noise, t = randn(b, 4, 8, 8, seed=2), torch.tensor([1, 2, 200, 500, 800, 1000])
     latents = {f"latents_{side}": randn(b, 4, 8, 8, seed=seed) for seed, side in enumerate("wl")}
-    return PairBatch(pair_ids=tuple(map(str, range(b))), t=t, noise_w=noise, noise_l=noise, **latents, **told)
+    noises = {"noise_w": noise, "noise_l": noise}
+    ids = tuple(map(str, range(b)))
+    return PairBatch(pair_ids=ids, t=t, share=torch.ones(b), **noises, **latents, **told)
 
 
 def ours_of(model: ModelFolder, unet, reference, batch: PairBatch):

@@ -39,7 +39,12 @@ def pairs(folder: ModelFolder, b: int = 6) -> PairBatch:
     drawn = {name: torch.randn(b, 4, 8, 8, generator=generator) for name in names}
     t = torch.tensor([1, 2, 200, 500, 999, 1000])[:b]
     return PairBatch(
-        pair_ids=tuple(map(str, range(b))), t=t, **drawn, conditioning_w=told, conditioning_l=told
+        pair_ids=tuple(map(str, range(b))),
+        t=t,
+        share=torch.ones(b),
+        **drawn,
+        conditioning_w=told,
+        conditioning_l=told,
     )
 
 

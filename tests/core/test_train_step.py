@@ -35,6 +35,7 @@ def pairs(b=4, seed=0, dtype=torch.float32):
     return PairBatch(
         pair_ids=tuple(f"pair-{i}" for i in range(b)),
         t=torch.randint(1, 1001, (b,)),
+        share=torch.ones(b),
         **{
             name: torch.randn(b, 4, 8, 8, dtype=dtype)
             for name in ("latents_w", "latents_l", "noise_w", "noise_l")

@@ -77,7 +77,8 @@ def finished(client: Client, base: str, dataset: str) -> JobView:
 def test_a_posted_job_ends_as_an_aligned_and_evaluated_model(finished: JobView):
     assert finished.status == "succeeded", finished.reason
     assert finished.result.encode.counts == {
-        "rows": 200, "pairs": 179, "ties": 20, "missing": 0, "bad": 1, "duplicates": 0, "images": 359
+        "rows": 200, "pairs": 179, "ties": 20, "missing": 0, "bad": 1, "duplicates": 0, "images": 359,
+        "soft": 0, "contradicting": 0, "long_captions": 0, "transparent": 0,
     }  # fmt: skip
     assert set(finished.result.evaluate.scores) == {"match", "taste", "fidelity"}
     assert all(finished.stage_seconds[stage] > 0 for stage in ("encode", "train", "evaluate"))

@@ -37,10 +37,10 @@ def encode_blocks(
     *resources: Any,
 ) -> Iterator[dict[str, Any]]:
     """Replaces the pipeline of this name in `services.ingest.pipelines`."""
-    size, encoder = settings["resolution"], Encoder(model, settings["resolution"], "cpu")
+    encoder = Encoder(model, settings["resolution"], "cpu")
     try:
         for work in segments(plan, done, 2):
-            for row in read_images(work, source, size, settings["flip"] == "all"):
+            for row in read_images(work, source, settings):
                 made = encoder({name: np.array([value], dtype=object) for name, value in row.items()})
                 yield commit({name: values[0] for name, values in made.items()}, folder)
     finally:

@@ -33,8 +33,12 @@ def write_encoded(
     pairs: int = 16,
     pairs_per_shard: int = 0,
     shape: tuple[int, int, int] = SHAPE,
+    label: float = 1.0,
 ) -> Path:
-    """Write shards and their manifest as ingest does. ``pairs_per_shard`` 0: one shard holds all pairs."""
+    """Write shards and their manifest as ingest does. ``pairs_per_shard`` 0: one shard holds all pairs.
+
+    ``label`` is the winners' share of every preference.
+    """
     target.mkdir(parents=True)
 
     def write(name: str, data: bytes) -> None:
@@ -43,7 +47,7 @@ def write_encoded(
     rng, tokenizers = np.random.default_rng(0), model.tokenizers()
     captions = [caption(scene) for scene in all_scenes()[:: len(all_scenes()) // pairs][:pairs]]
     token_ids = tokenize(tokenizers, captions)
-    columns = {"pair_id": [f"pair-{i}" for i in range(pairs)], "label": [1.0] * pairs}
+    columns = {"pair_id": [f"pair-{i}" for i in range(pairs)], "label": [label] * pairs}
     columns |= {name: list(token_ids[:, k]) for k, name in enumerate(token_columns(len(tokenizers)))}
     for side in "wl":
         columns[f"uid_{side}"] = [f"{i}{side}" for i in range(pairs)]

@@ -112,6 +112,7 @@ IMAGES: dict[str, tuple[str, Callable[[np.random.Generator], bytes | None]]] = {
     "16 bits of gray": ("image_16bit", deep),
     "16 bits of color": ("image_16bit", lambda rng: png_of(8, 8, bytes(8 * 49), depth=16)),
     "lab": ("image_colour_space", lambda rng: saved(drawn(rng), "TIFF", "LAB")),
+    "all transparent": ("image_transparent", lambda rng: saved(np.zeros((24, 24, 4), np.uint8), mode="RGBA")),
 }
 """Hostile images by name: the cause, and a function that makes one."""
 

@@ -158,4 +158,5 @@ def random_pairs(
         if b > 1
         else torch.full((b,), 500, device=device)
     )
-    return PairBatch(pair_ids=tuple(f"pair-{i}" for i in range(b)), t=t, **sides)
+    pair_ids = tuple(f"pair-{i}" for i in range(b))
+    return PairBatch(pair_ids=pair_ids, t=t, share=torch.ones(b, device=device), **sides)

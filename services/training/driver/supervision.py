@@ -25,6 +25,7 @@ from services.artifacts import checkpoints
 from services.errors import ServiceError, Stopped, Unavailable
 from services.stages import layout
 from services.stages.journal import Journal
+from services.stages.runner import describe
 from services.stages.specs import StageFailure, StopRequest, TrainSpec
 from services.storage import files
 from services.training import selection
@@ -289,7 +290,7 @@ class Validator:
             outcome = ray.get(task)
         except ray.exceptions.RayError as error:
             if self._tries[step] >= VALIDATION_TRIES:
-                self._give_up(step, str(error).strip().splitlines()[-1])
+                self._give_up(step, describe(error))
             return
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in outcome.metrics.items())
         images = f"; images {outcome.picture}" if outcome.picture else ""

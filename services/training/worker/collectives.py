@@ -46,18 +46,21 @@ def gather(columns: list[Tensor], positions: np.ndarray, num_rows: int) -> Float
 
 
 def gather_errors(
-    parts: Sequence[tuple[Tensor, PairErrors, PairErrors | None]], positions: np.ndarray, num_rows: int
-) -> tuple[Tensor, PairErrors, PairErrors | None]:
-    """(t, policy errors, reference errors) of the global batch, on every worker. Errors stay in float32.
+    parts: Sequence[tuple[Tensor, Tensor, PairErrors, PairErrors | None]],
+    positions: np.ndarray,
+    num_rows: int,
+) -> tuple[Tensor, Tensor, PairErrors, PairErrors | None]:
+    """(t, share, policy errors, reference errors) of the global batch, on every worker. All but t stay in
+    float32.
 
-    ``parts`` are the same three of this worker's micro-batches, ``positions`` their rows in the global batch.
+    ``parts`` are the same four of this worker's micro-batches, ``positions`` their rows in the global batch.
     """
-    t, *columns = zip(*parts, strict=True)
+    t, share, *columns = zip(*parts, strict=True)
     models = [PairErrors.joined(column) for column in columns if column[0] is not None]
     names = [field.name for field in fields(PairErrors) if getattr(models[0], field.name) is not None]
-    table = gather(
-        [torch.cat(t), *(getattr(model, name) for model in models for name in names)], positions, num_rows
-    )
+    errors = [getattr(model, name) for model in models for name in names]
+    table = gather([torch.cat(t), torch.cat(share), *errors], positions, num_rows)
     values = iter(table[1:].float())
+    share_of_all = next(values)
     theta, *ref = [PairErrors(**{name: next(values) for name in names}) for _ in models]
-    return table[0].long(), theta, ref[0] if ref else None
+    return table[0].long(), share_of_all, theta, ref[0] if ref else None

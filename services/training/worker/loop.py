@@ -100,11 +100,11 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
                             ref = pair_errors(policy.reference, schedule, batch)
                         theta = pair_errors(policy.trained, schedule, batch)
                     correction = calibration.correction(batch.t)
-                    terms = step_losses(theta, ref, batch.t, objective, schedule, correction)
+                    terms = step_losses(theta, ref, batch.t, objective, schedule, correction, batch.share)
                     check_finite("loss", terms.loss)
                     loss = terms.loss.sum() / training.batch_size * world_size
                     loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
-                parts.append((batch.t, theta, ref))
+                parts.append((batch.t, batch.share, theta, ref))
 
             # Update the policy.
             grad_norm = policy.clip_gradients()
@@ -117,8 +117,8 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
                 policy.ema.step(policy.parameters())
 
             # Update the calibration from the errors of the global batch: every worker holds the same arrays.
-            t, theta, ref = gather_errors(parts, rows.positions, training.batch_size)
-            terms = step_losses(theta, ref, t, objective, schedule, calibration.correction(t))
+            t, share, theta, ref = gather_errors(parts, rows.positions, training.batch_size)
+            terms = step_losses(theta, ref, t, objective, schedule, calibration.correction(t), share)
             if ref is not None and method.corrected:
                 calibration.update(t, theta, ref)
 

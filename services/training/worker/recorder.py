@@ -201,7 +201,7 @@ class Recorder:
             noise = logit_deviation(pairs.t, terms.margin, snr, self._spec.objective.beta, timesteps)
             self._metrics |= noise
             self._journal.event(f"rounding moves the logits of step 0: {format_metrics(noise)}")
-        self._pair_log.add(step, pairs.t, terms.margin, terms.gradient_weight)
+        self._pair_log.add(step, pairs.t, terms.margin, terms.gradient_weight, terms.share)
         self._journal.metrics(step, self._metrics)
         for alarm in self._alarms.step(self._metrics):
             self._journal.event(alarm.message, alarm.level)

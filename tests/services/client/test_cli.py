@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from services.api.records import DatasetCounts
 from services.api.requests import AlignmentJobCreate
 from services.client.cli import app
 from services.client.processes import free_ports
+from services.client.tables import counts_line
 from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, evaluation, job
 
 ROOT = Path(__file__).parents[3]
@@ -30,11 +32,12 @@ REPORT = {
     "parts_missing": 3,
     "rows": 959_040,
     "sampled": {"rows": 256, "decided": 200, "tie": 50, "missing": 0, "bad": 6},
+    "pairs": {"pairs": 200, "soft": 90, "duplicates": 3, "contradicting": 4, "long_captions": 0},
     "bad": {
         "image_broken": {"count": 6, "examples": [{"row": "a.parquet:0:7", "detail": "picture 1: OSError"}]}
     },
     "example": {"row": "a.parquet:0:3", "chosen": "a.png", "rejected": "b.png", "caption": "a cat"},
-    "pictures": {"count": 400, "min_px": 512, "median_px": 768, "max_px": 1024},
+    "pictures": {"count": 400, "min_px": 512, "median_px": 768, "max_px": 1024, "transparent": 7},
     "made_by_a_newer_server": 1,
 }
 
@@ -309,6 +312,18 @@ def test_a_column_without_a_name_is_refused_before_anything_is_sent(option, serv
     assert server.requests == []
 
 
+def test_the_line_of_a_registered_dataset_names_what_is_odd_about_its_pairs_and_nothing_else() -> None:
+    counts = DatasetCounts(rows=9, pairs=7, ties=1, missing=1)
+    plain = "9 rows: 7 pairs, 1 ties, 1 without a label"
+    assert counts_line(counts) == plain
+    none_odd = {"soft": 0, "duplicates": 0, "contradicting": 0, "long_captions": 0}
+    assert counts_line(counts.model_copy(update=none_odd)) == plain
+    odd = counts.model_copy(update=none_odd | {"duplicates": 2, "long_captions": 5})
+    assert counts_line(odd) == plain.replace(
+        "7 pairs", "7 pairs (2 duplicate, 5 with a caption beyond CLIP's 77 tokens)"
+    )
+
+
 def test_a_report_on_a_dataset_shows_columns_rows_and_bad_rows(server, dde) -> None:
     server.single["/v1/datasets/validate"] = deque([REPORT])
     lines = dde("datasets", "validate", "s3://b/pairs", "--column", "caption=prompt").stdout.splitlines()
@@ -325,6 +340,12 @@ def test_a_report_on_a_dataset_shows_columns_rows_and_bad_rows(server, dde) -> N
         ["files not read", "1 .md, 2,000 .npz"],
         ["parts missing", "3, by the names of the files"],
         ["sample", "256 rows, 200 decided, 50 tie, 0 missing, 6 bad"],
+        [
+            "pairs",
+            "200: 90 soft (trained on as whole unless objective.label is soft), 3 duplicate, 4 contradicted, "
+            "0 with a caption beyond CLIP's 77 tokens",
+        ],
+        ["transparent", "7 of 400 images"],
         ["shorter sides, px", "512 / 768 / 1024 (smallest / median / largest)"],
         ["for example", 'a.png is preferred to b.png for "a cat" (a.parquet:0:3)'],
         ["bad", "rows", "for example", "detail"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from dde_core.errors import DataError
 from dde_core.latents.reader import LatentReader
+from dde_core.latents.schema import dataset_digest, pair_digest
 from dde_core.models.folder import ModelFolder, encode_images
 from dde_core.shapes import MODEL_DIR
 from services.api.records import EncodeResult
@@ -30,7 +32,7 @@ from services.pairs.source import open_source
 from services.stages.journal import read_journal
 from services.storage import files
 from tests.support.encode_here import EncodeHere
-from tests.support.pairs_file import pair_rows, write_pairs
+from tests.support.pairs_file import pair_rows, png, write_pairs
 
 
 @pytest.fixture
@@ -62,7 +64,8 @@ def test_every_pair_has_the_latents_of_its_own_two_images(encode: EncodeHere, tm
     path = write_pairs(tmp_path / "pairs.parquet", rows, row_group_size=6)
     result = encode(path)
     assert result.counts == {
-        "rows": 20, "pairs": 18, "ties": 2, "missing": 0, "bad": 0, "duplicates": 0, "images": 34
+        "rows": 20, "pairs": 18, "ties": 2, "missing": 0, "bad": 0, "duplicates": 0, "images": 34,
+        "soft": 0, "contradicting": 0, "long_captions": 0, "transparent": 0,
     }  # fmt: skip
     source = open_source(DatasetSource(uri=path.as_uri()))
     vae = ModelFolder(MODEL_DIR).vae()
@@ -104,6 +107,75 @@ def test_flip_and_resolution_make_another_dataset(encode: EncodeHere, tmp_path: 
     straight, mirrored = (rows_of(result) for result in results[:2])
     assert straight.keys() == mirrored.keys()
     assert all(straight[name]["latents_w"] != mirrored[name]["latents_w"] for name in straight)
+
+
+def test_transparent_images_are_encoded_on_the_background_and_counted(encode: EncodeHere, tmp_path: Path):
+    rows = pair_rows(6)
+    hidden = np.full((32, 32, 4), 255, np.uint8)
+    hidden[..., :3] = decode(rows[2]["jpg_1"], 32).pixels
+    hidden[:16, :, 3] = 0
+    rows[2]["jpg_1"] = png(hidden)
+    path = write_pairs(tmp_path / "pairs.parquet", rows)
+    vae = ModelFolder(MODEL_DIR).vae()
+    winner_is_second = rows[2]["label_1"] > rows[2]["label_0"]
+    digests = set()
+    for run, (background, level) in enumerate((("white", 255), ("black", 0)), 1):
+        result = encode(path, background=background)
+        assert result.counts["transparent"] == 1
+        assert f"1 of 6 pairs have a transparent image: it shows {background} (data.background)" in events(
+            encode, run
+        )
+        seen = hidden[..., :3].copy()
+        seen[:16] = level
+        (row,) = [row for row in rows_of(result).values() if "0-2-1" in (row["uid_w"], row["uid_l"])]
+        expected = encode_images(vae, seen[None])[0].ravel()
+        found = np.array(row["latents_w" if winner_is_second else "latents_l"], np.float16)
+        np.testing.assert_allclose(found, expected, atol=0.01)
+        digests.add(result.digest)
+    assert len(digests) == 2
+
+
+def test_the_background_changes_the_digest_only_where_it_is_seen(encode: EncodeHere, tmp_path: Path):
+    path = write_pairs(tmp_path / "pairs.parquet", pair_rows(6))
+    white, black = (encode(path, background=background) for background in ("white", "black"))
+    assert white.dataset != black.dataset, "before the images are read nobody knows"
+    assert white.digest == black.digest
+    manifest = LatentReader(*files.resolve(white.dataset)).manifest
+    source = open_source(DatasetSource(uri=path.as_uri()))
+    rows = [row for unit in source.units() for row in source.rows(unit, with_images=True)]
+    earlier = {"resolution": 32, "crop": "centre", "flip": "none"}
+    digests = [_pair_digest(row) for row in rows]
+    assert white.digest == dataset_digest(earlier, manifest.encoder_digest, digests), "as before this setting"
+
+
+def _pair_digest(row: Row) -> bytes:
+    (preference,) = row.preferences
+    sides = (row.images[preference.winner], row.images[preference.loser])
+    sha256_w, sha256_l = (hashlib.sha256(image).digest() for image in sides)
+    return pair_digest(preference.pair_id, sha256_w, sha256_l, preference.label, row.caption)
+
+
+def test_soft_labels_are_stored_and_odd_pairs_are_counted_by_the_content_of_their_images(
+    encode: EncodeHere, tmp_path: Path
+):
+    rows = pair_rows(6)
+    rows[0] |= {"label_0": 3.0, "label_1": 1.0}
+    rows[1] |= {"label_0": 0.33, "label_1": 0.66}
+    rows[2]["caption"] = "red " * 20
+    rows[4] = rows[3] | {"image_0_uid": "other-0", "image_1_uid": "other-1"}
+    turned = {"label_0": rows[5]["label_1"], "label_1": rows[5]["label_0"]}
+    rows.append(rows[5] | turned | {"image_0_uid": "turned-0", "image_1_uid": "turned-1"})
+    result = encode(write_pairs(tmp_path / "pairs.parquet", rows))
+    labels = sorted(row["label"] for row in rows_of(result).values())
+    assert labels == [*np.float32([2 / 3, 0.75]).tolist(), 1.0, 1.0, 1.0, 1.0, 1.0]
+    expected = {"soft": 2, "duplicates": 1, "contradicting": 2, "long_captions": 1, "transparent": 0}
+    assert {name: result.counts[name] for name in expected} == expected
+    told = "\n".join(events(encode, 1))
+    assert "2 of 7 pairs have a soft label: objective.label decides" in told
+    assert "1 of 7 pairs repeat an earlier pair" in told
+    assert "2 of 7 pairs are contradicted by another pair" in told
+    assert "1 of 7 pairs have a caption of more than 16 tokens: the rest is not read" in told
+    assert "transparent image" not in told
 
 
 def test_an_interrupted_run_is_resumed_and_ends_with_the_same_manifest(
@@ -209,15 +281,16 @@ def test_committed_blocks_in_between_are_skipped(tmp_path: Path):
     for unit in source.units():
         planner.add(unit, source.rows(unit))
     planned = planner.plan()
+    settings = {"resolution": 32, "flip": "none", "background": "white"}
     all_rows = {
         row["block"]: row
         for work in segments(planned, set(), 1)
-        for row in read_images(work, source, 32, False)
+        for row in read_images(work, source, settings)
     }
     some = {
         row["block"]: row
         for work in segments(planned, {0, 2, 3}, 1)
-        for row in read_images(work, source, 32, False)
+        for row in read_images(work, source, settings)
     }
     assert some == {number: row for number, row in all_rows.items() if number not in (0, 2, 3)}
     assert sum(len(json.loads(row["metadata"])) for row in all_rows.values()) == planned.num_images

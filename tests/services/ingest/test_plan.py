@@ -105,7 +105,7 @@ def test_what_is_done_is_not_pending():
     assert list(plan.pending({0, 1})) == [], "the last block's images are in the first two"
 
 
-def test_rows_are_counted_by_kind_and_repeated_pairs_are_found():
+def test_rows_are_counted_by_kind():
     rows = [decided("a", "1", "2"), decided("b", "1", "2"), decided("c", "2", "1"), undecided("d", "tie")]
     rows += [
         undecided("e", "missing"),
@@ -114,7 +114,7 @@ def test_rows_are_counted_by_kind_and_repeated_pairs_are_found():
     ]
     counts = planned([rows]).counts
     assert (counts.rows, counts.decided, counts.ties, counts.missing) == (7, 3, 1, 1)
-    assert (counts.bad, counts.pairs, counts.duplicates) == ({"label_nan": 2}, 3, 1)
+    assert (counts.bad, counts.pairs) == ({"label_nan": 2}, 3)
 
 
 def test_rows_that_hold_a_bad_image_are_found_in_every_block():

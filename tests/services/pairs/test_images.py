@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from services.pairs.images import MAX_FILE_BYTES, BadImage, decode
-from tests.support.hostile_rows import IMAGES, ODD, drawn, png_of, saved
+from services.pairs.images import MAX_FILE_BYTES, BadImage, decode, decode_whole
+from tests.support.hostile_rows import IMAGES, ODD, chunk, drawn, png_of, saved
 
 pytestmark = pytest.mark.filterwarnings("error")
 RNG = np.random.default_rng(0)
@@ -73,6 +73,159 @@ def test_a_photo_is_turned_upright_by_its_exif(orientation):
     assert np.array_equal(image.pixels, np.asarray(upright)[top : top + 24, left : left + 24])
 
 
+JUNK = {
+    "no TIFF header": b"junk junk junk",
+    "an IFD that ends early": b"II*\0\x08\0\0\0\xff\xff",
+    "an IFD beyond the end": b"MM\0*\xff\xff\xff\xff",
+    "an orientation of text": b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0six\0\0\0\0\0",
+    "an orientation of 9": b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x09\0\0\0\0\0\0\0",
+}
+"""Exif data that tells no orientation."""
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("name", JUNK)
+def test_junk_in_place_of_the_orientation_does_not_cost_the_image(name, kind):
+    pixels = drawn(RNG)
+    plain, with_junk = (
+        saved(pixels, kind, quality=90, exif=exif) for exif in (b"", b"Exif\0\0" + JUNK[name])
+    )
+    assert np.array_equal(decode(with_junk, 24).pixels, decode(plain, 24).pixels)
+
+
+@pytest.mark.parametrize(
+    "kind", [b"eXIf", b"gAMA", b"cHRM", b"pHYs", b"sRGB", b"iCCP", b"tEXt", b"tIME", b"npVy"]
+)
+@pytest.mark.parametrize("content", [b"", b"\xff", b"junk junk\0\xff"])
+def test_a_junk_chunk_of_metadata_does_not_cost_a_png(kind, content):
+    pixels = drawn(RNG)
+    data = saved(pixels)
+    with_checksum = chunk(kind, content)
+    for junk in (with_checksum, with_checksum[:-4] + b"none"):
+        for place in (33, len(data) - 12):  # behind the header, before the end
+            assert np.array_equal(decode(data[:place] + junk + data[place:], 24).pixels, pixels)
+
+
+def test_a_chunk_that_changes_the_pixels_is_read_and_not_ignored_where_it_is_broken():
+    data = with_color_key("RGB")
+    assert decode(data, 24).transparent
+    place = data.index(b"tRNS")
+    with pytest.raises(BadImage, match="image_broken"):
+        decode(data[: place + 4] + b"\xff" + data[place + 5 :], 24)
+
+
+def test_a_broken_image_with_junk_for_its_orientation_stays_broken():
+    data = saved(drawn(RNG), exif=b"Exif\0\0junk")
+    with pytest.raises(BadImage, match="image_broken"):
+        decode(data[: len(data) // 2], 24)
+
+
+# ---- transparency
+
+
+def half_hidden() -> Image.Image:
+    """RGBA: red, of which the left half is fully transparent."""
+    image = Image.new("RGBA", (24, 24), (255, 0, 0, 255))
+    image.paste((255, 0, 0, 0), (0, 0, 12, 24))
+    return image
+
+
+def file_of(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def with_color_key(mode: str) -> bytes:
+    """A PNG in which one color, or one index of the palette, is transparent: the left half."""
+    image = Image.new("RGB", (24, 24), (255, 0, 0))
+    image.paste((0, 0, 0), (0, 0, 12, 24))
+    key = {"RGB": (0, 0, 0), "L": 0, "1": 0}
+    converted = (
+        image.convert(mode) if mode != "1" else image.convert("L").point(lambda level: level and 255, "1")
+    )
+    return file_of(converted, "PNG", transparency=key.get(mode, converted.getpixel((0, 0))))
+
+
+HALF_HIDDEN = {
+    "png with alpha": lambda: file_of(half_hidden(), "PNG"),
+    "gray png with alpha": lambda: file_of(half_hidden().convert("LA"), "PNG"),
+    "png with a color key": lambda: with_color_key("RGB"),
+    "gray png with a color key": lambda: with_color_key("L"),
+    "bilevel png with a color key": lambda: with_color_key("1"),
+    "png with an index of its palette": lambda: with_color_key("P"),
+    "png with alphas of its palette": lambda: file_of(half_hidden().quantize(), "PNG"),
+    "webp": lambda: file_of(half_hidden(), "WEBP", lossless=True, exact=True),
+    "gif": lambda: file_of(half_hidden(), "GIF"),
+    "tiff": lambda: file_of(half_hidden(), "TIFF"),
+}
+
+
+@pytest.mark.parametrize(("background", "level"), [("white", 255), ("gray", 128), ("black", 0)])
+@pytest.mark.parametrize("name", HALF_HIDDEN)
+def test_transparent_pixels_show_the_background_and_not_what_is_hidden_in_them(name, background, level):
+    image = decode(HALF_HIDDEN[name](), 24, background=background)
+    assert image.transparent
+    assert (image.pixels[:, :12] == level).all()
+    seen = image.pixels[:, 12:]
+    assert (seen == seen[0, 0]).all()
+    assert seen[0, 0, 0] in (76, 255), "red, or its gray"
+
+
+@pytest.mark.parametrize("alpha", [1, 77, 128, 254])
+def test_a_pixel_that_is_partly_transparent_is_mixed_with_the_background(alpha):
+    data = file_of(Image.new("RGBA", (8, 8), (200, 100, 0, alpha)), "PNG")
+    for background, level in (("white", 255), ("black", 0)):
+        mixed = (np.array([200, 100, 0]) * alpha + level * (255 - alpha)) / 255
+        assert abs(decode(data, 8, background=background).pixels - mixed).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("PNG", "RGBA"), ("PNG", "LA"), ("WEBP", "RGBA"), ("TIFF", "RGBA")]
+)
+def test_an_image_that_is_opaque_everywhere_is_not_transparent_whatever_its_mode(kind, mode):
+    data = saved(drawn(RNG), kind, mode)
+    image = decode(data, 24, background="black")
+    assert not image.transparent
+    assert np.array_equal(image.pixels, decode(data, 24).pixels)
+
+
+def test_hidden_colors_do_not_bleed_into_the_image_where_it_is_scaled():
+    data = file_of(half_hidden(), "PNG")
+    on_white = Image.new("RGB", (24, 24), "white")
+    on_white.paste((255, 0, 0), (12, 0, 24, 24))
+    for size in (8, 16, 60):
+        expected = decode(file_of(on_white, "PNG"), size).pixels
+        assert np.array_equal(decode(data, size).pixels, expected)
+
+
+def test_transparency_beside_the_cropped_square_does_not_count():
+    image = Image.new("RGBA", (40, 24), (0, 99, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 24))
+    assert not decode(file_of(image, "PNG"), 24).transparent
+    image.paste((0, 0, 0, 0), (0, 0, 9, 24))
+    assert decode(file_of(image, "PNG"), 24).transparent
+
+
+def test_a_transparent_photo_is_turned_upright_before_it_is_cropped():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGBA", (24, 40), (0, 99, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 24, 10))
+    turned = decode(file_of(image, "PNG", exif=exif), 24)
+    assert turned.size == (24, 40)
+    assert (turned.pixels[:, -2:] == 255).all(), "the top is now at the right"
+    assert (turned.pixels[:, :-2] == (0, 99, 0)).all()
+
+
+def test_a_whole_image_is_neither_cropped_nor_scaled():
+    pixels = RNG.integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    assert np.array_equal(decode_whole(saved(pixels)), pixels)
+    assert (decode_whole(file_of(half_hidden(), "PNG"), "black")[:, :12] == 0).all()
+    with pytest.raises(BadImage, match="image_not_an_image"):
+        decode_whole(b"none")
+
+
 def test_a_photo_that_is_followed_by_previews_is_its_first_image():
     frames = [Image.fromarray(np.full((24, 24, 3), gray, np.uint8)) for gray in (50, 200)]
     out = io.BytesIO()
@@ -128,7 +281,7 @@ def test_the_content_of_a_file_that_is_no_image_is_not_shown():
 def test_at_most_two_copies_of_the_largest_images_pixels_are_held(kind, orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.new(kind, (8192, 8192)).save(tmp_path / "large.png", exif=exif)
+    Image.new(kind, (8192, 8192), (9, 9, 9, 128)[: len(kind)]).save(tmp_path / "large.png", exif=exif)
     code = f"""
 import resource
 from pathlib import Path

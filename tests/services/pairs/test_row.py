@@ -58,7 +58,48 @@ def test_a_row_is_decided_a_tie_or_missing_and_only_a_decided_one_has_a_preferen
     assert (row.kind, row.cause, len(row.preferences)) == (kind, "", int(kind == "decided"))
 
 
+SHARES = [
+    (0.67, 0.33, 0.67),
+    (0.333, 0.666, 2 / 3),
+    (0.33, 0.66, 2 / 3),  # thirds, cut after two digits
+    (0.67, 0.34, 0.67 / 1.01),
+    (3, 1, 0.75),  # votes
+    (1.0, 9.0, 0.9),
+    (0, 2, 1.0),
+    (75, 25, 0.75),
+    (True, False, 1.0),
+    (False, True, 1.0),
+    (0.39990234375, 0.60009765625, 0.60009765625),  # float16
+    (0.10000000149, 0.89999997616, 0.89999997616),  # float32: stored as it is
+]
+
+
+@pytest.mark.parametrize(("label_0", "label_1", "share"), SHARES)
+def test_shares_rounded_shares_votes_and_booleans_become_the_winners_share(label_0, label_1, share):
+    (preference,) = pair(label_0=label_0, label_1=label_1).preferences
+    assert preference.winner == (label_1 > label_0)
+    assert preference.label == pytest.approx(share, abs=1e-12)
+
+
+def test_labels_that_add_up_to_1_are_kept_to_the_bit():
+    for label in (0.7, 0.1, 0.6000000000000001, 1 / 3):
+        (preference,) = pair(label_0=label, label_1=1 - label).preferences
+        assert preference.label == max(label, 1 - label)
+
+
+@pytest.mark.parametrize("label", [0, 2, 0.5, 0.49, True, False, 10**30])
+def test_equal_labels_are_a_tie_in_whatever_unit(label):
+    assert pair(label_0=label, label_1=label).kind == "tie"
+
+
 BAD = [
+    ({"label_0": 0.9, "label_1": 0.3}, "label_sum"),
+    ({"label_0": 5.3, "label_1": 4.1}, "label_sum"),
+    ({"label_0": 0.5, "label_1": 0.47}, "label_sum"),
+    ({"label_0": -1, "label_1": 1}, "label_sum"),
+    ({"label_0": math.inf, "label_1": -math.inf}, "label_sum"),
+    ({"label_0": 1e308, "label_1": 1.5e308}, "label_sum"),
+    ({"label_0": None, "label_1": math.nan, "has_label": 3.5}, "wrong_type"),
     ({"label_0": math.nan}, "label_nan"),
     ({"label_1": 0.5}, "label_sum"),
     ({"label_0": 2.0, "label_1": -1.0}, "label_sum"),

@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,7 +17,7 @@ from services.pairs.images import BadImage, decode
 from services.pairs.source import Source, open_source
 from services.pairs.validation import decided_example, inspect, validate
 from tests.support.hostile_rows import CELLS, IMAGES, hostile_rows
-from tests.support.pairs_file import pair_rows, write_pairs
+from tests.support.pairs_file import pair_rows, png, write_pairs
 from tests.support.source_kinds import KINDS, win_lose, write_lines
 
 UNDECIDED = ("", "tie", "missing")
@@ -45,7 +46,41 @@ def test_rows_are_counted_by_kind_and_bad_ones_by_cause(tmp_path):
         "ties": 4,
         "missing": 2,
         "bad": {"caption_missing": 2, "label_sum": 1},
+        "soft": 0,
+        "duplicates": 0,
+        "contradicting": 0,
+        "long_captions": 0,
     }
+
+
+def test_soft_labels_repetitions_contradictions_and_long_captions_are_counted(tmp_path):
+    def line(first: str, second: str, label: float, caption: str = "a cat") -> dict:
+        return {"jpg_0": first, "jpg_1": second, "label_0": label, "label_1": 1 - label, "caption": caption}
+
+    rows = [line("a", "b", 1.0), line("a", "b", 0.67), line("b", "a", 1.0), line("a", "c", 0.25)]
+    rows += [line("a", "b", 0.0, "a dog"), line("a", "b", 0.5), line("d", "e", 1.0, "word " * 76)]
+    counts, _ = inspect(opened(write_lines(tmp_path / "a.jsonl", rows)))
+    found = (counts.pairs, counts.soft, counts.duplicates, counts.contradicting, counts.long_captions)
+    assert found == (6, 2, 1, 3, 1)
+
+
+def test_a_sample_compares_images_by_content_and_counts_transparent_ones(tmp_path):
+    rows = pair_rows(4)
+    again = rows[0] | {"image_0_uid": "x", "image_1_uid": "y"}
+    turned = rows[1] | {"label_0": rows[1]["label_1"], "label_1": rows[1]["label_0"]}
+    hidden = np.zeros((8, 8, 4), np.uint8)
+    hidden[:4, :, 3] = 255
+    rows[3] |= {"jpg_0": png(hidden)}
+    report = validate(opened(write_pairs(tmp_path / "a.parquet", [*rows, again, turned])))
+    assert report.pairs.model_dump() == {
+        "pairs": 6,
+        "soft": 0,
+        "duplicates": 1,
+        "contradicting": 2,
+        "long_captions": 0,
+    }
+    assert report.pictures is not None
+    assert (report.pictures.count, report.pictures.transparent) == (12, 1)
 
 
 def test_a_rankings_pairs_and_equal_ranks_are_counted(tmp_path):
@@ -140,7 +175,13 @@ def test_a_report_lists_the_columns_read_and_the_sizes_of_images(tmp_path):
     )
     assert report.columns["caption"] == "caption"
     assert report.pictures is not None
-    assert report.pictures.model_dump() == {"count": 90, "min_px": 32, "median_px": 32, "max_px": 32}
+    assert report.pictures.model_dump() == {
+        "count": 90,
+        "min_px": 32,
+        "median_px": 32,
+        "max_px": 32,
+        "transparent": 0,
+    }
     assert validate(opened(win_lose(tmp_path / "folders"))).rows is not None
     lines = write_lines(tmp_path / "a.jsonl", [{"chosen": "a.png", "rejected": "b.png", "caption": "x"}])
     report = validate(opened(lines))
@@ -198,8 +239,8 @@ def test_an_embedded_image_is_shown_by_its_column_and_uid(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "cause", "detail"),
     [
-        ({"label_0": 0.7, "label_1": 0.5}, "label_sum", "label_0 = 0.7, label_1 = 0.5: they must be equal"),
-        ({"label_0": "1"}, "wrong_type", "label_0 = '1', must be a number"),
+        ({"label_0": 0.7, "label_1": 0.5}, "label_sum", "label_0 = 0.7, label_1 = 0.5: they must be shares"),
+        ({"label_0": "1"}, "wrong_type", "label_0 = '1', must be a number or a boolean"),
         ({"caption": 3}, "wrong_type", "caption = 3, must be a string"),
         ({"has_label": "yes"}, "wrong_type", "has_label = 'yes', must be a boolean"),
         ({"jpg_0": 3}, "wrong_type", "jpg_0 = 3, must be bytes, a path or a URI"),

@@ -96,6 +96,31 @@ def test_scores_are_those_of_the_images(root: str):
     assert set(scores) == {"match", "taste", "fidelity"}
 
 
+def test_a_transparent_image_is_scored_on_the_background(root: str):
+    pixels = render(parse(TEXT))
+    hidden = np.zeros((32, 32, 4), np.uint8)
+    hidden[..., :3] = pixels
+    hidden[16:, :, 3] = 255
+    engine = Engine(root)
+
+    def scores(image: np.ndarray, **background) -> dict[str, list[float]]:
+        data = base64.b64encode(png(image)).decode()
+        return engine.score(ScoreRequest(images=[data], prompts=[TEXT], **background))
+
+    for background, level in (("white", 255), ("black", 0)):
+        seen = pixels.copy()
+        seen[:16] = level
+        assert scores(hidden, background=background) == scores(seen)
+    assert scores(hidden) == scores(hidden, background="white") != scores(pixels)
+
+
+def test_an_image_that_no_dataset_may_hold_is_not_scored_either(root: str):
+    data = base64.b64encode(png(np.zeros((32, 32, 4), np.uint8))).decode()
+    with pytest.raises(BadRequest, match=r"images\[0\] cannot be scored: image_transparent") as refused:
+        Engine(root).score(ScoreRequest(images=[data], prompts=[TEXT]))
+    assert (refused.value.param, refused.value.code) == ("images[0]", "image_transparent")
+
+
 def test_images_of_another_size_are_refused_naming_the_field_images(root: str):
     large = base64.b64encode(png(np.zeros((64, 64, 3), np.uint8))).decode()
     with pytest.raises(

@@ -9,16 +9,18 @@ import pickle
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 from ray import cloudpickle
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError, UserCodeException
 from ray.train import ControllerError, WorkerGroupError
 
-from services.errors import Stopped, Unavailable
+from dde_core.errors import ModelError
+from services.errors import BadRequest, Stopped, Unavailable
 from services.stages.journal import read_journal
-from services.stages.runner import TRANSIENT, failure_of, root_cause, run_stage
+from services.stages.runner import TRANSIENT, describe, failure_of, root_cause, run_stage
 from services.stages.specs import StageFailure, StageSpec, StageStopped
 from services.storage import files
 
@@ -88,7 +90,7 @@ def test_an_error_that_a_retry_would_repeat_is_not_unavailable(number):
     error = OSError("not an error of the system") if number is None else OSError(number, "refused")
     assert failure_of(error).code != "unavailable"
     wrapped = WRAPPERS["a task"](error)
-    assert (root_cause(wrapped), failure_of(wrapped).code == "unavailable") == (wrapped, False)
+    assert (root_cause(wrapped), failure_of(wrapped).code == "unavailable") == (error, False)
 
 
 def test_our_error_takes_precedence_over_the_disk_error_that_caused_it():
@@ -96,6 +98,76 @@ def test_our_error_takes_precedence_over_the_disk_error_that_caused_it():
     ours.__cause__ = OSError(errno.EIO, "broken")
     assert root_cause(WRAPPERS["workers"](ours)) is ours
     assert root_cause(WorkerGroupError("they failed", {0: OSError(errno.ENOSPC, "full"), 1: ours})) is ours
+
+
+def task_error(error: BaseException) -> RayTaskError:
+    """The error of a task, with its traceback, as Ray's worker makes it."""
+    try:
+        raise error
+    except BaseException:
+        text = traceback.format_exc()
+    return RayTaskError("encode", text, error, proctitle="ray::encode", pid=7, ip="10.0.0.1")
+
+
+def in_user_code(error: Exception) -> RayTaskError:
+    """As Ray Data wraps the error of a function; its cause is lost on the way between processes."""
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise UserCodeException("UDF failed to process a data block.") from cause
+    except UserCodeException as wrapper:
+        wrapped = task_error(wrapper)
+        wrapper.__cause__ = None
+        return wrapped
+
+
+RAY = {
+    "a task": lambda error: task_error(error).as_instanceof_cause(),
+    "a task of a class that cannot be subclassed": task_error,
+    "an actor's constructor": lambda error: ActorDiedError(task_error(error)),
+    "a function of Ray Data": in_user_code,
+    "a function of Ray Data, as its own class": lambda error: in_user_code(error).as_instanceof_cause(),
+    "workers": lambda error: WorkerGroupError("they failed", {0: task_error(error)}),
+    "the controller": lambda error: ControllerError(ActorDiedError(task_error(error))),
+}
+
+
+@pytest.mark.parametrize("wrap", RAY.values(), ids=RAY)
+def test_a_failure_inside_ray_is_its_cause_in_one_plain_line(wrap):
+    error = wrap(ValueError("shape is [3, 4],\n    expected [3, 5]\nin layer 7"))
+    assert describe(error) == "ValueError: shape is [3, 4],"
+    assert failure_of(error) == StageFailure(message="ValueError: shape is [3, 4],", code="value_error")
+
+
+@pytest.mark.parametrize("wrap", RAY.values(), ids=RAY)
+def test_a_failure_inside_ray_keeps_the_code_of_its_cause(wrap):
+    assert failure_of(wrap(ModelError("no tokenizer"))) == StageFailure(
+        message="no tokenizer", code="model_error"
+    )
+    gone = BadRequest("uri 'y' is gone")
+    assert failure_of(wrap(gone)) == StageFailure(message="uri 'y' is gone", code="invalid_value")
+    assert failure_of(wrap(Unavailable("the store does not answer"))).code == "unavailable"
+    assert failure_of(wrap(OSError(errno.ENOSPC, "No space left on device"))).code == "unavailable"
+    assert failure_of(wrap(OSError(errno.EACCES, "Permission denied"))).code == "permission_error"
+    assert failure_of(wrap(KeyError())).message == "KeyError: "
+
+
+def test_of_errors_that_raise_others_the_last_one_is_shown():
+    def chained() -> ValueError:
+        error = ValueError("the outer one")
+        error.__cause__ = KeyError("the inner one")
+        return error
+
+    assert {describe(wrap(chained())) for wrap in (RAY["a task"], RAY["an actor's constructor"])} == {
+        "ValueError: the outer one"
+    }
+
+
+def test_a_dead_actor_is_described_by_ray_without_ids():
+    error = RayActorError(error_msg="The actor died.\n\tclass_name: Encoder\n\tpid: 7\nIts node has died.")
+    assert describe(error) == "RayActorError: The actor died. Its node has died."
+    assert failure_of(error).code == "ray_actor_error"
 
 
 def test_a_stage_writes_its_marker_on_sigint_even_if_it_was_started_with_sigint_ignored(tmp_path, arguments):

@@ -56,7 +56,7 @@ def make_batch(step: int, places: np.ndarray) -> PairBatch:
         for side in "wl"
     }
     conditioning = {f"conditioning_{side}": {"encoder_hidden_states": text} for side in "wl"}
-    return PairBatch(pair_ids=tuple(names), t=t, **sides, **conditioning)
+    return PairBatch(pair_ids=tuple(names), t=t, share=torch.ones(len(names)), **sides, **conditioning)
 
 
 def three(rank: int, folder: str) -> None:
@@ -93,11 +93,11 @@ def train(rank: int, world_size: int, file: str, parallelism: str) -> None:
                 correction = calibrations["expected"].correction(part.t)
                 terms = step_losses(theta, ref, part.t, CONFIG, schedule, correction)
                 (terms.loss.sum() / BATCH * world_size).backward()
-            errors.append((part.t, theta, ref))
+            errors.append((part.t, part.share, theta, ref))
         optimizer.step()
-        gathered = gather_errors(errors, places, BATCH)
+        t, _, theta, ref = gather_errors(errors, places, BATCH)
         for calibration in calibrations.values():
-            calibration.update(*gathered)
+            calibration.update(t, theta, ref)
     arrays = {
         point: torch.cat(list(calibration.state_dict().values()))
         for point, calibration in calibrations.items()

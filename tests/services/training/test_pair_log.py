@@ -52,9 +52,10 @@ def test_a_file_holds_the_steps_of_one_flush_in_small_types_and_is_named_by_them
     log.flush()
     assert files(tmp_path) == ["00000001-00000002.parquet", "00000003-00000003.parquet"]
     file = pq.ParquetFile(tmp_path / "run" / "pairs" / "00000001-00000002.parquet")
-    schema = {"step": pa.int32(), "t": pa.int32(), "margin": pa.float32(), "gradient_weight": pa.float32()}
+    schema = {"step": pa.int32(), "t": pa.int32()}
+    schema |= dict.fromkeys(("margin", "gradient_weight", "share"), pa.float32())
     assert {field.name: field.type for field in file.schema_arrow} == schema
-    assert {file.metadata.row_group(0).column(i).compression for i in range(4)} == {"ZSTD"}
+    assert {file.metadata.row_group(0).column(i).compression for i in range(5)} == {"ZSTD"}
 
 
 def test_pairs_are_read_as_they_were_added_in_step_order(run):
@@ -75,6 +76,16 @@ def test_a_log_without_margins_has_none(run):
     log.flush()
     assert read(run).margin is None
     assert read(run).gradient_weight.tolist() == pytest.approx([1, 1.1, 1.2, 2, 2.1, 2.2])
+
+
+def test_a_log_of_an_earlier_version_without_shares_is_read(run, tmp_path):
+    log = PairLog(run)
+    add(log, 1, 2)
+    log.flush()
+    path = tmp_path / "run" / "pairs" / "00000001-00000002.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("share"), path)
+    assert read(run).share is None
+    assert read(run).margin is not None
 
 
 def test_a_resumed_run_writes_the_same_names_again(run, tmp_path):
@@ -134,8 +145,9 @@ def train(run: str, objective: ObjectiveConfig, steps: int = 12) -> Calibration:
         theta, ref = (
             PairErrors(*(0.2 + 1e-4 * torch.randn(2, PAIRS, generator=generator))) for _ in range(2)
         )
-        terms = step_losses(theta, ref, t, objective, SCHEDULE, calibration.correction(t))
-        log.add(step, t, terms.margin, terms.gradient_weight)
+        share = 0.5 + 0.5 * torch.rand(PAIRS, generator=generator)
+        terms = step_losses(theta, ref, t, objective, SCHEDULE, calibration.correction(t), share)
+        log.add(step, t, terms.margin, terms.gradient_weight, terms.share)
         if METHODS[objective.method].has_reference:
             calibration.update(t, theta, ref)
         if step % 5 == 0:
@@ -166,6 +178,15 @@ def test_logged_weights_are_those_that_the_margins_predict(run, method):
         assert bucket.logged == pytest.approx(bucket.predicted, rel=1e-4)
         assert bucket.logged > 0
         assert 0 < abs(bucket.margin) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["dde", "dde_step", "uniform", "discounted"])
+def test_logged_weights_of_soft_labels_are_those_that_margins_and_shares_predict(run, method):
+    record = recorded(run, ObjectiveConfig(method=method, calibration_bins=50, label="soft"))
+    assert sum(bucket.pairs for bucket in record.buckets) == 12 * PAIRS
+    for bucket in record.buckets:
+        assert bucket.logged == pytest.approx(bucket.predicted, rel=1e-4, abs=1e-5)
+        assert bucket.logged != 0
 
 
 def test_the_record_holds_the_settings_behind_its_numbers(run):

@@ -17,6 +17,7 @@ from dde_core.train_step import pair_errors
 from services.api.records import Validated
 from services.stages import layout
 from services.storage import files
+from services.training import pair_log
 from services.training.validation.validate import validate
 from services.training.worker import loop
 from tests.support.encoded_pairs import batch_maker, train_here, train_spec, write_encoded
@@ -104,6 +105,24 @@ def test_the_first_step_loses_log_2_exactly_and_the_next_one_does_not(model, enc
     assert first["margin"] == first["winner_error_diff"] == first["loser_error_diff"] == 0
     assert abs(second["loss"] - math.log(2)) > 1e-3
     assert abs(second["margin"]) > 1e-6
+
+
+def test_a_soft_label_trains_on_the_stored_share_and_a_hard_one_on_the_winner(model, tmp_path):
+    encoded = write_encoded(tmp_path / "encoded", model, label=0.75)
+    training = {"steps": 2, "batch_size": BATCH, "micro_batch_size": 3, "learning_rate": 1e-2}
+    found = {}
+    for label in ("hard", "soft"):
+        objective = ObjectiveConfig(method="uniform", beta=500.0, label=label)
+        found[label] = train_here(tmp_path / label, model, encoded, objective, **training)
+    first = {label: steps[0] for label, steps in found.items()}
+    assert first["hard"]["loss"] == pytest.approx(first["soft"]["loss"], rel=1e-12), "log 2, whatever p is"
+    assert first["hard"]["gradient_weight"] == 0.25
+    assert first["soft"]["gradient_weight"] == 0.125, "w (p - 1/2)"
+    assert first["soft"]["grad_norm"] == pytest.approx(first["hard"]["grad_norm"] / 2, rel=1e-4)
+    assert found["soft"][1]["loss"] != pytest.approx(found["hard"][1]["loss"], rel=1e-3)
+    shares = {label: pair_log.read((tmp_path / label / "run").as_uri()).share for label in found}
+    assert shares["hard"] is None
+    assert shares["soft"].tolist() == [0.75] * 2 * BATCH
 
 
 @pytest.mark.parametrize("method", ["dde", "uniform", "sft"])
