@@ -27,6 +27,10 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Uri = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[^\x00-\x1f]+$")]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
+Metadata = Annotated[
+    dict[MetadataKey, MetadataValue],
+    Field(max_length=16, json_schema_extra={"additionalProperties": False}),
+]
 Scorer = Literal["match", "taste", "fidelity"]
 Column = Literal[
     "caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "image_0_uid", "image_1_uid",
@@ -160,7 +164,7 @@ class AlignmentJobCreate(Strict):
     workers: Workers = 1
     evaluation: EvaluationConfig
     validation: ValidationConfig | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
+    metadata: Metadata = {}
 
 
 class EvaluationCreate(EvaluationConfig):

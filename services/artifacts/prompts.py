@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from services.errors import BadRequest
-from services.storage import files
+from services.storage import sources
+
+MAX_BYTES = 1 << 26
 
 
 def prompt_lines(uri: str) -> list[str]:
     """The non-blank lines of a file, unchanged."""
-    return [line for line in files.read_bytes(uri).decode().splitlines() if line.strip()]
+    return [line for line in sources.read_bytes(uri, MAX_BYTES).decode().splitlines() if line.strip()]
 
 
 def read_prompts(uri: str, num_prompts: int, skip: int = 0, param: str = "num_prompts") -> list[str]:

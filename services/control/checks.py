@@ -16,8 +16,9 @@ from services.artifacts import models
 from services.artifacts.prompts import prompt_lines
 from services.control.problems import show
 from services.control.tables import Dataset
-from services.errors import BadRequest
+from services.errors import BadRequest, ServiceError
 from services.pairs.validation import check_bad
+from services.storage import sources
 
 
 def check_alignment(request: AlignmentJobCreate) -> None:
@@ -41,6 +42,9 @@ def _check_parallelism(request: AlignmentJobCreate) -> None:
 
 def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:
     """Refuse timesteps beyond the base's schedule, and LoRA targets that its U-Net does not have."""
+    for each in (base, base.adapter_of):
+        if each and each.job is None:
+            sources.check_folder(each.uri)
     num_timesteps = models.num_train_timesteps(base)
     for field in ("t_min", "t_max", "calibration_bins"):
         value = getattr(request.objective, field)
@@ -147,7 +151,10 @@ def _prompts(uri: str, param: str) -> list[str]:
     """The lines of a file that are not blank."""
     try:
         return prompt_lines(uri)
-    except (OSError, ValueError) as error:  # a BadRequest for the URI's scheme is a ValueError, too
+    except ServiceError as error:
+        message = f"{param}: cannot be read, got {uri!r}: {error}"
+        raise type(error)(message, param=param, code=error.code) from error
+    except (OSError, ValueError) as error:
         raise BadRequest(f"{param}: cannot be read, got {uri!r}: {error}", param=param) from error
 
 

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO, cast
 
-from pyarrow import fs
-
 from services.errors import BadRequest
 from services.pairs.column_types import ColumnMap, FileColumns
 from services.pairs.columnar import STREAM_BYTES, Cells, Format, Unit, full_uri, name_and_size, open_file
 from services.pairs.row import MAX_CAPTION_CHARS
-from services.storage import files
+from services.storage import sources
 
 RANGE_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 22
@@ -168,8 +166,7 @@ class WinLose:
 
     def _listed(self, folder: str) -> dict[str, int]:
         """Names and sizes of the files in a folder, without hidden ones."""
-        filesystem, path = files.resolve(full_uri(self.uri, folder))
-        infos = filesystem.get_file_info(fs.FileSelector(path))
+        infos = sources.entries(full_uri(self.uri, folder))
         visible = (info for info in infos if info.is_file and not info.base_name.startswith("."))
         return {info.base_name: info.size for info in visible}
 

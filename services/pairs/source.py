@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import posixpath
 import re
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
-from typing import get_args
+from typing import Any, get_args
 
 from pyarrow import fs
 
@@ -32,7 +33,8 @@ from services.pairs.columnar import IMAGE_COLUMNS, ArrowFiles, Format, ParquetFi
 from services.pairs.images import MAX_FILE_BYTES, BadImage
 from services.pairs.path_based import SIDES, JsonLines, WinLose
 from services.pairs.row import Row, Shape, bad_row, read_row
-from services.storage import files
+from services.storage import files, sources
+from services.storage.sources import SourceRules
 
 _ID: tuple[Column, ...] = ("has_label", "pair_id")
 SHAPES: dict[Shape, tuple[tuple[Column, ...], tuple[Column, ...]]] = {
@@ -64,6 +66,8 @@ class Source:
     unused_columns: tuple[str, ...]
     reader: Reader = field(repr=False)
     is_folder: bool = field(repr=False)
+    rules: SourceRules = field(default_factory=sources.rules, repr=False, compare=False)
+    """What the process that opened the source may read; a worker that reads its rows holds itself to them."""
     unreachable_buckets: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     """Foreign buckets that did not answer; they are not requested again for every image."""
 
@@ -85,6 +89,7 @@ class Source:
         """
         locate = partial(_relative_to_root, posixpath.dirname(unit.file))
         for row, cells in enumerate(self.reader.rows(unit, self.columns, with_images, start, stop), start):
+            sources.check_time()
             key = f"{unit.file}:{unit.group}:{row}"
             if isinstance(cells, str):
                 yield bad_row(key, cells)
@@ -99,7 +104,7 @@ class Source:
         """
         if not isinstance(image, str):
             return image
-        own_filesystem, root = files.resolve(self.uri)
+        own_filesystem, root = sources.resolve(self.uri)
         folder = root if self.is_folder else posixpath.dirname(root)
         filesystem, path = self._locate(image, own_filesystem, folder)
         try:
@@ -128,7 +133,7 @@ class Source:
         else:
             filesystem, path = own_filesystem, posixpath.join(folder, image)
         inside = _inside(folder, path) if type(filesystem) is type(own_filesystem) else None
-        if inside is None:
+        if inside is None or not sources.is_allowed(filesystem, inside):
             raise BadImage("image_outside", f"not below {folder!r}")
         return filesystem, inside
 
@@ -141,8 +146,10 @@ class Source:
         if bucket in self.unreachable_buckets:
             raise BadImage("image_unreachable", f"bucket {bucket!r} did not answer an earlier request")
         try:
-            return files.resolve(uri)
+            return sources.resolve(uri)
         except ServiceError as error:
+            if error.code == sources.NOT_ALLOWED:
+                raise BadImage("image_outside", str(error)) from error
             if isinstance(error, Unavailable) or error.code == "no_credentials":
                 self.unreachable_buckets.add(bucket)
             raise BadImage("image_unreachable", str(error)) from error
@@ -194,7 +201,7 @@ def open_source(source: DatasetSource) -> Source:
 
 def _reader(uri: str) -> tuple[Reader, bool]:
     """The reader for the files at a URI, and whether the URI is a folder."""
-    filesystem, path = files.resolve(uri)
+    filesystem, path = sources.resolve(uri)
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.NotFound:
         raise BadRequest(f"uri {uri!r} does not exist", param="uri", code="not_found")
@@ -208,10 +215,9 @@ def _reader(uri: str) -> tuple[Reader, bool]:
 
 
 def _folder_reader(uri: str) -> Reader:
-    filesystem, path = files.resolve(uri)
-    entries = {info.base_name for info in filesystem.get_file_info(fs.FileSelector(path))}
+    entries = {info.base_name for info in sources.entries(uri)}
     if "dataset_dict.json" in entries:
-        splits = ", ".join(files.read_json(files.join(uri, "dataset_dict.json")).get("splits", []))
+        splits = ", ".join(_read_json(files.join(uri, "dataset_dict.json")).get("splits", []))
         message = f"uri {uri!r} holds several splits, name the folder of one of them: {splits}"
         raise BadRequest(message, param="uri", code="splits")
     if "state.json" in entries:
@@ -221,7 +227,7 @@ def _folder_reader(uri: str) -> Reader:
     for sides in SIDES:
         if entries.issuperset(sides):
             return WinLose(uri, sides)
-    all_names = files.list_files(uri, recursive=True)
+    all_names = sources.list_files(uri)
     visible = [name for name in all_names if not name.startswith(".") and "/." not in name]
     for reader, suffixes in FOLDER_READERS:
         names = tuple(name for name in visible if name.endswith(suffixes))
@@ -231,10 +237,14 @@ def _folder_reader(uri: str) -> Reader:
     raise BadRequest(message, param="uri")
 
 
+def _read_json(uri: str) -> Any:
+    return json.loads(sources.read_bytes(uri, sources.MAX_JSON_BYTES))
+
+
 def _saved_files(uri: str) -> tuple[str, ...]:
     """The Arrow files of `save_to_disk`, in the order of its state.json. Raises BadRequest."""
     try:
-        entries = files.read_json(files.join(uri, "state.json"))["_data_files"]
+        entries = _read_json(files.join(uri, "state.json"))["_data_files"]
         names = tuple(str(entry["filename"]) for entry in entries)
     except (ValueError, KeyError, TypeError) as error:
         raise BadRequest(f"uri {uri!r} has a state.json that names no data files", param="uri") from error

@@ -461,6 +461,9 @@ def peak_bytes(uri: Path, with_images: bool) -> tuple[int, int]:
 import tracemalloc, pyarrow
 from services.api.requests import DatasetSource
 from services.pairs.source import open_source
+from services.storage import sources
+from tests.support.open_sources import EVERYWHERE
+sources.hold_to(EVERYWHERE)
 source = open_source(DatasetSource(uri={str(uri)!r}))
 tracemalloc.start()
 rows = sum(1 for unit in source.units() for row in source.rows(unit, with_images={with_images}))
