@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from dde_core.config import DataConfig, ObjectiveConfig, SampleConfig, TrainConfig
+from dde_core.config import MAX_SIZE_PX, DataConfig, ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.errors import ConfigError
 from dde_core.family import Family
 from services.errors import BadRequest
@@ -32,6 +32,7 @@ Metadata = Annotated[
     Field(max_length=16, json_schema_extra={"additionalProperties": False}),
 ]
 Scorer = Literal["match", "taste", "fidelity"]
+Scorers = Annotated[list[Scorer], Field(json_schema_extra={"uniqueItems": True})]
 Column = Literal[
     "caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "image_0_uid", "image_1_uid",
     "chosen", "rejected", "chosen_uid", "rejected_uid", "images", "ranks", "image_uids", "pair_id",
@@ -39,6 +40,10 @@ Column = Literal[
 """The columns that a dataset may have: those of Pick-a-Pic, of chosen/rejected pairs and of rankings."""
 ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
 MAX_IMAGES = 16
+SIZE_PATTERN = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
+_SIDES = "|".join(str(side) for side in range(8, MAX_SIZE_PX + 1, 8))
+_EXACT_SIZES = f"^(auto|({_SIDES})x({_SIDES}))$"
+"""For the OpenAPI document; an error message would not name the rule."""
 
 
 class Strict(BaseModel):
@@ -87,7 +92,7 @@ class EvaluationConfig(Strict):
     prompts_uri: Uri
     num_prompts: Annotated[int, Field(ge=2, le=100_000)] = 200
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    scorers: list[Scorer] = list(ALL_SCORERS)
+    scorers: Scorers = list(ALL_SCORERS)
     sample: SampleConfig = SampleConfig()
 
 
@@ -184,7 +189,7 @@ class ImageRequest(Strict):
     model: str
     prompt: Annotated[str, Field(min_length=1, max_length=4000)]
     n: Annotated[int, Field(gt=0, le=MAX_IMAGES)] = 1
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] = "auto"
+    size: Annotated[str, Field(pattern=SIZE_PATTERN, json_schema_extra={"pattern": _EXACT_SIZES})] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Annotated[int, Field(gt=0, le=1000)] = 25
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -39,7 +40,7 @@ FILTERS = {
     ]
 }
 """The OpenAPI entry of ``metadata_filter``."""
-_METADATA = re.compile(r"metadata\[(.+)\]")
+_METADATA = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 
 
 def require_key(
@@ -88,19 +89,38 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     return bytes(received)
 
 
-def parse(model: type[Body], raw: bytes) -> Body:
-    """Parse a body as ``model``. Raises BadRequest."""
+def parse(model: type[Body], raw: bytes) -> tuple[Body, bytes]:
+    """A body as ``model``, and its JSON, in which whole numbers have no fraction. Raises BadRequest.
+
+    In JSON Schema 25.0 is an integer, for pydantic it is not.
+    """
     try:
-        return model.model_validate_json(raw)
+        return model.model_validate_json(raw), raw
     except ValidationError as error:
-        raise from_validation(error.errors(include_url=False)) from error
+        corrected = _with_whole_numbers(raw)
+        try:
+            return model.model_validate_json(corrected), corrected
+        except ValidationError:
+            raise from_validation(error.errors(include_url=False)) from error
+
+
+def _with_whole_numbers(raw: bytes) -> bytes:
+    try:
+        return json.dumps(json.loads(raw, parse_float=_number)).encode()
+    except (ValueError, RecursionError):
+        return raw
+
+
+def _number(text: str) -> int | float:
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
     """A dependency that parses the request's body as ``model``."""
 
     async def read(request: Request) -> Body:
-        return parse(model, await read_body(request, BODY_BYTES))
+        return parse(model, await read_body(request, BODY_BYTES))[0]
 
     return read
 

@@ -97,7 +97,13 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _allowed_methods(request: Request) -> list[str]:
-    """Every method of the URL: it may have a route for each."""
+    """Every method of the URL: it may have a route for each.
+
+    A path such as /v1/datasets/validate is no id, although a route of ids matches it.
+    """
+    documented = request.app.openapi()["paths"].get(request.url.path)
+    if documented is not None:
+        return sorted(method.upper() for method in documented)
 
     def is_route(method: str) -> bool:
         scope = {**request.scope, "method": method}

@@ -27,7 +27,7 @@ from typing import Any, get_args
 from pyarrow import fs
 
 from services.api.requests import Column, DatasetSource
-from services.errors import BadRequest, ServiceError, Unavailable
+from services.errors import BadRequest, NotFound, ServiceError, Unavailable
 from services.pairs.column_types import ColumnMap, FileColumns, check_types
 from services.pairs.columnar import IMAGE_COLUMNS, ArrowFiles, Format, ParquetFiles, Reader, Unit
 from services.pairs.images import MAX_FILE_BYTES, BadImage
@@ -204,7 +204,7 @@ def _reader(uri: str) -> tuple[Reader, bool]:
     filesystem, path = sources.resolve(uri)
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.NotFound:
-        raise BadRequest(f"uri {uri!r} does not exist", param="uri", code="not_found")
+        raise NotFound(f"uri {uri!r} does not exist", param="uri")
     if kind == fs.FileType.Directory:
         return _folder_reader(uri), True
     if path.endswith(JSON_LINES):

@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from pyarrow import fs
 
-from services.errors import BadRequest
+from services.errors import BadRequest, NotFound
 from services.storage import s3
 
 PART = ".part"
@@ -181,10 +181,14 @@ def delete_folder(uri: str) -> None:
 
 
 def _absolute(path: Path | str) -> Path:
-    """The path from the root, without links. Raises BadRequest for an unknown user and circular links."""
+    """The path from the root, without links. Raises NotFound for an unknown user's home, and BadRequest."""
     try:
-        return Path(path).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError) as error:
+        expanded = Path(path).expanduser()
+    except RuntimeError as error:
+        raise NotFound(f"uri {str(path)!r} does not exist: no such user", param="uri") from error
+    try:
+        return expanded.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL character
         raise BadRequest(f"uri {str(path)!r} cannot be opened: {error}", param="uri") from error
 
 

@@ -9,6 +9,7 @@ Raises Forbidden for a URI outside and BadRequest for an unusable one. Both name
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -24,7 +25,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from dde_core import shapes
-from services.errors import BadRequest, Forbidden
+from services.errors import BadRequest, Forbidden, NotFound
 from services.storage import files, s3
 
 MAX_FILES = 100_000
@@ -171,10 +172,16 @@ def list_files(uri: str, max_files: int = MAX_FILES) -> list[str]:
 
 
 def check_folder(uri: str) -> None:
-    """Raises BadRequest unless every file of a model may be opened and no JSON file is too large."""
+    """Check that every file of a model may be opened and no JSON file is too large.
+
+    Raises NotFound, Forbidden and BadRequest.
+    """
     filesystem, path = resolve(uri)
-    if filesystem.get_file_info(path).type != fs.FileType.Directory:
-        return
+    kind = filesystem.get_file_info(path).type
+    if kind == fs.FileType.NotFound:
+        raise NotFound(f"uri {uri!r} does not exist", param="uri")
+    if kind != fs.FileType.Directory:
+        raise BadRequest(f"uri {uri!r} is no folder", param="uri")
     for name in list_files(uri, MAX_MODEL_FILES):
         file = files.join(uri, *name.split("/"))
         filesystem, path = resolve(file)
@@ -216,7 +223,9 @@ def _counted(found: Iterable[Entry], uri: str, most: int) -> Iterator[Entry]:
 def _check_regular(uri: str, path: str) -> None:
     try:
         mode = os.stat(path).st_mode
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise NotFound(f"uri {uri!r} does not exist: its name is too long", param="uri") from error
         return  # whoever opens it gets the error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         message = f"uri {uri!r} is neither a regular file nor a folder"

@@ -81,7 +81,12 @@ TABLE = [
     (
         {"training": {"lora": {"targets": []}}},
         "training.lora.targets",
-        "training.lora.targets: must name at least one module",
+        "training.lora.targets: Tuple should have at least 1 item after validation, not 0",
+    ),
+    (
+        {"training": {"lora": {"targets": [""]}}},
+        "training.lora.targets.0",
+        "training.lora.targets.0: String should have at least 1 character",
     ),
     (
         {"training": {"batch_size": 4, "held_out_pairs": 5}},
@@ -187,6 +192,12 @@ def test_a_body_that_is_no_json_object_is_refused(steady, raw, message):
     refused(steady, JOBS, raw, 400, None, message)
 
 
+def test_a_whole_number_may_have_a_fraction_of_zero_as_in_json_schema(plane):
+    body = json.dumps(plane.job_body(workers=2.0, training={"steps": 2.0, "batch_size": 4}))
+    answer = plane.http.post(JOBS, content=body)
+    assert (answer.json()["workers"], answer.json()["training"]["steps"]) == (2, 2)
+
+
 def test_a_body_beyond_the_limit_is_refused_with_413_declared_or_not(steady):
     refused(
         steady,
@@ -237,14 +248,16 @@ def test_an_unknown_dataset_is_a_404_that_names_it(steady, dataset):
 
 @pytest.mark.parametrize(("prefix", "path"), [("evaluation.", JOBS), ("", "/v1/evaluations")])
 def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(steady, prefix, path):
-    def post(message, **config):
+    def post(message, status=400, **config):
         body = (
             steady.job_body(evaluation=config) if prefix else {"model": "shapes", "base": "shapes", **config}
         )
-        refused(steady, path, body, 400, f"{prefix}{next(iter(config))}", message)
+        refused(steady, path, body, status, f"{prefix}{next(iter(config))}", message)
 
     (steady.root / "binary").write_bytes(b"\xff\xfe\xfd")
-    for uri in (steady.root / "nowhere.txt", steady.root, "gopher://x/y", steady.root / "binary"):
+    nowhere = str(steady.root / "nowhere.txt")
+    post(f"{prefix}prompts_uri: '{nowhere}' does not exist", 404, prompts_uri=nowhere)
+    for uri in (steady.root, "gopher://x/y", steady.root / "binary"):
         post(f"{prefix}prompts_uri: cannot be read, got '{uri}'", prompts_uri=str(uri))
     uri = str(steady.root / "prompts.txt")
     post(
@@ -295,7 +308,7 @@ VALIDATION = [
         "best_metric",
         'needs validation.num_prompts greater than 0, got "taste"',
     ),
-    ({"prompts_uri": "{root}/nowhere.txt"}, {}, "prompts_uri", "cannot be read, got '{root}/nowhere.txt'"),
+    ({"prompts_uri": "{root}/nowhere.txt"}, {}, "prompts_uri", "'{root}/nowhere.txt' does not exist"),
     (
         {"prompts_uri": "{root}/prompts.txt", "num_prompts": 4},
         {},
@@ -337,8 +350,9 @@ def test_a_validation_that_could_not_work_is_refused_before_anything_runs(
         "scorers": other.get("scorers", ["match", "taste"]),
     }
     body = steady.job_body(validation=asked, training=training, evaluation=evaluation)
+    status = 404 if message.endswith("does not exist") else 400
     refused(
-        steady, JOBS, body, 400, f"validation.{field}", f"validation.{field}: {message.format(root=root)}"
+        steady, JOBS, body, status, f"validation.{field}", f"validation.{field}: {message.format(root=root)}"
     )
     assert steady.get(JOBS)["data"] == []
 
@@ -365,12 +379,12 @@ def test_an_evaluation_of_an_unknown_model_or_base_names_which(steady):
 
 
 def test_datasets_that_are_not_there_or_not_parquet_are_refused(steady):
-    def post(uri, message):
-        return refused(steady, "/v1/datasets", {"name": "d", "uri": str(uri)}, 400, "uri", message)
+    def post(uri, message, status=400):
+        return refused(steady, "/v1/datasets", {"name": "d", "uri": str(uri)}, status, "uri", message)
 
     (steady.root / "empty").mkdir()
     (steady.root / "text.parquet").write_text("not parquet at all")
-    post(steady.root / "nowhere", f"uri '{steady.root}/nowhere' does not exist")
+    post(steady.root / "nowhere", f"uri '{steady.root}/nowhere' does not exist", 404)
     post(steady.root / "empty", f"uri '{steady.root}/empty' holds no .parquet file")
     post(steady.root / "text.parquet", f"uri '{steady.root}/text.parquet' is not a Parquet file")
     post("gopher://x", "uri 'gopher://x' cannot be opened")

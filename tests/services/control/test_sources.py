@@ -109,7 +109,7 @@ def test_a_base_that_got_a_link_to_the_outside_since_is_forbidden_to_jobs(held):
     config.symlink_to(held.root / "outside" / "prompts.txt")
     sources.hold_to(SourceRules((str(held.root / "base"),)))
     evaluation = {"prompts_uri": str(PROMPTS_FILE), "num_prompts": 3}
-    forbidden(held, JOBS, held.job_body(evaluation=evaluation), "uri")
+    forbidden(held, JOBS, held.job_body(evaluation=evaluation), "model")
 
 
 def test_a_job_carries_the_rules_to_its_stages(plane):
@@ -120,21 +120,14 @@ def test_a_job_carries_the_rules_to_its_stages(plane):
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "param"),
-    [
-        ("/v1/datasets", {"name": "d", "uri": "~nosuchuser/x"}, "uri"),
-        ("/v1/datasets/validate", {"uri": "~nosuchuser/x"}, "uri"),
-        ("/v1/models", {"name": "m", "uri": "~nosuchuser/x"}, "uri"),
-        ("/v1/models", {"name": "m", "uri": "file:///a%00b"}, "uri"),
-        (
-            "/v1/evaluations",
-            {"model": "m", "base": "m", "prompts_uri": "~nosuchuser/x", "num_prompts": 2},
-            "prompts_uri",
-        ),
-    ],
+    ("uri", "status"), [("~nosuchuser/x", 404), ("x" * 300, 404), ("file:///a%00b", 400)]
 )
-def test_a_path_that_cannot_be_resolved_is_a_400(plane, path, body, param):
-    assert plane.error(path, body)["param"] == param
+def test_a_path_that_cannot_be_resolved_is_the_callers_mistake(plane, uri, status):
+    evaluation = {"model": "m", "base": "m", "prompts_uri": uri, "num_prompts": 2}
+    assert plane.error("/v1/evaluations", evaluation, status)["param"] == "prompts_uri"
+    assert plane.error("/v1/datasets/validate", {"uri": uri}, status)["param"] == "uri"
+    for path in ("/v1/datasets", "/v1/models"):
+        assert plane.error(path, {"name": "x", "uri": uri}, status)["param"] == "uri"
 
 
 def test_pipes_and_devices_are_refused_at_once_and_the_api_still_answers(plane):

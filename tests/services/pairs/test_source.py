@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from services.api.requests import DatasetSource
-from services.errors import BadRequest
+from services.errors import BadRequest, NotFound, ServiceError
 from services.pairs import path_based
 from services.pairs.images import MAX_FILE_BYTES, BadImage
 from services.pairs.row import Row
@@ -55,8 +55,8 @@ def content_of(source: Source) -> list[tuple]:
     return found
 
 
-def refused(uri: Path | str, **columns: str) -> BadRequest:
-    with pytest.raises(BadRequest) as error:
+def refused(uri: Path | str, **columns: str) -> ServiceError:
+    with pytest.raises((BadRequest, NotFound)) as error:
         rows_of(opened(uri, **columns))
     return error.value
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.errors import BadRequest, Forbidden, ServiceError
+from services.errors import BadRequest, Forbidden, NotFound, ServiceError
 from services.storage import files, sources
 from services.storage.sources import SourceRules
 
@@ -87,7 +87,6 @@ def test_objects_below_an_allowed_prefix_are_allowed(allowed: Path, uri: str):
 @pytest.mark.parametrize(
     ("uri", "why"),
     [
-        ("~nosuchuser/x", "home directory"),
         ("file:///a%00b", "null byte"),
         ("file://host/x", "hostname"),
         ("gopher://x", "file:// or s3://"),
@@ -98,6 +97,14 @@ def test_an_unusable_uri_is_the_callers_mistake(allowed: Path, uri: str, why: st
     error = refusal(uri)
     assert isinstance(error, BadRequest)
     assert why in error.message
+
+
+def test_the_home_of_an_unknown_user_does_not_exist(allowed: Path):
+    error = refusal("~nosuchuser/x")
+    assert (type(error), error.message) == (
+        NotFound,
+        "uri '~nosuchuser/x' does not exist: no such user",
+    )
 
 
 def test_a_pipe_a_device_and_a_circle_of_links_are_refused_without_being_opened(allowed: Path):
