@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 
 from dde_core.errors import ConfigError
 from dde_core.methods import METHODS, MethodName, NoiseMode
@@ -26,6 +26,7 @@ MAX_SIZE_PX = 2048
 MAX_DRAWS = 1000
 """Most draws of a pair in a ledger."""
 
+Module = Annotated[str, MinLen(1)]
 Constraint = tuple[str, Callable[[Any, Any], bool], str]
 
 _CONSTRAINTS: dict[type, Constraint] = {
@@ -34,6 +35,7 @@ _CONSTRAINTS: dict[type, Constraint] = {
     Lt: ("lt", operator.lt, "must be less than"),
     Le: ("le", operator.le, "must be at most"),
     MultipleOf: ("multiple_of", lambda value, bound: value % bound == 0, "must be a multiple of"),
+    MinLen: ("min_length", lambda value, bound: len(value) >= bound, "its length must be at least"),
 }
 """The attribute with the bound, whether value and bound satisfy the constraint, and its message."""
 
@@ -127,7 +129,7 @@ class LoraConfig:
 
     rank: Annotated[int, Gt(0), Le(1024)] = 16
     alpha: Annotated[int, Ge(0)] = 0
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: Annotated[tuple[Module, ...], MinLen(1)] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __post_init__(self) -> None:
         check(self)

@@ -2,9 +2,11 @@
 
     ServiceError                       has the fields of an API error body: message, param, code
     ├── BadRequest (ValueError)        the caller's mistake; 400
-    │   └── TooLarge                   a body longer than the limit; 413
+    │   ├── TooLarge                   a body longer than the limit; 413
+    │   └── TooSlow                    a body that does not arrive in time; 408
     ├── NotFound (LookupError)         an id or name that does not exist; 404
     ├── Unauthorized                   no API key or a wrong one; 401
+    ├── Forbidden                      what this caller may not do, or no caller; 403
     ├── Conflict                       a state that forbids the request; 409 (never on a create)
     │   └── Overtaken                  a newer attempt or group of workers has taken over a run
     ├── Unavailable                    Ray or Serve does not answer; 503, worth a retry
@@ -50,6 +52,11 @@ class TooLarge(BadRequest):
     default_code = "request_too_large"
 
 
+class TooSlow(BadRequest):
+    status = 408
+    default_code = "request_timeout"
+
+
 class NotFound(ServiceError, LookupError):
     status = 404
     type = "invalid_request_error"
@@ -60,6 +67,12 @@ class Unauthorized(ServiceError):
     status = 401
     type = "authentication_error"
     default_code = "invalid_api_key"
+
+
+class Forbidden(ServiceError):
+    status = 403
+    type = "permission_error"
+    default_code = "forbidden"
 
 
 class Conflict(ServiceError):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.errors import BadRequest
+
+
+def _from_json(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError('must be a JSON list, such as ["/data", "s3://bucket/prefix"]') from error
+
+
+Sources = Annotated[list[str], NoDecode, BeforeValidator(_from_json)]
 
 
 class Settings(BaseSettings):
@@ -28,6 +39,13 @@ class Settings(BaseSettings):
     evaluate_actors: int = 1
     poll_interval_s: float = 0.5
     lock_s: float = 60.0
+    allowed_sources: Sources = []
+    """The folders (paths or file:// URIs) and buckets (s3://bucket/prefix) from which pairs, prompts and base
+    models may be read, by the control plane and by the stages of its jobs; a JSON list. What the package
+    ships is always allowed.
+    """
+    denied_sources: Sources = []
+    """What is not read although it is inside of ``allowed_sources``, such as a file with keys."""
     max_active_jobs: int = 8
     """The most jobs that run on the cluster at once. The others wait as queued, oldest first."""
     max_attempts: Annotated[int, Field(ge=1)] = 5

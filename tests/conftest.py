@@ -6,6 +6,7 @@ dde_core is imported. Left out is ``config``, whose own checks refuse values of 
 
 from __future__ import annotations
 
+import json
 import os
 import pkgutil
 import uuid
@@ -25,19 +26,31 @@ install_import_hook(CHECKED, f"{tests.support.typechecker.__name__}.typechecker"
 # ruff: noqa: E402
 from services.client.api import Client
 from services.client.local import LocalSystem
-from services.storage import s3
+from services.storage import s3, sources
+from tests.support.open_sources import EVERYWHERE
 from tests.support.pairs_file import pair_rows, write_pairs
 from tests.support.s3_server import BUCKET, S3Server, serve_s3
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    DDE_ALLOWED_SOURCES=json.dumps(EVERYWHERE.allowed),
 )
+sources.hold_to(EVERYWHERE)
+
+
+@pytest.fixture(autouse=True)
+def open_sources() -> None:
+    """Let this process read sources anywhere, whatever an earlier test held it to."""
+    sources.hold_to(EVERYWHERE)
 
 
 @pytest.fixture(scope="session")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSystem]:
     """Starts once for the session. Tests leave it usable for the next one."""
-    with LocalSystem(tmp_path_factory.mktemp("system"), fresh=True) as running:
+    with LocalSystem(tmp_path_factory.mktemp("system"), fresh=True, allow=EVERYWHERE.allowed) as running:
         yield running
 
 

@@ -70,6 +70,20 @@ class ErrorView(Answer):
     error: ErrorBody
 
 
+class CheckView(Answer):
+    """Whether a part is reachable; ``detail`` is its error."""
+
+    ok: bool
+    detail: str | None
+
+
+class ReadyView(Answer):
+    """Whether database, storage and Ray are reachable. "not ready" has the HTTP status 503."""
+
+    status: Literal["ready", "not ready"]
+    checks: dict[str, CheckView]
+
+
 class DatasetView(Answer):
     """Registered preference pairs. ``digest`` identifies their content, ``example`` is a decided row."""
 
@@ -88,13 +102,17 @@ class DatasetView(Answer):
 class ModelView(Answer):
     """A base model or an aligned one. ``base``, ``job`` and ``lineage`` record how an aligned model was made.
 
-    ``current`` is true for the model that its name refers to now: an older model of the same name has an id
-    only. For LoRA adapters, ``uri`` holds the adapters and ``adapter_of`` is the id of the model that they
-    modify.
+    ``id``, ``object``, ``created`` and ``owned_by`` are as in OpenAI's API. ``id`` is what requests call the
+    model by: its name while ``current`` is true, that is while the name refers to it, else its ``version``.
+    The version never changes, and requests accept it, too; ``base`` and ``adapter_of`` are versions. For LoRA
+    adapters, ``uri`` holds the adapters and ``adapter_of`` is the model that they modify.
     """
 
     id: str
     object: Literal["model"]
+    created: int
+    owned_by: str
+    version: str
     name: str
     uri: str
     family: Family

@@ -17,7 +17,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from dde_core.config import Background, DataConfig, ObjectiveConfig, SampleConfig, TrainConfig
+from dde_core.config import (
+    MAX_SIZE_PX,
+    Background,
+    DataConfig,
+    ObjectiveConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from dde_core.errors import ConfigError
 from dde_core.family import Family
 from services.errors import BadRequest
@@ -27,7 +34,12 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Uri = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[^\x00-\x1f]+$")]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
+Metadata = Annotated[
+    dict[MetadataKey, MetadataValue],
+    Field(max_length=16, json_schema_extra={"additionalProperties": False}),
+]
 Scorer = Literal["match", "taste", "fidelity"]
+Scorers = Annotated[list[Scorer], Field(json_schema_extra={"uniqueItems": True})]
 Column = Literal[
     "caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "image_0_uid", "image_1_uid",
     "chosen", "rejected", "chosen_uid", "rejected_uid", "images", "ranks", "scores", "image_uids",
@@ -36,6 +48,10 @@ Column = Literal[
 """The columns that a dataset may have: those of Pick-a-Pic, of chosen/rejected pairs and of rankings."""
 ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
 MAX_IMAGES = 16
+SIZE_PATTERN = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
+_SIDES = "|".join(str(side) for side in range(8, MAX_SIZE_PX + 1, 8))
+_EXACT_SIZES = f"^(auto|({_SIDES})x({_SIDES}))$"
+"""For the OpenAPI document; an error message would not name the rule."""
 
 
 class Strict(BaseModel):
@@ -87,7 +103,7 @@ class EvaluationConfig(Strict):
     prompts_uri: Uri
     num_prompts: Annotated[int, Field(ge=2, le=100_000)] = 200
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    scorers: list[Scorer] = list(ALL_SCORERS)
+    scorers: Scorers = list(ALL_SCORERS)
     sample: SampleConfig = SampleConfig()
 
 
@@ -164,7 +180,7 @@ class AlignmentJobCreate(Strict):
     workers: Workers = 1
     evaluation: EvaluationConfig
     validation: ValidationConfig | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
+    metadata: Metadata = {}
 
 
 class EvaluationCreate(EvaluationConfig):
@@ -184,7 +200,7 @@ class ImageRequest(Strict):
     model: str
     prompt: Annotated[str, Field(min_length=1, max_length=4000)]
     n: Annotated[int, Field(gt=0, le=MAX_IMAGES)] = 1
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] = "auto"
+    size: Annotated[str, Field(pattern=SIZE_PATTERN, json_schema_extra={"pattern": _EXACT_SIZES})] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Annotated[int, Field(gt=0, le=1000)] = 25
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0

@@ -29,7 +29,7 @@ from services.api.records import ModelRecord
 from services.api.requests import NAME_PATTERN
 from services.errors import BadRequest, NotFound
 from services.stages import layout
-from services.storage import files
+from services.storage import files, sources
 
 CACHE_BYTES = 100_000_000_000
 """Limit for copies of models on a node. The least recently used ones that no process holds are evicted."""
@@ -160,6 +160,7 @@ def _file_digest(uri: str) -> str:
     filesystem, path = files.resolve(uri)
     with filesystem.open_input_stream(path) as stream:
         while block := stream.read(READ_BYTES):
+            sources.check_time()
             digest.update(block)
     return digest.hexdigest()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 from services.errors import BadRequest
-from services.storage import files
+from services.storage import sources
+
+MAX_BYTES = 1 << 26
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 """What ends a line of a text file. Unicode's other separators, and form feeds, may be part of a prompt."""
@@ -14,7 +16,7 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 def prompt_lines(uri: str) -> list[str]:
     """The non-blank lines of a file, unchanged. Raises BadRequest for a file that is not text in UTF-8."""
     try:
-        text = files.read_bytes(uri).decode("utf-8-sig")
+        text = sources.read_bytes(uri, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         message = f"{uri!r} is not UTF-8 text (byte {error.start}): save it as UTF-8"
         raise BadRequest(message, code="not_utf8") from error

@@ -152,7 +152,7 @@ class Client:
         return self._get(ModelView, f"/v1/models/{model_id}")
 
     def models(self) -> Iterator[ModelView]:
-        return self._items(ModelView, "/v1/models")
+        return self._items(ModelView, "/v1/models", cursor="version")
 
     # ---- jobs
 

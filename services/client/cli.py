@@ -88,11 +88,26 @@ def up(
     ] = 0,
     num_cpus: Cpus = 8,
     gpu: Annotated[bool, typer.Option(help="Give each worker a GPU.")] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder or s3://bucket from which pairs, prompts and models may be read, besides the state "
+            "folder and this one. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Run the whole system on this machine until Ctrl-C, with a small base model to try."""
     from services.client.up import run_up
 
-    run_up(Console(), state or ClientSettings().home, port=port, num_cpus=num_cpus, use_gpu=gpu)
+    run_up(
+        Console(),
+        state or ClientSettings().home,
+        port=port,
+        num_cpus=num_cpus,
+        use_gpu=gpu,
+        allow=[as_uri(root) for root in allow or ()],
+    )
 
 
 @app.command()
@@ -158,7 +173,7 @@ def create_model(
 ) -> None:
     """Register a base model; prints its id."""
     with connect() as client:
-        typer.echo(client.create_model(name, as_uri(uri), family).id)
+        typer.echo(client.create_model(name, as_uri(uri), family).version)
 
 
 @models.command("list")
@@ -166,7 +181,7 @@ def list_models() -> None:
     """List all models."""
     with connect() as client:
         rows = [
-            (m.id, m.name, m.family, m.base or "", m.job or "", tables.local_time(m.created_at))
+            (m.version, m.name, m.family, m.base or "", m.job or "", tables.local_time(m.created_at))
             for m in client.models()
         ]
     tables.print_list(Console(), ("id", "name", "family", "base", "job", "created"), rows)

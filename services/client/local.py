@@ -10,6 +10,7 @@ The state folder keeps what outlives a run: ``key``, ``dde.db``, ``storage/``, a
 from __future__ import annotations
 
 import fcntl
+import json
 import secrets
 import shutil
 import sys
@@ -36,15 +37,19 @@ from services.client.ray_head import RayHead, clear_folders
 
 SERVE_CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
 CONTROL_STOP_TIMEOUT_S = 10.0
+PRIVATE = ("key", "dde.db", "dde.db-wal", "dde.db-shm", "logs")
+"""What of the state folder no request may read."""
 
 
 class LocalSystem:
     """Starts everything on ``__enter__``. Leaves no process behind: neither on ``__exit__`` nor when the
     start fails.
 
-    ``fresh`` deletes what earlier runs stored. The API gets the first free port of ``ports``; 0 means any
-    free one. ``num_cpus`` is how many CPUs Ray may assign, not how many the machine has: workers and replicas
-    may share cores. ``report`` receives one message per phase of the start.
+    ``fresh`` deletes what earlier runs stored. Pairs, prompts and base models are read from the state folder,
+    from the working directory, and from ``allow``: paths and URIs of folders and buckets. The API gets the
+    first free port of ``ports``; 0 means any free one. ``num_cpus`` is how many CPUs Ray may assign, not how
+    many the machine has: workers and replicas may share cores. ``report`` receives one message per phase of
+    the start.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class LocalSystem:
         state: Path,
         *,
         fresh: bool = False,
+        allow: Sequence[str] = (),
         ports: Sequence[int] = (0,),
         num_cpus: int = 8,
         use_gpu: bool = False,
@@ -64,6 +70,7 @@ class LocalSystem:
         self.key_file = self.state / "key"
         self.storage_uri = (self.state / "storage").as_uri()
         self._fresh = fresh
+        self._allow = allow
         self._ports = ports
         self._num_cpus = num_cpus
         self._use_gpu = use_gpu
@@ -141,6 +148,7 @@ class LocalSystem:
             "DDE_HOST": "127.0.0.1",
             "DDE_PORT": str(self.port),
             "DDE_USE_GPU": str(self._use_gpu).lower(),
+            **source_settings(self.state, self._allow),
         }
         env = environment(str(self.state), {**settings, **self.ray.auth})
         control = Child("control", [sys.executable, "-m", "services.control"], self.logs / "control.log", env)
@@ -165,6 +173,16 @@ class LocalSystem:
             return httpx.get(f"{self.serve_url}/healthz", timeout=5.0, trust_env=False).is_success
         except httpx.TransportError:
             return False
+
+
+def source_settings(state: Path, allow: Sequence[str] = ()) -> dict[str, str]:
+    """Where the control plane may read: the state folder less its private files, the working directory, and
+    ``allow``.
+    """
+    return {
+        "DDE_ALLOWED_SOURCES": json.dumps([str(state), str(Path.cwd()), *allow]),
+        "DDE_DENIED_SOURCES": json.dumps([str(state / name) for name in PRIVATE]),
+    }
 
 
 def read_serve_config(path: Path) -> dict[str, Any]:

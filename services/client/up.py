@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,13 +22,15 @@ DEFAULT_PORT = 8080
 BASE_MODEL = "shapes"
 
 
-def run_up(console: Console, state: Path, *, port: int, num_cpus: int, use_gpu: bool) -> None:
+def run_up(
+    console: Console, state: Path, *, port: int, num_cpus: int, use_gpu: bool, allow: Sequence[str] = ()
+) -> None:
     """Start, register the base model, print the next commands, and run until Ctrl-C or SIGTERM."""
     ports = (port,) if port else (DEFAULT_PORT, 0)
     with signals_interrupt():
         try:
             with LocalSystem(
-                state, ports=ports, num_cpus=num_cpus, use_gpu=use_gpu, report=console.print
+                state, allow=allow, ports=ports, num_cpus=num_cpus, use_gpu=use_gpu, report=console.print
             ) as system:
                 with system.client() as client:
                     register_base(client)

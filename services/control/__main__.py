@@ -10,6 +10,7 @@ import uvicorn
 from pydantic import SecretStr
 
 from services.control.app import build_app
+from services.control.connections import LimitedConnection
 from services.settings import Settings
 
 
@@ -24,7 +25,13 @@ def main(arguments: list[str]) -> None:
         settings = Settings()  # type: ignore[call-arg]
         app = build_app(settings)
         uvicorn.run(
-            app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=5
+            app,
+            host=settings.host,
+            port=settings.port,
+            http=LimitedConnection,
+            ws="none",
+            access_log=False,
+            timeout_graceful_shutdown=5,
         )
 
 

@@ -27,9 +27,10 @@ from services.control.launcher import Launcher, RayJobsLauncher
 from services.control.middleware import Observed
 from services.control.reconciler import Reconciler
 from services.control.routers import datasets, evaluations, health, images, jobs, models
+from services.control.stages import source_rules
 from services.control.telemetry import Telemetry
 from services.settings import Settings
-from services.storage import files
+from services.storage import files, sources
 
 BODIES = (
     DatasetCreate,
@@ -56,11 +57,10 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     app.state.telemetry = Telemetry(app.state.database)
     app.add_middleware(Observed, telemetry=app.state.telemetry)
     problems.install(app)
-    app.include_router(health.router)
+    errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorView} for status in ("4XX", "5XX")}
+    app.include_router(health.router, responses=errors)
     for router in (datasets.router, models.router, jobs.router, evaluations.router, images.router):
-        app.include_router(
-            router, dependencies=[Depends(require_key)], responses={"4XX": {"model": ErrorView}}
-        )
+        app.include_router(router, dependencies=[Depends(require_key)], responses=errors)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -68,6 +68,7 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state = app.state
+    sources.hold_to(source_rules(state.settings))
     await run_in_threadpool(state.database.migrate)
     reconciler = Reconciler(state.database, state.settings, state.launcher)
     if state.reconcile:
@@ -88,12 +89,19 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
         )
         document["components"]["schemas"] |= bodies["$defs"]
-        document["paths"] = {path: _without_422(item) for path, item in document["paths"].items()}
+        for item in document["paths"].values():
+            for operation in item.values():
+                _correct(operation)
     return app.openapi_schema or {}
 
 
-def _without_422(item: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI declares a 422 for every operation; here each error is a 4XX with an ErrorView."""
-    for operation in item.values():
-        operation["responses"].pop("422", None)
-    return item
+def _correct(operation: dict[str, Any]) -> None:
+    """Remove what FastAPI adds and is not so: a 422, where each error is a 4XX with an ErrorView, and null
+    for parameters that may be absent.
+    """
+    operation["responses"].pop("422", None)
+    for parameter in operation.get("parameters", []):
+        schema = parameter["schema"]
+        kinds = [kind for kind in schema.pop("anyOf", []) if kind != {"type": "null"}]
+        assert len(kinds) < 2
+        schema.update(*kinds)

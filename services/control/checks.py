@@ -16,16 +16,17 @@ from services.artifacts import models
 from services.artifacts.prompts import prompt_lines
 from services.control.problems import show
 from services.control.tables import Dataset
-from services.errors import BadRequest
+from services.errors import BadRequest, NotFound, ServiceError
 from services.pairs.validation import check_bad
+from services.storage import sources
 
 
 def check_alignment(request: AlignmentJobCreate) -> None:
-    """Check the request against itself, and that its prompts exist."""
+    """Check that the request's prompts exist, and the request against itself."""
+    check_evaluation(request.evaluation, "evaluation.")
     if most_workers(request.workers) > request.training.batch_size:
         _refuse("workers", "must be at most training.batch_size", request.workers)
     _check_parallelism(request)
-    check_evaluation(request.evaluation, "evaluation.")
     if request.validation is not None:
         _check_validation(request, request.validation)
 
@@ -41,6 +42,9 @@ def _check_parallelism(request: AlignmentJobCreate) -> None:
 
 def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:
     """Refuse timesteps beyond the base's schedule, and LoRA targets that its U-Net does not have."""
+    for each in (base, base.adapter_of):
+        if each and each.job is None:
+            _check_folder(each)
     num_timesteps = models.num_train_timesteps(base)
     for field in ("t_min", "t_max", "calibration_bins"):
         value = getattr(request.objective, field)
@@ -59,6 +63,15 @@ def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:
     if unmatched:
         why = f"matches no linear or convolution layer of {base.name}'s U-Net"
         _refuse("training.lora.targets", why, unmatched[0])
+
+
+def _check_folder(base: ModelRecord) -> None:
+    """Refuse a base whose files have changed so that they may not be opened any more."""
+    try:
+        sources.check_folder(base.uri)
+    except ServiceError as error:
+        message = f"model: {base.name} cannot be read: {error}"
+        raise type(error)(message, param="model", code=error.code) from error
 
 
 def check_dataset(dataset: Dataset, request: AlignmentJobCreate) -> None:
@@ -147,7 +160,12 @@ def _prompts(uri: str, param: str) -> list[str]:
     """The lines of a file that are not blank."""
     try:
         return prompt_lines(uri)
-    except (OSError, ValueError) as error:  # a BadRequest for the URI's scheme is a ValueError, too
+    except ServiceError as error:
+        message = f"{param}: cannot be read, got {uri!r}: {error}"
+        raise type(error)(message, param=param, code=error.code) from error
+    except FileNotFoundError as error:
+        raise NotFound(f"{param}: {uri!r} does not exist", param=param) from error
+    except (OSError, ValueError) as error:
         raise BadRequest(f"{param}: cannot be read, got {uri!r}: {error}", param=param) from error
 
 

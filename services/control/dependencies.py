@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import json
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from services.api.requests import Metadata
 from services.control.database import Database
-from services.control.problems import from_validation
-from services.errors import BadRequest, TooLarge, Unauthorized
+from services.control.idempotency import MAX_KEY_LENGTH
+from services.control.problems import from_validation, show
+from services.errors import BadRequest, TooLarge, TooSlow, Unauthorized
 from services.settings import Settings
 
 Body = TypeVar("Body", bound=BaseModel)
 BODY_BYTES = 1 << 20
+BODY_S = 300.0
+CHUNK_S = 10.0
 _bearer = HTTPBearer(auto_error=False, description="The key in DDE_API_KEY.")
-_METADATA = re.compile(r"metadata\[(.+)\]")
+_FILTER = TypeAdapter(Metadata)
+FILTERS = {
+    "parameters": [
+        {
+            "name": "metadata",
+            "in": "query",
+            "style": "deepObject",
+            "explode": True,
+            "schema": _FILTER.json_schema(),
+            "description": "``metadata[key]=value`` selects jobs with that metadata.",
+        }
+    ]
+}
+"""The OpenAPI entry of ``metadata_filter``."""
+_METADATA = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 
 
 def require_key(
@@ -43,39 +64,63 @@ def get_settings(request: Request) -> Settings:
 
 Db = Annotated[Database, Depends(get_database)]
 Config = Annotated[Settings, Depends(get_settings)]
-Key = Annotated[str | None, Header(alias="Idempotency-Key")]
+Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=MAX_KEY_LENGTH)]
 After = Annotated[str | None, Query(description="The id of the last item already seen.")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 LongLimit = Annotated[int, Query(ge=1, le=1000)]
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The raw body. Raises TooLarge as soon as it exceeds ``limit_bytes``."""
+    """The raw body. Raises TooLarge as soon as it exceeds ``limit_bytes``, and TooSlow."""
     too_large = TooLarge(f"the request body is longer than {limit_bytes} bytes")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit_bytes:
         raise too_large
     received = bytearray()
-    async for chunk in request.stream():
-        received += chunk
-        if len(received) > limit_bytes:
-            raise too_large
+    try:
+        async with asyncio.timeout(BODY_S), aclosing(request.stream()) as chunks:
+            while chunk := await asyncio.wait_for(anext(chunks, b""), CHUNK_S):
+                received += chunk
+                if len(received) > limit_bytes:
+                    raise too_large
+    except TimeoutError as error:
+        message = f"the request body did not arrive within {BODY_S:g} s, or nothing of it for {CHUNK_S:g} s"
+        raise TooSlow(message) from error
     return bytes(received)
 
 
-def parse(model: type[Body], raw: bytes) -> Body:
-    """Parse a body as ``model``. Raises BadRequest."""
+def parse(model: type[Body], raw: bytes) -> tuple[Body, bytes]:
+    """A body as ``model``, and its JSON, in which whole numbers have no fraction. Raises BadRequest.
+
+    In JSON Schema 25.0 is an integer, for pydantic it is not.
+    """
     try:
-        return model.model_validate_json(raw)
+        return model.model_validate_json(raw), raw
     except ValidationError as error:
-        raise from_validation(error.errors(include_url=False)) from error
+        corrected = _with_whole_numbers(raw)
+        try:
+            return model.model_validate_json(corrected), corrected
+        except ValidationError:
+            raise from_validation(error.errors(include_url=False)) from error
+
+
+def _with_whole_numbers(raw: bytes) -> bytes:
+    try:
+        return json.dumps(json.loads(raw, parse_float=_number)).encode()
+    except (ValueError, RecursionError):
+        return raw
+
+
+def _number(text: str) -> int | float:
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
     """A dependency that parses the request's body as ``model``."""
 
     async def read(request: Request) -> Body:
-        return parse(model, await read_body(request, BODY_BYTES))
+        return parse(model, await read_body(request, BODY_BYTES))[0]
 
     return read
 
@@ -87,13 +132,25 @@ def takes(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def metadata_filter(request: Request) -> dict[str, str]:
-    """The ``metadata[key]=value`` parameters of the query. Raises BadRequest for a NUL character."""
-    found = {
-        match[1]: value
-        for name, value in request.query_params.items()
-        if (match := _METADATA.fullmatch(name))
-    }
-    for key, value in found.items():
-        if "\0" in key + value:
-            raise BadRequest(f"metadata[{key}]: must not contain a NUL character", param="metadata")
-    return found
+    """The ``metadata[key]=value`` parameters of the query.
+
+    Raises BadRequest for more than a job may have, for a key that is given twice, for another form, and for
+    what no key or value can be.
+    """
+    found: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        match = _METADATA.fullmatch(name)
+        if match is None and name.startswith("metadata"):
+            raise BadRequest(
+                f"metadata: must have the form metadata[key]=value, got {show(name)}", "metadata"
+            )
+        if match and match[1] in found:
+            raise BadRequest(f"{name}: is given twice, got {show(value)}", param="metadata")
+        if match:
+            found[match[1]] = value
+    try:
+        return _FILTER.validate_python(found)
+    except ValidationError as error:
+        raise from_validation(
+            [{**each, "loc": ("metadata", *each["loc"])} for each in error.errors()]
+        ) from error

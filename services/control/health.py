@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
+from services.api.answers import CheckView, ReadyView
 from services.control.database import Database
 from services.control.launcher import Launcher
 from services.errors import ServiceError
 from services.storage import files
 
 
-def readiness(database: Database, root: str, launcher: Launcher) -> tuple[bool, dict[str, Any]]:
-    """Whether all parts are reachable, and a report on each: ``ok``, and the error as ``detail``."""
+def readiness(database: Database, root: str, launcher: Launcher) -> ReadyView:
+    """Whether all parts are reachable, and a report on each."""
 
     def query_database() -> None:
         with database.read() as session:
@@ -29,9 +29,8 @@ def readiness(database: Database, root: str, launcher: Launcher) -> tuple[bool, 
 
     probes = {"database": query_database, "storage": write_storage, "ray": reach_ray}
     problems = {name: _problem(probe) for name, probe in probes.items()}
-    checks = {name: {"ok": problem is None, "detail": problem} for name, problem in problems.items()}
-    is_ready = not any(problems.values())
-    return is_ready, {"status": "ready" if is_ready else "not ready", "checks": checks}
+    checks = {name: CheckView(ok=problem is None, detail=problem) for name, problem in problems.items()}
+    return ReadyView(status="not ready" if any(problems.values()) else "ready", checks=checks)
 
 
 def _problem(probe: Callable[[], None]) -> str | None:

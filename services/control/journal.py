@@ -18,7 +18,7 @@ from services.control.database import Database
 from services.control.listing import by_id, list_view
 from services.control.tables import Event, Job, Metric
 from services.control.views import event_view, metric_view
-from services.errors import BadRequest
+from services.errors import NotFound
 from services.stages.specs import JournalEvent, Level
 
 PAGE = 500
@@ -76,7 +76,7 @@ def log(session: Session, job_id: str, message: str, level: Level = "info") -> N
 def list_events(
     database: Database, kind: str, job_id: str, after: str | None, limit: int
 ) -> ListView[EventView]:
-    """A job's events in order of time, beyond the one with id ``after``. Raises NotFound and BadRequest."""
+    """A job's events in order of time, beyond the one with id ``after``. Raises NotFound."""
     number = _event_number(after)
     with database.read() as session:
         by_id(session, Job, job_id, kind)
@@ -100,7 +100,7 @@ def list_metrics(
 
 
 def is_read_to_the_end(database: Database, job_id: str, after: str | None) -> bool:
-    """Whether the job has ended and event ``after`` is its last one. Raises NotFound and BadRequest."""
+    """Whether the job has ended and event ``after`` is its last one. Raises NotFound."""
     number = _event_number(after)
     with database.read() as session:
         job = by_id(session, Job, job_id, "alignment")
@@ -152,5 +152,5 @@ def _event_number(event_id: str | None) -> int:
     if event_id is None:
         return 0
     if not re.fullmatch(r"event_[0-9a-f]{24}", event_id):
-        raise BadRequest(f"after: is not the id of an event, got {event_id!r}", param="after")
+        raise NotFound(f"after: is not the id of an event, got {event_id!r}", param="after")
     return min(int(event_id.removeprefix("event_"), 16), 2**62)

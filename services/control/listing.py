@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from services.api.answers import Item, ListView
 from services.control.problems import show
 from services.control.tables import Dataset, Job, Model, Resource
-from services.errors import BadRequest, NotFound
+from services.errors import NotFound
 
 Row = TypeVar("Row", bound=Resource)
 _ID = re.compile(r"(ds|model|ajob|eval)_[0-9a-f]{24}")
@@ -39,13 +39,13 @@ def newest(
     """Up to ``limit`` + 1 rows, newest first: the extra one shows that there is a next page.
 
     ``after`` is the id of the last row of the previous page. ``order`` is a column that equals the row's
-    ``seq``. Raises BadRequest for an ``after`` that does not exist.
+    ``seq``. Raises NotFound for an ``after`` that does not exist.
     """
     order = table.seq if order is None else order
     if after is not None:
         seq = session.scalar(select(table.seq).where(table.id == after)) if is_id(after) else None
         if seq is None:
-            raise BadRequest(f"after: no such {_NOUNS[table]}, got {show(after)}", param="after")
+            raise NotFound(f"after: no such {_NOUNS[table]}, got {show(after)}", param="after")
         query = query.where(order < seq)
     return list(session.scalars(query.order_by(order.desc()).limit(limit + 1)))
 

@@ -12,12 +12,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.control.problems import METHODS
 from services.control.telemetry import Telemetry
 from services.errors import ServiceError
 
 log = logging.getLogger("dde.http")
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_METHODS = {"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"}
 
 
 class Observed:
@@ -58,7 +58,7 @@ class Observed:
             error = ServiceError(f"internal error; find {request_id} in the server's log")
             await JSONResponse(error.body(), error.status)(scope, receive, send_with_id)
         finally:
-            method = scope["method"] if scope["method"] in _METHODS else "other"
+            method = scope["method"] if scope["method"] in METHODS else "other"
             seconds = time.perf_counter() - started_at
             self._telemetry.count_request(method, _route(scope), status, seconds)
             log.info("%s %s %d %.3fs %s", method, scope["path"], status, seconds, request_id)

@@ -14,13 +14,13 @@ from services.api.requests import ModelCreate
 from services.artifacts import models
 from services.control.database import Database
 from services.control.idempotency import IdempotentRequest, create_once
-from services.control.listing import by_id, is_id, list_view, newest
+from services.control.listing import is_id, list_view, newest
 from services.control.problems import show
 from services.control.tables import Job, Model, new_id
 from services.control.transitions import UNFINISHED
 from services.control.views import model_view
 from services.errors import BadRequest, Conflict, NotFound
-from services.storage import files
+from services.storage import files, sources
 
 
 def create(database: Database, root: str, idempotent: IdempotentRequest, request: ModelCreate) -> ModelView:
@@ -33,6 +33,7 @@ def create(database: Database, root: str, idempotent: IdempotentRequest, request
 
     def inspect() -> tuple[Family, str]:
         try:
+            sources.check_folder(request.uri)
             family = models.check_components(request.uri, request.family)
             return family, models.folder_digest(request.uri)
         except OSError as error:
@@ -96,17 +97,20 @@ def get(database: Database, name_or_id: str) -> ModelView:
 def page(database: Database, after: str | None, limit: int) -> ListView[ModelView]:
     """Models, newest first."""
     with database.read() as session:
+        if after is not None and not is_id(after):
+            after = find(session, after, "after").id
         rows = newest(session, Model, select(Model), after, limit)
         return list_view([model_view(row) for row in rows], limit)
 
 
-def delete(database: Database, root: str, model_id: str) -> DeletedView:
+def delete(database: Database, root: str, name_or_id: str) -> DeletedView:
     """Delete a model's registration, and an aligned model's weights; a base's files stay.
 
     Raises Conflict while an unfinished job uses it, or LoRA adapters need it.
     """
     with database.write(alone=True) as session:
-        row = by_id(session, Model, model_id)
+        row = find(session, name_or_id, "id")
+        model_id = row.id
         uses_it = or_(Job.model == model_id, Job.base == model_id, Job.output_model == model_id)
         job = session.scalar(select(Job.id).where(uses_it, Job.status.in_(UNFINISHED)).limit(1))
         if job:
@@ -120,4 +124,4 @@ def delete(database: Database, root: str, model_id: str) -> DeletedView:
         session.delete(row)
         session.flush()
         models.retract(root, record_of(row))
-    return DeletedView(id=model_id, object="model", deleted=True)
+    return DeletedView(id=name_or_id, object="model", deleted=True)

@@ -13,11 +13,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from dde_core.errors import ConfigError
 from services.errors import BadRequest, ServiceError
 
 MAX_SHOWN = 200
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _CODES = {
     "missing": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",
@@ -69,6 +71,8 @@ def install(app: FastAPI) -> None:
 def _service_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
     headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+    if error.status in (408, 413):
+        headers["connection"] = "close"  # the rest of the body is not read
     return JSONResponse(error.body(), error.status, headers)
 
 
@@ -84,6 +88,25 @@ def _parameters(request: Request, error: Exception) -> JSONResponse:
 def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "http_error")
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_allowed_methods(request))
     message = f"{error.detail}: {request.method} {request.url.path}"
     content = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
-    return JSONResponse(content, error.status_code, error.headers)
+    return JSONResponse(content, error.status_code, headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Every method of the URL: it may have a route for each.
+
+    A path such as /v1/datasets/validate is no id, although a route of ids matches it.
+    """
+    documented = request.app.openapi()["paths"].get(request.url.path)
+    if documented is not None:
+        return sorted(method.upper() for method in documented)
+
+    def is_route(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
+
+    return [method for method in METHODS if is_route(method)]

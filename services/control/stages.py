@@ -12,6 +12,8 @@ from services.control.tables import Job
 from services.settings import Settings
 from services.stages import layout
 from services.stages.specs import ENTRY_MODULES, EncodeSpec, EvaluateSpec, LedgerSpec, StageSpec, TrainSpec
+from services.storage import files
+from services.storage.sources import SourceRules
 
 
 def prefix(job: Job, root: str) -> str:
@@ -33,8 +35,20 @@ def entrypoint(job: Job, root: str) -> str:
 def spec(job: Job, settings: Settings) -> StageSpec:
     """The spec of the job's current stage."""
     root = settings.storage_uri
-    common = {"job": job.id, "attempt": job.attempt, "prefix": prefix(job, root), "use_gpu": settings.use_gpu}
+    common = {
+        "job": job.id,
+        "attempt": job.attempt,
+        "prefix": prefix(job, root),
+        "sources": source_rules(settings),
+        "use_gpu": settings.use_gpu,
+    }
     return _BUILDERS[job.stage](job, settings, common)  # type: ignore[index]
+
+
+def source_rules(settings: Settings) -> SourceRules:
+    """What the control plane and its jobs may read. Raises BadRequest for an unusable path or URI."""
+    allowed = tuple(map(files.as_uri, settings.allowed_sources))
+    return SourceRules(allowed, tuple(map(files.as_uri, settings.denied_sources)))
 
 
 def aligned_record(job: Job, record: ModelRecord) -> ModelRecord:

@@ -35,11 +35,15 @@ def dataset_view(row: Dataset) -> DatasetView:
 
 
 def model_view(row: Model) -> ModelView:
-    columns = ("id", "name", "uri", "family", "digest", "base", "job", "lineage", "current")
+    columns = ("name", "uri", "family", "digest", "base", "job", "lineage", "current")
     return parse(
         ModelView,
         {
+            "id": row.name if row.current else row.id,
             "object": "model",
+            "created": int(row.created_at),
+            "owned_by": "dde",
+            "version": row.id,
             **_columns(row, *columns),
             "adapter_of": row.adapter_of["id"] if row.adapter_of else None,
             "created_at": int(row.created_at),

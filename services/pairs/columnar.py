@@ -29,7 +29,7 @@ from services.pairs.column_types import (
     is_list,
     is_text,
 )
-from services.storage import files
+from services.storage import files, sources
 
 BATCH_BYTES = 1 << 24
 BATCH_ROWS = 256
@@ -104,8 +104,7 @@ def unreadable(error: Exception, uri: str, why: str, code: str | None = None) ->
 
 def open_file(uri: str, file: str) -> pa.NativeFile:
     """Open a dataset's file for random access."""
-    filesystem, path = files.resolve(full_uri(uri, file))
-    return filesystem.open_input_file(path)
+    return sources.open_file(full_uri(uri, file))
 
 
 def compression_of(stream: pa.NativeFile) -> str | None:
@@ -128,7 +127,7 @@ def open_decompressed(uri: str, file: str) -> BinaryIO:
 
 
 def name_and_size(uri: str, file: str) -> bytes:
-    filesystem, path = files.resolve(full_uri(uri, file))
+    filesystem, path = sources.resolve(full_uri(uri, file))
     return f"{file}\0{filesystem.get_file_info(path).size}\0".encode()
 
 
@@ -188,7 +187,7 @@ class ParquetFiles:
 
     def _stream(self, file: str) -> tuple[pa.NativeFile, pq.FileMetaData]:
         uri = full_uri(self.uri, file)
-        filesystem, path = files.resolve(uri)
+        filesystem, path = sources.resolve(uri)
         try:
             info = filesystem.get_file_info(path)
             footer = _footer(uri, info.size, info.mtime_ns)
@@ -200,7 +199,7 @@ class ParquetFiles:
 @lru_cache(maxsize=2)
 def _footer(uri: str, size: int, mtime_ns: int) -> pq.FileMetaData:
     """Parse a file's footer once for all its row groups; a changed size or mtime means another file."""
-    filesystem, path = files.resolve(uri)
+    filesystem, path = sources.resolve(uri)
     with filesystem.open_input_file(path) as stream:
         return pq.read_metadata(stream)
 
@@ -286,7 +285,7 @@ class ArrowFiles:
 
     def _open(self, file: str) -> pa.RecordBatchStreamReader:
         uri = full_uri(self.uri, file)
-        filesystem, path = files.resolve(uri)
+        filesystem, path = sources.resolve(uri)
         try:
             if isinstance(filesystem, fs.LocalFileSystem):
                 return pa.ipc.open_stream(pa.memory_map(path))

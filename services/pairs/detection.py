@@ -11,7 +11,7 @@ from functools import partial
 
 from pyarrow import fs
 
-from services.errors import BadRequest
+from services.errors import BadRequest, NotFound
 from services.pairs import formats, splits
 from services.pairs.columnar import ArrowFiles, Format, ParquetFiles, Reader
 from services.pairs.documents import CsvFiles, JsonLists
@@ -24,7 +24,7 @@ from services.pairs.path_based import (
     sides_among,
 )
 from services.pairs.tars import Tars
-from services.storage import files
+from services.storage import files, sources
 
 READERS: dict[Format, Callable[[str, tuple[str, ...]], Reader]] = {
     "parquet": ParquetFiles,
@@ -60,11 +60,11 @@ class Detected:
 def detect(uri: str, split: str | None) -> Detected:
     """Choose the files and the reader. Raises BadRequest that says what was found and what can be read."""
     _check_scheme(uri)
-    filesystem, path = files.resolve(uri)
+    filesystem, path = sources.resolve(uri)
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.NotFound:
         message = f"uri {uri!r} does not exist; {_download('NAME')} downloads a dataset of the hub"
-        raise BadRequest(message, param="uri", code="not_found")
+        raise NotFound(message, param="uri")
     if kind == fs.FileType.Directory:
         return _in_folder(uri, split)
     if kind != fs.FileType.File:
@@ -92,10 +92,9 @@ def _download(name: str) -> str:
 
 
 def _in_folder(uri: str, split: str | None) -> Detected:
-    filesystem, path = files.resolve(uri)
-    infos = filesystem.get_file_info(fs.FileSelector(path))
+    infos = sources.entries(uri)
     names = sorted(info.base_name for info in infos if info.is_file and not is_hidden(info.base_name))
-    folders = {info.base_name for info in infos if not info.is_file}
+    folders = {info.base_name for info in infos if info.type == fs.FileType.Directory}
     if _SPLITS in names:
         return _saved(uri, _splits_of_dict(uri), split)
     if _STATE in names:
@@ -108,7 +107,7 @@ def _in_folder(uri: str, split: str | None) -> Detected:
     sides = sides_among(folders)
     if sides:
         return _win_lose(uri, {"": sides}, split)
-    visible = [name for name in files.list_files(uri, recursive=True) if not is_hidden(name)]
+    visible = [name for name in sources.list_files(uri) if not is_hidden(name)]
     nested = _sides_in(visible)
     if nested and not any(_may_hold_rows(name) and not _is_in_sides(name) for name in visible):
         return _win_lose(uri, nested, split)
@@ -118,7 +117,7 @@ def _in_folder(uri: str, split: str | None) -> Detected:
 def _splits_of_dict(uri: str) -> dict[str, str | None]:
     """Folder -> split of what `DatasetDict.save_to_disk` wrote. Raises BadRequest."""
     try:
-        names = files.read_json(files.join(uri, _SPLITS))["splits"]
+        names = sources.read_json(files.join(uri, _SPLITS))["splits"]
         if names and all(isinstance(name, str) and "/" not in name for name in names):
             return {name: name for name in names}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -140,7 +139,7 @@ def _saved(uri: str, folders: dict[str, str | None], split: str | None) -> Detec
 def _data_files(uri: str) -> tuple[str, ...]:
     """The Arrow files of `save_to_disk`, in the order of its state.json. Raises BadRequest."""
     try:
-        state = files.read_json(files.join(uri, _STATE))
+        state = sources.read_json(files.join(uri, _STATE))
         names = tuple(str(entry["filename"]) for entry in state["_data_files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadRequest(f"uri {uri!r} has no {_STATE} that names data files", param="uri") from error

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO
 
-from pyarrow import fs
-
 from services.errors import BadRequest
 from services.pairs.column_types import ColumnMap, FileColumns
 from services.pairs.columnar import (
@@ -31,7 +29,7 @@ from services.pairs.columnar import (
     open_file,
 )
 from services.pairs.row import MAX_CAPTION_CHARS
-from services.storage import files
+from services.storage import sources
 
 RANGE_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 22
@@ -276,9 +274,11 @@ class WinLose:
 
     def _listed(self, side: str) -> dict[str, int]:
         """Sizes of the files below a side, or in the folder itself, by relative path, without hidden ones."""
-        filesystem, path = files.resolve(full_uri(self.uri, self._path(side)))
-        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=bool(side)))
-        sizes = {info.path[len(path) :].lstrip("/"): info.size for info in infos if info.is_file}
+        uri = full_uri(self.uri, self._path(side))
+        if not side:
+            sizes = {info.base_name: info.size for info in sources.entries(uri) if info.is_file}
+        else:
+            sizes = sources.sizes_below(uri)
         return {name: size for name, size in sizes.items() if not is_hidden(name)}
 
     def _caption(self, file: str) -> str | bytes | None:

@@ -36,7 +36,8 @@ from services.pairs.columnar import IMAGE_COLUMNS, Format, Reader, Unit, Unreada
 from services.pairs.detection import detect
 from services.pairs.images import MAX_FILE_BYTES, BadImage
 from services.pairs.row import Row, Shape, bad_row, read_row
-from services.storage import files
+from services.storage import files, sources
+from services.storage.sources import SourceRules
 
 _ID: tuple[Column, ...] = ("has_label", "pair_id")
 SHAPES: dict[Shape, tuple[tuple[Column, ...], tuple[Column, ...]]] = {
@@ -79,6 +80,8 @@ class Source:
     """Columns that are not read and may say of which split a row is."""
     image_folder: str = ""
     """Where the images of a published dataset are, relative to the file that names them."""
+    rules: SourceRules = field(default_factory=sources.rules, repr=False, compare=False)
+    """What the process that opened the source may read; a worker that reads its rows holds itself to them."""
     unreachable_buckets: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     """Foreign buckets that did not answer; they are not requested again for every image."""
 
@@ -100,6 +103,7 @@ class Source:
         """
         locate = partial(_relative_to_root, posixpath.join(posixpath.dirname(unit.file), self.image_folder))
         for row, cells in enumerate(self.reader.rows(unit, self.columns, with_images, start, stop), start):
+            sources.check_time()
             key = f"{unit.file}:{unit.group}:{row}"
             if isinstance(cells, Unreadable):
                 yield bad_row(key, cells.cause, detail=cells.detail)
@@ -115,7 +119,7 @@ class Source:
                 for cell in self.reader.rows(unit, {"pair_id": column}, False, 0, stop)
                 if not isinstance(cell, Unreadable)
             )
-            splits.check_column(self.uri, column, (cell.get("pair_id") for cell in cells))
+            splits.check_column(self.uri, column, sources.in_time(cell.get("pair_id") for cell in cells))
 
     def row_name(self, key: str) -> str:
         """A row's key with the name of its file, also where the dataset is one file."""
@@ -129,7 +133,7 @@ class Source:
         """
         if not isinstance(image, str):
             return image
-        own_filesystem, root = files.resolve(self.uri)
+        own_filesystem, root = sources.resolve(self.uri)
         folder = root if self.is_folder else posixpath.dirname(root)
         filesystem, path = self._locate(image, own_filesystem, folder)
         try:
@@ -158,7 +162,7 @@ class Source:
         else:
             filesystem, path = own_filesystem, posixpath.join(folder, image)
         inside = _inside(folder, path) if type(filesystem) is type(own_filesystem) else None
-        if inside is None:
+        if inside is None or not sources.is_allowed(filesystem, inside):
             raise BadImage("image_outside", f"not below {folder!r}")
         return filesystem, inside
 
@@ -171,8 +175,10 @@ class Source:
         if bucket in self.unreachable_buckets:
             raise BadImage("image_unreachable", f"bucket {bucket!r} did not answer an earlier request")
         try:
-            return files.resolve(uri)
+            return sources.resolve(uri)
         except ServiceError as error:
+            if error.code == sources.NOT_ALLOWED:
+                raise BadImage("image_outside", str(error)) from error
             if isinstance(error, Unavailable) or error.code == "no_credentials":
                 self.unreachable_buckets.add(bucket)
             raise BadImage("image_unreachable", str(error)) from error
@@ -216,11 +222,11 @@ def open_source(source: DatasetSource) -> Source:
     """
     try:
         detected = detect(source.uri, source.split)
-    except UnicodeDecodeError as error:  # pyarrow lists files by text
+        reader = detected.reader
+        file_columns = reader.columns()
+    except UnicodeError as error:  # pyarrow's paths are text
         message = f"uri {source.uri!r} holds a file whose name is not UTF-8: rename it"
         raise BadRequest(message, param="uri", code="name_not_utf8") from error
-    reader = detected.reader
-    file_columns = reader.columns()
     layout = _published_layout(file_columns, source.columns)
     shape, columns = choose_columns(source.uri, file_columns, layout or source.columns)
     check_types(source.uri, file_columns, columns)
@@ -259,9 +265,10 @@ def _image_folder(uri: str, reader: Reader, layout: ColumnMap) -> str:
     images = cells.get("images") if isinstance(cells, dict) else None
     image = str(images[0]) if isinstance(images, list) and images else "\0"
     stem = posixpath.basename(unit.file or uri).partition(".")[0]
-    filesystem, path = files.resolve(files.join(uri, unit.file) if unit.file else uri)
+    filesystem, path = sources.resolve(files.join(uri, unit.file) if unit.file else uri)
     for folder in (form.format(stem) for form in IMAGE_FOLDERS if "\0" not in image):
-        if filesystem.get_file_info(posixpath.join(posixpath.dirname(path), folder, image)).is_file:
+        inside = _inside(posixpath.dirname(path), posixpath.join(posixpath.dirname(path), folder, image))
+        if inside is not None and filesystem.get_file_info(inside).is_file:
             return folder
     return ""
 

@@ -17,7 +17,7 @@ import yaml
 
 from services.errors import BadRequest
 from services.pairs.column_types import is_text
-from services.storage import files
+from services.storage import files, sources
 
 MAX_README_BYTES = 1 << 20
 MAX_NAMED = 5
@@ -178,10 +178,9 @@ def _declared_split(declared: Mapping[str, list[str]], name: str) -> str | None:
 
 def _front_matter(uri: str) -> dict[str, Any]:
     """The YAML at the start of a folder's README.md; empty where there is none that can be read."""
-    filesystem, path = files.resolve(files.join(uri, "README.md"))
-    if not filesystem.get_file_info(path).is_file:
+    if not any(info.base_name == "README.md" and info.is_file for info in sources.entries(uri)):
         return {}
-    with filesystem.open_input_stream(path) as stream:
+    with sources.open_file(files.join(uri, "README.md")) as stream:
         text = bytes(stream.read(MAX_README_BYTES)).decode(errors="replace")
     match = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:

@@ -16,7 +16,7 @@ from services.errors import ServiceError, Stopped, Unavailable
 from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.specs import Level, StageFailure, StageSpec, StageStopped
-from services.storage import files
+from services.storage import files, sources
 
 Spec = TypeVar("Spec", bound=StageSpec)
 TRANSIENT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
@@ -46,6 +46,9 @@ def run_stage(
     journal = Journal(spec.prefix)
     began = time.monotonic()
     try:
+        sources.hold_to(spec.sources)
+        for model in spec.base_models():
+            sources.check_folder(model.uri)
         result = work(spec, journal)
     except BaseException as error:
         cause = root_cause(error)

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from dde_core.config import DataConfig, ObjectiveConfig, TrainConfig
 from services.api.records import EncodeResult, EvaluateResult, LedgerResult, ModelRecord, Stage, TrainResult
 from services.api.requests import DatasetSource, EvaluationConfig, Strict, Uri, ValidationConfig, Workers
+from services.storage.sources import SourceRules
 
 
 class StageSpec(Strict):
-    """The base of all specs. ``prefix`` is the folder of this attempt, with its spec, journal and markers."""
+    """The base of all specs. ``prefix`` is the folder of this attempt, with its spec, journal and markers.
+
+    ``sources`` are the rules of the control plane: the stage opens no other pairs, prompts and base models.
+    """
 
     job: str
     attempt: int
     prefix: Uri
+    sources: SourceRules = SourceRules()
+
+    def base_models(self) -> Iterator[ModelRecord]:
+        """The registered models among the spec's fields; aligned ones are the system's own files."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, ModelRecord):
+                yield from (each for each in (value, value.adapter_of) if each and each.job is None)
 
 
 class EncodeSpec(StageSpec):

@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from pyarrow import fs
 
-from services.errors import BadRequest
+from services.errors import BadRequest, NotFound
 from services.storage import s3
 
 PART = ".part"
@@ -35,7 +35,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     Use the functions below for whole files. Raises BadRequest for schemes other than file and s3.
     """
     if "://" not in uri:
-        return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+        return fs.LocalFileSystem(), str(_absolute(uri))
     if _is_object(uri):
         return s3.resolve(uri)
     if not uri.startswith("file://"):
@@ -57,7 +57,7 @@ def as_uri(path: Path | str) -> str:
     """The file:// URI of a local path; a URI is returned unchanged."""
     if "://" in str(path):
         return str(path)
-    return Path(path).expanduser().resolve().as_uri()
+    return _absolute(path).as_uri()
 
 
 def local_path(uri: str) -> Path | None:
@@ -178,6 +178,18 @@ def delete_folder(uri: str) -> None:
     path = _local(uri)
     if path.is_dir():
         shutil.rmtree(path)
+
+
+def _absolute(path: Path | str) -> Path:
+    """The path from the root, without links. Raises NotFound for an unknown user's home, and BadRequest."""
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError as error:
+        raise NotFound(f"uri {str(path)!r} does not exist: no such user", param="uri") from error
+    try:
+        return expanded.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL character
+        raise BadRequest(f"uri {str(path)!r} cannot be opened: {error}", param="uri") from error
 
 
 def _is_object(uri: str) -> bool:

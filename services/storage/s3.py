@@ -157,7 +157,7 @@ class _Ranges(io.RawIOBase):
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of the URI's bucket and the path on it."""
-    bucket, key = _parts(uri)
+    bucket, key = parts(uri)
     with _translated_errors(uri):
         return filesystem(bucket), f"{bucket}/{key}".rstrip("/")
 
@@ -176,7 +176,7 @@ def own_endpoint(url: str) -> str:
 
 def exists(uri: str) -> bool:
     """Whether the object exists, or any object below the URI."""
-    bucket, key = _parts(uri)
+    bucket, key = parts(uri)
     try:
         with _translated_errors(uri):
             return bool(key) and bool(client().head_object(Bucket=bucket, Key=key))
@@ -187,7 +187,7 @@ def exists(uri: str) -> bool:
 def read(uri: str) -> bytes:
     """The whole object."""
     with _translated_errors(uri):
-        return _get(*_parts(uri))
+        return _get(*parts(uri))
 
 
 @with_retries(retry_if_exception_type(_INCOMPLETE))
@@ -199,14 +199,14 @@ def _get(bucket: str, key: str) -> bytes:
 
 def write(uri: str, data: bytes) -> None:
     """Create or replace the object."""
-    bucket, key = _parts(uri)
+    bucket, key = parts(uri)
     with _translated_errors(uri):
         client().put_object(Bucket=bucket, Key=key, Body=data)
 
 
 def create(uri: str, data: bytes) -> bool:
     """Create the object unless it exists. Returns whether it now holds ``data``, so a retry also succeeds."""
-    bucket, key = _parts(uri)
+    bucket, key = parts(uri)
     with _translated_errors(uri):
         try:
             client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
@@ -219,22 +219,22 @@ def create(uri: str, data: bytes) -> bool:
 
 def upload(path: Path, uri: str) -> None:
     """Create or replace the object with the contents of a file of any size."""
-    bucket, key = _parts(uri)
+    bucket, key = parts(uri)
     with _translated_errors(uri), path.open("rb") as file:
         client().upload_fileobj(file, bucket, key)
 
 
 def download(uri: str, path: Path) -> None:
     """Write the object to a file. An error leaves a partial file."""
-    bucket, key = _parts(uri)
+    bucket, key = parts(uri)
     with _translated_errors(uri), path.open("wb") as file:
         client().download_fileobj(bucket, key, file)
 
 
 def copy(source: str, target: str) -> None:
     """Copy an object within the store."""
-    source_bucket, source_key = _parts(source)
-    bucket, key = _parts(target)
+    source_bucket, source_key = parts(source)
+    bucket, key = parts(target)
     with _translated_errors(source):
         client().copy({"Bucket": source_bucket, "Key": source_key}, bucket, key)
 
@@ -266,14 +266,14 @@ def _list(uri: str, delimiter: str = "") -> Iterator[dict[str, Any]]:
 
 def delete(uri: str) -> None:
     """Delete the object if it exists."""
-    bucket, key = _parts(uri)
+    bucket, key = parts(uri)
     with _translated_errors(uri):
         client().delete_object(Bucket=bucket, Key=key)
 
 
 def delete_below(uri: str) -> None:
     """Delete all objects below the URI. Raises Unavailable if some could not be deleted."""
-    bucket, _ = _parts(uri)
+    bucket, _ = parts(uri)
     objects = [{"Key": entry["Key"]} for entry in _list(uri)]
     for start in range(0, len(objects), MAX_DELETED_PER_REQUEST):
         batch = {"Objects": objects[start : start + MAX_DELETED_PER_REQUEST], "Quiet": True}
@@ -285,8 +285,8 @@ def delete_below(uri: str) -> None:
             raise Unavailable(message, param="uri")
 
 
-def _parts(uri: str) -> tuple[str, str]:
-    """Bucket and key."""
+def parts(uri: str) -> tuple[str, str]:
+    """Bucket and key. Raises BadRequest."""
     bucket, _, key = unquote(uri.removeprefix(SCHEME)).partition("/")
     if "?" in uri:
         advice = "write '?' in a name as %3F; set endpoint and region in the environment"
@@ -298,7 +298,7 @@ def _parts(uri: str) -> tuple[str, str]:
 
 def _below(uri: str) -> tuple[str, str]:
     """Bucket and prefix of the objects below the URI."""
-    bucket, key = _parts(uri)
+    bucket, key = parts(uri)
     return bucket, f"{key}/" if key else ""
 
 
@@ -330,7 +330,7 @@ def _translated(uri: str, error: ClientError) -> OSError | ServiceError:
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = _error_code(error)
     if code == "NoSuchBucket" or (status == 404 and error.operation_name == "HeadBucket"):
-        message = f"uri {uri!r}: bucket {_parts(uri)[0]!r} does not exist"
+        message = f"uri {uri!r}: bucket {parts(uri)[0]!r} does not exist"
         return BadRequest(message, param="uri", code="no_such_bucket")
     if code in ("NoSuchKey", "404"):
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri)

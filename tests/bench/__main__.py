@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from services.storage import sources
 from tests.bench.checkpoint_stall import checkpoint_stall
 from tests.bench.disk import bytes_on_disk
 from tests.bench.ingest_memory import ingest_memory
@@ -26,6 +27,7 @@ from tests.bench.measure import Result
 from tests.bench.train_memory import train_memory
 from tests.bench.train_speed import train_speed
 from tests.bench.two_workers import two_workers
+from tests.support.open_sources import EVERYWHERE
 
 RESULTS = Path(__file__).parent / "results.json"
 BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
@@ -51,6 +53,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(BENCHES)}")
     torch.set_num_threads(1)
+    sources.hold_to(EVERYWHERE)
     ray.init(num_cpus=8, log_to_driver=False, include_dashboard=False, object_store_memory=1_000_000_000)
     results: dict[str, Result] = {}
     for bench in dict.fromkeys(BENCHES[name] for name in names):

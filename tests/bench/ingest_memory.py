@@ -43,9 +43,12 @@ def _measure(rows: int) -> dict[str, float]:
 
     from services.ingest.encode import encode
     from services.stages.journal import Journal
+    from services.storage import sources
+    from tests.support.open_sources import EVERYWHERE
     from tests.support.stage_runs import StageRuns, shapes_record
     from tests.support.synthetic_pairs import synthetic_rows, write_stream
 
+    sources.hold_to(EVERYWHERE)
     with tempfile.TemporaryDirectory() as scratch:
         pairs = write_stream(Path(scratch) / "pairs.parquet", synthetic_rows(rows))
         spec = StageRuns(scratch, {}).encode_spec("bench", pairs.as_uri(), shapes_record())

@@ -91,7 +91,7 @@ def test_a_small_model_of_each_family_aligns_end_to_end(client: Client, tmp_path
     assert accuracy[1] > 0.5
 
     base, aligned = client.model(f"tiny-{family}"), client.model(f"tiny-{family}-aligned")
-    assert aligned.adapter_of == (base.id if family == "sdxl" else None)
+    assert aligned.adapter_of == (base.version if family == "sdxl" else None)
     ours = files.resolve(aligned.uri)[1]
     whole, adapters = (ours, "") if family == "sd15" else (files.resolve(base.uri)[1], ours)
     pipeline = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[family]

@@ -362,10 +362,18 @@ def test_a_bad_dataset_is_refused_with_its_uri(client: Client, tmp_path: Path, n
     path, text = bad_dataset(tmp_path, name)
     with pytest.raises(ApiError) as refused:
         client.create_dataset("bad", path.as_uri())
-    assert refused.value.status == 400
+    assert refused.value.status == (404 if name == "no file" else 400)
     assert refused.value.param == "uri"
     assert text in refused.value.message
     assert str(path) in refused.value.message
+
+
+def test_the_systems_own_key_and_database_are_no_prompts(system: LocalSystem):
+    for name in ("key", "dde.db", "logs/control.log"):
+        body = {"model": "m", "base": "m", "prompts_uri": str(system.state / name), "num_prompts": 2}
+        answer = post(system, "/v1/evaluations", body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "source_not_allowed")
+        assert system.key not in answer.text
 
 
 def test_a_wrong_key_is_refused(system: LocalSystem):

@@ -23,6 +23,7 @@ from services.stages.journal import read_journal
 from services.stages.specs import TrainSpec
 from services.storage import files
 from services.training.worker.loop import train_loop
+from tests.support.open_sources import EVERYWHERE
 
 SHAPE, SIZE_PX = (4, 8, 8), 32
 
@@ -93,6 +94,7 @@ def train_spec(
         job="job",
         attempt=1,
         prefix=root,
+        sources=EVERYWHERE,
         dataset=encoded.as_uri(),
         model=record,
         model_id="aligned",

@@ -19,6 +19,7 @@ from services.pairs.validation import inspect
 from services.stages.journal import read_journal
 from services.stages.specs import ENTRY_MODULES, RESULTS, EncodeSpec, StageSpec
 from services.storage import files
+from tests.support.open_sources import EVERYWHERE
 
 
 def cluster_environment(system: LocalSystem) -> dict[str, str]:
@@ -72,7 +73,7 @@ class StageRuns:
 
     def frame(self, name: str) -> dict[str, Any]:
         """The fields that every spec of this name has."""
-        return {"job": name, "attempt": 1, "prefix": self.prefix(name)}
+        return {"job": name, "attempt": 1, "prefix": self.prefix(name), "sources": EVERYWHERE}
 
     def encode_spec(self, name: str, uri: str, model: ModelRecord, **more: Any) -> EncodeSpec:
         """The spec to encode the pairs at ``uri``, as they are now, into ``{root}/datasets``."""

@@ -12,11 +12,13 @@ from services.api.requests import DatasetCreate, DatasetSource
 from services.control import datasets
 from services.control.dependencies import After, Db, Key, Limit, body, takes
 from services.control.idempotency import IdempotentRequest
+from services.control.reading import READ_S, REGISTER_S, reads_sources
 
 router = APIRouter(tags=["datasets"])
 
 
 @router.post("/v1/datasets", openapi_extra=takes(DatasetCreate))
+@reads_sources(REGISTER_S)
 def create_dataset(
     request: Annotated[DatasetCreate, Depends(body(DatasetCreate))], db: Db, key: Key = None
 ) -> DatasetView:
@@ -25,6 +27,7 @@ def create_dataset(
 
 
 @router.post("/v1/datasets/validate", openapi_extra=takes(DatasetSource))
+@reads_sources(READ_S)
 def validate_dataset(request: Annotated[DatasetSource, Depends(body(DatasetSource))]) -> DatasetReport:
     """Check a sample of the rows and their images before registering them. Nothing is stored."""
     return datasets.report(request)

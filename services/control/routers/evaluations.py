@@ -12,12 +12,14 @@ from services.api.requests import EvaluationCreate
 from services.control import jobs, journal, stopping
 from services.control.dependencies import After, Db, Key, Limit, LongLimit, body, takes
 from services.control.idempotency import IdempotentRequest
+from services.control.reading import READ_S, reads_sources
 
 router = APIRouter(tags=["evaluations"])
 PATH = "/v1/evaluations"
 
 
 @router.post(PATH, openapi_extra=takes(EvaluationCreate))
+@reads_sources(READ_S)
 def create_evaluation(
     request: Annotated[EvaluationCreate, Depends(body(EvaluationCreate))], db: Db, key: Key = None
 ) -> EvaluationView:

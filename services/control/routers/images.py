@@ -16,14 +16,14 @@ SCORES = "/v1/scores"
 @router.post(IMAGES, openapi_extra=takes(ImageRequest))
 async def generate(request: Request) -> Response:
     """Generate images with a registered model."""
-    raw = await read_body(request, BODY_BYTES)
-    inference.check_image(parse(ImageRequest, raw))
+    parsed, raw = parse(ImageRequest, await read_body(request, BODY_BYTES))
+    inference.check_image(parsed)
     return await inference.forward(request.app.state.serve, IMAGES, raw, request.state.request_id)
 
 
 @router.post(SCORES, openapi_extra=takes(ScoreRequest))
 async def score(request: Request) -> Response:
     """Score images against their prompts."""
-    raw = await read_body(request, inference.SCORE_BYTES)
-    parse(ScoreRequest, raw).check_lengths()
+    parsed, raw = parse(ScoreRequest, await read_body(request, inference.SCORE_BYTES))
+    parsed.check_lengths()
     return await inference.forward(request.app.state.serve, SCORES, raw, request.state.request_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.responses import StreamingResponse
@@ -12,6 +12,7 @@ from services.api.records import CreditRecord, JobStatus, Stage
 from services.api.requests import AlignmentJobCreate
 from services.control import jobs, journal, stopping
 from services.control.dependencies import (
+    FILTERS,
     After,
     Config,
     Db,
@@ -23,13 +24,19 @@ from services.control.dependencies import (
     takes,
 )
 from services.control.idempotency import IdempotentRequest
+from services.control.reading import READ_S, reads_sources
 
 router = APIRouter(tags=["alignment"])
 PATH = "/v1/alignment/jobs"
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    204: {"description": "A finished job has no events after the last one that the client has."},
+}
 AfterStep = Annotated[int | None, Query(description="The last step already seen.", ge=-1, lt=2**63)]
 
 
 @router.post(PATH, openapi_extra=takes(AlignmentJobCreate))
+@reads_sources(READ_S)
 def create_job(
     request: Annotated[AlignmentJobCreate, Depends(body(AlignmentJobCreate))], db: Db, key: Key = None
 ) -> JobView:
@@ -37,7 +44,7 @@ def create_job(
     return jobs.create_alignment(db, IdempotentRequest.of(key, PATH, request), request)
 
 
-@router.get(PATH, response_model=ListView[JobView])
+@router.get(PATH, response_model=ListView[JobView], openapi_extra=FILTERS)
 def list_jobs(
     db: Db,
     metadata: Annotated[dict[str, str], Depends(metadata_filter)],
@@ -78,7 +85,7 @@ def resume_job(job_id: str, db: Db) -> JobView:
     return stopping.resume(db, job_id)
 
 
-@router.get(PATH + "/{job_id}/events", response_model=ListView[EventView])
+@router.get(PATH + "/{job_id}/events", response_model=ListView[EventView], responses=STREAM)
 def list_events(
     job_id: str,
     db: Db,

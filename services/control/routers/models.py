@@ -11,11 +11,13 @@ from services.api.requests import ModelCreate
 from services.control import models
 from services.control.dependencies import After, Config, Db, Key, Limit, body, takes
 from services.control.idempotency import IdempotentRequest
+from services.control.reading import REGISTER_S, reads_sources
 
 router = APIRouter(tags=["models"])
 
 
 @router.post("/v1/models", openapi_extra=takes(ModelCreate))
+@reads_sources(REGISTER_S)
 def create_model(
     request: Annotated[ModelCreate, Depends(body(ModelCreate))], db: Db, settings: Config, key: Key = None
 ) -> ModelView:

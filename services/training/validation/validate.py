@@ -21,7 +21,7 @@ from services.artifacts import checkpoints, models
 from services.artifacts.prompts import read_prompts
 from services.stages import layout
 from services.stages.specs import TrainSpec
-from services.storage import files
+from services.storage import files, sources
 from services.training.validation.held_out import held_out_metrics
 
 
@@ -70,6 +70,7 @@ def _score_images(spec: TrainSpec, model: TextToImage, grid_uri: str) -> dict[st
     assert evaluation
     uri = validation.prompts_uri or evaluation.prompts_uri
     skip = 0 if validation.prompts_uri else evaluation.num_prompts
+    sources.hold_to(spec.sources)
     prompts = read_prompts(uri, validation.num_prompts, skip, "validation.num_prompts")
     seeds = [validation.seed + i for i in range(len(prompts))]
     images = model(prompts, seeds, evaluation.sample)

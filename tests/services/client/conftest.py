@@ -78,15 +78,16 @@ def dataset(**other: Any) -> dict[str, Any]:
 def model(**other: Any) -> dict[str, Any]:
     """A base model as the API answers it."""
     plain = {
-        "id": "model_1",
+        "id": "shapes",
         "name": "shapes",
         "uri": "file:///m",
         "family": "sd15",
         "digest": "0",
         "created_at": 1,
     }
+    openai = {"created": 1, "owned_by": "dde", "version": "model_1"}
     origin = {"base": None, "job": None, "adapter_of": None, "lineage": {}, "current": True}
-    return {"object": "model", **plain, **origin, **other}
+    return {"object": "model", **plain, **openai, **origin, **other}
 
 
 def event(number: int, message: str, level: str = "info") -> dict[str, Any]:

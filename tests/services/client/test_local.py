@@ -16,19 +16,26 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from services.client import cli, up
 from services.client.bodies import job_body
 from services.client.local import (
+    PRIVATE,
     SERVE_CONFIG,
     LocalSystem,
     fill_serve_config,
     locked,
     read_serve_config,
+    source_settings,
     write_private,
 )
 from services.client.processes import MARK, StartFailed, free_ports, kill_marked, wait_until
 from services.client.ray_head import RayHead
-from services.settings import ClientSettings
+from services.control.stages import source_rules
+from services.errors import Forbidden
+from services.settings import ClientSettings, Settings
+from services.storage import sources
 
 ROOT = Path(__file__).parents[3]
 APPS = Path(__file__).parent / "apps"
@@ -103,6 +110,40 @@ def test_a_port_that_is_taken_is_named(tmp_path) -> None:
             LocalSystem(tmp_path, ports=[port]).__enter__()
     with locked(tmp_path / "lock"):
         pass
+
+
+def test_requests_read_in_the_state_folder_where_the_system_started_and_in_what_is_allowed(
+    tmp_path, monkeypatch
+) -> None:
+    for name in ("state/storage", "work", "more", "other"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in (*PRIVATE[:2], "logs"):
+        (tmp_path / "state" / name).write_text("private")
+    monkeypatch.chdir(tmp_path / "work")
+    for name, value in source_settings(tmp_path / "state", [(tmp_path / "more").as_uri()]).items():
+        monkeypatch.setenv(name, value)
+    settings = Settings(api_key="k", storage_uri="file:///s")
+    sources.hold_to(source_rules(settings))
+    for name in ("state/storage/a", "work/a", "more/a"):
+        sources.check_allowed(str(tmp_path / name))
+    for name in ("other/a", "state/key", "state/dde.db", "state/logs/control.log"):
+        with pytest.raises(Forbidden):
+            sources.check_allowed(str(tmp_path / name))
+
+
+def test_up_passes_on_what_it_is_told_to_allow(tmp_path, monkeypatch) -> None:
+    started = {}
+    monkeypatch.setattr(up, "run_up", lambda console, state, **options: started.update(options))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["up", "--allow", "data", "--allow", "s3://pairs/v1"]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    assert started["allow"] == [(tmp_path / "data").as_uri(), "s3://pairs/v1"]
+
+
+def test_a_setting_of_sources_that_is_no_list_is_named(monkeypatch) -> None:
+    monkeypatch.setenv("DDE_ALLOWED_SOURCES", "/data")
+    with pytest.raises(ValueError, match=r"(?s)allowed_sources.*must be a JSON list, such as"):
+        Settings(api_key="k", storage_uri="file:///s")
 
 
 def test_the_serve_config_gets_port_and_storage_and_serve_takes_it() -> None:

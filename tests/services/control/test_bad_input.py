@@ -81,7 +81,12 @@ TABLE = [
     (
         {"training": {"lora": {"targets": []}}},
         "training.lora.targets",
-        "training.lora.targets: must name at least one module",
+        "training.lora.targets: Tuple should have at least 1 item after validation, not 0",
+    ),
+    (
+        {"training": {"lora": {"targets": [""]}}},
+        "training.lora.targets.0",
+        "training.lora.targets.0: String should have at least 1 character",
     ),
     (
         {"training": {"batch_size": 4, "held_out_pairs": 5}},
@@ -187,6 +192,12 @@ def test_a_body_that_is_no_json_object_is_refused(steady, raw, message):
     refused(steady, JOBS, raw, 400, None, message)
 
 
+def test_a_whole_number_may_have_a_fraction_of_zero_as_in_json_schema(plane):
+    body = json.dumps(plane.job_body(workers=2.0, training={"steps": 2.0, "batch_size": 4}))
+    answer = plane.http.post(JOBS, content=body)
+    assert (answer.json()["workers"], answer.json()["training"]["steps"]) == (2, 2)
+
+
 def test_a_body_beyond_the_limit_is_refused_with_413_declared_or_not(steady):
     refused(
         steady,
@@ -237,14 +248,16 @@ def test_an_unknown_dataset_is_a_404_that_names_it(steady, dataset):
 
 @pytest.mark.parametrize(("prefix", "path"), [("evaluation.", JOBS), ("", "/v1/evaluations")])
 def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(steady, prefix, path):
-    def post(message, **config):
+    def post(message, status=400, **config):
         body = (
             steady.job_body(evaluation=config) if prefix else {"model": "shapes", "base": "shapes", **config}
         )
-        refused(steady, path, body, 400, f"{prefix}{next(iter(config))}", message)
+        refused(steady, path, body, status, f"{prefix}{next(iter(config))}", message)
 
     (steady.root / "binary").write_bytes(b"\xff\xfe\xfd")
-    for uri in (steady.root / "nowhere.txt", steady.root, "gopher://x/y", steady.root / "binary"):
+    nowhere = str(steady.root / "nowhere.txt")
+    post(f"{prefix}prompts_uri: '{nowhere}' does not exist", 404, prompts_uri=nowhere)
+    for uri in (steady.root, "gopher://x/y", steady.root / "binary"):
         post(f"{prefix}prompts_uri: cannot be read, got '{uri}'", prompts_uri=str(uri))
     uri = str(steady.root / "prompts.txt")
     post(
@@ -295,7 +308,7 @@ VALIDATION = [
         "best_metric",
         'needs validation.num_prompts greater than 0, got "taste"',
     ),
-    ({"prompts_uri": "{root}/nowhere.txt"}, {}, "prompts_uri", "cannot be read, got '{root}/nowhere.txt'"),
+    ({"prompts_uri": "{root}/nowhere.txt"}, {}, "prompts_uri", "'{root}/nowhere.txt' does not exist"),
     (
         {"prompts_uri": "{root}/prompts.txt", "num_prompts": 4},
         {},
@@ -337,8 +350,9 @@ def test_a_validation_that_could_not_work_is_refused_before_anything_runs(
         "scorers": other.get("scorers", ["match", "taste"]),
     }
     body = steady.job_body(validation=asked, training=training, evaluation=evaluation)
+    status = 404 if message.endswith("does not exist") else 400
     refused(
-        steady, JOBS, body, 400, f"validation.{field}", f"validation.{field}: {message.format(root=root)}"
+        steady, JOBS, body, status, f"validation.{field}", f"validation.{field}: {message.format(root=root)}"
     )
     assert steady.get(JOBS)["data"] == []
 
@@ -365,12 +379,12 @@ def test_an_evaluation_of_an_unknown_model_or_base_names_which(steady):
 
 
 def test_datasets_that_are_not_there_or_not_parquet_are_refused(steady):
-    def post(uri, message):
-        return refused(steady, "/v1/datasets", {"name": "d", "uri": str(uri)}, 400, "uri", message)
+    def post(uri, message, status=400):
+        return refused(steady, "/v1/datasets", {"name": "d", "uri": str(uri)}, status, "uri", message)
 
     (steady.root / "empty").mkdir()
     (steady.root / "text.parquet").write_text("not parquet at all")
-    post(steady.root / "nowhere", f"uri '{steady.root}/nowhere' does not exist")
+    post(steady.root / "nowhere", f"uri '{steady.root}/nowhere' does not exist", 404)
     post(steady.root / "empty", f"uri '{steady.root}/empty' holds no files")
     post(steady.root / "text.parquet", f"uri '{steady.root}/text.parquet' is a text file")
     post("gopher://x", "uri 'gopher://x' cannot be opened")
@@ -554,17 +568,35 @@ def test_an_id_of_another_kind_is_a_404(plane):
 @pytest.mark.parametrize(
     ("query", "message"),
     [
+        (
+            "&".join(f"metadata[k{number}]=v" for number in range(17)),
+            "metadata: Dictionary should have at most 16 items after validation, not more",
+        ),
+        ("metadata[a]=1&metadata[a]=2", 'metadata[a]: is given twice, got "2"'),
+        ("metadata.a=1", 'metadata: must have the form metadata[key]=value, got "metadata.a"'),
+        (f"metadata[{'k' * 65}]=v", f"metadata.{'k' * 65}.[key]: String should have at most 64 characters"),
         ("limit=0", 'limit: Input should be greater than or equal to 1, got "0"'),
         ("limit=101", 'limit: Input should be less than or equal to 100, got "101"'),
         ("limit=ten", "limit: Input should be a valid integer"),
         ("status=done", "status: Input should be 'validating',"),
-        ("after=x", 'after: no such job, got "x"'),
-        ("after=ajob_" + "0" * 24, "after: no such job"),
-        ("metadata[a]=%00", "metadata[a]: must not contain a NUL character"),
+        ("metadata[a]=%00", "metadata.a: String should match pattern"),
     ],
 )
 def test_bad_queries_are_refused(steady, query, message):
     assert steady.get(f"{JOBS}?{query}", 400)["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize("after", ["x", "ajob_" + "0" * 24, "ds_" + "0" * 24, "%00"])
+def test_a_page_after_an_unknown_id_is_a_404(steady, after):
+    for path in (JOBS, "/v1/datasets", "/v1/models", "/v1/evaluations"):
+        assert steady.get(f"{path}?after={after}", 404)["error"]["param"] == "after"
+
+
+def test_sixteen_metadata_filters_are_as_many_as_a_job_may_have(plane):
+    metadata = {f"k{number}": "v" for number in range(16)}
+    job = plane.job(metadata=metadata)
+    query = "&".join(f"metadata[{key}]={value}" for key, value in metadata.items())
+    assert [found["id"] for found in plane.get(f"{JOBS}?{query}")["data"]] == [job["id"]]
 
 
 def test_text_that_no_database_keeps_is_refused_and_not_looked_up(any_plane):
@@ -580,6 +612,21 @@ def test_unknown_urls_and_methods_have_the_error_body_too(steady):
     assert steady.get("/v1/nothing", 404)["error"]["message"] == "Not Found: GET /v1/nothing"
     answer = steady.http.put("/v1/datasets")
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/datasets", "GET, POST"),
+        ("/v1/datasets/ds_0", "DELETE, GET"),
+        ("/v1/models/shapes", "DELETE, GET"),
+        ("/v1/alignment/jobs/x/cancel", "POST"),
+        ("/healthz", "GET"),
+    ],
+)
+def test_a_405_lists_every_method_of_the_url(steady, path, methods):
+    answer = steady.http.patch(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, methods)
 
 
 def test_an_unexpected_error_is_a_500_without_a_traceback(plane, monkeypatch):

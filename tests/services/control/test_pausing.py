@@ -403,7 +403,7 @@ def test_a_model_that_a_paused_job_needs_is_kept(plane):
     ask(plane, "pause", job)
     plane.launcher.leave(f"{job}-train-a1", 3)
     plane.settle(5)
-    model = plane.get("/v1/models/shapes")["id"]
+    model = plane.get("/v1/models/shapes")["version"]
     answer = plane.http.delete(f"/v1/models/{model}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "in_use")
 

@@ -43,6 +43,24 @@ def test_the_openapi_document_is_printed_without_any_settings_and_every_referenc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_openapi_document_has_every_error_and_the_type_of_every_body():
+    document = json.loads(run("-m", "services.control", "openapi", check=True).stdout)
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            responses = operation["responses"]
+            for status in ("4XX", "5XX"):
+                schema = responses[status]["content"]["application/json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/ErrorView"}, (method, path)
+            assert "null" not in json.dumps(operation.get("parameters", [])), (method, path)
+    ready = document["paths"]["/readyz"]["get"]["responses"]
+    for status in ("200", "503"):
+        reference = ready[status]["content"]["application/json"]["schema"]["$ref"]
+        assert reference == "#/components/schemas/ReadyView"
+    assert list(document["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
+    events = document["paths"]["/v1/alignment/jobs/{job_id}/events"]["get"]["responses"]
+    assert list(events["200"]["content"]) == ["application/json", "text/event-stream"]
+
+
 def _references(text: str) -> set[str]:
     return {part.split('"', 1)[0] for part in text.split("#/components/schemas/")[1:]}
 

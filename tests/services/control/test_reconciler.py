@@ -49,8 +49,8 @@ def test_a_job_goes_through_every_stage_to_a_served_model(any_plane):
 
     record = models.find(plane.settings.storage_uri, "aligned")
     base = plane.get("/v1/models/shapes")
-    assert record.id == ended["aligned_model"] == plane.get("/v1/models/aligned")["id"]
-    assert (record.base, record.job) == (base["id"], job["id"])
+    assert record.id == ended["aligned_model"] == plane.get("/v1/models/aligned")["version"]
+    assert (record.base, record.job) == (base["version"], job["id"])
     assert record.lineage == {"job": job["id"], "dataset": "d1", "base": base["digest"]}
     assert ended["result"]["train"]["model"] == record.model_dump()
 
@@ -423,7 +423,7 @@ def test_a_name_means_the_model_that_got_it_last(any_plane):
     first, second = (plane.job(name="aligned")["id"] for _ in range(2))
     plane.settle(60)
     aligned = [plane.get(f"{JOBS}/{job}")["aligned_model"] for job in (first, second)]
-    current = plane.get("/v1/models/aligned")["id"]
+    current = plane.get("/v1/models/aligned")["version"]
     assert current in aligned
     assert models.find(plane.settings.storage_uri, "aligned").id == current
     assert [plane.get(f"/v1/models/{model}")["current"] for model in aligned].count(True) == 1
@@ -551,6 +551,6 @@ def test_an_aligned_model_can_be_aligned_again(plane):
     plane.settle()
     again = plane.job(model="once", name="twice")
     plane.settle()
-    assert plane.get("/v1/models/twice")["base"] == again["model"] == plane.get("/v1/models/once")["id"]
+    assert plane.get("/v1/models/twice")["base"] == again["model"] == plane.get("/v1/models/once")["version"]
     with plane.database.read() as session:
         assert len(list(session.scalars(select(Model)))) == 3

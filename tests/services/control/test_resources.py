@@ -134,11 +134,41 @@ def test_a_base_model_is_published_for_serve_and_deleted_without_its_files(any_p
     base = plane.get("/v1/models/shapes")
     assert (base["base"], base["job"], base["lineage"], base["current"]) == (None, None, {}, True)
     assert base["digest"] == models.folder_digest(base["uri"])
-    assert models.find(root, "shapes").id == base["id"]
+    assert models.find(root, "shapes").id == base["version"]
     assert plane.http.delete(f"/v1/models/{base['id']}").json()["deleted"] is True
     assert files.list_files(root, recursive=True) == []
     assert files.exists(base["uri"])
     plane.post("/v1/models", {"name": "shapes", "uri": write_base(plane.root / "base")})
+
+
+def test_models_are_listed_as_openais_client_expects(plane):
+    [model] = plane.get("/v1/models")["data"]
+    assert (model["id"], model["object"], model["owned_by"]) == ("shapes", "model", "dde")
+    assert model["created"] == model["created_at"]
+    assert plane.get("/v1/models/shapes") == plane.get(f"/v1/models/{model['version']}") == model
+
+
+def test_an_older_model_of_a_name_is_called_by_its_version(plane):
+    for _ in range(2):
+        plane.job(name="aligned")
+        plane.settle()
+    names = [(model["id"], model["current"]) for model in plane.get("/v1/models")["data"]]
+    old = plane.get("/v1/models")["data"][1]["version"]
+    assert names == [("aligned", True), (old, False), ("shapes", True)]
+    assert plane.get(f"/v1/models/{old}")["id"] == old
+
+
+def test_models_are_listed_and_deleted_by_name_and_by_version(plane):
+    for name in ("one", "two", "three"):
+        plane.post("/v1/models", {"name": name, "uri": str(plane.root / "base")})
+    listed = plane.get("/v1/models?limit=2")
+    assert [model["id"] for model in listed["data"]] == ["three", "two"]
+    for after in ("two", listed["data"][1]["version"]):
+        page = plane.get(f"/v1/models?after={after}")
+        assert [model["id"] for model in page["data"]] == ["one", "shapes"]
+    deleted = plane.http.delete("/v1/models/two").json()
+    assert deleted == {"id": "two", "object": "model", "deleted": True}
+    plane.get("/v1/models/two", 404)
 
 
 def test_a_model_in_use_is_not_deleted_and_an_aligned_one_loses_its_weights(plane):
@@ -168,7 +198,7 @@ def test_an_answer_repeats_the_request_with_every_default(plane):
     assert job["objective"]["method"] == "dde"
     assert (job["training"]["steps"], job["training"]["max_grad_norm"], job["workers"]) == (2, 1.0, 1)
     assert job["metadata"] == {"team": "a"}
-    assert (job["model"], job["dataset"]) == (plane.get("/v1/models/shapes")["id"], plane.dataset["id"])
+    assert (job["model"], job["dataset"]) == (plane.get("/v1/models/shapes")["version"], plane.dataset["id"])
 
 
 def test_lists_are_newest_first_in_pages(any_plane):

@@ -236,7 +236,7 @@ def test_the_time_for_which_a_job_had_failed_is_none_of_a_stages_seconds(plane):
 
 def test_a_job_whose_model_was_deleted_since_it_failed_is_refused(plane):
     job = failed_at(plane, "train")
-    model = plane.get("/v1/models/shapes")["id"]
+    model = plane.get("/v1/models/shapes")["version"]
     assert plane.http.delete(f"/v1/models/{model}").status_code == 200
     assert refusal(plane, job) == (
         f"job {job} cannot resume: its model {model} was deleted",
@@ -273,7 +273,7 @@ def test_a_dataset_that_was_deleted_since_is_missed_only_while_it_is_encoded(pla
 
 def test_a_job_whose_name_a_base_model_got_since_is_refused(plane):
     job = failed_at(plane, "train", name="aligned")
-    base = plane.post("/v1/models", {"name": "aligned", "uri": write_base(plane.root / "second")})["id"]
+    base = plane.post("/v1/models", {"name": "aligned", "uri": write_base(plane.root / "second")})["version"]
     message = f"job {job} cannot resume: its name 'aligned' belongs to the base model {base}"
     assert refusal(plane, job) == (message, "name_taken")
 
@@ -281,7 +281,7 @@ def test_a_job_whose_name_a_base_model_got_since_is_refused(plane):
 def test_what_a_resumed_job_needs_is_kept_and_its_name_is_taken_again(plane):
     job = failed_at(plane, "train", name="aligned")
     resume(plane, job)
-    model, dataset = plane.get("/v1/models/shapes")["id"], plane.get(f"{JOBS}/{job}")["dataset"]
+    model, dataset = plane.get("/v1/models/shapes")["version"], plane.get(f"{JOBS}/{job}")["dataset"]
     for path in (f"/v1/models/{model}", f"/v1/datasets/{dataset}"):
         assert plane.http.delete(path).json()["error"]["code"] == "in_use"
     taken = plane.error("/v1/models", {"name": "aligned", "uri": write_base(plane.root / "second")})

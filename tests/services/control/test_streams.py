@@ -25,9 +25,10 @@ IMAGE = {"model": "shapes", "prompt": "a red star"}
 
 
 @contextmanager
-def listening(app):
-    """The app's address on a free port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
+def listening(app, **options):
+    """The app's address on a free port. ``options`` are uvicorn's."""
+    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1, **options)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

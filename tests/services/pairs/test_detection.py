@@ -17,7 +17,7 @@ import pyarrow.feather
 import pytest
 
 from services.api.requests import DatasetSource
-from services.errors import BadRequest
+from services.errors import BadRequest, NotFound, ServiceError
 from services.pairs.source import Source, open_source
 from services.pairs.splits import split_of_name
 from services.pairs.validation import inspect, validate
@@ -42,8 +42,8 @@ def opened(uri: Path | str, split: str | None = None, **columns: str) -> Source:
     return open_source(DatasetSource(uri=files.as_uri(uri), columns=columns, split=split))  # type: ignore[arg-type]
 
 
-def refused(uri: Path | str, split: str | None = None, **columns: str) -> BadRequest:
-    with pytest.raises(BadRequest) as error:
+def refused(uri: Path | str, split: str | None = None, **columns: str) -> ServiceError:
+    with pytest.raises((BadRequest, NotFound)) as error:
         inspect(opened(uri, split, **columns))
     return error.value
 
@@ -331,7 +331,7 @@ def test_a_folder_without_rows_is_refused_with_what_it_holds(tmp_path):
 def test_what_is_no_regular_file_is_refused_or_passed_over_and_never_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for uri in (tmp_path / "pipe", Path("/dev/zero")):
-        assert refused(uri).code == "no_file"
+        assert refused(uri).code == "not_a_file"
     (tmp_path / "pipe").unlink()
     for name in ("README.md", "state.json", "dataset_dict.json", "metadata.csv", "a.parquet"):
         os.mkfifo(tmp_path / name)
@@ -343,6 +343,9 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     write_lines(tmp_path / "pairs.jsonl", [PAIR])
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).touch()
     assert refused(tmp_path).code == "name_not_utf8"
+    folder = win_lose(tmp_path / "data")
+    Path(os.fsdecode(os.fsencode(folder / "win") + b"/\xff.png")).touch()
+    assert refused(folder).code == "name_not_utf8"
 
 
 def test_a_broken_description_of_a_folder_is_no_crash(tmp_path):

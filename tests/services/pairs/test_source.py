@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from services.api.requests import DatasetSource
-from services.errors import BadRequest
+from services.errors import BadRequest, NotFound, ServiceError
 from services.pairs import path_based
 from services.pairs.images import MAX_FILE_BYTES, BadImage
 from services.pairs.row import Row
@@ -57,8 +57,8 @@ def content_of(source: Source) -> list[tuple]:
     return found
 
 
-def refused(uri: Path | str, **columns: str) -> BadRequest:
-    with pytest.raises(BadRequest) as error:
+def refused(uri: Path | str, **columns: str) -> ServiceError:
+    with pytest.raises((BadRequest, NotFound)) as error:
         rows_of(opened(uri, **columns))
     return error.value
 
@@ -582,6 +582,9 @@ def peak_bytes(uri: Path, with_images: bool) -> tuple[int, int]:
 import tracemalloc, pyarrow
 from services.api.requests import DatasetSource
 from services.pairs.source import open_source
+from services.storage import sources
+from tests.support.open_sources import EVERYWHERE
+sources.hold_to(EVERYWHERE)
 source = open_source(DatasetSource(uri={str(uri)!r}))
 tracemalloc.start()
 rows = sum(1 for unit in source.units() for row in source.rows(unit, with_images={with_images}))

@@ -1,0 +1,68 @@
+"""Threads for requests that read sources, apart from those that answer all others.
+
+However slow a disk, a bucket or a dataset is, it holds a few threads of one route, for a limited time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import copy_context
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from services.errors import Unavailable
+from services.storage import sources
+
+THREADS = 8
+"""Of each route. Requests beyond them wait for at most ``WAIT_S``."""
+WAIT_S = 30.0
+READ_S = 60.0
+"""The time to read prompts, the configs of a base model, or a sample of pairs."""
+REGISTER_S = 3600.0
+"""The time to register a dataset or a model, which reads all of it."""
+GRACE_S = 5.0
+"""How long a call may take to notice that its time is over; its thread is then left to itself."""
+
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+
+
+def reads_sources(
+    seconds: float,
+) -> Callable[[Callable[Arguments, Answer]], Callable[Arguments, Awaitable[Answer]]]:
+    """Run an endpoint on threads of its own, each call for at most ``seconds``.
+
+    It then raises BadRequest for a call that takes longer, and Unavailable where no thread gets free.
+    """
+
+    def decorate(endpoint: Callable[Arguments, Answer]) -> Callable[Arguments, Awaitable[Answer]]:
+        pool = ThreadPoolExecutor(THREADS, thread_name_prefix=endpoint.__name__)
+
+        @wraps(endpoint)
+        async def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+            loop = asyncio.get_running_loop()
+            begun = asyncio.Event()
+
+            def limited() -> Answer:
+                loop.call_soon_threadsafe(begun.set)
+                with sources.time_limit(seconds):
+                    return endpoint(*args, **kwargs)
+
+            call = pool.submit(copy_context().run, limited)
+            answer = asyncio.wrap_future(call)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(begun.wait(), WAIT_S)
+            if call.cancel():
+                raise Unavailable("too many requests are reading sources; try again later")
+            await asyncio.wait([answer], timeout=seconds + GRACE_S)
+            if not answer.done():
+                answer.cancel()
+                raise sources.too_slow(seconds)
+            return answer.result()
+
+        return run
+
+    return decorate

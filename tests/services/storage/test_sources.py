@@ -1,0 +1,181 @@
+"""Only what the rules allow is opened: regular files, folders and objects, within size, number and time."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from services.errors import BadRequest, Forbidden, NotFound, ServiceError
+from services.storage import files, sources
+from services.storage.sources import SourceRules
+
+
+@pytest.fixture
+def allowed(tmp_path: Path) -> Path:
+    """A folder that this process is held to, beside one that it may not open."""
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "file.txt").write_text("secret")
+    folder = tmp_path / "allowed"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "file.txt").write_text("open")
+    sources.hold_to(SourceRules((str(folder), "s3://bucket/pairs"), (str(folder / "key"),)))
+    return folder
+
+
+def refusal(uri: str | Path) -> ServiceError:
+    with pytest.raises(ServiceError) as caught:
+        sources.read_bytes(str(uri), 1000)
+    assert "secret" not in caught.value.message.replace(str(uri), "")
+    return caught.value
+
+
+def test_a_process_that_is_held_to_nothing_opens_what_the_package_ships_and_nothing_else(tmp_path: Path):
+    sources.hold_to(SourceRules())
+    (tmp_path / "a.txt").write_text("x")
+    assert isinstance(refusal(tmp_path / "a.txt"), Forbidden)
+    assert sources.list_files(sources.BUILT_IN)
+
+
+def test_a_file_inside_is_read_by_path_and_by_uri(allowed: Path):
+    file = allowed / "inner" / "file.txt"
+    for uri in (str(file), file.as_uri(), f"{allowed}/inner/../inner/file.txt"):
+        assert sources.read_bytes(uri, 1000) == b"open"
+
+
+@pytest.mark.parametrize(
+    "outside",
+    [
+        "/etc/passwd",
+        "/proc/self/environ",
+        "/dev/zero",
+        "relative.txt",
+        "{folder}/../secret/file.txt",
+        "file://{folder}/%2e%2e/secret/file.txt",
+        "{folder}-other/file.txt",
+        "{folder}/key",
+        "{folder}/key/deeper",
+        "s3://bucket",
+        "s3://bucket/pairs-of-others/x",
+        "s3://other/pairs/x",
+    ],
+)
+def test_what_is_outside_is_forbidden_whether_it_exists_or_not(allowed: Path, outside: str):
+    (allowed / "key").write_text("secret")
+    error = refusal(outside.format(folder=allowed))
+    assert (type(error), error.code) == (Forbidden, "source_not_allowed")
+    assert "DDE_ALLOWED_SOURCES" in error.message
+
+
+def test_a_link_is_followed_before_it_is_checked(allowed: Path, tmp_path: Path):
+    (allowed / "file").symlink_to(tmp_path / "secret" / "file.txt")
+    (allowed / "folder").symlink_to(tmp_path / "secret")
+    (allowed / "own").symlink_to(allowed / "inner" / "file.txt")
+    for name in ("file", "folder/file.txt"):
+        assert refusal(allowed / name).code == "source_not_allowed"
+    assert sources.read_bytes(str(allowed / "own"), 1000) == b"open"
+    assert "folder/file.txt" not in sources.list_files(str(allowed))
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/pairs", "s3://bucket/pairs/", "s3://bucket/pairs/a%20b/c"])
+def test_objects_below_an_allowed_prefix_are_allowed(allowed: Path, uri: str):
+    sources.check_allowed(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("file:///a%00b", "null byte"),
+        ("file://host/x", "hostname"),
+        ("gopher://x", "file:// or s3://"),
+        ("s3://bucket/pairs/../other", "'..'"),
+    ],
+)
+def test_an_unusable_uri_is_the_callers_mistake(allowed: Path, uri: str, why: str):
+    error = refusal(uri)
+    assert isinstance(error, BadRequest)
+    assert why in error.message
+
+
+def test_the_home_of_an_unknown_user_does_not_exist(allowed: Path):
+    error = refusal("~nosuchuser/x")
+    assert (type(error), error.message) == (
+        NotFound,
+        "uri '~nosuchuser/x' does not exist: no such user",
+    )
+
+
+def test_a_pipe_a_device_and_a_circle_of_links_are_refused_without_being_opened(allowed: Path):
+    os.mkfifo(allowed / "pipe")
+    (allowed / "link").symlink_to(allowed / "pipe")
+    (allowed / "circle").symlink_to(allowed / "circle")
+    for name in ("pipe", "link"):
+        assert refusal(allowed / name).code == "not_a_file"
+    assert isinstance(refusal(allowed / "circle"), BadRequest)
+    sources.hold_to(SourceRules(("/dev",)))
+    assert refusal("/dev/zero").code == "not_a_file"
+
+
+def test_a_file_is_read_up_to_a_size_and_no_further(allowed: Path):
+    (allowed / "long").write_bytes(b"x" * 1001)
+    assert refusal(allowed / "long").code == "source_too_large"
+    sources.hold_to(SourceRules(("/proc/self",)))  # files that report a size of 0
+    with pytest.raises(BadRequest, match="longer than 10 bytes"):
+        sources.read_bytes("/proc/self/maps", 10)
+
+
+def test_a_folder_of_too_many_files_is_refused_after_that_many(allowed: Path):
+    for number in range(20):
+        (allowed / f"{number}.txt").touch()
+    with pytest.raises(BadRequest, match="more than 10 entries"):
+        sources.list_files(str(allowed), max_files=10)
+
+
+def test_links_that_lead_back_up_are_not_followed_again(allowed: Path):
+    for name in ("up", "again"):
+        (allowed / "inner" / name).symlink_to(allowed)
+    assert sources.list_files(str(allowed)) == ["inner/file.txt"]
+
+
+def test_a_folder_elsewhere_is_entered_through_a_link_if_it_is_allowed(allowed: Path, tmp_path: Path):
+    (allowed / "link").symlink_to(tmp_path / "secret")
+    sources.hold_to(SourceRules((str(tmp_path),)))
+    assert sources.list_files(str(allowed)) == ["inner/file.txt", "link/file.txt"]
+
+
+def test_nothing_is_opened_once_the_time_is_over(allowed: Path):
+    uri = str(allowed / "inner" / "file.txt")
+    with sources.time_limit(0.01):
+        time.sleep(0.02)
+        for call in (sources.resolve, sources.open_file, sources.check_folder):
+            with pytest.raises(BadRequest, match=r"within 0\.01 s") as caught:
+                call(uri)
+            assert caught.value.code == "read_timeout"
+    assert sources.read_bytes(uri, 1000) == b"open"
+
+
+def test_a_models_folder_with_one_link_to_the_outside_is_refused(allowed: Path, tmp_path: Path):
+    sources.check_folder(str(allowed))
+    (allowed / "config.json").symlink_to(tmp_path / "secret" / "file.txt")
+    with pytest.raises(Forbidden, match=r"config\.json"):
+        sources.check_folder(str(allowed))
+
+
+def test_a_models_json_file_has_a_size_limit(allowed: Path):
+    with (allowed / "config.json").open("wb") as file:
+        file.truncate(sources.MAX_JSON_BYTES + 1)
+    with pytest.raises(BadRequest, match=r"config\.json' is longer"):
+        sources.check_folder(str(allowed))
+
+
+def test_odd_names_are_allowed_as_any_other(bucket: str):
+    sources.hold_to(SourceRules((bucket,)))
+    uri = files.join(bucket, "a b", "50%25", "Größe")
+    files.write_bytes(uri, b"x")
+    assert sources.read_bytes(uri, 10) == b"x"
+    assert sources.list_files(bucket) == ["a b/50%25/Größe"]
+    sources.check_folder(bucket)
+    with pytest.raises(Forbidden):
+        sources.read_bytes(f"{bucket}-other/x", 10)
