@@ -216,11 +216,11 @@ def open_source(source: DatasetSource) -> Source:
     """
     try:
         detected = detect(source.uri, source.split)
-    except UnicodeDecodeError as error:  # pyarrow lists files by text
+        reader = detected.reader
+        file_columns = reader.columns()
+    except UnicodeError as error:  # pyarrow's paths are text
         message = f"uri {source.uri!r} holds a file whose name is not UTF-8: rename it"
         raise BadRequest(message, param="uri", code="name_not_utf8") from error
-    reader = detected.reader
-    file_columns = reader.columns()
     layout = _published_layout(file_columns, source.columns)
     shape, columns = choose_columns(source.uri, file_columns, layout or source.columns)
     check_types(source.uri, file_columns, columns)
@@ -261,7 +261,8 @@ def _image_folder(uri: str, reader: Reader, layout: ColumnMap) -> str:
     stem = posixpath.basename(unit.file or uri).partition(".")[0]
     filesystem, path = files.resolve(files.join(uri, unit.file) if unit.file else uri)
     for folder in (form.format(stem) for form in IMAGE_FOLDERS if "\0" not in image):
-        if filesystem.get_file_info(posixpath.join(posixpath.dirname(path), folder, image)).is_file:
+        inside = _inside(posixpath.dirname(path), posixpath.join(posixpath.dirname(path), folder, image))
+        if inside is not None and filesystem.get_file_info(inside).is_file:
             return folder
     return ""
 

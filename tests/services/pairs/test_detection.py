@@ -343,6 +343,9 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     write_lines(tmp_path / "pairs.jsonl", [PAIR])
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).touch()
     assert refused(tmp_path).code == "name_not_utf8"
+    folder = win_lose(tmp_path / "data")
+    Path(os.fsdecode(os.fsencode(folder / "win") + b"/\xff.png")).touch()
+    assert refused(folder).code == "name_not_utf8"
 
 
 def test_a_broken_description_of_a_folder_is_no_crash(tmp_path):
