@@ -268,7 +268,8 @@ class _Examiner:
             first, pixels = self._seen.setdefault(uid, (row.key, decoded.pixels))
             if differ(pixels, decoded.pixels):
                 place = f"another image than in row {self._source.row_name(first)}"
-                detail = f"{uid_column(self._source, slot)} {uid!r} names {place}"
+                column = uid_column(self._source, slot)
+                detail = f"{column} {uid!r} names {place}; {column}= leaves it out"
                 return "uid_conflict", detail, images
         return "", "", images
 

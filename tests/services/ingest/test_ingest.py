@@ -307,6 +307,7 @@ def test_bad_rows_and_bad_images_are_quarantined_by_row_and_cause(encode: Encode
     assert {row: line["cause"] for row, line in quarantined.items()} == {
         "0": "caption_null_byte", "3": "image_not_an_image", "4": "image_not_an_image"
     }  # fmt: skip
+    assert quarantined["0"]["detail"] == "caption = 'x\\x00y'"
     assert quarantined["4"]["pictures"] == {rows[3]["image_0_uid"]: "image_not_an_image"}
     assert result.bad == {"caption_null_byte": 1, "image_not_an_image": 2}
     assert result.counts["pairs"] == 18 - 3

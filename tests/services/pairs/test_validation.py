@@ -285,7 +285,7 @@ def test_a_uid_of_different_images_is_refused_and_counted_in_a_sample(tmp_path):
     assert (report.bad["uid_conflict"].count, report.sampled["decided"]) == (7, 1)
     assert (
         report.bad["uid_conflict"].examples[0].detail
-        == "image_0_uid '0' names another image than in row a.parquet:0:0"
+        == "image_0_uid '0' names another image than in row a.parquet:0:0; image_0_uid= leaves it out"
     )
 
 
