@@ -100,7 +100,7 @@ def checkpoint_row(checkpoint: CheckpointView) -> tuple[object, ...]:
 
 def counts_line(counts: DatasetCounts) -> str:
     """A dataset's counts in one line."""
-    remarks = ", ".join(remark for count, remark in _remarks(counts) if count)
+    remarks = "; ".join(remark for count, remark in _remarks(counts) if count)
     pairs = f"{counts.pairs} pairs ({remarks})" if remarks else f"{counts.pairs} pairs"
     line = f"{counts.rows} rows: {pairs}, {counts.ties} ties, {counts.missing} without a label"
     if not counts.bad:
@@ -117,7 +117,7 @@ def example_line(example: DecidedExample) -> str:
 def _remarks(pairs: PairCounts) -> list[tuple[int | None, str]]:
     """Counts of pairs with their meaning."""
     counts = {
-        "soft (trained on as whole unless objective.label is soft)": pairs.soft,
+        "soft, trained on as 1 and 0 unless objective.label is soft": pairs.soft,
         "duplicate": pairs.duplicates,
         "contradicted": pairs.contradicting,
         "with a caption beyond CLIP's 77 tokens": pairs.long_captions,
@@ -137,7 +137,7 @@ def print_report(console: Console, report: DatasetReport) -> None:
         "columns not read": ", ".join(report.columns_not_read) or "-",
         **_about_files(report),
         "sample": ", ".join(f"{count} {kind}" for kind, count in report.sampled.items()),
-        "pairs": f"{report.pairs.pairs}: " + ", ".join(remark for _, remark in _remarks(report.pairs)),
+        "pairs": f"{report.pairs.pairs}: " + "; ".join(remark for _, remark in _remarks(report.pairs)),
         "transparent": f"{images.transparent} of {images.count} images" if images else "none was read",
         "shorter sides, px": f"{sizes} (smallest / median / largest)",
         "for example": example_line(report.example) if report.example else "no row is decided",

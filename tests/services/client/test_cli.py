@@ -320,7 +320,7 @@ def test_the_line_of_a_registered_dataset_names_what_is_odd_about_its_pairs_and_
     assert counts_line(counts.model_copy(update=none_odd)) == plain
     odd = counts.model_copy(update=none_odd | {"duplicates": 2, "long_captions": 5})
     assert counts_line(odd) == plain.replace(
-        "7 pairs", "7 pairs (2 duplicate, 5 with a caption beyond CLIP's 77 tokens)"
+        "7 pairs", "7 pairs (2 duplicate; 5 with a caption beyond CLIP's 77 tokens)"
     )
 
 
@@ -342,8 +342,8 @@ def test_a_report_on_a_dataset_shows_columns_rows_and_bad_rows(server, dde) -> N
         ["sample", "256 rows, 200 decided, 50 tie, 0 missing, 6 bad"],
         [
             "pairs",
-            "200: 90 soft (trained on as whole unless objective.label is soft), 3 duplicate, 4 contradicted, "
-            "0 with a caption beyond CLIP's 77 tokens",
+            "200: 90 soft, trained on as 1 and 0 unless objective.label is soft; 3 duplicate; "
+            "4 contradicted; 0 with a caption beyond CLIP's 77 tokens",
         ],
         ["transparent", "7 of 400 images"],
         ["shorter sides, px", "512 / 768 / 1024 (smallest / median / largest)"],

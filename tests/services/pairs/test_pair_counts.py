@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import CLIPTokenizer
 
 from dde_core.models.folder import ModelFolder
 from dde_core.models.tokens import are_cut
@@ -66,15 +67,19 @@ def test_a_caption_is_beyond_clip_if_its_words_digits_and_punctuation_are_more_t
 LETTERS = "aB1 2'’_-.,é\u0301ü漢½Ⅷ\u2028\u00a0\x0c\u200d🙂🏽sSreELl<|>"
 
 
-@given(st.text(LETTERS, min_size=150, max_size=400))
-def test_whatever_is_beyond_clip_has_more_than_77_tokens(caption):
-    tokenizer = ModelFolder(MODEL_DIR).tokenizers()[0]
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return ModelFolder(MODEL_DIR).tokenizers()[0]
+
+
+@settings(deadline=None)
+@given(caption=st.text(LETTERS, min_size=150, max_size=400))
+def test_whatever_is_beyond_clip_has_more_than_77_tokens(tokenizer, caption):
     tokens = len(tokenizer(caption, truncation=False, verbose=False).input_ids)
     assert tokens > 77 or not is_beyond_clip(caption)
 
 
-def test_a_caption_is_cut_where_its_tokens_and_the_two_around_it_exceed_the_length():
-    tokenizer = ModelFolder(MODEL_DIR).tokenizers()[0]
+def test_a_caption_is_cut_where_its_tokens_and_the_two_around_it_exceed_the_length(tokenizer):
     room = tokenizer.model_max_length - 2
     captions = ["red " * room, "red " * (room + 1), "", "red"]
     assert are_cut([tokenizer], captions).tolist() == [False, True, False, False]
