@@ -13,6 +13,7 @@ import pytest
 
 from services.client.local import LocalSystem
 
+ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 HOOKS = "tests.support.schemathesis_hooks"
 EXAMPLES = 60
@@ -29,7 +30,8 @@ def test_schemathesis_finds_nothing_with_every_check(tmp_path: Path):
             *("--checks", "all", "--phases", "examples,coverage,fuzzing,stateful"),
             *("--max-examples", str(EXAMPLES), "--continue-on-failure"),
         ]
-        env = {**os.environ, "SCHEMATHESIS_HOOKS": HOOKS}
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "SCHEMATHESIS_HOOKS": HOOKS, "PYTHONPATH": path}
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     print(done.stdout[done.stdout.rfind("SUMMARY") :])
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2000:]

@@ -445,7 +445,7 @@ def test_columns_that_cannot_be_mapped_are_refused(steady, path):
 
 
 def test_what_cannot_be_registered_cannot_be_validated_either(steady):
-    refused(steady, "/v1/datasets/validate", {"uri": str(steady.root / "nowhere")}, 400, "uri", "uri '")
+    refused(steady, "/v1/datasets/validate", {"uri": str(steady.root / "nowhere")}, 404, "uri", "uri '")
     refused(
         steady,
         "/v1/datasets/validate",

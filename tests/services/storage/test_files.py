@@ -11,10 +11,12 @@ from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
 from dde_core.errors import ConfigError
+from dde_core.shapes import MODEL_DIR
 from services.api.records import EncodeResult, ModelRecord
 from services.api.requests import DatasetSource
 from services.artifacts import models
-from services.errors import BadRequest, NotFound
+from services.artifacts.prompts import read_prompts
+from services.errors import BadRequest, Forbidden, NotFound
 from services.stages import layout
 from services.stages.journal import Journal, read_journal
 from services.stages.runner import failure_of, root_cause, run_stage
@@ -169,7 +171,8 @@ def test_a_writer_continues_after_the_files_of_later_writers_and_overwrites_none
 
 
 def spec(folder: Path) -> EncodeSpec:
-    model = ModelRecord(id="m", name="m", uri="x", family="sd15", digest="d", created_at=0)
+    uri = MODEL_DIR.as_uri()
+    model = ModelRecord(id="m", name="m", uri=uri, family="sd15", digest="d", created_at=0)
     source = DatasetSource(uri="u")
     return EncodeSpec(
         job="j", attempt=1, prefix=folder.as_uri(), source=source, source_digest="d", model=model, output="o"
@@ -207,6 +210,30 @@ def test_a_stage_that_fails_writes_the_reason_with_the_field_and_raises(prefix: 
         message="beta must be greater than 0, got -1", code="config_error", param="beta"
     )
     assert not (prefix / "done.json").exists()
+
+
+def test_a_stage_opens_no_source_outside_of_the_rules_in_its_spec(tmp_path: Path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+    given = spec(tmp_path)
+    outside = given.model.model_copy(update={"uri": (tmp_path / "base").as_uri()})
+    aligned = outside.model_copy(update={"job": "ajob_1"})
+    uri = files.join(tmp_path.as_uri(), "spec.json")
+    monkeypatch.setattr(sys, "argv", ["stage", "--spec", uri])
+
+    def work(received: EncodeSpec, journal: Journal) -> EncodeResult:
+        read_prompts(str(tmp_path / "prompts.txt"), 2)
+        raise AssertionError("read")
+
+    for model in (outside, aligned):
+        for marker in tmp_path.glob("*.json"):
+            marker.unlink()
+        files.write_json(uri, given.model_copy(update={"model": model}).model_dump(mode="json"))
+        with pytest.raises(Forbidden):
+            run_stage(EncodeSpec, work)
+        failure = json.loads((tmp_path / "failed.json").read_text())
+        assert failure["code"] == "source_not_allowed"
+        assert ("base" if model is outside else "prompts.txt") in failure["message"]
 
 
 def test_our_error_is_found_inside_rays_wrappers():
