@@ -23,11 +23,13 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {
     "parquet": (".parquet", ".parq"),
     "jsonl": (".jsonl", ".ndjson"),
     "arrow": (".arrow",),
-    "json": (".json",),
     "csv": (".csv", ".tsv"),
     "tar": (".tar", ".tgz"),
+    "json": (".json",),
 }
-"""Suffixes of each format's files, in the order in which a folder is searched for them."""
+"""Suffixes of each format's files, in the order in which a folder is searched for them: many tools describe
+images and datasets in .json files.
+"""
 COMPRESSED = (".gz", ".zst", ".bz2")
 _UNPACK = "unpack it and name the folder"
 _ONE_IMAGE = "one image; name the folder that holds win and lose, or a file of rows that names the images"

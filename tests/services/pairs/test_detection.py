@@ -304,6 +304,14 @@ def test_a_file_that_cannot_be_read_is_named_with_what_can_and_what_to_do(name, 
     assert expected.removeprefix("is ") in str(refused(tmp_path))  # also where the folder is named
 
 
+def test_json_files_that_describe_images_are_not_taken_for_rows(tmp_path):
+    csv_file(tmp_path, "chosen,rejected,caption\na.png,b.png,x\n")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text('{"prompt": "x", "seed": 1}')
+    source = opened(tmp_path)
+    assert (source.format, source.files_not_read) == ("csv", {".json": 2})
+
+
 def test_a_file_is_read_by_its_content_whatever_its_name(tmp_path):
     write_pairs(tmp_path / "pairs.data", ROWS)
     write_lines(tmp_path / "lines.json", [PAIR])
