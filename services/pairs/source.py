@@ -59,8 +59,9 @@ IMAGE_FOLDERS = ("", "{}", "{}_images")
 """Where the images of a published `train.json` may be: beside it, in `train/`, or in `train_images/`."""
 _NO_FILE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 _NO_FILE_S3_ERRORS = ("ACCESS_DENIED", "NO_SUCH_BUCKET")
-_ORDER = re.compile(r"rank|score|prefer|rating|label|vote|reward|order", re.IGNORECASE)
-"""Names of columns that may say which image of a ranking is better."""
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_ORDER = ("rank", "score", "prefer", "rating", "label", "vote", "reward", "order")
+"""How a word begins in the name of a column that may say which image of a ranking is better."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,10 @@ def choose_columns(uri: str, file_columns: FileColumns, mapped: ColumnMap) -> tu
 def _check_no_order(uri: str, file_columns: FileColumns, columns: ColumnMap) -> None:
     """Refuse a column that may order the images, where the list itself would be taken as best first."""
     others = file_columns.keys() - columns.values() - set(get_args(Column))
-    found = min(filter(_ORDER.search, others), default="")
+    ordering = [
+        name for name in others if any(word.lower().startswith(_ORDER) for word in _WORDS.findall(name))
+    ]
+    found = min(ordering, default="")
     if found:
         message = (
             f"uri {uri!r} has a column {found!r} that may say which image is better: map it with "

@@ -402,6 +402,24 @@ def test_a_column_that_may_order_a_rankings_images_is_not_ignored(tmp_path):
         assert row_read.preferences[0].winner == winner
 
 
+@pytest.mark.parametrize(
+    ("name", "may_order"),
+    [
+        ("rank", True),
+        ("humanPreference", True),
+        ("overall_rating", True),
+        ("border_color", False),
+        ("id", False),
+    ],
+)
+def test_a_column_may_order_images_if_a_word_of_its_name_says_so(name, may_order, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"images": ["a", "b"], name: 1, "caption": "x"}])
+    if may_order:
+        assert refused(path).code == "order_unclear"
+    else:
+        assert inspect(opened(path))[0].pairs == 1
+
+
 def test_a_required_column_that_is_left_out_is_missing(tmp_path):
     assert refused(write_lines(tmp_path / "a.jsonl", [PAIR]), caption="").code == "missing_columns"
 
