@@ -11,9 +11,11 @@ import pkgutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadFileScheduling
 
 import tests.support.typechecker
 
@@ -32,6 +34,18 @@ from tests.support.s3_server import BUCKET, S3Server, serve_s3
 os.environ.update(
     HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
 )
+
+
+class FileByFile(LoadFileScheduling):
+    """A file runs in one process, and all files of tests/e2e in the same one, for they share a system."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = super()._split_scope(nodeid)
+        return "tests/e2e" if path.startswith("tests/e2e/") else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileByFile:
+    return FileByFile(config, log)
 
 
 @pytest.fixture(scope="session")
