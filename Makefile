@@ -21,8 +21,8 @@ demo: .venv/installed   ## the main job, end to end, then everything is shut dow
 up: .venv/installed     ## the same system, left running until Ctrl-C
 	$(BIN)/dde up
 
-test: .venv/installed   ## everything but the slow tests
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+test: .venv/installed   ## everything but the slow tests, in two processes
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --no-loadscope-reorder $(ARGS)
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -12,9 +12,11 @@ import pkgutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadFileScheduling
 
 import tests.support.typechecker
 
@@ -45,6 +47,18 @@ sources.hold_to(EVERYWHERE)
 def open_sources() -> None:
     """Let this process read sources anywhere, whatever an earlier test held it to."""
     sources.hold_to(EVERYWHERE)
+
+
+class FileByFile(LoadFileScheduling):
+    """A file runs in one process, and all files of tests/e2e in the same one, for they share a system."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = super()._split_scope(nodeid)
+        return "tests/e2e" if path.startswith("tests/e2e/") else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileByFile:
+    return FileByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -176,12 +176,13 @@ def comparison(result: EvaluateResult, base: str, candidate: str) -> Table:
         *("scorer", base, candidate, "difference [95%]", "beat ratio [95%]"),
         title_justify="center",
     )
-    for name in ALL_SCORERS:
-        if name in result.scores:
-            scores = result.scores[name]
-            difference = with_interval(scores.difference, signed=True)
-            beat_ratio = with_interval(scores.beat_ratio)
-            table.add_row(name, f"{scores.base:.3f}", f"{scores.candidate:.3f}", difference, beat_ratio)
+    known = [name for name in ALL_SCORERS if name in result.scores]
+    others = [name for name in result.scores if name not in known]
+    for name in known + others:
+        scores = result.scores[name]
+        difference = with_interval(scores.difference, signed=True)
+        beat_ratio = with_interval(scores.beat_ratio)
+        table.add_row(name, f"{scores.base:.3f}", f"{scores.candidate:.3f}", difference, beat_ratio)
     return table
 
 

@@ -13,7 +13,7 @@ from dde_core.calibration import NAMES, Calibration
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
 from dde_core.methods import METHODS
-from dde_core.objectives import importance
+from dde_core.objectives import OBJECTIVES, importance, uniform_density
 from dde_core.schedule import add_noise
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
 from tests.support.tiny_unet import TEXT_WIDTH, tiny_unet
@@ -37,6 +37,12 @@ def pairs(t, losers: bool = True, dtype=torch.float64) -> PairBatch:
             sides[f"{name}_{side}"] = torch.randn(len(t), 4, 8, 8, generator=generator, dtype=dtype)
     ids = tuple(f"pair-{i}" for i in range(len(t)))
     return PairBatch(pair_ids=ids, t=torch.tensor(t), share=torch.ones(len(t), dtype=dtype), **sides)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_tells_which_methods_draw_t_unevenly(name):
+    """A ledger draws t uniformly: without the flag another density would read errors of other timesteps."""
+    assert METHODS[name].discounted == (OBJECTIVES[name].density is not uniform_density)
 
 
 def turned_round(batch: PairBatch) -> PairBatch:
