@@ -55,7 +55,7 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     began = time.monotonic()
     manifest = Manifest.from_json(files.read_bytes(layout.manifest_uri(spec.dataset)))
     _check(spec, manifest)
-    _log_soft_labels(spec, manifest, journal)
+    log_soft_labels(spec, manifest, journal)
     spec = reference.resolve(spec, journal)
     fence = Fence(spec.run, spec.attempt)
     fence.take()
@@ -89,7 +89,7 @@ def _check(spec: TrainSpec, manifest: Manifest) -> None:
     check_trackers(TrackerSettings())
 
 
-def _log_soft_labels(spec: TrainSpec, manifest: Manifest, journal: Journal) -> None:
+def log_soft_labels(spec: TrainSpec, manifest: Manifest, journal: Journal) -> None:
     """Say what is done with soft labels. Manifests of earlier versions do not count them."""
     soft = manifest.counts.get("soft", 0)
     if not soft or not METHODS[spec.objective.method].has_loser:

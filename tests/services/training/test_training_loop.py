@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from dde_core.models.folder import ModelFolder
 from dde_core.train_step import pair_errors
 from services.api.records import Validated
 from services.stages import layout
+from services.stages.journal import Journal, read_journal
 from services.storage import files
 from services.training import pair_log
+from services.training.train import log_soft_labels
 from services.training.validation.validate import validate
 from services.training.worker import loop
 from tests.support.encoded_pairs import batch_maker, train_here, train_spec, write_encoded
@@ -123,6 +126,29 @@ def test_a_soft_label_trains_on_the_stored_share_and_a_hard_one_on_the_winner(mo
     shares = {label: pair_log.read((tmp_path / label / "run").as_uri()).share for label in found}
     assert shares["hard"] is None
     assert shares["soft"].tolist() == [0.75] * 2 * BATCH
+
+
+@pytest.mark.parametrize(
+    ("method", "label", "soft", "told"),
+    [
+        ("dde", "hard", 5, ("warning", "5 of 16 pairs have a soft label and are trained on as if all")),
+        ("dde", "soft", 5, ("info", "5 of 16 pairs have a soft label: the loss uses the winner's share")),
+        ("dde", "hard", 0, None),
+        ("sft", "hard", 5, None),
+    ],
+)
+def test_a_run_tells_what_is_done_with_soft_labels(model, encoded, tmp_path, method, label, soft, told):
+    spec = train_spec(tmp_path, model, encoded, ObjectiveConfig(method=method, label=label))
+    manifest = LatentReader(fs.LocalFileSystem(), str(encoded)).manifest
+    journal = Journal(spec.prefix)
+    log_soft_labels(spec, replace(manifest, counts={"pairs": 16, "soft": soft}), journal)
+    log_soft_labels(spec, replace(manifest, counts={"pairs": 16}), journal)  # of an earlier version
+    journal.flush()
+    entries = [entry for _, some in read_journal(spec.prefix, 0) for entry in some]
+    assert len(entries) == (told is not None)
+    if told:
+        assert entries[0].level == told[0]
+        assert entries[0].message.startswith(told[1])
 
 
 @pytest.mark.parametrize("method", ["dde", "uniform", "sft"])
