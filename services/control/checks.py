@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from dde_core.errors import DataError
+from dde_core.errors import ConfigError, DataError
+from dde_core.models.configs import check_terminal_weight
 from dde_core.shapes import scorers
 from services.api.records import ModelRecord
 from services.api.requests import AlignmentJobCreate, EvaluationConfig, ValidationConfig, most_workers
@@ -40,13 +41,20 @@ def _check_parallelism(request: AlignmentJobCreate) -> None:
 
 
 def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:
-    """Refuse timesteps beyond the base's schedule, and LoRA targets that its U-Net does not have."""
-    num_timesteps = models.num_train_timesteps(base)
+    """Refuse timesteps beyond the base's schedule or of infinite weight, and LoRA targets that its U-Net does
+    not have."""
+    scheduler = models.scheduler_config((base.adapter_of or base).uri)
+    num_timesteps = int(scheduler["num_train_timesteps"])
     for field in ("t_min", "t_max", "calibration_bins"):
         value = getattr(request.objective, field)
         if value > num_timesteps:
             why = f"must be at most the {num_timesteps} timesteps of {base.name}"
             _refuse(f"objective.{field}", why, value)
+    if scheduler.get("rescale_betas_zero_snr"):
+        try:
+            check_terminal_weight(request.objective, num_timesteps)
+        except ConfigError as error:
+            _refuse(f"objective.{error.field}", error.reason, error.value)
     lora = request.training.lora
     if lora is None:
         return

@@ -459,12 +459,13 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     base = write_base(plane.root / "base")
     post("family", "family: Input should be 'sd15' or 'sdxl', got \"flux\"", family="flux")
     post("family", f"family: model_index.json of '{base}' says 'sd15', got 'sdxl'", family="sdxl")
-    (plane.root / "base" / "unet" / "model.safetensors").unlink()
-    post("uri", f"uri '{base}' lacks unet/*.safetensors")
+    weights = plane.root / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    post("uri", f"uri '{base}' cannot be aligned: unet lacks unet/diffusion_pytorch_model.safetensors")
     write_base(plane.root / "base")
     post(
         "uri",
-        f"uri '{plane.root}' is not a diffusers folder that can be aligned: model_index.json cannot be read",
+        f"uri '{plane.root}' is not a diffusers folder that can be aligned: it has no model_index.json",
         uri=str(plane.root),
     )
     other_kind = plane.root / "flux"
@@ -517,9 +518,6 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
         f"uri '{base}' cannot be aligned: unet.addition_embed_type must be None in a sd15 model, "
         "got 'text_time'",
     )
-    (unet / "model.safetensors").rename(unet / "model.fp16.safetensors")
-    post("uri", f"uri '{base}' lacks unet/*.safetensors")
-    (unet / "model.fp16.safetensors").unlink()
     write_base(plane.root / "base")
     post("name", "name: is taken by model_", name="shapes")
     post("name", "name: must not have the form of an id", name="model_" + "a" * 24)
