@@ -63,9 +63,12 @@ class ModelFolder:
         check_unet(self._json("unet", "config.json"), self.family)
         unet: UNet2DConditionModel = self._load(UNet2DConditionModel, "unet")
         if self.adapter:
-            unet.load_lora_adapter(
-                str(self.adapter), prefix="unet", weight_name=LORA_WEIGHTS, local_files_only=True
-            )
+            try:
+                unet.load_lora_adapter(
+                    str(self.adapter), prefix="unet", weight_name=LORA_WEIGHTS, local_files_only=True
+                )
+            except Exception as error:  # the libraries raise whatever their parsers do
+                raise ModelError(f"adapters of {str(self.adapter)!r} cannot be loaded: {error}") from error
             unet.fuse_lora()
             unet.unload_lora()
         return unet.eval()
