@@ -63,13 +63,16 @@ def timesteps(schedule: Schedule, steps: int) -> list[int]:
     trailing   T - k T / steps for k = 0..steps-1, rounded: it begins at T
     linspace   from T to 1 in equal parts, rounded: it begins at T and ends at 1
 
-    Every DDIM step leads T // steps down, whatever the spacing, as in diffusers.
+    Every DDIM step leads T // steps down, whatever the spacing, as in diffusers. Raises ConfigError for more
+    steps than fit, and for a single one of linspace: that would be t = 1 alone.
     """
     T = schedule.T
     path = [1 + k * (T // steps) + schedule.steps_offset for k in reversed(range(steps))]
     if schedule.timestep_spacing == "trailing":
         path = [int(t) for t in np.round(np.arange(T, 0, -T / steps))[:steps]]
     elif schedule.timestep_spacing == "linspace":
+        if steps == 1:
+            raise ConfigError("steps", steps, "must be at least 2 with timestep_spacing linspace")
         path = [1 + int(t) for t in np.linspace(0, T - 1, steps).round()[::-1]]
     if steps > T or path[0] > T:
         raise ConfigError("steps", steps, f"must fit T = {T} with steps_offset = {schedule.steps_offset}")

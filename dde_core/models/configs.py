@@ -97,7 +97,8 @@ def _check_betas(fields: Fields) -> None:
         length = len(trained_betas) if isinstance(trained_betas, list | tuple) else trained_betas
         raise ConfigError("trained_betas", length, f"must hold num_train_timesteps = {timesteps} values")
     for beta in trained_betas:
-        Fields("", {"betas": beta}).number("betas", None, above=0, below=1)
+        if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 < beta < 1:
+            raise ConfigError("betas", beta, "must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

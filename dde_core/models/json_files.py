@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,6 +16,8 @@ MOST = 1_000_000
 MAX_LAYERS = 64
 """Above the number of layers of any block, and of transformers beside one of them."""
 MAX_LEVELS = 16
+GREATEST = 1e30
+"""Above any number of a config."""
 
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
@@ -67,15 +68,17 @@ class Fields:
         return self._values.get(name, default)
 
     def must_be(self, name: str, allowed: object, reason: str = "") -> None:
-        """Refuse any other value; an absent field is allowed."""
-        if not _same(self._values.get(name, allowed), allowed):
+        """Refuse any other value. An absent field is allowed, and null in place of false."""
+        value = self._values.get(name, allowed)
+        is_false = allowed is False and value is None
+        if not is_false and not _same(value, allowed):
             raise self.refusal(name, f"must be {allowed!r}{reason}")
 
     def one_of(self, name: str, default: Any, allowed: Collection[Any]) -> Any:
         """One of several values."""
         value = self._values.get(name, default)
         if not any(_same(value, each) for each in allowed):
-            raise self.refusal(name, f"must be one of {', '.join(map(repr, allowed))}")
+            raise self.refusal(name, f"must be one of {', '.join(map(str, allowed))}")
         return value
 
     def whole(self, name: str, default: int | None, least: int = 1, most: int = MOST) -> int:
@@ -85,17 +88,18 @@ class Fields:
             raise self.refusal(name, f"must be a whole number from {least} to {most}")
         return int(value)
 
-    def number(self, name: str, default: float | None, above: float, below: float = math.inf) -> float:
+    def number(self, name: str, default: float | None, above: float, below: float = GREATEST) -> float:
         """A finite number between two bounds. Without a default the field must be there."""
         value = self._values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < below:
-            bound = f" and less than {below:g}" if below < math.inf else ""
+            bound = f" and less than {below:g}" if below < GREATEST else ""
             raise self.refusal(name, f"must be a number greater than {above:g}{bound}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
-        value = self._values.get(name, default)
+        """True or false; null has the default, as converted checkpoints write it."""
+        value = self._values.get(name)
+        value = default if value is None else value
         if not isinstance(value, bool):
             raise self.refusal(name, "must be true or false")
         return value

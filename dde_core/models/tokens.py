@@ -12,8 +12,8 @@ from transformers import CLIPTokenizer
 from dde_core.errors import ModelError
 from dde_core.family import COMPONENTS, Family
 
-WORDS = ("red", "blue")
-"""Words that a tokenizer must tell apart. One without a vocabulary gives all captions the same ids."""
+WORDS = ("red", "big")
+"""Words that a tokenizer must tell apart. Without a vocabulary all of one length have the same ids."""
 
 
 def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:

@@ -268,7 +268,7 @@ def test_a_tokenizer_without_a_vocabulary_is_an_error(folder: Path, tmp_path: Pa
     for path in (model.path / "tokenizer").iterdir():
         if path.name != "tokenizer_config.json":
             path.unlink()
-    with pytest.raises(ModelError, match=r"tokenizer of .* gives 'red' and 'blue' the same ids"):
+    with pytest.raises(ModelError, match=r"tokenizer of .* gives 'red' and 'big' the same ids"):
         model.tokenizers()
 
 

@@ -94,7 +94,7 @@ def ours(parts, config, sample, **more):
         ),  # ends at t = 1, not 0
         (7, 5.0, {"timestep_spacing": "trailing"}),
         (10, 5.0, {"timestep_spacing": "linspace"}),
-        (1, 5.0, {"timestep_spacing": "linspace"}),
+        (2, 5.0, {"timestep_spacing": "linspace"}),
         (7, 5.0, {"timestep_spacing": "trailing", **ZERO}),
         (6, 5.0, {"timestep_spacing": "linspace", "set_alpha_to_one": True, **ZERO}),
         (10, 5.0, ZERO),
@@ -185,7 +185,7 @@ def test_other_spacings_are_diffusers_at_every_number_of_steps(sd_config, spacin
     config = sd_config | {"timestep_spacing": spacing, "num_train_timesteps": T}
     schedule = Schedule.from_config(config)
     theirs = DDIMScheduler(**config)
-    for steps in range(1, T + 1):
+    for steps in range(1 + (spacing == "linspace"), T + 1):
         theirs.set_timesteps(steps)
         assert timesteps(schedule, steps) == (theirs.timesteps + 1).tolist()[:steps]
     assert timesteps(schedule, T) == list(range(T, 0, -1))
@@ -208,6 +208,9 @@ def test_values_that_are_not_finite_are_no_images(parts, sd_config):
 def test_steps_that_do_not_fit_the_schedule_are_refused(schedule, sd_config):
     with pytest.raises(ConfigError, match="steps must fit T = 1000 with steps_offset = 1, got 1000"):
         timesteps(schedule, 1000)
+    linspace = Schedule.from_config(sd_config | {"timestep_spacing": "linspace"})
+    with pytest.raises(ConfigError, match="steps must be at least 2 with timestep_spacing linspace, got 1"):
+        timesteps(linspace, 1)
     with pytest.raises(ConfigError, match="steps must fit T = 10"):
         timesteps(Schedule.from_config(sd_config | {"num_train_timesteps": 10}), 11)
     assert timesteps(Schedule.from_config(sd_config | {"steps_offset": 0}), 1000) == list(range(1000, 0, -1))

@@ -25,7 +25,7 @@ UNETS: dict[str, dict[str, Any]] = {
     | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
     "SDXL": SDXL,
     "tiny": TINY,
-    "other arithmetic, same tensors": TINY | {"dropout": 0.1, "norm_eps": 1e-6, "upcast_attention": True},
+    "other arithmetic, same tensors": TINY | {"dropout": 0.1, "norm_eps": 1e-6, "upcast_attention": None},
     "without a middle": SD15 | {"mid_block_type": None, "layers_per_block": 1},
     "a middle without attention": SD15 | {"mid_block_type": "UNetMidBlock2D"},
     "layers of each block": SD15 | {"layers_per_block": [1, 3, 2, 1]},

@@ -21,7 +21,7 @@ from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
 T = 1000
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def zero(sd_config) -> Schedule:
     return Schedule.from_config(
         sd_config | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
