@@ -70,7 +70,7 @@ def _object(part: str, name: str, read: Read) -> dict[str, Any] | None:
     return None if data is None else parse_object(data, f"{part}/{name}")
 
 
-def _vocabulary(part: str, read: Read) -> tuple[dict[str, int], list[tuple[str, ...]]]:
+def _vocabulary(part: str, read: Read) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The ids of tokens, and the pairs that are merged, from the files that transformers reads."""
     whole = _object(part, "tokenizer.json", read)
     if whole is not None:
@@ -90,12 +90,13 @@ def _vocabulary(part: str, read: Read) -> tuple[dict[str, int], list[tuple[str, 
     return vocabulary, [_pair(line) for line in lines if line.strip() and not line.startswith("#version")]
 
 
-def _pair(merge: object) -> tuple[str, ...]:
-    first, second = merge.split() if isinstance(merge, str) else merge  # type: ignore[misc]  # or a TypeError
-    return f"{first}", f"{second}"
+def _pair(merge: Any) -> tuple[str, str]:
+    """The tokens of a merge. Raises TypeError or ValueError if it is not one of two."""
+    first, second = merge.split() if isinstance(merge, str) else merge
+    return str(first), str(second)
 
 
-def _check_merges(part: str, vocabulary: Mapping[str, int], merges: list[tuple[str, ...]]) -> None:
+def _check_merges(part: str, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> None:
     """Words must reach different tokens, and every token of several characters must be reached by merges."""
     ends = {vocabulary.get(f"{letter}{END_OF_WORD}") for letter in "abcdefghijklmnopqrstuvwxyz"}
     if len(ends - {None}) < 2:

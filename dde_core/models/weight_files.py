@@ -9,8 +9,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -171,9 +172,10 @@ def parse_header(header: bytes, file_bytes: int, name: str) -> Tensors:
     return ordered
 
 
-def _tensor(entry: Mapping[str, object], data_start: int) -> Tensor:
-    start, end = entry["data_offsets"]  # type: ignore[misc]  # anything else is a TypeError or ValueError
-    shape = tuple(entry["shape"])  # type: ignore[arg-type]
+def _tensor(entry: Any, data_start: int) -> Tensor:
+    """Raises KeyError, TypeError or ValueError for an entry that is none."""
+    start, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
     if not all(isinstance(each, int) and each >= 0 for each in (start, end, *shape)):
         raise ValueError("sizes must be whole numbers")
     return Tensor(str(entry["dtype"]), shape, data_start + start, data_start + end)
