@@ -33,18 +33,13 @@ MAX_HEADER_BYTES = 1 << 24
 """Far above the header of any model of these families. The format allows 100 MB."""
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Types of weights that are loaded as float32."""
-OTHER_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E5M2": 1,
-    "F8_E4M3": 1,
-    "I16": 2,
-    "U16": 2,
-    "I32": 4,
-    "U32": 4,
+_OTHER_TYPES = {
+    1: ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"),
+    2: ("I16", "U16"),
+    4: ("I32", "U32"),
+    8: ("I64", "U64"),
 }
-OTHER_BYTES |= {"I64": 8, "U64": 8}
+OTHER_BYTES = {name: size for size, names in _OTHER_TYPES.items() for name in names}
 """Other types of the format, such as that of position ids."""
 MAX_NAMED = 3
 
@@ -161,9 +156,10 @@ def parse_header(header: bytes, file_bytes: int, name: str) -> Tensors:
     for tensor, found in ordered.items():
         item_bytes = (ITEM_BYTES | OTHER_BYTES).get(found.dtype)
         if item_bytes is None:
-            raise ModelError(f"{name} holds {tensor} as {found.dtype}, which is not supported")
+            reason = f"as {shown(found.dtype)}, which is not supported"
+            raise ModelError(f"{name} holds {_some([tensor])} {reason}")
         if found.start != position or found.end - found.start != item_bytes * math.prod(found.shape):
-            raise ModelError(f"{name} is damaged: the bytes of {tensor} do not fit its header")
+            raise ModelError(f"{name} is damaged: the bytes of {_some([tensor])} do not fit its header")
         position = found.end
     if position > file_bytes:
         raise ModelError(f"{name} is cut off: it has {file_bytes} of {position} bytes")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from dde_core.errors import ConfigError, DataError
+from dde_core.errors import ConfigError, DataError, ModelError
 from dde_core.models.configs import check_terminal_weight
 from dde_core.shapes import scorers
 from services.api.records import ModelRecord
@@ -41,8 +41,16 @@ def _check_parallelism(request: AlignmentJobCreate) -> None:
 
 
 def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:
-    """Refuse timesteps beyond the base's schedule or of infinite weight, and LoRA targets that its U-Net does
-    not have."""
+    """Refuse a base whose files are gone, timesteps beyond its schedule or of infinite weight, and LoRA
+    targets that its U-Net does not have."""
+    try:
+        _check_folder(base, request)
+    except ModelError as error:
+        raise BadRequest(f"model: {base.name} cannot be aligned: {error}", param="model") from error
+
+
+def _check_folder(base: ModelRecord, request: AlignmentJobCreate) -> None:
+    """Raises BadRequest for the request, ModelError for files that have changed since registration."""
     scheduler = models.scheduler_config((base.adapter_of or base).uri)
     num_timesteps = int(scheduler["num_train_timesteps"])
     for field in ("t_min", "t_max", "calibration_bins"):

@@ -159,7 +159,7 @@ def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict:
         (with_header({"a": entry(0, 4, [2])}, b"1234"), "the bytes of a do not fit"),
         (with_header({"a": entry(4, 8, [1])}, b"12345678"), "the bytes of a do not fit"),
         (with_header({"a": entry(0, 4, [1]), "b": entry(0, 4, [1])}, b"1234"), "the bytes of b do not fit"),
-        (with_header({"a": entry(0, 4, [1], "F4")}, b"1234"), "w holds a as F4, which is not supported"),
+        (with_header({"a": entry(0, 4, [1], "F4")}, b"1234"), "w holds a as 'F4', which is not supported"),
     ],
 )
 def test_a_damaged_weight_file_is_refused_by_its_header_and_size(data: bytes, message: str):
