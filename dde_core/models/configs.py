@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from dde_core.config import ObjectiveConfig
@@ -216,16 +217,17 @@ def check_unet(config: Mapping[str, Any], family: Family) -> None:
     for name in ("time_embedding_act_fn", "timestep_post_act"):
         fields.one_of(name, None, (None, *ACTIVATIONS))
     for name, default in (("norm_eps", 1e-5), ("mid_block_scale_factor", 1)):
-        fields.number(name, default, above=0)
-    for name in ("dropout", "freq_shift"):
-        fields.number(name, 0, above=-1)
+        fields.number(name, default, above=0, below=1000)
+    if fields.get("dropout"):
+        fields.number("dropout", 0, above=0, below=1)
+    fields.one_of("freq_shift", 0, (0, 1))
     for name, is_default in (
         ("center_input_sample", False),
         ("flip_sin_to_cos", True),
         ("upcast_attention", False),
     ):
         fields.flag(name, is_default)
-    fields.whole("downsample_padding", 1, least=0)
+    fields.one_of("downsample_padding", 1, (0, 1))
     sample_size(config, family)
 
 
@@ -325,11 +327,23 @@ class AutoencoderFields:
         )
 
 
+_TEXT_TYPES: dict[str, tuple[type, ...]] = {
+    "layer_norm_eps": (float,),
+    "initializer_range": (float,),
+    "initializer_factor": (float,),
+    "attention_dropout": (int, float),
+    "bos_token_id": (int, NoneType),
+    "pad_token_id": (int, NoneType),
+    "projection_dim": (int, NoneType),
+}
+"""Types that transformers demands of fields that shape nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderFields:
     """What shapes a CLIP text encoder. ``projected_width`` is 0 for the encoder without a projection.
 
-    ``end_ids`` are the tokens at which text is pooled; empty where it is not, or at the greatest id.
+    ``end_id`` is the token at which text is pooled; None where it is not, or at the greatest id.
     """
 
     vocabulary: int
@@ -338,7 +352,7 @@ class TextEncoderFields:
     mlp_width: int
     layers: int
     projected_width: int
-    end_ids: tuple[int, ...] = ()
+    end_id: int | None
 
     @classmethod
     def read(cls, part: str, config: Mapping[str, Any]) -> TextEncoderFields:
@@ -347,13 +361,19 @@ class TextEncoderFields:
         fields.must_be("model_type", "clip_text_model")
         fields.must_be("quantization_config", None, f": {_PIPELINE_INPUTS['quantization_config']}")
         fields.one_of("hidden_act", "quick_gelu", TEXT_ACTIVATIONS)
+        for name in ("dtype", "torch_dtype"):
+            fields.one_of(name, None, (None, "float16", "bfloat16", "float32", "float64"))
         fields.number("layer_norm_eps", 1e-5, above=0)
+        for name, kinds in _TEXT_TYPES.items():
+            value = fields.get(name)
+            if name in config and (isinstance(value, bool) or not isinstance(value, kinds)):
+                names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+                raise fields.refusal(name, f"must be of type {names}")
         width = fields.whole("hidden_size", 512)
         if width % fields.whole("num_attention_heads", 8):
             raise fields.refusal("num_attention_heads", f"must divide hidden_size = {width}")
         is_pooled = part == "text_encoder_2"
-        end = fields.get("eos_token_id", 49407)
-        end_ids = tuple(end) if isinstance(end, list | tuple) else (end,)
+        end_id = fields.whole("eos_token_id", 49407, least=0)
         return cls(
             vocabulary=fields.whole("vocab_size", 49408),
             positions=fields.whole("max_position_embeddings", 77),
@@ -361,7 +381,7 @@ class TextEncoderFields:
             mlp_width=fields.whole("intermediate_size", 2048),
             layers=fields.whole("num_hidden_layers", 12, most=MAX_LAYERS),
             projected_width=fields.whole("projection_dim", 512) if is_pooled else 0,
-            end_ids=end_ids if is_pooled and end_ids != (LEGACY_EOS,) else (),
+            end_id=end_id if is_pooled and end_id != LEGACY_EOS else None,
         )
 
 

@@ -21,6 +21,8 @@ SPECIAL = {
     "unk_token": "<|endoftext|>",
 }
 """The special tokens, and those of a config that does not name them."""
+LEAST_LENGTH = 3
+"""Start, a token and end."""
 END_OF_WORD = "</w>"
 TOKENIZER_OF = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -37,7 +39,8 @@ def check_tokenizer(part: str, read: Read, encoder: TextEncoderFields) -> None:
     kind = fields.get("tokenizer_class", "CLIPTokenizer")
     if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
         raise fields.refusal("tokenizer_class", "must be 'CLIPTokenizer'")
-    if fields.whole("model_max_length", None) > encoder.positions:
+    fields.one_of("padding_side", "right", ("right", "left"))
+    if fields.whole("model_max_length", None, least=LEAST_LENGTH) > encoder.positions:
         positions = f"max_position_embeddings = {encoder.positions}"
         raise fields.refusal("model_max_length", f"must be at most the text encoder's {positions}")
     try:
@@ -56,8 +59,8 @@ def check_tokenizer(part: str, read: Read, encoder: TextEncoderFields) -> None:
     for name, token in special.items():
         if token not in ids:
             raise ConfigError(f"{part}.{name}", token, "must be in the vocabulary")
-    if encoder.end_ids and ids[special["eos_token"]] not in encoder.end_ids:
-        reason = f"must be the text encoder's eos_token_id, {encoder.end_ids[0]}, where text is pooled"
+    if encoder.end_id not in (None, ids[special["eos_token"]]):
+        reason = f"must be the text encoder's eos_token_id, {encoder.end_id}, where text is pooled"
         raise ConfigError(f"{part}: the id of eos_token", ids[special["eos_token"]], reason)
 
 

@@ -26,6 +26,7 @@ from dde_core.models.text import TextEncoders, time_ids
 from dde_core.models.tokens import tokenize
 from dde_core.noise import initial_latents
 from tests.support.tiny_folders import FOLDERS, sdxl_folder
+from tests.support.zero_folder import change
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 PROMPTS, SEEDS = ["a small red circle at the left", "a large blue cross on a white background"], [3, 4]
@@ -58,6 +59,27 @@ def theirs(family: str, folder: Path, adapters: Path | None = None) -> np.ndarra
 def test_our_pictures_are_those_of_the_diffusers_pipeline(family: str, prediction_type: str, tmp_path: Path):
     path = FOLDERS[family](tmp_path / "model", prediction_type)
     assert ModelFolder(path).schedule().prediction_type == prediction_type
+    ours = TextToImage(ModelFolder(path))(PROMPTS, SEEDS, SAMPLE)
+    assert np.abs(ours - theirs(family, path)).max() <= 1.0, "equal but for rounding"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"steps_offset": 0},
+        {"steps_offset": 2},
+        {"timestep_spacing": "trailing"},
+        {"timestep_spacing": "linspace"},
+        {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"beta_schedule": "linear", "set_alpha_to_one": True},
+    ],
+    ids=str,
+)
+def test_a_schedulers_fields_change_our_pictures_as_they_change_diffusers(
+    family: str, folder: Path, tmp_path: Path, fields
+):
+    path = copy(folder, tmp_path / "model")
+    change(path, "scheduler/scheduler_config.json", **fields)
     ours = TextToImage(ModelFolder(path))(PROMPTS, SEEDS, SAMPLE)
     assert np.abs(ours - theirs(family, path)).max() <= 1.0, "equal but for rounding"
 
