@@ -16,7 +16,8 @@ The paper does not define the x_{t-1} at which the ratio is evaluated. ``calibra
 Our readings of what the paper leaves open: mu is this rate (0.1 is printed without a meaning). The sum ends
 at T - 1, as in section 3.3 and Algorithm 1 (the appendix prints T, an entry that does not exist). The samples
 of one global batch at one timestep make one update, of their mean. `expected` and `sampled` do not record
-timestep 1, because kappa(1) is infinite; no C(t) uses r[0].
+timestep 1, because kappa(1) is infinite; no C(t) uses r[0]. With zero terminal SNR, kappa(T) is infinite and
+the noise's error 0, so T is not recorded. Its KL is 1/2 SNR(T-1) ||x0 - x0_hat||^2, which is negligible.
 
 ``calibration_bins`` = B groups the timesteps that can be drawn into B bins. A bin holds one running mean of
 ``value`` over all of its timesteps, and is the r of each of them: C is a sum over timesteps, as without bins.
@@ -48,7 +49,7 @@ class Calibration:
     ref_l: Float[Tensor, " n"]
 
     def __init__(self, schedule: Schedule, config: ObjectiveConfig) -> None:
-        self._bin_of = bin_of_timestep(schedule.T, config)
+        self._bin_of = bin_of_timestep(schedule, config)
         self._point = config.calibration_point
         table = mode_weight(schedule.alpha_bar) if self._point == "mode" else -schedule.kappa
         self._weight = table.cpu()
@@ -105,19 +106,21 @@ def _stack(*columns: Float[Tensor, " b"] | None) -> Float[Tensor, "4 b"]:
     return torch.stack([column.detach().cpu().double() for column in columns if column is not None])
 
 
-def bin_of_timestep(timesteps: int, config: ObjectiveConfig) -> Int[Tensor, " times"]:
+def bin_of_timestep(schedule: Schedule, config: ObjectiveConfig) -> Int[Tensor, " times"]:
     """The array entry of each t = 0..T; -1 for timesteps that are not recorded.
 
-    These are the ones outside the configured range, and timestep 1 except for `mode`. Without bins timestep t
+    These are the ones outside the configured range, timestep 1 except for `mode`, and T where nothing of an
+    image is left at T. Without bins timestep t
     has entry t - 1. Bins divide the recorded timesteps evenly. Raises ConfigError for more bins than
     timesteps.
     """
     bins = config.calibration_bins
+    timesteps = schedule.T
     if bins > timesteps:
         raise ConfigError("calibration_bins", bins, f"must be at most T = {timesteps}")
     t = torch.arange(timesteps + 1)
     first = max(1 if config.calibration_point == "mode" else 2, config.t_min)
-    last = config.t_max or timesteps
+    last = min(config.t_max or timesteps, timesteps - int(schedule.has_zero_terminal_snr))
     entry = (t - first) * bins // max(1, last - first + 1) if bins else t - 1
     return torch.where((t >= first) & (t <= last), entry, -1)
 

@@ -4,7 +4,8 @@
     ├── ConfigError (ValueError)      an invalid setting; carries field, value and reason
     ├── DataError (ValueError)        unusable pairs, shards, ledgers or manifests
     ├── ModelError (ValueError)       a model folder that cannot be loaded or trained
-    └── NonFiniteError                an infinite or NaN loss or gradient; the optimizer has not stepped
+    │   └── IncompleteModelError      a file or a tensor of the folder is missing
+    └── NonFiniteError                an infinite or NaN loss, gradient, latent or image
 
 All fields pass through ``super().__init__``, so that the errors survive pickling between processes.
 """
@@ -37,5 +38,9 @@ class ModelError(DdeError, ValueError):
     """A model folder that cannot be loaded or trained."""
 
 
+class IncompleteModelError(ModelError):
+    """A file or a tensor of a model folder is missing."""
+
+
 class NonFiniteError(DdeError):
-    """An infinite or NaN loss or gradient, raised before the optimizer steps."""
+    """An infinite or NaN loss or gradient, raised before the optimizer steps, or such a latent or image."""

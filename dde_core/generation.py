@@ -35,8 +35,8 @@ class TextToImage:
         self._unet = (unet or folder.unet()).requires_grad_(False).to(device)
         self._vae = folder.vae().to(device)
         self._device = device
-        self.size_px = folder.image_size()
-        self._factor = self.size_px // int(self._unet.config.sample_size)
+        self.height_px, self.width_px = folder.image_size()
+        self._factor = folder.vae_factor
 
     def __call__(
         self,
@@ -47,10 +47,11 @@ class TextToImage:
     ) -> UInt8[np.ndarray, "n height width 3"]:
         """Draw one image for each prompt and seed. ``on_step(i, n)`` is called before each sampling step.
 
-        Raises ConfigError for a size that the VAE's factor does not divide.
+        Raises ConfigError for a size that the VAE's factor does not divide, NonFiniteError if the model gives
+        infinite or NaN values.
         """
-        height = config.height or self.size_px
-        width = config.width or self.size_px
+        height = config.height or self.height_px
+        width = config.width or self.width_px
         for name, value in (("height", height), ("width", width)):
             if value % self._factor:
                 raise ConfigError(name, value, f"must be a multiple of {self._factor} for this model")

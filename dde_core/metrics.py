@@ -63,11 +63,12 @@ def logit_deviation(t: Any, margin: Any, snr: Any, beta: float, timesteps: int) 
 
     Exact arithmetic gives 0; this is the root mean square. ``snr`` is SNR(t) of each pair. For w = 1/2 the
     mean is over all pairs; for w = 1/SNR(t), which grows with t, over each tenth of 1..``timesteps``. It is a
-    lower bound for the run: rounding is larger once the policy has moved.
+    lower bound for the run: rounding is larger once the policy has moved. Where SNR(t) is 0, so is the logit.
     """
     t = _array(t).astype(np.int64)
     margin = _array(margin)
-    logit = beta * margin / _array(snr)
+    snr = _array(snr)
+    logit = np.divide(beta * margin, snr, out=np.zeros_like(margin), where=snr > 0)
     deviation = {"step0_logit_std_half": _root_mean_square(beta * margin / 2)}
     buckets = bucket_of(t, timesteps)
     for bucket in np.unique(buckets).tolist():

@@ -27,6 +27,7 @@ from torch import Tensor
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
 from dde_core.methods import METHODS, MethodName
+from dde_core.models.configs import check_terminal_weight
 from dde_core.schedule import Schedule
 
 DISCOUNT_STEPS = 50
@@ -94,8 +95,14 @@ OBJECTIVES: dict[MethodName, Objective] = {
 
 
 def weights(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
-    """w(t) for t = 0..T, capped at ``max_weight`` if that is set (ours: the paper has no cap)."""
+    """w(t) for t = 0..T, capped at ``max_weight`` if that is set (ours: the paper has no cap).
+
+    Raises ConfigError if w is infinite at a t that is drawn: at T, with zero terminal SNR.
+    """
     w = OBJECTIVES[config.method].weight(schedule)
+    if schedule.has_zero_terminal_snr:
+        check_terminal_weight(config, schedule.T)
+        w = w.nan_to_num(posinf=config.max_weight)
     if config.max_weight and METHODS[config.method].has_loser:
         return w.clamp(max=config.max_weight)
     return w

@@ -2,8 +2,8 @@
 2022, Eq. 6).
 
 The numbers equal those of diffusers' ``StableDiffusionPipeline`` with a ``DDIMScheduler``, including its
-"leading" timesteps, ``set_alpha_to_one`` and ``steps_offset``. Unlike the pipeline, this loop can be stopped
-between two steps.
+spacing of timesteps, ``set_alpha_to_one``, ``steps_offset`` and ``rescale_betas_zero_snr``. Unlike the
+pipeline, this loop can be stopped between two steps, and refuses values that are not finite.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dde_core.conditioning import Conditioning, concatenated, predict
 from dde_core.config import SampleConfig
-from dde_core.errors import ConfigError
+from dde_core.errors import ConfigError, NonFiniteError
 from dde_core.schedule import Schedule, epsilon_from, x0_from
 
 
@@ -36,7 +36,8 @@ def sample_latents(
 
     With a guidance scale of at most 1 only the conditional pass runs, and ``uncond`` is not read, as in
     diffusers. ``on_step(i, n)`` is called before step i = 0..n-1; an error that it raises ends the sampling.
-    Raises ConfigError for steps that do not fit the schedule.
+    Raises ConfigError for steps that do not fit the schedule, NonFiniteError if the U-Net's output is not
+    finite.
     """
     guided = config.guidance_scale > 1
     conditioning = concatenated(uncond, cond) if guided else cond
@@ -51,17 +52,30 @@ def sample_latents(
             without, with_text = output.chunk(2)
             output = without + config.guidance_scale * (with_text - without)
         latents = ddim_step(schedule, output, latents, t, t - schedule.T // config.steps)
+    check_images("latents", latents)
     return latents
 
 
 def timesteps(schedule: Schedule, steps: int) -> list[int]:
-    """diffusers' "leading" timesteps, descending: 1 + k (T // steps) + steps_offset for k = steps-1..0."""
-    stride = schedule.T // steps
-    path = [1 + k * stride + schedule.steps_offset for k in reversed(range(steps))]
-    if steps > schedule.T or path[0] > schedule.T:
-        raise ConfigError(
-            "steps", steps, f"must fit T = {schedule.T} with steps_offset = {schedule.steps_offset}"
-        )
+    """diffusers' timesteps of ``timestep_spacing``, descending (Lin et al., arXiv 2305.08891, Table 2).
+
+    leading    1 + k (T // steps) + steps_offset for k = steps-1..0
+    trailing   T - k T / steps for k = 0..steps-1, rounded: it begins at T
+    linspace   from T to 1 in equal parts, rounded: it begins at T and ends at 1
+
+    Every DDIM step leads T // steps down, whatever the spacing, as in diffusers. Raises ConfigError for more
+    steps than fit, and for a single one of linspace: that would be t = 1 alone.
+    """
+    T = schedule.T
+    path = [1 + k * (T // steps) + schedule.steps_offset for k in reversed(range(steps))]
+    if schedule.timestep_spacing == "trailing":
+        path = [int(t) for t in np.round(np.arange(T, 0, -T / steps))[:steps]]
+    elif schedule.timestep_spacing == "linspace":
+        if steps == 1:
+            raise ConfigError("steps", steps, "must be at least 2 with timestep_spacing linspace")
+        path = [1 + int(t) for t in np.linspace(0, T - 1, steps).round()[::-1]]
+    if steps > T or path[0] > T:
+        raise ConfigError("steps", steps, f"must fit T = {T} with steps_offset = {schedule.steps_offset}")
     return path
 
 
@@ -85,7 +99,18 @@ def ddim_step(
 
 @torch.no_grad()
 def decode(vae: Any, latents: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b height width 3"]:
-    """Images from clean latents. The VAE's output in [-1, 1] is scaled to 0..255."""
+    """Images from clean latents. The VAE's output in [-1, 1] is scaled to 0..255.
+
+    Raises NonFiniteError if it is not finite.
+    """
     images: Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+    check_images("decoded images", images)
     pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_images(name: str, images: Float[Tensor, "b c h w"]) -> None:
+    """Raises NonFiniteError, with the number of images, for infinite or NaN values: they would be black."""
+    bad = int((~images.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise NonFiniteError(f"{name} are not finite in {bad} of {len(images)} images")

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dde_core.errors import ConfigError
-from dde_core.family import check_scheduler
+from dde_core.models.configs import check_scheduler
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,8 @@ class Schedule:
     """Tables in float64, indexed by the paper's t = 0..T, and the scheduler's settings for sampling.
 
     ``snr[0]`` is inf. ``kappa[0]`` is nan (there is no step from 0). ``kappa[1]`` is inf (q at t = 1 is a
-    point). ``steps_offset`` and ``final_alpha_bar`` (alpha_bar after the last DDIM step) follow diffusers.
+    point). With zero terminal SNR, ``snr[T]`` is 0 and ``kappa[T]`` is inf. ``steps_offset``,
+    ``timestep_spacing`` and ``final_alpha_bar`` (alpha_bar after the last DDIM step) follow diffusers.
     """
 
     alpha_bar: Float[Tensor, " times"]
@@ -43,22 +44,32 @@ class Schedule:
     prediction_type: str
     steps_offset: int
     final_alpha_bar: float
+    timestep_spacing: str = "leading"
 
     @property
     def T(self) -> int:
         """The number of timesteps."""
         return len(self.alpha_bar) - 1
 
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether nothing of an image is left at T."""
+        return self.alpha_bar[-1].item() == 0
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """From the contents of any diffusers scheduler's ``scheduler_config.json``.
 
-        Defaults are ``prediction_type`` epsilon, ``steps_offset`` 0, ``clip_sample`` and ``set_alpha_to_one``
-        false: the latent-diffusion convention (a DDIM config always states them). Raises ConfigError for
-        settings that would change the tables or the sampler and are not implemented.
+        Defaults are ``prediction_type`` epsilon, ``steps_offset`` 0, ``timestep_spacing`` leading,
+        ``clip_sample`` and ``set_alpha_to_one`` false: the latent-diffusion convention (a DDIM config always
+        states them). Raises ConfigError for settings that would change the tables or the sampler and are not
+        implemented.
         """
         check_scheduler(config)
-        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas(config), 0)])
+        products = torch.cumprod(1 - betas(config), 0)
+        if config.get("rescale_betas_zero_snr"):
+            products = zero_terminal_snr(products)
+        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), products])
         return cls(
             alpha_bar=alpha_bar,
             snr=snr(alpha_bar),
@@ -66,6 +77,7 @@ class Schedule:
             prediction_type=config.get("prediction_type", "epsilon"),
             steps_offset=config.get("steps_offset", 0),
             final_alpha_bar=1.0 if config.get("set_alpha_to_one") else alpha_bar[1].item(),
+            timestep_spacing=config.get("timestep_spacing", "leading"),
         )
 
     def to(self, device: torch.device | str) -> Schedule:
@@ -88,6 +100,15 @@ def betas(config: Mapping[str, Any]) -> Float[Tensor, " T"]:
     if len(outside):
         raise ConfigError("betas", outside[0].item(), "must be between 0 and 1")
     return values
+
+
+def zero_terminal_snr(alpha_bar: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """alpha_bar_1..alpha_bar_T, moved and scaled so that the last is 0 and the first stays.
+
+    Lin et al. (arXiv 2305.08891), Algorithm 1, which works on the square roots.
+    """
+    root = alpha_bar.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
 
 
 def snr(alpha_bar: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from jaxtyping import Float16, UInt8
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dde_core.errors import ModelError
-from dde_core.family import COMPONENTS, check_unet, family_of, missing_components
+from dde_core.errors import ConfigError, ModelError
+from dde_core.family import COMPONENTS, family_of, missing_components
+from dde_core.models.configs import AutoencoderFields, check_unet, sample_size
+from dde_core.models.json_files import parse_object
 from dde_core.models.tokens import load_tokenizers
+from dde_core.models.weight_files import find_weights
 from dde_core.schedule import Schedule
 
 WEIGHTS = {"dtype": torch.float32, "use_safetensors": True}
@@ -35,10 +37,11 @@ class ModelFolder:
         self.path = Path(path)
         self.adapter = Path(adapter) if adapter else None
         try:
-            self.index: dict[str, Any] = json.loads((self.path / "model_index.json").read_text())
+            data = (self.path / "model_index.json").read_bytes()
         except FileNotFoundError as error:
             message = f"{str(self.path)!r} is not a diffusers folder: it has no model_index.json"
             raise ModelError(message) from error
+        self.index: dict[str, Any] = parse_object(data, "model_index.json")
         self.family = family_of(self.index)
         missing = missing_components(self.index)
         if missing:
@@ -47,8 +50,12 @@ class ModelFolder:
             )
 
     def schedule(self) -> Schedule:
-        """The noise schedule and prediction type of the folder's scheduler."""
-        return Schedule.from_config(self.scheduler_config())
+        """The noise schedule and prediction type of the folder's scheduler.
+
+        ``StableDiffusionPipeline`` takes ``steps_offset`` 1, whatever the folder says.
+        """
+        config = self.scheduler_config()
+        return Schedule.from_config(config | {"steps_offset": 1} if self.family == "sd15" else config)
 
     def scheduler_config(self) -> dict[str, Any]:
         """The contents of the folder's ``scheduler_config.json``."""
@@ -58,45 +65,62 @@ class ModelFolder:
         """A new copy of the U-Net with adapters merged in, in evaluation mode (these families have no
         dropout)."""
         check_unet(self._json("unet", "config.json"), self.family)
-        unet: UNet2DConditionModel = self._load(UNet2DConditionModel, "unet", **WEIGHTS)
+        unet: UNet2DConditionModel = self._load(UNet2DConditionModel, "unet")
         if self.adapter:
-            unet.load_lora_adapter(
-                str(self.adapter), prefix="unet", weight_name=LORA_WEIGHTS, local_files_only=True
-            )
+            try:
+                unet.load_lora_adapter(
+                    str(self.adapter), prefix="unet", weight_name=LORA_WEIGHTS, local_files_only=True
+                )
+            except Exception as error:  # the libraries raise whatever their parsers do
+                raise ModelError(f"adapters of {str(self.adapter)!r} cannot be loaded: {error}") from error
             unet.fuse_lora()
             unet.unload_lora()
         return unet.eval()
 
     def vae(self) -> AutoencoderKL:
         """The VAE, frozen. It is always float32, as a config's ``force_upcast`` demands."""
-        return self._load(AutoencoderKL, "vae", **WEIGHTS).eval().requires_grad_(False)
+        AutoencoderFields.read(self._json("vae", "config.json"))
+        return self._load(AutoencoderKL, "vae").eval().requires_grad_(False)
 
     def text_encoders(self) -> list[CLIPTextModel | CLIPTextModelWithProjection]:
         """One frozen text encoder, or SDXL's two."""
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
         names = [name for name in kinds if name in COMPONENTS[self.family]]
-        return [self._load(kinds[name], name, **WEIGHTS).eval().requires_grad_(False) for name in names]
+        return [self._load(kinds[name], name).eval().requires_grad_(False) for name in names]
 
     def tokenizers(self) -> list[CLIPTokenizer]:
         """One tokenizer for each text encoder."""
         return load_tokenizers(self.path, self.family)
 
-    def image_size(self) -> int:
+    def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images that the U-Net was trained on."""
-        return int(self._json("unet", "config.json")["sample_size"]) * self._vae_factor
+        height, width = sample_size(self._json("unet", "config.json"), self.family)
+        return height * self.vae_factor, width * self.vae_factor
+
+    def resolution(self) -> int:
+        """Side in pixels of the images that the U-Net was trained on.
+
+        Raises ConfigError if they are not square.
+        """
+        height, width = self.image_size()
+        if height != width:
+            reason = f"must be given: the images of this model have {width} x {height} px"
+            raise ConfigError("data.resolution", 0, reason)
+        return height
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """[c h w] of the latents of a square image. Raises ModelError unless the VAE's factor divides
         ``resolution``."""
-        if resolution % self._vae_factor:
+        if resolution % self.vae_factor:
             raise ModelError(
-                f"resolution must be a multiple of {self._vae_factor}, the VAE's factor, got {resolution}"
+                f"resolution must be a multiple of {self.vae_factor}, the VAE's factor, got {resolution}"
             )
-        side = resolution // self._vae_factor
-        return int(self._json("vae", "config.json")["latent_channels"]), side, side
+        side = resolution // self.vae_factor
+        return AutoencoderFields.read(self._json("vae", "config.json")).channels, side, side
 
     @property
-    def _vae_factor(self) -> int:
+    def vae_factor(self) -> int:
+        """Pixels of an image for each latent, in height and in width."""
         num_halvings = len(self._json("vae", "config.json")["block_out_channels"]) - 1
         return 1 << num_halvings
 
@@ -108,18 +132,25 @@ class ModelFolder:
 
     def _json(self, part: str, name: str) -> dict[str, Any]:
         try:
-            values: dict[str, Any] = json.loads((self.path / part / name).read_text())
+            return parse_object((self.path / part / name).read_bytes(), f"{part}/{name}")
         except FileNotFoundError as error:
             raise ModelError(f"{part} of {str(self.path)!r} cannot be loaded: it has no {name}") from error
-        return values
 
-    def _load(
-        self, kind: Any, part: str, **options: Any
-    ) -> Any:  # Any: diffusers and transformers are untyped
+    def _load(self, kind: Any, part: str) -> Any:  # Any: diffusers and transformers are untyped
+        """A part with all of its weights: the libraries would fill in random values for what is missing."""
+        folder = self.path / part
+        files = find_weights(part, [path.name for path in folder.glob("*")])
         try:
-            return kind.from_pretrained(str(self.path / part), local_files_only=True, **options)
-        except (OSError, ValueError) as error:
+            loaded, info = kind.from_pretrained(
+                str(folder), local_files_only=True, output_loading_info=True, variant=files.variant, **WEIGHTS
+            )
+        except Exception as error:  # the libraries raise whatever their parsers do
             raise ModelError(f"{part} of {str(self.path)!r} cannot be loaded: {error}") from error
+        for reason in ("missing", "mismatched"):
+            if names := sorted(map(str, info[f"{reason}_keys"])):
+                count = f"{len(names)} of its tensors are {reason}, such as {names[0]}"
+                raise ModelError(f"{part} of {str(self.path)!r} cannot be loaded: {count}")
+        return loaded
 
 
 @torch.no_grad()

@@ -12,15 +12,26 @@ from transformers import CLIPTokenizer
 from dde_core.errors import ModelError
 from dde_core.family import COMPONENTS, Family
 
+WORDS = ("red", "big")
+"""Words that a tokenizer must tell apart. Without a vocabulary all of one length have the same ids."""
+
 
 def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
     """One tokenizer for each text encoder of a diffusers folder. Raises ModelError if one cannot be
     loaded."""
-    names = [name for name in COMPONENTS[family] if name.startswith("tokenizer")]
+    return [_load(path, name) for name in COMPONENTS[family] if name.startswith("tokenizer")]
+
+
+def _load(path: Path, name: str) -> CLIPTokenizer:
     try:
-        return [CLIPTokenizer.from_pretrained(str(path / name), local_files_only=True) for name in names]
-    except (OSError, ValueError) as error:
-        raise ModelError(f"tokenizer of {str(path)!r} cannot be loaded: {error}") from error
+        tokenizer = CLIPTokenizer.from_pretrained(str(path / name), local_files_only=True)
+        first, second = (tokenizer(word).input_ids for word in WORDS)
+    except Exception as error:  # transformers raises whatever its parsers do
+        raise ModelError(f"{name} of {str(path)!r} cannot be loaded: {error}") from error
+    if first == second:
+        words = " and ".join(map(repr, WORDS))
+        raise ModelError(f"{name} of {str(path)!r} gives {words} the same ids: its vocabulary is missing")
+    return tokenizer
 
 
 def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Int32[np.ndarray, "b k s"]:

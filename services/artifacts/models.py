@@ -6,27 +6,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from dde_core.errors import ConfigError, ModelError
-from dde_core.family import (
-    COMPONENTS,
-    WITH_WEIGHTS,
-    Family,
-    check_scheduler,
-    check_unet,
-    family_of,
-    missing_components,
-)
+from dde_core.models.weight_files import Tensors, is_finite
 from dde_core.node_cache import NodeCache
 from services.api.records import ModelRecord
 from services.api.requests import NAME_PATTERN
+from services.artifacts import proof
 from services.errors import BadRequest, NotFound
 from services.stages import layout
 from services.storage import files, sources
@@ -71,94 +62,43 @@ def find(root: str, name_or_id: str) -> ModelRecord:
     raise NotFound(f"model {name_or_id!r} does not exist", param="model", code="model_not_found")
 
 
-def check_components(uri: str, family: Family | None) -> Family:
-    """The family of a diffusers folder, from its JSON files and file names alone.
-
-    Raises BadRequest for a pipeline that cannot be aligned, a family other than ``family``, missing
-    components or weights, and an unusable noise schedule or U-Net.
-    """
-    found = _check_index(uri, family)
-    _check_files(uri, found)
-    try:
-        check_scheduler(scheduler_config(uri))
-        check_unet(_read_object(uri, "unet", "config.json"), found)
-    except (FileNotFoundError, ConfigError, ModelError) as error:
-        message = f"uri {uri!r} cannot be aligned: {error}"
-        raise BadRequest(message, param="uri", code="unsupported_model") from error
-    return found
-
-
-def _check_index(uri: str, family: Family | None) -> Family:
-    """The family, from model_index.json."""
-    try:
-        index = _read_object(uri, "model_index.json")
-        found = family_of(index)
-        missing = missing_components(index)
-    except (OSError, ValueError) as error:
-        reason = str(error) if isinstance(error, ModelError) else "model_index.json cannot be read"
-        message = f"uri {uri!r} is not a diffusers folder that can be aligned: {reason}"
-        raise BadRequest(message, param="uri") from error
-    if family not in (None, found):
-        message = f"family: model_index.json of {uri!r} says {found!r}, got {family!r}"
-        raise BadRequest(message, param="family")
-    if missing:
-        message = f"uri {uri!r} is not of family {found!r}: model_index.json lacks {', '.join(missing)}"
-        raise BadRequest(message, param="family" if family else "uri", code="missing_components")
-    return found
-
-
-def _check_files(uri: str, family: Family) -> None:
-    """Each component has a folder with files, and weights if it needs them."""
-    paths = files.list_files(uri, recursive=True)
-    components = COMPONENTS[family]
-    missing = [name for name in components if not any(path.startswith(f"{name}/") for path in paths)]
-    for name in WITH_WEIGHTS:
-        if name in components and not any(_is_weights(path, name) for path in paths):
-            missing.append(f"{name}/*.safetensors")
-    if missing:
-        raise BadRequest(f"uri {uri!r} lacks {', '.join(missing)}", param="uri", code="missing_components")
-
-
-def _is_weights(path: str, component: str) -> bool:
-    """A name that is loaded by default, in one file or several; not a variant such as .fp16.safetensors."""
-    pattern = rf"{component}/(diffusion_pytorch_)?model(-\d{{5}}-of-\d{{5}})?\.safetensors"
-    return re.fullmatch(pattern, path) is not None
-
-
 def unet_layers(uri: str) -> set[str]:
     """Names of the U-Net's linear and convolution layers, from safetensors headers: no weight is read."""
-    layers: set[str] = set()
-    for path in files.list_files(uri, recursive=True):
-        if _is_weights(path, "unet"):
-            layers |= _layers_in(files.join(uri, path))
-    return layers
-
-
-def _layers_in(uri: str) -> set[str]:
-    """Layers whose weight is a matrix or a convolution kernel."""
-    filesystem, path = files.resolve(uri)
-    with filesystem.open_input_file(path) as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_bytes))
     return {
         name.removesuffix(".weight")
-        for name, tensor in header.items()
-        if name.endswith(".weight") and len(tensor["shape"]) in (2, 4)
+        for of_file in proof.tensors_of(uri, "unet").values()
+        for name, tensor in of_file.items()
+        if name.endswith(".weight") and len(tensor.shape) in (2, 4)
     }
 
 
-def folder_digest(uri: str) -> str:
-    """sha256 over the path and the sha256 of every file in a folder, sorted by path."""
+def folder_digest(uri: str, weights: Mapping[str, Tensors] | None = None) -> str:
+    """sha256 over the path and the sha256 of every file in a folder, sorted by path.
+
+    The tensors of the files in ``weights`` are checked as they are read. Raises BadRequest for an infinite or
+    NaN value.
+    """
     digest = hashlib.sha256()
     for name in files.list_files(uri, recursive=True):
-        digest.update(f"{name}\0{_file_digest(files.join(uri, name))}\n".encode())
+        found = _file_digest(uri, name, (weights or {}).get(name))
+        digest.update(f"{name}\0{found}\n".encode())
     return digest.hexdigest()
 
 
-def _file_digest(uri: str) -> str:
+def _file_digest(uri: str, name: str, tensors: Tensors | None) -> str:
     digest = hashlib.sha256()
-    filesystem, path = files.resolve(uri)
+    filesystem, path = files.resolve(files.join(uri, *name.split("/")))
+    position = 0
     with filesystem.open_input_stream(path) as stream:
+        for tensor, found in (tensors or {}).items():
+            digest.update(stream.read(found.start - position))
+            position = found.end
+            for start in range(found.start, found.end, READ_BYTES):
+                block = stream.read(min(READ_BYTES, found.end - start))
+                digest.update(block)
+                if not is_finite(block, found.dtype):
+                    message = f"uri {uri!r} cannot be aligned: {tensor} of {name} has infinite or NaN values"
+                    raise BadRequest(message, param="uri", code="non_finite_weights")
         while block := stream.read(READ_BYTES):
             sources.check_time()
             digest.update(block)
@@ -167,24 +107,7 @@ def _file_digest(uri: str) -> str:
 
 def scheduler_config(uri: str) -> dict[str, Any]:
     """The contents of a diffusers folder's scheduler_config.json."""
-    return _read_object(uri, "scheduler", "scheduler_config.json")
-
-
-def _read_object(uri: str, *path: str) -> dict[str, Any]:
-    """A JSON file of a diffusers folder. Raises ModelError if it holds no JSON object."""
-    data = files.read_bytes(files.join(uri, *path))
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise ModelError(f"{'/'.join(path)} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{'/'.join(path)} must hold a JSON object, got a {type(value).__name__}")
-    return value
-
-
-def num_train_timesteps(record: ModelRecord) -> int:
-    """T, the number of timesteps of the model's noise schedule."""
-    return int(scheduler_config((record.adapter_of or record).uri)["num_train_timesteps"])
+    return proof.read_object(uri, "scheduler", "scheduler_config.json")
 
 
 def fetch(record: ModelRecord) -> tuple[Path, Path | None]:

@@ -173,7 +173,10 @@ def create_model(
 ) -> None:
     """Register a base model; prints its id."""
     with connect() as client:
-        typer.echo(client.create_model(name, as_uri(uri), family).version)
+        model = client.create_model(name, as_uri(uri), family)
+    typer.echo(model.version)
+    for part, which in model.lineage.get("weights", {}).items():
+        typer.echo(f"{part}: {which}", err=True)
 
 
 @models.command("list")

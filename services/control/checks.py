@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from dde_core.errors import DataError
+from dde_core.errors import ConfigError, DataError, ModelError
+from dde_core.models.configs import check_terminal_weight
 from dde_core.shapes import scorers
 from services.api.records import ModelRecord
 from services.api.requests import AlignmentJobCreate, EvaluationConfig, ValidationConfig, most_workers
@@ -41,16 +42,31 @@ def _check_parallelism(request: AlignmentJobCreate) -> None:
 
 
 def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:
-    """Refuse timesteps beyond the base's schedule, and LoRA targets that its U-Net does not have."""
+    """Refuse a base whose files are gone, timesteps beyond its schedule or of infinite weight, and LoRA
+    targets that its U-Net does not have."""
     for each in (base, base.adapter_of):
         if each and each.job is None:
             _check_folder(each)
-    num_timesteps = models.num_train_timesteps(base)
+    try:
+        _check_settings(base, request)
+    except ModelError as error:
+        raise BadRequest(f"model: {base.name} cannot be aligned: {error}", param="model") from error
+
+
+def _check_settings(base: ModelRecord, request: AlignmentJobCreate) -> None:
+    """Raises BadRequest for the request, ModelError for files that have changed since registration."""
+    scheduler = models.scheduler_config((base.adapter_of or base).uri)
+    num_timesteps = int(scheduler["num_train_timesteps"])
     for field in ("t_min", "t_max", "calibration_bins"):
         value = getattr(request.objective, field)
         if value > num_timesteps:
             why = f"must be at most the {num_timesteps} timesteps of {base.name}"
             _refuse(f"objective.{field}", why, value)
+    if scheduler.get("rescale_betas_zero_snr"):
+        try:
+            check_terminal_weight(request.objective, num_timesteps)
+        except ConfigError as error:
+            _refuse(f"objective.{error.field}", error.reason, error.value)
     lora = request.training.lora
     if lora is None:
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import httpx
 from fastapi import Response
 from fastapi.responses import JSONResponse
@@ -12,6 +14,7 @@ from services.errors import BadRequest, ServiceError, Unavailable
 
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 SCORE_BYTES = 64 << 20
+log = logging.getLogger("dde.serve")
 _RETURNED_HEADERS = ("content-type", "retry-after")
 
 
@@ -37,6 +40,8 @@ async def forward(client: httpx.AsyncClient, path: str, raw: bytes, request_id: 
     except httpx.TransportError as error:
         raise Unavailable(f"Serve does not answer: {error or type(error).__name__}") from error
     returned = {name: answer.headers[name] for name in _RETURNED_HEADERS if name in answer.headers}
+    if answer.is_server_error:
+        log.error("Serve answered %d: %s (%s)", answer.status_code, answer.text.strip()[:500], request_id)
     is_json = returned.get("content-type", "").startswith("application/json")
     if answer.is_error and not is_json:
         return _proxy_error(answer, returned)

@@ -7,11 +7,11 @@ import time
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from dde_core.family import Family
 from services.api.answers import DeletedView, ListView, ModelView
 from services.api.records import ModelRecord
 from services.api.requests import ModelCreate
 from services.artifacts import models
+from services.artifacts.proof import Proof, prove
 from services.control.database import Database
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.listing import is_id, list_view, newest
@@ -20,34 +20,34 @@ from services.control.tables import Job, Model, new_id
 from services.control.transitions import UNFINISHED
 from services.control.views import model_view
 from services.errors import BadRequest, Conflict, NotFound
-from services.storage import files, sources
+from services.storage import files
 
 
 def create(database: Database, root: str, idempotent: IdempotentRequest, request: ModelCreate) -> ModelView:
     """Register a base model.
 
-    Raises BadRequest for a name that is taken or a folder that is no diffusers pipeline.
+    Raises BadRequest for a name that is taken, or a folder that is not proven to be a usable model.
     """
     if is_id(request.name):
         raise BadRequest(f"name: must not have the form of an id, got {request.name!r}", param="name")
 
-    def inspect() -> tuple[Family, str]:
+    def inspect() -> tuple[Proof, str]:
         try:
-            sources.check_folder(request.uri)
-            family = models.check_components(request.uri, request.family)
-            return family, models.folder_digest(request.uri)
+            found = prove(request.uri, request.family)
+            return found, models.folder_digest(request.uri, found.tensors)
         except OSError as error:
             raise BadRequest(f"uri: cannot be read, got {request.uri!r}: {error}", param="uri") from error
 
-    def insert(session: Session, inspected: tuple[Family, str]) -> ModelView:
-        family, digest = inspected
+    def insert(session: Session, inspected: tuple[Proof, str]) -> ModelView:
+        found, digest = inspected
         _refuse_taken_name(session, request.name)
         record = ModelRecord(
             id=new_id("model"),
             name=request.name,
             uri=files.as_uri(request.uri),
-            family=family,
+            family=found.family,
             digest=digest,
+            lineage=found.lineage(),
             created_at=int(time.time()),
         )
         row = Model(**record.model_dump(), current=True)

@@ -12,6 +12,7 @@ import numpy as np
 import ray.data
 import torch
 
+from dde_core.errors import NonFiniteError
 from dde_core.generation import TextToImage
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes.scorers import score
@@ -23,7 +24,10 @@ SIDES = ("base", "candidate")
 
 
 def compare(spec: EvaluateSpec, prompts: list[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Yield chunks in any order: {"index", "prompt", "base", "candidate" (images), "base_match", ...}."""
+    """Yield chunks in any order: {"index", "prompt", "base", "candidate" (images), "base_match", ...}.
+
+    Raises NonFiniteError, naming the model, if one gives infinite or NaN values.
+    """
     seed = spec.evaluation.seed
     rows = [{"index": i, "prompt": prompt, "seed": seed + i} for i, prompt in enumerate(prompts)]
     chunks = [{"rows": rows[i : i + PROMPTS_PER_CHUNK]} for i in range(0, len(rows), PROMPTS_PER_CHUNK)]
@@ -45,6 +49,7 @@ class Comparer:
         torch.set_num_threads(1)
         device = "cuda" if spec.use_gpu else "cpu"
         self._evaluation = spec.evaluation
+        self._names = {"base": spec.base.name, "candidate": spec.candidate.name}
         self._models = {
             side: TextToImage(ModelFolder(*fetch(record)), device)
             for side, record in zip(SIDES, (spec.base, spec.candidate), strict=True)
@@ -60,7 +65,10 @@ class Comparer:
             "prompt": np.array(prompts),
         }
         for side, model in self._models.items():
-            images = model(prompts, seeds, self._evaluation.sample)
+            try:
+                images = model(prompts, seeds, self._evaluation.sample)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{side} {self._names[side]}: {error}") from error
             result[side] = images
             if scorers:
                 scores = score(images, prompts)

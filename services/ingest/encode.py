@@ -58,7 +58,7 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
     started = time.monotonic()
     folder = ModelFolder(*models.fetch(spec.model))
     source = open_source(spec.source)
-    size = spec.data.resolution or folder.image_size()
+    size = spec.data.resolution or folder.resolution()
     settings: dict[str, Any] = {
         "resolution": size,
         "crop": "centre",

@@ -8,8 +8,10 @@ the names of their types.
 
 import asyncio
 import base64
+import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,6 +26,7 @@ from services.api.requests import ImageRequest, ScoreRequest
 from services.errors import BadRequest, ServiceError
 
 api = FastAPI(title="dde-align serving")
+log = logging.getLogger("ray.serve")
 
 
 class ServeArgs(BaseModel):
@@ -54,6 +57,18 @@ async def validation_error(request: Request, error: RequestValidationError) -> J
     return JSONResponse(BadRequest(message, param=field).body(), status_code=400)
 
 
+async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
+    """Call ``work`` in a thread. An error that nobody expected is logged, and answered with its cause."""
+    try:
+        return await asyncio.to_thread(work, *args)
+    except (ServiceError, ConfigError):
+        raise
+    except Exception as error:
+        log.exception("a request failed")
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise ServiceError(f"the request failed: {type(error).__name__}: {first_line}") from error
+
+
 @serve.deployment(num_replicas=1, max_ongoing_requests=8, max_queued_requests=64)
 @serve.ingress(api)
 class ImageServer:
@@ -68,7 +83,7 @@ class ImageServer:
     async def generate(self, body: ImageRequest) -> dict[str, Any]:
         disconnected = threading.Event()
         try:
-            images = await asyncio.to_thread(self._engine.generate, body, disconnected.is_set)
+            images = await in_thread(self._engine.generate, body, disconnected.is_set)
         except asyncio.CancelledError:
             disconnected.set()
             raise
@@ -79,7 +94,7 @@ class ImageServer:
 
     @api.post("/v1/scores")
     async def score(self, body: ScoreRequest) -> dict[str, Any]:
-        scores = await asyncio.to_thread(self._engine.score, body)
+        scores = await in_thread(self._engine.score, body)
         rows = zip(*scores.values(), strict=True)
         return {"object": "list", "data": [dict(zip(scores, row, strict=True)) for row in rows]}
 

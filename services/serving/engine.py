@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dde_core.config import Background
-from dde_core.errors import DataError
+from dde_core.errors import DataError, DdeError, NonFiniteError
 from dde_core.generation import TextToImage
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes.scenes import SIZE_PX
@@ -21,7 +21,7 @@ from dde_core.shapes.scorers import score
 from services.api.records import ModelRecord
 from services.api.requests import ImageRequest, ScoreRequest
 from services.artifacts import models
-from services.errors import BadRequest
+from services.errors import BadRequest, ServiceError
 from services.pairs.images import BadImage, decode_whole
 
 
@@ -45,7 +45,8 @@ class Engine:
     ) -> list[bytes]:
         """A request's images as PNG files. Each call reads the registry, so a new alias applies at once.
 
-        Raises NotFound for an unknown model, ConfigError for a size that the model cannot generate, and
+        Raises NotFound for an unknown model, ConfigError for a size that the model cannot generate,
+        ServiceError for a model that cannot be loaded or gives values that are not finite, and
         CallerDisconnected as soon as ``is_disconnected()``, which is called at every sampling step.
         """
         record = models.find(self._root, request.model)
@@ -59,7 +60,10 @@ class Engine:
         with self._lock:
             stop_if_disconnected(0, sample.steps)
             model = self._load(record)
-            images = model([request.prompt] * request.n, seeds, sample, stop_if_disconnected)
+            try:
+                images = model([request.prompt] * request.n, seeds, sample, stop_if_disconnected)
+            except NonFiniteError as error:
+                raise _model_error(record, f"gives no images: {error}") from error
         return [to_png(image) for image in images]
 
     def score(self, request: ScoreRequest) -> dict[str, list[float]]:
@@ -81,11 +85,20 @@ class Engine:
     def _load(self, record: ModelRecord) -> TextToImage:
         """The model in memory, loaded where it is not; the least recently used one makes room."""
         if record.id not in self._models:
-            self._models[record.id] = TextToImage(ModelFolder(*models.fetch(record)), self._device)
+            try:
+                loaded = TextToImage(ModelFolder(*models.fetch(record)), self._device)
+            except DdeError as error:
+                raise _model_error(record, f"cannot be loaded: {error}") from error
+            self._models[record.id] = loaded
             while len(self._models) > self._max_models:
                 self._models.popitem(last=False)
         self._models.move_to_end(record.id)
         return self._models[record.id]
+
+
+def _model_error(record: ModelRecord, reason: str) -> ServiceError:
+    """An error that lies in the model, not in the request."""
+    return ServiceError(f"model {record.name!r} {reason}", param="model", code="model_unusable")
 
 
 def to_png(image: np.ndarray) -> bytes:

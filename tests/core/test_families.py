@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
 
 from dde_core.conditioning import predict
 from dde_core.config import LoraConfig, SampleConfig, TrainConfig
@@ -25,6 +26,7 @@ from dde_core.models.text import TextEncoders, time_ids
 from dde_core.models.tokens import tokenize
 from dde_core.noise import initial_latents
 from tests.support.tiny_folders import FOLDERS, sdxl_folder
+from tests.support.zero_folder import change
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 PROMPTS, SEEDS = ["a small red circle at the left", "a large blue cross on a white background"], [3, 4]
@@ -57,6 +59,27 @@ def theirs(family: str, folder: Path, adapters: Path | None = None) -> np.ndarra
 def test_our_pictures_are_those_of_the_diffusers_pipeline(family: str, prediction_type: str, tmp_path: Path):
     path = FOLDERS[family](tmp_path / "model", prediction_type)
     assert ModelFolder(path).schedule().prediction_type == prediction_type
+    ours = TextToImage(ModelFolder(path))(PROMPTS, SEEDS, SAMPLE)
+    assert np.abs(ours - theirs(family, path)).max() <= 1.0, "equal but for rounding"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"steps_offset": 0},
+        {"steps_offset": 2},
+        {"timestep_spacing": "trailing"},
+        {"timestep_spacing": "linspace"},
+        {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"beta_schedule": "linear", "set_alpha_to_one": True},
+    ],
+    ids=str,
+)
+def test_a_schedulers_fields_change_our_pictures_as_they_change_diffusers(
+    family: str, folder: Path, tmp_path: Path, fields
+):
+    path = copy(folder, tmp_path / "model")
+    change(path, "scheduler/scheduler_config.json", **fields)
     ours = TextToImage(ModelFolder(path))(PROMPTS, SEEDS, SAMPLE)
     assert np.abs(ours - theirs(family, path)).max() <= 1.0, "equal but for rounding"
 
@@ -215,6 +238,111 @@ def test_missing_components_are_named(folder: Path, family: str, tmp_path: Path)
     (tmp_path / "model" / "model_index.json").write_text(json.dumps(index | {"text_encoder": [None, None]}))
     with pytest.raises(ModelError, match=f"lacks text_encoder, which a {family} model needs"):
         ModelFolder(tmp_path / "model")
+
+
+def copy(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+def weights_of(folder: Path, part: str) -> Path:
+    return next((folder / part).glob("*.safetensors"))
+
+
+def rewrite(path: Path, change) -> None:
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("text_encoder_2", lambda t: {name: t[name] for name in t if name != "text_projection.weight"}),
+        ("text_encoder_2", lambda t: dict(list(t.items())[::2])),
+        ("text_encoder_2", lambda t: {f"te2.{name}": value for name, value in t.items()}),
+        ("text_encoder", lambda t: dict(list(t.items())[1:])),
+        ("unet", lambda t: dict(list(t.items())[1:])),
+        ("vae", lambda t: dict(list(t.items())[:-1])),
+    ],
+)
+def test_a_missing_tensor_is_an_error_and_never_a_random_one(tmp_path: Path, part: str, change):
+    model = ModelFolder(sdxl_folder(tmp_path / "model"))
+    rewrite(weights_of(model.path, part), change)
+    load = {"unet": model.unet, "vae": model.vae}.get(part, model.text_encoders)
+    with pytest.raises(ModelError, match=f"{part} of .* cannot be loaded: .* of its tensors are missing"):
+        load()
+
+
+def test_a_tensor_of_another_shape_or_a_damaged_file_is_an_error(folder: Path, tmp_path: Path):
+    model = ModelFolder(copy(folder, tmp_path / "model"))
+    path = weights_of(model.path, "text_encoder")
+    rewrite(path, lambda t: {name: value[..., :5].clone() for name, value in t.items()})
+    with pytest.raises(ModelError, match=r"text_encoder of .* cannot be loaded"):
+        model.text_encoders()
+    for part, load in (("unet", model.unet), ("vae", model.vae)):
+        path = weights_of(model.path, part)
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(ModelError, match=f"{part} of .* cannot be loaded"):
+            load()
+
+
+def test_a_tokenizer_without_a_vocabulary_is_an_error(folder: Path, tmp_path: Path):
+    model = ModelFolder(copy(folder, tmp_path / "model"))
+    for path in (model.path / "tokenizer").iterdir():
+        if path.name != "tokenizer_config.json":
+            path.unlink()
+    with pytest.raises(ModelError, match=r"tokenizer of .* gives 'red' and 'big' the same ids"):
+        model.tokenizers()
+
+
+def test_weights_under_old_names_are_loaded(family: str, folder: Path, tmp_path: Path):
+    model = ModelFolder(copy(folder, tmp_path / "model"))
+    rewrite(
+        weights_of(model.path, "text_encoder"),
+        lambda t: {f"text_model.{name.removeprefix('text_model.')}": value for name, value in t.items()},
+    )
+    assert np.array_equal(
+        TextToImage(model)(PROMPTS, SEEDS, SAMPLE), TextToImage(ModelFolder(folder))(PROMPTS, SEEDS, SAMPLE)
+    )
+
+
+def as_variant(folder: Path) -> None:
+    """Leave weights in half precision only, under the names of diffusers' fp16 variant."""
+    for path in list(folder.glob("*/*.safetensors")):
+        rewrite(path, lambda t: {name: value.half() for name, value in t.items()})
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+
+
+def test_a_variant_is_loaded_as_float32_and_aligned_under_the_default_names(
+    family: str, folder: Path, tmp_path: Path
+):
+    half = copy(folder, tmp_path / "half")
+    as_variant(half)
+    model = ModelFolder(half)
+    for part in (model.unet(), model.vae(), *model.text_encoders()):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+    ours = TextToImage(model)(PROMPTS, SEEDS, SAMPLE)
+    assert np.abs(ours.astype(int) - TextToImage(ModelFolder(folder))(PROMPTS, SEEDS, SAMPLE)).max() <= 16
+    Policy(model, TrainConfig()).write(model.unet().state_dict(), tmp_path / "weights")
+    save_aligned(half, tmp_path / "weights", tmp_path / "aligned")
+    assert np.abs(theirs(family, tmp_path / "aligned") - ours).max() <= 1.0, "diffusers loads it unchanged"
+
+
+@pytest.mark.parametrize("size", [None, [8, 16]])
+def test_the_images_size_may_be_absent_or_a_height_and_a_width(
+    family: str, folder: Path, tmp_path: Path, size
+):
+    model = ModelFolder(copy(folder, tmp_path / "model"))
+    path = model.path / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": size}))
+    default = {"sd15": 64, "sdxl": 128}[family]
+    height, width = size or (default, default)
+    assert model.image_size() == (height * 4, width * 4)
+    if size is None:
+        assert model.resolution() == default * 4
+    else:
+        assert TextToImage(model)(PROMPTS, SEEDS, SAMPLE).shape == (2, 32, 64, 3)
+        with pytest.raises(ConfigError, match=r"data\.resolution must be given: .* 64 x 32 px"):
+            model.resolution()
 
 
 def test_another_prediction_type_is_refused_with_its_value(folder: Path, tmp_path: Path):

@@ -67,7 +67,7 @@ def test_pictures_survive_the_vae():
     restored = vae.decode(torch.from_numpy(latents).float() / vae.config.scaling_factor).sample
     error = (restored - (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)).abs().mean()
     assert error < 0.05
-    assert folder.image_size() == 32
+    assert folder.image_size() == (32, 32)
 
 
 def test_an_aligned_folder_takes_over_no_pickle(tmp_path: Path):

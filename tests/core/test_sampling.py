@@ -7,11 +7,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dde_core.config import SampleConfig
-from dde_core.errors import ConfigError
+from dde_core.errors import ConfigError, NonFiniteError
 from dde_core.noise import initial_latents
 from dde_core.sampling import decode, sample_latents, timesteps
 from dde_core.schedule import Schedule
 from tests.support.tiny_unet import tiny_unet
+
+ZERO = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,12 @@ def ours(parts, config, sample, **more):
             5.0,
             {"num_train_timesteps": 10, "beta_end": 0.5, "set_alpha_to_one": True},
         ),  # ends at t = 1, not 0
+        (7, 5.0, {"timestep_spacing": "trailing"}),
+        (10, 5.0, {"timestep_spacing": "linspace"}),
+        (2, 5.0, {"timestep_spacing": "linspace"}),
+        (7, 5.0, {"timestep_spacing": "trailing", **ZERO}),
+        (6, 5.0, {"timestep_spacing": "linspace", "set_alpha_to_one": True, **ZERO}),
+        (10, 5.0, ZERO),
     ],
 )
 def test_latents_equal_the_stable_diffusion_pipelines(parts, sd_config, steps, guidance, change):
@@ -171,9 +179,38 @@ def test_steps_descend_by_equal_strides_from_the_schedulers_offset(schedule, sd_
         assert timesteps(schedule, steps) == (theirs.timesteps + 1).tolist()
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("T", [10, 50, 1000])
+def test_other_spacings_are_diffusers_at_every_number_of_steps(sd_config, spacing: str, T: int):
+    config = sd_config | {"timestep_spacing": spacing, "num_train_timesteps": T}
+    schedule = Schedule.from_config(config)
+    theirs = DDIMScheduler(**config)
+    for steps in range(1 + (spacing == "linspace"), T + 1):
+        theirs.set_timesteps(steps)
+        assert timesteps(schedule, steps) == (theirs.timesteps + 1).tolist()[:steps]
+    assert timesteps(schedule, T) == list(range(T, 0, -1))
+
+
+def test_values_that_are_not_finite_are_no_images(parts, sd_config):
+    def unet(x, t, **conditioning):
+        output = torch.zeros_like(x)
+        output[1, 0, 0, 0] = float("nan")
+        return SimpleNamespace(sample=output)
+
+    cond = {"encoder_hidden_states": parts.cond}
+    schedule = Schedule.from_config(sd_config)
+    with pytest.raises(NonFiniteError, match="latents are not finite in 1 of 2 images"):
+        sample_latents(unet, schedule, parts.latents, cond, cond, SampleConfig(steps=2, guidance_scale=1.0))
+    with pytest.raises(NonFiniteError, match="decoded images are not finite in 2 of 2 images"):
+        decode(parts.vae, parts.latents * float("inf"))
+
+
 def test_steps_that_do_not_fit_the_schedule_are_refused(schedule, sd_config):
     with pytest.raises(ConfigError, match="steps must fit T = 1000 with steps_offset = 1, got 1000"):
         timesteps(schedule, 1000)
+    linspace = Schedule.from_config(sd_config | {"timestep_spacing": "linspace"})
+    with pytest.raises(ConfigError, match="steps must be at least 2 with timestep_spacing linspace, got 1"):
+        timesteps(linspace, 1)
     with pytest.raises(ConfigError, match="steps must fit T = 10"):
         timesteps(Schedule.from_config(sd_config | {"num_train_timesteps": 10}), 11)
     assert timesteps(Schedule.from_config(sd_config | {"steps_offset": 0}), 1000) == list(range(1000, 0, -1))

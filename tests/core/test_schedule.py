@@ -67,16 +67,53 @@ def test_the_true_output_converts_to_the_true_noise_and_the_true_sample(sd_confi
         ("beta_start", None),
         ("num_train_timesteps", None),
         ("prediction_type", "sample"),
-        ("rescale_betas_zero_snr", True),
+        ("rescale_betas_zero_snr", True),  # with epsilon prediction
         ("thresholding", True),
+        ("timestep_spacing", "karras"),
+        ("use_flow_sigmas", True),
+        ("timestep_type", "continuous"),
+        ("steps_offset", 1000),
+        ("beta_end", "0.012"),
+        ("beta_end", 1.5),
+        ("num_train_timesteps", 10**9),
         ("clip_sample", True),
         ("_class_name", "FlowMatchEulerDiscreteScheduler"),
+        ("_class_name", "LCMScheduler"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_field_and_value(sd_config, field, value):
     with pytest.raises(ConfigError, match=field) as refusal:
         Schedule.from_config(sd_config | {field: value})
     assert (refusal.value.field, refusal.value.value) == (field, value)
+
+
+ZERO = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize("change", [{}, {"beta_schedule": "linear"}, {"num_train_timesteps": 50}])
+def test_zero_terminal_snr_is_diffusers_and_leaves_nothing_of_an_image_at_T(sd_config, change):
+    config = sd_config | ZERO | change
+    ours = Schedule.from_config(config)
+    theirs = DDIMScheduler(**config).alphas_cumprod.double()
+    torch.testing.assert_close(ours.alpha_bar[1:], theirs, rtol=1e-4, atol=1e-6)
+    assert ours.has_zero_terminal_snr
+    assert (ours.alpha_bar[-1], ours.snr[-1]) == (0, 0)
+    plain = Schedule.from_config(sd_config | change)
+    assert ours.alpha_bar[1].item() == pytest.approx(plain.alpha_bar[1].item(), rel=1e-12)
+    assert not plain.has_zero_terminal_snr
+    assert ours.kappa[2:-1].isfinite().all()
+    assert (ours.snr.diff() < 0).all()
+
+
+def test_zero_terminal_snr_turns_v_into_noise_and_sample_at_T(sd_config):
+    schedule = Schedule.from_config(sd_config | ZERO)
+    x0, eps = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
+    t = torch.tensor([1000, 1000])
+    x_t = add_noise(schedule, x0, eps, t)
+    assert torch.equal(x_t, eps)
+    v = -x0
+    assert torch.equal(x0_from(schedule, v, x_t, t), x0)
+    assert torch.equal(epsilon_from(schedule, v, x_t, t), eps)
 
 
 def test_trained_betas_must_match_the_timesteps_and_lie_between_0_and_1(sd_config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,6 +339,33 @@ def test_a_bad_image_request_is_refused_with_field_and_value(system: LocalSystem
     assert answer.status_code in (400, 404)
     assert answer.json()["error"]["param"] == field
     assert value in answer.json()["error"]["message"]
+
+
+def nan_weight(data: bytes) -> bytes:
+    return data[:-4] + np.float32("nan").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (lambda data: data[:-4], "cannot be loaded: unet of"),
+        (nan_weight, "gives no images: latents are not finite in 1 of 1 images"),
+    ],
+    ids=["cut off", "one NaN"],
+)
+def test_a_model_that_was_damaged_after_its_registration_is_an_error_with_its_cause(
+    system: LocalSystem, client: Client, tmp_path: Path, damage: Callable[[bytes], bytes], cause: str
+):
+    shutil.copytree(MODEL_DIR, tmp_path / "model")
+    name = f"damaged-{len(cause)}"
+    client.create_model(name, (tmp_path / "model").as_uri())
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    answer = post(system, "/v1/images/generations", {"model": name, "prompt": "a red circle"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (500, "model_unusable", "model")
+    assert error["message"].startswith(f"model {name!r} {cause}")
+    assert error["message"][:200] in (system.logs / "control.log").read_text()
 
 
 def bad_dataset(tmp_path: Path, name: str) -> tuple[Path, str]:

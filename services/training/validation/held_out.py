@@ -10,7 +10,7 @@ from dde_core.latents.reader import LatentReader
 from dde_core.metrics import beat_ratio
 from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
-from dde_core.train_step import PairBatch, pair_errors, preference_margin
+from dde_core.train_step import PairBatch, check_finite, pair_errors, preference_margin
 
 DRAWS = 8
 PAIRS_AT_ONCE = 32
@@ -26,14 +26,16 @@ def held_out_metrics(
     A pair's margin is the mean over DRAWS timesteps, one from each of DRAWS equal parts of 1..T. Timesteps
     and noise do not depend on method, range or seed of the run, so runs are comparable. A batch has ``size``
     pairs (0: PAIRS_AT_ONCE). The Wilson interval treats pairs as independent, though those of
-    one caption are not quite.
+    one caption are not quite. Raises NonFiniteError for a margin that is not finite.
     """
     margins = []
     with policy.autocast():
         for part in slices(reader.held_out(), size or PAIRS_AT_ONCE):
             visits = (batches.held_out(part, draw, DRAWS) for draw in range(DRAWS))  # one at a time
             margins.append(torch.stack([_margin(policy, schedule, batch) for batch in visits]).mean(0))
-    margin = torch.cat(margins).cpu().numpy()
+    all_margins = torch.cat(margins)
+    check_finite("the margin of held-out pairs", all_margins)
+    margin = all_margins.cpu().numpy()
     accuracy, low, high = beat_ratio(margin, np.zeros(len(margin)))
     return {
         "held_out_accuracy": accuracy,

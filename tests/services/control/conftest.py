@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import shutil
 import socket
 import subprocess
@@ -12,21 +11,19 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import SecretStr
-from safetensors.numpy import save_file
 from starlette.testclient import TestClient
 
-from dde_core.family import COMPONENTS, PIPELINES
 from services.control.app import build_app
 from services.control.reconciler import Reconciler
 from services.settings import Settings
 from services.storage import files
 from tests.services.control.fakes import FakeLauncher
+from tests.support.zero_folder import write_zero_folder
 
 KEY = "sk-test"
 POSTGRES = sorted(glob.glob("/usr/lib/postgresql/*/bin"))
@@ -201,25 +198,9 @@ def make_plane(tmp_path: Path, url: str):
         yield plane
 
 
-UNET_LAYERS = {"conv_in": (4, 4, 3, 3), "mid_block.attn1.to_q": (4, 4), "mid_block.norm1": (4,)}
-
-
-def write_base(folder: Path, pipeline: str = "StableDiffusionPipeline") -> str:
-    """A folder with the files of a diffusers pipeline. Only the U-Net has layers: no others are checked."""
-    parts = COMPONENTS[PIPELINES[pipeline]]
-    for part in parts:
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        (folder / part / "model.safetensors").write_bytes(b"1234")
-    weights = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in UNET_LAYERS.items()}
-    save_file(weights, folder / "unet" / "model.safetensors")
-    added = "text_time" if pipeline == "StableDiffusionXLPipeline" else None
-    (folder / "unet" / "config.json").write_text(json.dumps({"in_channels": 4, "addition_embed_type": added}))
-    (folder / "scheduler" / "scheduler_config.json").write_text(
-        '{"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}'
-    )
-    index = {"_class_name": pipeline, **{part: ["diffusers", "X"] for part in parts}}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return str(folder)
+def write_base(folder: Path) -> str:
+    """A folder that can be registered as a base model."""
+    return str(write_zero_folder(folder))
 
 
 def write_pairs(path: Path, rows: list[dict] | None = None, **columns) -> str:

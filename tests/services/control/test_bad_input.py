@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -11,6 +12,7 @@ from pydantic import TypeAdapter
 from services.api.answers import ErrorView
 from services.control.dependencies import BODY_BYTES
 from tests.services.control.conftest import make_plane, write_base, write_pairs
+from tests.support.zero_folder import change
 
 JOBS = "/v1/alignment/jobs"
 TABLE = [
@@ -473,12 +475,13 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     base = write_base(plane.root / "base")
     post("family", "family: Input should be 'sd15' or 'sdxl', got \"flux\"", family="flux")
     post("family", f"family: model_index.json of '{base}' says 'sd15', got 'sdxl'", family="sdxl")
-    (plane.root / "base" / "unet" / "model.safetensors").unlink()
-    post("uri", f"uri '{base}' lacks unet/*.safetensors")
+    weights = plane.root / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    post("uri", f"uri '{base}' cannot be aligned: unet lacks unet/diffusion_pytorch_model.safetensors")
     write_base(plane.root / "base")
     post(
         "uri",
-        f"uri '{plane.root}' is not a diffusers folder that can be aligned: model_index.json cannot be read",
+        f"uri '{plane.root}' is not a diffusers folder that can be aligned: it has no model_index.json",
         uri=str(plane.root),
     )
     other_kind = plane.root / "flux"
@@ -531,9 +534,6 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
         f"uri '{base}' cannot be aligned: unet.addition_embed_type must be None in a sd15 model, "
         "got 'text_time'",
     )
-    (unet / "model.safetensors").rename(unet / "model.fp16.safetensors")
-    post("uri", f"uri '{base}' lacks unet/*.safetensors")
-    (unet / "model.fp16.safetensors").unlink()
     write_base(plane.root / "base")
     post("name", "name: is taken by model_", name="shapes")
     post("name", "name: must not have the form of an id", name="model_" + "a" * 24)
@@ -542,6 +542,32 @@ def test_models_that_are_no_pipeline_of_their_family_are_refused(plane):
     for content in ("[]", "3", "nonsense", '{"unet": 3}'):
         (plane.root / "base" / "model_index.json").write_text(content)
         assert plane.error("/v1/models", {"name": "other", "uri": base})["param"] in ("uri", "family")
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize("method", ["dde", "dde_single"])
+def test_an_infinite_weight_at_zero_terminal_snr_is_refused_naming_both_ways_out(plane, method):
+    base = write_base(plane.root / "zero")
+    change(Path(base), "scheduler/scheduler_config.json", **ZERO_SNR)
+    plane.post("/v1/models", {"name": "zero", "uri": base})
+    for objective in ({}, {"t_max": 1000}):
+        body = plane.job_body(model="zero", objective={"method": method, **objective})
+        message = "objective.max_weight: must be greater than 0, or t_max at most 999: "
+        refused(plane, JOBS, body, 400, "objective.max_weight", message)
+    for objective in ({"max_weight": 100.0}, {"t_max": 999}):
+        plane.job(model="zero", objective={"method": method, **objective})
+    plane.job(model="zero", objective={"method": "uniform"})
+
+
+def test_a_model_whose_weights_are_a_variant_says_so(plane):
+    base = Path(write_base(plane.root / "half"))
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    model = plane.post("/v1/models", {"name": "half", "uri": str(base)})
+    assert model["lineage"] == {"weights": {"unet": "variant fp16, loaded as float32"}}
+    assert plane.get("/v1/models/half") == model
 
 
 # ---- paths, queries and what nobody expected

@@ -158,10 +158,11 @@ def test_what_serve_refuses_keeps_its_status_and_body(front):
     )
 
 
-def test_an_error_of_serves_proxy_is_put_into_our_shape(front):
+def test_an_error_of_serves_proxy_is_put_into_our_shape_and_logged(front, caplog):
     answer = front.http.post("/v1/images/generations", json={**IMAGE, "prompt": "broken"})
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "Serve answered 500: Internal Server Error"
+    assert "Serve answered 500: Internal Server Error" in caplog.text
 
 
 def test_serve_out_of_reach_is_a_503(plane):

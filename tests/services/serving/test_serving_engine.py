@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import logging
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from dde_core.errors import ConfigError
 from dde_core.shapes import MODEL_DIR
@@ -15,7 +20,8 @@ from dde_core.shapes.scenes import parse, render
 from services.api.records import ModelRecord
 from services.api.requests import ImageRequest, ScoreRequest
 from services.artifacts import models
-from services.errors import BadRequest, NotFound
+from services.errors import BadRequest, NotFound, ServiceError
+from services.serving.app import in_thread
 from services.serving.engine import CallerDisconnected, Engine
 from services.storage import files
 from tests.support.pairs_file import png
@@ -23,10 +29,8 @@ from tests.support.pairs_file import png
 TEXT = "a large red circle at the centre on a black background"
 
 
-def publish(root: str, model_id: str) -> ModelRecord:
-    record = ModelRecord(
-        id=model_id, name="m", uri=MODEL_DIR.as_uri(), family="sd15", digest=model_id, created_at=0
-    )
+def publish(root: str, model_id: str, uri: str = MODEL_DIR.as_uri()) -> ModelRecord:
+    record = ModelRecord(id=model_id, name="m", uri=uri, family="sd15", digest=model_id, created_at=0)
     models.publish(root, record)
     return record
 
@@ -72,6 +76,41 @@ def test_an_unknown_model_is_refused_by_name(root: str, name: str):
 def test_a_size_that_the_model_cannot_generate_is_refused(root: str):
     with pytest.raises(ConfigError, match="size width must be a multiple of 8, got '33x32'"):
         Engine(root).generate(request(size="33x32"))
+
+
+def broken(root: str, folder: Path) -> Path:
+    """A copy of the shipped model under the name that requests use."""
+    shutil.copytree(MODEL_DIR, folder)
+    publish(root, "model_b", folder.as_uri())
+    models.set_alias(root, "named", "model_b")
+    return folder / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def test_one_nan_weight_is_an_error_and_no_black_image(root: str, tmp_path):
+    weights = broken(root, tmp_path / "model")
+    tensors = load_file(weights)
+    tensors["conv_in.weight"][0, 0, 0, 0] = np.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ServiceError, match="model 'm' gives no images: latents are not finite in 2 of 2"):
+        Engine(root).generate(request(n=2))
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_with_its_cause(root: str, tmp_path):
+    weights = broken(root, tmp_path / "model")
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ServiceError, match=r"model 'm' cannot be loaded: unet of .*") as failure:
+        Engine(root).generate(request())
+    assert (failure.value.status, failure.value.code, failure.value.param) == (500, "model_unusable", "model")
+
+
+def test_an_error_that_nobody_expected_is_answered_with_its_cause_and_logged(caplog):
+    def fail() -> None:
+        raise RuntimeError("out of memory\nin 12 frames")
+
+    logging.getLogger("ray.serve").addHandler(caplog.handler)
+    with pytest.raises(ServiceError, match=r"^the request failed: RuntimeError: out of memory$"):
+        asyncio.run(in_thread(fail))
+    assert "in 12 frames" in caplog.text
 
 
 def test_generation_stops_when_the_caller_disconnects(root: str):
