@@ -7,7 +7,7 @@ client that does not read its answer. ``dependencies.read_body`` limits the time
 from __future__ import annotations
 
 import asyncio
-from typing import cast
+from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -17,16 +17,20 @@ STALLED_S = 60.0
 """How long an answer may wait for the client to read."""
 
 
-class LimitedConnection(AutoHTTPProtocol):  # type: ignore[misc,valid-type]  # chosen at import
-    """uvicorn's protocol with a limit on both waits."""
+class Limits(asyncio.Protocol):
+    """What is put before one of uvicorn's two HTTP/1.1 protocols: a limit on both waits."""
 
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    cycle: Any
+    """uvicorn's state of the last request; None before the first."""
     headers_s = HEADERS_S
     stalled_s = STALLED_S
     _headers: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(cast(asyncio.Transport, transport))
+        super().connection_made(transport)
         self._limit_headers()
 
     def data_received(self, data: bytes) -> None:
@@ -59,6 +63,10 @@ class LimitedConnection(AutoHTTPProtocol):  # type: ignore[misc,valid-type]  # c
         self._headers = None
         if self.cycle is None or self.cycle.response_complete:
             self.transport.abort()
+
+
+class LimitedConnection(Limits, AutoHTTPProtocol):  # type: ignore[misc,valid-type]  # chosen at import
+    """uvicorn's protocol with these limits."""
 
 
 def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:

@@ -16,7 +16,6 @@ from services.pairs.columnar import Unit
 from services.pairs.images import BadImage, decode
 from services.pairs.row import Row
 from services.pairs.source import Source
-from services.storage import sources
 
 LOAD_THREADS = 8
 """Images in files of their own are fetched this many at a time."""
@@ -30,7 +29,6 @@ def read_images(work: dict[str, Any], source: Source, settings: dict[str, Any]) 
     transparent] of each image) and ``bad`` (JSON: slot in the block -> why its image cannot be used).
     ``settings`` are the dataset's. Memory holds the pixels of one block and LOAD_THREADS image files.
     """
-    sources.hold_to(source.rules)
     unit: Unit = work["unit"]
     blocks: list[Block] = work["blocks"]
     position = blocks[0].start

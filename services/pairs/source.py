@@ -82,9 +82,14 @@ class Source:
     image_folder: str = ""
     """Where the images of a published dataset are, relative to the file that names them."""
     rules: SourceRules = field(default_factory=sources.rules, repr=False, compare=False)
-    """What the process that opened the source may read; a worker that reads its rows holds itself to them."""
+    """What the process that opened the source may read."""
     unreachable_buckets: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     """Foreign buckets that did not answer; they are not requested again for every image."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A process that receives a source is held to the rules of the one that opened it."""
+        self.__dict__.update(state)
+        sources.hold_to(self.rules)
 
     @property
     def format(self) -> Format:

@@ -6,6 +6,8 @@ import socket
 import time
 
 import pytest
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.control import connections, dependencies
 from services.control.app import build_app
@@ -18,15 +20,23 @@ CHUNK_S = 0.5
 HEAD = f"POST /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
 
 
-@pytest.fixture
-def port(tmp_path, monkeypatch):
-    """The port of a control plane with short limits."""
-    monkeypatch.setattr(connections.LimitedConnection, "headers_s", HEADERS_S)
+class OnHttptools(connections.Limits, HttpToolsProtocol):
+    pass
+
+
+class OnH11(connections.Limits, H11Protocol):
+    pass
+
+
+@pytest.fixture(params=[OnHttptools, OnH11])
+def port(request, tmp_path, monkeypatch):
+    """The port of a control plane with short limits, on each of uvicorn's protocols."""
+    monkeypatch.setattr(connections.Limits, "headers_s", HEADERS_S)
     monkeypatch.setattr(dependencies, "CHUNK_S", CHUNK_S)
     settings = Settings(
         api_key=KEY, storage_uri=str(tmp_path / "store"), database_url=f"sqlite:///{tmp_path}/dde.db"
     )
-    with listening(build_app(settings, reconcile=False), http=connections.LimitedConnection) as url:
+    with listening(build_app(settings, reconcile=False), http=request.param) as url:
         yield int(url.rpartition(":")[2])
 
 
@@ -82,6 +92,28 @@ def test_a_body_that_no_route_reads_does_not_keep_a_connection(port):
         seconds, received = seconds_until_closed(connected, b"x")
     assert received.startswith(b"HTTP/1.1 401 ")
     assert seconds < HEADERS_S + 3
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut_off(port, monkeypatch):
+    monkeypatch.setattr(connections.Limits, "stalled_s", 0.5)
+    with connect(port) as connected:
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+        connected.settimeout(0.1)
+        assert seconds_until_reset(connected, request) < 10
+
+
+def seconds_until_reset(connected: socket.socket, request: bytes) -> float:
+    """How long the server takes requests, and waits, from a client that reads no answer."""
+    started = time.monotonic()
+    while time.monotonic() - started < 20:
+        try:
+            connected.sendall(request)
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            break
+    return time.monotonic() - started
 
 
 def test_requests_that_come_in_pieces_and_one_after_the_other_are_answered(port):

@@ -21,7 +21,8 @@ from services.pairs.images import MAX_FILE_BYTES, BadImage
 from services.pairs.row import Row
 from services.pairs.source import Source, open_source
 from services.pairs.validation import validate
-from services.storage import files
+from services.storage import files, sources
+from services.storage.sources import SourceRules
 from tests.support.pairs_file import write_pairs
 from tests.support.s3_server import Fault, serve_s3
 from tests.support.source_kinds import (
@@ -571,6 +572,17 @@ def test_no_more_of_an_image_is_read_than_the_limit(tmp_path):
         file.truncate(4 * MAX_FILE_BYTES)
     assert len(source.load("huge.png") or b"") == MAX_FILE_BYTES + 1
     assert (source.load(b"bytes"), source.load(None)) == (b"bytes", None)
+
+
+def test_a_process_that_receives_a_source_is_held_to_the_rules_of_the_one_that_opened_it(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"chosen": "a", "rejected": "b", "caption": "x"}\n')
+    rules = SourceRules((str(tmp_path),))
+    sources.hold_to(rules)
+    sent = pickle.dumps(opened(tmp_path / "a.jsonl"))
+    sources.hold_to(SourceRules())
+    received = pickle.loads(sent)
+    assert sources.rules() == rules
+    assert [row.caption for unit in received.units() for row in received.rows(unit)] == ["x"]
 
 
 # ---- memory
