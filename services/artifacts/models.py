@@ -94,6 +94,7 @@ def _file_digest(uri: str, name: str, tensors: Tensors | None) -> str:
             digest.update(stream.read(found.start - position))
             position = found.end
             for start in range(found.start, found.end, READ_BYTES):
+                sources.check_time()
                 block = stream.read(min(READ_BYTES, found.end - start))
                 digest.update(block)
                 if not is_finite(block, found.dtype):
