@@ -218,7 +218,7 @@ def check_unet(config: Mapping[str, Any], family: Family) -> None:
         fields.one_of(name, None, (None, *ACTIVATIONS))
     for name, default in (("norm_eps", 1e-5), ("mid_block_scale_factor", 1)):
         fields.number(name, default, above=0, below=1000)
-    if fields.get("dropout"):
+    if fields.get("dropout", 0) != 0:
         fields.number("dropout", 0, above=0, below=1)
     fields.one_of("freq_shift", 0, (0, 1))
     for name, is_default in (
@@ -306,7 +306,8 @@ class AutoencoderFields:
         for name in ("latents_mean", "latents_std", "shift_factor"):
             fields.must_be(name, None, ": latents are scaled by scaling_factor alone")
         fields.must_be("quantization_config", None, f": {_PIPELINE_INPUTS['quantization_config']}")
-        fields.number("scaling_factor", 0.18215, above=0)
+        fields.number("scaling_factor", 0.18215, above=0, below=1000)
+        fields.each_level("sample_size", 32, 2)
         fields.one_of("act_fn", "silu", ACTIVATIONS)
         widths = fields.wholes("block_out_channels", (64,))
         groups = fields.whole("norm_num_groups", 32)

@@ -48,12 +48,12 @@ def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:
         if each and each.job is None:
             _check_folder(each)
     try:
-        _check_settings(base, request)
+        _check_base_files(base, request)
     except ModelError as error:
         raise BadRequest(f"model: {base.name} cannot be aligned: {error}", param="model") from error
 
 
-def _check_settings(base: ModelRecord, request: AlignmentJobCreate) -> None:
+def _check_base_files(base: ModelRecord, request: AlignmentJobCreate) -> None:
     """Raises BadRequest for the request, ModelError for files that have changed since registration."""
     scheduler = models.scheduler_config((base.adapter_of or base).uri)
     num_timesteps = int(scheduler["num_train_timesteps"])
