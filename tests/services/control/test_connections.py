@@ -51,7 +51,7 @@ def seconds_until_closed(connected: socket.socket, drip: bytes = b"") -> tuple[f
     started = time.monotonic()
     received = b""
     connected.settimeout(0.05)
-    while time.monotonic() - started < 10:
+    while time.monotonic() - started < 60:
         try:
             data = connected.recv(65536)
         except TimeoutError:
