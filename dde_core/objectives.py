@@ -102,7 +102,7 @@ def weights(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " time
     w = OBJECTIVES[config.method].weight(schedule)
     if schedule.has_zero_terminal_snr:
         check_terminal_weight(config, schedule.T)
-        w = w.nan_to_num(posinf=config.max_weight)
+        w = torch.where(w.isposinf(), config.max_weight, w)
     if config.max_weight and METHODS[config.method].has_loser:
         return w.clamp(max=config.max_weight)
     return w
