@@ -249,22 +249,31 @@ def _null_count(column: pq.ColumnChunkMetaData) -> int | None:
 
 
 @dataclass(frozen=True)
-class ArrowFiles:
-    """Arrow IPC streams of Hugging Face's `save_to_disk`; a unit is a file.
+class WholeFiles:
+    """Files of a reader whose units are whole files: each is read from its start."""
+
+    uri: str
+    files: tuple[str, ...]
+
+    def units(self) -> Iterator[Unit]:
+        yield from (Unit(file) for file in self.files)
+
+    def identity(self) -> Iterator[bytes]:
+        yield from (name_and_size(self.uri, file) for file in self.files)
+
+
+@dataclass(frozen=True)
+class ArrowFiles(WholeFiles):
+    """Arrow IPC streams of Hugging Face's `save_to_disk`.
 
     Local files are memory-mapped, others are read a batch at a time.
     """
 
-    uri: str
-    files: tuple[str, ...]
     format: Format = "arrow"
 
     def columns(self) -> FileColumns:
         with self._open(self.files[0]) as reader:
             return _types(full_uri(self.uri, self.files[0]), reader.schema)
-
-    def units(self) -> Iterator[Unit]:
-        yield from (Unit(file) for file in self.files)
 
     def rows(
         self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
@@ -279,9 +288,6 @@ class ArrowFiles:
                 for offset in range(0, len(batch), IMAGE_BATCH_ROWS)
             )
             yield from _cells(small_batches, columns, with_images, start, stop)
-
-    def identity(self) -> Iterator[bytes]:
-        yield from (name_and_size(self.uri, file) for file in self.files)
 
     def _open(self, file: str) -> pa.RecordBatchStreamReader:
         uri = full_uri(self.uri, file)

@@ -23,8 +23,8 @@ from services.pairs.columnar import (
     Format,
     Unit,
     Unreadable,
+    WholeFiles,
     full_uri,
-    name_and_size,
     open_decompressed,
 )
 from services.pairs.path_based import MAX_LINE_BYTES, cells_of, keys_of, not_an_object
@@ -40,11 +40,9 @@ _SEPARATOR = re.compile(r"[ \t\n\r]*(,?)[ \t\n\r]*(\]?)")
 
 
 @dataclass(frozen=True)
-class JsonLists:
+class JsonLists(WholeFiles):
     """JSON files that are one list of objects, as HPDv2 and ImageReward have them."""
 
-    uri: str
-    files: tuple[str, ...]
     format: Format = "json"
 
     def columns(self) -> FileColumns:
@@ -52,16 +50,10 @@ class JsonLists:
         rows = (row for file in self.files for row in self._objects(file))
         return keys_of(self.uri, rows, "holds no list of JSON objects", "not_json")
 
-    def units(self) -> Iterator[Unit]:
-        yield from (Unit(file) for file in self.files)
-
     def rows(
         self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
     ) -> Iterator[Cells | Unreadable]:
         yield from cells_of(islice(self._objects(unit.file), start, stop), columns)
-
-    def identity(self) -> Iterator[bytes]:
-        yield from (name_and_size(self.uri, file) for file in self.files)
 
     def _objects(self, file: str) -> Iterator[dict[str, Any] | Unreadable]:
         """The rows in order. Raises BadRequest where the document is broken: its other rows would be lost."""
@@ -157,15 +149,13 @@ class _Pending:
 
 
 @dataclass(frozen=True)
-class CsvFiles:
+class CsvFiles(WholeFiles):
     """Tables of values separated by one of DELIMITERS, with a header, as `metadata.csv` of an image folder.
 
     Text becomes what the column needs: labels are numbers, lists are written as in JSON or Python, and an
     empty field is null.
     """
 
-    uri: str
-    files: tuple[str, ...]
     format: Format = "csv"
 
     def columns(self) -> FileColumns:
@@ -176,9 +166,6 @@ class CsvFiles:
             message = f"uri {full_uri(self.uri, self.files[0])!r} has no header of distinct column names"
             raise BadRequest(message, param="uri", code="not_csv")
         return dict.fromkeys(names)
-
-    def units(self) -> Iterator[Unit]:
-        yield from (Unit(file) for file in self.files)
 
     def rows(
         self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
@@ -199,9 +186,6 @@ class CsvFiles:
                 )
             else:
                 yield {column: cell_of(column, fields[place]) for column, place in places.items()}
-
-    def identity(self) -> Iterator[bytes]:
-        yield from (name_and_size(self.uri, file) for file in self.files)
 
     def _lines(self, file: str) -> Iterator[tuple[list[str] | str, int]]:
         """The header, then the fields of each row or what is wrong with it, and the number of its last line.

@@ -28,9 +28,9 @@ from services.pairs.columnar import (
     Format,
     Unit,
     Unreadable,
+    WholeFiles,
     compression_of,
     full_uri,
-    name_and_size,
     open_decompressed,
     open_file,
     unreadable,
@@ -53,11 +53,9 @@ ROWS_FOR_COLUMNS = 20
 
 
 @dataclass(frozen=True)
-class Tars:
+class Tars(WholeFiles):
     """Webdataset tars, plain or compressed. A plain one is passed over without reading its images."""
 
-    uri: str
-    files: tuple[str, ...]
     format: Format = "tar"
 
     def columns(self) -> FileColumns:
@@ -67,9 +65,6 @@ class Tars:
             self.uri, islice(rows, ROWS_FOR_COLUMNS), "holds no files of webdataset rows", "not_tar"
         )
 
-    def units(self) -> Iterator[Unit]:
-        yield from (Unit(file) for file in self.files)
-
     def rows(
         self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
     ) -> Iterator[Cells | Unreadable]:
@@ -78,9 +73,6 @@ class Tars:
                 yield row
             else:
                 yield {column: row.get(name) for column, name in columns.items()}
-
-    def identity(self) -> Iterator[bytes]:
-        yield from (name_and_size(self.uri, file) for file in self.files)
 
     def _rows(
         self, file: str, columns: ColumnMap, *, with_images: bool

@@ -27,10 +27,9 @@ from services.pairs.images import BadImage, decode
 from services.pairs.pair_counts import PairTally
 from services.pairs.row import SLOTS, Row
 from services.pairs.source import Source
-from services.pairs.uids import UidCheck, differ, repeats_a_uid, uid_column
+from services.pairs.uids import COMPARED_SIZE_PX, UidCheck, differ, repeats_a_uid, uid_column
 
 SAMPLE_ROWS = 256
-SAMPLE_SIZE_PX = 64
 MIN_SAMPLED_UNITS = 16
 MAX_EXAMPLES = 3
 MAX_DETAIL_CHARS = 200
@@ -255,7 +254,7 @@ class _Examiner:
         for slot, (uid, image) in enumerate(zip(row.uids, row.images, strict=True)):
             try:
                 data = self._source.load(image)
-                decoded = decode(data, SAMPLE_SIZE_PX)
+                decoded = decode(data, COMPARED_SIZE_PX)
             except BadImage as error:
                 if row.kind != "decided":  # no image of a tie is used
                     return "", "", []
