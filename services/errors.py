@@ -5,6 +5,7 @@
     │   └── TooLarge                   a body longer than the limit; 413
     ├── NotFound (LookupError)         an id or name that does not exist; 404
     ├── Unauthorized                   no API key or a wrong one; 401
+    ├── Forbidden                      the key lacks the scope that the route needs; 403
     ├── Conflict                       a state that forbids the request; 409 (never on a create)
     │   └── Overtaken                  a newer attempt or group of workers has taken over a run
     ├── Unavailable                    Ray or Serve does not answer; 503, worth a retry
@@ -60,6 +61,12 @@ class Unauthorized(ServiceError):
     status = 401
     type = "authentication_error"
     default_code = "invalid_api_key"
+
+
+class Forbidden(ServiceError):
+    status = 403
+    type = "permission_error"
+    default_code = "missing_scope"
 
 
 class Conflict(ServiceError):

@@ -23,7 +23,7 @@ from services.api.records import (
     TrainResult,
     Validated,
 )
-from services.api.requests import Scorer
+from services.api.requests import Scope, Scorer
 
 
 class Answer(BaseModel):
@@ -102,6 +102,25 @@ class ModelView(Answer):
     lineage: dict[str, Any]
     current: bool
     created_at: int
+
+
+class KeyView(Answer):
+    """An API key without its secret, which ends in ``hint``. It is accepted until ``revoked_at``."""
+
+    id: str
+    object: Literal["api_key"]
+    name: str
+    project: str
+    scopes: list[Scope]
+    hint: str
+    created_at: int
+    revoked_at: int | None
+
+
+class KeyCreated(KeyView):
+    """A new API key. No other answer has its secret, ``key``: only a hash of it is stored."""
+
+    key: str
 
 
 class ReasonView(Answer):

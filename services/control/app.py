@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
@@ -17,16 +17,16 @@ from services.api.requests import (
     DatasetSource,
     EvaluationCreate,
     ImageRequest,
+    KeyCreate,
     ModelCreate,
     ScoreRequest,
 )
 from services.control import inference, problems
 from services.control.database import Database
-from services.control.dependencies import require_key
 from services.control.launcher import Launcher, RayJobsLauncher
 from services.control.middleware import Observed
 from services.control.reconciler import Reconciler
-from services.control.routers import datasets, evaluations, health, images, jobs, models
+from services.control.routers import datasets, evaluations, health, images, jobs, keys, models
 from services.control.telemetry import Telemetry
 from services.settings import Settings
 from services.storage import files
@@ -39,6 +39,7 @@ BODIES = (
     EvaluationCreate,
     ImageRequest,
     ScoreRequest,
+    KeyCreate,
 )
 
 
@@ -57,10 +58,8 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     app.add_middleware(Observed, telemetry=app.state.telemetry)
     problems.install(app)
     app.include_router(health.router)
-    for router in (datasets.router, models.router, jobs.router, evaluations.router, images.router):
-        app.include_router(
-            router, dependencies=[Depends(require_key)], responses={"4XX": {"model": ErrorView}}
-        )
+    for each in (datasets, models, jobs, evaluations, images, keys):
+        app.include_router(each.router, responses={"4XX": {"model": ErrorView}})
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

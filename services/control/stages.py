@@ -14,6 +14,11 @@ from services.stages import layout
 from services.stages.specs import ENTRY_MODULES, EncodeSpec, EvaluateSpec, LedgerSpec, StageSpec, TrainSpec
 
 
+def root(job: Job, settings: Settings) -> str:
+    """The root of the job's project in storage."""
+    return layout.project_root(settings.storage_uri, job.project)
+
+
 def prefix(job: Job, root: str) -> str:
     """The folder of the job's current attempt: spec, journal and markers."""
     return layout.attempt_prefix(root, job.id, str(job.stage), job.attempt)
@@ -32,8 +37,8 @@ def entrypoint(job: Job, root: str) -> str:
 
 def spec(job: Job, settings: Settings) -> StageSpec:
     """The spec of the job's current stage."""
-    root = settings.storage_uri
-    common = {"job": job.id, "attempt": job.attempt, "prefix": prefix(job, root), "use_gpu": settings.use_gpu}
+    folder = prefix(job, root(job, settings))
+    common = {"job": job.id, "attempt": job.attempt, "prefix": folder, "use_gpu": settings.use_gpu}
     return _BUILDERS[job.stage](job, settings, common)  # type: ignore[index]
 
 
@@ -56,7 +61,7 @@ def _encode(job: Job, settings: Settings, common: dict[str, Any]) -> EncodeSpec:
         source_digest=dataset["digest"],
         model=ModelRecord(**job.inputs["model"]),
         data=_request(job).data,
-        output=layout.datasets_folder(settings.storage_uri),
+        output=layout.datasets_folder(root(job, settings)),
         actors=settings.encode_actors,
     )
 
@@ -74,7 +79,6 @@ def _ledger(job: Job, settings: Settings, common: dict[str, Any]) -> LedgerSpec:
 
 
 def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
-    root = settings.storage_uri
     request = _request(job)
     return TrainSpec(
         **common,
@@ -88,8 +92,8 @@ def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
         evaluation=request.evaluation,
         validation=request.validation,
         ledger=job.results["ledger"]["ledger"] if "ledger" in job.results else None,
-        run=layout.run_folder(root, job.id),
-        output=layout.model_folder(root, str(job.output_model)),
+        run=layout.run_folder(root(job, settings), job.id),
+        output=layout.model_folder(root(job, settings), str(job.output_model)),
     )
 
 
@@ -107,7 +111,7 @@ def _evaluate(job: Job, settings: Settings, common: dict[str, Any]) -> EvaluateS
         candidate=ModelRecord(**candidate),
         base=ModelRecord(**base),
         evaluation=EvaluationConfig.model_validate_json(json.dumps(evaluation)),
-        output=prefix(job, settings.storage_uri),
+        output=prefix(job, root(job, settings)),
         actors=settings.evaluate_actors,
     )
 

@@ -10,9 +10,9 @@ import asyncio
 import base64
 import threading
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
@@ -20,9 +20,10 @@ from ray import serve
 from ray.serve import Application
 
 from dde_core.errors import ConfigError
-from services.api.requests import ImageRequest, ScoreRequest
+from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER, ImageRequest, ScoreRequest
 from services.errors import BadRequest, ServiceError
 
+Project = Annotated[str, Header(alias=PROJECT_HEADER)]
 api = FastAPI(title="dde-align serving")
 
 
@@ -65,10 +66,10 @@ class ImageServer:
         self._engine = Engine(args.storage_uri, args.max_models, "cuda" if args.use_gpu else "cpu")
 
     @api.post("/v1/images/generations")
-    async def generate(self, body: ImageRequest) -> dict[str, Any]:
+    async def generate(self, body: ImageRequest, project: Project = DEFAULT_PROJECT) -> dict[str, Any]:
         disconnected = threading.Event()
         try:
-            images = await asyncio.to_thread(self._engine.generate, body, disconnected.is_set)
+            images = await asyncio.to_thread(self._engine.generate, body, disconnected.is_set, project)
         except asyncio.CancelledError:
             disconnected.set()
             raise

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from services.control import health
-from services.control.dependencies import Config, Db
+from services.control.dependencies import AllProjects, Config
 
 router = APIRouter(tags=["health"])
 
@@ -18,7 +18,7 @@ def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz")
-def readyz(request: Request, db: Db, settings: Config) -> JSONResponse:
+def readyz(request: Request, db: AllProjects, settings: Config) -> JSONResponse:
     """Readiness: database, storage and Ray answer. 503 names the one that does not."""
     ready, report = health.readiness(db, settings.storage_uri, request.app.state.launcher)
     return JSONResponse(report, 200 if ready else 503)
