@@ -6,10 +6,10 @@ The client ignores fields that a newer server adds.
 
 from __future__ import annotations
 
-import json
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
 
 from dde_core.family import Family
 from services.api.records import (
@@ -256,4 +256,4 @@ def parse(view: type[Parsed], body: Any) -> Parsed:
 
     Raises pydantic.ValidationError.
     """
-    return view.model_validate_json(json.dumps(body), extra="ignore")
+    return view.model_validate_json(to_json(body), extra="ignore")

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from alembic import command
 from alembic.config import Config
+from pydantic_core import from_json
 from sqlalchemy import Connection, CursorResult, Engine, Update, create_engine, event, text
 from sqlalchemy.orm import ORMExecuteState, Session, sessionmaker, with_loader_criteria
 
@@ -173,8 +174,9 @@ def _engine(url: str) -> Engine:
             pool_size=10,
             max_overflow=10,
             pool_pre_ping=True,
+            json_deserializer=from_json,
         )
-    engine = create_engine(url, pool_size=CONNECTIONS, max_overflow=CONNECTIONS)
+    engine = create_engine(url, pool_size=CONNECTIONS, max_overflow=CONNECTIONS, json_deserializer=from_json)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

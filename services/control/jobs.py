@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session, aliased, defer
 
 from dde_core.errors import DataError
 from services.api.answers import CheckpointView, EvaluationView, JobView, ListView, RunView
@@ -112,7 +112,7 @@ def page(
     metadata: Mapping[str, str],
 ) -> ListView[RunView]:
     """Jobs of one kind, newest first, that have this status and all of this metadata."""
-    query = select(Job).where(Job.kind == kind)
+    query = select(Job).options(defer(Job.inputs, raiseload=True)).where(Job.kind == kind)
     if status is not None:
         query = query.where(Job.status == status)
     order: Any = Job.seq

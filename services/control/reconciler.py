@@ -13,7 +13,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, case, func, or_, select, union_all, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Double,
+    Select,
+    bindparam,
+    case,
+    func,
+    or_,
+    select,
+    union_all,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from services.api.records import ModelRecord
@@ -107,7 +119,7 @@ class Reconciler:
         now = self._clock()
         token = secrets.token_hex(16)
         with self._database.read() as session:
-            candidates = [*self._next_to_start(session, now), *session.scalars(_longest_due(now))]
+            candidates = [*self._next_to_start(session, now), *session.scalars(LONGEST_DUE, {"now": now})]
         for job_id in candidates:
             with self._database.write() as session:
                 lock = {"lock_token": token, "lock_expires_at": now + self._settings.lock_s}
@@ -203,7 +215,7 @@ def _not_stopping() -> ColumnElement[bool]:
     return Job.cancel_requested_at.is_(None) & Job.pause_requested_at.is_(None)
 
 
-def _free(now: float) -> tuple[ColumnElement[bool], ...]:
+def _free(now: float | BindParameter[float]) -> tuple[ColumnElement[bool], ...]:
     """Unfinished and unlocked. A paused job waits until its cancellation is requested."""
     may_move = or_(Job.status != "paused", Job.cancel_requested_at.is_not(None))
     is_unlocked = or_(Job.lock_expires_at.is_(None), Job.lock_expires_at < now)
@@ -215,11 +227,14 @@ def _may_start(now: float) -> ColumnElement[bool]:
     return or_(Job.next_at <= now, Job.next_at > now + MAX_DELAY_S)
 
 
-def _longest_due(now: float) -> Select[Any]:
+NOW = bindparam("now", type_=Double)
+
+
+def _longest_due() -> Select[Any]:
     """The ids of the jobs that have been due longest. Each status is read in the order of its index."""
     due = [
         select(Job.id, Job.next_at)
-        .where(Job.status == status, *_free(now), Job.next_at <= now)
+        .where(Job.status == status, *_free(NOW), Job.next_at <= NOW)
         .order_by(Job.next_at)
         .limit(CANDIDATES)
         .subquery()
@@ -227,3 +242,7 @@ def _longest_due(now: float) -> Select[Any]:
     ]
     found = union_all(*(select(each) for each in due)).subquery()
     return select(found.c.id).order_by(found.c.next_at).limit(CANDIDATES)
+
+
+LONGEST_DUE = _longest_due()
+"""Built once: it is run at every poll of every thread."""
