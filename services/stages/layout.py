@@ -37,8 +37,10 @@ Imports no torch and no Ray.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
+from pathlib import Path
 from urllib.parse import unquote
 
 from dde_core.latents.schema import MANIFEST
@@ -63,7 +65,7 @@ def project_root(storage: str, project: str) -> str:
 def is_foreign(storage: str, project: str, uri: str) -> bool:
     """Whether a file or folder lies in the storage URI, but not among the files of the project.
 
-    Symbolic links count as what they lead to. Raises BadRequest for an unusable URI.
+    Symbolic links count as what they lead to. An unusable URI lies nowhere: whoever reads it refuses it.
     """
     if project == DEFAULT_PROJECT:
         return _is_below(uri, files.join(storage, PROJECTS))
@@ -72,11 +74,14 @@ def is_foreign(storage: str, project: str, uri: str) -> bool:
 
 def _is_below(uri: str, folder: str) -> bool:
     """Whether a URI is a folder or lies in it."""
-    path = files.local_path(uri)
+    try:
+        path = files.local_path(uri)
+    except BadRequest:
+        return False
     top = files.local_path(folder)
     if path is None or top is None:
         return path is top and f"{_normal(uri)}/".startswith(f"{_normal(folder)}/")
-    return path.resolve().is_relative_to(top.resolve())
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(top))
 
 
 def _normal(uri: str) -> str:

@@ -300,6 +300,14 @@ def test_a_project_cannot_read_anothers_files_by_their_uri(plane, where):
     assert error["code"] == "other_project", "nor does the default project read theirs"
 
 
+def test_a_loop_of_links_is_refused_as_unreadable(plane):
+    loop = plane.root / "loop"
+    loop.symlink_to(loop)
+    team = bearer(new_key(plane, "team-a")["key"])
+    error = plane.post("/v1/datasets", {"name": "d", "uri": loop.as_uri()}, 400, headers=team)["error"]
+    assert error["param"] == "uri"
+
+
 def test_the_same_idempotency_key_means_another_request_in_another_project(any_plane, team):
     plane = any_plane
     body = {"name": "d", "uri": write_pairs(plane.root / "pairs")}

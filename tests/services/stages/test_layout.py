@@ -79,6 +79,7 @@ def test_a_text_that_names_no_project_has_no_root(name: str) -> None:
         ("team-a", ROOT, True),
         ("team-a", "s3://bucket/root-of-others/pairs", False),
         ("team-a", "/data/pairs", False),
+        ("team-a", "gopher://bucket/root", False),
         ("default", f"{ROOT}/models/model_1", False),
         ("default", f"{ROOT}/projects/team-a/models/model_1", True),
         ("default", f"{ROOT}/projects", True),
