@@ -10,6 +10,7 @@ import uvicorn
 from pydantic import SecretStr
 
 from services.control.app import build_app
+from services.control.launcher import keep_modules
 from services.settings import Settings
 
 SWITCH_S = 0.001
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> None:
         sys.setswitchinterval(SWITCH_S)
         settings = Settings()  # type: ignore[call-arg]
         app = build_app(settings)
+        keep_modules()
         uvicorn.run(
             app, host=settings.host, port=settings.port, access_log=False, timeout_graceful_shutdown=5
         )
