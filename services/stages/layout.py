@@ -2,6 +2,9 @@
 
 A job is a chain of stages. A stage is one Ray job that reads a spec file and ends by writing a marker file.
 
+Everything below {root} exists once a project: {root} is the storage URI for the default project, and
+projects/{project}/ in it for any other.
+
     {root}/jobs/{job}/{stage}/a{attempt}/                    the prefix of one attempt
         spec.json                   written by the control plane, read by the stage
         journal/{number}.json       append-only events and metrics, written by the stage
@@ -34,15 +37,58 @@ Imports no torch and no Ray.
 
 from __future__ import annotations
 
+import os
+import posixpath
 import re
+from pathlib import Path
+from urllib.parse import unquote
 
 from dde_core.latents.schema import MANIFEST
+from services.api.requests import DEFAULT_PROJECT, PROJECT_PATTERN
+from services.errors import BadRequest, NotFound
 from services.storage import files
 
 CREDIT = "credit.json"
 CHECKPOINT_RECORD = "checkpoint.json"
+PROJECTS = "projects"
 _STEP = re.compile(r"step-(\d+)")
 _BLOCK = re.compile(r"(\d{8,})\.(parquet|json)")
+
+
+def project_root(storage: str, project: str) -> str:
+    """The root of a project's files in the storage URI. Raises BadRequest for a text that names none."""
+    if not re.fullmatch(PROJECT_PATTERN, project) or project.endswith("\n"):
+        raise BadRequest(f"project: must match {PROJECT_PATTERN}, got {project!r}", param="project")
+    return storage if project == DEFAULT_PROJECT else files.join(storage, PROJECTS, project)
+
+
+def is_foreign(storage: str, project: str, uri: str) -> bool:
+    """Whether a file or folder lies in the storage URI, but not among the files of the project.
+
+    Symbolic links count as what they lead to. An unusable URI lies nowhere: whoever reads it refuses it.
+    """
+    if project == DEFAULT_PROJECT:
+        return _is_below(uri, files.join(storage, PROJECTS))
+    return _is_below(uri, storage) and not _is_below(uri, project_root(storage, project))
+
+
+def _is_below(uri: str, folder: str) -> bool:
+    """Whether a URI is a folder or lies in it."""
+    try:
+        path = files.local_path(uri)
+    except (BadRequest, NotFound):
+        return False
+    top = files.local_path(folder)
+    if path is None or top is None:
+        return path is top and f"{_normal(uri)}/".startswith(f"{_normal(folder)}/")
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(top))
+    except ValueError:  # a NUL character
+        return False
+
+
+def _normal(uri: str) -> str:
+    return posixpath.normpath(unquote(uri))
 
 
 def attempt_prefix(root: str, job: str, stage: str, attempt: int) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from services.errors import BadRequest
 from services.stages import layout
 
 ROOT = "s3://bucket/root"
@@ -52,6 +55,47 @@ DATASET = f"{ROOT}/datasets/key"
 )
 def test_every_path_is_that_of_earlier_versions(found: str, expected: str) -> None:
     assert found == expected
+
+
+def test_the_default_project_keeps_its_paths_and_any_other_has_a_folder_of_its_own() -> None:
+    assert layout.project_root(ROOT, "default") == ROOT
+    assert layout.project_root(ROOT, "team-a") == f"{ROOT}/projects/team-a"
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "Team", "a\n", "-a", "a" * 64])
+def test_a_text_that_names_no_project_has_no_root(name: str) -> None:
+    with pytest.raises(BadRequest, match=r"^project: "):
+        layout.project_root(ROOT, name)
+
+
+@pytest.mark.parametrize(
+    ("project", "uri", "is_foreign"),
+    [
+        ("team-a", f"{ROOT}/projects/team-a/models/model_1", False),
+        ("team-a", f"{ROOT}/projects/team-a", False),
+        ("team-a", f"{ROOT}/projects/team-ab/models/model_1", True),
+        ("team-a", f"{ROOT}/models/model_1", True),
+        ("team-a", f"{ROOT}/projects/team-a/../../models/model_1", True),
+        ("team-a", "s3://bucket/r%6Fot/models/model_1", True),
+        ("team-a", f"{ROOT}//models", True),
+        ("team-a", ROOT, True),
+        ("team-a", "s3://bucket/root-of-others/pairs", False),
+        ("team-a", "/data/pairs", False),
+        ("team-a", "gopher://bucket/root", False),
+        ("team-a", "~nosuchuser/pairs", False),
+        ("default", f"{ROOT}/models/model_1", False),
+        ("default", f"{ROOT}/projects/team-a/models/model_1", True),
+        ("default", f"{ROOT}/projects", True),
+        ("default", "s3://bucket/data", False),
+    ],
+)
+def test_what_lies_in_the_storage_belongs_to_one_project(project: str, uri: str, is_foreign: bool) -> None:
+    assert layout.is_foreign(ROOT, project, uri) is is_foreign
+
+
+@pytest.mark.parametrize("uri", ["file:///a%00b", "~nosuchuser/pairs", "gopher://a/b"])
+def test_an_unusable_uri_lies_in_no_local_storage(tmp_path: Path, uri: str) -> None:
+    assert not layout.is_foreign(str(tmp_path), "team-a", uri)
 
 
 @pytest.mark.parametrize("number", [0, 7, 10**9])
