@@ -45,16 +45,13 @@ class Schedule:
     steps_offset: int
     final_alpha_bar: float
     timestep_spacing: str = "leading"
+    has_zero_terminal_snr: bool = False
+    """Whether nothing of an image is left at T."""
 
     @property
     def T(self) -> int:
         """The number of timesteps."""
         return len(self.alpha_bar) - 1
-
-    @property
-    def has_zero_terminal_snr(self) -> bool:
-        """Whether nothing of an image is left at T."""
-        return self.alpha_bar[-1].item() == 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
@@ -78,6 +75,7 @@ class Schedule:
             steps_offset=config.get("steps_offset", 0),
             final_alpha_bar=1.0 if config.get("set_alpha_to_one") else alpha_bar[1].item(),
             timestep_spacing=config.get("timestep_spacing", "leading"),
+            has_zero_terminal_snr=alpha_bar[-1].item() == 0,
         )
 
     def to(self, device: torch.device | str) -> Schedule:

@@ -93,7 +93,7 @@ def _check_folder(uri: str) -> None:
     try:
         sources.check_folder(uri)
     except NotFound as error:
-        raise NotFound(f"{error}. {hint}", param="uri") from error
+        raise NotFound(f"{error}. {hint}", param="uri", code="no_diffusers_folder") from error
     if not files.exists(files.join(uri, "model_index.json")):
         raise _no_folder(uri, f"has no model_index.json. {hint}")
 

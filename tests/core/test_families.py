@@ -63,6 +63,7 @@ def test_our_pictures_are_those_of_the_diffusers_pipeline(family: str, predictio
     assert np.abs(ours - theirs(family, path)).max() <= 1.0, "equal but for rounding"
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 @pytest.mark.parametrize(
     "fields",
     [

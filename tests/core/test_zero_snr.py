@@ -34,6 +34,7 @@ def batch(t: list[int]) -> PairBatch:
     return PairBatch(
         pair_ids=tuple(map(str, t)),
         t=torch.tensor(t),
+        share=torch.ones(len(t)),
         latents_w=sides[0],
         noise_w=sides[1],
         conditioning_w={},

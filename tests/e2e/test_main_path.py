@@ -373,7 +373,7 @@ def bad_dataset(tmp_path: Path, name: str) -> tuple[Path, str]:
     path, rows = tmp_path / "pairs.parquet", pair_rows(10)
     if name == "no Parquet":
         path.write_bytes(b"PAR1 but not really")
-        return path, "not a Parquet file"
+        return path, "not a complete Parquet file"
     if name == "missing columns":
         return write_pairs(
             path, [{key: row[key] for key in ("jpg_0", "caption")} for row in rows]

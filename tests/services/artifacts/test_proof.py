@@ -16,7 +16,7 @@ from dde_core.models.weight_files import STEMS
 from dde_core.shapes import MODEL_DIR
 from services.artifacts import models
 from services.artifacts.proof import prove
-from services.errors import BadRequest
+from services.errors import BadRequest, NotFound
 from tests.support.tiny_folders import FOLDERS
 from tests.support.zero_folder import change, write_zero_folder
 
@@ -29,8 +29,8 @@ def folder(tmp_path: Path) -> Path:
     return write_zero_folder(tmp_path / "model")
 
 
-def refusal(folder: Path | str, family: Any = None) -> BadRequest:
-    with pytest.raises(BadRequest) as refused:
+def refusal(folder: Path | str, family: Any = None) -> BadRequest | NotFound:
+    with pytest.raises((BadRequest, NotFound)) as refused:
         prove(str(folder), family)
     assert repr(str(folder)) in refused.value.message
     return refused.value
