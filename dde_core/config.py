@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
@@ -42,7 +43,8 @@ _CONSTRAINTS: dict[type, Constraint] = {
 
 def check(config: Any) -> None:
     """Validate every field of a dataclass against its annotation. Raises ConfigError with field and value."""
-    hints = get_type_hints(type(config), include_extras=True)
+    kind: Any = type(config)
+    hints = _hints(kind)
     for field in fields(config):
         value = getattr(config, field.name)
         hint = hints[field.name]
@@ -55,6 +57,12 @@ def check(config: Any) -> None:
             bound = getattr(constraint, attribute)
             if value is not None and not is_satisfied(value, bound):
                 raise ConfigError(field.name, value, f"{message} {bound}")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotations of a dataclass's fields, evaluated once."""
+    return get_type_hints(kind, include_extras=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,46 @@ def test_the_layer_rule_catches_what_points_upward_or_sideways(
     assert forbidden(package, imported) == caught
 
 
+OPENS_FILES = {"pathlib.Path", "shutil", "io.open", "services.storage.s3", "boto3", "fsspec"}
+
+
+def opened_past_the_rules(source: str) -> set[str]:
+    """What a module opens files with but for ``services/storage/sources.py``, which knows what is allowed."""
+    found = OPENS_FILES.intersection(imports_of(source))
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in ("pq.ParquetFile", "pa.memory_map"):  # a path is what sources.resolve returned
+            found |= {name} if ast.unparse(node.args[0]) not in ("stream", "path") else set()
+        elif name == "open" or name.startswith(("fs.", "os.", "pa.OSFile")):
+            found |= {name} - {"fs.FileSelector", "os.path.realpath"}
+        elif name.startswith("files."):
+            found |= {name} - {"files.join", "files.as_uri"}
+    return found
+
+
+@pytest.mark.parametrize("path", sources("services/pairs"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_pairs_are_opened_through_the_rules_of_sources_alone(path: Path):
+    assert not opened_past_the_rules(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from pathlib import Path\nPath('a').read_text()",
+        "open(uri)",
+        "import pyarrow.parquet as pq\npq.ParquetFile(uri)",
+        "files.read_bytes(uri)",
+        "fs.FileSystem.from_uri(uri)",
+        "pa.memory_map(uri)",
+        "os.scandir(path)",
+    ],
+)
+def test_an_opening_past_the_rules_is_caught(source: str):
+    assert opened_past_the_rules(source)
+
+
 @pytest.mark.parametrize("path", sources("dde_core"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_core_knows_neither_ray_nor_http_nor_clouds(path: Path):
     assert not {name for name in imports_of(path.read_text()) if name.split(".")[0] in NOT_FOR_CORE}

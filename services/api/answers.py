@@ -6,10 +6,10 @@ The client ignores fields that a newer server adds.
 
 from __future__ import annotations
 
-import json
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
 
 from dde_core.family import Family
 from services.api.records import (
@@ -24,7 +24,7 @@ from services.api.records import (
     TrainResult,
     Validated,
 )
-from services.api.requests import Scorer
+from services.api.requests import Scope, Scorer
 
 
 class Answer(BaseModel):
@@ -123,6 +123,25 @@ class ModelView(Answer):
     lineage: dict[str, Any]
     current: bool
     created_at: int
+
+
+class KeyView(Answer):
+    """An API key without its secret, which ends in ``hint``. It is accepted until ``revoked_at``."""
+
+    id: str
+    object: Literal["api_key"]
+    name: str
+    project: str
+    scopes: list[Scope]
+    hint: str
+    created_at: int
+    revoked_at: int | None
+
+
+class KeyCreated(KeyView):
+    """A new API key. No other answer has its secret, ``key``: only a hash of it is stored."""
+
+    key: str
 
 
 class ReasonView(Answer):
@@ -258,4 +277,4 @@ def parse(view: type[Parsed], body: Any) -> Parsed:
 
     Raises pydantic.ValidationError.
     """
-    return view.model_validate_json(json.dumps(body), extra="ignore")
+    return view.model_validate_json(to_json(body), extra="ignore")

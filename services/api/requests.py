@@ -31,6 +31,15 @@ from services.errors import BadRequest
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+PROJECT_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+Project = Annotated[str, Field(pattern=PROJECT_PATTERN)]
+DEFAULT_PROJECT = "default"
+"""The project of DDE_API_KEY, and of everything that was stored before there were projects."""
+PROJECT_HEADER = "x-dde-project"
+"""Tells Serve the project of a request. The control plane sets it; callers cannot."""
+Scope = Literal["read", "submit", "generate", "admin"]
+"""What a key may do: list and get; create, change and delete; images and scores; manage keys."""
+ALL_SCOPES: tuple[Scope, ...] = ("read", "submit", "generate", "admin")
 Uri = Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[^\x00-\x1f]+$")]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00]+$")]
 MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
@@ -90,6 +99,19 @@ class ModelCreate(Strict):
     name: Name
     uri: Uri
     family: Family | None = None
+
+
+class KeyCreate(Strict):
+    """Create an API key for a project, by default the project of the key that asks.
+
+    ``scopes`` is what the key may do: ``read`` lists and gets, ``submit`` creates, changes and deletes,
+    ``generate`` draws and scores images, ``admin`` manages the project's keys. A project exists as soon as it
+    has a key.
+    """
+
+    name: Name
+    project: Project | None = None
+    scopes: Annotated[list[Scope], Field(min_length=1)] = ["read", "submit", "generate"]
 
 
 class EvaluationConfig(Strict):

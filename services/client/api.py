@@ -5,7 +5,8 @@
     job = client.wait(job.id)
 
 After 408, 429, 5xx and connection errors a request is retried with growing pauses. All tries of a POST share
-one Idempotency-Key. The registration of a dataset is not retried: the server would read the dataset again.
+one Idempotency-Key. Two are not retried: the registration of a dataset, for which the server would read the
+dataset again, and the creation of a key, of which the server could not repeat the secret.
 
     ServiceError
     ├── ApiError       the server refused or failed: status, message, param, code
@@ -32,6 +33,8 @@ from services.api.answers import (
     EventView,
     Item,
     JobView,
+    KeyCreated,
+    KeyView,
     ListView,
     MetricView,
     ModelView,
@@ -45,6 +48,7 @@ from services.api.requests import (
     DatasetSource,
     EvaluationCreate,
     ImageRequest,
+    KeyCreate,
     ModelCreate,
     ScoreRequest,
 )
@@ -153,6 +157,20 @@ class Client:
 
     def models(self) -> Iterator[ModelView]:
         return self._items(ModelView, "/v1/models", cursor="version")
+
+    # ---- keys
+
+    def create_key(self, request: KeyCreate) -> KeyCreated:
+        """Create an API key. The answer alone has its secret; tries once."""
+        return parse(KeyCreated, self._send("POST", "/v1/keys", request, once=True))
+
+    def api_keys(self) -> Iterator[KeyView]:
+        """The keys that this client's key manages, revoked ones too."""
+        return self._items(KeyView, "/v1/keys")
+
+    def revoke_key(self, key_id: str) -> KeyView:
+        """Refuse a key from now on."""
+        return self._post(KeyView, f"/v1/keys/{key_id}/revoke")
 
     # ---- jobs
 
@@ -263,8 +281,12 @@ class Client:
         body: BaseModel | None = None,
         query: dict[str, Any] | None = None,
         slow: bool = False,
+        once: bool = False,
     ) -> Any:
-        """Send a request and return the JSON of the answer. ``slow`` waits without a limit and tries once."""
+        """Send a request and return the JSON of the answer.
+
+        ``once`` tries once; ``slow`` does, too, and waits without a limit.
+        """
         headers = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S) if slow else self._http.timeout
         content = None if body is None else body.model_dump(mode="json", exclude_none=True)
@@ -272,7 +294,7 @@ class Client:
             method, path, json=content, params=query, headers=headers, timeout=timeout
         )
         retrying = Retrying(
-            stop=stop_after_attempt(1 if slow else self.retries + 1),
+            stop=stop_after_attempt(1 if slow or once else self.retries + 1),
             wait=_pause,
             retry=retry_if_exception(_is_transient),
             reraise=True,

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from dde_core.errors import DdeError
 from services.api.records import CreditRecord
-from services.api.requests import EvaluationCreate, ImageRequest, most_workers
+from services.api.requests import EvaluationCreate, ImageRequest, KeyCreate, most_workers
 from services.client import recipes, tables
 from services.client.bodies import PLACEHOLDERS, as_uri, columns_of, job_body, read_body, validation_line
 from services.client.connection import connect
@@ -45,9 +45,11 @@ app = typer.Typer(
 )
 datasets = typer.Typer(no_args_is_help=True, help="Register, check and list datasets of preference pairs.")
 models = typer.Typer(no_args_is_help=True, help="Register base models; list base and aligned models.")
+keys = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys; needs the scope admin.")
 app.add_typer(datasets, name="datasets")
 app.add_typer(models, name="models")
 app.add_typer(jobs, name="jobs")
+app.add_typer(keys, name="keys")
 
 PairsUri = Annotated[
     str,
@@ -188,6 +190,60 @@ def list_models() -> None:
             for m in client.models()
         ]
     tables.print_list(Console(), ("id", "name", "family", "base", "job", "created"), rows)
+
+
+# ---- keys
+
+
+@keys.command("create")
+def create_key(
+    name: str,
+    project: Annotated[
+        str | None,
+        typer.Option(help="Project of the key; a new name makes a new project. Default: your key's."),
+    ] = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the key may do: read, submit, generate or admin. Repeatable. Default: all but admin."
+        ),
+    ] = None,
+) -> None:
+    """Create an API key; prints it this once: only a hash of it is stored."""
+    body: dict[str, Any] = {"name": name, "project": project}
+    request = KeyCreate.model_validate(body | ({"scopes": scope} if scope else {}))
+    with connect() as client:
+        created = client.create_key(request)
+    typer.echo(created.key)
+    typer.echo(f"{created.id}: project {created.project}, {', '.join(created.scopes)}", err=True)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """List the keys that you manage, by the characters that they end in."""
+    with connect() as client:
+        rows = [
+            (
+                key.id,
+                key.name,
+                key.project,
+                ",".join(key.scopes),
+                f"...{key.hint}",
+                tables.local_time(key.created_at),
+                tables.local_time(key.revoked_at) if key.revoked_at else "",
+            )
+            for key in client.api_keys()
+        ]
+    columns = ("id", "name", "project", "scopes", "key", "created", "revoked")
+    tables.print_list(Console(), columns, rows)
+
+
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="The key's id, from `dde keys list`.")]) -> None:
+    """Refuse a key from now on."""
+    with connect() as client:
+        client.revoke_key(key_id)
+    typer.echo(f"{key_id} is revoked")
 
 
 # ---- recipes, plans, credit

@@ -11,7 +11,13 @@ from pydantic import SecretStr
 
 from services.control.app import build_app
 from services.control.connections import LimitedConnection
+from services.control.launcher import keep_modules
 from services.settings import Settings
+
+SWITCH_S = 0.001
+"""How long a thread may keep the interpreter while others wait for it; Python's own 5 ms add up in requests,
+which give it up at each of their statements.
+"""
 
 
 def main(arguments: list[str]) -> None:
@@ -22,8 +28,10 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("usage: python -m services.control [openapi]")
     else:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        sys.setswitchinterval(SWITCH_S)
         settings = Settings()  # type: ignore[call-arg]
         app = build_app(settings)
+        keep_modules()
         uvicorn.run(
             app,
             host=settings.host,

@@ -6,27 +6,28 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from services.api.answers import ErrorView
 from services.api.requests import (
+    DEFAULT_PROJECT,
     AlignmentJobCreate,
     DatasetCreate,
     DatasetSource,
     EvaluationCreate,
     ImageRequest,
+    KeyCreate,
     ModelCreate,
     ScoreRequest,
 )
 from services.control import inference, problems
 from services.control.database import Database
-from services.control.dependencies import require_key
 from services.control.launcher import Launcher, RayJobsLauncher
 from services.control.middleware import Observed
 from services.control.reconciler import Reconciler
-from services.control.routers import datasets, evaluations, health, images, jobs, models
+from services.control.routers import datasets, evaluations, health, images, jobs, keys, models
 from services.control.stages import source_rules
 from services.control.telemetry import Telemetry
 from services.settings import Settings
@@ -40,6 +41,7 @@ BODIES = (
     EvaluationCreate,
     ImageRequest,
     ScoreRequest,
+    KeyCreate,
 )
 
 
@@ -58,9 +60,8 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     app.add_middleware(Observed, telemetry=app.state.telemetry)
     problems.install(app)
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorView} for status in ("4XX", "5XX")}
-    app.include_router(health.router, responses=errors)
-    for router in (datasets.router, models.router, jobs.router, evaluations.router, images.router):
-        app.include_router(router, dependencies=[Depends(require_key)], responses=errors)
+    for each in (health, datasets, models, jobs, evaluations, images, keys):
+        app.include_router(each.router, responses=errors)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -68,7 +69,7 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state = app.state
-    sources.hold_to(source_rules(state.settings))
+    sources.hold_to(source_rules(state.settings, DEFAULT_PROJECT))
     await run_in_threadpool(state.database.migrate)
     reconciler = Reconciler(state.database, state.settings, state.launcher)
     if state.reconcile:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from services.api.answers import DatasetView, DeletedView, ListView
 from services.api.records import DatasetCounts, DatasetReport, DecidedExample
 from services.api.requests import DatasetCreate, DatasetSource
-from services.control.database import Database
+from services.control.database import ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.listing import by_id, list_view, newest
 from services.control.tables import Dataset, Job, new_id
@@ -28,7 +28,7 @@ from services.storage import files
 Findings = TypeVar("Findings")
 
 
-def create(database: Database, idempotent: IdempotentRequest, request: DatasetCreate) -> DatasetView:
+def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: DatasetCreate) -> DatasetView:
     """Read all rows, without their images, and register them. Raises BadRequest for unusable files."""
 
     def insert(
@@ -70,20 +70,20 @@ def _read(source: DatasetSource, read: Callable[[Source], Findings]) -> Findings
         raise unreadable(error, source.uri, "cannot be read") from error
 
 
-def get(database: Database, dataset_id: str) -> DatasetView:
+def get(database: ProjectDatabase, dataset_id: str) -> DatasetView:
     """Raises NotFound."""
     with database.read() as session:
         return dataset_view(by_id(session, Dataset, dataset_id))
 
 
-def page(database: Database, after: str | None, limit: int) -> ListView[DatasetView]:
+def page(database: ProjectDatabase, after: str | None, limit: int) -> ListView[DatasetView]:
     """Datasets, newest first."""
     with database.read() as session:
         rows = newest(session, Dataset, select(Dataset), after, limit)
         return list_view([dataset_view(row) for row in rows], limit)
 
 
-def delete(database: Database, dataset_id: str) -> DeletedView:
+def delete(database: ProjectDatabase, dataset_id: str) -> DeletedView:
     """Delete a dataset's registration; its files stay. Raises Conflict while an unfinished job uses it."""
     with database.write(alone=True) as session:
         row = by_id(session, Dataset, dataset_id)

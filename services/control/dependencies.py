@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
-from fastapi import Depends, Header, Query, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Depends, Header, Query, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.concurrency import run_in_threadpool
 
-from services.api.requests import Metadata
-from services.control.database import Database
+from services.api.requests import Metadata, Scope
+from services.control import keys
+from services.control.database import Database, ProjectDatabase
 from services.control.idempotency import MAX_KEY_LENGTH
+from services.control.keys import Caller
 from services.control.problems import from_validation, show
-from services.errors import BadRequest, TooLarge, TooSlow, Unauthorized
+from services.control.stages import source_rules
+from services.errors import BadRequest, TooLarge, TooSlow
 from services.settings import Settings
+from services.stages import layout
+from services.storage import sources
 
 Body = TypeVar("Body", bound=BaseModel)
 BODY_BYTES = 1 << 20
 BODY_S = 300.0
 CHUNK_S = 10.0
-_bearer = HTTPBearer(auto_error=False, description="The key in DDE_API_KEY.")
+_bearer = HTTPBearer(auto_error=False, description="DDE_API_KEY, or a key of `dde keys create`.")
 _FILTER = TypeAdapter(Metadata)
 FILTERS = {
     "parameters": [
@@ -43,27 +48,68 @@ FILTERS = {
 _METADATA = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 
 
-def require_key(
-    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+async def require_key(
+    request: Request,
+    needed: SecurityScopes,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> None:
-    """Raises Unauthorized unless the request has the API key."""
-    expected = request.app.state.settings.api_key.get_secret_value()
-    if credentials is None or not hmac.compare_digest(credentials.credentials.encode(), expected.encode()):
-        raise Unauthorized("missing or wrong API key; send `Authorization: Bearer KEY`")
+    """Find out who sends the request, and hold it to the sources of that project.
+
+    Raises Unauthorized without a valid key, Forbidden for a key that lacks a scope of the route.
+    """
+    if credentials is None:
+        raise keys.unauthorized()
+    secret = credentials.credentials
+    state = request.app.state
+    if keys.is_operator(secret, state.settings.api_key.get_secret_value()):
+        caller = keys.operator()
+    else:
+        caller = await run_in_threadpool(keys.identify, state.database, secret)
+    for scope in needed.scopes:
+        caller.require(cast(Scope, scope))
+    request.state.caller = caller
+    sources.hold_request_to(source_rules(state.settings, caller.project))
 
 
-def get_database(request: Request) -> Database:
+READ = Security(require_key, scopes=["read"])
+SUBMIT = Security(require_key, scopes=["submit"])
+GENERATE = Security(require_key, scopes=["generate"])
+ADMIN = Security(require_key, scopes=["admin"])
+"""A route's first dependency: the scope that its caller's key must have. Without one there is no caller."""
+
+
+# These only look up, so they run at once: FastAPI sends functions that are not async to another thread.
+
+
+async def get_all_projects(request: Request) -> Database:
     database: Database = request.app.state.database
     return database
 
 
-def get_settings(request: Request) -> Settings:
+async def get_caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+async def get_database(request: Request) -> ProjectDatabase:
+    return ProjectDatabase(request.app.state.database, request.state.caller.project)
+
+
+async def get_settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 
 
-Db = Annotated[Database, Depends(get_database)]
+async def get_root(request: Request) -> str:
+    return layout.project_root(request.app.state.settings.storage_uri, request.state.caller.project)
+
+
+AllProjects = Annotated[Database, Depends(get_all_projects)]
+CallerOf = Annotated[Caller, Depends(get_caller)]
+Db = Annotated[ProjectDatabase, Depends(get_database)]
 Config = Annotated[Settings, Depends(get_settings)]
+Root = Annotated[str, Depends(get_root)]
+"""The root of the caller's project in storage."""
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=MAX_KEY_LENGTH)]
 After = Annotated[str | None, Query(description="The id of the last item already seen.")]
 Limit = Annotated[int, Query(ge=1, le=100)]

@@ -15,7 +15,7 @@ from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from services.api.answers import Parsed, parse
-from services.control.database import Database
+from services.control.database import ProjectDatabase
 from services.control.tables import IdempotencyKey
 from services.errors import BadRequest
 
@@ -42,12 +42,12 @@ class IdempotentRequest:
         fingerprint = hashlib.sha256(f"{path}\n{body.model_dump_json()}".encode()).hexdigest()
         return cls(key, fingerprint)
 
-    def stored_answer(self, session: Session, view: type[Parsed]) -> Parsed | None:
-        """The answer to an earlier request with this key.
+    def stored_answer(self, session: Session, project: str, view: type[Parsed]) -> Parsed | None:
+        """The answer to an earlier request of the project with this key.
 
         Raises BadRequest if that request had another body.
         """
-        row = session.get(IdempotencyKey, self.key) if self.key else None
+        row = session.get(IdempotencyKey, (project, self.key)) if self.key else None
         if row is None or row.created_at < time.time() - KEPT_S:
             return None
         if row.fingerprint != self.fingerprint:
@@ -58,7 +58,7 @@ class IdempotentRequest:
             )
         return parse(view, row.answer)
 
-    def store_answer(self, session: Session, answer: BaseModel) -> None:
+    def store_answer(self, session: Session, project: str, answer: BaseModel) -> None:
         """Keep the answer for a day."""
         if not self.key:
             return
@@ -66,6 +66,7 @@ class IdempotentRequest:
         session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < now - KEPT_S))
         session.add(
             IdempotencyKey(
+                project=project,
                 key=self.key,
                 fingerprint=self.fingerprint,
                 answer=answer.model_dump(mode="json"),
@@ -75,7 +76,7 @@ class IdempotentRequest:
 
 
 def create_once(
-    database: Database,
+    database: ProjectDatabase,
     idempotent: IdempotentRequest,
     view: type[Parsed],
     prepare: Callable[[], Prepared],
@@ -87,13 +88,13 @@ def create_once(
     create runs.
     """
     with database.read() as session:
-        answer = idempotent.stored_answer(session, view)
+        answer = idempotent.stored_answer(session, database.project, view)
     if answer is not None:
         return answer
     prepared = prepare()
     with database.write(alone=True) as session:
-        answer = idempotent.stored_answer(session, view)
+        answer = idempotent.stored_answer(session, database.project, view)
         if answer is None:
             answer = insert(session, prepared)
-            idempotent.store_answer(session, answer)
+            idempotent.store_answer(session, database.project, answer)
         return answer

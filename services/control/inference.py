@@ -9,7 +9,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from dde_core.errors import ConfigError
-from services.api.requests import ImageRequest
+from services.api.requests import PROJECT_HEADER, ImageRequest
 from services.errors import BadRequest, ServiceError, Unavailable
 
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
@@ -32,9 +32,15 @@ def check_image(request: ImageRequest) -> None:
         raise BadRequest(f"size: {error.reason}, got {error.value!r}", param="size") from error
 
 
-async def forward(client: httpx.AsyncClient, path: str, raw: bytes, request_id: str) -> Response:
+async def forward(
+    client: httpx.AsyncClient, path: str, raw: bytes, request_id: str, project: str
+) -> Response:
     """Serve's status and body. Raises Unavailable if Serve does not answer."""
-    headers = {"content-type": "application/json", "x-request-id": request_id}
+    headers = {
+        "content-type": "application/json",
+        "x-request-id": request_id,
+        PROJECT_HEADER: project,
+    }
     try:
         answer = await client.post(path, content=raw, headers=headers)
     except httpx.TransportError as error:

@@ -12,6 +12,11 @@ from services.control.tables import Job
 from services.stages.specs import JournalEvent, Level, StageFailure
 
 MAX_DELAY_S = 60.0
+PARKED_S = 3600.0
+"""When a queued job is reviewed at the latest. The reconciler takes it as soon as there is a free slot.
+
+Reviews of every waiting job at each poll would take the more time, the more jobs wait.
+"""
 
 
 @dataclass
@@ -40,6 +45,10 @@ class JobUpdate:
         transitions.check(self.job.status, status)
         self.values["status"] = status
         self.log(f"{self.job.status} -> {status}: {why}", level)
+
+    def park(self) -> None:
+        """Let the job wait, without a review, until there is a free slot."""
+        self.delay_s = PARKED_S
 
     def succeed(self) -> None:
         """End the job after its last stage."""

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session, aliased, defer
 
 from dde_core.errors import DataError
 from services.api.answers import CheckpointView, EvaluationView, JobView, ListView, RunView
@@ -16,7 +16,7 @@ from services.api.records import JobStatus, Validated
 from services.api.requests import AlignmentJobCreate, EvaluationCreate
 from services.artifacts import checkpoints
 from services.control import checks, journal, models
-from services.control.database import Database
+from services.control.database import ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.job_update import new_attempt_columns
 from services.control.listing import by_id, is_id, list_view, newest
@@ -30,7 +30,7 @@ from services.storage import files
 
 
 def create_alignment(
-    database: Database, idempotent: IdempotentRequest, request: AlignmentJobCreate
+    database: ProjectDatabase, idempotent: IdempotentRequest, request: AlignmentJobCreate
 ) -> JobView:
     """Raises BadRequest or NotFound for everything that is known to fail before any compute is spent."""
 
@@ -76,7 +76,7 @@ def create_alignment(
 
 
 def create_evaluation(
-    database: Database, idempotent: IdempotentRequest, request: EvaluationCreate
+    database: ProjectDatabase, idempotent: IdempotentRequest, request: EvaluationCreate
 ) -> EvaluationView:
     """Raises BadRequest or NotFound, like ``create_alignment``."""
 
@@ -102,14 +102,14 @@ def create_evaluation(
     return create_once(database, idempotent, EvaluationView, check, insert)
 
 
-def get(database: Database, kind: str, job_id: str) -> RunView:
+def get(database: ProjectDatabase, kind: str, job_id: str) -> RunView:
     """Raises NotFound."""
     with database.read() as session:
         return JOB_VIEWS[kind](by_id(session, Job, job_id, kind))
 
 
 def page(
-    database: Database,
+    database: ProjectDatabase,
     kind: str,
     after: str | None,
     limit: int,
@@ -117,7 +117,7 @@ def page(
     metadata: Mapping[str, str],
 ) -> ListView[RunView]:
     """Jobs of one kind, newest first, that have this status and all of this metadata."""
-    query = select(Job).where(Job.kind == kind)
+    query = select(Job).options(defer(Job.inputs, raiseload=True)).where(Job.kind == kind)
     if status is not None:
         query = query.where(Job.status == status)
     order: Any = Job.seq
@@ -130,7 +130,7 @@ def page(
         return list_view([JOB_VIEWS[kind](row) for row in rows], limit)
 
 
-def credit(database: Database, job_id: str) -> bytes:
+def credit(database: ProjectDatabase, job_id: str) -> bytes:
     """An alignment job's credit record as JSON. Raises NotFound for a job that has none (yet)."""
     with database.read() as session:
         row = by_id(session, Job, job_id, "alignment")
@@ -146,7 +146,7 @@ def credit(database: Database, job_id: str) -> bytes:
 
 
 def list_checkpoints(
-    database: Database, root: str, job_id: str, after: int | None, limit: int
+    database: ProjectDatabase, root: str, job_id: str, after: int | None, limit: int
 ) -> ListView[CheckpointView]:
     """The checkpoints of an alignment job beyond step ``after``, in order of steps, with their validation."""
     with database.read() as session:

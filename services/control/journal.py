@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from services.api.answers import EventView, ListView, MetricView
 from services.api.records import FINAL_STATUSES, Stage
-from services.control.database import Database
+from services.control.database import ProjectDatabase
 from services.control.listing import by_id, list_view
 from services.control.tables import Event, Job, Metric
 from services.control.views import event_view, metric_view
@@ -74,7 +74,7 @@ def log(session: Session, job_id: str, message: str, level: Level = "info") -> N
 
 
 def list_events(
-    database: Database, kind: str, job_id: str, after: str | None, limit: int
+    database: ProjectDatabase, kind: str, job_id: str, after: str | None, limit: int
 ) -> ListView[EventView]:
     """A job's events in order of time, beyond the one with id ``after``. Raises NotFound."""
     number = _event_number(after)
@@ -85,7 +85,7 @@ def list_events(
 
 
 def list_metrics(
-    database: Database, job_id: str, stage: Stage | None, after: int | None, limit: int
+    database: ProjectDatabase, job_id: str, stage: Stage | None, after: int | None, limit: int
 ) -> ListView[MetricView]:
     """A job's metrics in order of time, of steps beyond ``after``; of every stage if ``stage`` is None."""
     query = select(Metric).where(Metric.job == job_id).order_by(Metric.seq).limit(limit + 1)
@@ -99,7 +99,7 @@ def list_metrics(
     return list_view([metric_view(row) for row in rows], limit)
 
 
-def is_read_to_the_end(database: Database, job_id: str, after: str | None) -> bool:
+def is_read_to_the_end(database: ProjectDatabase, job_id: str, after: str | None) -> bool:
     """Whether the job has ended and event ``after`` is its last one. Raises NotFound."""
     number = _event_number(after)
     with database.read() as session:
@@ -110,7 +110,7 @@ def is_read_to_the_end(database: Database, job_id: str, after: str | None) -> bo
 
 
 async def stream_events(
-    database: Database, job_id: str, after: str | None, poll_s: float
+    database: ProjectDatabase, job_id: str, after: str | None, poll_s: float
 ) -> AsyncIterator[str]:
     """The job's events as server-sent events, oldest first, until the job has ended."""
     number = _event_number(after)
@@ -132,7 +132,7 @@ async def stream_events(
             await asyncio.sleep(poll_s)
 
 
-def _next_events(database: Database, job_id: str, after: int) -> tuple[list[Event], bool]:
+def _next_events(database: ProjectDatabase, job_id: str, after: int) -> tuple[list[Event], bool]:
     """Events beyond ``after``, and whether the job has ended.
 
     The status is read first: a job's last event is committed together with its final status.

@@ -10,12 +10,12 @@ from sqlalchemy.orm import Session
 
 from services.api.answers import Item, ListView
 from services.control.problems import show
-from services.control.tables import Dataset, Job, Model, Resource
+from services.control.tables import ApiKey, Dataset, Job, Model, Resource
 from services.errors import NotFound
 
 Row = TypeVar("Row", bound=Resource)
-_ID = re.compile(r"(ds|model|ajob|eval)_[0-9a-f]{24}")
-_NOUNS: dict[type[Resource], str] = {Dataset: "dataset", Model: "model", Job: "job"}
+_ID = re.compile(r"(ds|model|ajob|eval|key)_[0-9a-f]{24}")
+_NOUNS: dict[type[Resource], str] = {Dataset: "dataset", Model: "model", Job: "job", ApiKey: "key"}
 
 
 def is_id(text: str) -> bool:

@@ -12,7 +12,7 @@ from services.api.records import ModelRecord
 from services.api.requests import ModelCreate
 from services.artifacts import models
 from services.artifacts.proof import Proof, prove
-from services.control.database import Database
+from services.control.database import ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.listing import is_id, list_view, newest
 from services.control.problems import show
@@ -23,7 +23,9 @@ from services.errors import BadRequest, Conflict, NotFound
 from services.storage import files
 
 
-def create(database: Database, root: str, idempotent: IdempotentRequest, request: ModelCreate) -> ModelView:
+def create(
+    database: ProjectDatabase, root: str, idempotent: IdempotentRequest, request: ModelCreate
+) -> ModelView:
     """Register a base model.
 
     Raises BadRequest for a name that is taken, or a folder that is not proven to be a usable model.
@@ -88,13 +90,13 @@ def record_of(row: Model) -> ModelRecord:
     return ModelRecord(**columns, created_at=int(row.created_at))
 
 
-def get(database: Database, name_or_id: str) -> ModelView:
-    """Raises NotFound."""
+def get(database: ProjectDatabase, name_or_id: str, param: str = "id") -> ModelView:
+    """Raises NotFound; ``param`` is the request's field."""
     with database.read() as session:
-        return model_view(find(session, name_or_id, "id"))
+        return model_view(find(session, name_or_id, param))
 
 
-def page(database: Database, after: str | None, limit: int) -> ListView[ModelView]:
+def page(database: ProjectDatabase, after: str | None, limit: int) -> ListView[ModelView]:
     """Models, newest first."""
     with database.read() as session:
         if after is not None and not is_id(after):
@@ -103,7 +105,7 @@ def page(database: Database, after: str | None, limit: int) -> ListView[ModelVie
         return list_view([model_view(row) for row in rows], limit)
 
 
-def delete(database: Database, root: str, name_or_id: str) -> DeletedView:
+def delete(database: ProjectDatabase, root: str, name_or_id: str) -> DeletedView:
     """Delete a model's registration, and an aligned model's weights; a base's files stay.
 
     Raises Conflict while an unfinished job uses it, or LoRA adapters need it.

@@ -13,13 +13,26 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Double,
+    Select,
+    bindparam,
+    case,
+    func,
+    or_,
+    select,
+    union_all,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from services.api.records import ModelRecord
 from services.artifacts import models
+from services.control import stages
 from services.control.database import Database, update_one
-from services.control.job_update import MAX_DELAY_S, JobUpdate
+from services.control.job_update import MAX_DELAY_S, PARKED_S, JobUpdate
 from services.control.journal import printable, record
 from services.control.launcher import Launcher
 from services.control.review import JobReview
@@ -29,6 +42,7 @@ from services.settings import Settings
 
 log = logging.getLogger("dde")
 THREADS = 4
+CANDIDATES = 8
 MAX_BACKOFF_EXPONENT = 20
 
 
@@ -88,7 +102,9 @@ class Reconciler:
         now = self._clock()
         try:
             if job.status == "queued" and not _is_stopping(job) and self._must_wait(job):
-                self.apply(JobUpdate(job, now))
+                waiting = JobUpdate(job, now)
+                waiting.park()
+                self.apply(waiting)
             else:
                 self.apply(JobReview(job, self._settings, self._launcher, now).decide())
         except StaleToken:
@@ -103,57 +119,72 @@ class Reconciler:
         now = self._clock()
         token = secrets.token_hex(16)
         with self._database.read() as session:
-            due = session.scalars(select(Job.id).where(*_free(now)).order_by(Job.next_at).limit(8)).all()
-        for job_id in due:
+            candidates = [*self._next_to_start(session, now), *session.scalars(LONGEST_DUE, {"now": now})]
+        for job_id in candidates:
             with self._database.write() as session:
                 lock = {"lock_token": token, "lock_expires_at": now + self._settings.lock_s}
-                if update_one(session, update(Job).where(Job.id == job_id, *_free(now)).values(**lock)):
+                mine = update(Job).where(Job.id == job_id, *_free(now), _may_start(now))
+                if update_one(session, mine.values(**lock)):
                     return session.scalar(select(Job).where(Job.id == job_id))
         return None
 
-    def _must_wait(self, job: Job) -> bool:
-        """Whether older queued jobs take all free slots.
+    def _next_to_start(self, session: Session, now: float) -> list[str]:
+        """The queued jobs for which there is a free slot, parked ones too."""
+        oldest = self._oldest_queued(session, select(Job.id, _may_start(now)))
+        return [job_id for job_id, may_start in oldest if may_start]
+
+    def _oldest_queued(self, session: Session, query: Select[Any, Any] | Select[Any]) -> list[Any]:
+        """As many of the oldest queued jobs as there are free slots.
 
         Two replicas asking at once may exceed the limit by one.
         """
-        active = select(func.count()).where(Job.status.in_(ACTIVE))
-        is_older = (Job.status == "queued") & (Job.seq < job.seq)
-        not_stopping = Job.cancel_requested_at.is_(None) & Job.pause_requested_at.is_(None)
-        older = select(func.count()).where(is_older, not_stopping)
+        active = session.scalar(select(func.count()).where(Job.status.in_(ACTIVE))) or 0
+        free_slots = max(0, self._settings.max_active_jobs - active)
+        queued = query.where(Job.status == "queued", _not_stopping()).order_by(Job.seq)
+        return list(session.execute(queued.limit(free_slots)))
+
+    def _must_wait(self, job: Job) -> bool:
+        """Whether older queued jobs take all free slots."""
         with self._database.read() as session:
-            free_slots = self._settings.max_active_jobs - (session.scalar(active) or 0)
-            return (session.scalar(older) or 0) >= free_slots
+            return job.id not in {job_id for (job_id,) in self._oldest_queued(session, select(Job.id))}
 
     def apply(self, job_update: JobUpdate) -> None:
         """Write the update and release the job. Raises StaleToken if another replica has taken the job."""
         job = job_update.job
-        delay_s = 0.0
-        if not job_update.review_again:
-            delay_s = job_update.delay_s or self._settings.poll_interval_s
-        released = {"next_at": self._clock() + delay_s, "failures": 0, "last_error": None}
+        released = {"next_at": self._next_at(job_update), "failures": 0, "last_error": None}
         with self._database.write() as session:
             self._write_columns(session, job, {**job_update.values, **released})
             record(session, job, job_update.entries)
             if job_update.publish is not None:
-                self._publish(session, job_update.publish)
+                self._publish(session, job, job_update.publish)
             if job_update.set_alias:
                 self._set_alias(session, job)
+
+    def _next_at(self, job_update: JobUpdate) -> Any:
+        """When the next review is due; at once for a parked job that a request has stopped meanwhile."""
+        now = self._clock()
+        if job_update.review_again:
+            return now
+        next_at = now + (job_update.delay_s or self._settings.poll_interval_s)
+        return next_at if job_update.delay_s != PARKED_S else case((_not_stopping(), next_at), else_=now)
 
     def _write_columns(self, session: Session, job: Job, values: dict[str, Any]) -> None:
         mine = update(Job).where(Job.id == job.id, Job.lock_token == job.lock_token)
         if not update_one(session, mine.values(**values, lock_token=None, lock_expires_at=None)):
             raise StaleToken(job.id)
 
-    def _publish(self, session: Session, model: ModelRecord) -> None:
-        session.add(Model(**model.model_dump(), current=False))
+    def _publish(self, session: Session, job: Job, model: ModelRecord) -> None:
+        session.add(Model(**model.model_dump(), project=job.project, current=False))
         session.flush()
-        models.publish(self._settings.storage_uri, model)
+        models.publish(stages.root(job, self._settings), model)
 
     def _set_alias(self, session: Session, job: Job) -> None:
         """The last step of success: the name refers to the new model, in the database and for Serve."""
-        session.execute(update(Model).where(Model.name == job.name, Model.current).values(current=False))
+        named = (Model.project == job.project) & (Model.name == job.name)
+        session.execute(update(Model).where(named, Model.current).values(current=False))
         session.execute(update(Model).where(Model.id == job.output_model).values(current=True))
-        models.set_alias(self._settings.storage_uri, str(job.name), str(job.output_model))
+        root = stages.root(job, self._settings)
+        models.set_alias(root, str(job.name), str(job.output_model))
 
     def _postpone(self, job: Job, error: Exception) -> None:
         """Retry the review later, with exponential backoff. Only a new error is added to the job's events."""
@@ -180,8 +211,38 @@ def _is_stopping(job: Job) -> bool:
     return job.cancel_requested_at is not None or job.pause_requested_at is not None
 
 
-def _free(now: float) -> tuple[ColumnElement[bool], ...]:
-    """Due and unlocked. A paused job is due only once its cancellation is requested."""
+def _not_stopping() -> ColumnElement[bool]:
+    return Job.cancel_requested_at.is_(None) & Job.pause_requested_at.is_(None)
+
+
+def _free(now: float | BindParameter[float]) -> tuple[ColumnElement[bool], ...]:
+    """Unfinished and unlocked. A paused job waits until its cancellation is requested."""
     may_move = or_(Job.status != "paused", Job.cancel_requested_at.is_not(None))
     is_unlocked = or_(Job.lock_expires_at.is_(None), Job.lock_expires_at < now)
-    return Job.status.in_(UNFINISHED), Job.next_at <= now, may_move, is_unlocked
+    return Job.status.in_(UNFINISHED), may_move, is_unlocked
+
+
+def _may_start(now: float) -> ColumnElement[bool]:
+    """Whether a job is due, or parked: it waits for a free slot then, and no other delay is that long."""
+    return or_(Job.next_at <= now, Job.next_at > now + MAX_DELAY_S)
+
+
+NOW = bindparam("now", type_=Double)
+
+
+def _longest_due() -> Select[Any]:
+    """The ids of the jobs that have been due longest. Each status is read in the order of its index."""
+    due = [
+        select(Job.id, Job.next_at)
+        .where(Job.status == status, *_free(NOW), Job.next_at <= NOW)
+        .order_by(Job.next_at)
+        .limit(CANDIDATES)
+        .subquery()
+        for status in UNFINISHED
+    ]
+    found = union_all(*(select(each) for each in due)).subquery()
+    return select(found.c.id).order_by(found.c.next_at).limit(CANDIDATES)
+
+
+LONGEST_DUE = _longest_due()
+"""Built once: it is run at every poll of every thread."""

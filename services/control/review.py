@@ -82,7 +82,7 @@ class JobReview:
     def _validate(self) -> None:
         """Repeat two checks of the request: what they found then may have been deleted since."""
         try:
-            models.find(self.settings.storage_uri, self.job.model)
+            models.find(stages.root(self.job, self.settings), self.job.model)
         except NotFound as error:
             missing = StageFailure(message=error.message, code=error.code, param=error.param)
             return self.update.fail(missing)
@@ -92,7 +92,7 @@ class JobReview:
             gone = StageFailure(message=message, code="dataset_not_found", param="dataset")
             return self.update.fail(gone)
         self.update.move("queued", "the job is valid")
-        self.update.review_again = True
+        self.update.park()
 
     def _enter(self, stage: Stage | None) -> None:
         """Begin a stage; after the last one, end the job."""
@@ -158,7 +158,7 @@ class JobReview:
         return not self.update.review_again
 
     def _submit(self) -> None:
-        root = self.settings.storage_uri
+        root = stages.root(self.job, self.settings)
         spec = stages.spec(self.job, self.settings)
         files.write_json(layout.spec_uri(self.attempt.prefix), spec.model_dump(mode="json"))
         submission = self.attempt.submission

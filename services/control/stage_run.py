@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from services.control import attempt, transitions
+from services.control import attempt, stages, transitions
 from services.control.attempt import Attempt
 from services.control.job_update import JobUpdate
 from services.control.launcher import Launcher, RunState
@@ -33,7 +33,7 @@ class StageRun:
 
     @cached_property
     def attempt(self) -> Attempt:
-        return Attempt(self.job, self.settings.storage_uri, self.launcher)
+        return Attempt(self.job, stages.root(self.job, self.settings), self.launcher)
 
     @property
     def may_exist(self) -> bool:

@@ -16,6 +16,11 @@ from services.storage import files
 from services.storage.sources import SourceRules
 
 
+def root(job: Job, settings: Settings) -> str:
+    """The root of the job's project in storage."""
+    return layout.project_root(settings.storage_uri, job.project)
+
+
 def prefix(job: Job, root: str) -> str:
     """The folder of the job's current attempt: spec, journal and markers."""
     return layout.attempt_prefix(root, job.id, str(job.stage), job.attempt)
@@ -34,21 +39,22 @@ def entrypoint(job: Job, root: str) -> str:
 
 def spec(job: Job, settings: Settings) -> StageSpec:
     """The spec of the job's current stage."""
-    root = settings.storage_uri
     common = {
         "job": job.id,
         "attempt": job.attempt,
-        "prefix": prefix(job, root),
-        "sources": source_rules(settings),
+        "prefix": prefix(job, root(job, settings)),
+        "sources": source_rules(settings, job.project),
         "use_gpu": settings.use_gpu,
     }
     return _BUILDERS[job.stage](job, settings, common)  # type: ignore[index]
 
 
-def source_rules(settings: Settings) -> SourceRules:
-    """What the control plane and its jobs may read. Raises BadRequest for an unusable path or URI."""
+def source_rules(settings: Settings, project: str) -> SourceRules:
+    """What a project's requests and jobs may read. Raises BadRequest for an unusable path or URI."""
     allowed = tuple(map(files.as_uri, settings.allowed_sources))
-    return SourceRules(allowed, tuple(map(files.as_uri, settings.denied_sources)))
+    denied = tuple(map(files.as_uri, settings.denied_sources))
+    of_others, own = layout.others_root(files.as_uri(settings.storage_uri), project)
+    return SourceRules(allowed, denied, of_others, own)
 
 
 def aligned_record(job: Job, record: ModelRecord) -> ModelRecord:
@@ -72,7 +78,7 @@ def _encode(job: Job, settings: Settings, common: dict[str, Any]) -> EncodeSpec:
         source_digest=dataset["digest"],
         model=ModelRecord(**job.inputs["model"]),
         data=_request(job).data,
-        output=layout.datasets_folder(settings.storage_uri),
+        output=layout.datasets_folder(root(job, settings)),
         actors=settings.encode_actors,
     )
 
@@ -90,7 +96,6 @@ def _ledger(job: Job, settings: Settings, common: dict[str, Any]) -> LedgerSpec:
 
 
 def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
-    root = settings.storage_uri
     request = _request(job)
     return TrainSpec(
         **common,
@@ -104,8 +109,8 @@ def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
         evaluation=request.evaluation,
         validation=request.validation,
         ledger=job.results["ledger"]["ledger"] if "ledger" in job.results else None,
-        run=layout.run_folder(root, job.id),
-        output=layout.model_folder(root, str(job.output_model)),
+        run=layout.run_folder(root(job, settings), job.id),
+        output=layout.model_folder(root(job, settings), str(job.output_model)),
     )
 
 
@@ -123,7 +128,7 @@ def _evaluate(job: Job, settings: Settings, common: dict[str, Any]) -> EvaluateS
         candidate=ModelRecord(**candidate),
         base=ModelRecord(**base),
         evaluation=EvaluationConfig.model_validate_json(json.dumps(evaluation)),
-        output=prefix(job, settings.storage_uri),
+        output=prefix(job, root(job, settings)),
         actors=settings.evaluate_actors,
     )
 

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from services.api.answers import JobView, RunView
 from services.control import attempt, jobs, journal
-from services.control.database import Database, update_one
+from services.control.database import ProjectDatabase, update_one
 from services.control.launcher import RunState
 from services.control.listing import by_id
 from services.control.stage_run import StageRun
@@ -21,7 +21,7 @@ from services.errors import Conflict
 # ---- requests
 
 
-def cancel(database: Database, kind: str, job_id: str) -> RunView:
+def cancel(database: ProjectDatabase, kind: str, job_id: str) -> RunView:
     """Request the cancellation of a job. Raises NotFound, and Conflict if it has succeeded or failed."""
     now = time.time()
     with database.write() as session:
@@ -37,7 +37,7 @@ def cancel(database: Database, kind: str, job_id: str) -> RunView:
         return JOB_VIEWS[kind](row)
 
 
-def pause(database: Database, job_id: str) -> JobView:
+def pause(database: ProjectDatabase, job_id: str) -> JobView:
     """Request that an alignment job stores its state and frees the cluster.
 
     Raises NotFound, and Conflict if the job has ended or is being cancelled.
@@ -56,7 +56,7 @@ def pause(database: Database, job_id: str) -> JobView:
         return job_view(row)
 
 
-def resume(database: Database, job_id: str) -> JobView:
+def resume(database: ProjectDatabase, job_id: str) -> JobView:
     """Queue a paused or failed job again, or withdraw a pause that is not complete yet.
 
     The job's lock is released: a review in progress acts on a request that no longer holds, so its update is

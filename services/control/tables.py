@@ -21,6 +21,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from services.api.requests import DEFAULT_PROJECT
+
 BigInt = BigInteger().with_variant(Integer, "sqlite")
 """SQLite numbers rows only if the key is INTEGER."""
 
@@ -41,7 +43,12 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {dict[str, Any]: JSON(none_as_null=True), float: Double, int: BigInteger}  # noqa: RUF012
+    type_annotation_map = {  # noqa: RUF012
+        dict[str, Any]: JSON(none_as_null=True),
+        list[str]: JSON(),
+        float: Double,
+        int: BigInteger,
+    }
 
 
 class Resource(Base):
@@ -54,7 +61,27 @@ class Resource(Base):
     created_at: Mapped[float]
 
 
-class Dataset(Resource):
+class Owned(Resource):
+    """A row that belongs to a project. A session of a project finds its own rows alone (database.py)."""
+
+    __abstract__ = True
+
+    project: Mapped[str] = mapped_column(String(64), server_default=DEFAULT_PROJECT)
+
+
+class ApiKey(Owned):
+    """A key of a project. Only the SHA-256 of the key is stored; ``hint`` is how it ends."""
+
+    __tablename__ = "api_keys"
+
+    name: Mapped[str] = mapped_column(String(64))
+    scopes: Mapped[list[str]]
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    hint: Mapped[str] = mapped_column(String(8))
+    revoked_at: Mapped[float | None]
+
+
+class Dataset(Owned):
     __tablename__ = "datasets"
 
     name: Mapped[str] = mapped_column(String(64))
@@ -65,11 +92,13 @@ class Dataset(Resource):
     counts: Mapped[dict[str, Any]]
     example: Mapped[dict[str, Any] | None]
 
+    __table_args__ = (Index(None, "project", "seq"),)
 
-class Model(Resource):
+
+class Model(Owned):
     """A base model (``base`` and ``job`` are null) or an aligned one.
 
-    ``current``: its name refers to this row.
+    ``current``: its name refers to this row, in its project.
     """
 
     __tablename__ = "models"
@@ -84,10 +113,13 @@ class Model(Resource):
     lineage: Mapped[dict[str, Any]]
     current: Mapped[bool] = mapped_column(server_default=false())
 
-    __table_args__ = (Index("uq_models_current_name", "name", unique=True, **CURRENT),)
+    __table_args__ = (
+        Index("uq_models_current_name", "project", "name", unique=True, **CURRENT),
+        Index(None, "project", "seq"),
+    )
 
 
-class Job(Resource):
+class Job(Owned):
     """A chain of stages.
 
     kind                  "alignment" or "evaluation"
@@ -142,9 +174,10 @@ class Job(Resource):
     lock_expires_at: Mapped[float | None]
 
     __table_args__ = (
-        Index(None, "kind", "seq"),
-        Index(None, "kind", "status", "seq"),
+        Index(None, "project", "kind", "seq"),
+        Index(None, "project", "kind", "status", "seq"),
         Index(None, "status", "next_at"),
+        Index(None, "status", "seq"),
     )
 
 
@@ -188,10 +221,11 @@ class Metric(Base):
 
 
 class IdempotencyKey(Base):
-    """The digest and the answer of the create request that had this key."""
+    """The digest and the answer of the create request of a project that had this key."""
 
     __tablename__ = "idempotency_keys"
 
+    project: Mapped[str] = mapped_column(String(64), primary_key=True, server_default=DEFAULT_PROJECT)
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     fingerprint: Mapped[str] = mapped_column(String(64))
     answer: Mapped[dict[str, Any]]

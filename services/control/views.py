@@ -13,6 +13,7 @@ from services.api.answers import (
     EvaluationView,
     EventView,
     JobView,
+    KeyView,
     MetricView,
     ModelView,
     RunView,
@@ -20,7 +21,9 @@ from services.api.answers import (
 )
 from services.api.records import Validated
 from services.artifacts.checkpoints import CheckpointRecord
-from services.control.tables import Dataset, Event, Job, Metric, Model
+from services.control.tables import ApiKey, Dataset, Event, Job, Metric, Model
+
+DEFAULT_DATA = asdict(DataConfig())
 
 
 def dataset_view(row: Dataset) -> DatasetView:
@@ -31,6 +34,15 @@ def dataset_view(row: Dataset) -> DatasetView:
             **_columns(row, "id", "name", "uri", "split", "columns", "digest", "counts", "example"),
             "created_at": int(row.created_at),
         },
+    )
+
+
+def key_view(row: ApiKey) -> KeyView:
+    return KeyView(
+        object="api_key",
+        **_columns(row, "id", "name", "project", "scopes", "hint"),
+        created_at=int(row.created_at),
+        revoked_at=_seconds(row.revoked_at),
     )
 
 
@@ -59,7 +71,7 @@ def job_view(row: Job) -> JobView:
             "object": "alignment.job",
             **_run(row),
             **_columns(row, "model", "dataset", "name"),
-            "data": row.request.get("data", asdict(DataConfig())),  # jobs of earlier versions have none
+            "data": row.request.get("data", DEFAULT_DATA),  # jobs of earlier versions have none
             **{name: row.request[name] for name in settings},
             "validation": row.request.get("validation"),
             "pause_requested_at": _seconds(row.pause_requested_at),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -199,8 +198,8 @@ def _rows(uri: str, visible: list[str], split: str | None) -> Detected:
     names, chosen = splits.choose(uri, by_format[found], split)
     if found == "arrow" and chosen is None:
         splits.check_one_dataset(uri, map(posixpath.dirname, names), "datasets")
-    with ThreadPoolExecutor(FORMAT_THREADS) as pool:
-        actual = dict(zip(names, pool.map(partial(formats.format_of, uri), names), strict=True))
+    found_formats = sources.in_threads(partial(formats.format_of, uri), names, FORMAT_THREADS)
+    actual = dict(zip(names, found_formats, strict=True))
     different = next((name for name, each in actual.items() if each != actual[names[0]]), None)
     if different is not None:
         message = (

@@ -9,7 +9,6 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO
@@ -208,19 +207,17 @@ class WinLose:
         self, unit: Unit, columns: ColumnMap, with_images: bool, start: int, stop: int | None
     ) -> Iterator[Cells | Unreadable]:
         names = unit.names[start:stop]
-        with ThreadPoolExecutor(CAPTION_THREADS) as pool:
-            captions = pool.map(self._caption, [file for *_, file, _ in names])
-            others = pool.map(self._caption, [other for *_, other in names])
-            for (cause, detail, winner, loser, file, other), caption, again in zip(
-                names, captions, others, strict=True
-            ):
-                if cause:
-                    yield Unreadable(cause, detail)
-                elif other and again != caption:
-                    yield Unreadable("captions_differ", f"{file} and {other} hold different captions")
-                else:
-                    cells = {"caption": caption, "chosen": winner, "rejected": loser}
-                    yield _bad_caption(file, caption) or cells
+        caption_files = [file for *_, one, other in names for file in (one, other)]
+        captions = sources.in_threads(self._caption, caption_files, CAPTION_THREADS)
+        for cause, detail, winner, loser, file, other in names:
+            caption, again = next(captions), next(captions)
+            if cause:
+                yield Unreadable(cause, detail)
+            elif other and again != caption:
+                yield Unreadable("captions_differ", f"{file} and {other} hold different captions")
+            else:
+                cells = {"caption": caption, "chosen": winner, "rejected": loser}
+                yield _bad_caption(file, caption) or cells
 
     def identity(self) -> Iterator[bytes]:
         for folder in ("", *self.sides):

@@ -12,9 +12,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
@@ -22,9 +22,10 @@ from ray import serve
 from ray.serve import Application
 
 from dde_core.errors import ConfigError
-from services.api.requests import ImageRequest, ScoreRequest
+from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER, ImageRequest, ScoreRequest
 from services.errors import BadRequest, ServiceError
 
+Project = Annotated[str, Header(alias=PROJECT_HEADER)]
 api = FastAPI(title="dde-align serving")
 log = logging.getLogger("ray.serve")
 
@@ -80,10 +81,10 @@ class ImageServer:
         self._engine = Engine(args.storage_uri, args.max_models, "cuda" if args.use_gpu else "cpu")
 
     @api.post("/v1/images/generations")
-    async def generate(self, body: ImageRequest) -> dict[str, Any]:
+    async def generate(self, body: ImageRequest, project: Project = DEFAULT_PROJECT) -> dict[str, Any]:
         disconnected = threading.Event()
         try:
-            images = await in_thread(self._engine.generate, body, disconnected.is_set)
+            images = await in_thread(self._engine.generate, body, disconnected.is_set, project)
         except asyncio.CancelledError:
             disconnected.set()
             raise

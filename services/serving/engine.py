@@ -19,10 +19,11 @@ from dde_core.models.folder import ModelFolder
 from dde_core.shapes.scenes import SIZE_PX
 from dde_core.shapes.scorers import score
 from services.api.records import ModelRecord
-from services.api.requests import ImageRequest, ScoreRequest
+from services.api.requests import DEFAULT_PROJECT, ImageRequest, ScoreRequest
 from services.artifacts import models
 from services.errors import BadRequest, ServiceError
 from services.pairs.images import BadImage, decode_whole
+from services.stages import layout
 
 
 class CallerDisconnected(Exception):
@@ -41,15 +42,18 @@ class Engine:
         self._lock = threading.Lock()
 
     def generate(
-        self, request: ImageRequest, is_disconnected: Callable[[], bool] = lambda: False
+        self,
+        request: ImageRequest,
+        is_disconnected: Callable[[], bool] = lambda: False,
+        project: str = DEFAULT_PROJECT,
     ) -> list[bytes]:
         """A request's images as PNG files. Each call reads the registry, so a new alias applies at once.
 
-        Raises NotFound for an unknown model, ConfigError for a size that the model cannot generate,
-        ServiceError for a model that cannot be loaded or gives values that are not finite, and
-        CallerDisconnected as soon as ``is_disconnected()``, which is called at every sampling step.
+        Raises NotFound for a model that the project does not have, ConfigError for a size that the model
+        cannot generate, ServiceError for a model that cannot be loaded or gives values that are not finite,
+        and CallerDisconnected as soon as ``is_disconnected()``, which is called at every sampling step.
         """
-        record = models.find(self._root, request.model)
+        record = models.find(layout.project_root(self._root, project), request.model)
         sample = request.sample()
         seeds = [request.seed + i for i in range(request.n)]
 

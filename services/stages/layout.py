@@ -2,6 +2,9 @@
 
 A job is a chain of stages. A stage is one Ray job that reads a spec file and ends by writing a marker file.
 
+Everything below {root} exists once a project: {root} is the storage URI for the default project, and
+projects/{project}/ in it for any other.
+
     {root}/jobs/{job}/{stage}/a{attempt}/                    the prefix of one attempt
         spec.json                   written by the control plane, read by the stage
         journal/{number}.json       append-only events and metrics, written by the stage
@@ -37,12 +40,29 @@ from __future__ import annotations
 import re
 
 from dde_core.latents.schema import MANIFEST
+from services.api.requests import DEFAULT_PROJECT, PROJECT_PATTERN
+from services.errors import BadRequest
 from services.storage import files
 
 CREDIT = "credit.json"
 CHECKPOINT_RECORD = "checkpoint.json"
+PROJECTS = "projects"
 _STEP = re.compile(r"step-(\d+)")
 _BLOCK = re.compile(r"(\d{8,})\.(parquet|json)")
+
+
+def project_root(storage: str, project: str) -> str:
+    """The root of a project's files in the storage URI. Raises BadRequest for a text that names none."""
+    if not re.fullmatch(PROJECT_PATTERN, project) or project.endswith("\n"):
+        raise BadRequest(f"project: must match {PROJECT_PATTERN}, got {project!r}", param="project")
+    return storage if project == DEFAULT_PROJECT else files.join(storage, PROJECTS, project)
+
+
+def others_root(storage: str, project: str) -> tuple[str, str | None]:
+    """Where other projects' files are in the storage URI, and which part of that is the project's own."""
+    if project == DEFAULT_PROJECT:
+        return files.join(storage, PROJECTS), None
+    return storage, project_root(storage, project)
 
 
 def attempt_prefix(root: str, job: str, stage: str, attempt: int) -> str:

@@ -1,8 +1,9 @@
 """Sources: the files that requests name (pairs, prompts, base models), apart from what the system stores.
 
-A process opens sources inside of its rules' folders and buckets alone (``hold_to``). Links are followed
-before the check, and nothing outside is looked at. Only regular files, folders and objects are opened, and
-listings are bounded. A thread may have a time limit; every function here raises once it is over.
+A process opens sources inside of its rules' folders and buckets alone (``hold_to``), a request inside of
+those of its project (``hold_request_to``). Links are followed before the check, and nothing outside is looked
+at. Only regular files, folders and objects are opened, and listings are bounded. A thread may have a time
+limit; every function here raises once it is over.
 
 Raises Forbidden for a URI outside and BadRequest for an unusable one. Both name the URI, never what is in it.
 """
@@ -14,10 +15,12 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +40,10 @@ MAX_MODEL_FILES = 10_000
 MAX_JSON_BYTES = 1 << 26
 ANY_BUCKET = "s3://"
 NOT_ALLOWED = "source_not_allowed"
+OTHER_PROJECT = "other_project"
 Entry = TypeVar("Entry")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 BUILT_IN = os.path.realpath(Path(shapes.__file__).parent)
 """The shipped model, pairs and prompts are always allowed."""
 
@@ -46,11 +52,14 @@ BUILT_IN = os.path.realpath(Path(shapes.__file__).parent)
 class SourceRules:
     """Paths or URIs of folders, files and buckets that may be opened, and of those inside that may not.
 
-    ``s3://bucket/prefix`` allows what is below the prefix, ``s3://`` every bucket.
+    ``s3://bucket/prefix`` allows what is below the prefix, ``s3://`` every bucket. ``of_others`` is where the
+    files of other projects are: nothing of it may be opened but what is below ``own``.
     """
 
     allowed: tuple[str, ...] = ()
     denied: tuple[str, ...] = ()
+    of_others: str | None = None
+    own: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,7 @@ class _TimeLimit:
 
 
 _rules = SourceRules()
-_roots = SourceRules((BUILT_IN,))
-"""The rules as canonical paths."""
+_request_rules: ContextVar[SourceRules | None] = ContextVar("request_rules", default=None)
 _limit: ContextVar[_TimeLimit | None] = ContextVar("limit", default=None)
 
 
@@ -70,16 +78,34 @@ def hold_to(rules: SourceRules) -> None:
 
     Raises BadRequest for a root that is no path and no URI.
     """
-    global _rules, _roots
-    if rules != _rules:
-        allowed = [BUILT_IN, *map(_canonical, rules.allowed)]
-        _roots = SourceRules(tuple(allowed), tuple(map(_canonical, rules.denied)))
-        _rules = rules
+    global _rules
+    _roots(rules)
+    _rules = rules
+
+
+def hold_request_to(rules: SourceRules) -> None:
+    """Hold this context, a request or a thread, to ``rules`` instead of those of its process.
+
+    Raises BadRequest like ``hold_to``.
+    """
+    _roots(rules)
+    _request_rules.set(rules)
 
 
 def rules() -> SourceRules:
-    """The rules that this process is held to."""
-    return _rules
+    """The rules that the caller is held to."""
+    return _request_rules.get() or _rules
+
+
+def in_threads(read: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """``read`` of each item, in order, on several threads that have the caller's rules and time limit."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        calls = [pool.submit(copy_context().run, read, item) for item in items]
+        for call in calls:
+            yield call.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -117,7 +143,11 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 def check_allowed(uri: str) -> None:
     """Raises Forbidden for a URI or path outside of the rules."""
-    if not _is_allowed(_canonical(uri)):
+    place = _canonical(uri)
+    if _is_of_others(place):
+        message = f"uri {uri!r} lies in the storage of another project"
+        raise Forbidden(message, param="uri", code=OTHER_PROJECT)
+    if not _is_allowed(place):
         how = "an operator allows folders and buckets with DDE_ALLOWED_SOURCES or `dde up --allow`"
         message = f"uri {uri!r} is outside of the sources that may be opened here: {how}"
         raise Forbidden(message, param="uri", code=NOT_ALLOWED)
@@ -129,7 +159,7 @@ def is_allowed(filesystem: fs.FileSystem, path: str) -> bool:
         return True  # such a path names nothing
     if isinstance(filesystem, fs.LocalFileSystem):
         return _is_allowed(os.path.realpath(path))
-    return _is_allowed(f"{s3.SCHEME}{path}")
+    return _is_allowed(_object(path))
 
 
 def open_file(uri: str) -> pa.NativeFile:
@@ -169,8 +199,8 @@ def entries(uri: str) -> list[fs.FileInfo]:
 def list_files(uri: str, max_files: int = MAX_FILES) -> list[str]:
     """Sorted paths of the files below a folder, relative to it.
 
-    Folders are entered through links, too, each once. Raises FileNotFoundError, and BadRequest for a folder
-    with more than ``max_files`` entries.
+    Folders are entered through links, too, each once. Raises FileNotFoundError, Forbidden where one of them
+    may not be opened, unless its name is hidden, and BadRequest for more than ``max_files`` entries.
     """
     filesystem, path = resolve(uri)
     found = _walk(path) if isinstance(filesystem, fs.LocalFileSystem) else s3.keys(uri)
@@ -229,10 +259,16 @@ def _walk(root: str) -> Iterator[str]:
             for entry in sorted(islice(scan, MAX_ENTRIES), key=lambda entry: entry.name):
                 real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
                 is_own = not entry.is_symlink() or not _is_below(real, root)
-                if os.path.isdir(real) and is_own and real not in entered and _is_allowed(real):
+                if os.path.isdir(real) and is_own and real not in entered and not _is_closed(entry):
+                    check_allowed(entry.path)
                     entered.add(real)
                     folders.append((real, f"{prefix}{entry.name}/"))
                 yield f"{prefix}{entry.name}" if os.path.isfile(real) else ""
+
+
+def _is_closed(entry: os.DirEntry[str]) -> bool:
+    """Whether a folder may not be opened and is none of those that a dataset has: its name is hidden."""
+    return entry.name.startswith(".") and not _is_allowed(os.path.realpath(entry.path))
 
 
 def _counted(found: Iterable[Entry], uri: str, most: int) -> Iterator[Entry]:
@@ -257,9 +293,28 @@ def _check_regular(uri: str, path: str) -> None:
         raise BadRequest(message, param="uri", code="not_a_file")
 
 
+@lru_cache(maxsize=1024)
+def _roots(rules: SourceRules) -> SourceRules:
+    """The rules as canonical paths."""
+    return SourceRules(
+        (BUILT_IN, *map(_canonical, rules.allowed)),
+        tuple(map(_canonical, rules.denied)),
+        _canonical(rules.of_others) if rules.of_others else None,
+        _canonical(rules.own) if rules.own else None,
+    )
+
+
 def _is_allowed(place: str) -> bool:
-    allowed = any(_is_below(place, root) for root in _roots.allowed)
-    return allowed and not any(_is_below(place, root) for root in _roots.denied)
+    roots = _roots(rules())
+    allowed = any(_is_below(place, root) for root in roots.allowed)
+    denied = any(_is_below(place, root) for root in roots.denied)
+    return allowed and not denied and not _is_of_others(place)
+
+
+def _is_of_others(place: str) -> bool:
+    roots = _roots(rules())
+    is_shared = roots.of_others is not None and _is_below(place, roots.of_others)
+    return is_shared and not (roots.own is not None and _is_below(place, roots.own))
 
 
 def _is_below(place: str, root: str) -> bool:
@@ -274,9 +329,14 @@ def _canonical(uri: str) -> str:
         bucket, key = s3.parts(uri)
         if ".." in key.split("/"):
             raise BadRequest(f"uri {uri!r} cannot be opened: '..' in an object's name", param="uri")
-        return f"{s3.SCHEME}{bucket}/{key}".rstrip("/")
+        return _object(f"{bucket}/{key}")
     _, path = files.resolve(uri)
     try:
         return os.path.realpath(path)
     except (OSError, ValueError) as error:  # a NUL character
         raise BadRequest(f"uri {uri!r} cannot be opened: {error}", param="uri") from error
+
+
+def _object(path: str) -> str:
+    """An object's canonical URI: without empty parts, which some readers leave out, too."""
+    return s3.SCHEME + "/".join(part for part in path.split("/") if part not in ("", "."))

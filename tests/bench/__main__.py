@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.storage import sources
+from tests.bench.api_speed import api_list, api_submit
 from tests.bench.checkpoint_stall import checkpoint_stall
 from tests.bench.disk import bytes_on_disk
 from tests.bench.ingest_memory import ingest_memory
@@ -40,6 +41,8 @@ BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
     "train_memory_vs_floor": train_memory,
     "two_workers_vs_one": two_workers,
     "checkpoint_stall": checkpoint_stall,
+    "api_submit_p99_ms": api_submit,
+    "api_list_100k_p99_ms": api_list,
 }
 """By the name of a result. A function named twice runs once: it returns both results."""
 

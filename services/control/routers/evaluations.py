@@ -10,7 +10,17 @@ from services.api.answers import EvaluationView, EventView, ListView, RunView
 from services.api.records import JobStatus
 from services.api.requests import EvaluationCreate
 from services.control import jobs, journal, stopping
-from services.control.dependencies import After, Db, Key, Limit, LongLimit, body, takes
+from services.control.dependencies import (
+    READ,
+    SUBMIT,
+    After,
+    Db,
+    Key,
+    Limit,
+    LongLimit,
+    body,
+    takes,
+)
 from services.control.idempotency import IdempotentRequest
 from services.control.reading import READ_S, reads_sources
 
@@ -18,28 +28,30 @@ router = APIRouter(tags=["evaluations"])
 PATH = "/v1/evaluations"
 
 
-@router.post(PATH, openapi_extra=takes(EvaluationCreate))
+@router.post(PATH, openapi_extra=takes(EvaluationCreate), dependencies=[SUBMIT])
 @reads_sources(READ_S)
 def create_evaluation(
-    request: Annotated[EvaluationCreate, Depends(body(EvaluationCreate))], db: Db, key: Key = None
+    request: Annotated[EvaluationCreate, Depends(body(EvaluationCreate))],
+    db: Db,
+    key: Key = None,
 ) -> EvaluationView:
     """Start a comparison of two registered models on held-out prompts."""
     return jobs.create_evaluation(db, IdempotentRequest.of(key, PATH, request), request)
 
 
-@router.get(PATH, response_model=ListView[EvaluationView])
+@router.get(PATH, response_model=ListView[EvaluationView], dependencies=[READ])
 def list_evaluations(
     db: Db, after: After = None, limit: Limit = 20, status: JobStatus | None = None
 ) -> ListView[RunView]:
     return jobs.page(db, "evaluation", after, limit, status, {})
 
 
-@router.get(PATH + "/{evaluation_id}", response_model=EvaluationView)
+@router.get(PATH + "/{evaluation_id}", response_model=EvaluationView, dependencies=[READ])
 def get_evaluation(evaluation_id: str, db: Db) -> RunView:
     return jobs.get(db, "evaluation", evaluation_id)
 
 
-@router.get(PATH + "/{evaluation_id}/events")
+@router.get(PATH + "/{evaluation_id}/events", dependencies=[READ])
 def list_evaluation_events(
     evaluation_id: str, db: Db, after: After = None, limit: LongLimit = 100
 ) -> ListView[EventView]:
@@ -47,6 +59,6 @@ def list_evaluation_events(
     return journal.list_events(db, "evaluation", evaluation_id, after, limit)
 
 
-@router.post(PATH + "/{evaluation_id}/cancel", response_model=EvaluationView)
+@router.post(PATH + "/{evaluation_id}/cancel", response_model=EvaluationView, dependencies=[SUBMIT])
 def cancel_evaluation(evaluation_id: str, db: Db) -> RunView:
     return stopping.cancel(db, "evaluation", evaluation_id)

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from services.api.answers import ReadyView
 from services.control import health
-from services.control.dependencies import Config, Db
+from services.control.dependencies import AllProjects, Config
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 router = APIRouter(tags=["health"])
@@ -22,7 +22,7 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", response_model=ReadyView, responses={503: {"model": ReadyView}})
-def readyz(request: Request, db: Db, settings: Config) -> JSONResponse:
+def readyz(request: Request, db: AllProjects, settings: Config) -> JSONResponse:
     """Readiness: database, storage and Ray answer. 503 names the one that does not."""
     report = health.readiness(db, settings.storage_uri, request.app.state.launcher)
     return JSONResponse(report.model_dump(), 200 if report.status == "ready" else 503)

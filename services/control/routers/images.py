@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from services.api.requests import ImageRequest, ScoreRequest
-from services.control import inference
-from services.control.dependencies import BODY_BYTES, parse, read_body, takes
+from services.control import inference, models
+from services.control.dependencies import BODY_BYTES, GENERATE, Db, parse, read_body, takes
 
 router = APIRouter(tags=["inference"])
 IMAGES = "/v1/images/generations"
 SCORES = "/v1/scores"
 
 
-@router.post(IMAGES, openapi_extra=takes(ImageRequest))
-async def generate(request: Request) -> Response:
-    """Generate images with a registered model."""
+@router.post(IMAGES, openapi_extra=takes(ImageRequest), dependencies=[GENERATE])
+async def generate(request: Request, db: Db) -> Response:
+    """Generate images with a registered model of the project."""
     parsed, raw = parse(ImageRequest, await read_body(request, BODY_BYTES))
     inference.check_image(parsed)
-    return await inference.forward(request.app.state.serve, IMAGES, raw, request.state.request_id)
+    await run_in_threadpool(models.get, db, parsed.model, "model")
+    state = request.app.state
+    return await inference.forward(state.serve, IMAGES, raw, request.state.request_id, db.project)
 
 
-@router.post(SCORES, openapi_extra=takes(ScoreRequest))
-async def score(request: Request) -> Response:
+@router.post(SCORES, openapi_extra=takes(ScoreRequest), dependencies=[GENERATE])
+async def score(request: Request, db: Db) -> Response:
     """Score images against their prompts."""
     parsed, raw = parse(ScoreRequest, await read_body(request, inference.SCORE_BYTES))
     parsed.check_lengths()
-    return await inference.forward(request.app.state.serve, SCORES, raw, request.state.request_id)
+    state = request.app.state
+    return await inference.forward(state.serve, SCORES, raw, request.state.request_id, db.project)

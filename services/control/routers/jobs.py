@@ -13,12 +13,15 @@ from services.api.requests import AlignmentJobCreate
 from services.control import jobs, journal, stopping
 from services.control.dependencies import (
     FILTERS,
+    READ,
+    SUBMIT,
     After,
     Config,
     Db,
     Key,
     Limit,
     LongLimit,
+    Root,
     body,
     metadata_filter,
     takes,
@@ -35,16 +38,18 @@ STREAM: dict[int | str, dict[str, Any]] = {
 AfterStep = Annotated[int | None, Query(description="The last step already seen.", ge=-1, lt=2**63)]
 
 
-@router.post(PATH, openapi_extra=takes(AlignmentJobCreate))
+@router.post(PATH, openapi_extra=takes(AlignmentJobCreate), dependencies=[SUBMIT])
 @reads_sources(READ_S)
 def create_job(
-    request: Annotated[AlignmentJobCreate, Depends(body(AlignmentJobCreate))], db: Db, key: Key = None
+    request: Annotated[AlignmentJobCreate, Depends(body(AlignmentJobCreate))],
+    db: Db,
+    key: Key = None,
 ) -> JobView:
     """Start a job: encode the pairs, train, evaluate. The aligned model is then served under its name."""
     return jobs.create_alignment(db, IdempotentRequest.of(key, PATH, request), request)
 
 
-@router.get(PATH, response_model=ListView[JobView], openapi_extra=FILTERS)
+@router.get(PATH, response_model=ListView[JobView], openapi_extra=FILTERS, dependencies=[READ])
 def list_jobs(
     db: Db,
     metadata: Annotated[dict[str, str], Depends(metadata_filter)],
@@ -56,18 +61,18 @@ def list_jobs(
     return jobs.page(db, "alignment", after, limit, status, metadata)
 
 
-@router.get(PATH + "/{job_id}", response_model=JobView)
+@router.get(PATH + "/{job_id}", response_model=JobView, dependencies=[READ])
 def get_job(job_id: str, db: Db) -> RunView:
     return jobs.get(db, "alignment", job_id)
 
 
-@router.post(PATH + "/{job_id}/cancel", response_model=JobView)
+@router.post(PATH + "/{job_id}/cancel", response_model=JobView, dependencies=[SUBMIT])
 def cancel_job(job_id: str, db: Db) -> RunView:
     """Request the cancellation of a job. Its status becomes "cancelled" once its run has ended."""
     return stopping.cancel(db, "alignment", job_id)
 
 
-@router.post(PATH + "/{job_id}/pause")
+@router.post(PATH + "/{job_id}/pause", dependencies=[SUBMIT])
 def pause_job(job_id: str, db: Db) -> JobView:
     """Request that a job stores its state and frees the cluster.
 
@@ -76,7 +81,7 @@ def pause_job(job_id: str, db: Db) -> JobView:
     return stopping.pause(db, job_id)
 
 
-@router.post(PATH + "/{job_id}/resume")
+@router.post(PATH + "/{job_id}/resume", dependencies=[SUBMIT])
 def resume_job(job_id: str, db: Db) -> JobView:
     """Queue a paused or failed job again.
 
@@ -85,7 +90,12 @@ def resume_job(job_id: str, db: Db) -> JobView:
     return stopping.resume(db, job_id)
 
 
-@router.get(PATH + "/{job_id}/events", response_model=ListView[EventView], responses=STREAM)
+@router.get(
+    PATH + "/{job_id}/events",
+    response_model=ListView[EventView],
+    responses=STREAM,
+    dependencies=[READ],
+)
 def list_events(
     job_id: str,
     db: Db,
@@ -107,7 +117,7 @@ def list_events(
     return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 
-@router.get(PATH + "/{job_id}/metrics")
+@router.get(PATH + "/{job_id}/metrics", dependencies=[READ])
 def list_metrics(
     job_id: str,
     db: Db,
@@ -119,15 +129,15 @@ def list_metrics(
     return journal.list_metrics(db, job_id, stage, after, limit)
 
 
-@router.get(PATH + "/{job_id}/checkpoints")
+@router.get(PATH + "/{job_id}/checkpoints", dependencies=[READ])
 def list_checkpoints(
-    job_id: str, db: Db, settings: Config, after: AfterStep = None, limit: Limit = 20
+    job_id: str, db: Db, root: Root, after: AfterStep = None, limit: Limit = 20
 ) -> ListView[CheckpointView]:
     """The checkpoints that training has stored and kept, in order of steps."""
-    return jobs.list_checkpoints(db, settings.storage_uri, job_id, after, limit)
+    return jobs.list_checkpoints(db, root, job_id, after, limit)
 
 
-@router.get(PATH + "/{job_id}/credit", response_model=CreditRecord)
+@router.get(PATH + "/{job_id}/credit", response_model=CreditRecord, dependencies=[READ])
 def get_credit(job_id: str, db: Db) -> Response:
     """Where training put its credit: gradient weights by tenths of the timesteps, logged and predicted from
     margins.

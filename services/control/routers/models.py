@@ -9,37 +9,50 @@ from fastapi import APIRouter, Depends
 from services.api.answers import DeletedView, ListView, ModelView
 from services.api.requests import ModelCreate
 from services.control import models
-from services.control.dependencies import After, Config, Db, Key, Limit, body, takes
+from services.control.dependencies import (
+    READ,
+    SUBMIT,
+    After,
+    Db,
+    Key,
+    Limit,
+    Root,
+    body,
+    takes,
+)
 from services.control.idempotency import IdempotentRequest
 from services.control.reading import REGISTER_S, reads_sources
 
 router = APIRouter(tags=["models"])
 
 
-@router.post("/v1/models", openapi_extra=takes(ModelCreate))
+@router.post("/v1/models", openapi_extra=takes(ModelCreate), dependencies=[SUBMIT])
 @reads_sources(REGISTER_S)
 def create_model(
-    request: Annotated[ModelCreate, Depends(body(ModelCreate))], db: Db, settings: Config, key: Key = None
+    request: Annotated[ModelCreate, Depends(body(ModelCreate))],
+    db: Db,
+    root: Root,
+    key: Key = None,
 ) -> ModelView:
     """Register a base model. Its components are checked and its digest is recorded."""
-    return models.create(db, settings.storage_uri, IdempotentRequest.of(key, "/v1/models", request), request)
+    return models.create(db, root, IdempotentRequest.of(key, "/v1/models", request), request)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", dependencies=[READ])
 def list_models(db: Db, after: After = None, limit: Limit = 20) -> ListView[ModelView]:
     return models.page(db, after, limit)
 
 
-@router.get("/v1/models/{model_id}")
+@router.get("/v1/models/{model_id}", dependencies=[READ])
 def get_model(model_id: str, db: Db) -> ModelView:
     """Look up a model by id or name."""
     return models.get(db, model_id)
 
 
-@router.delete("/v1/models/{model_id}")
-def delete_model(model_id: str, db: Db, settings: Config) -> DeletedView:
+@router.delete("/v1/models/{model_id}", dependencies=[SUBMIT])
+def delete_model(model_id: str, db: Db, root: Root) -> DeletedView:
     """Delete a model that no unfinished job uses.
 
     An aligned model's weights are deleted; a base model's files stay.
     """
-    return models.delete(db, settings.storage_uri, model_id)
+    return models.delete(db, root, model_id)

@@ -90,6 +90,12 @@ def model(**other: Any) -> dict[str, Any]:
     return {"object": "model", **plain, **openai, **origin, **other}
 
 
+def key(**other: Any) -> dict[str, Any]:
+    """An API key as the API answers it."""
+    plain = {"id": "key_1", "name": "ci", "project": "default", "scopes": ["read"], "hint": "ab12"}
+    return {"object": "api_key", **plain, "created_at": 1, "revoked_at": None, **other}
+
+
 def event(number: int, message: str, level: str = "info") -> dict[str, Any]:
     """An event as the API answers it, created at second ``number``."""
     kind = {"object": "alignment.job.event", "level": level, "created_at": number}
@@ -106,6 +112,9 @@ CREATED = {
     "/v1/models": model,
     "/v1/alignment/jobs": job,
     "/v1/evaluations": evaluation,
+    "/v1/keys": lambda **body: key(
+        **{**body, "project": body.get("project", "default"), "key": "dde_secret"}
+    ),
 }
 
 

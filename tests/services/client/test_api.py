@@ -12,7 +12,7 @@ import pytest
 from fastapi.responses import PlainTextResponse
 
 from dde_core.config import ObjectiveConfig, SampleConfig
-from services.api.requests import AlignmentJobCreate, EvaluationConfig, ImageRequest, ScoreRequest
+from services.api.requests import AlignmentJobCreate, EvaluationConfig, ImageRequest, KeyCreate, ScoreRequest
 from services.client.api import ApiError, Client
 from services.client.processes import free_ports
 from services.errors import ServiceError, Unavailable
@@ -174,6 +174,14 @@ def test_waiting_has_a_deadline(server, client) -> None:
     server.single["/v1/alignment/jobs/ajob_1"] = server_jobs("running")
     with pytest.raises(TimeoutError, match=r"ajob_1 is still running after 0\.1 s"):
         client.wait("ajob_1", timeout_s=0.1, poll_s=0.02)
+
+
+def test_the_creation_of_a_key_is_not_retried_since_its_secret_is_answered_once(server, client) -> None:
+    server.fail(503, "starting")
+    with pytest.raises(ApiError):
+        client.create_key(KeyCreate(name="ci"))
+    assert len(server.requests) == 1
+    assert client.create_key(KeyCreate(name="ci", project="team-a")).key == "dde_secret"
 
 
 def test_images_are_bytes(server, client) -> None:

@@ -16,7 +16,7 @@ from services.api.requests import AlignmentJobCreate
 from services.client.cli import app
 from services.client.processes import free_ports
 from services.client.tables import counts_line
-from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, evaluation, job
+from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, evaluation, job, key
 
 ROOT = Path(__file__).parents[3]
 JOBS = "/v1/alignment/jobs"
@@ -394,3 +394,40 @@ def test_the_installed_command_answers() -> None:
         command in done.stdout
         for command in ("up", "demo", "datasets", "models", "jobs", "generate", "evaluate")
     )
+
+
+# ---- keys
+
+
+def test_a_new_key_is_all_that_is_printed_and_its_id_goes_to_stderr(server, dde) -> None:
+    made = dde("keys", "create", "ci", "--project", "team-a", "--scope", "read", "--scope", "submit")
+    assert (made.exit_code, made.stdout) == (0, "dde_secret\n")
+    assert made.stderr == "new_1: project team-a, read, submit\n"
+    assert the_body(server, "/v1/keys") == {"name": "ci", "project": "team-a", "scopes": ["read", "submit"]}
+
+
+def test_a_new_key_has_all_scopes_but_admin_in_the_project_of_the_key_that_asks(server, dde) -> None:
+    assert dde("keys", "create", "ci").exit_code == 0
+    assert the_body(server, "/v1/keys") == {"name": "ci", "scopes": ["read", "submit", "generate"]}
+
+
+def test_an_unknown_scope_or_project_is_one_line_that_names_it(server, dde) -> None:
+    for option, value, field in (("--scope", "root", "scopes.0"), ("--project", "Team A", "project")):
+        refused = dde("keys", "create", "ci", option, value)
+        assert refused.exit_code == 1
+        assert refused.stderr.startswith(f"error: {field}: ")
+        assert repr(value) in refused.stderr
+    assert server.requests == []
+
+
+def test_keys_are_listed_by_how_they_end(server, dde) -> None:
+    server.items["/v1/keys"] = [key(), key(id="key_2", project="team-a", revoked_at=2)]
+    columns, first, second = (line.split("\t") for line in dde("keys", "list").stdout.splitlines())
+    assert columns == ["id", "name", "project", "scopes", "key", "created", "revoked"]
+    assert first[:5] == ["key_1", "ci", "default", "read", "...ab12"]
+    assert (first[6], bool(second[6])) == ("", True)
+
+
+def test_a_key_is_revoked_by_its_id(server, dde) -> None:
+    server.single["/v1/keys/key_1/revoke"] = deque([key(revoked_at=2)])
+    assert dde("keys", "revoke", "key_1").stdout == "key_1 is revoked\n"

@@ -123,7 +123,7 @@ def test_requests_read_in_the_state_folder_where_the_system_started_and_in_what_
     for name, value in source_settings(tmp_path / "state", [(tmp_path / "more").as_uri()]).items():
         monkeypatch.setenv(name, value)
     settings = Settings(api_key="k", storage_uri="file:///s")
-    sources.hold_to(source_rules(settings))
+    sources.hold_to(source_rules(settings, "default"))
     for name in ("state/storage/a", "work/a", "more/a"):
         sources.check_allowed(str(tmp_path / name))
     for name in ("other/a", "state/key", "state/dde.db", "state/logs/control.log"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import inspect, select
+from sqlalchemy import delete, func, inspect, select, text, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import aliased
 
-from services.control.database import MIGRATIONS, Database
-from services.control.tables import Base, Dataset
+from services.control.database import MIGRATIONS, Database, FairLock, update_one
+from services.control.tables import Base, Dataset, IdempotencyKey, Job, Model
 from services.control.transitions import (
     STAGE_STATUS,
     STAGES,
@@ -79,6 +82,121 @@ def test_replicas_that_start_at_once_migrate_once(database_url):
     assert failures == []
 
 
+def migrate(database: Database, revision: str, move=command.upgrade) -> None:
+    """Bring the tables to a revision, as the command line does."""
+    with database.engine.execution_options(dde_write=True).begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        move(config, revision)
+
+
+BEFORE_PROJECTS = "0005"
+JOB = {
+    "id": "ajob_1", "created_at": 1.0, "kind": "alignment", "status": "queued", "model": "model_1",
+    "request": "{}", "inputs": "{}", "results": "{}", "stage_seconds": "{}", "attempt": 1, "restarts": 0,
+    "restart_step": 0, "journal_cursor": 0, "next_at": 0.0, "failures": 0,
+}  # fmt: skip
+ROWS = {
+    "datasets": {
+        "id": "ds_1", "created_at": 1.0, "name": "d", "uri": "u", "digest": "x", "columns": "{}",
+        "counts": "{}",
+    },
+    "models": {
+        "id": "model_1", "created_at": 1.0, "name": "shapes", "uri": "u", "family": "sd15", "digest": "x",
+        "lineage": "{}", "current": True,
+    },
+    "jobs": JOB,
+    "job_metadata": {"job_seq": 1, "key": "run", "value": "a"},
+    "events": {"job": "ajob_1", "created_at": 1.0, "level": "info", "message": "created"},
+    "metrics": {"job": "ajob_1", "stage": "train", "step": 1, "at": 1.0, "values": "{}"},
+    "idempotency_keys": {"key": "once", "fingerprint": "f", "answer": "{}", "created_at": 1.0},
+}  # fmt: skip
+OWNED = ("datasets", "models", "jobs", "idempotency_keys")
+
+
+@pytest.fixture
+def filled(database):
+    """A database of the version before projects, with a row in every table."""
+    return fill(database, BEFORE_PROJECTS, ROWS)
+
+
+def fill(database: Database, revision: str, rows: dict[str, dict]) -> Database:
+    migrate(database, revision)
+    with database.engine.begin() as connection:
+        for table, row in rows.items():
+            names = ", ".join(f'"{name}"' for name in row)
+            values = ", ".join(f":{name}" for name in row)
+            connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({values})"), row)
+    return database
+
+
+def test_a_job_with_events_survives_the_migration_from_every_version(database):
+    added_later = {"adapter_of", "columns", "restarts", "restart_step"}
+    first = {
+        table: {name: value for name, value in row.items() if name not in added_later}
+        for table, row in ROWS.items()
+    }
+    fill(database, "0001", first)
+    database.migrate()
+    assert {table: len(found) for table, found in rows_of(database).items()} == dict.fromkeys(ROWS, 1)
+    with database.read() as session, pytest.raises(IntegrityError):
+        session.execute(text("INSERT INTO job_metadata VALUES (99, 'run', 'a')"))
+
+
+def rows_of(database: Database) -> dict[str, list]:
+    with database.engine.connect() as connection:
+        return {name: list(connection.execute(text(f"SELECT * FROM {name}")).mappings()) for name in ROWS}
+
+
+def test_the_rows_of_the_version_before_are_in_the_default_project_after_the_migration(filled):
+    before = rows_of(filled)
+    filled.migrate()
+    after = rows_of(filled)
+    for table, (row,) in before.items():
+        project = {"project": "default"} if table in OWNED else {}
+        assert [dict(each) for each in after[table]] == [{**row, **project}]
+    with filled.read("default") as session:
+        assert session.scalar(select(Job.id)) == "ajob_1"
+        assert session.get(IdempotencyKey, ("default", "once")) is not None
+    with filled.read("other") as session:
+        assert [session.scalar(select(table)) for table in (Dataset, Model, Job)] == [None] * 3
+
+
+def test_a_downgrade_gives_back_the_tables_of_the_version_before(filled):
+    before = rows_of(filled)
+    filled.migrate()
+    migrate(filled, BEFORE_PROJECTS, command.downgrade)
+    assert rows_of(filled) == before
+
+
+def test_a_downgrade_that_would_show_a_projects_rows_to_everybody_is_refused(filled):
+    filled.migrate()
+    with filled.write("other") as session:
+        session.add(Dataset(id="ds_2", created_at=0.0, name="d", uri="u", digest="x", counts={}))
+    with pytest.raises(RuntimeError, match="datasets of other projects exist"):
+        migrate(filled, BEFORE_PROJECTS, command.downgrade)
+    assert len(rows_of(filled)["datasets"]) == 2
+
+
+def test_a_session_of_a_project_finds_changes_and_adds_its_own_rows_alone(database):
+    database.migrate()
+    for project in ("a", "b"):
+        with database.write(project) as session:
+            session.add(Dataset(id=f"ds_{project}", created_at=0.0, name="d", uri="u", digest="x", counts={}))
+    with database.write("a") as session:
+        assert session.scalars(select(Dataset.id)).all() == ["ds_a"]
+        assert session.scalar(select(func.count()).select_from(Dataset)) == 1
+        other = aliased(Dataset)
+        assert session.scalars(select(other.id)).all() == ["ds_a"]
+        assert session.scalar(select(Dataset).where(Dataset.id == "ds_b")) is None
+        assert session.get(Dataset, 2) is None
+        assert not update_one(session, update(Dataset).where(Dataset.id == "ds_b").values(name="x"))
+        session.execute(delete(Dataset))
+    with database.read() as session:
+        assert session.scalars(select(Dataset.id)).all() == ["ds_b"]
+
+
 def test_a_transaction_that_raises_leaves_nothing(database):
     database.migrate()
 
@@ -114,6 +232,34 @@ def test_writers_at_once_wait_for_one_another(database):
         thread.join()
     with database.read() as session:
         assert sorted(int(name) for name in session.scalars(select(Dataset.name))) == list(range(20))
+
+
+def test_threads_get_a_fair_lock_in_the_order_in_which_they_asked():
+    lock = FairLock()
+    order: list[int] = []
+
+    def take(number: int) -> None:
+        with lock:
+            order.append(number)
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(20)]
+    with lock:
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            while len(lock._waiting) < number:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(20))
+    with lock:
+        assert order, "it is free again"
+
+
+def test_an_error_in_a_transaction_lets_the_next_writer_in(database):
+    database.migrate()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), database.write():
+            raise ZeroDivisionError
 
 
 def test_the_statuses_form_a_line_with_two_ways_out():

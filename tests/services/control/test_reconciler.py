@@ -13,6 +13,7 @@ from services.artifacts import models
 from services.control import attempt
 from services.control.job_update import JobUpdate
 from services.control.reconciler import StaleToken
+from services.control.review import JobReview
 from services.control.tables import Event, Job, Metric, Model
 from services.control.transitions import STAGES
 from services.pairs.source import open_source
@@ -519,6 +520,46 @@ def test_an_unexpected_error_is_logged_once_retried_with_growing_pauses_and_stop
     plane.clock.now += 60
     plane.settle(40)
     assert plane.get(f"{JOBS}/{bad['id']}")["status"] == "succeeded"
+
+
+def test_a_job_that_waits_for_a_slot_is_not_reviewed_until_there_is_one(plane):
+    plane.settings.max_active_jobs = 1
+    plane.launcher.plays["encode"] = fakes.runs
+    first, second, third = (plane.job()["id"] for _ in range(3))
+    plane.settle()
+    plane.clock.now += 10 * plane.settings.poll_interval_s
+    assert [job.id for job in iter(plane.reconciler().take, None)] == [first]
+    plane.post(f"{JOBS}/{first}/cancel", None)
+    plane.clock.now += plane.settings.lock_s + 1
+    plane.settle()
+    assert [plane.get(f"{JOBS}/{job}")["status"] for job in (second, third)] == ["preparing", "queued"]
+    plane.post(f"{JOBS}/{third}/cancel", None)
+    plane.settle()
+    assert plane.get(f"{JOBS}/{third}")["status"] == "cancelled", "a request is carried out at once"
+
+
+@pytest.mark.parametrize("verb", ["pause", "cancel"])
+def test_a_request_that_comes_while_a_job_is_being_parked_is_carried_out_at_once(plane, verb):
+    plane.settings.max_active_jobs = 0
+    job = plane.job()["id"]
+    plane.clock.now = time.time()
+    reconciler = plane.reconciler()
+    review = JobReview(reconciler.take(), plane.settings, plane.launcher, plane.clock.now)
+    update = review.decide()
+    plane.post(f"{JOBS}/{job}/{verb}", None)
+    reconciler.apply(update)
+    plane.settle(3)
+    assert plane.get(f"{JOBS}/{job}")["status"] == {"pause": "paused", "cancel": "cancelled"}[verb]
+
+
+def test_a_higher_limit_starts_the_jobs_that_wait(plane):
+    plane.settings.max_active_jobs = 0
+    waiting = plane.job()["id"]
+    plane.settle()
+    assert plane.get(f"{JOBS}/{waiting}")["status"] == "queued"
+    plane.settings.max_active_jobs = 1
+    plane.settle(80)
+    assert plane.get(f"{JOBS}/{waiting}")["status"] == "succeeded"
 
 
 def test_jobs_beyond_the_limit_wait_as_queued_the_oldest_first(plane):

@@ -125,7 +125,9 @@ def serve():
             )
         if body.get("prompt") == "broken":
             return PlainTextResponse("Internal Server Error", 500)
-        return {"path": request.url.path, "body": body, "id": request.headers["x-request-id"]}
+        sent = request.headers
+        own = {"id": sent["x-request-id"], "project": sent["x-dde-project"]}
+        return {"path": request.url.path, "body": body, **own}
 
     app.add_api_route("/v1/images/generations", answer, methods=["POST"])
     app.add_api_route("/v1/scores", answer, methods=["POST"])
@@ -143,10 +145,20 @@ def front(plane, serve):
 def test_requests_for_pictures_and_scores_reach_serve_as_they_came(front):
     sent = {**IMAGE, "n": 2, "size": "64x32"}
     answer = front.http.post("/v1/images/generations", json=sent, headers={"x-request-id": "abc"})
-    assert answer.json() == {"path": "/v1/images/generations", "body": sent, "id": "abc"}
+    at = {"path": "/v1/images/generations", "id": "abc", "project": "default"}
+    assert answer.json() == {**at, "body": sent}
     assert answer.headers["x-request-id"] == "abc"
     scores = {"images": ["aa"], "prompts": ["p"]}
     assert front.post("/v1/scores", scores)["body"] == scores
+
+
+def test_serve_is_told_the_project_of_the_key_whatever_the_caller_says(front):
+    key = front.post("/v1/keys", {"name": "k", "project": "team-a"})["key"]
+    team = {"authorization": f"Bearer {key}", "x-dde-project": "default"}
+    base = front.get("/v1/models/shapes")["uri"]
+    front.post("/v1/models", {"name": "shapes", "uri": base}, headers=team)
+    assert front.post("/v1/images/generations", IMAGE, headers=team)["project"] == "team-a"
+    assert front.post("/v1/scores", {"images": ["aa"], "prompts": ["p"]}, headers=team)["project"] == "team-a"
 
 
 def test_what_serve_refuses_keeps_its_status_and_body(front):

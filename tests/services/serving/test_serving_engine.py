@@ -23,6 +23,7 @@ from services.artifacts import models
 from services.errors import BadRequest, NotFound, ServiceError
 from services.serving.app import in_thread
 from services.serving.engine import CallerDisconnected, Engine
+from services.stages import layout
 from services.storage import files
 from tests.support.pairs_file import png
 
@@ -53,6 +54,20 @@ def test_images_depend_on_prompt_and_seed(root: str):
     assert engine.generate(request(seed=6)) == [second]
     assert first != second
     assert np.asarray(Image.open(io.BytesIO(first))).shape == (32, 32, 3)
+
+
+def test_a_project_draws_with_its_own_models_alone(root: str):
+    theirs = layout.project_root(root, "team-a")
+    publish(theirs, "model_b")
+    models.set_alias(theirs, "named", "model_b")
+    engine = Engine(root)
+    engine.generate(request(), project="team-a")
+    assert list(engine._models) == ["model_b"]
+    for name in ("model_a", "../../models/model_a"):
+        with pytest.raises(NotFound):
+            engine.generate(request(model=name), project="team-a")
+    with pytest.raises(NotFound):
+        engine.generate(request(model="model_b"))
 
 
 def test_an_alias_takes_effect_at_the_next_call(root: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from services.errors import BadRequest
 from services.stages import layout
 
 ROOT = "s3://bucket/root"
@@ -52,6 +53,22 @@ DATASET = f"{ROOT}/datasets/key"
 )
 def test_every_path_is_that_of_earlier_versions(found: str, expected: str) -> None:
     assert found == expected
+
+
+def test_the_default_project_keeps_its_paths_and_any_other_has_a_folder_of_its_own() -> None:
+    assert layout.project_root(ROOT, "default") == ROOT
+    assert layout.project_root(ROOT, "team-a") == f"{ROOT}/projects/team-a"
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "Team", "a\n", "-a", "a" * 64])
+def test_a_text_that_names_no_project_has_no_root(name: str) -> None:
+    with pytest.raises(BadRequest, match=r"^project: "):
+        layout.project_root(ROOT, name)
+
+
+def test_other_projects_files_are_all_of_the_storage_but_the_projects_own_folder() -> None:
+    assert layout.others_root(ROOT, "default") == (f"{ROOT}/projects", None)
+    assert layout.others_root(ROOT, "team-a") == (ROOT, f"{ROOT}/projects/team-a")
 
 
 @pytest.mark.parametrize("number", [0, 7, 10**9])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 from services.errors import BadRequest, Forbidden, NotFound, ServiceError
-from services.storage import files, sources
+from services.stages import layout
+from services.storage import files, s3, sources
 from services.storage.sources import SourceRules
 
 
@@ -76,7 +81,17 @@ def test_a_link_is_followed_before_it_is_checked(allowed: Path, tmp_path: Path):
     for name in ("file", "folder/file.txt"):
         assert refusal(allowed / name).code == "source_not_allowed"
     assert sources.read_bytes(str(allowed / "own"), 1000) == b"open"
-    assert "folder/file.txt" not in sources.list_files(str(allowed))
+    with pytest.raises(Forbidden, match=r"allowed/folder' is outside"):
+        sources.list_files(str(allowed))
+
+
+def test_a_listing_without_a_closed_part_is_no_listing_unless_the_part_is_hidden(allowed: Path):
+    (allowed / "key").mkdir()
+    with pytest.raises(Forbidden, match=r"allowed/key' is outside"):
+        sources.list_files(str(allowed))
+    (allowed / "key").rename(allowed / ".key")
+    sources.hold_to(SourceRules((str(allowed),), (str(allowed / ".key"),)))
+    assert sources.list_files(str(allowed)) == ["inner/file.txt"]
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/pairs", "s3://bucket/pairs/", "s3://bucket/pairs/a%20b/c"])
@@ -179,3 +194,69 @@ def test_odd_names_are_allowed_as_any_other(bucket: str):
     sources.check_folder(bucket)
     with pytest.raises(Forbidden):
         sources.read_bytes(f"{bucket}-other/x", 10)
+
+
+@pytest.mark.parametrize(
+    ("project", "uri", "is_open"),
+    [
+        ("team-a", "s3://bucket/root/projects/team-a/models/model_1", True),
+        ("team-a", "s3://bucket/root/projects/team-a", True),
+        ("team-a", "s3://bucket/root//projects//team-a/pairs", True),
+        ("team-a", "s3://bucket/root/projects/team-ab/models/model_1", False),
+        ("team-a", "s3://bucket/root/models/model_1", False),
+        ("team-a", "s3://bucket/r%6Fot/models/model_1", False),
+        ("team-a", "s3://bucket/root//models", False),
+        ("team-a", "s3://bucket//root/./models", False),
+        ("team-a", "s3://bucket/root", False),
+        ("team-a", "s3://bucket/root-of-others/pairs", True),
+        ("default", "s3://bucket/root/models/model_1", True),
+        ("default", "s3://bucket/root/projects/team-a/models/model_1", False),
+        ("default", "s3://bucket/root//projects/team-a", False),
+        ("default", "s3://bucket/root/projects", False),
+        ("default", "s3://bucket/data", True),
+    ],
+)
+def test_what_lies_in_the_storage_is_open_to_one_project(project: str, uri: str, is_open: bool):
+    others, own = layout.others_root("s3://bucket/root", project)
+    sources.hold_to(SourceRules((sources.ANY_BUCKET,), (), others, own))
+    if is_open:
+        sources.check_allowed(uri)
+        return
+    with pytest.raises(Forbidden, match="lies in the storage of another project") as caught:
+        sources.check_allowed(uri)
+    assert caught.value.code == sources.OTHER_PROJECT
+    bucket, key = s3.parts(uri)
+    assert not sources.is_allowed(fs.SubTreeFileSystem("/", fs.LocalFileSystem()), f"{bucket}/{key}")
+
+
+def test_two_requests_at_once_are_held_to_the_rules_of_their_own_projects(allowed: Path):
+    """Each in the threads that it starts, too; the rules of the process stay as they were."""
+    both = threading.Barrier(2)
+    for name in ("one", "two"):
+        (allowed / name).mkdir()
+        (allowed / name / "file.txt").write_text(name)
+
+    def request(own: str, other: str) -> list[bytes | str]:
+        sources.hold_request_to(SourceRules((str(allowed),), (), str(allowed), str(allowed / own)))
+        both.wait(10)
+
+        def read(name: str) -> bytes | str:
+            try:
+                return sources.read_bytes(str(allowed / name / "file.txt"), 100)
+            except Forbidden as error:
+                return error.code
+
+        return list(sources.in_threads(read, [own, other], 2))
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(copy_context().run, request, "one", "two")
+        two = pool.submit(copy_context().run, request, "two", "one")
+        assert one.result() == [b"one", "other_project"]
+        assert two.result() == [b"two", "other_project"]
+    assert sources.read_bytes(str(allowed / "two" / "file.txt"), 100) == b"two"
+
+
+def test_threads_that_read_sources_have_the_callers_time_limit(allowed: Path):
+    with sources.time_limit(0), pytest.raises(BadRequest) as caught:
+        list(sources.in_threads(sources.entries, [str(allowed)], 2))
+    assert caught.value.code == "read_timeout"

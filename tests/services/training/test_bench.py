@@ -82,5 +82,7 @@ def test_every_benchmark_is_listed_and_an_unknown_one_is_refused(capsys, monkeyp
         "train_memory_vs_floor",
         "two_workers_vs_one",
         "checkpoint_stall",
+        "api_submit_p99_ms",
+        "api_list_100k_p99_ms",
     )
     assert all(name in error for name in named)
