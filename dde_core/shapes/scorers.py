@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 
 from dde_core.errors import DataError
+from dde_core.scorers.kinds import KINDS
 from dde_core.shapes.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -69,6 +70,19 @@ def score(images: np.ndarray, captions: Sequence[str]) -> dict[str, Float64[np.n
     match = [p @ _match_of_scenes(scene) for p, scene in zip(probability, wanted, strict=True)]
     taste = [p @ _taste_of_scenes(scene) for p, scene in zip(probability, wanted, strict=True)]
     return {"match": np.array(match), "taste": np.array(taste), "fidelity": np.exp(-nearest / FIDELITY_MSE)}
+
+
+class ShapesScorer:
+    """One of the three as a scorer like any other (``dde_core.scorers.kinds.Scorer``)."""
+
+    def __init__(self, name: str) -> None:
+        self.kind = KINDS[name]
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        return score(images, prompts)[self.kind.name]
+
+    def check(self, prompts: Sequence[str], height: int, width: int) -> None:
+        check(prompts, height, width)
 
 
 def _distances(images: UInt8[np.ndarray, "n 32 32 3"]) -> Float64[np.ndarray, "n scenes"]:

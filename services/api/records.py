@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from dde_core.config import ObjectiveConfig
 from dde_core.family import Family
+from dde_core.scorers.kinds import KindName
 from services.api.requests import Scorer, Strict, Uri
 
 Stage = Literal["encode", "ledger", "train", "evaluate"]
@@ -123,6 +124,24 @@ class ModelRecord(Strict):
     job: str | None = None
     adapter_of: ModelRecord | None = None
     lineage: dict[str, Any] = {}
+    created_at: int
+
+
+class ScorerRecord(Strict):
+    """A scorer that evaluations, validation and Serve may use, as stored at ``scorers/{name}.json``.
+
+    ``uri`` has its checkpoint and ``processor`` its tokenizer and image settings where these are not beside
+    it; both are null for the scorers of the shapes world. ``resize``: how `hps` makes an image smaller.
+    ``digest`` is of all files.
+    """
+
+    id: str
+    name: str
+    kind: KindName
+    uri: Uri | None = None
+    processor: Uri | None = None
+    resize: Literal["antialiased", "aliased"] = "antialiased"
+    digest: str
     created_at: int
 
 
