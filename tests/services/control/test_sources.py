@@ -15,7 +15,6 @@ from dde_core.shapes import PROMPTS_FILE
 from services.control.reading import reads_sources
 from services.errors import BadRequest
 from services.storage import sources
-from services.storage.sources import SourceRules
 from tests.services.control.conftest import write_base, write_pairs
 
 JOBS = "/v1/alignment/jobs"
@@ -32,8 +31,14 @@ def held(plane):
     write_pairs(outside / "pairs")
     write_base(outside / "base")
     (outside / "prompts.txt").write_text("top secret\nmore secrets\n")
-    sources.hold_to(SourceRules((str(plane.allowed),)))
+    allow(plane, plane.allowed)
     return plane
+
+
+def allow(plane, folder) -> None:
+    """Let the requests of the plane read one folder alone."""
+    state = plane.http.app.state
+    state.settings = state.settings.model_copy(update={"allowed_sources": (str(folder),)})
 
 
 def forbidden(plane, path: str, body: dict, param: str) -> None:
@@ -107,7 +112,7 @@ def test_a_base_that_got_a_link_to_the_outside_since_is_forbidden_to_jobs(held):
     config = held.root / "base" / "unet" / "config.json"
     config.unlink()
     config.symlink_to(held.root / "outside" / "prompts.txt")
-    sources.hold_to(SourceRules((str(held.root / "base"),)))
+    allow(held, held.root / "base")
     evaluation = {"prompts_uri": str(PROMPTS_FILE), "num_prompts": 3}
     forbidden(held, JOBS, held.job_body(evaluation=evaluation), "model")
 
