@@ -18,6 +18,7 @@ from services.api.records import (
     DecidedExample,
     EncodeResult,
     EvaluateResult,
+    GateResult,
     JobStatus,
     LedgerResult,
     Stage,
@@ -105,7 +106,8 @@ class ModelView(Answer):
     ``id``, ``object``, ``created`` and ``owned_by`` are as in OpenAI's API. ``id`` is what requests call the
     model by: its name while ``current`` is true, that is while the name refers to it, else its ``version``.
     The version never changes, and requests accept it, too; ``base`` and ``adapter_of`` are versions. For LoRA
-    adapters, ``uri`` holds the adapters and ``adapter_of`` is the model that they modify.
+    adapters, ``uri`` holds the adapters and ``adapter_of`` is the model that they modify. ``NAME@production``
+    refers to this version while "production" is among its ``aliases``.
     """
 
     id: str
@@ -122,6 +124,7 @@ class ModelView(Answer):
     adapter_of: str | None
     lineage: dict[str, Any]
     current: bool
+    aliases: list[str] = []
     created_at: int
 
 
@@ -156,12 +159,13 @@ class ReasonView(Answer):
 
 
 class ResultView(Answer):
-    """The result of each finished stage; null before that."""
+    """The result of each finished stage, and of the gate if the job has one; null before that."""
 
     encode: EncodeResult | None = None
     ledger: LedgerResult | None = None
     train: TrainResult | None = None
     evaluate: EvaluateResult | None = None
+    gate: GateResult | None = None
 
 
 class RunView(Answer):
@@ -202,6 +206,7 @@ class JobView(RunView):
     workers: int | list[int]
     evaluation: dict[str, Any]
     validation: dict[str, Any] | None
+    promote_if: dict[str, Any] | None = None
     metadata: dict[str, str]
     pause_requested_at: int | None
     aligned_model: str | None

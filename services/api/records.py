@@ -240,6 +240,14 @@ class EvaluateResult(Strict):
     seconds: float
 
 
+class GateResult(Strict):
+    """Whether a job's model passed its gate, and why not. ``alias`` refers to the model if it ``passed``."""
+
+    passed: bool
+    alias: str
+    reasons: list[str]
+
+
 class Validated(Strict):
     """Validation of one checkpoint: its metrics and the URI of its images, or why it failed."""
 

@@ -30,7 +30,11 @@ from dde_core.family import Family
 from services.errors import BadRequest
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+ALIAS_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+REFERENCE_PATTERN = rf"{NAME_PATTERN.removesuffix('$')}(@{ALIAS_PATTERN.strip('^$')})?$"
+"""What models are called by: a name, an id, or a name and an alias as in ``name@production``."""
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Alias = Annotated[str, Field(pattern=ALIAS_PATTERN)]
 PROJECT_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 Project = Annotated[str, Field(pattern=PROJECT_PATTERN)]
 DEFAULT_PROJECT = "default"
@@ -183,6 +187,25 @@ class ValidationConfig(Strict):
     best_metric: Metric | None = None
 
 
+class Promote(Strict):
+    """Let ``NAME@alias`` refer to this version of the model. Promote an earlier one to roll back."""
+
+    alias: Alias = "production"
+
+
+class PromoteIf(Promote):
+    """Promote the aligned model if its evaluation against the base passes.
+
+    The low end of ``scorer``'s beat ratio must be above ``beat_ratio_low``, and no scorer in ``not_worse``
+    may be worse than the base's: its difference's interval may not lie below 0. All of them must be among
+    ``evaluation.scorers``. A model that does not pass is kept, and served under its own name.
+    """
+
+    scorer: Scorer
+    beat_ratio_low: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    not_worse: Scorers = []
+
+
 class AlignmentJobCreate(Strict):
     """Align a base model with preference pairs: one POST runs encoding, training, evaluation and serving.
 
@@ -202,6 +225,7 @@ class AlignmentJobCreate(Strict):
     workers: Workers = 1
     evaluation: EvaluationConfig
     validation: ValidationConfig | None = None
+    promote_if: PromoteIf | None = None
     metadata: Metadata = {}
 
 

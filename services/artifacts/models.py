@@ -16,7 +16,7 @@ from typing import Any
 from dde_core.models.weight_files import Tensors, is_finite
 from dde_core.node_cache import NodeCache
 from services.api.records import ModelRecord
-from services.api.requests import NAME_PATTERN
+from services.api.requests import REFERENCE_PATTERN
 from services.artifacts import proof
 from services.errors import BadRequest, NotFound
 from services.stages import layout
@@ -49,8 +49,8 @@ def retract(root: str, record: ModelRecord) -> None:
 
 
 def find(root: str, name_or_id: str) -> ModelRecord:
-    """The model with this name or id. Raises NotFound if there is none."""
-    if re.fullmatch(NAME_PATTERN, name_or_id):
+    """The model with this name, name@alias or id. Raises NotFound if there is none."""
+    if re.fullmatch(REFERENCE_PATTERN, name_or_id):
         try:
             model_id = files.read_json(layout.alias_uri(root, name_or_id))["model"]
         except FileNotFoundError:

@@ -50,6 +50,7 @@ from services.api.requests import (
     ImageRequest,
     KeyCreate,
     ModelCreate,
+    Promote,
     ScoreRequest,
 )
 from services.errors import ServiceError, Unavailable
@@ -157,6 +158,11 @@ class Client:
 
     def models(self) -> Iterator[ModelView]:
         return self._items(ModelView, "/v1/models", cursor="version")
+
+    def promote(self, model: str, alias: str = "production") -> ModelView:
+        """Let ``NAME@alias`` refer to this version of the model, named by its version, name or alias."""
+        request = Promote.model_validate({"alias": alias})
+        return self._post(ModelView, f"/v1/models/{model}/promote", request)
 
     # ---- keys
 

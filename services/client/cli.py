@@ -186,10 +186,29 @@ def list_models() -> None:
     """List all models."""
     with connect() as client:
         rows = [
-            (m.version, m.name, m.family, m.base or "", m.job or "", tables.local_time(m.created_at))
+            (
+                m.version,
+                m.name,
+                ", ".join(m.aliases),
+                m.family,
+                m.base or "",
+                m.job or "",
+                tables.local_time(m.created_at),
+            )
             for m in client.models()
         ]
-    tables.print_list(Console(), ("id", "name", "family", "base", "job", "created"), rows)
+    tables.print_list(Console(), ("id", "name", "aliases", "family", "base", "job", "created"), rows)
+
+
+@models.command("promote")
+def promote_model(
+    model: Annotated[str, typer.Argument(help="A version: its id, or a name that refers to it.")],
+    alias: Annotated[str, typer.Option(help="The alias that refers to it from now on.")] = "production",
+) -> None:
+    """Let NAME@production refer to a version of a model; promote an earlier one to roll back."""
+    with connect() as client:
+        promoted = client.promote(model, alias)
+    typer.echo(f"{promoted.name}@{alias}: {promoted.version}")
 
 
 # ---- keys

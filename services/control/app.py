@@ -20,6 +20,7 @@ from services.api.requests import (
     ImageRequest,
     KeyCreate,
     ModelCreate,
+    Promote,
     ScoreRequest,
 )
 from services.control import inference, problems
@@ -42,6 +43,7 @@ BODIES = (
     ImageRequest,
     ScoreRequest,
     KeyCreate,
+    Promote,
 )
 
 

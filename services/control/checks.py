@@ -12,7 +12,13 @@ from dde_core.errors import ConfigError, DataError, ModelError
 from dde_core.models.configs import check_terminal_weight
 from dde_core.shapes import scorers
 from services.api.records import ModelRecord
-from services.api.requests import AlignmentJobCreate, EvaluationConfig, ValidationConfig, most_workers
+from services.api.requests import (
+    AlignmentJobCreate,
+    EvaluationConfig,
+    PromoteIf,
+    ValidationConfig,
+    most_workers,
+)
 from services.artifacts import models
 from services.artifacts.prompts import prompt_lines
 from services.control.problems import show
@@ -30,6 +36,8 @@ def check_alignment(request: AlignmentJobCreate) -> None:
     _check_parallelism(request)
     if request.validation is not None:
         _check_validation(request, request.validation)
+    if request.promote_if is not None:
+        _check_gate(request.promote_if, request.evaluation)
 
 
 def _check_parallelism(request: AlignmentJobCreate) -> None:
@@ -39,6 +47,15 @@ def _check_parallelism(request: AlignmentJobCreate) -> None:
     if training.parallelism == "fsdp" and training.optimizer == "adamw_8bit" and most > 1:
         why = f'cannot be combined with training.parallelism "fsdp" on up to {most} workers'
         _refuse("training.optimizer", why, training.optimizer)
+
+
+def _check_gate(gate: PromoteIf, evaluation: EvaluationConfig) -> None:
+    """Refuse a gate on a scorer that the evaluation does not have, or twice on one."""
+    for field, name in [("scorer", gate.scorer), *(("not_worse", name) for name in gate.not_worse)]:
+        if name not in evaluation.scorers:
+            _refuse(f"promote_if.{field}", f"must be among evaluation.scorers {evaluation.scorers}", name)
+    if len(set(gate.not_worse)) < len(gate.not_worse):
+        _refuse("promote_if.not_worse", "must not repeat", gate.not_worse)
 
 
 def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:

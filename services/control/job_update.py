@@ -23,7 +23,8 @@ Reviews of every waiting job at each poll would take the more time, the more job
 class JobUpdate:
     """Changes to one job at time ``now``: new column values, journal entries, a model.
 
-    ``publish`` is a model to register. ``set_alias``: the job's name refers to its model from now on.
+    ``publish`` is a model to register. ``set_alias``: the job's name refers to its model from now on, and so
+    does the name with the alias ``promote``.
     The next review follows at once if ``review_again``, else after ``delay_s`` (None: at the next poll).
     """
 
@@ -33,6 +34,7 @@ class JobUpdate:
     entries: list[JournalEvent] = field(default_factory=list)
     publish: ModelRecord | None = None
     set_alias: bool = False
+    promote: str | None = None
     review_again: bool = False
     delay_s: float | None = None
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
-from sqlalchemy import or_, select
+from sqlalchemy import ColumnElement, ScalarSelect, false, func, or_, select
+from sqlalchemy import delete as delete_rows
 from sqlalchemy.orm import Session
 
 from services.api.answers import DeletedView, ListView, ModelView
@@ -16,7 +18,7 @@ from services.control.database import ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.listing import is_id, list_view, newest
 from services.control.problems import show
-from services.control.tables import Job, Model, new_id
+from services.control.tables import Job, Model, Promotion, new_id
 from services.control.transitions import UNFINISHED
 from services.control.views import model_view
 from services.errors import BadRequest, Conflict, NotFound
@@ -71,17 +73,42 @@ def _refuse_taken_name(session: Session, name: str) -> None:
 
 
 def find(session: Session, name_or_id: str, param: str) -> Model:
-    """The model with this id, or the current one with this name.
+    """The model with this id, the current one with this name, or the one that "name@alias" refers to.
 
     Raises NotFound; ``param`` is the request's field.
     """
-    has_name = (Model.name == name_or_id) & Model.current
-    matches = Model.id == name_or_id if is_id(name_or_id) else has_name
-    row = session.scalar(select(Model).where(matches)) if "\0" not in name_or_id else None
+    name, at, alias = name_or_id.partition("@")
+    matches: ColumnElement[bool]
+    if "\0" in name_or_id:
+        matches = false()
+    elif at:
+        matches = Model.id == _promoted(name, alias)
+    elif is_id(name):
+        matches = Model.id == name
+    else:
+        matches = (Model.name == name) & Model.current
+    row = session.scalar(select(Model).where(matches))
     if row is None:
         message = f"{param}: model {show(name_or_id)} does not exist"
         raise NotFound(message, param=param, code="model_not_found")
     return row
+
+
+def _promoted(name: str, alias: str) -> ScalarSelect[str]:
+    """The id of the model that "name@alias" refers to."""
+    of_alias = select(Promotion.model).where(Promotion.name == name, Promotion.alias == alias)
+    return of_alias.order_by(Promotion.seq.desc()).limit(1).scalar_subquery()
+
+
+def aliases(session: Session, rows: Iterable[Model]) -> dict[str, list[str]]:
+    """The aliases that refer to each of the models, by id."""
+    names = {row.name for row in rows}
+    newest_of = select(func.max(Promotion.seq)).where(Promotion.name.in_(names))
+    newest_of = newest_of.group_by(Promotion.name, Promotion.alias)
+    found: dict[str, list[str]] = {}
+    for row in session.scalars(select(Promotion).where(Promotion.seq.in_(newest_of))):
+        found.setdefault(row.model, []).append(row.alias)
+    return {model: sorted(names) for model, names in found.items()}
 
 
 def record_of(row: Model) -> ModelRecord:
@@ -93,7 +120,8 @@ def record_of(row: Model) -> ModelRecord:
 def get(database: ProjectDatabase, name_or_id: str, param: str = "id") -> ModelView:
     """Raises NotFound; ``param`` is the request's field."""
     with database.read() as session:
-        return model_view(find(session, name_or_id, param))
+        row = find(session, name_or_id, param)
+        return model_view(row, aliases(session, [row]).get(row.id, ()))
 
 
 def page(database: ProjectDatabase, after: str | None, limit: int) -> ListView[ModelView]:
@@ -102,7 +130,8 @@ def page(database: ProjectDatabase, after: str | None, limit: int) -> ListView[M
         if after is not None and not is_id(after):
             after = find(session, after, "after").id
         rows = newest(session, Model, select(Model), after, limit)
-        return list_view([model_view(row) for row in rows], limit)
+        of_rows = aliases(session, rows)
+        return list_view([model_view(row, of_rows.get(row.id, ())) for row in rows], limit)
 
 
 def delete(database: ProjectDatabase, root: str, name_or_id: str) -> DeletedView:
@@ -123,6 +152,12 @@ def delete(database: ProjectDatabase, root: str, name_or_id: str) -> DeletedView
         if adapters:
             message = f"model {model_id!r} is needed by the LoRA adapters {adapters}; delete those first"
             raise Conflict(message, param="id", code="in_use")
+        promoted = aliases(session, [row]).get(model_id)
+        if promoted:
+            names = ", ".join(f"{row.name}@{alias}" for alias in promoted)
+            message = f"model {model_id!r} is {names}; promote another version first"
+            raise Conflict(message, param="id", code="in_use")
+        session.execute(delete_rows(Promotion).where(Promotion.model == model_id))
         session.delete(row)
         session.flush()
         models.retract(root, record_of(row))

@@ -30,7 +30,7 @@ from sqlalchemy.orm import Session
 
 from services.api.records import ModelRecord
 from services.artifacts import models
-from services.control import stages
+from services.control import promotion, stages
 from services.control.database import Database, update_one
 from services.control.job_update import MAX_DELAY_S, PARKED_S, JobUpdate
 from services.control.journal import printable, record
@@ -158,7 +158,7 @@ class Reconciler:
             if job_update.publish is not None:
                 self._publish(session, job, job_update.publish)
             if job_update.set_alias:
-                self._set_alias(session, job)
+                self._set_alias(session, job, job_update.promote)
 
     def _next_at(self, job_update: JobUpdate) -> Any:
         """When the next review is due; at once for a parked job that a request has stopped meanwhile."""
@@ -178,13 +178,19 @@ class Reconciler:
         session.flush()
         models.publish(stages.root(job, self._settings), model)
 
-    def _set_alias(self, session: Session, job: Job) -> None:
-        """The last step of success: the name refers to the new model, in the database and for Serve."""
+    def _set_alias(self, session: Session, job: Job, alias: str | None) -> None:
+        """The last step of success: the name refers to the new model, in the database and for Serve.
+
+        So does the name with ``alias``, if the model passed the job's gate.
+        """
         named = (Model.project == job.project) & (Model.name == job.name)
         session.execute(update(Model).where(named, Model.current).values(current=False))
         session.execute(update(Model).where(Model.id == job.output_model).values(current=True))
         root = stages.root(job, self._settings)
         models.set_alias(root, str(job.name), str(job.output_model))
+        if alias is not None:
+            model = session.scalars(select(Model).where(Model.id == job.output_model)).one()
+            promotion.point(session, root, model, alias, job.id)
 
     def _postpone(self, job: Job, error: Exception) -> None:
         """Retry the review later, with exponential backoff. Only a new error is added to the job's events."""

@@ -5,16 +5,17 @@ Storage decides: a marker file ends a stage, whatever Ray reports of its driver.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
 from pydantic import ValidationError
 
-from services.api.records import Stage, TrainResult
-from services.api.requests import Strict
+from services.api.records import EvaluateResult, Stage, TrainResult
+from services.api.requests import PromoteIf, Strict
 from services.artifacts import models
-from services.control import stages, stopping, transitions
+from services.control import gates, stages, stopping, transitions
 from services.control.attempt import Attempt
 from services.control.job_update import MAX_DELAY_S, JobUpdate, new_attempt_columns
 from services.control.launcher import Launcher
@@ -101,6 +102,7 @@ class JobReview:
         if stage is None:
             update.succeed()
             update.set_alias = self.job.kind == "alignment"
+            self._pass_gate()
             return
         status = transitions.STAGE_STATUS[stage]
         if status == self.job.status:
@@ -113,6 +115,21 @@ class JobReview:
             "stage_started_at": self.now,
             "started_at": self.job.started_at or self.now,
         }
+
+    def _pass_gate(self) -> None:
+        """Promote the model if the job has a gate and the evaluation passes it."""
+        asked = self.job.request.get("promote_if")
+        if asked is None:
+            return
+        results = self.update.values.get("results", self.job.results)
+        gate = PromoteIf.model_validate_json(json.dumps(asked))
+        outcome = gates.judge(gate, EvaluateResult.model_validate_json(json.dumps(results["evaluate"])))
+        self.update.values["results"] = {**results, "gate": outcome.model_dump(mode="json")}
+        if outcome.passed:
+            self.update.promote = gate.alias
+            self.update.log(f"gate: passed; {self.job.name}@{gate.alias} is {self.job.output_model}")
+        else:
+            self.update.log(f"gate: failed: {'; '.join(outcome.reasons)}", "warning")
 
     def _resume(self) -> None:
         """Continue the stage that a pause or a failure interrupted, once nothing of the old attempt runs."""

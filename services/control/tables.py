@@ -119,6 +119,19 @@ class Model(Owned):
     )
 
 
+class Promotion(Owned):
+    """``name@alias`` refers to ``model``, as of the alias's newest row. ``job``: whose gate promoted it."""
+
+    __tablename__ = "promotions"
+
+    name: Mapped[str] = mapped_column(String(64))
+    alias: Mapped[str] = mapped_column(String(64))
+    model: Mapped[str] = mapped_column(String(40))
+    job: Mapped[str | None] = mapped_column(String(40))
+
+    __table_args__ = (Index(None, "project", "name", "alias", "seq"),)
+
+
 class Job(Owned):
     """A chain of stages.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -46,7 +46,7 @@ def key_view(row: ApiKey) -> KeyView:
     )
 
 
-def model_view(row: Model) -> ModelView:
+def model_view(row: Model, aliases: Sequence[str] = ()) -> ModelView:
     columns = ("name", "uri", "family", "digest", "base", "job", "lineage", "current")
     return parse(
         ModelView,
@@ -58,6 +58,7 @@ def model_view(row: Model) -> ModelView:
             "version": row.id,
             **_columns(row, *columns),
             "adapter_of": row.adapter_of["id"] if row.adapter_of else None,
+            "aliases": list(aliases),
             "created_at": int(row.created_at),
         },
     )
@@ -74,6 +75,7 @@ def job_view(row: Job) -> JobView:
             "data": row.request.get("data", DEFAULT_DATA),  # jobs of earlier versions have none
             **{name: row.request[name] for name in settings},
             "validation": row.request.get("validation"),
+            "promote_if": row.request.get("promote_if"),
             "pause_requested_at": _seconds(row.pause_requested_at),
             "aligned_model": row.output_model if "train" in row.results else None,
             "result": row.results,

@@ -7,8 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from services.api.answers import DeletedView, ListView, ModelView
-from services.api.requests import ModelCreate
-from services.control import models
+from services.api.requests import ModelCreate, Promote
+from services.control import models, promotion
 from services.control.dependencies import (
     READ,
     SUBMIT,
@@ -47,6 +47,17 @@ def list_models(db: Db, after: After = None, limit: Limit = 20) -> ListView[Mode
 def get_model(model_id: str, db: Db) -> ModelView:
     """Look up a model by id or name."""
     return models.get(db, model_id)
+
+
+@router.post("/v1/models/{model_id}/promote", openapi_extra=takes(Promote), dependencies=[SUBMIT])
+def promote_model(
+    model_id: str, request: Annotated[Promote, Depends(body(Promote))], db: Db, root: Root
+) -> ModelView:
+    """Let the model's name with an alias, such as ``NAME@production``, refer to this version.
+
+    Requests for images that come from now on get it. Promote an earlier version to roll back.
+    """
+    return promotion.promote(db, root, model_id, request)
 
 
 @router.delete("/v1/models/{model_id}", dependencies=[SUBMIT])

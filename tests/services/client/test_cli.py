@@ -16,7 +16,7 @@ from services.api.requests import AlignmentJobCreate
 from services.client.cli import app
 from services.client.processes import free_ports
 from services.client.tables import counts_line
-from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, evaluation, job, key
+from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, evaluation, job, key, model
 
 ROOT = Path(__file__).parents[3]
 JOBS = "/v1/alignment/jobs"
@@ -431,3 +431,14 @@ def test_keys_are_listed_by_how_they_end(server, dde) -> None:
 def test_a_key_is_revoked_by_its_id(server, dde) -> None:
     server.single["/v1/keys/key_1/revoke"] = deque([key(revoked_at=2)])
     assert dde("keys", "revoke", "key_1").stdout == "key_1 is revoked\n"
+
+
+def test_promote_names_the_alias_and_the_version_that_it_refers_to(server, dde) -> None:
+    path = "/v1/models/model_1/promote"
+    server.single[path] = deque([model(aliases=["canary"])])
+    result = dde("models", "promote", "model_1", "--alias", "canary")
+    assert result.stdout == "shapes@canary: model_1\n", result.stderr
+    assert the_body(server, path) == {"alias": "canary"}
+    server.items["/v1/models"] = [model(aliases=["canary", "production"])]
+    assert "canary, production" in dde("models", "list").stdout
+    assert "alias: " in dde("models", "promote", "model_1", "--alias", "A B").stderr

@@ -85,6 +85,7 @@ class World:
         root = self.plane.root
         evaluation = {"prompts_uri": str(root / "prompts.txt"), "num_prompts": 2}
         return {
+            "/v1/models/{model_id}/promote": {},
             "/v1/datasets": {"name": "mine", "uri": str(root / "pairs")},
             "/v1/datasets/validate": {"uri": str(root / "pairs")},
             "/v1/models": {"name": "own", "uri": str(root / "base")},
