@@ -15,12 +15,14 @@ from dde_core.family import Family
 from services.api.records import (
     FINAL_STATUSES,
     DatasetCounts,
+    DatasetStatus,
     DecidedExample,
     EncodeResult,
     EvaluateResult,
     GateResult,
     JobStatus,
     LedgerResult,
+    PairsResult,
     Stage,
     TrainResult,
     Validated,
@@ -85,8 +87,24 @@ class ReadyView(Answer):
     checks: dict[str, CheckView]
 
 
+class ReasonView(Answer):
+    """Why a job or an evaluation failed or was cancelled, or the making of a dataset."""
+
+    code: str
+    message: str
+    param: str | None
+
+    def __str__(self) -> str:
+        return f"{self.param}: {self.message}" if self.param else self.message
+
+
 class DatasetView(Answer):
-    """Registered preference pairs. ``digest`` identifies their content, ``example`` is a decided row."""
+    """Registered preference pairs. ``digest`` identifies their content, ``example`` is a decided row.
+
+    ``generate`` or ``relabel`` is the request of a dataset that a run makes, named ``job``: its status is
+    "generating", then "ready" or, with a ``reason``, "failed". ``counts``, ``digest`` and ``result`` are null
+    until it is ready.
+    """
 
     id: str
     object: Literal["dataset"]
@@ -94,8 +112,14 @@ class DatasetView(Answer):
     uri: str
     split: str | None = None
     columns: dict[str, str]
-    digest: str
-    counts: DatasetCounts
+    status: DatasetStatus = "ready"
+    reason: ReasonView | None = None
+    job: str | None = None
+    generate: dict[str, Any] | None = None
+    relabel: dict[str, Any] | None = None
+    result: PairsResult | None = None
+    digest: str | None
+    counts: DatasetCounts | None
     example: DecidedExample | None = None
     created_at: int
 
@@ -145,17 +169,6 @@ class KeyCreated(KeyView):
     """A new API key. No other answer has its secret, ``key``: only a hash of it is stored."""
 
     key: str
-
-
-class ReasonView(Answer):
-    """Why a job or an evaluation failed or was cancelled."""
-
-    code: str
-    message: str
-    param: str | None
-
-    def __str__(self) -> str:
-        return f"{self.param}: {self.message}" if self.param else self.message
 
 
 class ResultView(Answer):

@@ -12,10 +12,11 @@ from dde_core.family import Family
 from dde_core.scorers.kinds import KindName
 from services.api.requests import Scorer, Strict, Uri
 
-Stage = Literal["encode", "ledger", "train", "evaluate"]
+Stage = Literal["encode", "ledger", "train", "evaluate", "generate", "relabel"]
 JobStatus = Literal[
     "validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled", "paused"
 ]
+DatasetStatus = Literal["generating", "ready", "failed"]
 FINAL_STATUSES: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 """Only a request changes these: a failed job may be resumed."""
 
@@ -143,6 +144,29 @@ class ScorerRecord(Strict):
     resize: Literal["antialiased", "aliased"] = "antialiased"
     digest: str
     created_at: int
+
+
+class PairsResult(Strict):
+    """Result of making pairs: ``counts``, ``digest`` and ``example`` are as registration finds them.
+
+    ``prompts`` were drawn, ``images`` scored, ``ties`` dropped because their scores differ by at most the
+    margin; ``prompts_without_pair`` have no other pairs. ``spreads`` is the standard deviation of each scorer
+    among images of one prompt. Of a relabeled dataset, ``prompts`` are its decided pairs, ``agreement`` is
+    the fraction of the kept pairs in which the scorer prefers the image that people preferred, and ``bad``
+    counts pairs with an unusable image and rows that are unusable, by cause.
+    """
+
+    digest: str
+    counts: DatasetCounts
+    example: DecidedExample
+    prompts: int
+    images: int
+    ties: int
+    prompts_without_pair: int
+    spreads: dict[str, float]
+    agreement: float | None = None
+    bad: dict[str, int] = {}
+    seconds: float
 
 
 class CreditBucket(Strict):

@@ -27,6 +27,7 @@ from dde_core.config import (
 )
 from dde_core.errors import ConfigError
 from dde_core.family import Family
+from dde_core.scorers.ranking import Keep
 from services.errors import BadRequest
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
@@ -59,6 +60,7 @@ Column = Literal[
     "pair_id",
 ]  # fmt: skip
 """The columns that a dataset may have: those of Pick-a-Pic, of chosen/rejected pairs and of rankings."""
+Split = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")]
 ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
 MAX_IMAGES = 16
 SIZE_PATTERN = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
@@ -84,13 +86,63 @@ class DatasetSource(Strict):
 
     uri: Uri
     columns: dict[Column, str] = {}
-    split: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")] | None = None
+    split: Split | None = None
 
 
-class DatasetCreate(DatasetSource):
-    """Register preference pairs under a name. The answer has the dataset's id, which a job refers to."""
+Weight = Annotated[float, Field(gt=0, le=1e6)]
+Margin = Annotated[float, Field(ge=0, le=1e6)]
+
+
+class GeneratePairs(Strict):
+    """Pairs without people: ``model`` draws ``images_per_prompt`` images of each prompt, scorers rank them.
+
+    ``prompts_uri`` is a text file with one prompt a line; the first ``num_prompts`` are used. Do not evaluate
+    the aligned model on the same prompts. ``scorers`` has a weight for each scorer's name. A score counts in
+    units of the scorer's spread: its standard deviation among images of one prompt. ``keep`` the best image
+    against the worst, or all pairs; those whose weighted scores differ by at most ``margin``, in the same
+    units, are ties and dropped. Image j of prompt i has the seed ``seed`` + i * ``images_per_prompt`` + j.
+    """
+
+    model: str
+    prompts_uri: Uri
+    num_prompts: Annotated[int, Field(ge=1, le=1_000_000)]
+    images_per_prompt: Annotated[int, Field(ge=2, le=MAX_IMAGES)] = 4
+    scorers: Annotated[
+        dict[Name, Weight],
+        Field(min_length=1, max_length=8, json_schema_extra={"additionalProperties": False}),
+    ]
+    keep: Keep = "best_worst"
+    margin: Margin = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    sample: SampleConfig = SampleConfig()
+
+
+class Relabel(Strict):
+    """The pairs of the registered ``dataset``, labeled by ``scorer`` instead of people.
+
+    Pairs whose scores differ by at most ``margin`` are ties and dropped. Its unit is the scorer's spread: the
+    standard deviation between the two images of a pair. Transparent pixels show the ``background``.
+    """
+
+    dataset: str
+    scorer: Name
+    margin: Margin = 0.0
+    background: Background = "white"
+
+
+class DatasetCreate(Strict):
+    """Register preference pairs under a name. The answer has the dataset's id, which a job refers to.
+
+    Give one of ``uri`` (pairs that exist, as in DatasetSource), ``generate`` and ``relabel``. The last two
+    make the pairs on the cluster; the dataset is "generating" until they are ready.
+    """
 
     name: Name
+    uri: Uri | None = None
+    columns: dict[Column, str] = {}
+    split: Split | None = None
+    generate: GeneratePairs | None = None
+    relabel: Relabel | None = None
 
 
 class ModelCreate(Strict):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Sequence
 
 from services.errors import BadRequest
 from services.storage import sources
@@ -34,3 +37,8 @@ def read_prompts(uri: str, num_prompts: int, skip: int = 0, param: str = "num_pr
         after = f" after the first {skip}" if skip else ""
         raise BadRequest(f"{param} is {num_prompts}{after}, {uri!r} holds {len(lines)}", param=param)
     return lines[skip : skip + num_prompts]
+
+
+def digest_of(prompts: Sequence[str]) -> str:
+    """sha256 of prompts in their order."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()

@@ -82,14 +82,17 @@ class ApiKey(Owned):
 
 
 class Dataset(Owned):
+    """``job`` makes its pairs, if scorers do; then ``digest`` and ``counts`` are null until it has ended."""
+
     __tablename__ = "datasets"
 
     name: Mapped[str] = mapped_column(String(64))
     uri: Mapped[str] = mapped_column(Text)
-    digest: Mapped[str] = mapped_column(String(64))
+    digest: Mapped[str | None] = mapped_column(String(64))
     split: Mapped[str | None] = mapped_column(String(128))
     columns: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    counts: Mapped[dict[str, Any]]
+    counts: Mapped[dict[str, Any] | None]
+    job: Mapped[str | None] = mapped_column(String(40), index=True)
     example: Mapped[dict[str, Any] | None]
 
     __table_args__ = (Index(None, "project", "seq"),)
@@ -135,7 +138,8 @@ class Promotion(Owned):
 class Job(Owned):
     """A chain of stages.
 
-    kind                  "alignment" or "evaluation"
+    kind                  "alignment", "evaluation", or how it makes a dataset: "generate" or "relabel"
+    model                 "" where it needs none: to relabel a dataset
     inputs                the records of its models and dataset when it was created
     pause_requested_at    set until the job is resumed or ends
     attempt               number of the current attempt at the stage

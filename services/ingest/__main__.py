@@ -1,20 +1,26 @@
-"""``python -m services.ingest encode|ledger --spec URI``: the stages of a job that prepare its data."""
+"""``python -m services.ingest encode|ledger|generate|relabel --spec URI``: the stages that prepare data."""
 
 import argparse
 
 import ray
 
 from services.ingest.encode import encode
+from services.ingest.generate import generate
 from services.ingest.ledger import ledger
+from services.ingest.relabel import relabel
 from services.stages.runner import run_stage
-from services.stages.specs import EncodeSpec, LedgerSpec
+from services.stages.specs import EncodeSpec, GenerateSpec, LedgerSpec, RelabelSpec
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("stage", choices=("encode", "ledger"))
+    parser.add_argument("stage", choices=("encode", "ledger", "generate", "relabel"))
     options, rest = parser.parse_known_args()
     ray.init(log_to_driver=False)
     if options.stage == "encode":
         run_stage(EncodeSpec, encode, rest)
-    else:
+    elif options.stage == "ledger":
         run_stage(LedgerSpec, ledger, rest)
+    elif options.stage == "generate":
+        run_stage(GenerateSpec, generate, rest)
+    else:
+        run_stage(RelabelSpec, relabel, rest)

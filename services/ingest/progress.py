@@ -1,6 +1,9 @@
-"""Progress of encoding, as metrics and events. Stops the stage once too many rows are bad."""
+"""Progress of encoding and of scoring, as metrics and events. Encoding stops once too many rows are bad."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 from services.ingest.pace import Pace
 from services.ingest.plan import Plan
@@ -49,4 +52,33 @@ class Progress:
                 f"{self._images} of {total} images encoded ({self._rows} of {self._plan.counts.rows} rows), "
                 f"{rate:.1f} images/s, {eta_s:.0f} s left, {bad_rows} rows quarantined"
             )
+            self._pace.event.restart()
+
+
+class ScoredImages:
+    """Progress of scoring ``total`` images, of which an earlier run committed ``done``."""
+
+    def __init__(self, journal: Journal, total: int, done: int) -> None:
+        self._journal = journal
+        self._total = total
+        self._images = done
+        self._pace = Pace(done)
+        earlier = f", {done} already scored by an earlier run" if done else ""
+        journal.event(f"{total - done} images to score{earlier}")
+
+    def follow(self, chunks: Iterable[dict[str, Any]]) -> None:
+        """Count the ``images`` of each chunk that is committed."""
+        for chunk in chunks:
+            self._images += chunk["images"]
+            if self._pace.metrics.has_elapsed():
+                self._report()
+        self._report()
+
+    def _report(self) -> None:
+        rate, eta_s = self._pace.measure(self._images, self._total)
+        values = {"images": self._images, "images_total": self._total, "images_per_s": rate, "eta_s": eta_s}
+        self._journal.metrics(self._images, {name: float(value) for name, value in values.items()})
+        self._pace.metrics.restart()
+        if self._pace.event.has_elapsed():
+            self._journal.event(f"{self._images} of {self._total} images scored, {rate:.1f} images/s")
             self._pace.event.restart()

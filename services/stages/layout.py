@@ -28,6 +28,10 @@ projects/{project}/ in it for any other.
         quarantine.jsonl            rows that cannot be used
         blocks/, bad/               encoded blocks, until they are joined into shards
         ledgers/{key}/ledger-*.json commits a ledger: errors of a frozen model on the shards, written last
+    {root}/pairs/{dataset}/                                  the pairs of a dataset that scorers made
+        pairs/*.parquet             what the dataset's URI names
+        record.json                 commits them: the stage's result
+        scored/*.parquet            images with their scores, until they are paired
     {root}/models/{model}.json, {root}/aliases/{name}.json   models for Serve, written by the control plane
     {root}/models/{model}/                                   weights of an aligned model: a diffusers folder
         credit.json                 where its training put the credit
@@ -293,6 +297,49 @@ def ledgers_folder(dataset: str) -> str:
 def ledger_folder(dataset: str, key: str) -> str:
     """The ledger whose key has the name ``key``."""
     return files.join(ledgers_folder(dataset), key)
+
+
+# ---- datasets that scorers made
+
+
+def all_made_folder(root: str) -> str:
+    """The folder of all datasets that scorers made."""
+    return files.join(root, "pairs")
+
+
+def made_folder(root: str, dataset: str) -> str:
+    """The files of the dataset with this id."""
+    return files.join(all_made_folder(root), dataset)
+
+
+def made_pairs_folder(made: str) -> str:
+    """The folder of the dataset's pairs: its URI."""
+    return files.join(made, "pairs")
+
+
+def made_pairs_uri(made: str, number: int) -> str:
+    """The pairs of chunk ``number``."""
+    return files.join(made_pairs_folder(made), f"{number:08d}.parquet")
+
+
+def made_record_uri(made: str) -> str:
+    """The record that commits the pairs: a PairsResult."""
+    return files.join(made, "record.json")
+
+
+def scored_folder(made: str) -> str:
+    """The folder of scored images that are not paired yet."""
+    return files.join(made, "scored")
+
+
+def scored_uri(made: str, number: int) -> str:
+    """The scored images of chunk ``number``."""
+    return files.join(scored_folder(made), f"{number:08d}.parquet")
+
+
+def scored_number(name: str) -> int | None:
+    """The number of a chunk, from its file name in ``scored_folder``; None for any other file."""
+    return block_number(name) if name.endswith(".parquet") else None
 
 
 # ---- models

@@ -6,8 +6,26 @@ from collections.abc import Iterator
 from typing import Literal
 
 from dde_core.config import DataConfig, ObjectiveConfig, TrainConfig
-from services.api.records import EncodeResult, EvaluateResult, LedgerResult, ModelRecord, Stage, TrainResult
-from services.api.requests import DatasetSource, EvaluationConfig, Strict, Uri, ValidationConfig, Workers
+from services.api.records import (
+    EncodeResult,
+    EvaluateResult,
+    LedgerResult,
+    ModelRecord,
+    PairsResult,
+    ScorerRecord,
+    Stage,
+    TrainResult,
+)
+from services.api.requests import (
+    DatasetSource,
+    EvaluationConfig,
+    GeneratePairs,
+    Relabel,
+    Strict,
+    Uri,
+    ValidationConfig,
+    Workers,
+)
 from services.storage.sources import SourceRules
 
 
@@ -89,6 +107,33 @@ class EvaluateSpec(StageSpec):
     use_gpu: bool = False
 
 
+class GenerateSpec(StageSpec):
+    """Draw images of prompts with ``model``, rank them by ``scorers`` and write pairs below ``output``.
+
+    ``prompts_digest`` is of the prompts that were checked; ``scorers`` are the request's, in its order.
+    """
+
+    model: ModelRecord
+    generate: GeneratePairs
+    prompts_digest: str
+    scorers: list[ScorerRecord]
+    output: Uri
+    actors: int = 1
+    use_gpu: bool = False
+
+
+class RelabelSpec(StageSpec):
+    """Score both images of every decided pair of ``source`` and write pairs labeled by the only scorer."""
+
+    source: DatasetSource
+    source_digest: str
+    relabel: Relabel
+    scorers: list[ScorerRecord]
+    output: Uri
+    actors: int = 1
+    use_gpu: bool = False
+
+
 class StageFailure(Strict):
     """``failed.json``: ``code`` is for programs; ``param`` names the invalid field, if any."""
 
@@ -131,11 +176,15 @@ RESULTS: dict[Stage, type[Strict]] = {
     "ledger": LedgerResult,
     "train": TrainResult,
     "evaluate": EvaluateResult,
+    "generate": PairsResult,
+    "relabel": PairsResult,
 }
 ENTRY_MODULES: dict[Stage, str] = {
     "encode": "services.ingest encode",
     "ledger": "services.ingest ledger",
     "train": "services.training",
     "evaluate": "services.evaluation",
+    "generate": "services.ingest generate",
+    "relabel": "services.ingest relabel",
 }
 """The arguments of ``python -m``: a module, and the name of the stage if the module has several."""
