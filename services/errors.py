@@ -7,7 +7,7 @@
     ├── NotFound (LookupError)         an id or name that does not exist; 404
     ├── Unauthorized                   no API key or a wrong one; 401
     ├── Forbidden                      what this key or caller may not do, or no caller; 403
-    ├── Conflict                       a state that forbids the request; 409 (never on a create)
+    ├── Conflict                       a state that forbids it; 409 (of a create: a dataset is not ready)
     │   └── Overtaken                  a newer attempt or group of workers has taken over a run
     ├── Unavailable                    Ray or Serve does not answer; 503, worth a retry
     └── Stopped                        a stage stopped on request and can be resumed

@@ -47,10 +47,12 @@ from services.api.requests import (
     DatasetCreate,
     DatasetSource,
     EvaluationCreate,
+    GeneratePairs,
     ImageRequest,
     KeyCreate,
     ModelCreate,
     Promote,
+    Relabel,
     ScoreRequest,
 )
 from services.errors import ServiceError, Unavailable
@@ -133,6 +135,23 @@ class Client:
         body = {"name": name, "uri": uri, "columns": dict(columns or {}), "split": split}
         request = DatasetCreate.model_validate(body)
         return parse(DatasetView, self._send("POST", "/v1/datasets", request, slow=True))
+
+    def generate_dataset(self, name: str, wanted: GeneratePairs) -> DatasetView:
+        """Let a model draw images and scorers rank them; the dataset is ready once the run has ended."""
+        return self._post(DatasetView, "/v1/datasets", DatasetCreate(name=name, generate=wanted))
+
+    def relabel_dataset(self, name: str, wanted: Relabel) -> DatasetView:
+        """Let a scorer label a dataset's pairs; the new one is ready once the run has ended."""
+        return self._post(DatasetView, "/v1/datasets", DatasetCreate(name=name, relabel=wanted))
+
+    def dataset_events(self, dataset_id: str, after: str | None = None) -> Iterator[EventView]:
+        """The events of the run that makes a dataset, from the one after the event of id ``after``."""
+        query = {"after": after} if after else {}
+        return self._items(EventView, f"/v1/datasets/{dataset_id}/events", query)
+
+    def cancel_dataset(self, dataset_id: str) -> DatasetView:
+        """Stop making a dataset. It fails once its run has ended."""
+        return self._post(DatasetView, f"/v1/datasets/{dataset_id}/cancel")
 
     def validate_dataset(
         self, uri: str, columns: Mapping[str, str] | None = None, split: str | None = None

@@ -15,8 +15,9 @@ from dde_core.errors import DdeError
 from services.api.records import CreditRecord
 from services.api.requests import EvaluationCreate, ImageRequest, KeyCreate, most_workers
 from services.client import recipes, tables
-from services.client.bodies import PLACEHOLDERS, as_uri, columns_of, job_body, read_body, validation_line
+from services.client.bodies import PLACEHOLDERS, as_uri, job_body, read_body, validation_line
 from services.client.connection import connect
+from services.client.dataset_commands import datasets
 from services.client.job_commands import jobs
 from services.errors import BadRequest, ServiceError
 from services.settings import ClientSettings
@@ -43,7 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Align text-to-image diffusion models with human preferences.",
 )
-datasets = typer.Typer(no_args_is_help=True, help="Register, check and list datasets of preference pairs.")
 models = typer.Typer(no_args_is_help=True, help="Register base models; list base and aligned models.")
 keys = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys; needs the scope admin.")
 app.add_typer(datasets, name="datasets")
@@ -51,20 +51,6 @@ app.add_typer(models, name="models")
 app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")
 
-PairsUri = Annotated[
-    str,
-    typer.Argument(help="Parquet, JSON, CSV, tars, or a folder (Hugging Face or win/lose): a path or a URI."),
-]
-ColumnOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME=COLUMN",
-        help="Column of your files to read as NAME: caption=prompt. NAME= alone: not read. Repeatable.",
-    ),
-]
-SplitOption = Annotated[
-    str | None, typer.Option(help="Split to read of a folder that holds several, such as train.")
-]
 Cpus = Annotated[
     int, typer.Option(min=1, help="CPUs that Ray may assign; each worker and replica takes one.")
 ]
@@ -129,40 +115,7 @@ def demo(
     run_demo(Console(), state or ClientSettings().home / "demo", job_file=job, num_cpus=num_cpus, keep=keep)
 
 
-# ---- datasets and models
-
-
-@datasets.command("create")
-def create_dataset(name: str, uri: PairsUri, column: ColumnOption = None, split: SplitOption = None) -> None:
-    """Register preference pairs; prints the dataset's id."""
-    with connect() as client:
-        dataset = client.create_dataset(name, as_uri(uri), columns_of(column or ()), split)
-    typer.echo(dataset.id)
-    typer.echo(tables.counts_line(dataset.counts), err=True)
-    if dataset.split:
-        typer.echo(f"split: {dataset.split}", err=True)
-    if dataset.example:
-        typer.echo(f"for example {tables.example_line(dataset.example)}", err=True)
-
-
-@datasets.command("validate")
-def validate_dataset(uri: PairsUri, column: ColumnOption = None, split: SplitOption = None) -> None:
-    """Check a sample of rows and images and print a report. Exit code 1 if no pair is usable."""
-    with connect() as client:
-        report = client.validate_dataset(as_uri(uri), columns_of(column or ()), split)
-    tables.print_report(Console(), report)
-    if not report.sampled["decided"]:
-        raise typer.Exit(1)
-
-
-@datasets.command("list")
-def list_datasets() -> None:
-    """List all datasets."""
-    with connect() as client:
-        rows = [
-            (d.id, d.name, d.counts.pairs, d.uri, tables.local_time(d.created_at)) for d in client.datasets()
-        ]
-    tables.print_list(Console(), ("id", "name", "pairs", "uri", "created"), rows)
+# ---- models
 
 
 @models.command("create")

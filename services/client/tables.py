@@ -20,6 +20,7 @@ from services.api.records import (
     EvaluateResult,
     Interval,
     PairCounts,
+    PairsResult,
 )
 from services.api.requests import ALL_SCORERS
 
@@ -107,6 +108,16 @@ def counts_line(counts: DatasetCounts) -> str:
         return line
     causes = ", ".join(f"{cause} {count}" for cause, count in counts.bad.items())
     return f"{line}, {sum(counts.bad.values())} bad ({causes})"
+
+
+def made_line(result: PairsResult) -> str:
+    """How scorers made a dataset, in one line."""
+    spreads = ", ".join(f"{name} {spread:.3g}" for name, spread in result.spreads.items())
+    line = f"{result.images} images scored, {result.ties} ties dropped; spreads: {spreads}"
+    if result.agreement is None:
+        return f"{line}; {result.prompts_without_pair} of {result.prompts} prompts have no pair"
+    bad = sum(result.bad.values())
+    return f"{line}; agrees with the former labels on {result.agreement:.1%}; {bad} cannot be used"
 
 
 def example_line(example: DecidedExample) -> str:

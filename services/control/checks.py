@@ -61,9 +61,7 @@ def _check_gate(gate: PromoteIf, evaluation: EvaluationConfig) -> None:
 def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:
     """Refuse a base whose files are gone, timesteps beyond its schedule or of infinite weight, and LoRA
     targets that its U-Net does not have."""
-    for each in (base, base.adapter_of):
-        if each and each.job is None:
-            _check_folder(each)
+    check_folders(base, "model")
     try:
         _check_base_files(base, request)
     except ModelError as error:
@@ -98,28 +96,32 @@ def _check_base_files(base: ModelRecord, request: AlignmentJobCreate) -> None:
         _refuse("training.lora.targets", why, unmatched[0])
 
 
-def _check_folder(base: ModelRecord) -> None:
-    """Refuse a base whose files have changed so that they may not be opened any more."""
-    try:
-        sources.check_folder(base.uri)
-    except ServiceError as error:
-        message = f"model: {base.name} cannot be read: {error}"
-        raise type(error)(message, param="model", code=error.code) from error
+def check_folders(model: ModelRecord, param: str) -> None:
+    """Refuse a registered model whose files have changed so that they may not be opened any more."""
+    for each in (model, model.adapter_of):
+        if each is None or each.job is not None:
+            continue
+        try:
+            sources.check_folder(each.uri)
+        except ServiceError as error:
+            message = f"{param}: {each.name} cannot be read: {error}"
+            raise type(error)(message, param=param, code=error.code) from error
 
 
 def check_dataset(dataset: Dataset, request: AlignmentJobCreate) -> None:
     """Refuse a dataset with too few pairs, or with too many bad rows."""
     batch_size = request.training.batch_size
     held_out = request.training.held_out_pairs
-    pairs = dataset.counts["pairs"]
+    counts = dataset.counts or {}
+    pairs = counts["pairs"]
     if pairs < batch_size:
         why = f"must be at most the {pairs} pairs of dataset {dataset.id}"
         _refuse("training.batch_size", why, batch_size)
     if pairs < batch_size + held_out:
         why = f"must leave training.batch_size = {batch_size} of the {pairs} pairs"
         _refuse("training.held_out_pairs", why, held_out)
-    bad = dataset.counts.get("bad", {})  # without bad images: those are found when they are encoded
-    check_bad(sum(bad.values()), dataset.counts["rows"], bad, request.data.max_bad_fraction)
+    bad = counts.get("bad", {})  # without bad images: those are found when they are encoded
+    check_bad(sum(bad.values()), counts["rows"], bad, request.data.max_bad_fraction)
 
 
 def check_evaluation(config: EvaluationConfig, path: str = "") -> None:
@@ -130,7 +132,7 @@ def check_evaluation(config: EvaluationConfig, path: str = "") -> None:
     if len(set(config.scorers)) < len(config.scorers):
         raise BadRequest(f"{path}scorers: must not repeat, got {config.scorers}", param=f"{path}scorers")
     param = f"{path}prompts_uri"
-    prompts = _prompts(config.prompts_uri, param)
+    prompts = prompts_of(config.prompts_uri, param)
     if len(prompts) < config.num_prompts:
         has = f"{config.prompts_uri!r} has {len(prompts)} prompts"
         message = f"{param}: {has}, {path}num_prompts requires {config.num_prompts}"
@@ -180,7 +182,7 @@ def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationCo
         param = "validation.num_prompts"
         num_skipped = evaluation.num_prompts
         requirement = f"evaluation.num_prompts requires {num_skipped} and "
-    prompts = _prompts(uri, param)
+    prompts = prompts_of(uri, param)
     needed = config.num_prompts
     if len(prompts) < num_skipped + needed:
         requirement += f"validation.num_prompts requires {needed}"
@@ -189,7 +191,7 @@ def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationCo
     _check_scorable(prompts[num_skipped : num_skipped + needed], evaluation, param)
 
 
-def _prompts(uri: str, param: str) -> list[str]:
+def prompts_of(uri: str, param: str) -> list[str]:
     """The lines of a file that are not blank."""
     try:
         return prompt_lines(uri)

@@ -7,28 +7,56 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import pyarrow as pa
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from services.api.answers import DatasetView, DeletedView, ListView
 from services.api.records import DatasetCounts, DatasetReport, DecidedExample
 from services.api.requests import DatasetCreate, DatasetSource
+from services.control import making
 from services.control.database import ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.listing import by_id, list_view, newest
 from services.control.tables import Dataset, Job, new_id
 from services.control.transitions import UNFINISHED
 from services.control.views import dataset_view
-from services.errors import Conflict
+from services.errors import BadRequest, Conflict
 from services.pairs.columnar import unreadable
 from services.pairs.source import Source, open_source
 from services.pairs.validation import decided_example, inspect, validate
+from services.stages import layout
 from services.storage import files
 
 Findings = TypeVar("Findings")
 
 
-def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: DatasetCreate) -> DatasetView:
+WAYS = ("uri", "generate", "relabel")
+
+
+def create(
+    database: ProjectDatabase, root: str, idempotent: IdempotentRequest, request: DatasetCreate
+) -> DatasetView:
+    """Register pairs that exist, or start a run that makes some.
+
+    Raises BadRequest for unusable files and for a request that does not say which; else as ``making.create``.
+    """
+    given = [name for name in WAYS if getattr(request, name) is not None]
+    if len(given) != 1:
+        message = f"{given[-1] if given else 'uri'}: give one of {', '.join(WAYS)}, got {given or 'none'}"
+        raise BadRequest(message, param=given[-1] if given else "uri")
+    if request.uri is not None:
+        source = DatasetSource(uri=request.uri, columns=request.columns, split=request.split)
+        return _register(database, idempotent, request.name, source)
+    for field in ("columns", "split"):
+        if getattr(request, field):
+            message = f"{field}: is not read beside {given[0]}, got {getattr(request, field)!r}"
+            raise BadRequest(message, param=field)
+    return making.create(database, root, idempotent, request)
+
+
+def _register(
+    database: ProjectDatabase, idempotent: IdempotentRequest, name: str, source: DatasetSource
+) -> DatasetView:
     """Read all rows, without their images, and register them. Raises BadRequest for unusable files."""
 
     def insert(
@@ -37,10 +65,10 @@ def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: Da
         counts, digest, split, example = inspected
         row = Dataset(
             id=new_id("ds"),
-            name=request.name,
-            uri=files.as_uri(request.uri),
+            name=name,
+            uri=files.as_uri(source.uri),
             split=split,
-            columns=dict(request.columns),
+            columns=dict(source.columns),
             digest=digest,
             counts=counts.model_dump(),
             example=example.model_dump() if example else None,
@@ -49,7 +77,7 @@ def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: Da
         session.add(row)
         return dataset_view(row)
 
-    return create_once(database, idempotent, DatasetView, lambda: _read(request, _inspected), insert)
+    return create_once(database, idempotent, DatasetView, lambda: _read(source, _inspected), insert)
 
 
 def _inspected(source: Source) -> tuple[DatasetCounts, str, str | None, DecidedExample | None]:
@@ -73,24 +101,32 @@ def _read(source: DatasetSource, read: Callable[[Source], Findings]) -> Findings
 def get(database: ProjectDatabase, dataset_id: str) -> DatasetView:
     """Raises NotFound."""
     with database.read() as session:
-        return dataset_view(by_id(session, Dataset, dataset_id))
+        row = by_id(session, Dataset, dataset_id)
+        return dataset_view(row, making.job_of(session, row))
 
 
 def page(database: ProjectDatabase, after: str | None, limit: int) -> ListView[DatasetView]:
     """Datasets, newest first."""
     with database.read() as session:
         rows = newest(session, Dataset, select(Dataset), after, limit)
-        return list_view([dataset_view(row) for row in rows], limit)
+        jobs = making.jobs_of(session, rows)
+        return list_view([dataset_view(row, jobs.get(row.job)) for row in rows], limit)
 
 
-def delete(database: ProjectDatabase, dataset_id: str) -> DeletedView:
-    """Delete a dataset's registration; its files stay. Raises Conflict while an unfinished job uses it."""
+def delete(database: ProjectDatabase, root: str, dataset_id: str) -> DeletedView:
+    """Delete a dataset's registration, and the files of one that scorers made; others stay.
+
+    Raises Conflict while an unfinished job uses it or makes it.
+    """
     with database.write(alone=True) as session:
         row = by_id(session, Dataset, dataset_id)
-        uses_it = (Job.dataset == dataset_id) & Job.status.in_(UNFINISHED)
+        uses_it = or_(Job.dataset == dataset_id, Job.id == row.job) & Job.status.in_(UNFINISHED)
         job = session.scalar(select(Job.id).where(uses_it).limit(1))
         if job:
             message = f"dataset {dataset_id!r} is used by the unfinished job {job}"
             raise Conflict(message, param="id", code="in_use")
         session.delete(row)
+        session.flush()
+        if row.job is not None:
+            files.delete_folder(layout.made_folder(root, dataset_id))
     return DeletedView(id=dataset_id, object="dataset", deleted=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.api.records import JobStatus, ModelRecord
+from services.api.records import JobStatus, ModelRecord, PairsResult
 from services.control import transitions
 from services.control.journal import printable
 from services.control.tables import Job
@@ -21,10 +22,10 @@ Reviews of every waiting job at each poll would take the more time, the more job
 
 @dataclass
 class JobUpdate:
-    """Changes to one job at time ``now``: new column values, journal entries, a model.
+    """Changes to one job at time ``now``: new column values, journal entries, a model, a dataset.
 
-    ``publish`` is a model to register. ``set_alias``: the job's name refers to its model from now on, and so
-    does the name with the alias ``promote``.
+    ``dataset`` completes the dataset that the job makes. ``publish`` is a model to register. ``set_alias``:
+    the job's name refers to its model from now on, and so does the name with the alias ``promote``.
     The next review follows at once if ``review_again``, else after ``delay_s`` (None: at the next poll).
     """
 
@@ -32,6 +33,7 @@ class JobUpdate:
     now: float
     values: dict[str, Any] = field(default_factory=dict)
     entries: list[JournalEvent] = field(default_factory=list)
+    dataset: PairsResult | None = None
     publish: ModelRecord | None = None
     set_alias: bool = False
     promote: str | None = None
@@ -75,6 +77,23 @@ class JobUpdate:
 
 def _reason(failure: StageFailure) -> dict[str, Any]:
     return {**failure.model_dump(), "message": printable(failure.message)}
+
+
+def new_job(job_id: str, kind: str, status: JobStatus, request: dict[str, Any]) -> Job:
+    """A job that is due at once, without its inputs and the names of what it uses."""
+    now = time.time()
+    return Job(
+        id=job_id,
+        kind=kind,
+        status=status,
+        request=request,
+        results={},
+        stage_seconds={},
+        failures=0,
+        created_at=now,
+        next_at=now,
+        **new_attempt_columns(1),
+    )
 
 
 def new_attempt_columns(number: int) -> dict[str, Any]:

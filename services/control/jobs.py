@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -15,12 +14,11 @@ from services.api.answers import CheckpointView, EvaluationView, JobView, ListVi
 from services.api.records import JobStatus, Validated
 from services.api.requests import AlignmentJobCreate, EvaluationCreate
 from services.artifacts import checkpoints
-from services.control import checks, journal, models
+from services.control import checks, journal, making, models
 from services.control.database import ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
-from services.control.job_update import new_attempt_columns
+from services.control.job_update import new_job
 from services.control.listing import by_id, is_id, list_view, newest
-from services.control.problems import show
 from services.control.tables import Dataset, Job, JobMetadata, Model, new_id
 from services.control.transitions import writes_ledger
 from services.control.views import JOB_VIEWS, checkpoint_view, evaluation_view, job_view
@@ -34,20 +32,21 @@ def create_alignment(
 ) -> JobView:
     """Raises BadRequest or NotFound for everything that is known to fail before any compute is spent."""
 
-    def check() -> None:
+    def check() -> str | None:
         checks.check_alignment(request)
         with database.read() as session:
             base = models.record_of(models.find(session, request.model, "model"))
         checks.check_base(base, request)
+        return making.reused_prompts(database, request.dataset, request.evaluation)
 
-    def insert(session: Session, _: None) -> JobView:
+    def insert(session: Session, reused_prompts: str | None) -> JobView:
         base = models.find(session, request.model, "model")
         dataset = _find_dataset(session, request)
         job_id = new_id("ajob")
         name = request.name or f"{base.name[:40]}-{request.objective.method}-{job_id[-6:]}"
         _refuse_name(session, name)
         stored = _stored_request(request)
-        row = _new_row(job_id, "alignment", "validating", stored)
+        row = new_job(job_id, "alignment", "validating", stored)
         row.name = name
         row.model = base.id
         row.dataset = dataset.id
@@ -70,6 +69,8 @@ def create_alignment(
         journal.log(session, job_id, f"created: {method} on {base.name} with dataset {dataset.name}")
         for message in _ignored_settings(request, stored):
             journal.log(session, job_id, message, "warning")
+        if reused_prompts:
+            journal.log(session, job_id, reused_prompts, "warning")
         return job_view(row)
 
     return create_once(database, idempotent, JobView, check, insert)
@@ -84,7 +85,7 @@ def create_evaluation(
         model = models.find(session, request.model, "model")
         base = models.find(session, request.base, "base")
         stored = request.model_dump(mode="json") | {"prompts_uri": files.as_uri(request.prompts_uri)}
-        row = _new_row(new_id("eval"), "evaluation", "queued", stored)
+        row = new_job(new_id("eval"), "evaluation", "queued", stored)
         row.model = model.id
         row.base = base.id
         row.inputs = {
@@ -197,30 +198,9 @@ def _ignored_settings(request: AlignmentJobCreate, stored: dict[str, Any]) -> It
         yield "validation.prompts_uri is ignored: validation.num_prompts is 0"
 
 
-def _new_row(job_id: str, kind: str, status: JobStatus, stored: dict[str, Any]) -> Job:
-    now = time.time()
-    return Job(
-        id=job_id,
-        kind=kind,
-        status=status,
-        request=stored,
-        results={},
-        stage_seconds={},
-        failures=0,
-        created_at=now,
-        next_at=now,
-        **new_attempt_columns(1),
-    )
-
-
 def _find_dataset(session: Session, request: AlignmentJobCreate) -> Dataset:
-    """The dataset of a request, checked against it. Raises NotFound or BadRequest."""
-    row = None
-    if is_id(request.dataset):
-        row = session.scalar(select(Dataset).where(Dataset.id == request.dataset))
-    if row is None:
-        message = f"dataset: dataset {show(request.dataset)} does not exist"
-        raise NotFound(message, param="dataset", code="dataset_not_found")
+    """The dataset of a request, checked against it. Raises NotFound, BadRequest and Conflict."""
+    row = making.ready(session, request.dataset, "dataset")
     checks.check_dataset(row, request)
     return row
 

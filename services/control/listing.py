@@ -14,7 +14,7 @@ from services.control.tables import ApiKey, Dataset, Job, Model, Resource
 from services.errors import NotFound
 
 Row = TypeVar("Row", bound=Resource)
-_ID = re.compile(r"(ds|model|ajob|eval|key)_[0-9a-f]{24}")
+_ID = re.compile(r"(ds|model|ajob|djob|eval|key)_[0-9a-f]{24}")
 _NOUNS: dict[type[Resource], str] = {Dataset: "dataset", Model: "model", Job: "job", ApiKey: "key"}
 
 

@@ -30,7 +30,7 @@ from sqlalchemy.orm import Session
 
 from services.api.records import ModelRecord
 from services.artifacts import models
-from services.control import promotion, stages
+from services.control import making, promotion, stages
 from services.control.database import Database, update_one
 from services.control.job_update import MAX_DELAY_S, PARKED_S, JobUpdate
 from services.control.journal import printable, record
@@ -155,6 +155,8 @@ class Reconciler:
         with self._database.write() as session:
             self._write_columns(session, job, {**job_update.values, **released})
             record(session, job, job_update.entries)
+            if job_update.dataset is not None:
+                making.complete(session, job, job_update.dataset)
             if job_update.publish is not None:
                 self._publish(session, job, job_update.publish)
             if job_update.set_alias:

@@ -12,7 +12,7 @@ from typing import cast
 
 from pydantic import ValidationError
 
-from services.api.records import EvaluateResult, Stage, TrainResult
+from services.api.records import EvaluateResult, PairsResult, Stage, TrainResult
 from services.api.requests import PromoteIf, Strict
 from services.artifacts import models
 from services.control import gates, stages, stopping, transitions
@@ -226,7 +226,11 @@ class JobReview:
         self._enter(transitions.next_stage(self.job.kind, self.stage, self.job.request))
 
     def _published(self, result: Strict) -> Strict:
-        """The result. Training's model gets the id and name that the job gave it, and is published."""
+        """The result. Training's model gets the id and name that the job gave it, and is published; pairs
+        complete their dataset.
+        """
+        if isinstance(result, PairsResult):
+            self.update.dataset = result
         if not isinstance(result, TrainResult):
             return result
         self.update.publish = stages.aligned_record(self.job, result.model)

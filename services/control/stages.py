@@ -6,12 +6,27 @@ import json
 import shlex
 from typing import Any
 
-from services.api.records import ModelRecord
-from services.api.requests import AlignmentJobCreate, DatasetSource, EvaluationConfig
+from services.api.records import ModelRecord, ScorerRecord
+from services.api.requests import (
+    AlignmentJobCreate,
+    DatasetSource,
+    EvaluationConfig,
+    GeneratePairs,
+    Relabel,
+)
 from services.control.tables import Job
 from services.settings import Settings
 from services.stages import layout
-from services.stages.specs import ENTRY_MODULES, EncodeSpec, EvaluateSpec, LedgerSpec, StageSpec, TrainSpec
+from services.stages.specs import (
+    ENTRY_MODULES,
+    EncodeSpec,
+    EvaluateSpec,
+    GenerateSpec,
+    LedgerSpec,
+    RelabelSpec,
+    StageSpec,
+    TrainSpec,
+)
 from services.storage import files
 from services.storage.sources import SourceRules
 
@@ -50,11 +65,17 @@ def spec(job: Job, settings: Settings) -> StageSpec:
 
 
 def source_rules(settings: Settings, project: str) -> SourceRules:
-    """What a project's requests and jobs may read. Raises BadRequest for an unusable path or URI."""
+    """What a project's requests and jobs may read: what the operator allows, and the datasets that scorers
+    made in the project.
+
+    Raises BadRequest for an unusable path or URI.
+    """
     allowed = tuple(map(files.as_uri, settings.allowed_sources))
     denied = tuple(map(files.as_uri, settings.denied_sources))
-    of_others, own = layout.others_root(files.as_uri(settings.storage_uri), project)
-    return SourceRules(allowed, denied, of_others, own)
+    storage = files.as_uri(settings.storage_uri)
+    of_others, own = layout.others_root(storage, project)
+    made = layout.all_made_folder(layout.project_root(storage, project))
+    return SourceRules((*allowed, made), denied, of_others, own)
 
 
 def aligned_record(job: Job, record: ModelRecord) -> ModelRecord:
@@ -69,13 +90,10 @@ def _request(job: Job) -> AlignmentJobCreate:
 
 
 def _encode(job: Job, settings: Settings, common: dict[str, Any]) -> EncodeSpec:
-    dataset = job.inputs["dataset"]
     return EncodeSpec(
         **common,
-        source=DatasetSource(
-            uri=dataset["uri"], columns=dataset.get("columns", {}), split=dataset.get("split")
-        ),
-        source_digest=dataset["digest"],
+        source=_source(job),
+        source_digest=job.inputs["dataset"]["digest"],
         model=ModelRecord(**job.inputs["model"]),
         data=_request(job).data,
         output=layout.datasets_folder(root(job, settings)),
@@ -133,4 +151,41 @@ def _evaluate(job: Job, settings: Settings, common: dict[str, Any]) -> EvaluateS
     )
 
 
-_BUILDERS = {"encode": _encode, "ledger": _ledger, "train": _train, "evaluate": _evaluate}
+def _generate(job: Job, settings: Settings, common: dict[str, Any]) -> GenerateSpec:
+    return GenerateSpec(
+        **common,
+        model=ModelRecord(**job.inputs["model"]),
+        generate=GeneratePairs.model_validate_json(json.dumps(job.request)),
+        prompts_digest=job.inputs["prompts_digest"],
+        scorers=[ScorerRecord(**record) for record in job.inputs["scorers"]],
+        output=job.inputs["output"],
+        actors=settings.evaluate_actors,
+    )
+
+
+def _relabel(job: Job, settings: Settings, common: dict[str, Any]) -> RelabelSpec:
+    return RelabelSpec(
+        **common,
+        source=_source(job),
+        source_digest=job.inputs["dataset"]["digest"],
+        relabel=Relabel.model_validate_json(json.dumps(job.request)),
+        scorers=[ScorerRecord(**record) for record in job.inputs["scorers"]],
+        output=job.inputs["output"],
+        actors=settings.evaluate_actors,
+    )
+
+
+def _source(job: Job) -> DatasetSource:
+    """The files of the job's dataset."""
+    dataset = job.inputs["dataset"]
+    return DatasetSource(uri=dataset["uri"], columns=dataset.get("columns", {}), split=dataset.get("split"))
+
+
+_BUILDERS = {
+    "encode": _encode,
+    "ledger": _ledger,
+    "train": _train,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "relabel": _relabel,
+}

@@ -23,18 +23,23 @@ from services.errors import Conflict
 
 def cancel(database: ProjectDatabase, kind: str, job_id: str) -> RunView:
     """Request the cancellation of a job. Raises NotFound, and Conflict if it has succeeded or failed."""
-    now = time.time()
     with database.write() as session:
-        by_id(session, Job, job_id, kind)
-        not_cancelled = Job.status.in_(UNFINISHED) & Job.cancel_requested_at.is_(None)
-        request = update(Job).where(Job.id == job_id, not_cancelled)
-        if update_one(session, request.values(cancel_requested_at=now, next_at=now)):
-            journal.log(session, job_id, "cancel requested")
-        session.expire_all()
-        row = by_id(session, Job, job_id, kind)
-        if row.status in ("succeeded", "failed"):
-            raise _conflict(row, f"has {row.status} already")
-        return JOB_VIEWS[kind](row)
+        return JOB_VIEWS[kind](request_cancel(session, job_id, kind))
+
+
+def request_cancel(session: Session, job_id: str, kind: str) -> Job:
+    """The job, to be cancelled from now on. Raises like ``cancel``."""
+    now = time.time()
+    by_id(session, Job, job_id, kind)
+    not_cancelled = Job.status.in_(UNFINISHED) & Job.cancel_requested_at.is_(None)
+    request = update(Job).where(Job.id == job_id, not_cancelled)
+    if update_one(session, request.values(cancel_requested_at=now, next_at=now)):
+        journal.log(session, job_id, "cancel requested")
+    session.expire_all()
+    row = by_id(session, Job, job_id, kind)
+    if row.status in ("succeeded", "failed"):
+        raise _conflict(row, f"has {row.status} already")
+    return row
 
 
 def pause(database: ProjectDatabase, job_id: str) -> JobView:

@@ -15,7 +15,7 @@ from services.api.records import FINAL_STATUSES, JobStatus, Stage
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     "validating": frozenset({"queued", "failed", "cancelled"}),
     "queued": frozenset({"preparing", "running", "evaluating", "paused", "failed", "cancelled"}),
-    "preparing": frozenset({"running", "paused", "failed", "cancelled"}),
+    "preparing": frozenset({"running", "succeeded", "paused", "failed", "cancelled"}),
     "running": frozenset({"evaluating", "paused", "failed", "cancelled"}),
     "evaluating": frozenset({"succeeded", "paused", "failed", "cancelled"}),
     "paused": frozenset({"queued", "cancelled"}),
@@ -28,12 +28,16 @@ UNFINISHED: tuple[JobStatus, ...] = tuple(status for status in TRANSITIONS if st
 STAGES: dict[str, tuple[Stage, ...]] = {
     "alignment": ("encode", "ledger", "train", "evaluate"),
     "evaluation": ("evaluate",),
+    "generate": ("generate",),
+    "relabel": ("relabel",),
 }
 STAGE_STATUS: dict[Stage, JobStatus] = {
     "encode": "preparing",
     "ledger": "preparing",
     "train": "running",
     "evaluate": "evaluating",
+    "generate": "preparing",
+    "relabel": "preparing",
 }
 ACTIVE: frozenset[JobStatus] = frozenset(STAGE_STATUS.values())
 """With these a job may have a run on the cluster."""

@@ -19,19 +19,30 @@ from services.api.answers import (
     RunView,
     parse,
 )
-from services.api.records import Validated
+from services.api.records import FINAL_STATUSES, Validated
 from services.artifacts.checkpoints import CheckpointRecord
 from services.control.tables import ApiKey, Dataset, Event, Job, Metric, Model
 
 DEFAULT_DATA = asdict(DataConfig())
 
 
-def dataset_view(row: Dataset) -> DatasetView:
+def dataset_view(row: Dataset, job: Job | None = None) -> DatasetView:
+    """``job`` is the run that makes the dataset, if scorers do."""
+    made: dict[str, Any] = {}
+    if job is not None:
+        ended = "ready" if job.status == "succeeded" else "failed"
+        made = {
+            "status": ended if job.status in FINAL_STATUSES else "generating",
+            "reason": job.reason,
+            job.kind: job.request,
+            "result": job.results.get(job.kind),
+        }
     return parse(
         DatasetView,
         {
             "object": "dataset",
-            **_columns(row, "id", "name", "uri", "split", "columns", "digest", "counts", "example"),
+            **_columns(row, "id", "name", "uri", "split", "columns", "job", "digest", "counts", "example"),
+            **made,
             "created_at": int(row.created_at),
         },
     )

@@ -6,11 +6,22 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
-from services.api.answers import DatasetView, DeletedView, ListView
+from services.api.answers import DatasetView, DeletedView, EventView, ListView
 from services.api.records import DatasetReport
 from services.api.requests import DatasetCreate, DatasetSource
-from services.control import datasets
-from services.control.dependencies import READ, SUBMIT, After, Db, Key, Limit, body, takes
+from services.control import datasets, making
+from services.control.dependencies import (
+    READ,
+    SUBMIT,
+    After,
+    Db,
+    Key,
+    Limit,
+    LongLimit,
+    Root,
+    body,
+    takes,
+)
 from services.control.idempotency import IdempotentRequest
 from services.control.reading import READ_S, REGISTER_S, reads_sources
 
@@ -22,10 +33,14 @@ router = APIRouter(tags=["datasets"])
 def create_dataset(
     request: Annotated[DatasetCreate, Depends(body(DatasetCreate))],
     db: Db,
+    root: Root,
     key: Key = None,
 ) -> DatasetView:
-    """Register preference pairs. Every row is read, checked, counted and digested; images are not."""
-    return datasets.create(db, IdempotentRequest.of(key, "/v1/datasets", request), request)
+    """Register preference pairs. Every row is read, checked, counted and digested; images are not.
+
+    With ``generate`` or ``relabel``, scorers make the pairs: the answer has the status "generating".
+    """
+    return datasets.create(db, root, IdempotentRequest.of(key, "/v1/datasets", request), request)
 
 
 @router.post("/v1/datasets/validate", openapi_extra=takes(DatasetSource), dependencies=[SUBMIT])
@@ -46,6 +61,22 @@ def get_dataset(dataset_id: str, db: Db) -> DatasetView:
 
 
 @router.delete("/v1/datasets/{dataset_id}", dependencies=[SUBMIT])
-def delete_dataset(dataset_id: str, db: Db) -> DeletedView:
-    """Delete the registration of a dataset that no unfinished job uses. Its files stay."""
-    return datasets.delete(db, dataset_id)
+def delete_dataset(dataset_id: str, db: Db, root: Root) -> DeletedView:
+    """Delete the registration of a dataset that no unfinished job uses, and the files of one that scorers
+    made; others stay.
+    """
+    return datasets.delete(db, root, dataset_id)
+
+
+@router.get("/v1/datasets/{dataset_id}/events", dependencies=[READ])
+def list_dataset_events(
+    dataset_id: str, db: Db, after: After = None, limit: LongLimit = 100
+) -> ListView[EventView]:
+    """The events of the run that makes a dataset, in order of time; a registered dataset has none."""
+    return making.list_events(db, dataset_id, after, limit)
+
+
+@router.post("/v1/datasets/{dataset_id}/cancel", dependencies=[SUBMIT])
+def cancel_dataset(dataset_id: str, db: Db) -> DatasetView:
+    """Request that a dataset is not made. Its status becomes "failed" once its run has ended."""
+    return making.cancel(db, dataset_id)
