@@ -6,32 +6,41 @@ import shlex
 from collections.abc import Callable
 from typing import Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from services.api.records import (
     EncodeResult,
     EvaluateResult,
     Interval,
     LedgerResult,
+    PairsResult,
     ScorerReport,
     Stage,
     TrainResult,
 )
-from services.api.requests import Strict
+from services.api.requests import DatasetSource, Strict
 from services.artifacts import checkpoints
 from services.artifacts.checkpoints import CheckpointRecord, ReaderPosition
 from services.control.launcher import RunState
 from services.control.stages import ENTRY_MODULES
 from services.errors import Unavailable
+from services.pairs.source import open_source
+from services.pairs.validation import decided_example, inspect
+from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.specs import (
     EncodeSpec,
     EvaluateSpec,
+    GenerateSpec,
     LedgerSpec,
+    RelabelSpec,
     StageFailure,
     StageSpec,
     StageStopped,
     TrainSpec,
 )
-from services.storage import files
+from services.storage import files, sources
 
 Play = Callable[[StageSpec], RunState]
 STAGE_OF = {module: stage for stage, module in ENTRY_MODULES.items()}
@@ -40,6 +49,8 @@ SPECS: dict[Stage, type[StageSpec]] = {
     "ledger": LedgerSpec,
     "train": TrainSpec,
     "evaluate": EvaluateSpec,
+    "generate": GenerateSpec,
+    "relabel": RelabelSpec,
 }
 
 
@@ -56,6 +67,8 @@ class FakeLauncher:
             "ledger": ledger,
             "train": train,
             "evaluate": evaluate,
+            "generate": make_pairs,
+            "relabel": make_pairs,
             **plays,
         }
         self.states: dict[str, RunState] = {}
@@ -154,6 +167,41 @@ def evaluate(spec) -> RunState:
         seconds=0.1,
     )
     return done(spec, report)
+
+
+def make_pairs(spec) -> RunState:
+    """Writes pairs as a run that scores images leaves them: eight decided ones."""
+    journal(spec, 2)
+    table = {
+        "jpg_0": pa.array([b"0"] * 8, pa.binary()),
+        "jpg_1": pa.array([b"1"] * 8, pa.binary()),
+        "label_0": [1.0] * 8,
+        "label_1": [0.0] * 8,
+        "caption": ["a red cross"] * 8,
+        "image_0_uid": [f"l{i}" for i in range(8)],
+        "image_1_uid": [f"r{i}" for i in range(8)],
+    }
+    uri = layout.made_pairs_folder(spec.output)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(table), sink)
+    files.write_bytes(layout.made_pairs_uri(spec.output, 0), sink.getvalue().to_pybytes())
+    sources.hold_request_to(spec.sources)
+    source = open_source(DatasetSource(uri=uri))
+    counts, digest = inspect(source)
+    example = decided_example(source)
+    assert example is not None
+    result = PairsResult(
+        digest=digest,
+        counts=counts,
+        example=example,
+        prompts=9,
+        images=36,
+        ties=1,
+        prompts_without_pair=1,
+        spreads={"taste": 0.1},
+        seconds=1.0,
+    )
+    return done(spec, result)
 
 
 def runs(spec) -> RunState:
