@@ -121,7 +121,8 @@ def test_a_job_carries_the_rules_to_its_stages(plane):
     plane.job()
     plane.settle()
     rules = {json.dumps(spec.sources.allowed) for spec in plane.launcher.specs.values()}
-    assert rules == {json.dumps(plane.settings.allowed_sources)}
+    made_by_scorers = f"{plane.app_settings.storage_uri}/pairs"
+    assert rules == {json.dumps([*plane.settings.allowed_sources, made_by_scorers])}
 
 
 @pytest.mark.parametrize(
