@@ -126,7 +126,7 @@ def delete(database: ProjectDatabase, root: str, dataset_id: str) -> DeletedView
             message = f"dataset {dataset_id!r} is used by the unfinished job {job}"
             raise Conflict(message, param="id", code="in_use")
         session.delete(row)
-        session.flush()
-        if row.job is not None:
-            files.delete_folder(layout.made_folder(root, dataset_id))
+        is_made = row.job is not None
+    if is_made:  # not in the transaction: others would wait for it, and nobody can find the files any more
+        files.delete_folder(layout.made_folder(root, dataset_id))
     return DeletedView(id=dataset_id, object="dataset", deleted=True)
