@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from typing import Any
 
 from services.api.records import PairsResult
 from services.artifacts.prompts import digest_of, read_prompts
 from services.errors import BadRequest
 from services.ingest import scored
-from services.ingest.pairing import Rule, finished, make_pairs
+from services.ingest.pairing import Rule, commit, finished, make_pairs
 from services.ingest.progress import ScoredImages
 from services.ingest.scoring import draw_chunks
 from services.stages.journal import Journal
@@ -36,7 +35,9 @@ def generate(spec: GenerateSpec, journal: Journal) -> PairsResult:
         names = tuple(spec.generate.scorers)
         weights = tuple(spec.generate.scorers.values())
         rule = Rule(names, weights, spec.generate.keep, spec.generate.margin)
-        result = make_pairs(spec.output, len(chunks), rule, spec.actors, journal, Counter(), began)
+        result = make_pairs(spec.output, len(chunks), images, rule, spec.actors, journal)
+        result = result.model_copy(update={"seconds": time.monotonic() - began})
+        commit(spec.output, result)
     message = f"{result.counts.pairs} pairs of {result.images} images for {result.prompts} prompts; "
     message += f"{result.ties} ties, {result.prompts_without_pair} prompts without a pair"
     journal.event(message)

@@ -51,14 +51,26 @@ def finished(folder: str) -> PairsResult | None:
     return PairsResult.model_validate_json(files.read_bytes(uri))
 
 
-def make_pairs(
-    folder: str, num_chunks: int, rule: Rule, actors: int, journal: Journal, bad: Counter[str], began: float
-) -> PairsResult:
-    """Pair the scored images, check the pairs as registration does, and commit them.
+def commit(folder: str, result: PairsResult) -> None:
+    """Commit the pairs, then delete the scored images."""
+    files.write_bytes(layout.made_record_uri(folder), result.model_dump_json(indent=1).encode())
+    scored.clear(folder)
 
-    ``bad`` counts rows that were left out before, by cause. Raises DataError where no pair is left.
+
+def make_pairs(
+    folder: str, num_chunks: int, num_images: int, rule: Rule, actors: int, journal: Journal
+) -> PairsResult:
+    """Pair the scored images and check the pairs as registration does.
+
+    Raises DataError where no pair is left, and where not all of ``num_images`` are scored or counted as bad.
     """
+    began = time.monotonic()
     spread, found = _measure(folder, range(num_chunks))
+    if found["images"] + 2 * found["bad"].total() != num_images:
+        message = (
+            f"{found['images']} images are scored and {found['bad'].total()} pairs are bad, {num_images}"
+        )
+        raise DataError(f"{message} images were expected: an earlier version began this; request it again")
     named = {name: float(value) for name, value in zip(rule.names, spread, strict=True)}
     journal.event(f"{found['images']} images are scored; the spreads are {_shown(named)}")
     counts = Counter(dict.fromkeys(_COUNTS, 0))
@@ -73,8 +85,7 @@ def make_pairs(
     example = decided_example(source)
     if registered.pairs != counts["pairs"] or example is None:
         raise DataError(f"{counts['pairs']} pairs were written to {uri!r}, {registered.pairs} are read")
-    has_people = rule.keep == "all_pairs" and found["preferred"] > 0
-    result = PairsResult(
+    return PairsResult(
         digest=digest,
         counts=registered,
         example=example,
@@ -83,13 +94,10 @@ def make_pairs(
         ties=counts["ties"],
         prompts_without_pair=counts["empty"],
         spreads=named,
-        agreement=counts["agreed"] / counts["pairs"] if has_people else None,
-        bad=dict(sorted((bad + found["bad"]).items())),
+        agreement=counts["agreed"] / counts["pairs"] if found["preferred"] else None,
+        bad=dict(found["bad"]),
         seconds=time.monotonic() - began,
     )
-    files.write_bytes(layout.made_record_uri(folder), result.model_dump_json(indent=1).encode())
-    scored.clear(folder)
-    return result
 
 
 def _shown(spread: dict[str, float]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 from services.api.records import PairsResult
 from services.errors import BadRequest
 from services.ingest import scored
-from services.ingest.pairing import Rule, finished, make_pairs
+from services.ingest.pairing import Rule, commit, finished, make_pairs
 from services.ingest.progress import ScoredImages
 from services.ingest.scoring import READERS_PER_ACTOR, Chunk, label_chunks
 from services.pairs.columnar import Unit
@@ -39,7 +40,11 @@ def relabel(spec: RelabelSpec, journal: Journal) -> PairsResult:
         if work:
             progress.follow(label_chunks(spec, source, work))
         rule = Rule((spec.relabel.scorer,), (1.0,), "all_pairs", spec.relabel.margin)
-        result = make_pairs(spec.output, len(chunks), rule, spec.actors, journal, summary.tally.bad, began)
+        images = 2 * summary.tally.pairs
+        result = make_pairs(spec.output, len(chunks), images, rule, spec.actors, journal)
+        bad = dict(sorted((summary.tally.bad + Counter(result.bad)).items()))
+        result = result.model_copy(update={"bad": bad, "seconds": time.monotonic() - began})
+        commit(spec.output, result)
     message = f"{result.counts.pairs} pairs labeled by {spec.relabel.scorer}, {result.ties} ties; "
     journal.event(f"{message}it agrees with the labels of the dataset on {result.agreement or 0:.1%}")
     if result.bad:

@@ -161,6 +161,17 @@ def test_a_run_killed_after_the_commit_repeats_the_result_and_draws_nothing(make
     assert files.list_files(files.join(spec.output, "scored")) == []
 
 
+def test_chunks_of_another_size_than_an_earlier_version_wrote_are_refused(make, prompts, monkeypatch):
+    spec = drawn_spec(make, prompts)
+    make.kill_after = 1
+    with pytest.raises(Killed):
+        make.run(spec)
+    make.kill_after = None
+    monkeypatch.setattr(scored, "CHUNK_IMAGES", 3)
+    with pytest.raises(DataError, match="18 images are scored and 0 pairs are bad, 15 images were expected"):
+        make.run(spec)
+
+
 def test_prompts_that_change_after_the_request_end_the_run(make, prompts):
     spec = drawn_spec(make, prompts)
     prompts.write_text("a red circle\n" * 10)
