@@ -15,8 +15,10 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from typer.testing import CliRunner, Result
 
 from services.client.api import Client
+from services.client.cli import app as cli
 
 KEY = "dde-test-key"
 PNG = b"\x89PNG\r\n\x1a\n-a-picture"
@@ -214,3 +216,20 @@ def server() -> Iterator[ScriptedServer]:
 def client(server: ScriptedServer) -> Iterator[Client]:
     with Client(server.url, KEY, retries=3) as client:
         yield client
+
+
+@pytest.fixture
+def dde(server, tmp_path):
+    """Run the command against the server."""
+
+    def run(*arguments: object, **env: str) -> Result:
+        environment = {
+            "DDE_URL": server.url,
+            "DDE_API_KEY": KEY,
+            "DDE_HOME": str(tmp_path / "home"),
+            "COLUMNS": "200",
+            **env,
+        }
+        return CliRunner().invoke(cli, list(map(str, arguments)), env=environment)
+
+    return run

@@ -9,11 +9,9 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from services.api.records import DatasetCounts
 from services.api.requests import AlignmentJobCreate
-from services.client.cli import app
 from services.client.processes import free_ports
 from services.client.tables import counts_line
 from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, evaluation, job, key, model
@@ -40,23 +38,6 @@ REPORT = {
     "pictures": {"count": 400, "min_px": 512, "median_px": 768, "max_px": 1024, "transparent": 7},
     "made_by_a_newer_server": 1,
 }
-
-
-@pytest.fixture
-def dde(server, tmp_path):
-    """Run the command against the server."""
-
-    def run(*arguments: object, **env: str) -> Result:
-        environment = {
-            "DDE_URL": server.url,
-            "DDE_API_KEY": KEY,
-            "DDE_HOME": str(tmp_path / "home"),
-            "COLUMNS": "200",
-            **env,
-        }
-        return CliRunner().invoke(app, list(map(str, arguments)), env=environment)
-
-    return run
 
 
 def the_body(server: ScriptedServer, path: str = JOBS) -> dict:
