@@ -2,8 +2,8 @@
 
 Scorers have different scales: a cosine varies by hundredths where a rating varies by halves. So each score
 is divided by its scorer's spread, the standard deviation among images of one prompt, pooled over all prompts;
-the weighted mean of the quotients is an image's utility. Weights then mean the same for every scorer, and a
-margin of 1 is one such deviation. The pooled spread is used, not each prompt's own: that one would blow up
+the weighted mean of the quotients is an image's utility. Weights then mean the same for every scorer, and
+margins are in units of the spreads. The pooled spread is used, not each prompt's own: that one would blow up
 the noise of prompts whose images are all alike, and make every two images differ by the same amount.
 """
 

@@ -45,6 +45,7 @@ def create(
         message = f"{given[-1] if given else 'uri'}: give one of {', '.join(WAYS)}, got {given or 'none'}"
         raise BadRequest(message, param=given[-1] if given else "uri")
     if request.uri is not None:
+        _refuse_made(root, request.uri)
         source = DatasetSource(uri=request.uri, columns=request.columns, split=request.split)
         return _register(database, idempotent, request.name, source)
     for field in ("columns", "split"):
@@ -52,6 +53,13 @@ def create(
             message = f"{field}: is not read beside {given[0]}, got {getattr(request, field)!r}"
             raise BadRequest(message, param=field)
     return making.create(database, root, idempotent, request)
+
+
+def _refuse_made(root: str, uri: str) -> None:
+    """Raises BadRequest for the files of datasets that scorers made: a run may be writing them."""
+    if f"{files.as_uri(uri)}/".startswith(f"{layout.all_made_folder(root)}/"):
+        message = f"uri: lies in a dataset that scorers made, got {uri!r}; jobs take its id"
+        raise BadRequest(message, param="uri", code="made_by_scorers")
 
 
 def _register(

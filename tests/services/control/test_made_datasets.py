@@ -214,6 +214,15 @@ def test_another_project_reads_neither_a_made_dataset_nor_its_files(any_plane):
     assert (done["status"], done["uri"]) == ("ready", f"{root}/pairs/{theirs['id']}/pairs")
 
 
+def test_the_files_of_a_made_dataset_are_not_registered_again(plane):
+    made = plane.post(DATASETS, generate_body(plane))
+    plane.settle()
+    uri = read(plane, made)["uri"]
+    for each in (uri, files.local_path(uri), f"{plane.app_settings.storage_uri}/pairs"):
+        error = plane.error(DATASETS, {"name": "again", "uri": str(each)})
+        assert (error["param"], error["code"]) == ("uri", "made_by_scorers")
+
+
 # ---- prompts that are not held out
 
 
