@@ -32,8 +32,8 @@ def generate(spec: GenerateSpec, journal: Journal) -> PairsResult:
         todo = [chunk for chunk in chunks if chunk["number"] not in done]
         if todo:
             progress.follow(draw_chunks(spec, todo))
-        names = tuple(spec.generate.scorers)
-        weights = tuple(spec.generate.scorers.values())
+        names = tuple(scorer.name for scorer in spec.scorers)
+        weights = tuple(spec.generate.scorers[name] for name in names)
         rule = Rule(names, weights, spec.generate.keep, spec.generate.margin)
         result = make_pairs(spec.output, len(chunks), images, rule, spec.actors, journal)
         result = result.model_copy(update={"seconds": time.monotonic() - began})

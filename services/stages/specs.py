@@ -110,7 +110,7 @@ class EvaluateSpec(StageSpec):
 class GenerateSpec(StageSpec):
     """Draw images of prompts with ``model``, rank them by ``scorers`` and write pairs below ``output``.
 
-    ``prompts_digest`` is of the prompts that were checked; ``scorers`` are the request's, in its order.
+    ``prompts_digest`` is of the prompts that were checked; ``scorers`` are those of the request.
     """
 
     model: ModelRecord

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ class MakeHere:
         """One attempt at the stage."""
         self.runs += 1
         spec = spec.model_copy(update={"prefix": (self.folder / f"a{self.runs}").as_uri()})
+        stored = json.dumps(spec.model_dump(mode="json"), sort_keys=True)  # as the control plane stores it
+        spec = type(spec).model_validate_json(stored)
         journal = Journal(spec.prefix)
         try:
             if isinstance(spec, GenerateSpec):

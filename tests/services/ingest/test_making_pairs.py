@@ -108,6 +108,10 @@ def test_several_scorers_count_by_weight_in_units_of_their_spreads(make, prompts
     result = make.run(spec)
     assert set(result.spreads) == {"taste", "fidelity"}
     for row in rows_of(spec):
+        images = np.stack([decode_whole(row[f"jpg_{side}"]) for side in (0, 1)])
+        for name, scores in score(images, [row["caption"]] * 2).items():
+            if name in result.spreads:
+                np.testing.assert_allclose(scores, [row[f"score_{side}_{name}"] for side in (0, 1)])
         difference = {name: row[f"score_0_{name}"] - row[f"score_1_{name}"] for name in result.spreads}
         spread = result.spreads
         utility = (
