@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import pytest
@@ -108,6 +108,29 @@ def test_a_stream_tells_a_whole_job_and_ends_with_it_and_resumes_after_the_last_
         assert 'dde_jobs{kind="alignment",status="succeeded"} 1.0' in figures
         assert 'dde_http_requests_total{method="POST",route="/v1/alignment/jobs",status="200"} 1.0' in figures
         assert 'route="/v1/alignment/jobs/{job_id}/events"' in figures
+
+
+def test_a_revoked_key_ends_its_event_stream_with_an_error_and_no_other_keys_stream(plane):
+    """The poll interval of this plane is one second."""
+    job = plane.job()["id"]
+    keys = [plane.post("/v1/keys", {"name": "k", "project": "default"}) for _ in range(2)]
+    with listening(plane.http.app, lifespan="off") as url, ExitStack() as opened:
+        streams = []
+        for key in keys:
+            headers = {"authorization": f"Bearer {key['key']}", "accept": "text/event-stream"}
+            stream = httpx.stream("GET", f"{url}{JOBS}/{job}/events", headers=headers, timeout=5.0)
+            streams.append(opened.enter_context(stream).iter_text())
+        assert all("created: " in next(stream) for stream in streams)
+        plane.post(f"/v1/keys/{keys[0]['id']}/revoke", None)
+        revoked_at = time.monotonic()
+        last = "".join(streams[0])
+        assert time.monotonic() - revoked_at < 2 * plane.settings.poll_interval_s
+        name, data = last.strip().split("\n")
+        assert name == "event: error"
+        assert json.loads(data.removeprefix("data: "))["error"]["code"] == "invalid_api_key"
+        plane.post(f"{JOBS}/{job}/cancel", None)
+        plane.settle()
+        assert "cancelled" in "".join(streams[1])
 
 
 @pytest.fixture
