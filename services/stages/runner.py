@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from dde_core.errors import ConfigError, DdeError
 from services.api.requests import Strict
-from services.errors import ServiceError, Stopped, Unavailable
+from services.errors import Overtaken, ServiceError, Stopped, Unavailable
 from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.specs import Level, StageFailure, StageSpec, StageStopped
@@ -144,6 +144,12 @@ def _without_package(name: str) -> str:
 def is_transient(error: BaseException) -> bool:
     """Whether the error is due to a full or unreachable disk."""
     return isinstance(error, OSError) and error.errno in TRANSIENT
+
+
+def recurs(error: BaseException) -> bool:
+    """Whether another try would end in the same error: it is ours, and no outage or overtaking attempt is."""
+    cause = root_cause(error)
+    return isinstance(cause, (DdeError, ServiceError)) and not isinstance(cause, (Unavailable, Overtaken))
 
 
 def failure_of(error: BaseException) -> StageFailure:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from dde_core import checkpoint
 from dde_core.checkpoint import Snapshot
 from dde_core.config import ObjectiveConfig
-from dde_core.errors import ConfigError, DataError
+from dde_core.errors import ConfigError, DataError, NonFiniteError
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy
 from services.api.records import Validated
@@ -296,6 +296,17 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs(model,
         train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING | {"learning_rate": 2e-3})
     failed = files.read_json(layout.worker_failed_uri(tmp_path.as_uri()))
     assert failed["param"] == "training.learning_rate", "what would only come again is told to the driver"
+
+
+def test_weights_that_the_last_update_made_infinite_are_stored_nowhere_and_fail_the_run(
+    model, encoded, tmp_path
+):
+    message = r"^the state to store: .* is not finite in \d+ of \d+ values"
+    with pytest.raises(NonFiniteError, match=message):
+        train_here(tmp_path, model, encoded, OBJECTIVE, steps=1, **TRAINING, weight_decay=1e50)
+    assert checkpoints.steps(run_of(tmp_path)) == []
+    failed = files.read_json(layout.worker_failed_uri(tmp_path.as_uri()))
+    assert failed["code"] == "non_finite_error"
 
 
 def test_an_error_that_nobody_foresaw_is_final_when_it_has_come_three_times_without_progress(
