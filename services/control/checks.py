@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from dde_core.errors import ConfigError, DataError, ModelError
-from dde_core.models.configs import check_terminal_weight
+from dde_core.models.configs import check_terminal_weight, ends_without_signal
 from dde_core.shapes import scorers
 from services.api.records import ModelRecord
 from services.api.requests import AlignmentJobCreate, EvaluationConfig, ValidationConfig, most_workers
@@ -62,7 +62,7 @@ def _check_base_files(base: ModelRecord, request: AlignmentJobCreate) -> None:
         if value > num_timesteps:
             why = f"must be at most the {num_timesteps} timesteps of {base.name}"
             _refuse(f"objective.{field}", why, value)
-    if scheduler.get("rescale_betas_zero_snr"):
+    if ends_without_signal(scheduler):
         try:
             check_terminal_weight(request.objective, num_timesteps)
         except ConfigError as error:
