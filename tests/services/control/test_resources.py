@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from services.api import answers
 from services.api.records import DatasetReport
 from services.artifacts import models
+from services.pairs.source import Source
 from services.stages import layout
 from services.storage import files
 from tests.services.control import fakes
@@ -46,6 +47,26 @@ def test_a_datasets_columns_are_kept_and_shown_and_bad_rows_are_counted(any_plan
     assert (
         any_plane.get(f"/v1/datasets/{dataset['id']}") == any_plane.get("/v1/datasets")["data"][0] == dataset
     )
+
+
+def test_registration_reads_every_row_once_and_one_again_with_its_images(plane, monkeypatch):
+    reads = []
+    rows = Source.rows
+
+    def recorded(source, unit, *, with_images=False, start=0, stop=None):
+        for number, row in enumerate(
+            rows(source, unit, with_images=with_images, start=start, stop=stop), start
+        ):
+            reads.append((number, with_images))
+            yield row
+
+    monkeypatch.setattr(Source, "rows", recorded)
+    chosen = pa.array([None] * 6 + [1.0] * 4, pa.float64())
+    rejected = pa.array([None] * 6 + [0.0] * 4, pa.float64())
+    uri = write_pairs(plane.root / "late", label_0=chosen, label_1=rejected)
+    dataset = plane.post("/v1/datasets", {"name": "late", "uri": uri})
+    assert dataset["example"]["caption"] == "caption 6"
+    assert reads == [*((number, False) for number in range(10)), (6, True)]
 
 
 def test_a_dataset_is_one_split_of_a_folder_and_shows_a_decided_row(any_plane):
