@@ -7,10 +7,12 @@ import threading
 import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
+from sqlalchemy import select
 
 from services.api import answers
 from services.api.records import DatasetReport
 from services.artifacts import models
+from services.control.tables import Event
 from services.pairs.source import Source
 from services.stages import layout
 from services.storage import files
@@ -18,6 +20,7 @@ from tests.services.control import fakes
 from tests.services.control.conftest import write_base, write_pairs
 
 JOBS = "/v1/alignment/jobs"
+TRAINING = {"steps": 2, "batch_size": 4, "checkpoint_every": 2}
 NOTHING_ODD = {"soft": 0, "duplicates": 0, "contradicting": 0, "long_captions": 0}
 
 
@@ -106,6 +109,26 @@ def test_validating_a_dataset_reports_a_sample_and_stores_nothing(plane):
         f"0.parquet:0:{row}" for row in range(3)
     ]
     assert plane.get("/v1/datasets")["data"] == []
+
+
+def test_prompts_that_text_encoders_cut_are_reported_as_warnings(plane):
+    long = "a red circle " * 26
+    prompts = plane.root / "long.txt"
+    prompts.write_text("\n".join(["a red cross", long, "a red star", long, long]))
+    evaluation = {"prompts_uri": str(prompts), "num_prompts": 2, "scorers": []}
+    job = plane.job(evaluation=evaluation, validation={"every": 2, "num_prompts": 3}, training=TRAINING)
+    end = "prompts have more than 77 tokens: the rest is not read"
+    warnings = [
+        event["message"]
+        for event in plane.get(f"{JOBS}/{job['id']}/events")["data"]
+        if event["level"] == "warning"
+    ]
+    assert warnings == [f"evaluation.prompts_uri: 1 of 2 {end}", f"validation.num_prompts: 2 of 3 {end}"]
+    model = {"model": "shapes", "base": "shapes"}
+    evaluated = plane.post("/v1/evaluations", {**model, **evaluation})["id"]
+    with plane.database.read() as session:
+        events = session.scalars(select(Event).where(Event.job == evaluated)).all()
+    assert [event.message for event in events if event.level == "warning"] == [f"prompts_uri: 1 of 2 {end}"]
 
 
 def test_a_setting_that_the_method_ignores_is_reported_as_a_warning(plane):
