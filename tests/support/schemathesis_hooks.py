@@ -1,8 +1,8 @@
 """For schemathesis: real ids and files in most requests, and none that breaks a rule between two fields.
 
 JSON Schema has no such rules, and none on the prompts of a file, whose URI schemathesis reads from answers.
-Requests that break one are refused with 400 and the field's name; tests/services/control/test_bad_input.py has
-them.
+Requests that break one are refused with 400 and the field's name;
+tests/services/control/test_bad_input.py has them.
 
 The environment has REAL_IDS (JSON: a real id for each path parameter), REAL_FILES (JSON: a real ``uri`` for
 each path whose body has one) and SUCCESSES (a file, to which each operation that succeeds is appended).

@@ -7,12 +7,10 @@ import threading
 import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
-from sqlalchemy import select
 
 from services.api import answers
 from services.api.records import DatasetReport
 from services.artifacts import models
-from services.control.tables import Event
 from services.pairs.source import Source
 from services.stages import layout
 from services.storage import files
@@ -36,8 +34,8 @@ def test_a_dataset_is_counted_and_digested_when_it_is_registered(any_plane):
 def test_a_datasets_columns_are_kept_and_shown_and_bad_rows_are_counted(any_plane):
     captions = pa.array(["good"] * 8 + ["bad\0"] * 2)
     uri = write_pairs(any_plane.root / "mapped", caption=None, prompt=captions)
-    asked = {"name": "mapped", "uri": uri, "columns": {"caption": "prompt"}}
-    dataset = any_plane.post("/v1/datasets", asked)
+    request = {"name": "mapped", "uri": uri, "columns": {"caption": "prompt"}}
+    dataset = any_plane.post("/v1/datasets", request)
     assert dataset["columns"] == {"caption": "prompt"}
     assert dataset["counts"] == {
         "rows": 10,
@@ -126,14 +124,13 @@ def test_prompts_that_text_encoders_cut_are_reported_as_warnings(plane):
     assert warnings == [f"evaluation.prompts_uri: 1 of 2 {end}", f"validation.num_prompts: 2 of 3 {end}"]
     model = {"model": "shapes", "base": "shapes"}
     evaluated = plane.post("/v1/evaluations", {**model, **evaluation})["id"]
-    with plane.database.read() as session:
-        events = session.scalars(select(Event).where(Event.job == evaluated)).all()
-    assert [event.message for event in events if event.level == "warning"] == [f"prompts_uri: 1 of 2 {end}"]
+    last = plane.get(f"/v1/evaluations/{evaluated}/events")["data"][-1]
+    assert (last["level"], last["message"]) == ("warning", f"prompts_uri: 1 of 2 {end}")
 
 
 def test_a_setting_that_the_method_ignores_is_reported_as_a_warning(plane):
-    said = {"method": "uniform", "beta": 7.0, "gamma": 0.8, "calibration_bins": 9}
-    job = plane.job(objective=said)
+    objective = {"method": "uniform", "beta": 7.0, "gamma": 0.8, "calibration_bins": 9}
+    job = plane.job(objective=objective)
     events = plane.get(f"/v1/alignment/jobs/{job['id']}/events")["data"]
     warnings = [event["message"] for event in events if event["level"] == "warning"]
     assert warnings == [
@@ -142,7 +139,7 @@ def test_a_setting_that_the_method_ignores_is_reported_as_a_warning(plane):
     ]
 
 
-def test_rows_are_counted_wherever_they_lie_and_extra_columns_are_ignored(plane):
+def test_rows_are_counted_wherever_they_are_and_extra_columns_are_ignored(plane):
     whole = plane.dataset
     parts = plane.root / "parts"
     write_pairs(parts, extra=pa.array(range(10)))
