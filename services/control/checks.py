@@ -1,7 +1,7 @@
 """Checks of a request before any compute is spent: against itself, its base model, its dataset and its
 prompts.
 
-Every function raises BadRequest, naming the field and its value.
+Every function raises BadRequest, naming the field and its value. Those of prompts return warnings.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from dde_core.errors import ConfigError, DataError, ModelError
-from dde_core.models.configs import check_terminal_weight
+from dde_core.models.configs import check_terminal_weight, ends_without_signal
 from dde_core.shapes import scorers
 from services.api.records import ModelRecord
 from services.api.requests import (
@@ -24,20 +24,22 @@ from services.artifacts.prompts import prompt_lines
 from services.control.problems import show
 from services.control.tables import Dataset
 from services.errors import BadRequest, NotFound, ServiceError
+from services.pairs.pair_counts import CLIP_TOKENS, is_beyond_clip
 from services.pairs.validation import check_bad
 from services.storage import sources
 
 
-def check_alignment(request: AlignmentJobCreate) -> None:
+def check_alignment(request: AlignmentJobCreate) -> list[str]:
     """Check that the request's prompts exist, and the request against itself."""
-    check_evaluation(request.evaluation, "evaluation.")
+    warnings = check_evaluation(request.evaluation, "evaluation.")
     if most_workers(request.workers) > request.training.batch_size:
         _refuse("workers", "must be at most training.batch_size", request.workers)
     _check_parallelism(request)
     if request.validation is not None:
-        _check_validation(request, request.validation)
+        warnings += _check_validation(request, request.validation)
     if request.promote_if is not None:
         _check_gate(request.promote_if, request.evaluation)
+    return warnings
 
 
 def _check_parallelism(request: AlignmentJobCreate) -> None:
@@ -79,7 +81,7 @@ def _check_base_files(base: ModelRecord, request: AlignmentJobCreate) -> None:
         if value > num_timesteps:
             why = f"must be at most the {num_timesteps} timesteps of {base.name}"
             _refuse(f"objective.{field}", why, value)
-    if scheduler.get("rescale_betas_zero_snr"):
+    if ends_without_signal(scheduler):
         try:
             check_terminal_weight(request.objective, num_timesteps)
         except ConfigError as error:
@@ -122,7 +124,7 @@ def check_dataset(dataset: Dataset, request: AlignmentJobCreate) -> None:
     check_bad(sum(bad.values()), dataset.counts["rows"], bad, request.data.max_bad_fraction)
 
 
-def check_evaluation(config: EvaluationConfig, path: str = "") -> None:
+def check_evaluation(config: EvaluationConfig, path: str = "") -> list[str]:
     """Refuse unreadable or too few prompts, and prompts that the scorers cannot score.
 
     ``path`` is the config's place in the request, such as "evaluation.".
@@ -135,10 +137,12 @@ def check_evaluation(config: EvaluationConfig, path: str = "") -> None:
         has = f"{config.prompts_uri!r} has {len(prompts)} prompts"
         message = f"{param}: {has}, {path}num_prompts requires {config.num_prompts}"
         raise BadRequest(message, param=param, code="too_few_prompts")
-    _check_scorable(prompts[: config.num_prompts], config, f"{path}scorers")
+    used = prompts[: config.num_prompts]
+    _check_scorable(used, config, f"{path}scorers")
+    return _long_prompts(used, f"{path}prompts_uri")
 
 
-def _check_validation(request: AlignmentJobCreate, config: ValidationConfig) -> None:
+def _check_validation(request: AlignmentJobCreate, config: ValidationConfig) -> list[str]:
     """Refuse a validation that never runs, measures nothing or has no prompts."""
     training = request.training
     if config.every % training.checkpoint_every:
@@ -152,8 +156,7 @@ def _check_validation(request: AlignmentJobCreate, config: ValidationConfig) -> 
     not_measured = _why_not_measured(request, config)
     if not_measured:
         _refuse("validation.best_metric", not_measured, config.best_metric)
-    if config.num_prompts:
-        _check_validation_prompts(request.evaluation, config)
+    return _check_validation_prompts(request.evaluation, config) if config.num_prompts else []
 
 
 def _why_not_measured(request: AlignmentJobCreate, config: ValidationConfig) -> str | None:
@@ -168,7 +171,7 @@ def _why_not_measured(request: AlignmentJobCreate, config: ValidationConfig) -> 
     return None if config.num_prompts else "needs validation.num_prompts greater than 0"
 
 
-def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationConfig) -> None:
+def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationConfig) -> list[str]:
     """Refuse too few prompts, in validation's own file or after the evaluation's prompts in the same file."""
     if config.prompts_uri:
         uri = config.prompts_uri
@@ -186,7 +189,16 @@ def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationCo
         requirement += f"validation.num_prompts requires {needed}"
         message = f"{param}: {uri!r} has {len(prompts)} prompts, {requirement}"
         raise BadRequest(message, param=param, code="too_few_prompts")
-    _check_scorable(prompts[num_skipped : num_skipped + needed], evaluation, param)
+    used = prompts[num_skipped : num_skipped + needed]
+    _check_scorable(used, evaluation, param)
+    return _long_prompts(used, param)
+
+
+def _long_prompts(prompts: list[str], param: str) -> list[str]:
+    """A warning if text encoders certainly cut some of the prompts; else none."""
+    long = sum(map(is_beyond_clip, prompts))
+    rest = f"have more than {CLIP_TOKENS} tokens: the rest is not read"
+    return [f"{param}: {long} of {len(prompts)} prompts {rest}"] if long else []
 
 
 def _prompts(uri: str, param: str) -> list[str]:

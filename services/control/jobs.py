@@ -34,13 +34,14 @@ def create_alignment(
 ) -> JobView:
     """Raises BadRequest or NotFound for everything that is known to fail before any compute is spent."""
 
-    def check() -> None:
-        checks.check_alignment(request)
+    def check() -> list[str]:
+        warnings = checks.check_alignment(request)
         with database.read() as session:
             base = models.record_of(models.find(session, request.model, "model"))
         checks.check_base(base, request)
+        return warnings
 
-    def insert(session: Session, _: None) -> JobView:
+    def insert(session: Session, warnings: list[str]) -> JobView:
         base = models.find(session, request.model, "model")
         dataset = _find_dataset(session, request)
         job_id = new_id("ajob")
@@ -68,7 +69,7 @@ def create_alignment(
         )
         method = request.objective.method
         journal.log(session, job_id, f"created: {method} on {base.name} with dataset {dataset.name}")
-        for message in _ignored_settings(request, stored):
+        for message in [*_ignored_settings(request, stored), *warnings]:
             journal.log(session, job_id, message, "warning")
         return job_view(row)
 
@@ -80,7 +81,7 @@ def create_evaluation(
 ) -> EvaluationView:
     """Raises BadRequest or NotFound, like ``create_alignment``."""
 
-    def insert(session: Session, _: None) -> EvaluationView:
+    def insert(session: Session, warnings: list[str]) -> EvaluationView:
         model = models.find(session, request.model, "model")
         base = models.find(session, request.base, "base")
         stored = request.model_dump(mode="json") | {"prompts_uri": files.as_uri(request.prompts_uri)}
@@ -94,10 +95,12 @@ def create_evaluation(
         session.add(row)
         session.flush()
         journal.log(session, row.id, f"created: {model.name} against {base.name}")
+        for message in warnings:
+            journal.log(session, row.id, message, "warning")
         return evaluation_view(row)
 
-    def check() -> None:
-        checks.check_evaluation(request)
+    def check() -> list[str]:
+        return checks.check_evaluation(request)
 
     return create_once(database, idempotent, EvaluationView, check, insert)
 

@@ -96,8 +96,8 @@ def test_training_receives_its_validation_with_uris(plane):
     validation = {"every": 50, "num_prompts": 1, "best_metric": "taste"}
     own = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 3}
     training = {"steps": 50, "batch_size": 4}
-    asked = (None, validation, validation | own)
-    jobs = [plane.job(evaluation=evaluation, validation=each, training=training) for each in asked]
+    validations = (None, validation, validation | own)
+    jobs = [plane.job(evaluation=evaluation, validation=each, training=training) for each in validations]
     plane.settle(60)
     without, following, separate = (plane.launcher.specs[f"{job['id']}-train-a1"] for job in jobs)
     uri = files.as_uri(plane.root / "prompts.txt")
@@ -115,8 +115,8 @@ def test_prompts_that_validation_does_not_draw_are_reported_as_unused(plane):
 
 
 def test_a_single_worker_shares_nothing_out_and_may_have_8_bit_moments(plane):
-    asked = {"steps": 2, "batch_size": 4, "parallelism": "fsdp", "optimizer": "adamw_8bit"}
-    assert plane.job(training=asked)["training"]["optimizer"] == "adamw_8bit"
+    training = {"steps": 2, "batch_size": 4, "parallelism": "fsdp", "optimizer": "adamw_8bit"}
+    assert plane.job(training=training)["training"]["optimizer"] == "adamw_8bit"
 
 
 def test_training_receives_its_range_of_workers(plane):
@@ -126,7 +126,7 @@ def test_training_receives_its_range_of_workers(plane):
     assert plane.launcher.specs[f"{job['id']}-train-a1"].workers == (1, 4)
 
 
-def test_a_job_that_asks_for_a_ledger_writes_it_between_encoding_and_training(any_plane):
+def test_a_job_that_requests_a_ledger_writes_it_between_encoding_and_training(any_plane):
     plane = any_plane
     job = plane.job(
         training={"steps": 2, "batch_size": 4, "reference": "ledger", "draws": 3}, objective={"beta": 7.0}
@@ -144,21 +144,21 @@ def test_a_job_that_asks_for_a_ledger_writes_it_between_encoding_and_training(an
     assert plane.launcher.entrypoints[f"{job['id']}-ledger-a1"].startswith(
         "python -m services.ingest ledger --spec "
     )
-    said = [text for text in plane.events(job["id"]) if "stage ledger" in text or "->" in text]
-    assert said[1:4] == ["queued -> preparing: stage encode", "stage ledger", "stage ledger done"]
+    messages = [text for text in plane.events(job["id"]) if "stage ledger" in text or "->" in text]
+    assert messages[1:4] == ["queued -> preparing: stage encode", "stage ledger", "stage ledger done"]
     rows = plane.get(f"{JOBS}/{job['id']}/metrics?stage=ledger")["data"]
     assert [row["step"] for row in rows] == [1, 2]
 
 
 def test_a_ledger_that_fails_or_is_cancelled_ends_its_job(plane):
     plane.launcher.plays["ledger"] = fakes.fails
-    asks = {"steps": 2, "batch_size": 4, "reference": "ledger"}
-    job = plane.job(training=asks)
+    training = {"steps": 2, "batch_size": 4, "reference": "ledger"}
+    job = plane.job(training=training)
     plane.settle()
     ended = plane.get(f"{JOBS}/{job['id']}")
     assert (ended["status"], ended["stage"], ended["reason"]["param"]) == ("failed", "ledger", "beta")
     plane.launcher.plays["ledger"] = fakes.runs
-    job = plane.job(training=asks)
+    job = plane.job(training=training)
     plane.settle()
     assert (plane.get(f"{JOBS}/{job['id']}")["status"], plane.get(f"{JOBS}/{job['id']}")["stage"]) == (
         "preparing",
@@ -170,16 +170,16 @@ def test_a_ledger_that_fails_or_is_cancelled_ends_its_job(plane):
     assert f"{job['id']}-ledger-a1" in plane.launcher.stopped
 
 
-def test_a_method_without_a_reference_writes_no_ledger_and_says_so(plane):
-    asks = {"steps": 2, "batch_size": 4, "reference": "ledger"}
-    job = plane.job(training=asks, objective={"method": "sft"})
+def test_a_method_without_a_reference_writes_no_ledger_and_logs_a_warning(plane):
+    training = {"steps": 2, "batch_size": 4, "reference": "ledger"}
+    job = plane.job(training=training, objective={"method": "sft"})
     plane.settle()
     assert plane.launcher.submitted == [
         f"{job['id']}-{stage}-a1" for stage in ("encode", "train", "evaluate")
     ]
     assert plane.launcher.specs[f"{job['id']}-train-a1"].ledger is None
     assert "method 'sft' ignores training.reference = 'ledger'" in plane.events(job["id"])
-    job = plane.job(training=asks | {"reference": "auto"})
+    job = plane.job(training=training | {"reference": "auto"})
     plane.settle()
     assert f"{job['id']}-ledger-a1" not in plane.launcher.submitted, (
         "what is there already is found by training itself"
@@ -190,16 +190,16 @@ def test_events_and_metrics_of_the_journal_are_recorded_once_and_in_order(any_pl
     plane = any_plane
     job = plane.job()
     plane.settle()
-    said = plane.events(job["id"])
-    assert said[:3] == [
+    messages = plane.events(job["id"])
+    assert messages[:3] == [
         "created: dde on shapes with dataset pairs",
         "validating -> queued: the job is valid",
         "queued -> preparing: stage encode",
     ]
-    assert [text for text in said if text.startswith("step")] == [
+    assert [text for text in messages if text.startswith("step")] == [
         f"step {i}" for i in (1, 2, 3, 1, 2, 3, 4, 5, 1)
     ]
-    assert said[-1] == "evaluating -> succeeded: the job is done"
+    assert messages[-1] == "evaluating -> succeeded: the job is done"
     rows = plane.get(f"{JOBS}/{job['id']}/metrics?stage=train")["data"]
     assert [(row["step"], row["metrics"]) for row in rows] == [(i, {"loss": 1.0 / i}) for i in range(1, 6)]
     assert [row["step"] for row in plane.get(f"{JOBS}/{job['id']}/metrics?stage=train&after=3")["data"]] == [
@@ -263,7 +263,7 @@ def test_a_stage_that_fails_fails_the_job_with_its_message(plane):
     assert ended["finished_at"] is not None
 
 
-def test_a_marker_within_the_grace_counts_whatever_ray_says(plane):
+def test_a_marker_within_the_grace_overrides_what_ray_reports(plane):
     plane.launcher.plays["encode"] = fakes.dies
     job = plane.job()
     plane.settle(6)
@@ -323,7 +323,7 @@ def test_a_run_that_writes_its_journal_lives_however_long_ray_is_away(plane):
         plane.clock.now += plane.settings.unreachable_s
         plane.settle(2)
         assert plane.get(f"{JOBS}/{job}")["status"] == "running"
-    assert sum(text.startswith("waiting for Ray:") for text in plane.events(job)) == 1, "it is said once"
+    assert sum(text.startswith("waiting for Ray:") for text in plane.events(job)) == 1, "it is logged once"
     assert not files.exists(f"{spec.prefix}/stop.json")
 
     plane.clock.now += plane.settings.unreachable_s - 5
@@ -386,7 +386,7 @@ def test_cancel_before_anything_ran_starts_nothing(plane):
     assert plane.launcher.submitted == plane.launcher.stopped == []
 
 
-def test_cancel_with_ray_out_of_reach_ends_after_a_while_and_says_so(plane):
+def test_cancel_with_ray_out_of_reach_ends_after_a_while_with_a_warning(plane):
     plane.launcher.plays["encode"] = fakes.runs
     job = plane.job()
     plane.settle(6)

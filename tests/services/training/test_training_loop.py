@@ -76,15 +76,15 @@ def test_reference_and_policy_get_identical_inputs_part_by_part(
     }
     train_here(tmp_path, model, encoded, objective, precision="bf16", **training)
     assert seen.dtypes == {torch.bfloat16}, "and in the same arithmetic"
-    expected, whose = [], ["reference", "policy"] if method in PREFERENCE else ["policy"]
+    expected, models = [], ["reference", "policy"] if method in PREFERENCE else ["policy"]
     maker = batch_maker(model, encoded, objective, **training)
     for step in range(2):
         pairs = maker.rows(step, 0, 1).pair_ids
-        expected += [(name, pairs[start:end]) for start, end in ((0, 2), (2, 4), (4, 7)) for name in whose]
+        expected += [(name, pairs[start:end]) for start, end in ((0, 2), (2, 4), (4, 7)) for name in models]
     assert [(name, pairs) for name, pairs, _ in seen.calls] == expected
     sides = 2 if method in PREFERENCE else 1
-    for i in range(0, len(seen.calls), len(whose)):
-        (_, pairs, given), *others = seen.calls[i : i + len(whose)]
+    for i in range(0, len(seen.calls), len(models)):
+        (_, pairs, given), *others = seen.calls[i : i + len(models)]
         assert len(given) == (5 if model.family == "sdxl" else 3)
         assert all(len(each) == sides * len(pairs) for each in given), "no losers for sft"
         for _, _, also in others:
@@ -129,7 +129,7 @@ def test_a_soft_label_trains_on_the_stored_share_and_a_hard_one_on_the_winner(mo
 
 
 @pytest.mark.parametrize(
-    ("method", "label", "soft", "told"),
+    ("method", "label", "soft", "event"),
     [
         ("dde", "hard", 5, ("warning", "5 of 16 pairs have a soft label and are trained on as if all")),
         ("dde", "soft", 5, ("info", "5 of 16 pairs have a soft label: the loss uses the winner's share")),
@@ -137,7 +137,7 @@ def test_a_soft_label_trains_on_the_stored_share_and_a_hard_one_on_the_winner(mo
         ("sft", "hard", 5, None),
     ],
 )
-def test_a_run_tells_what_is_done_with_soft_labels(model, encoded, tmp_path, method, label, soft, told):
+def test_a_run_logs_what_is_done_with_soft_labels(model, encoded, tmp_path, method, label, soft, event):
     spec = train_spec(tmp_path, model, encoded, ObjectiveConfig(method=method, label=label))
     manifest = LatentReader(fs.LocalFileSystem(), str(encoded)).manifest
     journal = Journal(spec.prefix)
@@ -145,10 +145,10 @@ def test_a_run_tells_what_is_done_with_soft_labels(model, encoded, tmp_path, met
     log_soft_labels(spec, replace(manifest, counts={"pairs": 16}), journal)  # of an earlier version
     journal.flush()
     entries = [entry for _, some in read_journal(spec.prefix, 0) for entry in some]
-    assert len(entries) == (told is not None)
-    if told:
-        assert entries[0].level == told[0]
-        assert entries[0].message.startswith(told[1])
+    assert len(entries) == (event is not None)
+    if event:
+        assert entries[0].level == event[0]
+        assert entries[0].message.startswith(event[1])
 
 
 @pytest.mark.parametrize("method", ["dde", "uniform", "sft"])
