@@ -135,7 +135,7 @@ def plan_rating(checkpoint: Path, processor: Path | None) -> Plan:
         head = affine(read_head(weights.values()))
         return Rating(clip.load(dtype), head)
 
-    return Plan(build=build_rating, pixels=read_crop(processor, clip.side), prompts=None)
+    return Plan(build=build_rating, pixels=read_crop(processor, clip.side, center="even"), prompts=None)
 
 
 def _head(weights: Weights, width: int) -> Callable[[Tensors], list[tuple[Tensor, Tensor]]]:

@@ -90,7 +90,7 @@ def plan_reward(checkpoint: Path, processor: Path | None) -> Plan:
     side = int(vision.image_size)
     return Plan(
         build=build_reward,
-        pixels=Crop(side=side, shortest=side),
+        pixels=Crop(side=side, shortest=side, center="even"),
         prompts=read_bert_prompts(processor or folder, text.vocab_size, text.max_position_embeddings),
     )
 

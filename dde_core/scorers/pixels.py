@@ -6,7 +6,7 @@ PIL alone does the resizing of ``Crop``, so scores do not depend on whether torc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,22 +43,33 @@ _PROCESSORS = (
 @dataclass(frozen=True, kw_only=True)
 class Crop:
     """CLIP's: the shorter side becomes ``shortest`` px (bicubic, antialiased, uint8), then the center is cut
-    out."""
+    out.
+
+    ``center``: where half a pixel of the margin goes. transformers rounds down, torchvision to the even
+    number.
+    """
 
     side: int
     shortest: int
+    center: Literal["down", "even"] = "down"
     mean: Numbers = MEAN
     std: Numbers = STD
 
     def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float32[Tensor, "n 3 side side"]:
         processor = CLIPImageProcessorPil(
             size={"shortest_edge": self.shortest},
-            crop_size={"height": self.side, "width": self.side},
+            do_center_crop=False,
             image_mean=list(self.mean),
             image_std=list(self.std),
         )
         found = processor([Image.fromarray(image) for image in images], return_tensors="np")["pixel_values"]
-        return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
+        top, left = (self._margin(length) for length in found.shape[2:])
+        cut = found[:, :, top : top + self.side, left : left + self.side]
+        return torch.from_numpy(np.ascontiguousarray(cut, dtype=np.float32))
+
+    def _margin(self, length: int) -> int:
+        margin = length - self.side
+        return round(margin / 2) if self.center == "even" else margin // 2
 
     def describe(self) -> dict[str, Any]:
         """What distinguishes this preprocessing, as JSON values."""
@@ -118,7 +129,7 @@ def check_size(height: int, width: int) -> None:
         raise DataError(f"images are {height} x {width} px: a side {reason}")
 
 
-def read_crop(folder: Path, side: int) -> Crop:
+def read_crop(folder: Path, side: int, center: Literal["down", "even"] = "down") -> Crop:
     """The preprocessing that a CLIP folder's files ask for. ``side``: what its model reads, in pixels.
 
     Raises DataError for files that are missing or ask for anything else than ``Crop``.
@@ -136,7 +147,7 @@ def read_crop(folder: Path, side: int) -> Crop:
     else:
         raise DataError(f"{folder} lacks {name}, which says how images are prepared")
     try:
-        return _crop(Fields(name, values), side)
+        return replace(_crop(Fields(name, values), side), center=center)
     except ConfigError as error:
         raise DataError(str(error)) from error
 

@@ -7,7 +7,6 @@ stands for that token.
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,13 +58,8 @@ class Prompts:
 
 
 def open_clip_clean(prompt: str) -> str:
-    """The text that open_clip's tokenizer splits into words.
-
-    transformers' tokenizer keeps ``<|endoftext|>`` in one piece, open_clip's makes three of it: spaces do the
-    same.
-    """
+    """The text that open_clip's tokenizer splits into words: repaired, entities resolved, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    text = re.sub(r"<\|(startoftext|endoftext)\|>", r"<| \1 |>", text, flags=re.IGNORECASE)
     return " ".join(text.split()).lower()
 
 

@@ -331,3 +331,8 @@ def write_clip(folder: Path, tensors: Tensors | None = None) -> Path:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder
+
+
+def change_json(path: Path, **changes: object) -> None:
+    """Set fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
