@@ -134,7 +134,8 @@ def prove(
     Reads no weight. Raises DataError for the first file, config field, name or shape of a tensor that is not
     of the kind, ConfigError for a setting.
     """
-    return describe(KINDS[kind], _plan(kind, checkpoint, processor, resize))
+    plan = _plan(kind, checkpoint, processor, resize)
+    return describe(KINDS[kind], plan)
 
 
 def describe(kind: Kind, plan: Plan) -> dict[str, Any]:
