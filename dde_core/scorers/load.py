@@ -24,6 +24,7 @@ from dde_core.scorers.pixels import RESIZES, Resize, check_size
 from dde_core.scorers.plans import Plan
 from dde_core.scorers.prompts import Text
 
+Device = torch.device | str
 DTYPES = (torch.float32, torch.bfloat16)
 
 _PLANS = {
@@ -44,7 +45,7 @@ class ModelScorer:
     """
 
     def __init__(
-        self, kind: Kind, plan: Plan, model: nn.Module, *, device: str, dtype: torch.dtype, batch_size: int
+        self, kind: Kind, plan: Plan, model: nn.Module, *, device: Device, dtype: torch.dtype, batch_size: int
     ) -> None:
         self.kind = kind
         self.model = model
@@ -109,7 +110,7 @@ def load(
     processor: Path | None = None,
     *,
     resize: Resize = "antialiased",
-    device: str = "cpu",
+    device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
 ) -> ModelScorer:
