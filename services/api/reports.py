@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from dde_core.scorers.kinds import KindName
 from dde_core.verdict import RESAMPLES, Verdict
 from services.api.records import Interval
 from services.api.requests import Strict
@@ -199,12 +200,13 @@ class PublishedTable(Strict):
 
 
 class EvaluationReport(Strict):
-    """An evaluation, verdict first. ``models`` has the base first; positions of prompts and images count
-    from 0."""
+    """An evaluation, verdict first. ``models`` has the base first, ``kinds`` every scorer's kind; prompts and
+    images count from 0."""
 
     summary: list[CandidateSummary]
     warnings: list[str]
     models: list[str]
+    kinds: dict[str, KindName]
     images_per_prompt: int
     comparisons: list[Comparison]
     categories: list[CategoryComparison]

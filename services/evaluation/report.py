@@ -53,6 +53,7 @@ def compare(table: ScoreTable, settings: CompareSettings, provenance: Provenance
         summary=[_summary(candidate, comparisons, gaming[i]) for i, candidate in enumerate(table.models[1:])],
         warnings=_warnings(table, settings, comparisons, drift),
         models=list(table.models),
+        kinds=dict(table.kinds),
         images_per_prompt=table.images_per_prompt,
         comparisons=comparisons,
         categories=_categories(table, settings),
