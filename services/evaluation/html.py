@@ -103,7 +103,8 @@ def number(value: float | None, has_sign: bool = False) -> str:
     """Three significant digits: 0.123, 1.20, 12.3, 1,230; "+0.123" and "−0.123" with a sign."""
     if value is None:
         return "none"
-    return _fixed(value, _decimals(value), has_sign)
+    decimals = _decimals(value)
+    return _fixed(value, decimals, has_sign) if round(value, decimals) else "0"
 
 
 def interval(estimate: Interval | None, has_sign: bool = False) -> str:
