@@ -15,9 +15,9 @@ from dde_core.image_grid import draw_grid
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy, use_deterministic_kernels
-from dde_core.shapes.scorers import score
+from dde_core.scorers.kinds import KINDS
 from services.api.records import Validated
-from services.artifacts import checkpoints, models
+from services.artifacts import checkpoints, models, scorers
 from services.artifacts.prompts import read_prompts
 from services.stages import layout
 from services.stages.specs import TrainSpec
@@ -45,7 +45,7 @@ def validate(spec: TrainSpec, step: int) -> Validated:
         metrics |= _held_out(spec, policy, folder, device)
     if spec.validation and spec.validation.num_prompts:
         image_uri = layout.outcome_image_uri(spec.run, step)
-        metrics |= _score_images(spec, TextToImage(folder, device, policy.unet), image_uri)
+        metrics |= _score_images(spec, TextToImage(folder, device, policy.unet), device, image_uri)
     seconds = time.monotonic() - began
     outcome = Validated(step=step, metrics=metrics, picture=image_uri, seconds=seconds)
     files.write_json(layout.outcome_uri(spec.run, step), outcome.model_dump())
@@ -59,10 +59,13 @@ def _held_out(spec: TrainSpec, policy: Policy, folder: ModelFolder, device: torc
         return held_out_metrics(policy, batches, reader, schedule, spec.training.micro_batch_size)
 
 
-def _score_images(spec: TrainSpec, model: TextToImage, grid_uri: str) -> dict[str, float]:
+def _score_images(
+    spec: TrainSpec, model: TextToImage, device: torch.device, grid_uri: str
+) -> dict[str, float]:
     """Generate an image for each validation prompt, write them as a grid, and return their mean scores.
 
-    Without prompts of its own, validation uses those that follow the evaluation's.
+    Without prompts of its own, validation uses those that follow the evaluation's. Scorers that compare
+    images are left out: there is one image a prompt, and of one model.
     """
     validation = spec.validation
     evaluation = spec.evaluation
@@ -75,5 +78,9 @@ def _score_images(spec: TrainSpec, model: TextToImage, grid_uri: str) -> dict[st
     seeds = [validation.seed + i for i in range(len(prompts))]
     images = model(prompts, seeds, evaluation.sample)
     files.write_bytes(grid_uri, draw_grid(prompts, [("", list(images))]))
-    scores = score(images, prompts) if evaluation.scorers else {}
-    return {name: float(np.mean(scores[name])) for name in evaluation.scorers}
+    means = {}
+    for record in spec.scorers:
+        if KINDS[record.kind].level == "image":
+            scorer = scorers.load(record, device.type)  # one at a time: a scorer may have gigabytes
+            means[record.name] = float(np.mean(scorer(images, prompts)))
+    return means

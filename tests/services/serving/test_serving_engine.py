@@ -144,7 +144,7 @@ def test_generation_stops_when_the_caller_disconnects(root: str):
 
 def test_scores_are_those_of_the_images(root: str):
     image = base64.b64encode(png(render(parse(TEXT)))).decode()
-    scores = Engine(root).score(ScoreRequest(images=[image, image], prompts=[TEXT, "a blue cross"]))
+    scores = Engine(root).score(ScoreRequest(images=[image, image], prompts=[TEXT, "a blue cross"])).scores
     assert scores["match"][0] > 0.99
     assert scores["match"][1] < 0.01
     assert set(scores) == {"match", "taste", "fidelity"}
@@ -159,7 +159,7 @@ def test_a_transparent_image_is_scored_on_the_background(root: str):
 
     def scores(image: np.ndarray, **background) -> dict[str, list[float]]:
         data = base64.b64encode(png(image)).decode()
-        return engine.score(ScoreRequest(images=[data], prompts=[TEXT], **background))
+        return engine.score(ScoreRequest(images=[data], prompts=[TEXT], **background)).scores
 
     for background, level in (("white", 255), ("black", 0)):
         seen = pixels.copy()
