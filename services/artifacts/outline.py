@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from dde_core.models.weight_files import LENGTH_BYTES
+from dde_core.models.weight_files import LENGTH_BYTES, MAX_HEADER_BYTES
 from services.artifacts.proof import file_bytes
 from services.storage import files, sources
 
 WHOLE_BYTES = 16 << 20
 """A file of at most this size is copied whole: configs, vocabularies, heads of a scorer."""
+START_BYTES = 1 << 20
+"""Of a larger file, this much of its beginning is copied, or its whole header."""
 Ranges = Iterator[tuple[int, int]]
 
 
@@ -52,8 +54,9 @@ def _to_copy(source: pa.NativeFile, size: int) -> Ranges:
     if size <= WHOLE_BYTES:
         yield 0, size
         return
-    header = int.from_bytes(source.read(LENGTH_BYTES), "little")
-    yield 0, min(size, max(1 << 20, LENGTH_BYTES + header) if header <= WHOLE_BYTES else 1 << 20)
+    header = LENGTH_BYTES + int.from_bytes(source.read(LENGTH_BYTES), "little")
+    has_header = header <= min(size, MAX_HEADER_BYTES)
+    yield 0, max(START_BYTES, header) if has_header else START_BYTES
     source.seek(0)
     if zipfile.is_zipfile(source):
         yield from _parts_of_archive(zipfile.ZipFile(source), size)

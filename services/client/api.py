@@ -175,8 +175,8 @@ class Client:
         return self._items(ScorerView, "/v1/scorers")
 
     def delete_scorer(self, scorer_id: str) -> DeletedView:
-        """Forget a scorer that no unfinished job or evaluation uses; its files stay."""
-        return parse(DeletedView, self._send("DELETE", f"/v1/scorers/{scorer_id}"))
+        """Forget a scorer that no unfinished job or evaluation uses; its files stay. Tries once."""
+        return parse(DeletedView, self._send("DELETE", f"/v1/scorers/{scorer_id}", once=True))
 
     # ---- keys
 
