@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -35,6 +37,7 @@ BUILT_IN: dict[str, ScorerRecord] = {
 """The scorers of the shapes world, which every project has."""
 
 POLL_S = 0.2
+_proving = threading.Lock()
 
 
 def publish(root: str, record: ScorerRecord) -> None:
@@ -77,35 +80,39 @@ def _to_prove(uri: str, folder: Path) -> Path:
 
 
 def _proof_in_process(kind: KindName, paths: list[Path], resize: Resize) -> Exception | None:
-    """The error of a proof, which runs in a process of its own.
+    """The error of a proof, which runs in a process of its own, one at a time.
 
     The proof loads torch, and a file made to use up memory must not end the caller.
     """
     spawn = get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_prove_here, args=(sender, kind, paths, resize), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        while not receiver.poll(POLL_S):
-            sources.check_time()
-        error: Exception | None = receiver.recv()
-    except EOFError:
-        process.join()
-        raise ServiceError(
-            f"the check of the scorer's files died with exit code {process.exitcode}"
-        ) from None
-    finally:
-        process.kill()
-        process.join()
+    with _proving:
+        process.start()
+        sender.close()
+        try:
+            while not receiver.poll(POLL_S):
+                sources.check_time()
+            error: Exception | None = receiver.recv()
+        except EOFError:
+            process.join()
+            message = f"the check of the scorer's files died with exit code {process.exitcode}"
+            raise ServiceError(message) from None
+        finally:
+            process.kill()
+            process.join()
     return error
 
 
 def _prove_here(sender: Connection, kind: KindName, paths: list[Path], resize: Resize) -> None:
-    from dde_core.scorers.load import prove as prove_files  # only here: it loads torch
-
+    with suppress(OSError):  # only Linux has it: the first process to go if memory runs out
+        Path("/proc/self/oom_score_adj").write_text("1000")
     try:
+        from dde_core.scorers.load import prove as prove_files  # only here: it loads torch
+
         prove_files(kind, *paths, resize=resize)
+    except ImportError as error:
+        sender.send(ServiceError(f"scorers cannot be checked here: {error}; install 'dde-align[control]'"))
     except (DdeError, OSError) as error:
         sender.send(error)
     else:
