@@ -61,7 +61,7 @@ class ModelScorer:
         self._check_images(images, len(prompts))
         starts = range(0, len(images), self._batch_size)
         found = [self._score(images, prompts, slice(start, start + self._batch_size)) for start in starts]
-        scores = torch.cat(found).double().numpy()
+        scores = torch.cat(found).double().cpu().numpy()
         finite = np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
         if not finite.all():
             first = int(np.argmin(finite))
@@ -91,8 +91,9 @@ class ModelScorer:
 
     @torch.inference_mode()
     def _score(self, images: np.ndarray, prompts: Sequence[str], part: slice) -> Tensor:
+        """Scores on the scorer's device: it computes while the next images are prepared."""
         found: Tensor = self.model(*self.prepare(images[part], prompts[part]))
-        return found.cpu()
+        return found
 
     def _check_images(self, images: np.ndarray, num_prompts: int) -> None:
         is_rgb = images.ndim == 4 and images.shape[-1] == 3
@@ -134,7 +135,8 @@ def prove(
     Reads no weight. Raises DataError for the first file, config field, name or shape of a tensor that is not
     of the kind, ConfigError for a setting.
     """
-    return describe(KINDS[kind], _plan(kind, checkpoint, processor, resize))
+    plan = _plan(kind, checkpoint, processor, resize)
+    return describe(KINDS[kind], plan)
 
 
 def describe(kind: Kind, plan: Plan) -> dict[str, Any]:

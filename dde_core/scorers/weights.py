@@ -6,6 +6,7 @@ Reads safetensors, and pickles of tensors alone: a pickle that runs code is refu
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class Weights:
         with _data_errors(), path.open("rb") as file:
             refuse_pointer(file.read(START_BYTES), path.name)
         try:
-            loaded = torch.load(path, map_location=device, weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # torch warns of pickles that it then refuses
+                loaded = torch.load(path, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
             reason = "it is a pickle that holds more than tensors, or is none, and is never run"
             raise DataError(f"{path.name} cannot be read: {reason}. Save its state_dict alone") from error

@@ -129,17 +129,19 @@ def _digest(uri: str) -> str:
     return models.folder_digest(uri) if file_bytes(uri) is None else models.file_digest(uri)
 
 
-def load(record: ScorerRecord, device: str = "cpu") -> Scorer:
-    """The scorer in memory, ready to call.
+def load(record: ScorerRecord, device: str = "cpu", batch_size: int = 16) -> Scorer:
+    """The scorer in memory, ready to call. It computes in float32, so scores are the same on every device
+    but for rounding.
 
-    Raises BadRequest if its files have changed since it was registered, ModelError if they cannot be loaded.
+    Raises BadRequest if its files have changed since it was registered, DataError if they are not of its
+    kind.
     """
-    if record.uri is None:
+    if KINDS[record.kind].is_built_in:
         return ShapesScorer(record.kind)
     from dde_core.scorers import load as loading  # only here: it loads torch
 
-    loaded: Scorer = loading.load(record.kind, *fetch(record), resize=record.resize, device=device)
-    return loaded
+    paths = fetch(record)
+    return loading.load(record.kind, *paths, resize=record.resize, device=device, batch_size=batch_size)
 
 
 def fetch(record: ScorerRecord) -> list[Path]:
@@ -148,7 +150,8 @@ def fetch(record: ScorerRecord) -> list[Path]:
     Local files are used in place, and read to compare them with the digest. If one of the two is remote, both
     are copied to this node once, under their digest. Raises BadRequest if they differ from it.
     """
-    assert record.uri
+    if record.uri is None:
+        raise BadRequest(f"scorer {record.name!r} of kind {record.kind!r} needs a uri", param="scorers")
     parts = _parts(record.uri, record.processor)
     paths = {name: files.local_path(part) for name, part in parts.items()}
     in_place = [path for path in paths.values() if path is not None]

@@ -25,6 +25,7 @@ from tests.bench.ingest_memory import ingest_memory
 from tests.bench.ingest_speed import ingest_speed
 from tests.bench.ledger_speed import ledger_speed
 from tests.bench.measure import Result
+from tests.bench.scorer_speed import scorer_speed
 from tests.bench.train_memory import train_memory
 from tests.bench.train_speed import train_speed
 from tests.bench.two_workers import two_workers
@@ -41,6 +42,7 @@ BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
     "train_memory_vs_floor": train_memory,
     "two_workers_vs_one": two_workers,
     "checkpoint_stall": checkpoint_stall,
+    "scorer_vs_bare": scorer_speed,
     "api_submit_p99_ms": api_submit,
     "api_list_100k_p99_ms": api_list,
 }

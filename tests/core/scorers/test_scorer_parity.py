@@ -123,6 +123,25 @@ def test_safetensors_give_the_same_scores_as_a_pickle(kind: str, tmp_path: Path)
     np.testing.assert_array_equal(*scores)
 
 
+@pytest.mark.parametrize("kind", ["hps", "imagereward"])
+def test_half_precision_files_are_computed_in_float32(kind: str, tmp_path: Path):
+    halves = {
+        name: each.half() if each.is_floating_point() else each
+        for name, each in (tiny.open_clip_tensors() if kind == "hps" else tiny.image_reward_tensors()).items()
+    }
+    checkpoint, processor = tiny.write_tiny(kind, tmp_path)
+    (tiny.write_hps if kind == "hps" else tiny.write_image_reward)(checkpoint, halves)
+    scorer = load.load(kind, checkpoint, processor)
+    assert {parameter.dtype for parameter in scorer.model.parameters()} == {torch.float32}
+    pixels, text = scorer.prepare(IMAGES, PROMPTS)
+    if kind == "hps":
+        images = plain.clip_images(halves, pixels, 16, plain.gelu)
+        wanted = (images * plain.clip_prompts(halves, text["input_ids"], 16, plain.gelu)).sum(1)
+    else:
+        wanted = plain.image_reward(halves, pixels, text["input_ids"], text["attention_mask"])
+    np.testing.assert_allclose(scorer(IMAGES, PROMPTS), wanted.numpy(), rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_the_first_aesthetic_head_is_one_linear_layer(tmp_path: Path):
     _, clip = tiny.write_tiny("aesthetic", tmp_path)
     draw = tiny.Draw(9)

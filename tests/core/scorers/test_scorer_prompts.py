@@ -31,7 +31,7 @@ HARD = [
     "star &amp;amp; text",
     "ﬁne — ½ é 星",
     f"a {END} star",
-    f"{END}{END}",
+    f"{END} {END}",
     "<|startoftext|> big",
     "",
     "a " * 100,

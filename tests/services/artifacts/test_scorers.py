@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import get_args
@@ -20,7 +22,8 @@ from services.api.requests import ALL_SCORERS, ScorerKind
 from services.artifacts import outline, scorers
 from services.errors import BadRequest, NotFound, ServiceError
 from services.storage import files
-from tests.support.s3_server import Fault, S3Server, first
+from tests.support.s3_server import Fault, S3Server
+from tests.support.s3_server import first as first_time
 from tests.support.scorers import write_tiny
 
 PROMPTS = ["a red star", "the big blue star"]
@@ -41,12 +44,41 @@ def test_a_checkpoint_can_be_registered_for_every_kind_that_is_not_built_in():
     assert tuple(scorers.BUILT_IN) == ALL_SCORERS
 
 
-def test_a_loaded_scorer_scores_as_its_files_do(tmp_path: Path):
-    checkpoint, processor = write_tiny("hps", tmp_path)
-    wanted = loading.load("hps", checkpoint, processor, resize="aliased")
-    found = scorers.load(record_of("hps", checkpoint, processor, resize="aliased"))
+@pytest.mark.parametrize("kind", get_args(ScorerKind))
+def test_a_record_loads_as_the_scorer_of_its_files(kind: str, tmp_path: Path):
+    checkpoint, processor = write_tiny(kind, tmp_path)
+    wanted = loading.load(kind, checkpoint, processor)
+    found = scorers.load(record_of(kind, checkpoint, processor))
+    assert found.kind.name == kind
+    found.check(PROMPTS, 60, 40)
     np.testing.assert_array_equal(found(IMAGES, PROMPTS), wanted(IMAGES, PROMPTS))
     assert found.description == wanted.description
+
+
+def test_the_resize_of_a_record_is_what_scores_are_made_with(tmp_path: Path):
+    checkpoint, processor = write_tiny("hps", tmp_path)
+    first, second = (
+        scorers.load(record_of("hps", checkpoint, processor, resize=resize))(IMAGES, PROMPTS)
+        for resize in ("antialiased", "aliased")
+    )
+    assert np.abs(first - second).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", scorers.BUILT_IN)
+def test_the_scorers_of_the_shapes_world_need_no_files(name: str):
+    assert scorers.load(scorers.BUILT_IN[name]).kind.name == name
+
+
+def test_a_record_without_files_is_refused(tmp_path: Path):
+    record = ScorerRecord(id="s", name="mine", kind="clip", digest="d", created_at=0)
+    with pytest.raises(BadRequest, match="'mine' of kind 'clip' needs a uri"):
+        scorers.load(record)
+
+
+def test_records_are_read_without_torch():
+    code = "import sys, services.artifacts.scorers; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 @pytest.mark.parametrize("part", ["checkpoint", "processor"])
@@ -67,8 +99,8 @@ def test_the_digest_is_of_the_files_and_of_what_each_is_for(tmp_path: Path):
         path.mkdir()
         (path / "a").write_bytes(path.name.encode())
     found = {
-        scorers.digest_of(str(first_), second and str(second))
-        for first_, second in ((one, None), (one, other), (other, one), (one / "a", None))
+        scorers.digest_of(str(first), second and str(second))
+        for first, second in ((one, None), (one, other), (other, one), (one / "a", None))
     }
     assert len(found) == 4
     moved = shutil.copytree(one, tmp_path / "moved")
@@ -139,7 +171,7 @@ def test_a_remote_scorer_is_proven_fetched_once_and_scores_as_the_local_one(
     assert not list(node.iterdir()), "the proof leaves nothing"
     record = record_of(kind, uri, remote)
     assert record.digest == record_of(kind, checkpoint, processor).digest
-    s3_server.inject(Fault("cut_download", first(1), "GET"))
+    s3_server.inject(Fault("cut_download", first_time(1), "GET"))
     scores = scorers.load(record)(IMAGES, PROMPTS)
     assert s3_server.counts["cut_download"] == 1
     np.testing.assert_array_equal(scores, loading.load(kind, checkpoint, processor)(IMAGES, PROMPTS))
