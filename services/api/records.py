@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dde_core.config import ObjectiveConfig
 from dde_core.family import Family
 from dde_core.scorers.kinds import KindName
-from services.api.requests import Scorer, Strict, Uri
+from services.api.requests import Resize, Strict, Uri
 
 Stage = Literal["encode", "ledger", "train", "evaluate"]
 JobStatus = Literal[
@@ -140,7 +140,7 @@ class ScorerRecord(Strict):
     kind: KindName
     uri: Uri | None = None
     processor: Uri | None = None
-    resize: Literal["antialiased", "aliased"] = "antialiased"
+    resize: Resize = "antialiased"
     digest: str
     created_at: int
 
@@ -236,7 +236,7 @@ class EvaluateResult(Strict):
     report: Uri
     grid: Uri
     num_prompts: int
-    scores: dict[Scorer, ScorerReport]
+    scores: dict[str, ScorerReport]
     seconds: float
 
 

@@ -51,15 +51,21 @@ Metadata = Annotated[
     dict[MetadataKey, MetadataValue],
     Field(max_length=16, json_schema_extra={"additionalProperties": False}),
 ]
-Scorer = Literal["match", "taste", "fidelity"]
-Scorers = Annotated[list[Scorer], Field(json_schema_extra={"uniqueItems": True})]
+ScorerKind = Literal["clip", "pickscore", "hps", "aesthetic", "imagereward", "diversity", "drift"]
+"""The kinds that a checkpoint can be registered for; all others of dde_core/scorers/kinds.py are built in."""
+Resize = Literal["antialiased", "aliased"]
+Scorers = Annotated[list[Name], Field(json_schema_extra={"uniqueItems": True})]
+"""Names of registered scorers and of built-in ones."""
 Column = Literal[
     "caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "image_0_uid", "image_1_uid",
     "chosen", "rejected", "chosen_uid", "rejected_uid", "images", "ranks", "scores", "image_uids",
     "pair_id",
 ]  # fmt: skip
 """The columns that a dataset may have: those of Pick-a-Pic, of chosen/rejected pairs and of rankings."""
-ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
+ALL_SCORERS = ("match", "taste", "fidelity")
+"""The scorers of the shapes world, which every request uses by default."""
+HELD_OUT_METRICS = ("held_out_accuracy", "held_out_margin")
+"""What validation measures on held-out pairs and can choose a checkpoint by."""
 MAX_IMAGES = 16
 SIZE_PATTERN = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 _SIDES = "|".join(str(side) for side in range(8, MAX_SIZE_PX + 1, 8))
@@ -105,6 +111,22 @@ class ModelCreate(Strict):
     family: Family | None = None
 
 
+class ScorerCreate(Strict):
+    """Register a scorer: a checkpoint at ``uri`` of one of the kinds. Evaluations, validation and requests
+    for scores refer to it by ``name``.
+
+    ``uri`` is a folder or a file, as the kind wants; ``processor`` is where the tokenizer and the image
+    settings are if they are not beside the checkpoint. ``resize`` is how ``hps`` makes an image smaller;
+    other kinds have one way.
+    """
+
+    name: Name
+    kind: ScorerKind
+    uri: Uri
+    processor: Uri | None = None
+    resize: Resize = "antialiased"
+
+
 class KeyCreate(Strict):
     """Create an API key for a project, by default the project of the key that asks.
 
@@ -121,9 +143,9 @@ class KeyCreate(Strict):
 class EvaluationConfig(Strict):
     """How two models are compared: both generate an image of each prompt, from the same seed.
 
-    ``prompts_uri`` is a text file with one prompt a line; the first ``num_prompts`` are used. The built-in
-    scorers can score only images of the bundled shapes data: for other models set ``scorers`` to ``[]`` and
-    get the image grid without scores.
+    ``prompts_uri`` is a text file with one prompt a line; the first ``num_prompts`` are used. ``scorers`` are
+    names of registered scorers. The built-in ones, which are the default, can score only images of the
+    bundled shapes data: with ``[]`` you get the image grid without scores.
     """
 
     prompts_uri: Uri
@@ -133,8 +155,6 @@ class EvaluationConfig(Strict):
     sample: SampleConfig = SampleConfig()
 
 
-Metric = Literal["held_out_accuracy", "held_out_margin", "match", "taste", "fidelity"]
-"""What validation measures for a checkpoint. Higher is better."""
 MAX_WORKERS = 1024
 WorkerCount = Annotated[int, Field(gt=0, le=MAX_WORKERS)]
 
@@ -177,14 +197,15 @@ class ValidationConfig(Strict):
     from ``prompts_uri``; by default they are the ones after the evaluation's in the evaluation's file. Image
     i is generated from ``seed`` + i at every step.
 
-    The aligned model is the checkpoint with the highest ``best_metric``; null takes the last checkpoint.
+    The aligned model is the checkpoint with the highest ``best_metric``: ``held_out_accuracy``,
+    ``held_out_margin`` or one of the evaluation's scorers. Null takes the last checkpoint.
     """
 
     every: Annotated[int, Field(gt=0)]
     prompts_uri: Uri | None = None
     num_prompts: Annotated[int, Field(ge=0, le=256)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    best_metric: Metric | None = None
+    best_metric: Name | None = None
 
 
 class Promote(Strict):
@@ -201,7 +222,7 @@ class PromoteIf(Promote):
     ``evaluation.scorers``. A model that does not pass is kept, and served under its own name.
     """
 
-    scorer: Scorer
+    scorer: Name
     beat_ratio_low: Annotated[float, Field(ge=0, lt=1)] = 0.5
     not_worse: Scorers = []
 
@@ -268,12 +289,13 @@ class ImageRequest(Strict):
 class ScoreRequest(Strict):
     """Score images (base64 PNG or JPEG) against their prompts: ``prompts[i]`` belongs to ``images[i]``.
 
+    ``scorers`` are names of registered scorers that give each image a number of its own.
     Transparent pixels show the ``background``.
     """
 
     images: Annotated[list[str], Field(min_length=1, max_length=256)]
     prompts: Annotated[list[str], Field(min_length=1, max_length=256)]
-    scorers: Annotated[list[Scorer], Field(min_length=1)] = list(ALL_SCORERS)
+    scorers: Annotated[Scorers, Field(min_length=1)] = list(ALL_SCORERS)
     background: Background = "white"
 
     def check_lengths(self) -> None:

@@ -10,9 +10,11 @@ from typing import NoReturn
 
 from dde_core.errors import ConfigError, DataError, ModelError
 from dde_core.models.configs import check_terminal_weight, ends_without_signal
+from dde_core.scorers.kinds import KINDS, Kind
 from dde_core.shapes import scorers
-from services.api.records import ModelRecord
+from services.api.records import ModelRecord, ScorerRecord
 from services.api.requests import (
+    HELD_OUT_METRICS,
     AlignmentJobCreate,
     EvaluationConfig,
     PromoteIf,
@@ -29,14 +31,17 @@ from services.pairs.validation import check_bad
 from services.storage import sources
 
 
-def check_alignment(request: AlignmentJobCreate) -> list[str]:
-    """Check that the request's prompts exist, and the request against itself."""
-    warnings = check_evaluation(request.evaluation, "evaluation.")
+def check_alignment(request: AlignmentJobCreate, used: list[ScorerRecord]) -> list[str]:
+    """Check that the request's prompts exist, and the request against itself; return warnings.
+
+    ``used`` are the records of the evaluation's scorers.
+    """
+    warnings = check_evaluation(request.evaluation, used, "evaluation.")
     if most_workers(request.workers) > request.training.batch_size:
         _refuse("workers", "must be at most training.batch_size", request.workers)
     _check_parallelism(request)
     if request.validation is not None:
-        warnings += _check_validation(request, request.validation)
+        warnings += _check_validation(request, request.validation, used)
     if request.promote_if is not None:
         _check_gate(request.promote_if, request.evaluation)
     return warnings
@@ -124,25 +129,26 @@ def check_dataset(dataset: Dataset, request: AlignmentJobCreate) -> None:
     check_bad(sum(bad.values()), dataset.counts["rows"], bad, request.data.max_bad_fraction)
 
 
-def check_evaluation(config: EvaluationConfig, path: str = "") -> list[str]:
+def check_evaluation(config: EvaluationConfig, used: list[ScorerRecord], path: str = "") -> list[str]:
     """Refuse unreadable or too few prompts, and prompts that the scorers cannot score.
 
-    ``path`` is the config's place in the request, such as "evaluation.".
+    ``used`` are the records of the config's scorers, ``path`` its place in the request, such as
+    "evaluation.".
     """
-    if len(set(config.scorers)) < len(config.scorers):
-        raise BadRequest(f"{path}scorers: must not repeat, got {config.scorers}", param=f"{path}scorers")
     param = f"{path}prompts_uri"
     prompts = _prompts(config.prompts_uri, param)
     if len(prompts) < config.num_prompts:
         has = f"{config.prompts_uri!r} has {len(prompts)} prompts"
         message = f"{param}: {has}, {path}num_prompts requires {config.num_prompts}"
         raise BadRequest(message, param=param, code="too_few_prompts")
-    used = prompts[: config.num_prompts]
-    _check_scorable(used, config, f"{path}scorers")
-    return _long_prompts(used, f"{path}prompts_uri")
+    read = prompts[: config.num_prompts]
+    _check_scorable(read, config, used, f"{path}scorers")
+    return _long_prompts(read, f"{path}prompts_uri")
 
 
-def _check_validation(request: AlignmentJobCreate, config: ValidationConfig) -> list[str]:
+def _check_validation(
+    request: AlignmentJobCreate, config: ValidationConfig, used: list[ScorerRecord]
+) -> list[str]:
     """Refuse a validation that never runs, measures nothing or has no prompts."""
     training = request.training
     if config.every % training.checkpoint_every:
@@ -153,25 +159,43 @@ def _check_validation(request: AlignmentJobCreate, config: ValidationConfig) -> 
     if not config.num_prompts and not training.held_out_pairs:
         why = "must be above 0 where training.held_out_pairs is 0: nothing is measured"
         _refuse("validation.num_prompts", why, 0)
-    not_measured = _why_not_measured(request, config)
+    not_measured = _why_not_measured(request, config, used)
     if not_measured:
         _refuse("validation.best_metric", not_measured, config.best_metric)
-    return _check_validation_prompts(request.evaluation, config) if config.num_prompts else []
+    return _check_validation_prompts(request.evaluation, config, used) if config.num_prompts else []
 
 
-def _why_not_measured(request: AlignmentJobCreate, config: ValidationConfig) -> str | None:
+def _why_not_measured(
+    request: AlignmentJobCreate, config: ValidationConfig, used: list[ScorerRecord]
+) -> str | None:
     """Why validation will not measure ``best_metric``; None if it will, or if there is none."""
     if config.best_metric is None:
         return None
-    if config.best_metric.startswith("held_out_"):
+    if config.best_metric in HELD_OUT_METRICS:
         has_pairs = request.training.held_out_pairs > 0
         return None if has_pairs else "needs training.held_out_pairs greater than 0"
-    if config.best_metric not in request.evaluation.scorers:
-        return "must be one of evaluation.scorers, or of the held-out pairs"
+    kinds = {record.name: KINDS[record.kind] for record in used}
+    kind = kinds.get(config.best_metric)
+    if kind is None:
+        return f"must be one of evaluation.scorers, {' or '.join(HELD_OUT_METRICS)}"
+    not_scored = why_validation_cannot(kind)
+    if not_scored:
+        return not_scored
     return None if config.num_prompts else "needs validation.num_prompts greater than 0"
 
 
-def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationConfig) -> list[str]:
+def why_validation_cannot(kind: Kind) -> str | None:
+    """Why validation does not score its images with scorers of a kind; None if it does."""
+    if kind.level == "prompt":
+        return f"is of kind {kind.name}, which compares the images of a prompt: validation draws one"
+    if kind.level == "model":
+        return f"is of kind {kind.name}, which compares a model with the base, and lower is better"
+    return None
+
+
+def _check_validation_prompts(
+    evaluation: EvaluationConfig, config: ValidationConfig, used: list[ScorerRecord]
+) -> list[str]:
     """Refuse too few prompts, in validation's own file or after the evaluation's prompts in the same file."""
     if config.prompts_uri:
         uri = config.prompts_uri
@@ -189,9 +213,9 @@ def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationCo
         requirement += f"validation.num_prompts requires {needed}"
         message = f"{param}: {uri!r} has {len(prompts)} prompts, {requirement}"
         raise BadRequest(message, param=param, code="too_few_prompts")
-    used = prompts[num_skipped : num_skipped + needed]
-    _check_scorable(used, evaluation, param)
-    return _long_prompts(used, param)
+    read = prompts[num_skipped : num_skipped + needed]
+    _check_scorable(read, evaluation, used, param)
+    return _long_prompts(read, param)
 
 
 def _long_prompts(prompts: list[str], param: str) -> list[str]:
@@ -214,9 +238,11 @@ def _prompts(uri: str, param: str) -> list[str]:
         raise BadRequest(f"{param}: cannot be read, got {uri!r}: {error}", param=param) from error
 
 
-def _check_scorable(prompts: list[str], config: EvaluationConfig, param: str) -> None:
-    """Refuse prompts and image sizes that the scorers cannot score."""
-    if not config.scorers:
+def _check_scorable(
+    prompts: list[str], config: EvaluationConfig, used: list[ScorerRecord], param: str
+) -> None:
+    """Refuse prompts and image sizes that the built-in scorers cannot score. Others score any."""
+    if not any(KINDS[record.kind].is_built_in for record in used):
         return
     try:
         scorers.check(prompts, config.sample.height, config.sample.width)

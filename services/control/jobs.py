@@ -11,11 +11,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, aliased, defer
 
 from dde_core.errors import DataError
+from dde_core.scorers.kinds import KINDS
 from services.api.answers import CheckpointView, EvaluationView, JobView, ListView, RunView
 from services.api.records import JobStatus, Validated
 from services.api.requests import AlignmentJobCreate, EvaluationCreate
 from services.artifacts import checkpoints
-from services.control import checks, journal, models
+from services.control import checks, journal, models, scorers
 from services.control.database import ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.job_update import new_attempt_columns
@@ -35,7 +36,9 @@ def create_alignment(
     """Raises BadRequest or NotFound for everything that is known to fail before any compute is spent."""
 
     def check() -> list[str]:
-        warnings = checks.check_alignment(request)
+        with database.read() as session:
+            used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
+        warnings = checks.check_alignment(request, used)
         with database.read() as session:
             base = models.record_of(models.find(session, request.model, "model"))
         checks.check_base(base, request)
@@ -61,6 +64,7 @@ def create_alignment(
                 "split": dataset.split,
                 "digest": dataset.digest,
             },
+            "scorers": _scorer_inputs(session, request.evaluation.scorers, "evaluation.scorers"),
         }
         session.add(row)
         session.flush()
@@ -69,7 +73,7 @@ def create_alignment(
         )
         method = request.objective.method
         journal.log(session, job_id, f"created: {method} on {base.name} with dataset {dataset.name}")
-        for message in [*_ignored_settings(request, stored), *warnings]:
+        for message in [*_ignored_settings(request, stored, row.inputs["scorers"]), *warnings]:
             journal.log(session, job_id, message, "warning")
         return job_view(row)
 
@@ -91,6 +95,7 @@ def create_evaluation(
         row.inputs = {
             "model": models.record_of(model).model_dump(mode="json"),
             "base": models.record_of(base).model_dump(mode="json"),
+            "scorers": _scorer_inputs(session, request.scorers, "scorers"),
         }
         session.add(row)
         session.flush()
@@ -100,7 +105,9 @@ def create_evaluation(
         return evaluation_view(row)
 
     def check() -> list[str]:
-        return checks.check_evaluation(request)
+        with database.read() as session:
+            used = scorers.of_names(session, request.scorers, "scorers")
+        return checks.check_evaluation(request, used)
 
     return create_once(database, idempotent, EvaluationView, check, insert)
 
@@ -179,6 +186,11 @@ def base_named(session: Session, name: str) -> str | None:
     return session.scalar(select(Model.id).where(Model.name == name, Model.base.is_(None)).limit(1))
 
 
+def _scorer_inputs(session: Session, names: list[str], field: str) -> list[dict[str, Any]]:
+    """The records of a job's scorers as they are now: a later deletion changes nothing for the job."""
+    return [record.model_dump(mode="json") for record in scorers.of_names(session, names, field)]
+
+
 def _stored_request(request: AlignmentJobCreate) -> dict[str, Any]:
     """The body as the job keeps it: paths of prompts as URIs."""
     stored = request.model_dump(mode="json")
@@ -188,8 +200,10 @@ def _stored_request(request: AlignmentJobCreate) -> dict[str, Any]:
     return stored
 
 
-def _ignored_settings(request: AlignmentJobCreate, stored: dict[str, Any]) -> Iterator[str]:
-    """A warning for each setting that has no effect on this job."""
+def _ignored_settings(
+    request: AlignmentJobCreate, stored: dict[str, Any], used: list[dict[str, Any]]
+) -> Iterator[str]:
+    """A warning for each setting that has no effect on this job. ``used`` are the records of its scorers."""
     method = request.objective.method
     for setting, value in request.objective.ignored().items():
         yield f"method {method!r} ignores objective.{setting} = {value}"
@@ -198,6 +212,11 @@ def _ignored_settings(request: AlignmentJobCreate, stored: dict[str, Any]) -> It
     validation = request.validation
     if validation and validation.prompts_uri and not validation.num_prompts:
         yield "validation.prompts_uri is ignored: validation.num_prompts is 0"
+    if validation and validation.num_prompts:
+        for record in used:
+            why = checks.why_validation_cannot(KINDS[record["kind"]])
+            if why:
+                yield f"validation does not measure {record['name']}: it {why}"
 
 
 def _new_row(job_id: str, kind: str, status: JobStatus, stored: dict[str, Any]) -> Job:

@@ -6,8 +6,9 @@ import json
 import shlex
 from typing import Any
 
-from services.api.records import ModelRecord
+from services.api.records import ModelRecord, ScorerRecord
 from services.api.requests import AlignmentJobCreate, DatasetSource, EvaluationConfig
+from services.artifacts.scorers import BUILT_IN
 from services.control.tables import Job
 from services.settings import Settings
 from services.stages import layout
@@ -107,6 +108,7 @@ def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
         training=request.training,
         workers=request.workers,
         evaluation=request.evaluation,
+        scorers=_scorers(job, request.evaluation),
         validation=request.validation,
         ledger=job.results["ledger"]["ledger"] if "ledger" in job.results else None,
         run=layout.run_folder(root(job, settings), job.id),
@@ -123,14 +125,27 @@ def _evaluate(job: Job, settings: Settings, common: dict[str, Any]) -> EvaluateS
         candidate = job.inputs["model"]
         base = job.inputs["base"]
         evaluation = {name: job.request[name] for name in EvaluationConfig.model_fields}
+    config = EvaluationConfig.model_validate_json(json.dumps(evaluation))
     return EvaluateSpec(
         **common,
         candidate=ModelRecord(**candidate),
         base=ModelRecord(**base),
-        evaluation=EvaluationConfig.model_validate_json(json.dumps(evaluation)),
+        evaluation=config,
+        scorers=_scorers(job, config),
         output=prefix(job, root(job, settings)),
         actors=settings.evaluate_actors,
     )
+
+
+def _scorers(job: Job, evaluation: EvaluationConfig) -> list[ScorerRecord]:
+    """The records that the scorers had when the job was created.
+
+    Jobs of earlier versions stored none: they have built-in scorers alone.
+    """
+    stored = job.inputs.get("scorers")
+    if stored is None:
+        return [BUILT_IN[name] for name in evaluation.scorers]
+    return [ScorerRecord(**record) for record in stored]
 
 
 _BUILDERS = {"encode": _encode, "ledger": _ledger, "train": _train, "evaluate": _evaluate}

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dde_core.config import DataConfig
+from dde_core.scorers.kinds import KINDS
 from services.api.answers import (
     CheckpointView,
     DatasetView,
@@ -17,9 +18,10 @@ from services.api.answers import (
     MetricView,
     ModelView,
     RunView,
+    ScorerView,
     parse,
 )
-from services.api.records import Validated
+from services.api.records import ScorerRecord, Validated
 from services.artifacts.checkpoints import CheckpointRecord
 from services.control.tables import ApiKey, Dataset, Event, Job, Metric, Model
 
@@ -61,6 +63,15 @@ def model_view(row: Model, aliases: Sequence[str] = ()) -> ModelView:
             "aliases": list(aliases),
             "created_at": int(row.created_at),
         },
+    )
+
+
+def scorer_view(record: ScorerRecord) -> ScorerView:
+    kind = KINDS[record.kind]
+    return ScorerView(
+        object="scorer",
+        **record.model_dump(),
+        **_columns(kind, "level", "reads_prompt", "higher_is_better", "scale"),
     )
 
 

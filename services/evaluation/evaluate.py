@@ -10,7 +10,6 @@ import numpy as np
 from dde_core.image_grid import draw_grid
 from dde_core.metrics import beat_ratio, paired_difference
 from services.api.records import EvaluateResult, Interval, ScorerReport
-from services.api.requests import Scorer
 from services.artifacts.prompts import read_prompts
 from services.evaluation.compare import SIDES, compare
 from services.stages import layout
@@ -77,7 +76,7 @@ def _grid(spec: EvaluateSpec, rows: list[Row]) -> bytes:
     return draw_grid([row["prompt"] for row in rows], images)
 
 
-def _report(spec: EvaluateSpec, rows: list[Row], scores: dict[Scorer, ScorerReport]) -> dict[str, Any]:
+def _report(spec: EvaluateSpec, rows: list[Row], scores: dict[str, ScorerReport]) -> dict[str, Any]:
     """Everything needed to repeat the comparison, and every score behind its numbers."""
     columns = [f"{side}_{name}" for side in SIDES for name in spec.evaluation.scorers]
     return {

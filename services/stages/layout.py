@@ -29,6 +29,7 @@ projects/{project}/ in it for any other.
         blocks/, bad/               encoded blocks, until they are joined into shards
         ledgers/{key}/ledger-*.json commits a ledger: errors of a frozen model on the shards, written last
     {root}/models/{model}.json, {root}/aliases/{name}.json   models for Serve, written by the control plane
+    {root}/scorers/{name}.json                               scorers for Serve, written by the control plane
     {root}/models/{model}/                                   weights of an aligned model: a diffusers folder
         credit.json                 where its training put the credit
 
@@ -316,3 +317,11 @@ def alias_uri(root: str, name: str) -> str:
 def credit_uri(model_folder: str) -> str:
     """The credit record of an aligned model."""
     return files.join(model_folder, CREDIT)
+
+
+# ---- scorers
+
+
+def scorer_record_uri(root: str, name: str) -> str:
+    """The record of a registered scorer that Serve can load."""
+    return files.join(root, "scorers", f"{name}.json")

@@ -51,6 +51,8 @@ def run_stage(
         sources.hold_to(spec.sources)
         for model in spec.base_models():
             sources.check_folder(model.uri)
+        for uri in spec.scorer_files():
+            sources.check_files(uri)
         result = work(spec, journal)
     except BaseException as error:
         cause = root_cause(error)

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from typing import Literal
 
 from dde_core.config import DataConfig, ObjectiveConfig, TrainConfig
-from services.api.records import EncodeResult, EvaluateResult, LedgerResult, ModelRecord, Stage, TrainResult
+from services.api.records import (
+    EncodeResult,
+    EvaluateResult,
+    LedgerResult,
+    ModelRecord,
+    ScorerRecord,
+    Stage,
+    TrainResult,
+)
 from services.api.requests import DatasetSource, EvaluationConfig, Strict, Uri, ValidationConfig, Workers
 from services.storage.sources import SourceRules
 
@@ -28,6 +36,11 @@ class StageSpec(Strict):
             value = getattr(self, name)
             if isinstance(value, ModelRecord):
                 yield from (each for each in (value, value.adapter_of) if each and each.job is None)
+
+    def scorer_files(self) -> Iterator[str]:
+        """The checkpoints and processors of the registered scorers among the spec's fields."""
+        for scorer in getattr(self, "scorers", ()):
+            yield from filter(None, (scorer.uri, scorer.processor))
 
 
 class EncodeSpec(StageSpec):
@@ -60,7 +73,8 @@ class TrainSpec(StageSpec):
     """Fine-tune ``model`` on the shards at ``dataset``: checkpoints go to ``run``, the weights to ``output``.
 
     ``ledger`` is the record of the reference errors, if the job has written or found one. Validation
-    generates images with the settings and scorers of ``evaluation``.
+    generates images with the settings of ``evaluation`` and scores them with ``scorers``, the records of its
+    scorers.
     """
 
     dataset: Uri
@@ -71,6 +85,7 @@ class TrainSpec(StageSpec):
     training: TrainConfig
     workers: Workers
     evaluation: EvaluationConfig | None = None
+    scorers: list[ScorerRecord] = []
     validation: ValidationConfig | None = None
     ledger: Uri | None = None
     run: Uri
@@ -84,6 +99,7 @@ class EvaluateSpec(StageSpec):
     candidate: ModelRecord
     base: ModelRecord
     evaluation: EvaluationConfig
+    scorers: list[ScorerRecord] = []
     output: Uri
     actors: int = 1
     use_gpu: bool = False

@@ -290,7 +290,7 @@ VALIDATION = [
         {"best_metric": "loss"},
         {},
         "best_metric",
-        "Input should be 'held_out_accuracy', 'held_out_margin', 'match'",
+        'must be one of evaluation.scorers, held_out_accuracy or held_out_margin, got "loss"',
     ),
     (
         {"best_metric": "held_out_accuracy"},
@@ -302,7 +302,7 @@ VALIDATION = [
         {"best_metric": "taste"},
         {"scorers": ["match"]},
         "best_metric",
-        'must be one of evaluation.scorers, or of the held-out pairs, got "taste"',
+        'must be one of evaluation.scorers, held_out_accuracy or held_out_margin, got "taste"',
     ),
     (
         {"best_metric": "taste", "num_prompts": 0},

@@ -237,9 +237,9 @@ def test_serve_out_of_reach_is_a_503(plane):
         ("/v1/scores", {"images": [], "prompts": []}, "images", "images: List should have at least 1 item"),
         (
             "/v1/scores",
-            {"images": ["a"], "prompts": ["p"], "scorers": ["clip"]},
-            "scorers.0",
-            "scorers.0: Input should be 'match',",
+            {"images": ["a"], "prompts": ["p"], "scorers": ["match", "match"]},
+            "scorers",
+            "scorers: must not repeat, got",
         ),
     ],
 )
@@ -247,6 +247,13 @@ def test_requests_that_serve_would_refuse_do_not_reach_it(plane, path, body, par
     error = plane.error(path, body)
     assert error["param"] == param
     assert error["message"].startswith(message)
+
+
+def test_a_scorer_that_the_project_does_not_have_is_a_404_that_names_it(plane):
+    body = {"images": ["a"], "prompts": ["p"], "scorers": ["match", "clip"]}
+    error = plane.error("/v1/scores", body, 404)
+    assert (error["param"], error["code"]) == ("scorers.1", "scorer_not_found")
+    assert error["message"] == 'scorers.1: scorer "clip" does not exist'
 
 
 def test_readiness_names_which_part_is_missing(plane):
