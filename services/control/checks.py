@@ -14,7 +14,7 @@ from dde_core.shapes import scorers
 from services.api.records import ModelRecord
 from services.api.requests import AlignmentJobCreate, EvaluationConfig, ValidationConfig, most_workers
 from services.artifacts import models
-from services.artifacts.prompts import prompt_lines
+from services.artifacts.prompts import Prompt, all_prompts
 from services.control.problems import show
 from services.control.tables import Dataset
 from services.errors import BadRequest, NotFound, ServiceError
@@ -172,10 +172,9 @@ def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationCo
     _check_scorable(prompts[num_skipped : num_skipped + needed], evaluation, param)
 
 
-def _prompts(uri: str, param: str) -> list[str]:
-    """The lines of a file that are not blank."""
+def _prompts(uri: str, param: str) -> list[Prompt]:
     try:
-        return prompt_lines(uri)
+        return all_prompts(uri)
     except ServiceError as error:
         message = f"{param}: cannot be read, got {uri!r}: {error}"
         raise type(error)(message, param=param, code=error.code) from error
@@ -185,12 +184,12 @@ def _prompts(uri: str, param: str) -> list[str]:
         raise BadRequest(f"{param}: cannot be read, got {uri!r}: {error}", param=param) from error
 
 
-def _check_scorable(prompts: list[str], config: EvaluationConfig, param: str) -> None:
+def _check_scorable(prompts: list[Prompt], config: EvaluationConfig, param: str) -> None:
     """Refuse prompts and image sizes that the scorers cannot score."""
     if not config.scorers:
         return
     try:
-        scorers.check(prompts, config.sample.height, config.sample.width)
+        scorers.check([prompt.text for prompt in prompts], config.sample.height, config.sample.width)
     except DataError as error:
         raise BadRequest(f"{param}: {error}", param=param) from error
 
