@@ -1,7 +1,7 @@
 """Prompt files: text, tables and JSON, as the field's prompt sets are published.
 
     text          one prompt a line
-    TSV           a header with ``Prompt`` and perhaps ``Category`` (PartiPrompts); a quote is part of the text
+    TSV           a header with ``Prompt``, perhaps ``Category`` (PartiPrompts); quotes are part of the text
     CSV           a header with ``Prompts`` or ``Prompt`` and perhaps ``Category`` (DrawBench), as in RFC 4180
     JSON list     strings (HPDv2), or objects with ``prompt`` and perhaps ``category``
     JSON lines    objects with ``prompt`` and perhaps ``category`` (GenEval 2), or strings
@@ -58,7 +58,7 @@ def all_prompts(uri: str) -> list[Prompt]:
     found = _format_of(uri, text)
     if found == "text":
         return [Prompt(line.strip()) for line in _LINE_END.split(text) if line.strip()]
-    if found in ("tsv", "csv"):
+    if found == "tsv" or found == "csv":
         return list(_table(uri, text, found))
     return list(_json_items(uri, text, found))
 

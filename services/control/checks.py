@@ -6,20 +6,31 @@ Every function raises BadRequest, naming the field and its value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 from dde_core.errors import ConfigError, DataError, ModelError
 from dde_core.models.configs import check_terminal_weight
 from dde_core.shapes import scorers
 from services.api.records import ModelRecord
-from services.api.requests import AlignmentJobCreate, EvaluationConfig, ValidationConfig, most_workers
+from services.api.requests import (
+    AlignmentJobCreate,
+    EvaluationConfig,
+    ImageFolder,
+    ValidationConfig,
+    most_workers,
+)
 from services.artifacts import models
+from services.artifacts.external_images import check_images, find_images, one_size
 from services.artifacts.prompts import Prompt, all_prompts
 from services.control.problems import show
 from services.control.tables import Dataset
 from services.errors import BadRequest, NotFound, ServiceError
 from services.pairs.validation import check_bad
 from services.storage import sources
+
+MAX_HEADERS = 1000
+"""Of the images of one folder that a request opens."""
 
 
 def check_alignment(request: AlignmentJobCreate) -> None:
@@ -105,8 +116,8 @@ def check_dataset(dataset: Dataset, request: AlignmentJobCreate) -> None:
     check_bad(sum(bad.values()), dataset.counts["rows"], bad, request.data.max_bad_fraction)
 
 
-def check_evaluation(config: EvaluationConfig, path: str = "") -> None:
-    """Refuse unreadable or too few prompts, and prompts that the scorers cannot score.
+def check_evaluation(config: EvaluationConfig, path: str = "") -> list[Prompt]:
+    """Refuse unreadable or too few prompts, and prompts that the scorers cannot score. Returns the prompts.
 
     ``path`` is the config's place in the request, such as "evaluation.".
     """
@@ -118,7 +129,38 @@ def check_evaluation(config: EvaluationConfig, path: str = "") -> None:
         has = f"{config.prompts_uri!r} has {len(prompts)} prompts"
         message = f"{param}: {has}, {path}num_prompts requires {config.num_prompts}"
         raise BadRequest(message, param=param, code="too_few_prompts")
-    _check_scorable(prompts[: config.num_prompts], config, f"{path}scorers")
+    prompts = prompts[: config.num_prompts]
+    _check_scorable(prompts, config, f"{path}scorers")
+    return prompts
+
+
+def check_compared(
+    compared: Sequence[ModelRecord | ImageFolder], config: EvaluationConfig, prompts: Sequence[Prompt]
+) -> None:
+    """Refuse models whose files are gone, images drawn elsewhere that are not all there, and images of
+    several sizes. Of many images, ``MAX_HEADERS`` are opened here and all by the stage."""
+    texts = [prompt.text for prompt in prompts]
+    sizes: dict[str, tuple[int, int]] = {}
+    for i, each in enumerate(compared):
+        try:
+            if isinstance(each, ImageFolder):
+                names = find_images(each, texts, config.images_per_prompt)
+                shown = [name for of_prompt in names for name in of_prompt]
+                sizes[each.name] = check_images(each, shown[:: -(-len(shown) // MAX_HEADERS)])
+            else:
+                for record in (each, each.adapter_of):
+                    if record and record.job is None:
+                        sources.check_folder(record.uri)
+                sizes[each.name] = models.drawn_size(each, config.sample)
+        except ConfigError as error:
+            _refuse(error.field, error.reason, error.value)
+        except ServiceError as error:
+            param = f"models.{i}"
+            raise type(error)(f"{param}: {error}", param=param, code=error.code) from error
+        except (ModelError, OSError) as error:
+            param = f"models.{i}"
+            raise BadRequest(f"{param}: {each.name} cannot be read: {error}", param=param) from error
+    one_size(sizes)
 
 
 def _check_validation(request: AlignmentJobCreate, config: ValidationConfig) -> None:
