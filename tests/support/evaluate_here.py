@@ -24,7 +24,7 @@ from services.stages.journal import Journal, read_journal
 from services.stages.specs import EvaluateSpec
 from tests.support.open_sources import EVERYWHERE
 
-SAMPLE = SampleConfig(steps=2, guidance_scale=3.0)
+SAMPLE = SampleConfig(steps=1, guidance_scale=3.0)
 
 
 def record_of(name: str, folder: Path) -> ModelRecord:

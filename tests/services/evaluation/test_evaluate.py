@@ -190,7 +190,7 @@ def test_a_changed_model_is_refused_instead_of_stored_under_its_old_digest(
 ):
     changed = record_of("changed", sd15_folder(tmp_path / "changed"))
     (tmp_path / "changed" / "unet" / "extra.txt").write_text("x")
-    with pytest.raises(BadRequest, match="the files of model changed .* have changed"):
+    with pytest.raises(BadRequest, match=r"the files of model changed .* have changed"):
         evaluate(shapes, changed)
     assert not list(tmp_path.glob(f"images/{models.identity(changed)}/*"))
 
