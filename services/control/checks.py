@@ -6,6 +6,7 @@ Every function raises BadRequest, naming the field and its value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 from dde_core.errors import ConfigError, DataError, ModelError
@@ -17,16 +18,21 @@ from services.api.requests import (
     HELD_OUT_METRICS,
     AlignmentJobCreate,
     EvaluationConfig,
+    ImageFolder,
     ValidationConfig,
     most_workers,
 )
 from services.artifacts import models
-from services.artifacts.prompts import prompt_lines
+from services.artifacts.external_images import check_images, find_images, one_size
+from services.artifacts.prompts import Prompt, all_prompts
 from services.control.problems import show
 from services.control.tables import Dataset
 from services.errors import BadRequest, NotFound, ServiceError
 from services.pairs.validation import check_bad
 from services.storage import sources
+
+MAX_HEADERS = 1000
+"""Of the images of one folder that a request opens."""
 
 
 def check_alignment(request: AlignmentJobCreate, used: list[ScorerRecord]) -> None:
@@ -115,19 +121,55 @@ def check_dataset(dataset: Dataset, request: AlignmentJobCreate) -> None:
     check_bad(sum(bad.values()), dataset.counts["rows"], bad, request.data.max_bad_fraction)
 
 
-def check_evaluation(config: EvaluationConfig, used: list[ScorerRecord], path: str = "") -> None:
-    """Refuse unreadable or too few prompts, and prompts that the scorers cannot score.
+def check_evaluation(config: EvaluationConfig, used: list[ScorerRecord], path: str = "") -> list[Prompt]:
+    """Refuse unreadable or too few prompts, and prompts that the scorers cannot score. Returns the prompts.
 
     ``used`` are the records of the config's scorers, ``path`` its place in the request, such as
     "evaluation.".
     """
+    if config.images_per_prompt == 1:
+        for i, record in enumerate(used):
+            if KINDS[record.kind].level == "prompt":
+                why = f"is of kind {record.kind}: {path}images_per_prompt must be at least 2"
+                _refuse(f"{path}scorers.{i}", why, record.name)
     param = f"{path}prompts_uri"
     prompts = _prompts(config.prompts_uri, param)
     if len(prompts) < config.num_prompts:
         has = f"{config.prompts_uri!r} has {len(prompts)} prompts"
         message = f"{param}: {has}, {path}num_prompts requires {config.num_prompts}"
         raise BadRequest(message, param=param, code="too_few_prompts")
-    _check_scorable(prompts[: config.num_prompts], config, used, f"{path}scorers")
+    prompts = prompts[: config.num_prompts]
+    _check_scorable(prompts, config, used, f"{path}scorers")
+    return prompts
+
+
+def check_compared(
+    compared: Sequence[ModelRecord | ImageFolder], config: EvaluationConfig, prompts: Sequence[Prompt]
+) -> None:
+    """Refuse models whose files are gone, images drawn elsewhere that are not all there, and images of
+    several sizes. Of many images, ``MAX_HEADERS`` are opened here and all by the stage."""
+    texts = [prompt.text for prompt in prompts]
+    sizes: dict[str, tuple[int, int]] = {}
+    for i, each in enumerate(compared):
+        try:
+            if isinstance(each, ImageFolder):
+                names = find_images(each, texts, config.images_per_prompt)
+                shown = [name for of_prompt in names for name in of_prompt]
+                sizes[each.name] = check_images(each, shown[:: -(-len(shown) // MAX_HEADERS)])
+            else:
+                for record in (each, each.adapter_of):
+                    if record and record.job is None:
+                        sources.check_folder(record.uri)
+                sizes[each.name] = models.drawn_size(each, config.sample)
+        except ConfigError as error:
+            _refuse(error.field, error.reason, error.value)
+        except ServiceError as error:
+            param = f"models.{i}"
+            raise type(error)(f"{param}: {error}", param=param, code=error.code) from error
+        except (ModelError, OSError) as error:
+            param = f"models.{i}"
+            raise BadRequest(f"{param}: {each.name} cannot be read: {error}", param=param) from error
+    one_size(sizes)
 
 
 def _check_validation(
@@ -201,10 +243,9 @@ def _check_validation_prompts(
     _check_scorable(prompts[num_skipped : num_skipped + needed], evaluation, used, param)
 
 
-def _prompts(uri: str, param: str) -> list[str]:
-    """The lines of a file that are not blank."""
+def _prompts(uri: str, param: str) -> list[Prompt]:
     try:
-        return prompt_lines(uri)
+        return all_prompts(uri)
     except ServiceError as error:
         message = f"{param}: cannot be read, got {uri!r}: {error}"
         raise type(error)(message, param=param, code=error.code) from error
@@ -215,13 +256,13 @@ def _prompts(uri: str, param: str) -> list[str]:
 
 
 def _check_scorable(
-    prompts: list[str], config: EvaluationConfig, used: list[ScorerRecord], param: str
+    prompts: list[Prompt], config: EvaluationConfig, used: list[ScorerRecord], param: str
 ) -> None:
     """Refuse prompts and image sizes that the built-in scorers cannot score. Others score any."""
     if not any(KINDS[record.kind].is_built_in for record in used):
         return
     try:
-        scorers.check(prompts, config.sample.height, config.sample.width)
+        scorers.check([prompt.text for prompt in prompts], config.sample.height, config.sample.width)
     except DataError as error:
         raise BadRequest(f"{param}: {error}", param=param) from error
 

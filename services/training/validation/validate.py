@@ -72,7 +72,8 @@ def _prompts(spec: TrainSpec) -> list[str]:
     uri = validation.prompts_uri or evaluation.prompts_uri
     skip = 0 if validation.prompts_uri else evaluation.num_prompts
     sources.hold_to(spec.sources)
-    return read_prompts(uri, validation.num_prompts, skip, "validation.num_prompts")
+    read = read_prompts(uri, validation.num_prompts, skip, "validation.num_prompts")
+    return [prompt.text for prompt in read]
 
 
 def _images(spec: TrainSpec, model: TextToImage, prompts: list[str]) -> np.ndarray:
