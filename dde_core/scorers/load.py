@@ -140,6 +140,12 @@ def prove(
     return describe(KINDS[kind], plan)
 
 
+def truncated(kind: str, checkpoint: Path, processor: Path | None, prompts: Sequence[str]) -> list[int]:
+    """``ModelScorer.truncated`` of the files, without reading a weight. Raises DataError like ``prove``."""
+    plan = _plan(kind, checkpoint, processor, "antialiased")
+    return plan.prompts.truncated(prompts) if plan.prompts else []
+
+
 def describe(kind: Kind, plan: Plan) -> dict[str, Any]:
     """Kind, scale, preprocessing, and the most tokens of a prompt (null: it reads none)."""
     return {

@@ -9,7 +9,7 @@ import hashlib
 import re
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
@@ -142,6 +142,16 @@ def load(record: ScorerRecord, device: str = "cpu", batch_size: int = 16) -> Sco
 
     paths = fetch(record)
     return loading.load(record.kind, *paths, resize=record.resize, device=device, batch_size=batch_size)
+
+
+def truncated(record: ScorerRecord, prompts: Sequence[str]) -> list[int]:
+    """Indices of the prompts that the scorer cuts. No weight is read. Raises like ``load``."""
+    if KINDS[record.kind].is_built_in:
+        return []
+    from dde_core.scorers import load as loading  # only here: it loads torch
+
+    checkpoint, *processor = fetch(record)
+    return loading.truncated(record.kind, checkpoint, next(iter(processor), None), prompts)
 
 
 def fetch(record: ScorerRecord) -> list[Path]:

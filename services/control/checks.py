@@ -142,6 +142,11 @@ def check_evaluation(config: EvaluationConfig, used: list[ScorerRecord], path: s
     ``used`` are the records of the config's scorers, ``path`` its place in the request, such as
     "evaluation.".
     """
+    if config.images_per_prompt == 1:
+        for i, record in enumerate(used):
+            if KINDS[record.kind].level == "prompt":
+                why = f"is of kind {record.kind}: {path}images_per_prompt must be at least 2"
+                _refuse(f"{path}scorers.{i}", why, record.name)
     param = f"{path}prompts_uri"
     prompts = _prompts(config.prompts_uri, param)
     if len(prompts) < config.num_prompts:

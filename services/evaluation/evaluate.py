@@ -6,6 +6,7 @@ import time
 
 from dde_core.image_grid import draw_grid
 from services.api.records import EvaluateResult
+from services.artifacts import scorers
 from services.artifacts.prompts import read_prompts
 from services.evaluation import drawing, report
 from services.evaluation.chunks import base_first, plan
@@ -28,6 +29,7 @@ def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
     """
     began = time.monotonic()
     prompts = read_prompts(spec.evaluation.prompts_uri, spec.evaluation.num_prompts)
+    _log_truncated(spec, [prompt.text for prompt in prompts], journal)
     chunks = plan(spec, prompts)
     names = tuple(model.name for model in base_first(spec))
     table = Table(names, tuple(prompts), spec.evaluation.images_per_prompt)
@@ -53,6 +55,15 @@ def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
         scores=reports,
         seconds=time.monotonic() - began,
     )
+
+
+def _log_truncated(spec: EvaluateSpec, prompts: list[str], journal: Journal) -> None:
+    """Log which scorers read the beginnings of some prompts alone, as their authors do."""
+    for record in spec.scorers:
+        cut = len(scorers.truncated(record, prompts))
+        if cut:
+            message = f"{cut} of {len(prompts)} prompts are longer than {record.name} reads"
+            journal.event(f"{message}: their ends do not count", "warning")
 
 
 def _grid(table: Table, images: StoredImages) -> bytes:

@@ -17,6 +17,7 @@ import torch
 from dde_core.errors import DataError
 from dde_core.scorers import load as loading
 from dde_core.scorers.kinds import KINDS
+from dde_core.scorers.weights import Weights
 from services.api.records import ScorerRecord
 from services.api.requests import ALL_SCORERS, ScorerKind
 from services.artifacts import outline, scorers
@@ -62,6 +63,21 @@ def test_the_resize_of_a_record_is_what_scores_are_made_with(tmp_path: Path):
         for resize in ("antialiased", "aliased")
     )
     assert np.abs(first - second).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "cut"), [("hps", [1]), ("imagereward", [0, 1]), ("aesthetic", []), ("drift", [])]
+)
+def test_prompts_that_a_scorer_cuts_are_told_without_reading_a_weight(
+    kind: str, cut: list[int], tmp_path: Path, monkeypatch
+):
+    checkpoint, processor = write_tiny(kind, tmp_path)
+    record = record_of(kind, checkpoint, processor)
+    prompts = ["star " * 40, "star " * 80, "star"]
+    assert scorers.load(record).truncated(prompts) == cut
+    monkeypatch.setattr(Weights, "values", None)
+    assert scorers.truncated(record, prompts) == cut
+    assert scorers.truncated(scorers.BUILT_IN["match"], prompts) == []
 
 
 @pytest.mark.parametrize("name", scorers.BUILT_IN)

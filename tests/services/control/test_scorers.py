@@ -248,7 +248,7 @@ def test_a_job_keeps_the_scorers_it_was_created_with(any_plane, checkpoints):
 def test_an_evaluation_holds_its_scorers_until_it_ends(any_plane):
     plane = any_plane
     record = insert(plane, "ours", "drift")
-    request = {"model": "shapes", "base": "shapes", **evaluation(plane, "ours")}
+    request = plane.evaluation_body(scorers=["ours"])
     made = plane.post("/v1/evaluations", request)
     assert made["scorers"] == ["ours"]
     refused = plane.http.delete(f"{SCORERS}/{record.id}")
@@ -302,13 +302,27 @@ def test_a_registered_scorer_chooses_the_checkpoint(any_plane, checkpoints):
 )
 def test_validation_does_not_measure_what_compares_images_and_says_so(plane, kind, why):
     insert(plane, "ours", kind)
-    error = plane.error(JOBS, validated(plane, "ours", "ours"))
+    request = validated(plane, "ours", "ours")
+    request["evaluation"]["images_per_prompt"] = 2
+    error = plane.error(JOBS, request)
     assert error["param"] == "validation.best_metric"
     assert error["message"] == f'validation.best_metric: {why}, got "ours"'
-    job = plane.post(JOBS, validated(plane, "taste", "taste", "ours"))
+    request = validated(plane, "taste", "taste", "ours")
+    request["evaluation"]["images_per_prompt"] = 2
+    job = plane.post(JOBS, request)
     events = plane.get(f"{JOBS}/{job['id']}/events")["data"]
     warnings = [event["message"] for event in events if event["level"] == "warning"]
     assert warnings == [f"validation does not measure ours: it {why}"]
+
+
+def test_diversity_of_one_image_a_prompt_is_refused(plane):
+    insert(plane, "ours", "diversity")
+    error = plane.error(JOBS, plane.job_body(evaluation=evaluation(plane, "match", "ours")))
+    assert error["param"] == "evaluation.scorers.1"
+    why = "is of kind diversity: evaluation.images_per_prompt must be at least 2"
+    assert error["message"] == f'evaluation.scorers.1: {why}, got "ours"'
+    error = plane.error("/v1/evaluations", plane.evaluation_body(scorers=["ours"]))
+    assert error["param"] == "scorers.0"
 
 
 def test_only_built_in_scorers_limit_prompts_and_sizes(plane):
