@@ -66,10 +66,8 @@ class ModelScorer:
         finite = np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
         if not finite.all():
             first = int(np.argmin(finite))
-            value = scores[first] if scores.ndim == 1 else "features"
-            raise NonFiniteError(
-                f"{self.kind.name} gives image {first} ({prompts[first]!r}) {value}: not finite"
-            )
+            message = f"{self.kind.name} of image {first} ({prompts[first]!r}) is not finite"
+            raise NonFiniteError(f"{message}: {scores[first].reshape(-1)[:3]}")
         return scores
 
     def prepare(

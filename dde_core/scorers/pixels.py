@@ -69,7 +69,9 @@ class Crop:
 
     def _margin(self, length: int) -> int:
         margin = length - self.side
-        return round(margin / 2) if self.center == "even" else margin // 2
+        if self.center == "even":
+            return round(margin / 2)
+        return margin // 2
 
     def describe(self) -> dict[str, Any]:
         """What distinguishes this preprocessing, as JSON values."""
@@ -178,7 +180,9 @@ def _crop(fields: Fields, side: int) -> Crop:
 def _length(fields: Fields, name: str, keys: tuple[str, ...], default: int) -> int:
     """A length in pixels: a whole number, or an object that holds it under each of ``keys``."""
     value = fields.get(name, default)
-    given = value if isinstance(value, dict) else dict.fromkeys(keys, value)
+    given: dict[str, Any] = dict.fromkeys(keys, value)
+    if isinstance(value, dict):
+        given = value
     found: list[Any] = [given.get(key) for key in keys]
     if set(given) - set(keys) or not all(type(each) is int for each in found):
         raise fields.refusal(name, f"must be a whole number, or hold {' and '.join(keys)}")
@@ -191,6 +195,6 @@ def _three(fields: Fields, name: str, default: Numbers, above: float = -1e9) -> 
     value = fields.get(name, default)
     is_three = isinstance(value, list | tuple) and len(value) == 3
     if not is_three or not all(type(each) in (int, float) and above < each < 1e9 for each in value):
-        raise fields.refusal(name, "must be three numbers" + (" above 0" if above == 0 else ""))
+        raise fields.refusal(name, f"must be three numbers above {above:g}")
     first, second, third = value
     return float(first), float(second), float(third)
