@@ -229,6 +229,23 @@ def test_a_field_of_med_config_is_named(field, value, words, tmp_path: Path, no_
     assert words in refused("imagereward", checkpoint, processor)
 
 
+def test_the_config_of_an_old_clip_is_read_with_its_two_kinds_of_parts(tmp_path: Path, no_weights: None):
+    """OpenAI's folders repeat sizes under ``text_config_dict`` and ``vision_config_dict``."""
+    checkpoint, _ = tiny.write_tiny("clip", tmp_path)
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "projection_dim")
+    for part in ("text_config", "vision_config"):
+        config[f"{part}_dict"] = {name: config[part][name] for name in sizes}
+    config["vision_config_dict"] |= {"image_size": tiny.SIDE, "patch_size": tiny.PATCH}
+    config["text_config_dict"] |= {"vocab_size": tiny.VOCABULARY, "eos_token_id": 2}
+    path.write_text(json.dumps(config))
+    assert prove("clip", checkpoint)["preprocessing"]["side"] == tiny.SIDE
+    config["vision_config_dict"]["num_hidden_layers"] = 3
+    path.write_text(json.dumps(config))
+    assert "lacks 'vision_model.encoder.layers.2" in refused("clip", checkpoint, None)
+
+
 def test_a_missing_med_config_is_named(tmp_path: Path):
     checkpoint, processor = tiny.write_tiny("imagereward", tmp_path)
     (checkpoint / "med_config.json").unlink()
