@@ -98,7 +98,9 @@ def plan_reward(checkpoint: Path, processor: Path | None) -> Plan:
 def to_transformers(name: str) -> str:
     """BlipVisionModel's name of a tensor of BLIP's vision encoder."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name)
-    return f"encoder.layers.{match[1]}.{_BLOCK[match[2]]}.{match[3]}" if match else _TOP[name]
+    if match:
+        return f"encoder.layers.{match[1]}.{_BLOCK[match[2]]}.{match[3]}"
+    return _TOP[name]
 
 
 def to_original(name: str) -> str:
@@ -177,7 +179,8 @@ def _layers(name: str, found: Tensors, prefix: str, wanted: int | None) -> int:
     """The number of layers that the tensors have. Raises DataError unless it is ``wanted``."""
     numbers = [int(key.removeprefix(prefix).split(".")[0]) for key in found if key.startswith(prefix)]
     layers = max(numbers, default=-1) + 1
-    if layers > MAX_LAYERS or layers != (layers if wanted is None else wanted):
-        least = f"{wanted}" if wanted else f"at most {MAX_LAYERS}"
-        raise DataError(f"{name}: {prefix}* must have {least} layers, got {layers}")
+    if wanted is not None and layers != wanted:
+        raise DataError(f"{name}: {prefix}* must have {wanted} layers, got {layers}")
+    if layers > MAX_LAYERS:
+        raise DataError(f"{name}: {prefix}* must have at most {MAX_LAYERS} layers, got {layers}")
     return max(layers, 1)

@@ -20,7 +20,7 @@ from dde_core.scorers.clip_folders import plan_cosine, plan_features, plan_ratin
 from dde_core.scorers.hps import plan_hps
 from dde_core.scorers.image_reward import plan_reward
 from dde_core.scorers.kinds import KINDS, Kind
-from dde_core.scorers.pixels import RESIZES, Resize, check_size
+from dde_core.scorers.pixels import RESIZES, Device, Resize, check_size
 from dde_core.scorers.plans import Plan
 from dde_core.scorers.prompts import Text
 
@@ -44,7 +44,7 @@ class ModelScorer:
     """
 
     def __init__(
-        self, kind: Kind, plan: Plan, model: nn.Module, *, device: str, dtype: torch.dtype, batch_size: int
+        self, kind: Kind, plan: Plan, model: nn.Module, *, device: Device, dtype: torch.dtype, batch_size: int
     ) -> None:
         self.kind = kind
         self.model = model
@@ -65,17 +65,15 @@ class ModelScorer:
         finite = np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
         if not finite.all():
             first = int(np.argmin(finite))
-            value = scores[first] if scores.ndim == 1 else "features"
-            raise NonFiniteError(
-                f"{self.kind.name} gives image {first} ({prompts[first]!r}) {value}: not finite"
-            )
+            message = f"{self.kind.name} of image {first} ({prompts[first]!r}) is not finite"
+            raise NonFiniteError(f"{message}: {scores[first].reshape(-1)[:3]}")
         return scores
 
     def prepare(
         self, images: np.ndarray, prompts: Sequence[str]
     ) -> tuple[Float[Tensor, "n 3 side side"], Text]:
         """Pixels and token ids of a batch, on the scorer's device."""
-        pixels = self._plan.pixels(images).to(self._device)
+        pixels = self._plan.pixels(images, self._device)
         text = self._plan.prompts(prompts) if self._plan.prompts else {}
         return pixels, {name: ids.to(self._device) for name, ids in text.items()}
 
@@ -109,7 +107,7 @@ def load(
     processor: Path | None = None,
     *,
     resize: Resize = "antialiased",
-    device: str = "cpu",
+    device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
 ) -> ModelScorer:

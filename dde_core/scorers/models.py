@@ -8,6 +8,7 @@ and heads in float32, features in float64.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -107,13 +108,12 @@ def head_shapes(name: str, owner: str, found: Mapping[str, Tensor], width: int) 
     The widths between are derived from the tensors. Raises DataError.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    inputs = width
-    for number in LAYERS:
-        key = f"layers.{number}.weight"
-        outputs = 1 if number == LAYERS[-1] else shape_at(name, owner, dict(found), key, 2)[0]
-        shapes[key] = (outputs, inputs)
-        shapes[f"layers.{number}.bias"] = (outputs,)
-        inputs = outputs
+    keys = [f"layers.{number}" for number in LAYERS]
+    between = [shape_at(name, owner, dict(found), f"{key}.weight", 2)[0] for key in keys[:-1]]
+    widths = [width, *between, 1]
+    for key, (inputs, outputs) in zip(keys, pairwise(widths), strict=True):
+        shapes[f"{key}.weight"] = (outputs, inputs)
+        shapes[f"{key}.bias"] = (outputs,)
     return shapes
 
 

@@ -22,6 +22,7 @@ from dde_core.errors import ConfigError, DataError
 from dde_core.models.json_files import Fields
 from dde_core.scorers.weights import read_object
 
+Device = torch.device | str
 Resize = Literal["antialiased", "aliased"]
 RESIZES: tuple[Resize, ...] = ("antialiased", "aliased")
 
@@ -55,21 +56,24 @@ class Crop:
     mean: Numbers = MEAN
     std: Numbers = STD
 
-    def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float32[Tensor, "n 3 side side"]:
+    def __call__(
+        self, images: UInt8[np.ndarray, "n h w 3"], device: Device = "cpu"
+    ) -> Float32[Tensor, "n 3 side side"]:
+        """Pixels on a device, which normalizes them."""
         processor = CLIPImageProcessorPil(
-            size={"shortest_edge": self.shortest},
-            do_center_crop=False,
-            image_mean=list(self.mean),
-            image_std=list(self.std),
+            size={"shortest_edge": self.shortest}, do_center_crop=False, do_rescale=False, do_normalize=False
         )
         found = processor([Image.fromarray(image) for image in images], return_tensors="np")["pixel_values"]
         top, left = (self._margin(length) for length in found.shape[2:])
         cut = found[:, :, top : top + self.side, left : left + self.side]
-        return torch.from_numpy(np.ascontiguousarray(cut, dtype=np.float32))
+        pixels = torch.from_numpy(np.ascontiguousarray(cut)).to(device)
+        return _normalize(pixels.float() / 255, self.mean, self.std)
 
     def _margin(self, length: int) -> int:
         margin = length - self.side
-        return round(margin / 2) if self.center == "even" else margin // 2
+        if self.center == "even":
+            return round(margin / 2)
+        return margin // 2
 
     def describe(self) -> dict[str, Any]:
         """What distinguishes this preprocessing, as JSON values."""
@@ -89,8 +93,11 @@ class Pad:
     mean: Numbers = MEAN
     std: Numbers = STD
 
-    def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float32[Tensor, "n 3 side side"]:
-        pixels = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 255
+    def __call__(
+        self, images: UInt8[np.ndarray, "n h w 3"], device: Device = "cpu"
+    ) -> Float32[Tensor, "n 3 side side"]:
+        """Pixels on a device, which resizes, pads and normalizes them."""
+        pixels = torch.tensor(images, device=device).permute(0, 3, 1, 2).float() / 255
         scale = self.side / max(images.shape[1:3])
         height, width = (round(length * scale) for length in images.shape[1:3])
         if scale != 1:
@@ -104,14 +111,17 @@ class Pad:
         top = (self.side - height) // 2
         left = (self.side - width) // 2
         around = (left, self.side - width - left, top, self.side - height - top)
-        padded = torch.nn.functional.pad(pixels, around)
-        mean = torch.tensor(self.mean).view(3, 1, 1)
-        std = torch.tensor(self.std).view(3, 1, 1)
-        return (padded - mean) / std
+        return _normalize(torch.nn.functional.pad(pixels, around), self.mean, self.std)
 
     def describe(self) -> dict[str, Any]:
         """What distinguishes this preprocessing, as JSON values."""
         return {"mode": "pad", "interpolation": "bicubic", **_values(self)}
+
+
+def _normalize(pixels: Float32[Tensor, "n 3 h w"], mean: Numbers, std: Numbers) -> Float32[Tensor, "n 3 h w"]:
+    center = torch.tensor(mean, device=pixels.device).view(3, 1, 1)
+    scale = torch.tensor(std, device=pixels.device).view(3, 1, 1)
+    return (pixels - center) / scale
 
 
 def _values(settings: Crop | Pad) -> dict[str, Any]:
@@ -178,7 +188,9 @@ def _crop(fields: Fields, side: int) -> Crop:
 def _length(fields: Fields, name: str, keys: tuple[str, ...], default: int) -> int:
     """A length in pixels: a whole number, or an object that holds it under each of ``keys``."""
     value = fields.get(name, default)
-    given = value if isinstance(value, dict) else dict.fromkeys(keys, value)
+    given: dict[str, Any] = dict.fromkeys(keys, value)
+    if isinstance(value, dict):
+        given = value
     found: list[Any] = [given.get(key) for key in keys]
     if set(given) - set(keys) or not all(type(each) is int for each in found):
         raise fields.refusal(name, f"must be a whole number, or hold {' and '.join(keys)}")
@@ -191,6 +203,6 @@ def _three(fields: Fields, name: str, default: Numbers, above: float = -1e9) -> 
     value = fields.get(name, default)
     is_three = isinstance(value, list | tuple) and len(value) == 3
     if not is_three or not all(type(each) in (int, float) and above < each < 1e9 for each in value):
-        raise fields.refusal(name, "must be three numbers" + (" above 0" if above == 0 else ""))
+        raise fields.refusal(name, f"must be three numbers above {above:g}")
     first, second, third = value
     return float(first), float(second), float(third)

@@ -7,6 +7,7 @@ stands for that token.
 from __future__ import annotations
 
 import html
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ ADDED_TO_BERT = ("[DEC]", "[ENC]")
 
 
 class Prompts:
-    """Makes token ids of prompts. ``limit``: the most tokens of a prompt, start and end included."""
+    """Makes token ids of prompts, in any thread. ``limit``: the most tokens of a prompt, start and end
+    included."""
 
     def __init__(
         self, tokenizer: CLIPTokenizer | BertTokenizer, limit: int, clean: Callable[[str], str] = str
@@ -40,6 +42,7 @@ class Prompts:
         self.limit = limit
         self._tokenizer = tokenizer
         self._clean = clean
+        self._lock = threading.Lock()
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """The ids, padded to ``limit``; longer prompts are cut before their end token."""
@@ -54,7 +57,9 @@ class Prompts:
         return [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > self.limit]
 
     def _encode(self, prompts: Sequence[str], **how: Any) -> Any:  # Any: transformers is untyped
-        return self._tokenizer([self._clean(prompt) for prompt in prompts], split_special_tokens=True, **how)
+        texts = [self._clean(prompt) for prompt in prompts]
+        with self._lock:  # a call stores its truncation and padding in the tokenizer
+            return self._tokenizer(texts, split_special_tokens=True, **how)
 
 
 def open_clip_clean(prompt: str) -> str:

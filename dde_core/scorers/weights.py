@@ -51,7 +51,10 @@ class Weights:
     def _read(self, device: str) -> Tensors:
         found: Tensors = {}
         for path in self.files:
-            of_file = _safetensors(path, device) if path.suffix == SAFETENSORS else self._pickle(path, device)
+            read = _safetensors
+            if path.suffix != SAFETENSORS:
+                read = self._pickle
+            of_file = read(path, device)
             if twice := sorted(set(found) & set(of_file)):
                 raise DataError(f"{path.name} holds {twice[0]!r}, which another file of the checkpoint holds")
             found |= of_file

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPModel
 
 from dde_core.errors import ConfigError, DataError
-from dde_core.scorers import weights
+from dde_core.scorers import hps, weights
 from dde_core.scorers.load import load, prove
 from dde_core.shapes import MODEL_DIR
 from tests.support import scorers as tiny
@@ -228,6 +229,23 @@ def test_a_field_of_med_config_is_named(field, value, words, tmp_path: Path, no_
     assert words in refused("imagereward", checkpoint, processor)
 
 
+def test_the_config_of_an_old_clip_is_read_with_its_two_kinds_of_parts(tmp_path: Path, no_weights: None):
+    """OpenAI's folders repeat sizes under ``text_config_dict`` and ``vision_config_dict``."""
+    checkpoint, _ = tiny.write_tiny("clip", tmp_path)
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "projection_dim")
+    for part in ("text_config", "vision_config"):
+        config[f"{part}_dict"] = {name: config[part][name] for name in sizes}
+    config["vision_config_dict"] |= {"image_size": tiny.SIDE, "patch_size": tiny.PATCH}
+    config["text_config_dict"] |= {"vocab_size": tiny.VOCABULARY, "eos_token_id": 2}
+    path.write_text(json.dumps(config))
+    assert prove("clip", checkpoint)["preprocessing"]["side"] == tiny.SIDE
+    config["vision_config_dict"]["num_hidden_layers"] = 3
+    path.write_text(json.dumps(config))
+    assert "lacks 'vision_model.encoder.layers.2" in refused("clip", checkpoint, None)
+
+
 def test_a_missing_med_config_is_named(tmp_path: Path):
     checkpoint, processor = tiny.write_tiny("imagereward", tmp_path)
     (checkpoint / "med_config.json").unlink()
@@ -252,6 +270,31 @@ def test_a_checkpoint_of_full_width_must_have_all_layers(tmp_path: Path):
     assert "visual.transformer must have 32 layers at width 1280, got 2" in refused(
         "hps", checkpoint, processor
     )
+
+
+def test_the_sizes_of_vit_h_14_are_those_of_hps():
+    """986.1 million parameters, as open_clip's table of models says."""
+    sizes = hps.Sizes(
+        vision=hps.Encoder(width=1280, mlp_width=5120, layers=32),
+        text=hps.Encoder(width=1024, mlp_width=4096, layers=24),
+        patch=14,
+        grid=16,
+        vocabulary=49408,
+        positions=77,
+        embedding=1024,
+    )
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in hps.shapes_of(sizes).items()}
+    assert hps.read_sizes("HPS_v2_compressed.pt", tensors) == sizes
+    assert sizes.side == 224
+    with torch.device("meta"):
+        model = CLIPModel(hps.config_of(sizes))
+    converted = hps.to_transformers(tensors)
+    assert {name: each.shape for name, each in model.state_dict().items()} == {
+        name: each.shape for name, each in converted.items()
+    }
+    assert sum(each.numel() for each in converted.values()) == pytest.approx(986.11e6, abs=0.01e6)
+    heads = {model.config.vision_config.num_attention_heads, model.config.text_config.num_attention_heads}
+    assert heads == {16}
 
 
 def test_a_folder_must_hold_one_file_of_weights(tmp_path: Path):

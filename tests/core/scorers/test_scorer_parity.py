@@ -19,6 +19,8 @@ from tests.support import scorers as tiny
 
 PROMPTS = ["a red star", "the big blue star on a star", "", "a blue text", "star " * 100]
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 41, 33, 3), dtype=np.uint8)
+IMAGES.flags.writeable = False
+"""As Ray hands them out."""
 TOLERANCE = 1e-6
 KINDS = ("clip", "pickscore", "hps", "aesthetic", "imagereward", "diversity", "drift")
 FEATURES = ("diversity", "drift")

@@ -129,6 +129,20 @@ def test_a_description_is_json_and_says_how_images_are_prepared(kind: str, tmp_p
     assert load.load(kind, checkpoint, processor).description == {**found, "dtype": "float32"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "center"),
+    [
+        ("clip", "down"),
+        ("pickscore", "down"),
+        ("drift", "down"),
+        ("aesthetic", "even"),
+        ("imagereward", "even"),
+    ],
+)
+def test_each_kind_centers_as_the_library_of_its_authors(kind: str, center: str, tmp_path: Path):
+    assert load.prove(kind, *tiny.write_tiny(kind, tmp_path))["preprocessing"]["center"] == center
+
+
 def test_sizes_that_cannot_be_resized_are_refused():
     check_size(1, 50)
     with pytest.raises(DataError, match="1 x 51"):

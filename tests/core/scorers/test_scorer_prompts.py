@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,18 @@ def test_long_prompts_are_cut_and_counted(cleans: bool, tmp_path: Path):
     assert ids.shape == (4, 77)
     assert (ids[:3, -1] == ROWS - 1).all()
     assert (ids[0] == ids[2]).all()
+
+
+def test_prompts_are_read_by_several_threads_at_once(tmp_path: Path):
+    prompts = read(tmp_path, cleans=True)
+    texts = ["star " * n for n in (1, 30, 100)]
+    wanted = prompts(texts)["input_ids"]
+
+    def both(_: int) -> bool:
+        return prompts.truncated(texts) == [2] and bool((prompts(texts)["input_ids"] == wanted).all())
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(both, range(200)))
 
 
 # ---- BERT
