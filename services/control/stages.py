@@ -118,8 +118,12 @@ def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
 
 def _evaluate(job: Job, settings: Settings, common: dict[str, Any]) -> EvaluateSpec:
     if job.kind == "alignment":
-        compared = [job.inputs["model"], job.results["train"]["model"]]
-        base = compared[0]["name"]
+        aligned = job.results["train"]["model"]
+        model = job.inputs["model"]
+        if model["name"] == aligned["name"]:  # a model that was aligned further under its own name
+            model = model | {"name": model["id"]}
+        compared = [model, aligned]
+        base = model["name"]
         config = job.request["evaluation"]
     else:
         compared = job.inputs["models"]

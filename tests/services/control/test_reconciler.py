@@ -18,6 +18,7 @@ from services.control.tables import Event, Job, Metric, Model
 from services.control.transitions import STAGES
 from services.pairs.source import open_source
 from services.pairs.validation import inspect
+from services.stages import layout
 from services.storage import files
 from tests.services.control import fakes
 from tests.services.control.conftest import write_pairs
@@ -242,6 +243,40 @@ def test_an_evaluation_runs_its_one_stage(any_plane):
     assert "stage evaluate done" in [
         event["message"] for event in plane.get(f"/v1/evaluations/{made['id']}/events")["data"]
     ]
+
+
+def test_a_model_aligned_further_under_its_own_name_is_compared_with_the_version_before(plane):
+    first = plane.job(name="aligned")["id"]
+    plane.settle()
+    version = plane.get(f"{JOBS}/{first}")["aligned_model"]
+    second = plane.job(model="aligned", name="aligned")["id"]
+    plane.settle()
+    spec = plane.launcher.specs[f"{second}-evaluate-a1"]
+    assert (spec.base, [model.name for model in spec.models]) == (version, [version, "aligned"])
+    assert plane.get(f"{JOBS}/{second}")["status"] == "succeeded"
+
+
+def test_a_model_that_an_unfinished_evaluation_compares_cannot_be_deleted(plane):
+    plane.launcher.plays["evaluate"] = fakes.runs
+    made = plane.post("/v1/evaluations", plane.evaluation_body(models=["rival", "shapes"]))
+    for name in ("shapes", "rival"):
+        answer = plane.http.delete(f"/v1/models/{name}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "in_use")
+        assert made["id"] in answer.json()["error"]["message"]
+    plane.post(f"/v1/evaluations/{made['id']}/cancel", None)
+    plane.settle()
+    assert plane.http.delete("/v1/models/rival").status_code == 200
+
+
+def test_deleting_a_model_deletes_the_images_that_evaluations_drew_with_it(plane):
+    record = models.find(plane.settings.storage_uri, "shapes")
+    images = layout.images_folder(plane.settings.storage_uri)
+    of_model = layout.images_uri(layout.images_of(images, models.identity(record)), "k")
+    of_another = layout.images_uri(layout.images_of(images, "0" * 32), "k")
+    for uri in (of_model, of_another):
+        files.write_bytes(uri, b"images")
+    assert plane.http.delete("/v1/models/shapes").status_code == 200
+    assert (files.exists(of_model), files.exists(of_another)) == (False, True)
 
 
 def test_a_stage_that_fails_fails_the_job_with_its_message(plane):
