@@ -121,6 +121,17 @@ def test_long_prompts_are_cut_and_counted(cleans: bool, tmp_path: Path):
     assert (ids[0] == ids[2]).all()
 
 
+@pytest.mark.parametrize("cleans", [False, True])
+def test_a_tokenizer_saved_by_transformers_gives_the_same_ids(cleans: bool, tmp_path: Path):
+    """As one file, tokenizer.json, in place of vocab.json and merges.txt."""
+    wanted = read(tmp_path / "old", cleans=cleans)(HARD)["input_ids"]
+    tokenizer = CLIPTokenizer.from_pretrained(str(tmp_path / "old"), local_files_only=True)
+    tokenizer.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new" / "vocab.json").exists()
+    saved = read_clip_prompts(tmp_path / "new", ENCODER, cleans=cleans, is_exact=True)
+    assert saved(HARD)["input_ids"].tolist() == wanted.tolist()
+
+
 def test_prompts_are_read_by_several_threads_at_once(tmp_path: Path):
     prompts = read(tmp_path, cleans=True)
     texts = ["star " * n for n in (1, 30, 100)]
