@@ -263,6 +263,7 @@ class EvaluationView(RunView):
     seed: int
     scorers: list[str]
     sample: dict[str, Any]
+    compare: dict[str, Any] = {}
     result: EvaluateResult | None
 
 

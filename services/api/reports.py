@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from dde_core.scorers.kinds import KindName
-from dde_core.verdict import RESAMPLES, Verdict
+from dde_core.verdict import Verdict
 from services.api.records import Interval
-from services.api.requests import Strict
+from services.api.requests import CompareSettings, Strict
 
 LimitSource = Literal["settings", "the base's other seeds"]
-NonNegative = Annotated[float, Field(ge=0)]
-
-
-class CompareSettings(Strict):
-    """How scores are compared.
-
-    ``margin``: the smallest difference that matters, in the base's standard deviations of a scorer's scores;
-    ``margins`` overrides it for single scorers. ``dead_zones``: differences of two images' scores up to which
-    they tie, in the scorer's units (0 unless given). ``drift_limits``: the drift from which on a model counts
-    as drifted; without one, the drift between the base's own images of different seeds is the limit.
-    ``resamples`` and ``seed`` are those of the bootstrap. ``cases``: best and worst images shown for each
-    scorer; ``grid_prompts``: prompts of which all images are shown.
-    """
-
-    margin: NonNegative = 0.1
-    margins: dict[str, NonNegative] = {}
-    dead_zones: dict[str, NonNegative] = {}
-    drift_limits: dict[str, NonNegative] = {}
-    resamples: Annotated[int, Field(ge=1000, le=1_000_000)] = RESAMPLES
-    seed: Annotated[int, Field(ge=0)] = 0
-    cases: Annotated[int, Field(ge=0, le=20)] = 3
-    grid_prompts: Annotated[int, Field(ge=0, le=100)] = 8
 
 
 class Provenance(Strict):
@@ -201,7 +177,11 @@ class PublishedTable(Strict):
 
 class EvaluationReport(Strict):
     """An evaluation, verdict first. ``models`` has the base first, ``kinds`` every scorer's kind; prompts and
-    images count from 0."""
+    images count from 0.
+
+    ``scores`` are what all of it is made of: lists [models][prompts][images] by scorer, [models][prompts] or
+    [models] for those that score the images of a prompt or of a model together. Null: not measured.
+    """
 
     summary: list[CandidateSummary]
     warnings: list[str]
@@ -217,5 +197,6 @@ class EvaluationReport(Strict):
     disagreements: list[Disagreement]
     published: list[PublishedTable]
     prompts: list[ReportPrompt]
+    scores: dict[str, list[Any]]
     settings: CompareSettings
     provenance: Provenance

@@ -27,6 +27,7 @@ from dde_core.config import (
 )
 from dde_core.errors import ConfigError
 from dde_core.family import Family
+from dde_core.verdict import RESAMPLES
 from services.errors import BadRequest
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
@@ -54,6 +55,7 @@ Metadata = Annotated[
 ScorerKind = Literal["clip", "pickscore", "hps", "aesthetic", "imagereward", "diversity", "drift"]
 """The kinds that a checkpoint can be registered for; all others of dde_core/scorers/kinds.py are built in."""
 Resize = Literal["antialiased", "aliased"]
+NonNegative = Annotated[float, Field(ge=0)]
 Scorers = Annotated[list[Name], Field(json_schema_extra={"uniqueItems": True})]
 """Names of registered scorers and of built-in ones."""
 Column = Literal[
@@ -143,6 +145,27 @@ class KeyCreate(Strict):
     scopes: Annotated[list[Scope], Field(min_length=1)] = ["read", "submit", "generate"]
 
 
+class CompareSettings(Strict):
+    """How scores are compared.
+
+    ``margin``: the smallest difference that matters, in the base's standard deviations of a scorer's scores;
+    ``margins`` overrides it for single scorers. ``dead_zones``: differences of two images' scores up to which
+    they tie, in the scorer's units (0 unless given). ``drift_limits``: the drift from which on a model counts
+    as drifted; without one, the drift between the base's own images of different seeds is the limit.
+    ``resamples`` and ``seed`` are those of the bootstrap. ``cases``: best and worst images shown for each
+    scorer; ``grid_prompts``: prompts of which all images are shown.
+    """
+
+    margin: NonNegative = 0.1
+    margins: dict[str, NonNegative] = {}
+    dead_zones: dict[str, NonNegative] = {}
+    drift_limits: dict[str, NonNegative] = {}
+    resamples: Annotated[int, Field(ge=1000, le=1_000_000)] = RESAMPLES
+    seed: Annotated[int, Field(ge=0)] = 0
+    cases: Annotated[int, Field(ge=0, le=20)] = 3
+    grid_prompts: Annotated[int, Field(ge=0, le=100)] = 8
+
+
 class EvaluationConfig(Strict):
     """How models are compared: each generates ``images_per_prompt`` images of each prompt, all from the same
     seeds.
@@ -159,6 +182,7 @@ class EvaluationConfig(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     scorers: Scorers = list(ALL_SCORERS)
     sample: SampleConfig = SampleConfig()
+    compare: CompareSettings = CompareSettings()
 
 
 MAX_WORKERS = 1024

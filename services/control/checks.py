@@ -50,7 +50,7 @@ def check_alignment(request: AlignmentJobCreate, used: list[ScorerRecord]) -> li
     if request.validation is not None:
         warnings += _check_validation(request, request.validation, used)
     if request.promote_if is not None:
-        _check_gate(request.promote_if, request.evaluation)
+        _check_gate(request.promote_if, request.evaluation, used)
     return warnings
 
 
@@ -63,13 +63,23 @@ def _check_parallelism(request: AlignmentJobCreate) -> None:
         _refuse("training.optimizer", why, training.optimizer)
 
 
-def _check_gate(gate: PromoteIf, evaluation: EvaluationConfig) -> None:
-    """Refuse a gate on a scorer that the evaluation does not have, or twice on one."""
+def _check_gate(gate: PromoteIf, evaluation: EvaluationConfig, used: list[ScorerRecord]) -> None:
+    """Refuse a gate on a scorer that the evaluation does not have, twice on one, or on drift without a
+    limit.
+    """
     for field, name in [("scorer", gate.scorer), *(("not_worse", name) for name in gate.not_worse)]:
         if name not in evaluation.scorers:
             _refuse(f"promote_if.{field}", f"must be among evaluation.scorers {evaluation.scorers}", name)
     if len(set(gate.not_worse)) < len(gate.not_worse):
         _refuse("promote_if.not_worse", "must not repeat", gate.not_worse)
+    kinds = {record.name: KINDS[record.kind] for record in used}
+    if kinds[gate.scorer].level == "model":
+        _refuse("promote_if.scorer", "must give numbers of its own to images or prompts", gate.scorer)
+    for name in gate.not_worse:
+        has_limit = evaluation.images_per_prompt > 1 or name in evaluation.compare.drift_limits
+        if kinds[name].level == "model" and not has_limit:
+            why = "needs evaluation.compare.drift_limits, or evaluation.images_per_prompt of 2 or more"
+            _refuse("promote_if.not_worse", why, name)
 
 
 def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:
@@ -147,6 +157,7 @@ def check_evaluation(config: EvaluationConfig, used: list[ScorerRecord], path: s
             if KINDS[record.kind].level == "prompt":
                 why = f"is of kind {record.kind}: {path}images_per_prompt must be at least 2"
                 _refuse(f"{path}scorers.{i}", why, record.name)
+    _check_compare(config, used, path)
     param = f"{path}prompts_uri"
     prompts = _prompts(config.prompts_uri, param)
     if len(prompts) < config.num_prompts:
@@ -156,6 +167,17 @@ def check_evaluation(config: EvaluationConfig, used: list[ScorerRecord], path: s
     prompts = prompts[: config.num_prompts]
     _check_scorable(prompts, config, used, f"{path}scorers")
     return prompts
+
+
+def _check_compare(config: EvaluationConfig, used: list[ScorerRecord], path: str) -> None:
+    """Refuse a limit for a scorer that the evaluation does not have, or whose numbers have no such limit."""
+    of_models = {record.name for record in used if KINDS[record.kind].level == "model"}
+    others = {record.name for record in used} - of_models
+    for field, known in (("margins", others), ("dead_zones", others), ("drift_limits", of_models)):
+        for name in getattr(config.compare, field):
+            if name not in known:
+                among = f"must be among the scorers {sorted(known)} of {path}scorers"
+                _refuse(f"{path}compare.{field}", among, name)
 
 
 def check_compared(

@@ -128,7 +128,8 @@ def _evaluate(job: Job, settings: Settings, common: dict[str, Any]) -> EvaluateS
     else:
         compared = job.inputs["models"]
         base = job.request["base"]
-        config = {name: job.request[name] for name in EvaluationConfig.model_fields}
+        fields = EvaluationConfig.model_fields.keys() & job.request.keys()
+        config = {name: job.request[name] for name in fields}
     evaluation = EvaluationConfig.model_validate_json(json.dumps(config))
     return EvaluateSpec(
         **common,

@@ -111,6 +111,7 @@ def evaluation_view(row: Job) -> EvaluationView:
             "object": "evaluation",
             **_run(row),
             **{name: row.request[name] for name in settings},
+            "compare": row.request.get("compare", {}),  # evaluations of earlier versions have none
             "result": row.results.get("evaluate"),
         },
     )

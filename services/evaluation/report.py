@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from services.api.reports import (
     Case,
     Cases,
     CategoryComparison,
-    CompareSettings,
     Comparison,
     Disagreement,
     DriftReport,
@@ -32,6 +32,7 @@ from services.api.reports import (
     SignTestReport,
     Strength,
 )
+from services.api.requests import CompareSettings
 from services.evaluation.published import published_tables
 
 FEW_PROMPTS = 100
@@ -67,9 +68,16 @@ def compare(table: ScoreTable, settings: CompareSettings, provenance: Provenance
             ReportPrompt(text=prompt.text, category=prompt.category, is_truncated=prompt.is_truncated)
             for prompt in table.prompts
         ],
+        scores={name: _as_lists(table.scores[name]) for name in sorted(table.scores)},
         settings=settings,
         provenance=provenance,
     )
+
+
+def _as_lists(scores: np.ndarray) -> list[Any]:
+    """Nested lists; JSON has no NaN."""
+    found: list[Any] = np.where(np.isnan(scores), np.array(None), scores).tolist()
+    return found
 
 
 def _check_names(table: ScoreTable, settings: CompareSettings) -> None:

@@ -38,6 +38,11 @@ class StoredImages:
                 found |= {scored.chunk.first + i: pixels[i] for i in range(len(pixels))}
         return [found[prompt] for prompt in prompts]
 
+    def png(self, model: int, prompt: int, image: int) -> bytes:
+        """One image as PNG. Raises DataError like ``read``."""
+        scored = self._scored[model, prompt, image]
+        return self._pngs(scored)[prompt - scored.chunk.first]
+
     def _pngs(self, scored: Scored) -> list[bytes]:
         found = _read(scored.uri)
         if found is None:

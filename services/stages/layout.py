@@ -15,7 +15,7 @@ projects/{project}/ in it for any other.
         stopping.json               a worker has received that request
         worker-failed.json          an error that ends the run
         worker-error-{rank}.json    how often a worker failed with the same unexpected error
-        report.json, grid.png       the report and image grid of evaluate
+        report.json, report.html, grid.png    the report of evaluate, as data, page and image grid
     {root}/jobs/{job}/train/run/                             the run that all attempts of train share
         checkpoints/step-{step}/    committed by checkpoint.json (services/artifacts/checkpoints.py)
         validation/step-{step}.json validation's metrics of that checkpoint; the .png has its images
@@ -146,6 +146,11 @@ def worker_error_uri(prefix: str, rank: int) -> str:
 def report_uri(output: str) -> str:
     """The report of an evaluation."""
     return files.join(output, "report.json")
+
+
+def page_uri(output: str) -> str:
+    """The report of an evaluation as a page."""
+    return files.join(output, "report.html")
 
 
 def grid_uri(output: str) -> str:

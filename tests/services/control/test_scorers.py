@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from services.api.records import ScorerRecord
 from services.artifacts import scorers
 from services.artifacts.scorers import BUILT_IN
+from services.control.tables import Job, Scorer, new_id
 from services.settings import Settings
 from services.stages import layout
 from services.storage import files
 from tests.services.control.conftest import Plane, make_plane
-from tests.services.control.fakes import fails
+from tests.services.control.fakes import fails, train
 from tests.services.control.test_access import bearer, new_key
 from tests.support.scorers import write_tiny
 
@@ -51,14 +52,12 @@ def names(plane: Plane, **kwargs) -> list[str]:
     return [scorer["name"] for scorer in plane.get(SCORERS, **kwargs)["data"]]
 
 
-def insert(plane: Plane, name: str, kind: str) -> ScorerRecord:
+def insert(plane: Plane, name: str, kind: str, project: str = "default") -> ScorerRecord:
     """A registered scorer, without the proof of its files, which takes seconds."""
-    from services.control.tables import Scorer, new_id
-
     record = ScorerRecord(
-        id=new_id("scorer"), name=name, kind=kind, uri="file:///nowhere", digest="d", created_at=1
+        id=new_id("scorer"), name=name, kind=kind, uri="file:///nowhere", digest=kind, created_at=1
     )
-    with plane.database.write("default") as session:
+    with plane.database.write(project) as session:
         session.add(Scorer(**record.model_dump()))
     return record
 
@@ -116,17 +115,16 @@ def test_the_built_in_scorers_are_in_every_project_and_cannot_be_deleted(any_pla
         assert "scorer 'match' is built in and cannot be deleted" in error.json()["error"]["message"]
 
 
-def test_two_projects_have_scorers_of_one_name_and_neither_sees_the_others(any_plane, checkpoints):
+def test_two_projects_have_scorers_of_one_name_and_neither_sees_the_others(any_plane):
     plane = any_plane
     team = bearer(new_key(plane, "team-a")["key"])
-    theirs = plane.post(SCORERS, body(checkpoints, "clip", "ours"), headers=team)
+    theirs = insert(plane, "ours", "clip", "team-a")
     assert names(plane) == NAMES
-    plane.get(f"{SCORERS}/{theirs['id']}", 404)
+    assert plane.get(f"{SCORERS}/ours", headers=team)["id"] == theirs.id
+    plane.get(f"{SCORERS}/{theirs.id}", 404)
     assert plane.http.delete(f"{SCORERS}/ours").status_code == 404
     insert(plane, "ours", "clip")
-    assert plane.get(f"{SCORERS}/ours")["id"] != theirs["id"]
-    root = layout.project_root(plane.app_settings.storage_uri, "team-a")
-    assert scorers.find(root, "ours").id == theirs["id"]
+    assert plane.get(f"{SCORERS}/ours")["id"] != theirs.id
     mine = plane.job_body(evaluation=evaluation(plane, "ours"))
     del mine["dataset"]
     other = new_key(plane, "team-b")["key"]
@@ -217,9 +215,9 @@ def evaluation(plane: Plane, *used: str, **fields) -> dict:
     }
 
 
-def test_a_job_keeps_the_scorers_it_was_created_with(any_plane, checkpoints):
+def test_a_job_keeps_the_scorers_it_was_created_with(any_plane):
     plane = any_plane
-    made = plane.post(SCORERS, body(checkpoints, "clip", "ours"))
+    made = insert(plane, "ours", "clip")
     plane.launcher.plays["train"] = fails
     job = plane.job(evaluation=evaluation(plane, "ours", "match"))
     refused = plane.http.delete(f"{SCORERS}/ours")
@@ -229,9 +227,6 @@ def test_a_job_keeps_the_scorers_it_was_created_with(any_plane, checkpoints):
     assert plane.get(f"{JOBS}/{job['id']}")["status"] == "failed"
     assert plane.http.delete(f"{SCORERS}/ours").status_code == 200
     insert(plane, "ours", "aesthetic")
-    del plane.launcher.plays["train"]
-    from tests.services.control.fakes import train
-
     plane.launcher.plays["train"] = train
     plane.post(f"{JOBS}/{job['id']}/resume", None)
     plane.settle(80)
@@ -239,10 +234,10 @@ def test_a_job_keeps_the_scorers_it_was_created_with(any_plane, checkpoints):
     for stage, attempt in (("train", 2), ("evaluate", 1)):
         spec = plane.launcher.specs[f"{job['id']}-{stage}-a{attempt}"]
         assert [(each.id, each.digest) for each in spec.scorers] == [
-            (made["id"], made["digest"]),
+            (made.id, "clip"),
             ("scorer_match", "match"),
         ]
-        assert files.as_uri(checkpoints["clip"][0]) in spec.scorer_files()
+        assert list(spec.scorer_files()) == ["file:///nowhere"]
 
 
 def test_an_evaluation_holds_its_scorers_until_it_ends(any_plane):
@@ -264,8 +259,6 @@ def test_an_evaluation_holds_its_scorers_until_it_ends(any_plane):
 
 def test_a_job_of_an_earlier_version_has_built_in_scorers(plane):
     job = plane.job(evaluation=evaluation(plane, "taste", "match"))
-    from services.control.tables import Job
-
     with plane.database.write("default") as session:
         row = session.query(Job).one()
         row.inputs = {name: value for name, value in row.inputs.items() if name != "scorers"}
@@ -282,15 +275,15 @@ def validated(plane: Plane, best_metric: str, *used: str) -> dict:
     )
 
 
-def test_a_registered_scorer_chooses_the_checkpoint(any_plane, checkpoints):
-    made = any_plane.post(SCORERS, body(checkpoints, "clip", "ours"))
+def test_a_registered_scorer_chooses_the_checkpoint(any_plane):
+    made = insert(any_plane, "ours", "clip")
     job = any_plane.post(JOBS, validated(any_plane, "ours", "ours"))
     any_plane.settle(80)
     done = any_plane.get(f"{JOBS}/{job['id']}")
     assert (done["status"], done["validation"]["best_metric"]) == ("succeeded", "ours")
     assert list(done["result"]["evaluate"]["scores"]) == ["ours"]
     spec = any_plane.launcher.specs[f"{job['id']}-train-a1"]
-    assert (spec.validation.best_metric, spec.scorers[0].digest) == ("ours", made["digest"])
+    assert (spec.validation.best_metric, spec.scorers[0].digest) == ("ours", made.digest)
 
 
 @pytest.mark.parametrize(
