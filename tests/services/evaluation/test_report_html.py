@@ -209,6 +209,14 @@ def test_the_images_are_those_of_the_grid_and_the_cases_each_read_once(report):
     )
 
 
+def test_of_many_seeds_the_grid_has_the_first_four_and_says_so():
+    table = score_table(5, 6, gains={"tuned": {"clip": 0.1}})
+    settings = CompareSettings(resamples=1000, grid_prompts=1, cases=0)
+    shown = Page(render(compare(table, settings, PROVENANCE), png))
+    assert len(shown.all("img")) == 2 * 4
+    assert any("the first 4 of 6" in each["text"] for each in shown.all("p"))
+
+
 def test_an_image_is_beside_the_name_of_its_model_and_its_place(page):
     second_row = [each for each in page.all("img") if each["alt"] == "tuned, image 2 of the prompt: prompt 0"]
     assert second_row[0]["src"] == data_uri(png(1, 1, 1))
