@@ -256,6 +256,15 @@ def test_the_table_has_every_scorer_and_model_with_its_numbers(text, report):
     assert PROVENANCE.digests["base"] in text
 
 
+def test_numbers_of_the_plot_move_below_labels_that_leave_them_no_room():
+    def places(model):
+        shown = Page(render(made(gains={model: {"clip": 0.1}}, drift=None), png))
+        return [int(each["y"]) for each in shown.all("text") if each["class"] in ("label", "number")]
+
+    assert places("tuned") == [16, 16]
+    assert places("a-model-with-a-long-name") == [16, 34]
+
+
 @pytest.mark.parametrize(
     ("value", "plain", "signed"),
     [
