@@ -197,8 +197,9 @@ def test_a_changed_model_is_refused_instead_of_stored_under_its_old_digest(
 
 
 def flip_a_bit(path: Path, rng: random.Random) -> None:
+    """In the first half, which holds pixels where it holds images: a bit that no reader needs is no damage."""
     data = bytearray(path.read_bytes())
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    data[rng.randrange(len(data) // 4, len(data) // 2)] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
 
 
