@@ -197,8 +197,9 @@ def test_a_changed_model_is_refused_instead_of_stored_under_its_old_digest(
 
 
 def flip_a_bit(path: Path, rng: random.Random) -> None:
+    """In the first half, which holds pixels if it holds images: other bits may be of no use to any reader."""
     data = bytearray(path.read_bytes())
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    data[rng.randrange(len(data) // 4, len(data) // 2)] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
 
 
@@ -369,6 +370,22 @@ def test_images_drawn_elsewhere_have_the_numbers_of_the_model_that_drew_them(
     assert result.scores["taste"]["elsewhere"] == result.scores["taste"]["other"]
     found = scores_of(result)[texts[0]]["match"]
     assert found["elsewhere"] == found["other"] != found["shapes"]
+
+
+def test_an_object_store_may_hold_the_images_of_models_and_those_drawn_elsewhere(
+    evaluate: EvaluateHere, shapes: ModelRecord, tmp_path: Path, bucket: str
+):
+    local = write_images(tmp_path / "elsewhere", random_images(4, 2))
+    files.copy_folder(local.images_uri, f"{bucket}/elsewhere")
+    remote = local.model_copy(update={"images_uri": f"{bucket}/elsewhere"})
+    expected = evaluate(shapes, local, images_per_prompt=2)
+    given = evaluate.spec([shapes, remote], images_per_prompt=2)
+    for drawn in (8, 0):
+        found = evaluate.run(given.model_copy(update={"images": f"{bucket}/images"}))
+        assert (found.images_drawn, found.scores) == (drawn, expected.scores)
+    files.delete_file(f"{bucket}/elsewhere/00003-1.png")
+    with pytest.raises(BadRequest, match="lacks 1 of 8 images, the first is 00003-1"):
+        evaluate.run(given)
 
 
 def test_images_outside_of_the_allowed_sources_are_forbidden(
