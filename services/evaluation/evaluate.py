@@ -19,7 +19,9 @@ from services.stages.specs import EvaluateSpec
 from services.storage import files
 
 GRID_PROMPTS = 16
-CONVENTIONS = "sampler DDIM, eta 0; seed of prompt i is seed + i; ties count half; beat ratio: Wilson 95%"
+CONVENTIONS = (
+    "sampler DDIM, eta 0; seed of prompt i is seed + i; ties count half; intervals: 95% over prompts"
+)
 
 Row = dict[str, Any]
 """One prompt: ``index``, ``prompt``, an image of each side, and ``SIDE_SCORER`` for each score."""
@@ -58,17 +60,14 @@ def _rows_of_prompts(spec: EvaluateSpec, prompts: list[str], journal: Journal, b
 
 def _compare_scores(name: str, rows: list[Row]) -> ScorerReport:
     base, candidate = ([float(row[f"{side}_{name}"]) for row in rows] for side in SIDES)
+    difference = paired_difference(candidate, base)
+    ratio = beat_ratio(candidate, base)
     return ScorerReport(
         base=float(np.mean(base)),
         candidate=float(np.mean(candidate)),
-        difference=_interval(paired_difference(candidate, base)),
-        beat_ratio=_interval(beat_ratio(candidate, base)),
+        difference=Interval(value=difference.value, low=difference.low, high=difference.high),
+        beat_ratio=Interval(value=ratio.value, low=ratio.low, high=ratio.high),
     )
-
-
-def _interval(numbers: tuple[float, float, float]) -> Interval:
-    value, low, high = map(float, numbers)
-    return Interval(value=value, low=low, high=high)
 
 
 def _grid(spec: EvaluateSpec, rows: list[Row]) -> bytes:
