@@ -35,44 +35,57 @@ def create_alignment(
     """Raises BadRequest or NotFound for everything that is known to fail before any compute is spent."""
 
     def check() -> None:
-        checks.check_alignment(request)
-        with database.read() as session:
-            base = models.record_of(models.find(session, request.model, "model"))
-        checks.check_base(base, request)
+        check_alignment(database, request)
 
     def insert(session: Session, _: None) -> JobView:
-        base = models.find(session, request.model, "model")
-        dataset = _find_dataset(session, request)
-        job_id = new_id("ajob")
-        name = request.name or f"{base.name[:40]}-{request.objective.method}-{job_id[-6:]}"
-        _refuse_name(session, name)
-        stored = _stored_request(request)
-        row = _new_row(job_id, "alignment", "validating", stored)
-        row.name = name
-        row.model = base.id
-        row.dataset = dataset.id
-        row.output_model = new_id("model")
-        row.inputs = {
-            "model": models.record_of(base).model_dump(mode="json"),
-            "dataset": {
-                "uri": dataset.uri,
-                "columns": dataset.columns,
-                "split": dataset.split,
-                "digest": dataset.digest,
-            },
-        }
-        session.add(row)
-        session.flush()
-        session.add_all(
-            JobMetadata(job_seq=row.seq, key=key, value=value) for key, value in request.metadata.items()
-        )
-        method = request.objective.method
-        journal.log(session, job_id, f"created: {method} on {base.name} with dataset {dataset.name}")
-        for message in _ignored_settings(request, stored):
-            journal.log(session, job_id, message, "warning")
-        return job_view(row)
+        return job_view(insert_alignment(session, new_id("ajob"), request))
 
     return create_once(database, idempotent, JobView, check, insert)
+
+
+def check_alignment(database: ProjectDatabase, request: AlignmentJobCreate) -> None:
+    """The checks that read files."""
+    checks.check_alignment(request)
+    with database.read() as session:
+        base = models.record_of(models.find(session, request.model, "model"))
+    checks.check_base(base, request)
+
+
+def find_inputs(session: Session, request: AlignmentJobCreate) -> tuple[Model, Dataset]:
+    """The base model and the dataset of a request. Raises BadRequest or NotFound."""
+    return models.find(session, request.model, "model"), _find_dataset(session, request)
+
+
+def insert_alignment(session: Session, job_id: str, request: AlignmentJobCreate) -> Job:
+    """Add the row of a job. Raises BadRequest or NotFound for what the database knows to fail."""
+    base, dataset = find_inputs(session, request)
+    name = request.name or f"{base.name[:40]}-{request.objective.method}-{job_id[-6:]}"
+    refuse_name(session, name)
+    stored = _stored_request(request)
+    row = new_row(job_id, "alignment", "validating", stored)
+    row.name = name
+    row.model = base.id
+    row.dataset = dataset.id
+    row.output_model = new_id("model")
+    row.inputs = {
+        "model": models.record_of(base).model_dump(mode="json"),
+        "dataset": {
+            "uri": dataset.uri,
+            "columns": dataset.columns,
+            "split": dataset.split,
+            "digest": dataset.digest,
+        },
+    }
+    session.add(row)
+    session.flush()
+    session.add_all(
+        JobMetadata(job_seq=row.seq, key=key, value=value) for key, value in request.metadata.items()
+    )
+    method = request.objective.method
+    journal.log(session, job_id, f"created: {method} on {base.name} with dataset {dataset.name}")
+    for message in _ignored_settings(request, stored):
+        journal.log(session, job_id, message, "warning")
+    return row
 
 
 def create_evaluation(
@@ -81,25 +94,30 @@ def create_evaluation(
     """Raises BadRequest or NotFound, like ``create_alignment``."""
 
     def insert(session: Session, _: None) -> EvaluationView:
-        model = models.find(session, request.model, "model")
-        base = models.find(session, request.base, "base")
-        stored = request.model_dump(mode="json") | {"prompts_uri": files.as_uri(request.prompts_uri)}
-        row = _new_row(new_id("eval"), "evaluation", "queued", stored)
-        row.model = model.id
-        row.base = base.id
-        row.inputs = {
-            "model": models.record_of(model).model_dump(mode="json"),
-            "base": models.record_of(base).model_dump(mode="json"),
-        }
-        session.add(row)
-        session.flush()
-        journal.log(session, row.id, f"created: {model.name} against {base.name}")
-        return evaluation_view(row)
+        return evaluation_view(insert_evaluation(session, new_id("eval"), request))
 
     def check() -> None:
         checks.check_evaluation(request)
 
     return create_once(database, idempotent, EvaluationView, check, insert)
+
+
+def insert_evaluation(session: Session, evaluation_id: str, request: EvaluationCreate) -> Job:
+    """Add the row of an evaluation. Raises BadRequest or NotFound for what the database knows to fail."""
+    model = models.find(session, request.model, "model")
+    base = models.find(session, request.base, "base")
+    stored = request.model_dump(mode="json") | {"prompts_uri": files.as_uri(request.prompts_uri)}
+    row = new_row(evaluation_id, "evaluation", "queued", stored)
+    row.model = model.id
+    row.base = base.id
+    row.inputs = {
+        "model": models.record_of(model).model_dump(mode="json"),
+        "base": models.record_of(base).model_dump(mode="json"),
+    }
+    session.add(row)
+    session.flush()
+    journal.log(session, row.id, f"created: {model.name} against {base.name}")
+    return row
 
 
 def get(database: ProjectDatabase, kind: str, job_id: str) -> RunView:
@@ -197,7 +215,8 @@ def _ignored_settings(request: AlignmentJobCreate, stored: dict[str, Any]) -> It
         yield "validation.prompts_uri is ignored: validation.num_prompts is 0"
 
 
-def _new_row(job_id: str, kind: str, status: JobStatus, stored: dict[str, Any]) -> Job:
+def new_row(job_id: str, kind: str, status: JobStatus, stored: dict[str, Any]) -> Job:
+    """A row that was not added yet, of a job that nothing has happened to."""
     now = time.time()
     return Job(
         id=job_id,
@@ -225,7 +244,7 @@ def _find_dataset(session: Session, request: AlignmentJobCreate) -> Dataset:
     return row
 
 
-def _refuse_name(session: Session, name: str) -> None:
+def refuse_name(session: Session, name: str) -> None:
     """Raises BadRequest for an aligned model's name that is an id or a base model's name."""
     if is_id(name):
         raise BadRequest(f"name: must not have the form of an id, got {name!r}", param="name")

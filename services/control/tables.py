@@ -135,7 +135,7 @@ class Promotion(Owned):
 class Job(Owned):
     """A chain of stages.
 
-    kind                  "alignment" or "evaluation"
+    kind                  "alignment", "evaluation" or "study" (studies.py), which has no stages
     inputs                the records of its models and dataset when it was created
     pause_requested_at    set until the job is resumed or ends
     attempt               number of the current attempt at the stage
