@@ -221,14 +221,24 @@ class JobView(RunView):
         return "pausing" if is_pausing else self.status
 
 
+class ComparedView(Answer):
+    """One side of a comparison: the ``model``'s id, or the URI of images that were drawn elsewhere."""
+
+    name: str
+    model: str | None = None
+    images_uri: str | None = None
+
+
 class EvaluationView(RunView):
-    """A comparison of ``model`` with ``base``: both generate images of the same prompts and seeds."""
+    """A comparison of ``models`` with the ``base`` among them, a name: all generate images of the same
+    prompts and seeds."""
 
     object: Literal["evaluation"]
-    model: str
+    models: list[ComparedView]
     base: str
     prompts_uri: str
     num_prompts: int
+    images_per_prompt: int
     seed: int
     scorers: list[Scorer]
     sample: dict[str, Any]

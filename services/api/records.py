@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dde_core.config import ObjectiveConfig
 from dde_core.family import Family
 from dde_core.scorers.kinds import KindName
-from services.api.requests import Scorer, Strict, Uri
+from services.api.requests import Strict, Uri
 
 Stage = Literal["encode", "ledger", "train", "evaluate"]
 JobStatus = Literal[
@@ -222,7 +222,8 @@ class Interval(Strict):
 
 
 class ScorerReport(Strict):
-    """One scorer: means, the paired difference (candidate - base) and the beat ratio (ties count half)."""
+    """One scorer and one candidate: means, the paired difference (candidate - base) and the beat ratio (ties
+    count half)."""
 
     base: float
     candidate: float
@@ -231,12 +232,19 @@ class ScorerReport(Strict):
 
 
 class EvaluateResult(Strict):
-    """Result of a comparison: URIs of the report and the image grid, and each scorer's numbers."""
+    """Result of a comparison: URIs of the report and the image grid, and each scorer's numbers.
+
+    ``scores`` has the numbers of each candidate against ``base``, by scorer and candidate. ``images_drawn``
+    counts the images that were not in storage already.
+    """
 
     report: Uri
     grid: Uri
+    base: str
     num_prompts: int
-    scores: dict[Scorer, ScorerReport]
+    images_per_prompt: int
+    images_drawn: int
+    scores: dict[str, dict[str, ScorerReport]]
     seconds: float
 
 

@@ -61,6 +61,9 @@ Column = Literal[
 """The columns that a dataset may have: those of Pick-a-Pic, of chosen/rejected pairs and of rankings."""
 ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
 MAX_IMAGES = 16
+MAX_PROMPTS = 100_000
+MAX_COMPARED = 16
+"""Models of one evaluation."""
 SIZE_PATTERN = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 _SIDES = "|".join(str(side) for side in range(8, MAX_SIZE_PX + 1, 8))
 _EXACT_SIZES = f"^(auto|({_SIDES})x({_SIDES}))$"
@@ -119,15 +122,18 @@ class KeyCreate(Strict):
 
 
 class EvaluationConfig(Strict):
-    """How two models are compared: both generate an image of each prompt, from the same seed.
+    """How models are compared: each generates ``images_per_prompt`` images of each prompt, all from the same
+    seeds.
 
-    ``prompts_uri`` is a text file with one prompt a line; the first ``num_prompts`` are used. The built-in
-    scorers can score only images of the bundled shapes data: for other models set ``scorers`` to ``[]`` and
-    get the image grid without scores.
+    ``prompts_uri`` is a file of prompts: text with one a line, PartiPrompts' TSV, DrawBench's CSV, a JSON
+    list or JSON lines; the first ``num_prompts`` are used. Image j of prompt i is generated from ``seed`` + i
+    + 100,000 j. The built-in scorers can score only images of the bundled shapes data: for other models set
+    ``scorers`` to ``[]`` and get the image grid without scores.
     """
 
     prompts_uri: Uri
-    num_prompts: Annotated[int, Field(ge=2, le=100_000)] = 200
+    num_prompts: Annotated[int, Field(ge=2, le=MAX_PROMPTS)] = 200
+    images_per_prompt: Annotated[int, Field(ge=1, le=64)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     scorers: Scorers = list(ALL_SCORERS)
     sample: SampleConfig = SampleConfig()
@@ -229,11 +235,43 @@ class AlignmentJobCreate(Strict):
     metadata: Metadata = {}
 
 
-class EvaluationCreate(EvaluationConfig):
-    """Compare the registered model ``model`` with ``base`` on held-out prompts; each is a name or an id."""
+class ImageFolder(Strict):
+    """Images that were drawn elsewhere, compared under a name like those of a model.
 
-    model: str
-    base: str
+    The folder at ``images_uri`` has image j of prompt i, both counted from 0, as ``{i:05d}-{j}.png``; or an
+    ``images.jsonl`` with a line ``{"file": "a.png", "prompt": "a cat"}`` for each image, in which those of
+    one prompt are its images 0, 1 and so on. All images have the size of the other models' images.
+    """
+
+    name: Name
+    images_uri: Uri
+
+
+def _one_member(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+    """Report the errors of the one member that is meant; pydantic's own for a union are those of all."""
+    if isinstance(value, dict):
+        return ImageFolder.model_validate(value)
+    if isinstance(value, str | ImageFolder):
+        return inner(value)
+    message = "must be the name or id of a model, or an object with name and images_uri"
+    raise PydanticCustomError("compared", message)
+
+
+Compared = Annotated[str | ImageFolder, WrapValidator(_one_member)]
+
+
+class EvaluationCreate(EvaluationConfig):
+    """Compare models on held-out prompts: each of ``models`` with the ``base`` among them.
+
+    ``models`` are names or ids of registered models, at least one, and folders of images that were drawn
+    elsewhere. ``base`` is the first one by default.
+    """
+
+    models: Annotated[
+        list[Compared],
+        Field(min_length=2, max_length=MAX_COMPARED, json_schema_extra={"uniqueItems": True}),
+    ]
+    base: str | None = None
 
 
 MAX_CELLS = 200

@@ -424,22 +424,38 @@ def generate(
         typer.echo(path)
 
 
+def _compared(text: str) -> str | dict[str, str]:
+    """``NAME=FOLDER`` as the body of a folder of images; anything else is a model's name or id."""
+    name, equals, folder = text.partition("=")
+    return {"name": name, "images_uri": as_uri(folder)} if equals else text
+
+
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Name or id of the model to evaluate.")],
-    base: Annotated[str, typer.Argument(help="Name or id of the model to compare with.")],
-    prompts: Annotated[str, typer.Option(help="Held-out prompts, one per line: a path or a URI.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two or more: names or ids of models, or NAME=FOLDER for images drawn elsewhere.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[str, typer.Option(help="Held-out prompts: a path or a URI.")],
+    base: Annotated[
+        str | None, typer.Option(help="The model that the others are compared with; by default the first.")
+    ] = None,
     num_prompts: Annotated[int, typer.Option(help="Number of prompts, from the top of the file.")] = 200,
+    images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt by each model.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; each next prompt adds 1.")] = 0,
     steps: SamplingSteps = 25,
     guidance_scale: GuidanceScale = 5.0,
 ) -> None:
-    """Compare two models on held-out prompts, with the same seeds."""
+    """Compare models on held-out prompts, with the same seeds."""
     body = {
-        "model": model,
+        "models": [_compared(model) for model in models],
         "base": base,
         "prompts_uri": as_uri(prompts),
         "num_prompts": num_prompts,
+        "images_per_prompt": images_per_prompt,
         "seed": seed,
         "sample": {"steps": steps, "guidance_scale": guidance_scale},
     }
@@ -449,7 +465,9 @@ def evaluate(
     if evaluation.result is None or evaluation.status != "succeeded":
         raise ServiceError(tables.outcome_line(evaluation))
     console = Console()
-    console.print(tables.comparison(evaluation.result, base, model))
+    for compared in evaluation.models:
+        if compared.name != evaluation.base:
+            console.print(tables.comparison(evaluation.result, compared.name))
     console.print(
         f"report {evaluation.result.report}\nimages {evaluation.result.grid}",
         soft_wrap=True,

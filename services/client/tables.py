@@ -166,20 +166,23 @@ def _about_files(report: DatasetReport) -> dict[str, str]:
 # ---- evaluations
 
 
-def comparison(result: EvaluateResult, base: str, candidate: str) -> Table:
-    """Each scorer's mean for both models, the paired difference and the beat ratio with their 95% intervals.
+def comparison(result: EvaluateResult, candidate: str) -> Table:
+    """Each scorer's mean for a candidate and the base, the paired difference and the beat ratio with their
+    95% intervals.
 
     The table fits 80 columns if names have at most 14 letters.
     """
+    base = result.base
+    images = f" x {result.images_per_prompt} images" if result.images_per_prompt > 1 else ""
     table = new_table(
-        f"{candidate} against {base}, {result.num_prompts} held-out prompts, the same seed for both",
+        f"{candidate} against {base}, {result.num_prompts} held-out prompts{images}, the same seed for both",
         *("scorer", base, candidate, "difference [95%]", "beat ratio [95%]"),
         title_justify="center",
     )
     known = [name for name in ALL_SCORERS if name in result.scores]
     others = [name for name in result.scores if name not in known]
     for name in known + others:
-        scores = result.scores[name]
+        scores = result.scores[name][candidate]
         difference = with_interval(scores.difference, signed=True)
         beat_ratio = with_interval(scores.beat_ratio)
         table.add_row(name, f"{scores.base:.3f}", f"{scores.candidate:.3f}", difference, beat_ratio)

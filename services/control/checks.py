@@ -6,6 +6,7 @@ Every function raises BadRequest, naming the field and its value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 from dde_core.errors import ConfigError, DataError, ModelError
@@ -15,17 +16,22 @@ from services.api.records import ModelRecord
 from services.api.requests import (
     AlignmentJobCreate,
     EvaluationConfig,
+    ImageFolder,
     PromoteIf,
     ValidationConfig,
     most_workers,
 )
 from services.artifacts import models
-from services.artifacts.prompts import prompt_lines
+from services.artifacts.external_images import check_images, find_images, one_size
+from services.artifacts.prompts import Prompt, all_prompts
 from services.control.problems import show
 from services.control.tables import Dataset
 from services.errors import BadRequest, NotFound, ServiceError
 from services.pairs.validation import check_bad
 from services.storage import sources
+
+MAX_HEADERS = 1000
+"""Of the images of one folder that a request opens."""
 
 
 def check_alignment(request: AlignmentJobCreate) -> None:
@@ -122,8 +128,8 @@ def check_dataset(dataset: Dataset, request: AlignmentJobCreate) -> None:
     check_bad(sum(bad.values()), dataset.counts["rows"], bad, request.data.max_bad_fraction)
 
 
-def check_evaluation(config: EvaluationConfig, path: str = "") -> None:
-    """Refuse unreadable or too few prompts, and prompts that the scorers cannot score.
+def check_evaluation(config: EvaluationConfig, path: str = "") -> list[Prompt]:
+    """Refuse unreadable or too few prompts, and prompts that the scorers cannot score. Returns the prompts.
 
     ``path`` is the config's place in the request, such as "evaluation.".
     """
@@ -135,7 +141,38 @@ def check_evaluation(config: EvaluationConfig, path: str = "") -> None:
         has = f"{config.prompts_uri!r} has {len(prompts)} prompts"
         message = f"{param}: {has}, {path}num_prompts requires {config.num_prompts}"
         raise BadRequest(message, param=param, code="too_few_prompts")
-    _check_scorable(prompts[: config.num_prompts], config, f"{path}scorers")
+    prompts = prompts[: config.num_prompts]
+    _check_scorable(prompts, config, f"{path}scorers")
+    return prompts
+
+
+def check_compared(
+    compared: Sequence[ModelRecord | ImageFolder], config: EvaluationConfig, prompts: Sequence[Prompt]
+) -> None:
+    """Refuse models whose files are gone, images drawn elsewhere that are not all there, and images of
+    several sizes. Of many images, ``MAX_HEADERS`` are opened here and all by the stage."""
+    texts = [prompt.text for prompt in prompts]
+    sizes: dict[str, tuple[int, int]] = {}
+    for i, each in enumerate(compared):
+        try:
+            if isinstance(each, ImageFolder):
+                names = find_images(each, texts, config.images_per_prompt)
+                shown = [name for of_prompt in names for name in of_prompt]
+                sizes[each.name] = check_images(each, shown[:: -(-len(shown) // MAX_HEADERS)])
+            else:
+                for record in (each, each.adapter_of):
+                    if record and record.job is None:
+                        sources.check_folder(record.uri)
+                sizes[each.name] = models.drawn_size(each, config.sample)
+        except ConfigError as error:
+            _refuse(error.field, error.reason, error.value)
+        except ServiceError as error:
+            param = f"models.{i}"
+            raise type(error)(f"{param}: {error}", param=param, code=error.code) from error
+        except (ModelError, OSError) as error:
+            param = f"models.{i}"
+            raise BadRequest(f"{param}: {each.name} cannot be read: {error}", param=param) from error
+    one_size(sizes)
 
 
 def _check_validation(request: AlignmentJobCreate, config: ValidationConfig) -> None:
@@ -189,10 +226,9 @@ def _check_validation_prompts(evaluation: EvaluationConfig, config: ValidationCo
     _check_scorable(prompts[num_skipped : num_skipped + needed], evaluation, param)
 
 
-def _prompts(uri: str, param: str) -> list[str]:
-    """The lines of a file that are not blank."""
+def _prompts(uri: str, param: str) -> list[Prompt]:
     try:
-        return prompt_lines(uri)
+        return all_prompts(uri)
     except ServiceError as error:
         message = f"{param}: cannot be read, got {uri!r}: {error}"
         raise type(error)(message, param=param, code=error.code) from error
@@ -202,12 +238,12 @@ def _prompts(uri: str, param: str) -> list[str]:
         raise BadRequest(f"{param}: cannot be read, got {uri!r}: {error}", param=param) from error
 
 
-def _check_scorable(prompts: list[str], config: EvaluationConfig, param: str) -> None:
+def _check_scorable(prompts: list[Prompt], config: EvaluationConfig, param: str) -> None:
     """Refuse prompts and image sizes that the scorers cannot score."""
     if not config.scorers:
         return
     try:
-        scorers.check(prompts, config.sample.height, config.sample.width)
+        scorers.check([prompt.text for prompt in prompts], config.sample.height, config.sample.width)
     except DataError as error:
         raise BadRequest(f"{param}: {error}", param=param) from error
 

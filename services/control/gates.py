@@ -7,14 +7,19 @@ from services.api.requests import PromoteIf
 
 
 def judge(gate: PromoteIf, result: EvaluateResult) -> GateResult:
-    """Compare the evaluation's intervals with the gate's limits; ``reasons`` name each one that fails."""
-    ratio = result.scores[gate.scorer].beat_ratio
+    """Compare the intervals of a job's evaluation, which has one candidate, with the gate's limits.
+
+    ``reasons`` name each limit that fails.
+    """
+    [candidate] = result.scores[gate.scorer].values()
+    ratio = candidate.beat_ratio
     reasons = []
     if not ratio.low > gate.beat_ratio_low:
         interval = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
         reasons.append(f"{gate.scorer}: beat ratio {interval} is not surely above {gate.beat_ratio_low:g}")
     for name in gate.not_worse:
-        difference = result.scores[name].difference
+        [candidate] = result.scores[name].values()
+        difference = candidate.difference
         if difference.high < 0:
             interval = f"{difference.value:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
             reasons.append(f"{name}: is worse than the base's by {interval}")

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session, aliased, defer
 
 from dde_core.errors import DataError
 from services.api.answers import CheckpointView, EvaluationView, JobView, ListView, RunView
-from services.api.records import JobStatus, Validated
-from services.api.requests import AlignmentJobCreate, EvaluationCreate
+from services.api.records import JobStatus, ModelRecord, Validated
+from services.api.requests import AlignmentJobCreate, EvaluationCreate, ImageFolder
 from services.artifacts import checkpoints
 from services.control import checks, journal, models
 from services.control.database import ProjectDatabase
@@ -93,31 +93,67 @@ def create_evaluation(
 ) -> EvaluationView:
     """Raises BadRequest or NotFound, like ``create_alignment``."""
 
+    def check() -> None:
+        prompts = checks.check_evaluation(request)
+        with database.read() as session:
+            compared, _ = _compared(session, request)
+        checks.check_compared(compared, request, prompts)
+
     def insert(session: Session, _: None) -> EvaluationView:
         return evaluation_view(insert_evaluation(session, new_id("eval"), request))
-
-    def check() -> None:
-        checks.check_evaluation(request)
 
     return create_once(database, idempotent, EvaluationView, check, insert)
 
 
 def insert_evaluation(session: Session, evaluation_id: str, request: EvaluationCreate) -> Job:
     """Add the row of an evaluation. Raises BadRequest or NotFound for what the database knows to fail."""
-    model = models.find(session, request.model, "model")
-    base = models.find(session, request.base, "base")
-    stored = request.model_dump(mode="json") | {"prompts_uri": files.as_uri(request.prompts_uri)}
+    compared, base = _compared(session, request)
+    stored = request.model_dump(mode="json")
+    stored["prompts_uri"] = files.as_uri(request.prompts_uri)
+    stored["models"] = [
+        {"name": each.name, "images_uri": files.as_uri(each.images_uri)}
+        if isinstance(each, ImageFolder)
+        else {"name": each.name, "model": each.id}
+        for each in compared
+    ]
+    stored["base"] = base.name
     row = new_row(evaluation_id, "evaluation", "queued", stored)
-    row.model = model.id
-    row.base = base.id
-    row.inputs = {
-        "model": models.record_of(model).model_dump(mode="json"),
-        "base": models.record_of(base).model_dump(mode="json"),
-    }
+    row.model = next(each.id for each in compared if isinstance(each, ModelRecord))
+    row.base = base.id if isinstance(base, ModelRecord) else None
+    row.inputs = {"models": [each.model_dump(mode="json") for each in compared]}
     session.add(row)
     session.flush()
-    journal.log(session, row.id, f"created: {model.name} against {base.name}")
+    others = ", ".join(each.name for each in compared if each is not base)
+    journal.log(session, row.id, f"created: {others} against {base.name}")
     return row
+
+
+def _compared(
+    session: Session, request: EvaluationCreate
+) -> tuple[list[ModelRecord | ImageFolder], ModelRecord | ImageFolder]:
+    """What the request compares, and the base among it. Raises BadRequest or NotFound."""
+    compared: list[ModelRecord | ImageFolder] = []
+    base: ModelRecord | ImageFolder | None = None
+    for i, each in enumerate(request.models):
+        if isinstance(each, ImageFolder):
+            found: ModelRecord | ImageFolder = each
+            is_base = request.base == each.name
+        else:
+            found = models.record_of(models.find(session, each, f"models.{i}"))
+            is_base = request.base in (each, found.id, found.name)
+        if any(other.name == found.name for other in compared):
+            message = f"models: must have different names, got {show(found.name)} twice"
+            raise BadRequest(message, param="models", code="repeated_model")
+        compared.append(found)
+        base = found if is_base else base
+    if not any(isinstance(each, ModelRecord) for each in compared):
+        names = ", ".join(show(each.name) for each in compared)
+        message = f"models: at least one must be a registered model, got the folders of images {names}"
+        raise BadRequest(message, param="models")
+    if request.base is not None and base is None:
+        names = ", ".join(show(each.name) for each in compared)
+        raise BadRequest(f"base: must be one of the models {names}, got {show(request.base)}", param="base")
+    return compared, base or compared[0]
 
 
 def get(database: ProjectDatabase, kind: str, job_id: str) -> RunView:

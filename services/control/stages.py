@@ -7,7 +7,8 @@ import shlex
 from typing import Any
 
 from services.api.records import ModelRecord
-from services.api.requests import AlignmentJobCreate, DatasetSource, EvaluationConfig
+from services.api.requests import AlignmentJobCreate, DatasetSource, EvaluationConfig, ImageFolder
+from services.artifacts.scorers import BUILT_IN
 from services.control.tables import Job
 from services.settings import Settings
 from services.stages import layout
@@ -116,18 +117,21 @@ def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
 
 def _evaluate(job: Job, settings: Settings, common: dict[str, Any]) -> EvaluateSpec:
     if job.kind == "alignment":
-        candidate = job.results["train"]["model"]
-        base = job.inputs["model"]
-        evaluation = job.request["evaluation"]
+        compared = [job.inputs["model"], job.results["train"]["model"]]
+        base = compared[0]["name"]
+        config = job.request["evaluation"]
     else:
-        candidate = job.inputs["model"]
-        base = job.inputs["base"]
-        evaluation = {name: job.request[name] for name in EvaluationConfig.model_fields}
+        compared = job.inputs["models"]
+        base = job.request["base"]
+        config = {name: job.request[name] for name in EvaluationConfig.model_fields}
+    evaluation = EvaluationConfig.model_validate_json(json.dumps(config))
     return EvaluateSpec(
         **common,
-        candidate=ModelRecord(**candidate),
-        base=ModelRecord(**base),
-        evaluation=EvaluationConfig.model_validate_json(json.dumps(evaluation)),
+        models=[ImageFolder(**each) if "images_uri" in each else ModelRecord(**each) for each in compared],
+        base=base,
+        scorers=[BUILT_IN[name] for name in evaluation.scorers],
+        evaluation=evaluation,
+        images=layout.images_folder(root(job, settings)),
         output=prefix(job, root(job, settings)),
         actors=settings.evaluate_actors,
     )

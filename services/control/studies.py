@@ -21,7 +21,13 @@ from sqlalchemy.orm import Session
 
 from services.api.answers import StudyView
 from services.api.records import FINAL_STATUSES, StudyCellRecord
-from services.api.requests import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, StudyCreate
+from services.api.requests import (
+    MAX_COMPARED,
+    AlignmentJobCreate,
+    EvaluationConfig,
+    EvaluationCreate,
+    StudyCreate,
+)
 from services.api.study_cells import Cell, expand
 from services.control import checks, jobs, journal, models, stopping, study_report
 from services.control.database import Database, ProjectDatabase
@@ -37,8 +43,8 @@ from services.settings import Settings
 from services.stages.specs import Level, StageFailure
 from services.storage import files
 
-MODELS_OF_ONE = 1
-"""How many aligned models one evaluation compares with the base."""
+MODELS_OF_ONE = MAX_COMPARED - 1
+"""How many aligned models one evaluation compares with the base. The base's images are drawn once for all."""
 
 # ---- requests
 
@@ -54,7 +60,7 @@ def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: St
         for cell in cells:
             with _errors_of(cell.label):
                 jobs.check_alignment(database, cell.request)
-        checks.check_evaluation(request.evaluation, "evaluation.")
+        _check_evaluation(database, request, cells)
         return cells
 
     def insert(session: Session, cells: list[Cell]) -> StudyView:
@@ -99,6 +105,16 @@ def _errors_of(label: str) -> Iterator[None]:
     except ServiceError as error:
         param = f"cells.{label}" + (f".{error.param}" if error.param else "")
         raise type(error)(f"cell {label}: {error.message}", param=param, code=error.code) from error
+
+
+def _check_evaluation(database: ProjectDatabase, request: StudyCreate, cells: list[Cell]) -> None:
+    """Refuse prompts that cannot be read or scored, and base models that draw images of several sizes."""
+    prompts = checks.check_evaluation(request.evaluation, "evaluation.")
+    with database.read() as session:
+        found = [models.find(session, name, "model") for name in {cell.request.model for cell in cells}]
+        base = _base(session, request, list({row.id: row for row in found}.values()))
+        records = {row.id: models.record_of(row) for row in [base, *found]}
+    checks.check_compared(list(records.values()), request.evaluation, prompts)
 
 
 def _refuse_name(session: Session, name: str) -> None:
@@ -328,8 +344,8 @@ def _id(prefix: str, *parts: str) -> str:
 def evaluation_request(study: Job, compared: list[str]) -> EvaluationCreate:
     """One evaluation of aligned models, by id, with the study's base."""
     config = {name: study.request["evaluation"][name] for name in EvaluationConfig.model_fields}
-    [model] = compared
-    return EvaluationCreate.model_validate_json(json.dumps({**config, "model": model, "base": study.base}))
+    body = {**config, "models": [study.base, *compared], "base": study.base}
+    return EvaluationCreate.model_validate_json(json.dumps(body))
 
 
 def _present(cell: StudyCellRecord, row: Job | None) -> StudyCellRecord:

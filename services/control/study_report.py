@@ -70,7 +70,7 @@ def write(
     ]
     curves = {run.cell.label: _curves(session, run) for run in runs}
     results = [_result(row) for row in evaluations]
-    scores = _scores([files.read_json(result.report) for result in results], str(study.base))
+    scores = _scores([files.read_json(result.report) for result in results])
     compared = {run.cell.label: run for run in runs if run.cell.model in study.results["compared"]}
     root = stages.root(study, settings)
     report = StudyReport(
@@ -80,7 +80,7 @@ def write(
         settings=_settings(runs, scores, compared, curves),
         contrasts=_contrasts(list(compared.values()), scores, str(study.base)),
         seconds=sum(result.seconds for result in results),
-        images=sum(images_drawn(result) for result in results),
+        images=sum(result.images_drawn for result in results),
     )
     by_metric = _by_metric(curves)
     content = {
@@ -103,20 +103,15 @@ def _result(row: Job) -> EvaluateResult:
     return EvaluateResult.model_validate_json(json.dumps(row.results["evaluate"]))
 
 
-def images_drawn(result: EvaluateResult) -> int:
-    """The images that an evaluation has drawn: one of each model and prompt."""
-    return 2 * result.num_prompts
-
-
-def _scores(reports: Sequence[Mapping[str, Any]], base: str) -> Scores:
-    """The scores of every model, by its id, from the reports of its evaluations."""
+def _scores(reports: Sequence[Mapping[str, Any]]) -> Scores:
+    """The scores of every model, by its id, from the reports of evaluations: means over a prompt's images."""
     found: Scores = {}
     for report in reports:
         for scorer in report["scores"]:
             of_scorer = found.setdefault(scorer, {})
-            for side in ("base", "candidate"):
-                column = [row[f"{side}_{scorer}"] for row in report["prompts"]]
-                of_scorer[base if side == "base" else report["candidate"]["id"]] = column
+            for model in report["models"]:
+                of_images = [prompt["scores"][scorer][model["name"]] for prompt in report["prompts"]]
+                of_scorer[model["id"]] = [float(np.mean(images)) for images in of_images]
     return found
 
 
@@ -157,7 +152,7 @@ def _images(run: CellRun, curves: Mapping[str, list[tuple[int, float]]]) -> int:
     """What the job's own evaluation and the validations of its checkpoints have drawn."""
     if run.job is None:
         return 0
-    count = images_drawn(_result(run.job)) if "evaluate" in run.job.results else 0
+    count = _result(run.job).images_drawn if "evaluate" in run.job.results else 0
     validation = run.job.request.get("validation")
     if validation:
         scorers = run.job.request["evaluation"]["scorers"]

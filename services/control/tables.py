@@ -137,6 +137,7 @@ class Job(Owned):
 
     kind                  "alignment", "evaluation" or "study" (studies.py), which has no stages
     inputs                the records of its models and dataset when it was created
+    model, base           of an evaluation: its first registered model, and its base if that is registered
     pause_requested_at    set until the job is resumed or ends
     attempt               number of the current attempt at the stage
     restarts              attempts that failed since the stage last made progress

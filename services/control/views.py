@@ -85,13 +85,21 @@ def job_view(row: Job) -> JobView:
 
 
 def evaluation_view(row: Job) -> EvaluationView:
-    settings = ("prompts_uri", "num_prompts", "seed", "scorers", "sample")
+    settings = (
+        "models",
+        "base",
+        "prompts_uri",
+        "num_prompts",
+        "images_per_prompt",
+        "seed",
+        "scorers",
+        "sample",
+    )
     return parse(
         EvaluationView,
         {
             "object": "evaluation",
             **_run(row),
-            **_columns(row, "model", "base"),
             **{name: row.request[name] for name in settings},
             "result": row.results.get("evaluate"),
         },

@@ -1,93 +1,95 @@
-"""The evaluate stage: compare two models on held-out prompts, write a report and an image grid."""
+"""The evaluate stage: draw and score the images of several models, write a report and an image grid."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from dde_core.errors import DataError
 from dde_core.image_grid import draw_grid
-from dde_core.metrics import beat_ratio, paired_difference
-from services.api.records import EvaluateResult, Interval, ScorerReport
-from services.api.requests import Scorer
+from services.api.records import EvaluateResult
 from services.artifacts.prompts import read_prompts
-from services.evaluation.compare import SIDES, compare
+from services.evaluation import drawing, image_cache, report
+from services.evaluation.chunks import Chunk, Scored, base_first, plan
+from services.evaluation.progress import Progress
+from services.evaluation.table import Table
 from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.specs import EvaluateSpec
 from services.storage import files
 
 GRID_PROMPTS = 16
-CONVENTIONS = (
-    "sampler DDIM, eta 0; seed of prompt i is seed + i; ties count half; intervals: 95% over prompts"
-)
-
-Row = dict[str, Any]
-"""One prompt: ``index``, ``prompt``, an image of each side, and ``SIDE_SCORER`` for each score."""
 
 
 def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
-    """Generate, score and compare. Raises BadRequest if the file holds fewer than ``num_prompts`` prompts."""
+    """Draw, score and compare; a killed run's images and scores are used again.
+
+    Raises BadRequest for prompts or images drawn elsewhere that are not all there, and for models whose
+    images differ in size.
+    """
     began = time.monotonic()
     prompts = read_prompts(spec.evaluation.prompts_uri, spec.evaluation.num_prompts)
-    journal.event(f"{len(prompts)} prompts from {spec.base.name} and {spec.candidate.name}")
-    rows = _rows_of_prompts(spec, prompts, journal, began)
-    scores = {name: _compare_scores(name, rows) for name in spec.evaluation.scorers}
+    chunks = plan(spec, prompts)
+    names = tuple(model.name for model in base_first(spec))
+    table = Table(names, tuple(prompts), spec.evaluation.images_per_prompt)
+    progress = Progress(spec, chunks, journal)
+    stored: dict[Chunk, Scored] = {}
+    for scored in drawing.score_chunks(spec, chunks):
+        table.add(scored, spec.scorers)
+        stored[scored.chunk] = scored
+        progress.add(scored)
+    progress.end()
+    reports = report.compare(table)
     grid_uri = layout.grid_uri(spec.output)
     report_uri = layout.report_uri(spec.output)
-    files.write_bytes(grid_uri, _grid(spec, rows[:GRID_PROMPTS]))
-    files.write_json(report_uri, _report(spec, rows, scores))
+    files.write_bytes(grid_uri, _grid(spec, table, stored))
+    files.write_json(report_uri, report.as_json(spec, table, reports))
     return EvaluateResult(
         report=report_uri,
         grid=grid_uri,
+        base=spec.base,
         num_prompts=len(prompts),
-        scores=scores,
+        images_per_prompt=table.images_per_prompt,
+        images_drawn=progress.drawn,
+        scores=reports,
         seconds=time.monotonic() - began,
     )
 
 
-def _rows_of_prompts(spec: EvaluateSpec, prompts: list[str], journal: Journal, began: float) -> list[Row]:
-    """One row per prompt, in the order of prompts; logs progress after each chunk."""
-    rows: dict[int, Row] = {}
-    for chunk in compare(spec, prompts):
-        for i, index in enumerate(chunk["index"]):
-            rows[int(index)] = {name: values[i] for name, values in chunk.items()}
-        done = {"pictures": len(SIDES) * len(rows), "pictures_total": len(SIDES) * len(prompts)}
-        journal.metrics(len(rows), {**done, "pictures_per_s": done["pictures"] / (time.monotonic() - began)})
-    return [rows[i] for i in range(len(prompts))]
+def _grid(spec: EvaluateSpec, table: Table, stored: dict[Chunk, Scored]) -> bytes:
+    """The image grid as PNG: the first image of each of the first prompts, by all models side by side."""
+    shown = [chunk for chunk in stored if chunk.image == 0 and chunk.first < GRID_PROMPTS]
+    shown.sort(key=lambda chunk: chunk.first)
+    images: list[list[np.ndarray]] = [[] for _ in table.models]
+    for chunk, pixels in zip(shown, _images(spec, [stored[chunk] for chunk in shown]), strict=True):
+        images[chunk.model] += list(pixels)
+    prompts = [prompt.text for prompt in table.prompts[:GRID_PROMPTS]]
+    sides = [(name, of_model[:GRID_PROMPTS]) for name, of_model in zip(table.models, images, strict=True)]
+    return draw_grid(prompts, sides)
 
 
-def _compare_scores(name: str, rows: list[Row]) -> ScorerReport:
-    base, candidate = ([float(row[f"{side}_{name}"]) for row in rows] for side in SIDES)
-    difference = paired_difference(candidate, base)
-    ratio = beat_ratio(candidate, base)
-    return ScorerReport(
-        base=float(np.mean(base)),
-        candidate=float(np.mean(candidate)),
-        difference=Interval(value=difference.value, low=difference.low, high=difference.high),
-        beat_ratio=Interval(value=ratio.value, low=ratio.low, high=ratio.high),
-    )
+def _images(spec: EvaluateSpec, scored: Sequence[Scored]) -> list[np.ndarray]:
+    """The pixels of stored chunks, uint8 [n, h, w, 3] each.
+
+    Chunks that were deleted meanwhile are drawn again. Raises DataError where that does not help.
+    """
+    found = [_read(each) for each in scored]
+    lost = [each.chunk for each, pngs in zip(scored, found, strict=True) if pngs is None]
+    if lost:
+        again = {each.chunk: each for each in drawing.score_chunks(spec, lost)}
+        found = [pngs or _read(again[each.chunk]) for each, pngs in zip(scored, found, strict=True)]
+    pixels: list[np.ndarray] = []
+    for each, pngs in zip(scored, found, strict=True):
+        if pngs is None:
+            raise DataError(f"the images at {each.uri} were deleted or damaged twice within this evaluation")
+        pixels.append(image_cache.decode_png(pngs))
+    return pixels
 
 
-def _grid(spec: EvaluateSpec, rows: list[Row]) -> bytes:
-    """The image grid as PNG: base and candidate side by side for each prompt."""
-    names = (spec.base.name, spec.candidate.name)
-    images = [(name, [row[side] for row in rows]) for name, side in zip(names, SIDES, strict=True)]
-    return draw_grid([row["prompt"] for row in rows], images)
-
-
-def _report(spec: EvaluateSpec, rows: list[Row], scores: dict[Scorer, ScorerReport]) -> dict[str, Any]:
-    """Everything needed to repeat the comparison, and every score behind its numbers."""
-    columns = [f"{side}_{name}" for side in SIDES for name in spec.evaluation.scorers]
-    return {
-        "base": spec.base.model_dump(mode="json"),
-        "candidate": spec.candidate.model_dump(mode="json"),
-        "evaluation": spec.evaluation.model_dump(mode="json"),
-        "conventions": CONVENTIONS,
-        "scores": {name: report.model_dump() for name, report in scores.items()},
-        "prompts": [
-            {"prompt": str(row["prompt"]), **{column: float(row[column]) for column in columns}}
-            for row in rows
-        ],
-    }
+def _read(scored: Scored) -> list[bytes] | None:
+    try:
+        return image_cache.read_images(scored.uri)
+    except image_cache.Damaged:
+        return None

@@ -31,9 +31,9 @@ from dde_core.step_metrics import format_metrics, logit_deviation
 from dde_core.train_step import PairErrors, check_finite, pair_errors, preference_margin
 from services.api.records import LedgerResult
 from services.artifacts import ledgers, models
-from services.ingest.pace import Pace
 from services.stages import layout
 from services.stages.journal import Journal
+from services.stages.pace import Pace
 from services.stages.specs import LedgerSpec
 from services.storage import files
 

@@ -29,6 +29,10 @@ projects/{project}/ in it for any other.
         quarantine.jsonl            rows that cannot be used
         blocks/, bad/               encoded blocks, until they are joined into shards
         ledgers/{key}/ledger-*.json commits a ledger: errors of a frozen model on the shards, written last
+    {root}/images/{model}/                                   images of a model, by its digest
+        {key}.parquet               a chunk of images, by everything that determines them
+        {key}-{scorer}.parquet      the scores of that chunk
+    {root}/images/external/                                  the same of images that were drawn elsewhere
     {root}/models/{model}.json, {root}/aliases/{name}.json   models for Serve, written by the control plane
     {root}/models/{model}/                                   weights of an aligned model: a diffusers folder
         credit.json                 where its training put the credit
@@ -307,6 +311,34 @@ def ledgers_folder(dataset: str) -> str:
 def ledger_folder(dataset: str, key: str) -> str:
     """The ledger whose key has the name ``key``."""
     return files.join(ledgers_folder(dataset), key)
+
+
+# ---- images of evaluations
+
+
+def images_folder(root: str) -> str:
+    """The folder of all images that evaluations have drawn."""
+    return files.join(root, "images")
+
+
+def images_of(images: str, model: str) -> str:
+    """The images of one model, by its digest."""
+    return files.join(images, model)
+
+
+def external_images(images: str) -> str:
+    """Copies of images that were drawn elsewhere, by their content."""
+    return files.join(images, "external")
+
+
+def images_uri(folder: str, key: str) -> str:
+    """A chunk of images."""
+    return files.join(folder, f"{key}.parquet")
+
+
+def scores_uri(folder: str, key: str, scorer: str) -> str:
+    """The scores of a chunk of images by the scorer whose key is ``scorer``."""
+    return files.join(folder, f"{key}-{scorer}.parquet")
 
 
 # ---- models

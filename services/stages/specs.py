@@ -6,8 +6,24 @@ from collections.abc import Iterator
 from typing import Literal
 
 from dde_core.config import DataConfig, ObjectiveConfig, TrainConfig
-from services.api.records import EncodeResult, EvaluateResult, LedgerResult, ModelRecord, Stage, TrainResult
-from services.api.requests import DatasetSource, EvaluationConfig, Strict, Uri, ValidationConfig, Workers
+from services.api.records import (
+    EncodeResult,
+    EvaluateResult,
+    LedgerResult,
+    ModelRecord,
+    ScorerRecord,
+    Stage,
+    TrainResult,
+)
+from services.api.requests import (
+    DatasetSource,
+    EvaluationConfig,
+    ImageFolder,
+    Strict,
+    Uri,
+    ValidationConfig,
+    Workers,
+)
 from services.storage.sources import SourceRules
 
 
@@ -26,8 +42,9 @@ class StageSpec(Strict):
         """The registered models among the spec's fields; aligned ones are the system's own files."""
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if isinstance(value, ModelRecord):
-                yield from (each for each in (value, value.adapter_of) if each and each.job is None)
+            for record in value if isinstance(value, list) else [value]:
+                if isinstance(record, ModelRecord):
+                    yield from (each for each in (record, record.adapter_of) if each and each.job is None)
 
 
 class EncodeSpec(StageSpec):
@@ -79,11 +96,17 @@ class TrainSpec(StageSpec):
 
 
 class EvaluateSpec(StageSpec):
-    """Compare ``candidate`` with ``base``; write the report and the image grid to ``output``."""
+    """Compare each of ``models`` with the one whose name is ``base``, by every one of ``scorers``.
 
-    candidate: ModelRecord
-    base: ModelRecord
+    Images and scores are kept below ``images`` for later evaluations. The report and the image grid go to
+    ``output``.
+    """
+
+    models: list[ModelRecord | ImageFolder]
+    base: str
+    scorers: list[ScorerRecord]
     evaluation: EvaluationConfig
+    images: Uri
     output: Uri
     actors: int = 1
     use_gpu: bool = False

@@ -71,7 +71,8 @@ def _score_images(spec: TrainSpec, model: TextToImage, grid_uri: str) -> dict[st
     uri = validation.prompts_uri or evaluation.prompts_uri
     skip = 0 if validation.prompts_uri else evaluation.num_prompts
     sources.hold_to(spec.sources)
-    prompts = read_prompts(uri, validation.num_prompts, skip, "validation.num_prompts")
+    read = read_prompts(uri, validation.num_prompts, skip, "validation.num_prompts")
+    prompts = [prompt.text for prompt in read]
     seeds = [validation.seed + i for i in range(len(prompts))]
     images = model(prompts, seeds, evaluation.sample)
     files.write_bytes(grid_uri, draw_grid(prompts, [("", list(images))]))

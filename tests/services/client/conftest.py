@@ -30,12 +30,15 @@ SCORES = {
 EVALUATED = {
     "report": "file:///r.json",
     "grid": "file:///g.png",
+    "base": "shapes",
     "num_prompts": 200,
-    "scores": {"match": SCORES, "taste": SCORES},
+    "images_per_prompt": 1,
+    "images_drawn": 400,
+    "scores": {"match": {"better": SCORES}, "taste": {"better": SCORES}},
     "seconds": 9.5,
 }
 
-
+COMPARED = [{"name": name, "model": f"model_{name}"} for name in ("shapes", "better")]
 RUN = {
     "reason": None,
     "stage": None,
@@ -63,8 +66,9 @@ def job(status: str = "queued", **other: Any) -> dict[str, Any]:
 
 def evaluation(status: str = "queued", **other: Any) -> dict[str, Any]:
     """An evaluation as the API answers it."""
-    settings = {"prompts_uri": "file:///p", "num_prompts": 200, "seed": 0, "scorers": ["match"], "sample": {}}
-    names = {"id": "new_1", "model": "better", "base": "shapes", "result": None}
+    counts = {"num_prompts": 200, "images_per_prompt": 1}
+    settings = {"prompts_uri": "file:///p", **counts, "seed": 0, "scorers": ["match"], "sample": {}}
+    names = {"id": "new_1", "models": COMPARED, "base": "shapes", "result": None}
     return {"object": "evaluation", "status": status, **RUN, **names, **settings, **other}
 
 
@@ -111,7 +115,7 @@ CREATED = {
     "/v1/datasets": dataset,
     "/v1/models": model,
     "/v1/alignment/jobs": job,
-    "/v1/evaluations": evaluation,
+    "/v1/evaluations": lambda **body: evaluation(**{**body, "models": COMPARED, "base": "shapes"}),
     "/v1/keys": lambda **body: key(
         **{**body, "project": body.get("project", "default"), "key": "dde_secret"}
     ),

@@ -16,7 +16,17 @@ from services.api.requests import AlignmentJobCreate
 from services.client.cli import app
 from services.client.processes import free_ports
 from services.client.tables import counts_line
-from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, evaluation, job, key, model
+from tests.services.client.conftest import (
+    EVALUATED,
+    KEY,
+    PNG,
+    SCORES,
+    ScriptedServer,
+    evaluation,
+    job,
+    key,
+    model,
+)
 
 ROOT = Path(__file__).parents[3]
 JOBS = "/v1/alignment/jobs"
@@ -362,17 +372,46 @@ def test_images_are_written_as_files_named_by_seed(server, dde, tmp_path) -> Non
 
 def test_an_evaluation_ends_in_a_table(server, dde) -> None:
     server.single["/v1/evaluations/new_1"] = deque([evaluation("succeeded", result=EVALUATED)])
-    result = dde("evaluate", "better", "shapes", "--prompts", "s3://b/p.txt", "--num-prompts", 200)
+    result = dde("evaluate", "shapes", "better", "--prompts", "s3://b/p.txt", "--num-prompts", 200)
     assert result.exit_code == 0, result.stderr
     assert "0.640 [0.571, 0.703]" in result.stdout
     assert "+0.100 [+0.050, +0.150]" in result.stdout
-    assert the_body(server, "/v1/evaluations")["num_prompts"] == 200
+    body = the_body(server, "/v1/evaluations")
+    assert (body["num_prompts"], body["images_per_prompt"]) == (200, 1)
+    assert (body["models"], "base" in body) == (["shapes", "better"], False)
+
+
+def test_an_evaluation_of_several_models_has_a_table_for_each_candidate(server, dde, tmp_path) -> None:
+    models = [{"name": name, "model": "model_1"} for name in ("better", "shapes", "best")]
+    scores = {"taste": {"better": SCORES, "best": {**SCORES, "candidate": 0.7}}}
+    ended = evaluation(
+        "succeeded", models=models, result={**EVALUATED, "scores": scores, "images_per_prompt": 4}
+    )
+    server.single["/v1/evaluations/new_1"] = deque([ended])
+    command = (
+        "evaluate",
+        "better",
+        "shapes",
+        f"best={tmp_path}",
+        "--base",
+        "shapes",
+        "--prompts",
+        "s3://b/p",
+    )
+    result = dde(*command, "--images-per-prompt", 4)
+    assert result.exit_code == 0, result.stderr
+    for name in ("better", "best"):
+        assert f"{name} against shapes, 200 held-out prompts x 4 images" in result.stdout
+    body = the_body(server, "/v1/evaluations")
+    folder = {"name": "best", "images_uri": tmp_path.as_uri()}
+    assert (body["models"], body["base"]) == (["better", "shapes", folder], "shapes")
+    assert body["images_per_prompt"] == 4
 
 
 def test_a_failed_evaluation_prints_its_reason(server, dde) -> None:
     reason = {"code": "DataError", "message": "12 prompts, 200 requested", "param": "num_prompts"}
     server.single["/v1/evaluations/new_1"] = deque([evaluation("failed", reason=reason)])
-    result = dde("evaluate", "better", "shapes", "--prompts", "s3://b/p.txt")
+    result = dde("evaluate", "shapes", "better", "--prompts", "s3://b/p.txt")
     assert (result.exit_code, result.stderr) == (
         1,
         "error: new_1 failed: num_prompts: 12 prompts, 200 requested\n",

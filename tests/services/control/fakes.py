@@ -142,14 +142,16 @@ def train(spec) -> RunState:
 def evaluate(spec) -> RunState:
     journal(spec, 1)
     half = Interval(value=0.5, low=0.4, high=0.6)
-    scores = {
-        name: ScorerReport(base=0.1, candidate=0.2, difference=half, beat_ratio=half)
-        for name in spec.evaluation.scorers
-    }
+    numbers = ScorerReport(base=0.1, candidate=0.2, difference=half, beat_ratio=half)
+    candidates = [model.name for model in spec.models if model.name != spec.base]
+    scores = {scorer.name: dict.fromkeys(candidates, numbers) for scorer in spec.scorers}
     report = EvaluateResult(
         report=f"{spec.output}/report.json",
         grid=f"{spec.output}/grid.png",
+        base=spec.base,
         num_prompts=2,
+        images_per_prompt=spec.evaluation.images_per_prompt,
+        images_drawn=4,
         scores=scores,
         seconds=0.1,
     )

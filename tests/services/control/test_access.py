@@ -83,14 +83,13 @@ class World:
         if path.endswith(("/cancel", "/pause", "/resume", "/revoke")):
             return None
         root = self.plane.root
-        evaluation = {"prompts_uri": str(root / "prompts.txt"), "num_prompts": 2}
         return {
             "/v1/models/{model_id}/promote": {},
             "/v1/datasets": {"name": "mine", "uri": str(root / "pairs")},
             "/v1/datasets/validate": {"uri": str(root / "pairs")},
             "/v1/models": {"name": "own", "uri": str(root / "base")},
             JOBS: self.plane.job_body(dataset=self.ids["dataset_id"]),
-            "/v1/evaluations": {"model": "shapes", "base": "shapes", **evaluation},
+            "/v1/evaluations": self.plane.evaluation_body(),
             "/v1/studies": self.study_body(),
             "/v1/images/generations": IMAGE,
             "/v1/scores": SCORES,
@@ -109,12 +108,11 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("access")
     for plane in make_plane(folder, f"sqlite:///{folder}/dde.db"):
         job = plane.job()
-        evaluation = {"model": "shapes", "base": "shapes", "prompts_uri": str(folder / "prompts.txt")}
         ids = {
             "dataset_id": plane.dataset["id"],
             "model_id": plane.get("/v1/models/shapes")["id"],
             "job_id": job["id"],
-            "evaluation_id": plane.post("/v1/evaluations", {**evaluation, "num_prompts": 2})["id"],
+            "evaluation_id": plane.post("/v1/evaluations", plane.evaluation_body())["id"],
             "key_id": new_key(plane)["id"],
         }
         world = World(plane, ids, new_key(plane, "other")["key"])
@@ -312,7 +310,7 @@ def test_a_project_cannot_read_anothers_files_by_their_uri(plane, where):
         ("/v1/datasets", {"name": "d", "uri": uri}, "uri"),
         ("/v1/datasets/validate", {"uri": uri}, "uri"),
         (JOBS, plane.job_body(evaluation={"prompts_uri": f"{stored}/x"}), "evaluation.prompts_uri"),
-        ("/v1/evaluations", {"model": "m", "base": "m", "prompts_uri": f"{stored}/x"}, "prompts_uri"),
+        ("/v1/evaluations", {"models": ["m", "n"], "prompts_uri": f"{stored}/x"}, "prompts_uri"),
     ):
         answer = plane.http.post(path, json=body, headers=team)
         assert 400 <= answer.status_code < 500, (path, answer.text)

@@ -19,10 +19,11 @@ GATE = {"scorer": "taste", "beat_ratio_low": 0.5, "not_worse": ["match"]}
 def scored(**numbers: tuple[Interval, Interval]) -> EvaluateResult:
     """Each scorer's difference and beat ratio."""
     scores = {
-        name: ScorerReport(base=0.5, candidate=0.5, difference=difference, beat_ratio=ratio)
+        name: {"m": ScorerReport(base=0.5, candidate=0.5, difference=difference, beat_ratio=ratio)}
         for name, (difference, ratio) in numbers.items()
     }
-    return EvaluateResult(report="r", grid="g", num_prompts=2, scores=scores, seconds=1.0)
+    images = {"num_prompts": 2, "images_per_prompt": 1, "images_drawn": 4}
+    return EvaluateResult(report="r", grid="g", base="shapes", **images, scores=scores, seconds=1.0)
 
 
 def interval(low: float, high: float) -> Interval:
@@ -115,7 +116,7 @@ def test_a_job_and_an_evaluation_take_an_alias_for_a_model(plane):
     first, _ = aligned(plane)["aligned_model"], aligned(plane)
     plane.post(f"/v1/models/{first}/promote", {})
     body = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2}
-    evaluation = plane.post("/v1/evaluations", {"model": "m@production", "base": "shapes", **body})
+    evaluation = plane.post("/v1/evaluations", {"models": ["shapes", "m@production"], **body})
     assert evaluation["model"] == first
     assert plane.job(model="m@production", name="n")["model"] == first
 

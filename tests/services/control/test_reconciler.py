@@ -84,7 +84,7 @@ def test_every_stage_receives_the_uris_of_its_input_and_output(plane):
         f"{root}/jobs/{job['id']}/train/run",
         f"{root}/models/{train.model_id}",
     )
-    assert (evaluate.base.name, evaluate.candidate.uri) == ("shapes", train.output)
+    assert (evaluate.base, [model.uri for model in evaluate.models][1]) == ("shapes", train.output)
     assert evaluate.output == f"{root}/jobs/{job['id']}/evaluate/a1"
     assert evaluate.evaluation.prompts_uri == files.as_uri(plane.root / "prompts.txt")
     command = f"python -m services.ingest encode --spec {encode.prefix}/spec.json"
@@ -227,12 +227,7 @@ def test_a_long_journal_is_read_in_parts_before_its_stage_ends(plane, monkeypatc
 
 def test_an_evaluation_runs_its_one_stage(any_plane):
     plane = any_plane
-    body = {
-        "model": "shapes",
-        "base": "shapes",
-        "prompts_uri": str(plane.root / "prompts.txt"),
-        "num_prompts": 2,
-    }
+    body = plane.evaluation_body()
     made = plane.post("/v1/evaluations", body)
     assert (made["status"], made["result"], made["scorers"]) == (
         "queued",
@@ -501,12 +496,7 @@ def test_an_unexpected_error_is_logged_once_retried_with_growing_pauses_and_stop
     bad = plane.job()
     plane.settle(8)
     plane.launcher.plays["encode"] = fakes.encode
-    body = {
-        "model": "shapes",
-        "base": "shapes",
-        "prompts_uri": str(plane.root / "prompts.txt"),
-        "num_prompts": 2,
-    }
+    body = plane.evaluation_body()
     good = plane.post("/v1/evaluations", body)
     with plane.database.read() as session:
         row = session.scalar(select(Job).where(Job.id == bad["id"]))

@@ -238,12 +238,7 @@ def test_the_same_key_and_body_get_the_same_answer_and_make_one_thing(any_plane)
     plane.dataset  # noqa: B018
     bodies = {
         JOBS: plane.job_body(),
-        "/v1/evaluations": {
-            "model": "shapes",
-            "base": "shapes",
-            "prompts_uri": str(plane.root / "prompts.txt"),
-            "num_prompts": 2,
-        },
+        "/v1/evaluations": plane.evaluation_body(),
         "/v1/models": {"name": "other", "uri": str(plane.root / "base")},
         "/v1/datasets": {"name": "again", "uri": str(plane.root / "pairs")},
     }
@@ -291,12 +286,7 @@ def test_requests_at_once_under_one_key_make_one_job_and_none_is_a_conflict(any_
 
 def test_answers_have_the_shapes_that_the_openapi_document_promises(plane):
     job = plane.job()
-    evaluation = {
-        "model": "shapes",
-        "base": "shapes",
-        "prompts_uri": str(plane.root / "prompts.txt"),
-        "num_prompts": 2,
-    }
+    evaluation = plane.evaluation_body()
     evaluated = plane.post("/v1/evaluations", evaluation)
     plane.settle(60)
     promised = {

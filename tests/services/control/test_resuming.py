@@ -119,12 +119,7 @@ def test_a_job_that_failed_before_its_first_stage_is_refused(plane):
 
 def test_an_evaluation_that_failed_is_not_among_the_jobs_that_are_resumed(plane):
     plane.launcher.plays["evaluate"] = fakes.fails
-    body = {
-        "model": "shapes",
-        "base": "shapes",
-        "prompts_uri": str(plane.root / "prompts.txt"),
-        "num_prompts": 2,
-    }
+    body = plane.evaluation_body()
     evaluation = plane.post("/v1/evaluations", body)["id"]
     plane.settle()
     assert resume(plane, evaluation, 404)["error"]["message"] == f'job "{evaluation}" does not exist'

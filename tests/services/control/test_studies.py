@@ -30,26 +30,31 @@ GAIN = {"dde": 0.2, "sft": 0.05}
 
 def evaluate(spec) -> fakes.RunState:
     """Leaves what the evaluate stage does. Scores are made from the model's name, so the truth is known."""
-    base = [0.5 + 0.01 * i for i in range(spec.evaluation.num_prompts)]
-    method = next((name for name in GAIN if name in spec.candidate.name), "sft")
-    candidate = [score + GAIN[method] + 0.001 * i for i, score in enumerate(base)]
-    rows = [
-        {"prompt": f"p{i}"} | {f"{side}_{name}": column[i] for side, column in sides for name in ("taste",)}
-        for sides in [(("base", base), ("candidate", candidate))]
-        for i in range(len(base))
-    ]
-    records = {"base": spec.base.model_dump(mode="json"), "candidate": spec.candidate.model_dump(mode="json")}
+    rows = []
+    for i in range(spec.evaluation.num_prompts):
+        scores = {}
+        for model in spec.models:
+            gain = next((gain for name, gain in GAIN.items() if name in model.name), 0.0)
+            score = 0.5 + 0.01 * i + gain + (0.001 * i if gain else 0.0)
+            scores[model.name] = [score - 0.1, score + 0.1]
+        rows.append({"prompt": f"p{i}", "category": None, "scores": {"taste": scores}})
     report = layout.report_uri(spec.output)
-    files.write_json(report, {**records, "scores": {"taste": {}}, "prompts": rows})
+    records = [model.model_dump(mode="json") for model in spec.models]
+    files.write_json(report, {"models": records, "scores": {"taste": {}}, "prompts": rows})
     fakes.journal(spec, 1)
     one = Interval(value=0.5, low=0.4, high=0.6)
+    numbers = ScorerReport(base=0.5, candidate=0.6, difference=one, beat_ratio=one)
+    candidates = [model.name for model in spec.models if model.name != spec.base]
     return fakes.done(
         spec,
         EvaluateResult(
             report=report,
             grid=layout.grid_uri(spec.output),
-            num_prompts=len(base),
-            scores={"taste": ScorerReport(base=0.5, candidate=0.6, difference=one, beat_ratio=one)},
+            base=spec.base,
+            num_prompts=len(rows),
+            images_per_prompt=2,
+            images_drawn=len(candidates) * len(rows),
+            scores={"taste": dict.fromkeys(candidates, numbers)},
             seconds=2.0,
         ),
     )
@@ -146,8 +151,8 @@ def test_the_report_has_every_contrast_the_costs_and_the_curves(plane):
     for stage, seconds in settings["dde"]["seconds"].items():
         assert seconds == pytest.approx(sum(job["stage_seconds"][stage] for job in jobs))
     assert set(settings["dde"]["seconds"]) == {"encode", "train", "evaluate"}
-    assert settings["dde"]["images"] == 2 * 2 * 3
-    assert result["images"] == len(done["evaluations"]) * 2 * 3
+    assert settings["dde"]["images"] == 2 * 3
+    assert (result["images"], result["seconds"]) == (4 * 3, 2.0)
     stored = files.read_json(result["report"])
     assert stored["contrasts"] == result["contrasts"]
     assert set(stored["curves"]) == {"loss", "held_out_accuracy", "taste"}
@@ -212,9 +217,8 @@ def test_a_study_of_several_bases_is_compared_with_the_one_it_names(plane):
     evaluation = body(plane)["evaluation"]
     study = plane.post(STUDIES, body(plane, grid=grid, evaluation={**evaluation, "base": "other"}))
     assert settle(plane, study)["status"] == "succeeded"
-    other = plane.get("/v1/models/other")["version"]
     for each in study["evaluations"] or plane.get(f"{STUDIES}/{study['id']}")["evaluations"]:
-        assert plane.get(f"/v1/evaluations/{each}")["base"] == other
+        assert plane.get(f"/v1/evaluations/{each}")["base"] == "other"
 
 
 # ---- refused before anything starts
