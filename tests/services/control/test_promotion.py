@@ -117,7 +117,7 @@ def test_a_job_and_an_evaluation_take_an_alias_for_a_model(plane):
     plane.post(f"/v1/models/{first}/promote", {})
     body = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2}
     evaluation = plane.post("/v1/evaluations", {"models": ["shapes", "m@production"], **body})
-    assert evaluation["model"] == first
+    assert evaluation["models"][1]["model"] == first
     assert plane.job(model="m@production", name="n")["model"] == first
 
 
