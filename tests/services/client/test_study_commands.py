@@ -154,7 +154,7 @@ def test_a_dry_run_lists_the_cells_and_sends_nothing(server, dde, file):
     result = dde("run", file, "--dry-run")
     lines = [line.split("\t") for line in result.stdout.splitlines()]
     assert len(lines) == 1 + 8, result.stderr
-    assert lines[1][0] == "dde-lora-null-a.txt" or lines[1][0].startswith("dde-lora-null")
+    assert [line[0] for line in lines[1:3]] == ["dde-lora-null-prompts_uri1", "dde-lora-null-prompts_uri2"]
     assert {line[2] for line in lines[1:]} == {f"paper-{line[0]}" for line in lines[1:]}
     assert server.requests == []
 
