@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from dde_core.errors import DataError
-from dde_core.metrics import LEVEL, RESAMPLES, paired_differences
+from dde_core.metrics import paired_differences
 from dde_core.student_t import t_cdf, t_quantile
+from dde_core.verdict import LEVEL, RESAMPLES
 
 _DRAWN_AT_ONCE = 1 << 22
 """Prompts drawn at once, over all resamples in memory."""

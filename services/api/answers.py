@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_json
 
 from dde_core.family import Family
+from dde_core.scorers.kinds import KindName, Level
 from services.api.records import (
     FINAL_STATUSES,
     DatasetCounts,
@@ -27,7 +28,7 @@ from services.api.records import (
     TrainResult,
     Validated,
 )
-from services.api.requests import Scope, Scorer
+from services.api.requests import Resize, Scope
 
 
 class Answer(BaseModel):
@@ -127,6 +128,28 @@ class ModelView(Answer):
     lineage: dict[str, Any]
     current: bool
     aliases: list[str] = []
+    created_at: int
+
+
+class ScorerView(Answer):
+    """A scorer. ``uri`` is null for the built-in ones of the shapes world, which every project has.
+
+    ``level`` is what one number belongs to: an image, all images of a prompt, or all images of a model.
+    ``scale`` is the unit and the range of the numbers. ``digest`` is of all files.
+    """
+
+    id: str
+    object: Literal["scorer"]
+    name: str
+    kind: KindName
+    uri: str | None
+    processor: str | None
+    resize: Resize
+    digest: str
+    level: Level
+    reads_prompt: bool
+    higher_is_better: bool
+    scale: str
     created_at: int
 
 
@@ -240,8 +263,9 @@ class EvaluationView(RunView):
     num_prompts: int
     images_per_prompt: int
     seed: int
-    scorers: list[Scorer]
+    scorers: list[str]
     sample: dict[str, Any]
+    compare: dict[str, Any] = {}
     result: EvaluateResult | None
 
 

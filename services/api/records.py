@@ -10,7 +10,8 @@ from typing import Any, Literal
 from dde_core.config import ObjectiveConfig
 from dde_core.family import Family
 from dde_core.scorers.kinds import KindName
-from services.api.requests import Strict, Uri
+from dde_core.verdict import Verdict
+from services.api.requests import Resize, Strict, Uri
 
 Stage = Literal["encode", "ledger", "train", "evaluate"]
 JobStatus = Literal[
@@ -140,7 +141,7 @@ class ScorerRecord(Strict):
     kind: KindName
     uri: Uri | None = None
     processor: Uri | None = None
-    resize: Literal["antialiased", "aliased"] = "antialiased"
+    resize: Resize = "antialiased"
     digest: str
     created_at: int
 
@@ -222,29 +223,46 @@ class Interval(Strict):
 
 
 class ScorerReport(Strict):
-    """One scorer and one candidate: means, the paired difference (candidate - base) and the beat ratio (ties
-    count half)."""
+    """One scorer and one candidate: means, the paired difference (candidate - base), the beat ratio (ties
+    count half), and what they say.
+    """
 
     base: float
     candidate: float
     difference: Interval
     beat_ratio: Interval
+    verdict: Verdict | None = None
+
+
+class DriftResult(Strict):
+    """How far a candidate's images have moved from the base's, and whether that is beyond the limit (null:
+    none was set or measured).
+    """
+
+    value: float
+    limit: float | None
+    is_beyond: bool
 
 
 class EvaluateResult(Strict):
-    """Result of a comparison: URIs of the report and the image grid, and each scorer's numbers.
+    """Result of a comparison: URIs of the report (JSON, and a page of HTML) and the image grid, and each
+    scorer's numbers.
 
-    ``scores`` has the numbers of each candidate against ``base``, by scorer and candidate. ``images_drawn``
-    counts the images that were not in storage already.
+    ``scores`` has the numbers of each candidate against ``base``, by scorer and candidate, and ``drift``
+    those of scorers that compare all images of two models. ``summary`` says for each candidate what they
+    mean. ``images_drawn`` counts the images that were not in storage already.
     """
 
     report: Uri
+    page: Uri | None = None
     grid: Uri
+    summary: list[str] = []
     base: str
     num_prompts: int
     images_per_prompt: int
     images_drawn: int
     scores: dict[str, dict[str, ScorerReport]]
+    drift: dict[str, dict[str, DriftResult]] = {}
     seconds: float
 
 
@@ -275,7 +293,7 @@ class StudyCellRecord(Strict):
 
 
 class StudySetting(Strict):
-    """Cells that differ by their seed alone: how many there are and have a model, the mean score over their
+    """Cells that differ by their seeds alone: how many there are and have a model, the mean score over their
     models and all prompts, and the cost of all of them.
 
     ``seconds`` are sums of their jobs' stages; ``images`` counts what validation and the jobs' own

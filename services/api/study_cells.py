@@ -15,8 +15,8 @@ from typing import Any
 from services.api.requests import MAX_CELLS, NAME_PATTERN, AlignmentJobCreate, StudyCreate
 from services.errors import BadRequest
 
-SEED = "training.seed"
-"""Cells that differ in this field alone are repetitions of one setting."""
+SEEDS = ("training.seed", "training.draw_seed")
+"""Cells that differ in these fields alone are repetitions of one setting."""
 OWN_FIELDS = {"name", "metadata.study", "metadata.cell"}
 """Fields of its cells that the study sets. Lists of jobs find the cells by the metadata."""
 MAX_COMBINATIONS = 2000
@@ -28,7 +28,7 @@ _WORD = re.compile(r"[A-Za-z0-9._-]{1,24}")
 class Cell:
     """One job of a study.
 
-    ``setting`` names what the cell has in common with those that differ from it by their seed alone.
+    ``setting`` names what the cell has in common with those that differ from it by their seeds alone.
     """
 
     label: str
@@ -62,6 +62,21 @@ def expand(request: StudyCreate, parse: Parse) -> list[Cell]:
     ]
 
 
+def fields_of(fields: str) -> list[str]:
+    """``"training.seed, training.draw_seed"`` as two fields."""
+    return [field.strip() for field in fields.split(",")]
+
+
+def is_seed(fields: str) -> bool:
+    """Whether these are seeds alone."""
+    return set(fields_of(fields)) <= set(SEEDS)
+
+
+def seeds_of(body: Mapping[str, Any]) -> tuple[int, ...]:
+    """The seeds of a checked body. Cells of two settings with the same ones are compared as a pair."""
+    return tuple(body["training"][field.rpartition(".")[2]] for field in SEEDS)
+
+
 def _refuse_own_fields(request: StudyCreate) -> None:
     """A study sets name and two keys of the metadata of every cell."""
     paths = {
@@ -70,7 +85,7 @@ def _refuse_own_fields(request: StudyCreate) -> None:
     }
     paths |= {f"cells.{i}.overrides": list(cell.overrides) for i, cell in enumerate(request.cells)}
     for where, fields in paths.items():
-        for field in OWN_FIELDS.intersection(fields):
+        for field in sorted(OWN_FIELDS.intersection(itertools.chain(*map(fields_of, fields)))):
             raise BadRequest(f"{where}.{field}: is set by the study", param=f"{where}.{field}")
 
 
@@ -119,8 +134,10 @@ def _listed_cells(request: StudyCreate) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _word(field: str, value: Any, index: int) -> str:
-    """What a value adds to a label: a short text itself, a number after its field's name, else a count."""
-    leaf = field.rpartition(".")[2]
+    """What a value adds to a label: a short text itself, a number after its first field's name, else a
+    count.
+    """
+    leaf = fields_of(field)[0].rpartition(".")[2]
     if isinstance(value, str) and _WORD.fullmatch(value):
         return value
     if isinstance(value, bool) or value is None:
@@ -133,8 +150,9 @@ def _word(field: str, value: Any, index: int) -> str:
 def _body(request: StudyCreate, label: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The base with the overrides, a name and the cell's label as metadata."""
     body = copy.deepcopy(request.base)
-    for field, value in overrides.items():
-        _set(body, label, field, copy.deepcopy(value))
+    for fields, value in overrides.items():
+        for field in fields_of(fields):
+            _set(body, label, field, copy.deepcopy(value))
     name = f"{request.name}-{label}"
     if not re.fullmatch(NAME_PATTERN, name):
         message = f"cell {label}: its model's name must match {NAME_PATTERN}, got {name!r}"
@@ -177,16 +195,16 @@ def _refuse_repeated(labeled: Sequence[tuple[str, Any]], parsed: Sequence[Alignm
 def _settings(
     labeled: Sequence[tuple[str, Mapping[str, Any]]], parsed: Sequence[AlignmentJobCreate]
 ) -> dict[str, str]:
-    """The name of each setting, by the body without its seed: the label of its first cell, without the word
-    of the seed.
+    """The name of each setting, by the body without its seeds: the label of its first cell, without the words
+    of seeds.
     """
     names: dict[str, str] = {}
     for (label, overrides), body in zip(labeled, parsed, strict=True):
         key = _without_seed(body)
         if key in names:
             continue
-        seed = _word(SEED, overrides[SEED], 0) if SEED in overrides else None
-        name = "-".join(part for part in label.split("-") if part != seed) or body.objective.method
+        seeds = {_word(fields, value, 0) for fields, value in overrides.items() if is_seed(fields)}
+        name = "-".join(part for part in label.split("-") if part not in seeds) or body.objective.method
         names[key] = label if name in names.values() else name
     return names
 
@@ -197,5 +215,5 @@ def _identity(body: AlignmentJobCreate) -> str:
 
 
 def _without_seed(body: AlignmentJobCreate) -> str:
-    training = dataclasses.replace(body.training, seed=0)
+    training = dataclasses.replace(body.training, seed=0, draw_seed=0)
     return _identity(body.model_copy(update={"training": training}))

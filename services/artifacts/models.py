@@ -110,14 +110,15 @@ def folder_digest(uri: str, weights: Mapping[str, Tensors] | None = None) -> str
     """
     digest = hashlib.sha256()
     for name in files.list_files(uri, recursive=True):
-        found = _file_digest(uri, name, (weights or {}).get(name))
+        found = file_digest(uri, name, (weights or {}).get(name))
         digest.update(f"{name}\0{found}\n".encode())
     return digest.hexdigest()
 
 
-def _file_digest(uri: str, name: str, tensors: Tensors | None) -> str:
+def file_digest(uri: str, name: str = "", tensors: Tensors | None = None) -> str:
+    """sha256 of the file ``name`` in a folder, or of the file ``uri`` itself; checked as by folder_digest."""
     digest = hashlib.sha256()
-    filesystem, path = files.resolve(files.join(uri, *name.split("/")))
+    filesystem, path = files.resolve(files.join(uri, *filter(None, name.split("/"))))
     position = 0
     with filesystem.open_input_stream(path) as stream:
         for tensor, found in (tensors or {}).items():
@@ -156,13 +157,16 @@ def _fetch(record: ModelRecord) -> Path:
     local = files.local_path(record.uri)
     if local is not None:
         return local
-    node_cache = _node_cache(Path(tempfile.gettempdir()) / "dde-models")
-    return node_cache.hold_until_exit(record.digest, partial(_prepare_copy, record))
+    return node_cache().hold_until_exit(record.digest, partial(_prepare_copy, record))
+
+
+def node_cache() -> NodeCache:
+    """This process's cache of models and scorers on its node. It holds those that the process has used."""
+    return _cache_in(Path(tempfile.gettempdir()) / "dde-models")
 
 
 @cache
-def _node_cache(folder: Path) -> NodeCache:
-    """This process's cache of models on its node. It holds those that the process has used."""
+def _cache_in(folder: Path) -> NodeCache:
     return NodeCache(folder, CACHE_BYTES)
 
 

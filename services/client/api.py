@@ -5,8 +5,8 @@
     job = client.wait(job.id)
 
 After 408, 429, 5xx and connection errors a request is retried with growing pauses. All tries of a POST share
-one Idempotency-Key. Two are not retried: the registration of a dataset, for which the server would read the
-dataset again, and the creation of a key, of which the server could not repeat the secret.
+one Idempotency-Key. Not retried are the registrations of a dataset and of a scorer, for which the server
+would read all files again, and the creation of a key, of which the server could not repeat the secret.
 
     ServiceError
     ├── ApiError       the server refused or failed: status, message, param, code
@@ -29,6 +29,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from services.api.answers import (
     CheckpointView,
     DatasetView,
+    DeletedView,
     EvaluationView,
     EventView,
     Item,
@@ -39,6 +40,7 @@ from services.api.answers import (
     MetricView,
     ModelView,
     RunView,
+    ScorerView,
     StudyView,
     parse,
 )
@@ -52,6 +54,7 @@ from services.api.requests import (
     KeyCreate,
     ModelCreate,
     Promote,
+    ScorerCreate,
     ScoreRequest,
     StudyCreate,
 )
@@ -165,6 +168,23 @@ class Client:
         """Let ``NAME@alias`` refer to this version of the model, named by its version, name or alias."""
         request = Promote.model_validate({"alias": alias})
         return self._post(ModelView, f"/v1/models/{model}/promote", request)
+
+    # ---- scorers
+
+    def create_scorer(self, request: ScorerCreate) -> ScorerView:
+        """Register a scorer. The server reads all of its files first, which can take minutes; tries once."""
+        return parse(ScorerView, self._send("POST", "/v1/scorers", request, slow=True))
+
+    def scorer(self, scorer_id: str) -> ScorerView:
+        return self._get(ScorerView, f"/v1/scorers/{scorer_id}")
+
+    def scorers(self) -> Iterator[ScorerView]:
+        """The project's scorers, and the built-in ones."""
+        return self._items(ScorerView, "/v1/scorers")
+
+    def delete_scorer(self, scorer_id: str) -> DeletedView:
+        """Forget a scorer that no unfinished job or evaluation uses; its files stay. Tries once."""
+        return parse(DeletedView, self._send("DELETE", f"/v1/scorers/{scorer_id}", once=True))
 
     # ---- keys
 

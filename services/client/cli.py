@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
@@ -13,7 +13,14 @@ from typer.core import TyperGroup
 
 from dde_core.errors import DdeError
 from services.api.records import CreditRecord
-from services.api.requests import EvaluationCreate, ImageRequest, KeyCreate, most_workers
+from services.api.requests import (
+    EvaluationCreate,
+    ImageRequest,
+    KeyCreate,
+    ScorerCreate,
+    ScorerKind,
+    most_workers,
+)
 from services.client import recipes, tables
 from services.client.bodies import PLACEHOLDERS, as_uri, columns_of, job_body, read_body, validation_line
 from services.client.connection import connect
@@ -46,9 +53,11 @@ app = typer.Typer(
 )
 datasets = typer.Typer(no_args_is_help=True, help="Register, check and list datasets of preference pairs.")
 models = typer.Typer(no_args_is_help=True, help="Register base models; list base and aligned models.")
+scorers = typer.Typer(no_args_is_help=True, help="Register, list and delete scorers of images.")
 keys = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys; needs the scope admin.")
 app.add_typer(datasets, name="datasets")
 app.add_typer(models, name="models")
+app.add_typer(scorers, name="scorers")
 app.add_typer(jobs, name="jobs")
 app.add_typer(study, name="study")
 app.add_typer(keys, name="keys")
@@ -211,6 +220,64 @@ def promote_model(
     with connect() as client:
         promoted = client.promote(model, alias)
     typer.echo(f"{promoted.name}@{alias}: {promoted.version}")
+
+
+# ---- scorers
+
+
+@scorers.command("create")
+def create_scorer(
+    name: str,
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(get_args(ScorerKind))}.")],
+    uri: Annotated[str, typer.Argument(help="The checkpoint: a folder or a file, as a path or a URI.")],
+    processor: Annotated[
+        str | None,
+        typer.Option(help="Tokenizer and image settings, where they are not beside the checkpoint."),
+    ] = None,
+    resize: Annotated[
+        str, typer.Option(help="How hps makes an image smaller: antialiased or aliased.")
+    ] = "antialiased",
+) -> None:
+    """Register a scorer; prints its id."""
+    body = {
+        "name": name,
+        "kind": kind,
+        "uri": as_uri(uri),
+        "processor": as_uri(processor) if processor else None,
+        "resize": resize,
+    }
+    request = ScorerCreate.model_validate(body)
+    with connect() as client:
+        created = client.create_scorer(request)
+    typer.echo(created.id)
+    typer.echo(f"{created.name}: {created.kind}, {created.scale}; digest {created.digest}", err=True)
+
+
+@scorers.command("list")
+def list_scorers() -> None:
+    """List all scorers; the built-in ones are of the shapes world."""
+    with connect() as client:
+        rows = [
+            (
+                scorer.id,
+                scorer.name,
+                scorer.kind,
+                scorer.level,
+                scorer.scale,
+                scorer.digest[:12],
+                scorer.uri or "built in",
+            )
+            for scorer in client.scorers()
+        ]
+    tables.print_list(Console(), ("id", "name", "kind", "of each", "scale", "digest", "uri"), rows)
+
+
+@scorers.command("delete")
+def delete_scorer(name: Annotated[str, typer.Argument(help="Name or id of the scorer.")]) -> None:
+    """Forget a scorer that no unfinished job or evaluation uses; its files stay."""
+    with connect() as client:
+        client.delete_scorer(name)
+    typer.echo(f"{name} is deleted")
 
 
 # ---- keys

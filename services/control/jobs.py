@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,11 +11,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, aliased, defer
 
 from dde_core.errors import DataError
+from dde_core.scorers.kinds import KINDS
 from services.api.answers import CheckpointView, EvaluationView, JobView, ListView, RunView
 from services.api.records import JobStatus, ModelRecord, Validated
 from services.api.requests import AlignmentJobCreate, EvaluationCreate, ImageFolder
 from services.artifacts import checkpoints
-from services.control import checks, journal, models
+from services.control import checks, journal, models, scorers
 from services.control.database import ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.job_update import new_attempt_columns
@@ -34,21 +35,24 @@ def create_alignment(
 ) -> JobView:
     """Raises BadRequest or NotFound for everything that is known to fail before any compute is spent."""
 
-    def check() -> None:
-        check_alignment(database, request)
+    def check() -> list[str]:
+        return check_alignment(database, request)
 
-    def insert(session: Session, _: None) -> JobView:
-        return job_view(insert_alignment(session, new_id("ajob"), request))
+    def insert(session: Session, warnings: list[str]) -> JobView:
+        return job_view(insert_alignment(session, new_id("ajob"), request, warnings))
 
     return create_once(database, idempotent, JobView, check, insert)
 
 
-def check_alignment(database: ProjectDatabase, request: AlignmentJobCreate) -> None:
-    """The checks that read files."""
-    checks.check_alignment(request)
+def check_alignment(database: ProjectDatabase, request: AlignmentJobCreate) -> list[str]:
+    """The checks that read files. Returns warnings. Raises BadRequest or NotFound."""
+    with database.read() as session:
+        used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
+    warnings = checks.check_alignment(request, used)
     with database.read() as session:
         base = models.record_of(models.find(session, request.model, "model"))
     checks.check_base(base, request)
+    return warnings
 
 
 def find_inputs(session: Session, request: AlignmentJobCreate) -> tuple[Model, Dataset]:
@@ -56,7 +60,9 @@ def find_inputs(session: Session, request: AlignmentJobCreate) -> tuple[Model, D
     return models.find(session, request.model, "model"), _find_dataset(session, request)
 
 
-def insert_alignment(session: Session, job_id: str, request: AlignmentJobCreate) -> Job:
+def insert_alignment(
+    session: Session, job_id: str, request: AlignmentJobCreate, warnings: Sequence[str]
+) -> Job:
     """Add the row of a job. Raises BadRequest or NotFound for what the database knows to fail."""
     base, dataset = find_inputs(session, request)
     name = request.name or f"{base.name[:40]}-{request.objective.method}-{job_id[-6:]}"
@@ -75,6 +81,7 @@ def insert_alignment(session: Session, job_id: str, request: AlignmentJobCreate)
             "split": dataset.split,
             "digest": dataset.digest,
         },
+        "scorers": scorer_inputs(session, request.evaluation.scorers, "evaluation.scorers"),
     }
     session.add(row)
     session.flush()
@@ -83,7 +90,7 @@ def insert_alignment(session: Session, job_id: str, request: AlignmentJobCreate)
     )
     method = request.objective.method
     journal.log(session, job_id, f"created: {method} on {base.name} with dataset {dataset.name}")
-    for message in _ignored_settings(request, stored):
+    for message in [*_ignored_settings(request, stored, row.inputs["scorers"]), *warnings]:
         journal.log(session, job_id, message, "warning")
     return row
 
@@ -93,19 +100,24 @@ def create_evaluation(
 ) -> EvaluationView:
     """Raises BadRequest or NotFound, like ``create_alignment``."""
 
-    def check() -> None:
-        prompts = checks.check_evaluation(request)
+    def check() -> list[str]:
+        with database.read() as session:
+            used = scorers.of_names(session, request.scorers, "scorers")
+        prompts = checks.check_evaluation(request, used)
         with database.read() as session:
             compared, _ = _compared(session, request)
         checks.check_compared(compared, request, prompts)
+        return checks.long_prompts(prompts, "prompts_uri")
 
-    def insert(session: Session, _: None) -> EvaluationView:
-        return evaluation_view(insert_evaluation(session, new_id("eval"), request))
+    def insert(session: Session, warnings: list[str]) -> EvaluationView:
+        return evaluation_view(insert_evaluation(session, new_id("eval"), request, warnings))
 
     return create_once(database, idempotent, EvaluationView, check, insert)
 
 
-def insert_evaluation(session: Session, evaluation_id: str, request: EvaluationCreate) -> Job:
+def insert_evaluation(
+    session: Session, evaluation_id: str, request: EvaluationCreate, warnings: Sequence[str]
+) -> Job:
     """Add the row of an evaluation. Raises BadRequest or NotFound for what the database knows to fail."""
     compared, base = _compared(session, request)
     stored = request.model_dump(mode="json")
@@ -120,11 +132,16 @@ def insert_evaluation(session: Session, evaluation_id: str, request: EvaluationC
     row = new_row(evaluation_id, "evaluation", "queued", stored)
     row.model = next(each.id for each in compared if isinstance(each, ModelRecord))
     row.base = base.id if isinstance(base, ModelRecord) else None
-    row.inputs = {"models": [each.model_dump(mode="json") for each in compared]}
+    row.inputs = {
+        "models": [each.model_dump(mode="json") for each in compared],
+        "scorers": scorer_inputs(session, request.scorers, "scorers"),
+    }
     session.add(row)
     session.flush()
     others = ", ".join(each.name for each in compared if each is not base)
     journal.log(session, row.id, f"created: {others} against {base.name}")
+    for message in warnings:
+        journal.log(session, row.id, message, "warning")
     return row
 
 
@@ -230,6 +247,11 @@ def base_named(session: Session, name: str) -> str | None:
     return session.scalar(select(Model.id).where(Model.name == name, Model.base.is_(None)).limit(1))
 
 
+def scorer_inputs(session: Session, names: list[str], field: str) -> list[dict[str, Any]]:
+    """The records of a job's scorers as they are now: a later deletion changes nothing for the job."""
+    return [record.model_dump(mode="json") for record in scorers.of_names(session, names, field)]
+
+
 def _stored_request(request: AlignmentJobCreate) -> dict[str, Any]:
     """The body as the job keeps it: paths of prompts as URIs."""
     stored = request.model_dump(mode="json")
@@ -239,8 +261,10 @@ def _stored_request(request: AlignmentJobCreate) -> dict[str, Any]:
     return stored
 
 
-def _ignored_settings(request: AlignmentJobCreate, stored: dict[str, Any]) -> Iterator[str]:
-    """A warning for each setting that has no effect on this job."""
+def _ignored_settings(
+    request: AlignmentJobCreate, stored: dict[str, Any], used: list[dict[str, Any]]
+) -> Iterator[str]:
+    """A warning for each setting that has no effect on this job. ``used`` are the records of its scorers."""
     method = request.objective.method
     for setting, value in request.objective.ignored().items():
         yield f"method {method!r} ignores objective.{setting} = {value}"
@@ -249,6 +273,11 @@ def _ignored_settings(request: AlignmentJobCreate, stored: dict[str, Any]) -> It
     validation = request.validation
     if validation and validation.prompts_uri and not validation.num_prompts:
         yield "validation.prompts_uri is ignored: validation.num_prompts is 0"
+    if validation and validation.num_prompts:
+        for record in used:
+            why = checks.why_validation_cannot(KINDS[record["kind"]])
+            if why:
+                yield f"validation does not measure {record['name']}: it {why}"
 
 
 def new_row(job_id: str, kind: str, status: JobStatus, stored: dict[str, Any]) -> Job:

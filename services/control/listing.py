@@ -10,12 +10,18 @@ from sqlalchemy.orm import Session
 
 from services.api.answers import Item, ListView
 from services.control.problems import show
-from services.control.tables import ApiKey, Dataset, Job, Model, Resource
+from services.control.tables import ApiKey, Dataset, Job, Model, Resource, Scorer
 from services.errors import NotFound
 
 Row = TypeVar("Row", bound=Resource)
-_ID = re.compile(r"(ds|model|ajob|eval|study|key)_[0-9a-f]{24}")
-_NOUNS: dict[type[Resource], str] = {Dataset: "dataset", Model: "model", Job: "job", ApiKey: "key"}
+_ID = re.compile(r"(ds|model|scorer|ajob|eval|study|key)_[0-9a-f]{24}")
+_NOUNS: dict[type[Resource], str] = {
+    Dataset: "dataset",
+    Model: "model",
+    Scorer: "scorer",
+    Job: "job",
+    ApiKey: "key",
+}
 
 
 def is_id(text: str) -> bool:

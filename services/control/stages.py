@@ -6,7 +6,7 @@ import json
 import shlex
 from typing import Any
 
-from services.api.records import ModelRecord
+from services.api.records import ModelRecord, ScorerRecord
 from services.api.requests import AlignmentJobCreate, DatasetSource, EvaluationConfig, ImageFolder
 from services.artifacts.scorers import BUILT_IN
 from services.control.tables import Job
@@ -108,6 +108,7 @@ def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
         training=request.training,
         workers=request.workers,
         evaluation=request.evaluation,
+        scorers=_scorers(job, request.evaluation),
         validation=request.validation,
         ledger=job.results["ledger"]["ledger"] if "ledger" in job.results else None,
         run=layout.run_folder(root(job, settings), job.id),
@@ -117,24 +118,40 @@ def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
 
 def _evaluate(job: Job, settings: Settings, common: dict[str, Any]) -> EvaluateSpec:
     if job.kind == "alignment":
-        compared = [job.inputs["model"], job.results["train"]["model"]]
-        base = compared[0]["name"]
+        aligned = job.results["train"]["model"]
+        model = job.inputs["model"]
+        if model["name"] == aligned["name"]:  # a model that was aligned further under its own name
+            model = model | {"name": model["id"]}
+        compared = [model, aligned]
+        base = model["name"]
         config = job.request["evaluation"]
     else:
         compared = job.inputs["models"]
         base = job.request["base"]
-        config = {name: job.request[name] for name in EvaluationConfig.model_fields}
+        fields = EvaluationConfig.model_fields.keys() & job.request.keys()
+        config = {name: job.request[name] for name in fields}
     evaluation = EvaluationConfig.model_validate_json(json.dumps(config))
     return EvaluateSpec(
         **common,
         models=[ImageFolder(**each) if "images_uri" in each else ModelRecord(**each) for each in compared],
         base=base,
-        scorers=[BUILT_IN[name] for name in evaluation.scorers],
+        scorers=_scorers(job, evaluation),
         evaluation=evaluation,
         images=layout.images_folder(root(job, settings)),
         output=prefix(job, root(job, settings)),
         actors=settings.evaluate_actors,
     )
+
+
+def _scorers(job: Job, evaluation: EvaluationConfig) -> list[ScorerRecord]:
+    """The records that the scorers had when the job was created.
+
+    Jobs of earlier versions stored none: they have built-in scorers alone.
+    """
+    stored = job.inputs.get("scorers")
+    if stored is None:
+        return [BUILT_IN[name] for name in evaluation.scorers]
+    return [ScorerRecord(**record) for record in stored]
 
 
 _BUILDERS = {"encode": _encode, "ledger": _ledger, "train": _train, "evaluate": _evaluate}

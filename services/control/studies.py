@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, load_only
 
 from services.api.answers import StudyView
 from services.api.records import FINAL_STATUSES, StudyCellRecord
@@ -29,7 +29,7 @@ from services.api.requests import (
     StudyCreate,
 )
 from services.api.study_cells import Cell, expand
-from services.control import checks, jobs, journal, models, stopping, study_report
+from services.control import checks, jobs, journal, models, scorers, stopping, study_report
 from services.control.database import Database, ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.job_update import JobUpdate, StaleToken
@@ -55,15 +55,17 @@ def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: St
     Raises BadRequest or NotFound, naming the cell and its field.
     """
 
-    def check() -> list[Cell]:
+    def check() -> tuple[list[Cell], dict[str, list[str]]]:
         cells = expand(request, _parse)
+        warnings = {}
         for cell in cells:
             with _errors_of(cell.label):
-                jobs.check_alignment(database, cell.request)
+                warnings[cell.label] = jobs.check_alignment(database, cell.request)
         _check_evaluation(database, request, cells)
-        return cells
+        return cells, warnings
 
-    def insert(session: Session, cells: list[Cell]) -> StudyView:
+    def insert(session: Session, checked: tuple[list[Cell], dict[str, list[str]]]) -> StudyView:
+        cells, warnings = checked
         _refuse_name(session, request.name)
         bases = {}
         for cell in cells:
@@ -78,7 +80,11 @@ def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: St
         row.model = base.id
         row.base = base.id
         row.started_at = row.created_at
-        row.inputs = {"bodies": {cell.label: cell.request.model_dump(mode="json") for cell in cells}}
+        row.inputs = {
+            "bodies": {cell.label: cell.request.model_dump(mode="json") for cell in cells},
+            "warnings": warnings,
+            "scorers": jobs.scorer_inputs(session, request.evaluation.scorers, "evaluation.scorers"),
+        }
         records = [_waiting(cell) for cell in cells]
         row.results = {"cells": records, "evaluations": []}
         session.add(row)
@@ -109,7 +115,9 @@ def _errors_of(label: str) -> Iterator[None]:
 
 def _check_evaluation(database: ProjectDatabase, request: StudyCreate, cells: list[Cell]) -> None:
     """Refuse prompts that cannot be read or scored, and base models that draw images of several sizes."""
-    prompts = checks.check_evaluation(request.evaluation, "evaluation.")
+    with database.read() as session:
+        used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
+    prompts = checks.check_evaluation(request.evaluation, used, "evaluation.")
     with database.read() as session:
         found = [models.find(session, name, "model") for name in {cell.request.model for cell in cells}]
         base = _base(session, request, list({row.id: row for row in found}.values()))
@@ -232,10 +240,10 @@ class StudyReview:
         number = job_id(self.study.id, cell.label)
         self.update.review_again = True
         with self.own.write(alone=True) as session:
-            self._hold(session)
-            if session.scalar(select(Job.id).where(Job.id == number)) is None:
+            if self._may_add(session, number):
                 try:
-                    jobs.insert_alignment(session, number, request)
+                    warnings = self.study.inputs["warnings"][cell.label]
+                    jobs.insert_alignment(session, number, request, warnings)
                 except (BadRequest, NotFound) as error:
                     self._refuse(cell, error)
 
@@ -245,12 +253,17 @@ class StudyReview:
         self.update.log(f"cell {cell.label} failed: {error.message}", "warning")
         self._store(cells=[each.model_dump(mode="json") for each in cells])
 
-    def _hold(self, session: Session) -> None:
-        """Raises StaleToken, before a job is added, if a request or another replica has changed the study."""
+    def _may_add(self, session: Session, number: str) -> bool:
+        """Whether to add a job: it does not exist yet, and nobody has cancelled the study meanwhile.
+
+        Raises StaleToken if another replica has taken the study.
+        """
         query = select(Job.lock_token, Job.cancel_requested_at).where(Job.id == self.study.id)
-        token, cancelled = session.execute(query).one()
-        if token != self.study.lock_token or cancelled is not None:
+        token, cancel_requested_at = session.execute(query).one()
+        if token != self.study.lock_token:
             raise StaleToken(self.study.id)
+        exists = session.scalar(select(Job.id).where(Job.id == number)) is not None
+        return not exists and cancel_requested_at is None
 
     def _begin_evaluation(self) -> None:
         """Fix which models are compared: those of the cells that have succeeded by now."""
@@ -277,9 +290,8 @@ class StudyReview:
         elif missing and len(unfinished) < self.study.request["parallel"]:
             self._start_evaluation(missing[0], numbers.index(missing[0]))
         elif not missing and not unfinished:
-            evaluations = [rows[number] for number in numbers]
             with self.own.read() as session:
-                report = study_report.write(session, self.study, self.cells, evaluations, self.settings)
+                report = study_report.write(session, self.study, self.cells, self.settings)
             self._store(report=report.model_dump(mode="json"))
             self.update.succeed()
 
@@ -295,9 +307,8 @@ class StudyReview:
         self.update.review_again = True
         try:
             with self.own.write(alone=True) as session:
-                self._hold(session)
-                if session.scalar(select(Job.id).where(Job.id == number)) is None:
-                    jobs.insert_evaluation(session, number, request)
+                if self._may_add(session, number):
+                    jobs.insert_evaluation(session, number, request, [])
         except (BadRequest, NotFound) as error:
             self.update.review_again = False
             message = f"the models cannot be compared: {error.message}"
@@ -322,9 +333,11 @@ class StudyReview:
                 continue
 
     def _rows(self, numbers: list[str]) -> dict[str, Job]:
-        """The jobs that exist, by id."""
+        """The jobs that exist, by id, with what reviews read of them."""
+        columns = load_only(Job.id, Job.status, Job.reason, Job.results, Job.output_model)
+        query = select(Job).options(columns).where(Job.id.in_(numbers))
         with self.own.read() as session:
-            return {row.id: row for row in session.scalars(select(Job).where(Job.id.in_(numbers)))}
+            return {row.id: row for row in session.scalars(query)}
 
 
 def job_id(study: str, label: str) -> str:

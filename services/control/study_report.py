@@ -7,14 +7,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from dde_core.metrics import holm
+from dde_core.scorers.kinds import KINDS
 from dde_core.study import seed_contrasts
+from dde_core.verdict import holm
 from services.api.records import (
     Contrast,
     EvaluateResult,
@@ -23,7 +23,7 @@ from services.api.records import (
     StudyReport,
     StudySetting,
 )
-from services.api.study_cells import SEED
+from services.api.study_cells import is_seed, seeds_of
 from services.control import stages, study_page
 from services.control.tables import Job, Metric
 from services.settings import Settings
@@ -47,30 +47,28 @@ Curves = dict[str, dict[str, list[tuple[int, float]]]]
 
 @dataclass(frozen=True)
 class CellRun:
-    """A cell with the row of its job (None: none was created), and its seed."""
+    """A cell with the row of its job (None: none was created), and its seeds."""
 
     cell: StudyCellRecord
     job: Job | None
-    seed: int
+    seeds: tuple[int, ...]
 
 
 def write(
     session: Session,
     study: Job,
     cells: Sequence[StudyCellRecord],
-    evaluations: Sequence[Job],
     settings: Settings,
 ) -> StudyReport:
     """Compute the report and write it to storage, as JSON and as a page. Repeated, it writes the same."""
     numbers = [cell.job for cell in cells if cell.job]
-    rows = {row.id: row for row in session.scalars(select(Job).where(Job.id.in_(numbers)))}
-    runs = [
-        CellRun(cell, rows.get(cell.job or ""), study.inputs["bodies"][cell.label]["training"]["seed"])
-        for cell in cells
-    ]
+    rows = _rows(session, numbers)
+    bodies = study.inputs["bodies"]
+    runs = [CellRun(cell, rows.get(cell.job or ""), seeds_of(bodies[cell.label])) for cell in cells]
     curves = {run.cell.label: _curves(session, run) for run in runs}
+    evaluations = list(_rows(session, study.results["evaluations"]).values())
     results = [_result(row) for row in evaluations]
-    scores = _scores([files.read_json(result.report) for result in results])
+    scores = _scores(evaluations)
     compared = {run.cell.label: run for run in runs if run.cell.model in study.results["compared"]}
     root = stages.root(study, settings)
     report = StudyReport(
@@ -99,19 +97,31 @@ def write(
     return report
 
 
+def _rows(session: Session, numbers: Sequence[str]) -> dict[str, Job]:
+    """Jobs by id, in the order of their creation."""
+    query = select(Job).where(Job.id.in_(numbers)).order_by(Job.seq)
+    return {row.id: row for row in session.scalars(query)}
+
+
 def _result(row: Job) -> EvaluateResult:
     return EvaluateResult.model_validate_json(json.dumps(row.results["evaluate"]))
 
 
-def _scores(reports: Sequence[Mapping[str, Any]]) -> Scores:
-    """The scores of every model, by its id, from the reports of evaluations: means over a prompt's images."""
+def _scores(evaluations: Sequence[Job]) -> Scores:
+    """The scores of every model, by its id, from the evaluations' reports: means over a prompt's images.
+
+    Scorers that compare all images of two models have no score of a prompt and are left out.
+    """
     found: Scores = {}
-    for report in reports:
-        for scorer in report["scores"]:
-            of_scorer = found.setdefault(scorer, {})
-            for model in report["models"]:
-                of_images = [prompt["scores"][scorer][model["name"]] for prompt in report["prompts"]]
-                of_scorer[model["id"]] = [float(np.mean(images)) for images in of_images]
+    for row in evaluations:
+        report = files.read_json(_result(row).report)
+        numbers = {each["name"]: each["id"] for each in row.inputs["models"]}
+        for scorer, of_models in report["scores"].items():
+            if KINDS[report["kinds"][scorer]].level == "model":
+                continue
+            for name, of_prompts in zip(report["models"], of_models, strict=True):
+                means = [float(np.mean(of_prompt)) for of_prompt in of_prompts]
+                found.setdefault(scorer, {})[numbers[name]] = means
     return found
 
 
@@ -133,7 +143,9 @@ def _settings(
         seconds: Counter[str] = Counter()
         for run in members:
             seconds.update(run.job.stage_seconds if run.job else {})
-        overrides = {key: value for key, value in members[0].cell.overrides.items() if key != SEED}
+        overrides = {
+            fields: value for fields, value in members[0].cell.overrides.items() if not is_seed(fields)
+        }
         settings.append(
             StudySetting(
                 setting=name,
@@ -162,9 +174,9 @@ def _images(run: CellRun, curves: Mapping[str, list[tuple[int, float]]]) -> int:
 
 def _contrasts(compared: Sequence[CellRun], scores: Scores, base: str) -> list[Contrast]:
     """Every setting against the base, and every two settings by the seeds that both have."""
-    by_setting: dict[str, dict[int, str]] = {}
+    by_setting: dict[str, dict[tuple[int, ...], str]] = {}
     for run in compared:
-        by_setting.setdefault(run.cell.setting, {})[run.seed] = str(run.cell.model)
+        by_setting.setdefault(run.cell.setting, {})[run.seeds] = str(run.cell.model)
     pairs: list[tuple[str, str | None]] = [(setting, None) for setting in by_setting]
     if len(by_setting) <= MOST_PAIRED:
         pairs += itertools.combinations(by_setting, 2)

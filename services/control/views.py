@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dde_core.config import DataConfig
+from dde_core.scorers.kinds import KINDS
 from services.api.answers import (
     CheckpointView,
     DatasetView,
@@ -17,10 +18,11 @@ from services.api.answers import (
     MetricView,
     ModelView,
     RunView,
+    ScorerView,
     StudyView,
     parse,
 )
-from services.api.records import Validated
+from services.api.records import ScorerRecord, Validated
 from services.artifacts.checkpoints import CheckpointRecord
 from services.control.tables import ApiKey, Dataset, Event, Job, Metric, Model
 
@@ -65,6 +67,15 @@ def model_view(row: Model, aliases: Sequence[str] = ()) -> ModelView:
     )
 
 
+def scorer_view(record: ScorerRecord) -> ScorerView:
+    kind = KINDS[record.kind]
+    return ScorerView(
+        object="scorer",
+        **record.model_dump(),
+        **_columns(kind, "level", "reads_prompt", "higher_is_better", "scale"),
+    )
+
+
 def job_view(row: Job) -> JobView:
     settings = ("objective", "training", "workers", "evaluation", "metadata")
     return parse(
@@ -101,6 +112,7 @@ def evaluation_view(row: Job) -> EvaluationView:
             "object": "evaluation",
             **_run(row),
             **{name: row.request[name] for name in settings},
+            "compare": row.request.get("compare", {}),  # evaluations of earlier versions have none
             "result": row.results.get("evaluate"),
         },
     )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
-import numpy as np
-
-from dde_core.errors import DataError
 from dde_core.image_grid import draw_grid
-from services.api.records import EvaluateResult
+from services.api.records import DriftResult, EvaluateResult, ScorerReport
+from services.api.reports import EvaluationReport
+from services.artifacts import scorers
 from services.artifacts.prompts import read_prompts
-from services.evaluation import drawing, image_cache, report
-from services.evaluation.chunks import Chunk, Scored, base_first, plan
+from services.evaluation import drawing, html
+from services.evaluation.chunks import base_first, plan
 from services.evaluation.progress import Progress
+from services.evaluation.provenance import provenance
+from services.evaluation.report import compare
+from services.evaluation.stored_images import StoredImages
 from services.evaluation.table import Table
 from services.stages import layout
 from services.stages.journal import Journal
@@ -31,65 +32,79 @@ def evaluate(spec: EvaluateSpec, journal: Journal) -> EvaluateResult:
     """
     began = time.monotonic()
     prompts = read_prompts(spec.evaluation.prompts_uri, spec.evaluation.num_prompts)
+    truncated = _log_truncated(spec, [prompt.text for prompt in prompts], journal)
     chunks = plan(spec, prompts)
     names = tuple(model.name for model in base_first(spec))
     table = Table(names, tuple(prompts), spec.evaluation.images_per_prompt)
     progress = Progress(spec, chunks, journal)
-    stored: dict[Chunk, Scored] = {}
+    images = StoredImages(spec)
     for scored in drawing.score_chunks(spec, chunks):
         table.add(scored, spec.scorers)
-        stored[scored.chunk] = scored
+        images.add(scored)
         progress.add(scored)
     progress.end()
-    reports = report.compare(table)
-    grid_uri = layout.grid_uri(spec.output)
+    scores = table.score_table(spec.scorers, truncated)
+    found = compare(scores, spec.evaluation.compare, provenance(spec))
     report_uri = layout.report_uri(spec.output)
-    files.write_bytes(grid_uri, _grid(spec, table, stored))
-    files.write_json(report_uri, report.as_json(spec, table, reports))
+    page_uri = layout.page_uri(spec.output)
+    grid_uri = layout.grid_uri(spec.output)
+    files.write_bytes(grid_uri, _grid(table, images))
+    files.write_bytes(page_uri, html.render(found, images.png).encode())
+    files.write_json(report_uri, found.model_dump(mode="json"))
     return EvaluateResult(
         report=report_uri,
+        page=page_uri,
         grid=grid_uri,
+        summary=[each.sentence for each in found.summary],
         base=spec.base,
         num_prompts=len(prompts),
         images_per_prompt=table.images_per_prompt,
         images_drawn=progress.drawn,
-        scores=reports,
+        scores=_scores(found),
+        drift=_drift(found),
         seconds=time.monotonic() - began,
     )
 
 
-def _grid(spec: EvaluateSpec, table: Table, stored: dict[Chunk, Scored]) -> bytes:
-    """The image grid as PNG: the first image of each of the first prompts, by all models side by side."""
-    shown = [chunk for chunk in stored if chunk.image == 0 and chunk.first < GRID_PROMPTS]
-    shown.sort(key=lambda chunk: chunk.first)
-    images: list[list[np.ndarray]] = [[] for _ in table.models]
-    for chunk, pixels in zip(shown, _images(spec, [stored[chunk] for chunk in shown]), strict=True):
-        images[chunk.model] += list(pixels)
-    prompts = [prompt.text for prompt in table.prompts[:GRID_PROMPTS]]
-    sides = [(name, of_model[:GRID_PROMPTS]) for name, of_model in zip(table.models, images, strict=True)]
-    return draw_grid(prompts, sides)
+def _scores(report: EvaluationReport) -> dict[str, dict[str, ScorerReport]]:
+    """Each scorer's numbers of each candidate."""
+    scores: dict[str, dict[str, ScorerReport]] = {}
+    for each in report.comparisons:
+        scores.setdefault(each.scorer, {})[each.candidate] = ScorerReport(
+            base=each.base,
+            candidate=each.mean,
+            difference=each.difference,
+            beat_ratio=each.beat_ratio,
+            verdict=each.verdict,
+        )
+    return scores
 
 
-def _images(spec: EvaluateSpec, scored: Sequence[Scored]) -> list[np.ndarray]:
-    """The pixels of stored chunks, uint8 [n, h, w, 3] each.
+def _drift(report: EvaluationReport) -> dict[str, dict[str, DriftResult]]:
+    drift: dict[str, dict[str, DriftResult]] = {}
+    for each in report.drift:
+        result = DriftResult(value=each.value, limit=each.limit, is_beyond=each.is_beyond)
+        drift.setdefault(each.scorer, {})[each.candidate] = result
+    return drift
 
-    Chunks that were deleted meanwhile are drawn again. Raises DataError where that does not help.
+
+def _log_truncated(spec: EvaluateSpec, prompts: list[str], journal: Journal) -> set[int]:
+    """Log which scorers read the beginnings of some prompts alone, as their authors do. Returns those
+    prompts' numbers.
     """
-    found = [_read(each) for each in scored]
-    lost = [each.chunk for each, pngs in zip(scored, found, strict=True) if pngs is None]
-    if lost:
-        again = {each.chunk: each for each in drawing.score_chunks(spec, lost)}
-        found = [pngs or _read(again[each.chunk]) for each, pngs in zip(scored, found, strict=True)]
-    pixels: list[np.ndarray] = []
-    for each, pngs in zip(scored, found, strict=True):
-        if pngs is None:
-            raise DataError(f"the images at {each.uri} were deleted or damaged twice within this evaluation")
-        pixels.append(image_cache.decode_png(pngs))
-    return pixels
+    truncated: set[int] = set()
+    for record in spec.scorers:
+        cut = scorers.truncated(record, prompts)
+        truncated.update(cut)
+        if cut:
+            message = f"{len(cut)} of {len(prompts)} prompts are longer than {record.name} reads"
+            journal.event(f"{message}: their ends do not count", "warning")
+    return truncated
 
 
-def _read(scored: Scored) -> list[bytes] | None:
-    try:
-        return image_cache.read_images(scored.uri)
-    except image_cache.Damaged:
-        return None
+def _grid(table: Table, images: StoredImages) -> bytes:
+    """The image grid as PNG: the first image of each of the first prompts, by all models side by side."""
+    prompts = [prompt.text for prompt in table.prompts[:GRID_PROMPTS]]
+    rows = range(len(prompts))
+    sides = [(name, images.read(model, rows)) for model, name in enumerate(table.models)]
+    return draw_grid(prompts, sides)

@@ -15,7 +15,7 @@ projects/{project}/ in it for any other.
         stopping.json               a worker has received that request
         worker-failed.json          an error that ends the run
         worker-error-{rank}.json    how often a worker failed with the same unexpected error
-        report.json, grid.png       the report and image grid of evaluate
+        report.json, report.html, grid.png    the report of evaluate, as data, page and image grid
     {root}/jobs/{job}/train/run/                             the run that all attempts of train share
         checkpoints/step-{step}/    committed by checkpoint.json (services/artifacts/checkpoints.py)
         validation/step-{step}.json validation's metrics of that checkpoint; the .png has its images
@@ -34,6 +34,7 @@ projects/{project}/ in it for any other.
         {key}-{scorer}.parquet      the scores of that chunk
     {root}/images/external/                                  the same of images that were drawn elsewhere
     {root}/models/{model}.json, {root}/aliases/{name}.json   models for Serve, written by the control plane
+    {root}/scorers/{name}.json                               scorers for Serve, written by the control plane
     {root}/models/{model}/                                   weights of an aligned model: a diffusers folder
         credit.json                 where its training put the credit
 
@@ -146,6 +147,11 @@ def worker_error_uri(prefix: str, rank: int) -> str:
 def report_uri(output: str) -> str:
     """The report of an evaluation."""
     return files.join(output, "report.json")
+
+
+def page_uri(output: str) -> str:
+    """The report of an evaluation as a page."""
+    return files.join(output, "report.html")
 
 
 def grid_uri(output: str) -> str:
@@ -362,3 +368,11 @@ def alias_uri(root: str, name: str) -> str:
 def credit_uri(model_folder: str) -> str:
     """The credit record of an aligned model."""
     return files.join(model_folder, CREDIT)
+
+
+# ---- scorers
+
+
+def scorer_record_uri(root: str, name: str) -> str:
+    """The record of a registered scorer that Serve can load."""
+    return files.join(root, "scorers", f"{name}.json")

@@ -46,6 +46,11 @@ class StageSpec(Strict):
                 if isinstance(record, ModelRecord):
                     yield from (each for each in (record, record.adapter_of) if each and each.job is None)
 
+    def scorer_files(self) -> Iterator[str]:
+        """The checkpoints and processors of the registered scorers among the spec's fields."""
+        for scorer in getattr(self, "scorers", ()):
+            yield from filter(None, (scorer.uri, scorer.processor))
+
 
 class EncodeSpec(StageSpec):
     """Encode a dataset's pairs with a model's VAE and tokenizer; ``output`` is the folder of all datasets."""
@@ -77,7 +82,8 @@ class TrainSpec(StageSpec):
     """Fine-tune ``model`` on the shards at ``dataset``: checkpoints go to ``run``, the weights to ``output``.
 
     ``ledger`` is the record of the reference errors, if the job has written or found one. Validation
-    generates images with the settings and scorers of ``evaluation``.
+    generates images with the settings of ``evaluation`` and scores them with ``scorers``, the records of its
+    scorers.
     """
 
     dataset: Uri
@@ -88,6 +94,7 @@ class TrainSpec(StageSpec):
     training: TrainConfig
     workers: Workers
     evaluation: EvaluationConfig | None = None
+    scorers: list[ScorerRecord] = []
     validation: ValidationConfig | None = None
     ledger: Uri | None = None
     run: Uri

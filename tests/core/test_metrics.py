@@ -12,15 +12,13 @@ from dde_core.metrics import (
     cmmd,
     diversity,
     drift_between_seeds,
-    holm,
     paired_difference,
     paired_differences,
     pairwise_wins,
     sign_test,
-    smallest_visible_effect,
-    verdict,
 )
 from dde_core.student_t import t_cdf, t_quantile
+from dde_core.verdict import holm, smallest_visible_effect, verdict
 
 
 def unit(features):

@@ -17,13 +17,11 @@ import pytest
 from dde_core.metrics import (
     beat_ratio,
     bradley_terry,
-    holm,
     paired_difference,
     paired_differences,
     pairwise_wins,
-    smallest_visible_effect,
-    verdict,
 )
+from dde_core.verdict import holm, smallest_visible_effect, verdict
 
 PROMPTS = (30, 100, 326)
 IMAGES = (1, 4, 8)

@@ -110,6 +110,14 @@ def model(**other: Any) -> dict[str, Any]:
     return {"object": "model", **plain, **openai, **origin, **other}
 
 
+def scorer(**other: Any) -> dict[str, Any]:
+    """A registered scorer as the API answers it."""
+    files_of = {"uri": "file:///c", "processor": None, "resize": "antialiased", "digest": "0123456789abcdef"}
+    kind = {"level": "image", "reads_prompt": True, "higher_is_better": True, "scale": "cosine, -1 to 1"}
+    plain = {"id": "scorer_1", "name": "pick", "kind": "pickscore", "created_at": 1}
+    return {"object": "scorer", **plain, **files_of, **kind, **other}
+
+
 def key(**other: Any) -> dict[str, Any]:
     """An API key as the API answers it."""
     plain = {"id": "key_1", "name": "ci", "project": "default", "scopes": ["read"], "hint": "ab12"}
@@ -130,6 +138,7 @@ def metric(stage: str, step: int, at: float, metrics: dict[str, float]) -> dict[
 CREATED = {
     "/v1/datasets": dataset,
     "/v1/models": model,
+    "/v1/scorers": scorer,
     "/v1/alignment/jobs": job,
     "/v1/evaluations": lambda **body: evaluation(**{**body, "models": COMPARED, "base": "shapes"}),
     "/v1/studies": lambda **body: study(id="new_1"),
@@ -155,7 +164,7 @@ class ScriptedServer:
         self.socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         app = FastAPI()
-        app.add_api_route("/{path:path}", self._answer, methods=["GET", "POST"])
+        app.add_api_route("/{path:path}", self._answer, methods=["GET", "POST", "DELETE"])
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self.socket]}, daemon=True

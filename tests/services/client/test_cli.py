@@ -26,6 +26,7 @@ from tests.services.client.conftest import (
     job,
     key,
     model,
+    scorer,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -431,8 +432,46 @@ def test_the_installed_command_answers() -> None:
     )
     assert all(
         command in done.stdout
-        for command in ("up", "demo", "datasets", "models", "jobs", "generate", "evaluate")
+        for command in ("up", "demo", "datasets", "models", "scorers", "jobs", "generate", "evaluate")
     )
+
+
+# ---- scorers
+
+
+def test_a_scorer_is_registered_from_paths_and_its_id_is_printed(server, dde, tmp_path) -> None:
+    made = dde("scorers", "create", "pick", "pickscore", tmp_path / "p", "--processor", "s3://b/h14")
+    assert (made.exit_code, made.stdout) == (0, "new_1\n")
+    assert made.stderr == "pick: pickscore, cosine, -1 to 1; digest 0123456789abcdef\n"
+    body = {"name": "pick", "kind": "pickscore", "uri": (tmp_path / "p").as_uri(), "processor": "s3://b/h14"}
+    assert the_body(server, "/v1/scorers") == body | {"resize": "antialiased"}
+
+
+def test_an_unknown_kind_or_way_to_resize_is_one_line_that_names_it(server, dde) -> None:
+    for arguments, field in ((("mps", "/c"), "kind"), (("hps", "/c", "--resize", "nearest"), "resize")):
+        refused = dde("scorers", "create", "s", *arguments)
+        assert refused.exit_code == 1
+        assert refused.stderr.startswith(f"error: {field}: Input should be '")
+    assert server.requests == []
+
+
+def test_scorers_are_listed_with_their_kind_and_scale(server, dde) -> None:
+    built_in = scorer(id="scorer_match", name="match", kind="match", uri=None, digest="match")
+    server.items["/v1/scorers"] = [scorer(), built_in]
+    columns, first, second = (line.split("\t") for line in dde("scorers", "list").stdout.splitlines())
+    assert columns == ["id", "name", "kind", "of each", "scale", "digest", "uri"]
+    assert first[1:] == ["pick", "pickscore", "image", "cosine, -1 to 1", "0123456789ab", "file:///c"]
+    assert (second[0], second[-1]) == ("scorer_match", "built in")
+
+
+def test_a_scorer_is_deleted_by_its_name_and_one_in_use_is_one_line(server, dde) -> None:
+    server.single["/v1/scorers/pick"] = deque([{"id": "pick", "object": "scorer", "deleted": True}])
+    assert dde("scorers", "delete", "pick").stdout == "pick is deleted\n"
+    assert len(server.sent("DELETE", "/v1/scorers/pick")) == 1
+    server.fail(409, "scorer 'pick' is used by the unfinished ajob_1", "id", "in_use")
+    refused = dde("scorers", "delete", "pick")
+    assert refused.exit_code == 1
+    assert "scorer 'pick' is used by the unfinished ajob_1" in refused.stderr
 
 
 # ---- keys

@@ -26,6 +26,7 @@ from services.settings import Settings
 from services.stages import layout
 from services.storage import files
 from tests.services.control.conftest import KEY, Plane, make_plane, write_base, write_pairs
+from tests.support.scorers import write_tiny
 
 JOBS = "/v1/alignment/jobs"
 NO_KEY_NEEDED = {"/healthz", "/readyz", "/metrics"}
@@ -59,6 +60,11 @@ def new_key(
     return plane.post("/v1/keys", body, headers=headers or None)
 
 
+def new_scorer(plane: Plane, checkpoint: Path, **fields) -> dict:
+    body = {"name": "aligned-with", "kind": "clip", "uri": str(checkpoint), **fields}
+    return plane.post("/v1/scorers", body)
+
+
 @dataclass
 class World:
     """A plane whose default project has one of everything, and keys of another project, ``other``."""
@@ -88,6 +94,7 @@ class World:
             "/v1/datasets": {"name": "mine", "uri": str(root / "pairs")},
             "/v1/datasets/validate": {"uri": str(root / "pairs")},
             "/v1/models": {"name": "own", "uri": str(root / "base")},
+            "/v1/scorers": {"name": "own", "kind": "clip", "uri": str(root / "clip")},
             JOBS: self.plane.job_body(dataset=self.ids["dataset_id"]),
             "/v1/evaluations": self.plane.evaluation_body(),
             "/v1/studies": self.study_body(),
@@ -113,6 +120,7 @@ def world(tmp_path_factory):
             "model_id": plane.get("/v1/models/shapes")["id"],
             "job_id": job["id"],
             "evaluation_id": plane.post("/v1/evaluations", plane.evaluation_body())["id"],
+            "scorer_id": new_scorer(plane, write_tiny("clip", folder)[0])["id"],
             "key_id": new_key(plane)["id"],
         }
         world = World(plane, ids, new_key(plane, "other")["key"])
@@ -122,7 +130,7 @@ def world(tmp_path_factory):
 
 REFERS = {JOBS, "/v1/evaluations", "/v1/studies", "/v1/images/generations"}
 """Creates whose body names a model or a dataset of the default project."""
-OWN = {"/v1/datasets", "/v1/datasets/validate", "/v1/models", "/v1/scores"}
+OWN = {"/v1/datasets", "/v1/datasets/validate", "/v1/models", "/v1/scorers", "/v1/scores"}
 """Creates whose body names nothing of a project: the other project does it for itself."""
 
 
@@ -161,7 +169,8 @@ def the_other_project_gets_nothing(world: World, method: str, path: str) -> None
         assert not set(world.ids.values()) & {each["id"] for each in answer.json()["data"]}
     else:
         assert path in OWN
-        before = world.plane.get(path)["data"] if path in ("/v1/datasets", "/v1/models") else []
+        is_listed = path in ("/v1/datasets", "/v1/models", "/v1/scorers")
+        before = world.plane.get(path)["data"] if is_listed else []
         assert answer.status_code in (200, 503), answer.text
         assert answer.json().get("id") not in {each["id"] for each in before}
 
@@ -307,6 +316,7 @@ def test_a_project_cannot_read_anothers_files_by_their_uri(plane, where):
         (Path(uri) / "pairs.parquet").symlink_to(f"{stored}/pairs/0.parquet")
     for path, body, param in (
         ("/v1/models", {"name": "m", "uri": uri}, "uri"),
+        ("/v1/scorers", {"name": "s", "kind": "clip", "uri": uri}, "uri"),
         ("/v1/datasets", {"name": "d", "uri": uri}, "uri"),
         ("/v1/datasets/validate", {"uri": uri}, "uri"),
         (JOBS, plane.job_body(evaluation={"prompts_uri": f"{stored}/x"}), "evaluation.prompts_uri"),

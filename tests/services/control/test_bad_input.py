@@ -105,9 +105,9 @@ TABLE = [
         (
             {"workers": workers},
             "workers",
-            f"workers: must be a number from 1 to 1024, or two of them as [least, most], got {said}",
+            f"workers: must be a number from 1 to 1024, or two of them as [least, most], got {shown}",
         )
-        for workers, said in (
+        for workers, shown in (
             (0, "0"),
             ("2", '"2"'),
             (1.5, "1.5"),
@@ -289,7 +289,7 @@ VALIDATION = [
         {"best_metric": "loss"},
         {},
         "best_metric",
-        "Input should be 'held_out_accuracy', 'held_out_margin', 'match'",
+        'must be one of evaluation.scorers, held_out_accuracy or held_out_margin, got "loss"',
     ),
     (
         {"best_metric": "held_out_accuracy"},
@@ -301,7 +301,7 @@ VALIDATION = [
         {"best_metric": "taste"},
         {"scorers": ["match"]},
         "best_metric",
-        'must be one of evaluation.scorers, or of the held-out pairs, got "taste"',
+        'must be one of evaluation.scorers, held_out_accuracy or held_out_margin, got "taste"',
     ),
     (
         {"best_metric": "taste", "num_prompts": 0},
@@ -341,16 +341,16 @@ def test_a_validation_that_could_not_work_is_refused_before_anything_runs(
 ):
     root = str(steady.root)
     (steady.root / "other.txt").write_text("a red cross\na plaid sphere\n")
-    asked = {"every": 50, "num_prompts": 1} | validation
-    if "prompts_uri" in asked:
-        asked["prompts_uri"] = asked["prompts_uri"].format(root=root)
+    config = {"every": 50, "num_prompts": 1} | validation
+    if "prompts_uri" in config:
+        config["prompts_uri"] = config["prompts_uri"].format(root=root)
     training = {"steps": 100, "batch_size": 4, "held_out_pairs": other.get("held_out_pairs", 0)}
     evaluation = {
         "prompts_uri": f"{root}/prompts.txt",
         "num_prompts": 2,
         "scorers": other.get("scorers", ["match", "taste"]),
     }
-    body = steady.job_body(validation=asked, training=training, evaluation=evaluation)
+    body = steady.job_body(validation=config, training=training, evaluation=evaluation)
     status = 404 if message.endswith("does not exist") else 400
     refused(
         steady, JOBS, body, status, f"validation.{field}", f"validation.{field}: {message.format(root=root)}"
@@ -656,7 +656,7 @@ def test_an_infinite_weight_at_zero_terminal_snr_is_refused_naming_both_ways_out
     plane.job(model="zero", objective={"method": "uniform"})
 
 
-def test_a_model_whose_weights_are_a_variant_says_so(plane):
+def test_a_model_whose_weights_are_a_variant_has_it_in_its_lineage(plane):
     base = Path(write_base(plane.root / "half"))
     weights = base / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.api.records import EvaluateResult, Interval, ScorerReport
+from services.api.records import DriftResult, EvaluateResult, Interval, ScorerReport
 from services.artifacts import models
 from services.control import gates
 from services.stages import layout
@@ -22,8 +22,16 @@ def scored(**numbers: tuple[Interval, Interval]) -> EvaluateResult:
         name: {"m": ScorerReport(base=0.5, candidate=0.5, difference=difference, beat_ratio=ratio)}
         for name, (difference, ratio) in numbers.items()
     }
-    images = {"num_prompts": 2, "images_per_prompt": 1, "images_drawn": 4}
-    return EvaluateResult(report="r", grid="g", base="shapes", **images, scores=scores, seconds=1.0)
+    return EvaluateResult(
+        report="r",
+        grid="g",
+        base="shapes",
+        num_prompts=2,
+        images_per_prompt=1,
+        images_drawn=4,
+        scores=scores,
+        seconds=1.0,
+    )
 
 
 def interval(low: float, high: float) -> Interval:
@@ -64,7 +72,7 @@ def version(plane, name: str) -> str:
 def test_a_gate_compares_the_ends_of_intervals_and_names_what_fails(taste, match, reasons):
     half = interval(0.4, 0.6)
     result = scored(taste=(interval(0, 1), interval(*taste)), match=(interval(*match), half))
-    outcome = gates.judge(gates.PromoteIf(scorer="taste", not_worse=["match"]), result)
+    outcome = gates.judge(gates.PromoteIf(scorer="taste", not_worse=["match"]), result, "m")
     assert outcome.passed == (not reasons)
     assert [reason.partition(":")[0] for reason in outcome.reasons] == reasons
 
@@ -165,6 +173,17 @@ def test_a_gate_that_can_never_be_judged_is_refused(plane, gate, param):
     }  # fmt: skip
     error = plane.error(JOBS, plane.job_body(evaluation=evaluation, promote_if=gate))
     assert error["param"] == param
+
+
+def test_a_gate_reads_drift_against_its_limit(plane):
+    half = interval(0.4, 0.6)
+    passes = scored(taste=(half, interval(0.6, 0.7)))
+    for value, passed in ((1.0, True), (3.0, False)):
+        drift = {"cmmd": {"m": DriftResult(value=value, limit=2.0, is_beyond=value > 2.0)}}
+        result = passes.model_copy(update={"drift": drift})
+        outcome = gates.judge(gates.PromoteIf(scorer="taste", not_worse=["cmmd"]), result, "m")
+        assert outcome.passed == passed
+        assert outcome.reasons == ([] if passed else ["cmmd: drift 3 is beyond 2"])
 
 
 @pytest.mark.parametrize("alias", ["", "Production", "a b", "a/b", "a@b", "../x", "a" * 64])

@@ -30,30 +30,30 @@ GAIN = {"dde": 0.2, "sft": 0.05}
 
 def evaluate(spec) -> fakes.RunState:
     """Leaves what the evaluate stage does. Scores are made from the model's name, so the truth is known."""
-    rows = []
-    for i in range(spec.evaluation.num_prompts):
-        scores = {}
-        for model in spec.models:
-            gain = next((gain for name, gain in GAIN.items() if name in model.name), 0.0)
-            score = 0.5 + 0.01 * i + gain + (0.001 * i if gain else 0.0)
-            scores[model.name] = [score - 0.1, score + 0.1]
-        rows.append({"prompt": f"p{i}", "category": None, "scores": {"taste": scores}})
+    names = [model.name for model in spec.models]
+    num_prompts = spec.evaluation.num_prompts
+    scores = []
+    for model in names:
+        gain = next((gain for method, gain in GAIN.items() if method in model), 0.0)
+        of_prompts = [0.5 + 0.01 * i + gain + (0.001 * i if gain else 0.0) for i in range(num_prompts)]
+        scores.append([[score - 0.1, score + 0.1] for score in of_prompts])
     report = layout.report_uri(spec.output)
-    records = [model.model_dump(mode="json") for model in spec.models]
-    files.write_json(report, {"models": records, "scores": {"taste": {}}, "prompts": rows})
+    kinds = {"taste": "taste", "drift": "drift"}
+    content = {"models": names, "kinds": kinds, "scores": {"taste": scores, "drift": [None] * len(names)}}
+    files.write_json(report, content)
     fakes.journal(spec, 1)
     one = Interval(value=0.5, low=0.4, high=0.6)
     numbers = ScorerReport(base=0.5, candidate=0.6, difference=one, beat_ratio=one)
-    candidates = [model.name for model in spec.models if model.name != spec.base]
+    candidates = [name for name in names if name != spec.base]
     return fakes.done(
         spec,
         EvaluateResult(
             report=report,
             grid=layout.grid_uri(spec.output),
             base=spec.base,
-            num_prompts=len(rows),
+            num_prompts=num_prompts,
             images_per_prompt=2,
-            images_drawn=len(candidates) * len(rows),
+            images_drawn=len(candidates) * num_prompts,
             scores={"taste": dict.fromkeys(candidates, numbers)},
             seconds=2.0,
         ),
@@ -163,6 +163,18 @@ def test_the_report_has_every_contrast_the_costs_and_the_curves(plane):
     page = files.read_bytes(result["page"]).decode()
     for part in ("paper", "dde - sft", "+0.1500", "held_out_accuracy", "<polyline", "Cost"):
         assert part in page
+
+
+def test_runs_that_differ_by_their_seeds_alone_are_repetitions_of_one_setting(plane):
+    seeds = "training.seed, training.draw_seed"
+    study = plane.post(STUDIES, body(plane, grid={"objective.method": ["dde", "sft"], seeds: [0, 1, 2]}))
+    assert [cell["label"] for cell in study["cells"]][:3] == ["dde-seed0", "dde-seed1", "dde-seed2"]
+    done = settle(plane, study)
+    training = cell_jobs(plane, study)["dde-seed2"]["training"]
+    assert (training["seed"], training["draw_seed"]) == (2, 2)
+    assert {each["setting"] for each in done["cells"]} == {"dde", "sft"}
+    assert {each["seeds"] for each in done["result"]["contrasts"]} == {3}
+    assert done["result"]["settings"][0]["overrides"] == {"objective.method": "dde"}
 
 
 def test_at_most_as_many_cells_run_at_a_time_as_the_study_allows(plane):
@@ -502,10 +514,9 @@ def test_a_cancel_during_a_review_keeps_the_next_cell_from_starting(plane):
     job = plane.reconciler().take()
     assert job is not None
     plane.post(f"{STUDIES}/{study['id']}/cancel", None)
-    with pytest.raises(studies.StaleToken):
-        studies.StudyReview(job, plane.database, plane.settings, plane.clock.now).decide()
+    update = studies.StudyReview(job, plane.database, plane.settings, plane.clock.now).decide()
     assert cell_jobs(plane, study) == {}
-    plane.clock.now += plane.settings.lock_s + 1
+    plane.reconciler().apply(update)
     assert settle(plane, study)["status"] == "cancelled"
 
 

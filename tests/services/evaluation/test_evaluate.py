@@ -23,10 +23,11 @@ from services.api.records import ModelRecord
 from services.api.requests import ImageFolder
 from services.artifacts import models
 from services.artifacts.prompts import read_prompts
-from services.errors import BadRequest
+from services.errors import BadRequest, Forbidden, ServiceError
 from services.evaluation import chunks, image_cache
 from services.evaluation.chunks import seed_of
-from services.storage import files
+from services.storage import files, sources
+from services.storage.sources import SourceRules
 from tests.support.evaluate_here import SAMPLE, EvaluateHere, record_of
 from tests.support.pairs_file import png
 from tests.support.tiny_folders import sd15_folder
@@ -324,7 +325,7 @@ def test_images_that_are_deleted_while_a_run_reads_them_are_drawn_again(
 
     def then_deleted(spec, work):
         yield from actor_ends(spec, work)
-        if len(work) > 2:
+        if len(work) > 1:
             for path in evaluate.stored(f"{models.identity(other)}/*"):
                 path.unlink()
 
@@ -368,6 +369,22 @@ def test_images_drawn_elsewhere_have_the_numbers_of_the_model_that_drew_them(
     assert result.scores["taste"]["elsewhere"] == result.scores["taste"]["other"]
     found = scores_of(result)[texts[0]]["match"]
     assert found["elsewhere"] == found["other"] != found["shapes"]
+
+
+def test_images_outside_of_the_allowed_sources_are_forbidden(
+    evaluate: EvaluateHere, shapes: ModelRecord, tmp_path: Path
+):
+    folder = write_images(tmp_path / "elsewhere", random_images(4, 1))
+    sources.hold_to(SourceRules((str(tmp_path / "another"),)))
+    with pytest.raises(Forbidden, match="elsewhere"):
+        evaluate(shapes, folder)
+    sources.hold_to(SourceRules((folder.images_uri,)))
+    (tmp_path / "secret.png").write_bytes(png(np.zeros((32, 32, 3), np.uint8)))
+    (tmp_path / "elsewhere" / "00001-0.png").unlink()
+    (tmp_path / "elsewhere" / "00001-0.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(ServiceError, match=r"00001-0\.png"):
+        evaluate(shapes, folder)
+    assert evaluate.drawn == []
 
 
 def test_a_folder_may_be_the_base_and_a_manifest_may_name_its_files(
