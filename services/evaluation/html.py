@@ -42,6 +42,9 @@ SMALLEST_P = 1e-4
 
 _FOLDER = Path(__file__).parent
 _ROW_PX = 52
+_TEXT_PX = 18
+_LONG_LABEL = 22
+"""Characters that leave no room for the numbers beside them on a phone: they move below."""
 _EDGE_PERCENT = 3.0
 
 
@@ -187,13 +190,17 @@ def _forest(comparisons: Sequence[Comparison]) -> dict[str, Any] | None:
     def x(deviations: float) -> float:
         return round(_EDGE_PERCENT + (deviations - low) * scale, 3)
 
+    labels = [f"{each.scorer}, {each.candidate}" for each in shown]
+    below = _TEXT_PX if max(map(len, labels)) > _LONG_LABEL else 0
+    row_px = _ROW_PX + below
     rows = [
         {
-            "label": f"{each.scorer}, {each.candidate}",
+            "label": labels[i],
             "text": interval(_in_deviations(each), True),
             "verdict": each.verdict,
-            "text_y": i * _ROW_PX + 16,
-            "line_y": i * _ROW_PX + 34,
+            "label_y": i * row_px + 16,
+            "text_y": i * row_px + 16 + below,
+            "line_y": i * row_px + 34 + below,
             "low": x(each.difference.low / each.base_deviation),
             "high": x(each.difference.high / each.base_deviation),
             "value": x(each.difference.value / each.base_deviation),
@@ -202,7 +209,7 @@ def _forest(comparisons: Sequence[Comparison]) -> dict[str, Any] | None:
         }
         for i, each in enumerate(shown)
     ]
-    axis_y = len(rows) * _ROW_PX
+    axis_y = len(rows) * row_px
     ticks = [
         {"x": x(tick), "text": f"{tick:+g}".replace("-", "−") if tick else "0", "is_zero": tick == 0}
         for tick in _ticks(low, high)

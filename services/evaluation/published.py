@@ -16,7 +16,7 @@ COLUMNS: dict[KindName, str] = {"clip": "CLIP", "hps": "HPS", "pickscore": "Pick
 SCALE = 10
 """The tables print 10 times the cosine."""
 CONDITIONS = (
-    "Theirs: {model} aligned on Pick-a-Pic v2, over 300 prompts of its validation set, 8 images a prompt; "
+    "Theirs: {model} aligned on Pick-a-Pic v2, the 300-odd prompts of its validation set, 8 images each; "
     "sampler, guidance, resolution and the scorers' checkpoints are not printed. Ours: the prompts and "
     "settings of this report. Compare differences between rows of one source rather than rows of two."
 )

@@ -51,7 +51,7 @@ def compare(table: ScoreTable, settings: CompareSettings, provenance: Provenance
     drift = _drift(table, settings)
     gaming = [_gaming(table, candidate, comparisons, drift) for candidate in table.models[1:]]
     return EvaluationReport(
-        summary=[_summary(candidate, comparisons, gaming[i]) for i, candidate in enumerate(table.models[1:])],
+        summary=[_summary(table.models[0], comparisons, each) for each in gaming],
         warnings=_warnings(table, settings, comparisons, drift),
         models=list(table.models),
         kinds=dict(table.kinds),
@@ -288,7 +288,8 @@ def _gaming(
     )
 
 
-def _summary(candidate: str, comparisons: Sequence[Comparison], gaming: GamingReport) -> CandidateSummary:
+def _summary(base: str, comparisons: Sequence[Comparison], gaming: GamingReport) -> CandidateSummary:
+    candidate = gaming.candidate
     verdicts = {
         name: [c.scorer for c in comparisons if c.candidate == candidate and c.verdict == name]
         for name in VERDICTS
@@ -300,7 +301,7 @@ def _summary(candidate: str, comparisons: Sequence[Comparison], gaming: GamingRe
         "undecided": "undecided on {}",
     }
     said = [words[name].format(", ".join(scorers)) for name, scorers in verdicts.items() if scorers]
-    sentence = f"{candidate}: {'; '.join(said) or 'not scored'}."
+    sentence = f"{candidate} against {base}: {'; '.join(said) or 'not scored'}."
     if gaming.is_suspected:
         sentence += " It may be gaming a scorer: see the gaming panel."
     return CandidateSummary(

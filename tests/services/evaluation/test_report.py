@@ -33,7 +33,7 @@ def test_a_candidate_has_a_verdict_for_every_scorer_and_a_sentence_that_says_it(
     }
     (summary,) = made.summary
     assert summary.sentence.startswith(
-        "tuned: better on pickscore; worse on hps; no difference that matters on clip."
+        "tuned against base: better on pickscore; worse on hps; no difference that matters on clip."
     )
     assert summary.verdicts == {
         "better": ["pickscore"],

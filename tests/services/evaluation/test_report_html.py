@@ -209,6 +209,14 @@ def test_the_images_are_those_of_the_grid_and_the_cases_each_read_once(report):
     )
 
 
+def test_of_many_seeds_the_grid_has_the_first_four_and_says_so():
+    table = score_table(5, 6, gains={"tuned": {"clip": 0.1}})
+    settings = CompareSettings(resamples=1000, grid_prompts=1, cases=0)
+    shown = Page(render(compare(table, settings, PROVENANCE), png))
+    assert len(shown.all("img")) == 2 * 4
+    assert any("the first 4 of 6" in each["text"] for each in shown.all("p"))
+
+
 def test_an_image_is_beside_the_name_of_its_model_and_its_place(page):
     second_row = [each for each in page.all("img") if each["alt"] == "tuned, image 2 of the prompt: prompt 0"]
     assert second_row[0]["src"] == data_uri(png(1, 1, 1))
@@ -246,6 +254,15 @@ def test_the_table_has_every_scorer_and_model_with_its_numbers(text, report):
     assert "3.414 ± 0.627" in text
     assert PROVENANCE.command in text
     assert PROVENANCE.digests["base"] in text
+
+
+def test_numbers_of_the_plot_move_below_labels_that_leave_them_no_room():
+    def places(model):
+        shown = Page(render(made(gains={model: {"clip": 0.1}}, drift=None), png))
+        return [int(each["y"]) for each in shown.all("text") if each["class"] in ("label", "number")]
+
+    assert places("tuned") == [16, 16]
+    assert places("a-model-with-a-long-name") == [16, 34]
 
 
 @pytest.mark.parametrize(
