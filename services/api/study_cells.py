@@ -148,10 +148,15 @@ def _word(field: str, value: Any, index: int) -> str:
 
 
 def _body(request: StudyCreate, label: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The base with the overrides, a name and the cell's label as metadata."""
+    """The base with the overrides, a name, and metadata in which the study's id is still empty."""
     body = copy.deepcopy(request.base)
+    done: set[str] = set()
     for fields, value in overrides.items():
         for field in fields_of(fields):
+            if field in done:
+                message = f"cell {label}: {field} is set twice"
+                raise BadRequest(message, param=f"cells.{label}.{field}")
+            done.add(field)
             _set(body, label, field, copy.deepcopy(value))
     name = f"{request.name}-{label}"
     if not re.fullmatch(NAME_PATTERN, name):
@@ -160,7 +165,7 @@ def _body(request: StudyCreate, label: str, overrides: Mapping[str, Any]) -> dic
     body["name"] = name
     metadata = body.get("metadata") or {}
     if isinstance(metadata, dict):
-        body["metadata"] = metadata | {"cell": label}
+        body["metadata"] = metadata | {"study": "", "cell": label}
     return body
 
 

@@ -33,7 +33,7 @@ def test_the_shipped_study_made_tiny_ends_with_contrasts_and_curves(client: Clie
                 "validation": {"every": 2, "num_prompts": 2},
                 "evaluation": evaluation,
             },
-            "grid": {"objective.method": ["sft", "dde"], "training.seed": [0]},
+            "grid": {"objective.method": ["sft", "dde"], "training.seed, training.draw_seed": [0]},
             "evaluation": paper.evaluation.model_copy(update={"num_prompts": 6, "images_per_prompt": 2}),
         }
     )

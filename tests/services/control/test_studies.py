@@ -254,6 +254,8 @@ def test_a_study_of_several_bases_is_compared_with_the_one_it_names(plane):
         ({"grid": {"name": ["a"]}}, "grid.name", "set by the study"),
         ({"grid": {"metadata.study": ["a"]}}, "grid.metadata.study", "set by the study"),
         ({"grid": {"model.x": [1]}}, "cells.x1.model.x", "no section"),
+        ({"grid": {"training.seed": [1], "training.seed, training.draw_seed": [2]}}, None, "is set twice"),
+        ({"grid": {"training.seed; drop": [1]}}, None, "should match pattern"),
         ({"cells": [{"overrides": {}}]}, "cells.0.overrides", "at least 1"),
         ({"exclude": [{"objective.method": "uniform"}]}, "exclude.0", "matches no cell"),
         ({"name": "n" * 60}, "name", "model's name"),
@@ -269,13 +271,25 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(plane, changes, pa
     error = plane.http.post(STUDIES, json=body(plane, **changes))
     assert error.status_code in (400, 404), error.text
     error = error.json()["error"]
-    assert error["param"] == param, error
+    assert param in (None, error["param"]), error
     assert text in error["message"]
     assert plane.get(STUDIES)["data"] == plane.get(JOBS)["data"] == []
 
 
 def test_a_base_with_a_name_is_refused(plane):
     assert plane.error(STUDIES, body(plane, base=plane.job_body(name="mine")))["param"] == "base.name"
+
+
+def test_metadata_of_a_base_leaves_room_for_the_studys_own(plane):
+    metadata = {f"key{i}": "x" for i in range(15)}
+    error = plane.error(STUDIES, body(plane, base=plane.job_body(metadata=metadata)))
+    assert error["param"] == "cells.dde-seed0.metadata"
+    error = plane.error(STUDIES, body(plane, base=plane.job_body(metadata={"cell": "mine"})))
+    assert error["param"] == "base.metadata.cell"
+    study = plane.post(STUDIES, body(plane, base=plane.job_body(metadata={"team": "a"})))
+    plane.settle(10)
+    expected = {"team": "a", "study": study["id"], "cell": "dde-seed0"}
+    assert cell_jobs(plane, study)["dde-seed0"]["metadata"] == expected
 
 
 def test_a_name_that_another_study_or_model_has_is_refused(plane):
