@@ -201,7 +201,7 @@ def _settings(
     labeled: Sequence[tuple[str, Mapping[str, Any]]], parsed: Sequence[AlignmentJobCreate]
 ) -> dict[str, str]:
     """The name of each setting, by the body without its seeds: the label of its first cell, without the words
-    of seeds.
+    of seeds. No two have one name.
     """
     names: dict[str, str] = {}
     for (label, overrides), body in zip(labeled, parsed, strict=True):
@@ -210,7 +210,9 @@ def _settings(
             continue
         seeds = {_word(fields, value, 0) for fields, value in overrides.items() if is_seed(fields)}
         name = "-".join(part for part in label.split("-") if part not in seeds) or body.objective.method
-        names[key] = label if name in names.values() else name
+        numbered = (f"{label}-{number}" for number in itertools.count(2))
+        choices = itertools.chain([name, label], numbered)
+        names[key] = next(choice for choice in choices if choice not in names.values())
     return names
 
 

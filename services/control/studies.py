@@ -57,10 +57,11 @@ def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: St
 
     def check() -> tuple[list[Cell], dict[str, list[str]]]:
         cells = expand(request, _parse)
-        warnings = {}
+        warnings: dict[str, list[str]] = {}
         for cell in cells:
-            with _errors_of(cell.label):
-                warnings[cell.label] = jobs.check_alignment(database, cell.request)
+            if cell.setting not in warnings:  # no check depends on seeds
+                with _errors_of(cell.label):
+                    warnings[cell.setting] = jobs.check_alignment(database, cell.request)
         _check_evaluation(database, request, cells)
         return cells, warnings
 
@@ -242,7 +243,7 @@ class StudyReview:
         with self.own.write(alone=True) as session:
             if self._may_add(session, number):
                 try:
-                    warnings = self.study.inputs["warnings"][cell.label]
+                    warnings = self.study.inputs["warnings"][cell.setting]
                     jobs.insert_alignment(session, number, request, warnings)
                 except (BadRequest, NotFound) as error:
                     self._refuse(cell, error)

@@ -177,6 +177,13 @@ def test_runs_that_differ_by_their_seeds_alone_are_repetitions_of_one_setting(pl
     assert done["result"]["settings"][0]["overrides"] == {"objective.method": "dde"}
 
 
+def test_settings_whose_names_would_be_the_same_are_told_apart(plane):
+    grid = {"objective.method": ["dde"], "training.seed": [0, 1]}
+    cells = [{"label": "dde", "overrides": {"objective.beta": 7}}]
+    study = plane.post(STUDIES, body(plane, grid=grid, cells=cells))
+    assert [cell["setting"] for cell in study["cells"]] == ["dde", "dde", "dde-2"]
+
+
 def test_at_most_as_many_cells_run_at_a_time_as_the_study_allows(plane):
     plane.launcher.plays["encode"] = fakes.runs
     study = plane.post(STUDIES, body(plane, parallel=3))
