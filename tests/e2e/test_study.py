@@ -16,6 +16,7 @@ PAPER = Path(__file__).parents[2] / "deploy" / "studies" / "paper.yaml"
 TIMEOUT_S = 1200.0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 60)
 def test_the_shipped_study_made_tiny_ends_with_contrasts_and_curves(client: Client, pairs_file: Path):
     base = client.create_model("study-base", MODEL_DIR.as_uri()).name
