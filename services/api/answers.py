@@ -23,6 +23,8 @@ from services.api.records import (
     JobStatus,
     LedgerResult,
     Stage,
+    StudyCellRecord,
+    StudyReport,
     TrainResult,
     Validated,
 )
@@ -265,6 +267,23 @@ class EvaluationView(RunView):
     sample: dict[str, Any]
     compare: dict[str, Any] = {}
     result: EvaluateResult | None
+
+
+class StudyView(RunView):
+    """A study: a grid of alignment jobs, its cells, and the evaluations that compare their models.
+
+    Each cell's job has the metadata ``study`` (this id) and ``cell`` (its label). ``evaluations`` are their
+    ids, empty until all cells have ended.
+    """
+
+    object: Literal["study"]
+    name: str
+    parallel: int
+    on_failure: str
+    evaluation: dict[str, Any]
+    cells: list[StudyCellRecord]
+    evaluations: list[str]
+    result: StudyReport | None
 
 
 class EventView(Answer):

@@ -274,6 +274,75 @@ class GateResult(Strict):
     reasons: list[str]
 
 
+CellStatus = Literal["waiting"] | JobStatus
+
+
+class StudyCellRecord(Strict):
+    """A cell of a study: its job once that exists, and the aligned model once it is trained.
+
+    ``reason`` is why it has failed; without a job, why none could be created.
+    """
+
+    label: str
+    setting: str
+    overrides: dict[str, Any]
+    status: CellStatus = "waiting"
+    job: str | None = None
+    model: str | None = None
+    reason: str | None = None
+
+
+class StudySetting(Strict):
+    """Cells that differ by their seeds alone: how many there are and have a model, the mean score over their
+    models and all prompts, and the cost of all of them.
+
+    ``seconds`` are sums of their jobs' stages; ``images`` counts what validation and the jobs' own
+    evaluations have drawn.
+    """
+
+    setting: str
+    overrides: dict[str, Any]
+    cells: int
+    models: int
+    scores: dict[str, float]
+    seconds: dict[str, float]
+    images: int
+
+
+class Contrast(Strict):
+    """The mean difference of one scorer between two settings, or a setting and the base (``against`` null).
+
+    It is over ``seeds`` that both settings have and ``prompts``. ``by`` is the wider of the interval over
+    both, by bootstrap, and Student's over seeds; that one needs two. ``adjusted_p`` is Holm's, over all
+    contrasts of the study.
+    """
+
+    scorer: str
+    setting: str
+    against: str | None
+    seeds: int
+    prompts: int
+    difference: Interval
+    by: Literal["bootstrap", "t"]
+    p: float
+    adjusted_p: float
+
+
+class StudyReport(Strict):
+    """What a study found, also as JSON and as a page with learning curves, both in storage.
+
+    ``base_scores`` are the base's means. ``seconds`` and ``images`` are those of the study's evaluations.
+    """
+
+    report: Uri
+    page: Uri
+    base_scores: dict[str, float]
+    settings: list[StudySetting]
+    contrasts: list[Contrast]
+    seconds: float
+    images: int
+
+
 class Validated(Strict):
     """Validation of one checkpoint: its metrics and the URI of its images, or why it failed."""
 

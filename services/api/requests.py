@@ -319,6 +319,55 @@ class EvaluationCreate(EvaluationConfig):
     base: str | None = None
 
 
+MAX_CELLS = 200
+_FIELD = r"[a-z_0-9]+(\.[a-z_0-9]+)*"
+Fields = Annotated[str, Field(pattern=rf"^{_FIELD}(, ?{_FIELD})*$", max_length=200)]
+"""A field of a job's body, such as ``objective.beta``, or several that get one value, with commas between."""
+Overrides = Annotated[
+    dict[Fields, Any], Field(min_length=1, json_schema_extra={"additionalProperties": True})
+]
+
+
+class StudyCell(Strict):
+    """One job of a study: its body is the study's ``base`` with these fields changed.
+
+    ``label`` is made from the overrides by default.
+    """
+
+    label: Name | None = None
+    overrides: Overrides
+
+
+class StudyEvaluation(EvaluationConfig):
+    """The comparison that ends a study: every aligned model with ``base`` (a name or an id).
+
+    ``base`` is the model that the cells align, by default; required if they align several.
+    """
+
+    base: str | None = None
+
+
+class StudyCreate(Strict):
+    """Run a grid of alignment jobs, its cells, and compare all of their models.
+
+    ``base`` is the body of an alignment job without ``name``. ``grid`` maps fields of it, such as
+    ``objective.method``, to lists of values: every combination is a cell, except those that match an item of
+    ``exclude``. ``"training.seed, training.draw_seed"`` gives two fields one value. ``cells`` adds single
+    cells. A cell's model is named STUDY-LABEL, where the label is made from the cell's values. At most
+    ``parallel`` cells run at a time. After a cell that failed the study goes on, or with ``on_failure:
+    "stop"`` cancels the others. Every cell is checked before the first one starts.
+    """
+
+    name: Name
+    base: dict[str, Any]
+    grid: dict[Fields, Annotated[list[Any], Field(min_length=1)]] = {}
+    cells: Annotated[list[StudyCell], Field(max_length=MAX_CELLS)] = []
+    exclude: Annotated[list[Overrides], Field(max_length=100)] = []
+    parallel: Annotated[int, Field(ge=1, le=MAX_CELLS)] = 2
+    on_failure: Literal["continue", "stop"] = "continue"
+    evaluation: StudyEvaluation
+
+
 class ImageRequest(Strict):
     """Generate ``n`` images of ``prompt`` with a registered model, named by its name or id.
 

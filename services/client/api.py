@@ -41,6 +41,7 @@ from services.api.answers import (
     ModelView,
     RunView,
     ScorerView,
+    StudyView,
     parse,
 )
 from services.api.records import CreditRecord, DatasetReport
@@ -55,6 +56,7 @@ from services.api.requests import (
     Promote,
     ScorerCreate,
     ScoreRequest,
+    StudyCreate,
 )
 from services.errors import ServiceError, Unavailable
 
@@ -246,7 +248,7 @@ class Client:
         """Wait until the job has succeeded, failed or been canceled. Raises TimeoutError."""
         return _until_finished(lambda: self.job(job_id), timeout_s, poll_s)
 
-    # ---- evaluations, images, scores
+    # ---- evaluations
 
     def create_evaluation(self, request: EvaluationCreate) -> EvaluationView:
         """Start a comparison of two registered models."""
@@ -263,6 +265,28 @@ class Client:
     ) -> EvaluationView:
         """Wait until the evaluation has ended. Raises TimeoutError."""
         return _until_finished(lambda: self.evaluation(evaluation_id), timeout_s, poll_s)
+
+    # ---- studies
+
+    def create_study(self, request: StudyCreate) -> StudyView:
+        """Start a study: a grid of alignment jobs, then a comparison of all of their models."""
+        return self._post(StudyView, "/v1/studies", request)
+
+    def study(self, study_id: str) -> StudyView:
+        return self._get(StudyView, f"/v1/studies/{study_id}")
+
+    def studies(self, status: str | None = None) -> Iterator[StudyView]:
+        return self._items(StudyView, "/v1/studies", {"status": status} if status else {})
+
+    def study_events(self, study_id: str, after: str | None = None) -> Iterator[EventView]:
+        """The study's events in order, from the one after the event of id ``after``."""
+        return self._items(EventView, f"/v1/studies/{study_id}/events", {"after": after} if after else {})
+
+    def cancel_study(self, study_id: str) -> StudyView:
+        """Cancel a study and all of its jobs."""
+        return self._post(StudyView, f"/v1/studies/{study_id}/cancel")
+
+    # ---- images and scores
 
     def generate(self, request: ImageRequest) -> list[bytes]:
         """Generate images; returns the content of PNG files."""

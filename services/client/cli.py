@@ -25,6 +25,7 @@ from services.client import recipes, tables
 from services.client.bodies import PLACEHOLDERS, as_uri, columns_of, job_body, read_body, validation_line
 from services.client.connection import connect
 from services.client.job_commands import jobs
+from services.client.study_commands import study
 from services.errors import BadRequest, ServiceError
 from services.settings import ClientSettings
 
@@ -58,6 +59,7 @@ app.add_typer(datasets, name="datasets")
 app.add_typer(models, name="models")
 app.add_typer(scorers, name="scorers")
 app.add_typer(jobs, name="jobs")
+app.add_typer(study, name="study")
 app.add_typer(keys, name="keys")
 
 PairsUri = Annotated[

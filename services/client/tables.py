@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dde_core.planning.estimate import Estimate
-from services.api.answers import CheckpointView, RunView
+from services.api.answers import CheckpointView, RunView, StudyView
 from services.api.records import (
     DatasetCounts,
     DatasetReport,
@@ -20,6 +21,7 @@ from services.api.records import (
     EvaluateResult,
     Interval,
     PairCounts,
+    StudyReport,
 )
 from services.api.requests import ALL_SCORERS
 
@@ -201,6 +203,41 @@ def durations(seconds: Mapping[str, float]) -> Table:
     table.padding = (0, 1)  # bare numbers need the wider gap
     table.add_row(*(f"{value:.1f}" for value in seconds.values()))
     return table
+
+
+# ---- studies
+
+
+def cells_line(study: StudyView) -> str:
+    """``2 succeeded, 1 running, 3 waiting``."""
+    counts = Counter(cell.status for cell in study.cells)
+    return ", ".join(f"{count} {status}" for status, count in counts.items())
+
+
+def study_tables(report: StudyReport) -> list[Table]:
+    """Each setting's mean scores and cost, and the contrasts with their 95% intervals."""
+    scorers = list(report.base_scores)
+    settings = new_table(
+        "settings: models, mean scores, seconds of all stages, images drawn",
+        *(label("setting"), number("models"), *map(number, scorers), number("seconds"), number("images")),
+    )
+    means = [f"{report.base_scores[name]:.3f}" for name in scorers]
+    settings.add_row("base", "", *means, f"{report.seconds:.0f}", str(report.images))
+    for each in report.settings:
+        means = [f"{each.scores[name]:.3f}" if name in each.scores else "-" for name in scorers]
+        cost = (f"{sum(each.seconds.values()):.0f}", str(each.images))
+        settings.add_row(escape(each.setting), f"{each.models}/{each.cells}", *means, *cost)
+    settings.caption = "base: seconds and images of the study's evaluations"
+    contrasts = new_table(
+        "contrasts over seeds and prompts",
+        *(label("contrast"), "scorer", "difference [95%]", number("seeds"), number("adjusted p")),
+    )
+    for contrast in report.contrasts:
+        names = f"{contrast.setting} - {contrast.against or 'base'}"
+        difference = with_interval(contrast.difference, signed=True)
+        numbers = (str(contrast.seeds), f"{contrast.adjusted_p:.3g}")
+        contrasts.add_row(escape(names), contrast.scorer, difference, *numbers)
+    return [settings, contrasts]
 
 
 # ---- estimates

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -36,48 +36,63 @@ def create_alignment(
     """Raises BadRequest or NotFound for everything that is known to fail before any compute is spent."""
 
     def check() -> list[str]:
-        with database.read() as session:
-            used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
-        warnings = checks.check_alignment(request, used)
-        with database.read() as session:
-            base = models.record_of(models.find(session, request.model, "model"))
-        checks.check_base(base, request)
-        return warnings
+        return check_alignment(database, request)
 
     def insert(session: Session, warnings: list[str]) -> JobView:
-        base = models.find(session, request.model, "model")
-        dataset = _find_dataset(session, request)
-        job_id = new_id("ajob")
-        name = request.name or f"{base.name[:40]}-{request.objective.method}-{job_id[-6:]}"
-        _refuse_name(session, name)
-        stored = _stored_request(request)
-        row = _new_row(job_id, "alignment", "validating", stored)
-        row.name = name
-        row.model = base.id
-        row.dataset = dataset.id
-        row.output_model = new_id("model")
-        row.inputs = {
-            "model": models.record_of(base).model_dump(mode="json"),
-            "dataset": {
-                "uri": dataset.uri,
-                "columns": dataset.columns,
-                "split": dataset.split,
-                "digest": dataset.digest,
-            },
-            "scorers": _scorer_inputs(session, request.evaluation.scorers, "evaluation.scorers"),
-        }
-        session.add(row)
-        session.flush()
-        session.add_all(
-            JobMetadata(job_seq=row.seq, key=key, value=value) for key, value in request.metadata.items()
-        )
-        method = request.objective.method
-        journal.log(session, job_id, f"created: {method} on {base.name} with dataset {dataset.name}")
-        for message in [*_ignored_settings(request, stored, row.inputs["scorers"]), *warnings]:
-            journal.log(session, job_id, message, "warning")
-        return job_view(row)
+        return job_view(insert_alignment(session, new_id("ajob"), request, warnings))
 
     return create_once(database, idempotent, JobView, check, insert)
+
+
+def check_alignment(database: ProjectDatabase, request: AlignmentJobCreate) -> list[str]:
+    """The checks that read files. Returns warnings. Raises BadRequest or NotFound."""
+    with database.read() as session:
+        used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
+    warnings = checks.check_alignment(request, used)
+    with database.read() as session:
+        base = models.record_of(models.find(session, request.model, "model"))
+    checks.check_base(base, request)
+    return warnings
+
+
+def find_inputs(session: Session, request: AlignmentJobCreate) -> tuple[Model, Dataset]:
+    """The base model and the dataset of a request. Raises BadRequest or NotFound."""
+    return models.find(session, request.model, "model"), _find_dataset(session, request)
+
+
+def insert_alignment(
+    session: Session, job_id: str, request: AlignmentJobCreate, warnings: Sequence[str]
+) -> Job:
+    """Add the row of a job. Raises BadRequest or NotFound for what the database knows to fail."""
+    base, dataset = find_inputs(session, request)
+    name = request.name or f"{base.name[:40]}-{request.objective.method}-{job_id[-6:]}"
+    refuse_name(session, name)
+    stored = _stored_request(request)
+    row = new_row(job_id, "alignment", "validating", stored)
+    row.name = name
+    row.model = base.id
+    row.dataset = dataset.id
+    row.output_model = new_id("model")
+    row.inputs = {
+        "model": models.record_of(base).model_dump(mode="json"),
+        "dataset": {
+            "uri": dataset.uri,
+            "columns": dataset.columns,
+            "split": dataset.split,
+            "digest": dataset.digest,
+        },
+        "scorers": scorer_inputs(session, request.evaluation.scorers, "evaluation.scorers"),
+    }
+    session.add(row)
+    session.flush()
+    session.add_all(
+        JobMetadata(job_seq=row.seq, key=key, value=value) for key, value in request.metadata.items()
+    )
+    method = request.objective.method
+    journal.log(session, job_id, f"created: {method} on {base.name} with dataset {dataset.name}")
+    for message in [*_ignored_settings(request, stored, row.inputs["scorers"]), *warnings]:
+        journal.log(session, job_id, message, "warning")
+    return row
 
 
 def create_evaluation(
@@ -95,32 +110,39 @@ def create_evaluation(
         return checks.long_prompts(prompts, "prompts_uri")
 
     def insert(session: Session, warnings: list[str]) -> EvaluationView:
-        compared, base = _compared(session, request)
-        stored = request.model_dump(mode="json")
-        stored["prompts_uri"] = files.as_uri(request.prompts_uri)
-        stored["models"] = [
-            {"name": each.name, "images_uri": files.as_uri(each.images_uri)}
-            if isinstance(each, ImageFolder)
-            else {"name": each.name, "model": each.id}
-            for each in compared
-        ]
-        stored["base"] = base.name
-        row = _new_row(new_id("eval"), "evaluation", "queued", stored)
-        row.model = next(each.id for each in compared if isinstance(each, ModelRecord))
-        row.base = base.id if isinstance(base, ModelRecord) else None
-        row.inputs = {
-            "models": [each.model_dump(mode="json") for each in compared],
-            "scorers": _scorer_inputs(session, request.scorers, "scorers"),
-        }
-        session.add(row)
-        session.flush()
-        others = ", ".join(each.name for each in compared if each is not base)
-        journal.log(session, row.id, f"created: {others} against {base.name}")
-        for message in warnings:
-            journal.log(session, row.id, message, "warning")
-        return evaluation_view(row)
+        return evaluation_view(insert_evaluation(session, new_id("eval"), request, warnings))
 
     return create_once(database, idempotent, EvaluationView, check, insert)
+
+
+def insert_evaluation(
+    session: Session, evaluation_id: str, request: EvaluationCreate, warnings: Sequence[str]
+) -> Job:
+    """Add the row of an evaluation. Raises BadRequest or NotFound for what the database knows to fail."""
+    compared, base = _compared(session, request)
+    stored = request.model_dump(mode="json")
+    stored["prompts_uri"] = files.as_uri(request.prompts_uri)
+    stored["models"] = [
+        {"name": each.name, "images_uri": files.as_uri(each.images_uri)}
+        if isinstance(each, ImageFolder)
+        else {"name": each.name, "model": each.id}
+        for each in compared
+    ]
+    stored["base"] = base.name
+    row = new_row(evaluation_id, "evaluation", "queued", stored)
+    row.model = next(each.id for each in compared if isinstance(each, ModelRecord))
+    row.base = base.id if isinstance(base, ModelRecord) else None
+    row.inputs = {
+        "models": [each.model_dump(mode="json") for each in compared],
+        "scorers": scorer_inputs(session, request.scorers, "scorers"),
+    }
+    session.add(row)
+    session.flush()
+    others = ", ".join(each.name for each in compared if each is not base)
+    journal.log(session, row.id, f"created: {others} against {base.name}")
+    for message in warnings:
+        journal.log(session, row.id, message, "warning")
+    return row
 
 
 def _compared(
@@ -225,7 +247,7 @@ def base_named(session: Session, name: str) -> str | None:
     return session.scalar(select(Model.id).where(Model.name == name, Model.base.is_(None)).limit(1))
 
 
-def _scorer_inputs(session: Session, names: list[str], field: str) -> list[dict[str, Any]]:
+def scorer_inputs(session: Session, names: list[str], field: str) -> list[dict[str, Any]]:
     """The records of a job's scorers as they are now: a later deletion changes nothing for the job."""
     return [record.model_dump(mode="json") for record in scorers.of_names(session, names, field)]
 
@@ -258,7 +280,8 @@ def _ignored_settings(
                 yield f"validation does not measure {record['name']}: it {why}"
 
 
-def _new_row(job_id: str, kind: str, status: JobStatus, stored: dict[str, Any]) -> Job:
+def new_row(job_id: str, kind: str, status: JobStatus, stored: dict[str, Any]) -> Job:
+    """A row that was not added yet, of a job that nothing has happened to."""
     now = time.time()
     return Job(
         id=job_id,
@@ -286,7 +309,7 @@ def _find_dataset(session: Session, request: AlignmentJobCreate) -> Dataset:
     return row
 
 
-def _refuse_name(session: Session, name: str) -> None:
+def refuse_name(session: Session, name: str) -> None:
     """Raises BadRequest for an aligned model's name that is an id or a base model's name."""
     if is_id(name):
         raise BadRequest(f"name: must not have the form of an id, got {name!r}", param="name")

@@ -44,7 +44,7 @@ def create(
 
     def insert(session: Session, inspected: tuple[Proof, str]) -> ModelView:
         found, digest = inspected
-        _refuse_taken_name(session, request.name)
+        refuse_taken_name(session, request.name)
         record = ModelRecord(
             id=new_id("model"),
             name=request.name,
@@ -64,10 +64,13 @@ def create(
     return create_once(database, idempotent, ModelView, inspect, insert)
 
 
-def _refuse_taken_name(session: Session, name: str) -> None:
-    """A name is taken by every model that has it and by every unfinished job whose model will get it."""
+def refuse_taken_name(session: Session, name: str) -> None:
+    """Raises BadRequest. A name is taken by every model that has it and by every unfinished job whose model
+    will get it.
+    """
     model = session.scalar(select(Model.id).where(Model.name == name).limit(1))
-    job = session.scalar(select(Job.id).where(Job.name == name, Job.status.in_(UNFINISHED)).limit(1))
+    gets_it = (Job.name == name) & (Job.kind == "alignment")
+    job = session.scalar(select(Job.id).where(gets_it, Job.status.in_(UNFINISHED)).limit(1))
     if model or job:
         raise BadRequest(f"name: is taken by {model or job}, got {name!r}", param="name", code="name_taken")
 

@@ -150,7 +150,7 @@ class Scorer(Owned):
 class Job(Owned):
     """A chain of stages.
 
-    kind                  "alignment" or "evaluation"
+    kind                  "alignment", "evaluation" or "study" (studies.py), which has no stages
     inputs                the records of its models, dataset and scorers when it was created
     model, base           of an evaluation: its first registered model, and its base if that is registered
     pause_requested_at    set until the job is resumed or ends

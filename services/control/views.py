@@ -19,6 +19,7 @@ from services.api.answers import (
     ModelView,
     RunView,
     ScorerView,
+    StudyView,
     parse,
 )
 from services.api.records import ScorerRecord, Validated
@@ -117,9 +118,26 @@ def evaluation_view(row: Job) -> EvaluationView:
     )
 
 
+def study_view(row: Job) -> StudyView:
+    settings = ("parallel", "on_failure", "evaluation")
+    return parse(
+        StudyView,
+        {
+            "object": "study",
+            **_run(row),
+            **_columns(row, "name"),
+            **{name: row.request[name] for name in settings},
+            "cells": row.results["cells"],
+            "evaluations": row.results["evaluations"],
+            "result": row.results.get("report"),
+        },
+    )
+
+
 JOB_VIEWS: dict[str, Callable[[Job], RunView]] = {
     "alignment": job_view,
     "evaluation": evaluation_view,
+    "study": study_view,
 }
 """The answer for a job of each kind."""
 

@@ -23,6 +23,7 @@ projects/{project}/ in it for any other.
         pairs/*.parquet             t, margin and gradient weight of every pair of every step
         fence.json                  the attempt and the group of workers that may write
         reference.json              the ledger that the run started with
+    {root}/studies/{study}/report.json, report.html          the report of a study
     {root}/datasets/{key}/                                   one encoded dataset
         manifest.json               commits the dataset: names the latent shards, written last
         quarantine.jsonl            rows that cannot be used
@@ -156,6 +157,19 @@ def page_uri(output: str) -> str:
 def grid_uri(output: str) -> str:
     """The image grid of an evaluation."""
     return files.join(output, "grid.png")
+
+
+# ---- a study
+
+
+def study_report_uri(root: str, study: str) -> str:
+    """The report of a study for programs."""
+    return files.join(root, "studies", study, "report.json")
+
+
+def study_page_uri(root: str, study: str) -> str:
+    """The report of a study for people."""
+    return files.join(root, "studies", study, "report.html")
 
 
 # ---- a training run

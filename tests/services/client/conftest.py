@@ -75,6 +75,22 @@ def evaluation(status: str = "queued", **other: Any) -> dict[str, Any]:
     return {"object": "evaluation", "status": status, **RUN, **names, **settings, **other}
 
 
+def study(status: str = "running", **other: Any) -> dict[str, Any]:
+    """A study of two cells as the API answers it."""
+    cell = {
+        "setting": "dde",
+        "overrides": {},
+        "status": "waiting",
+        "job": None,
+        "model": None,
+        "reason": None,
+    }
+    cells = [{**cell, "label": "dde-seed0"}, {**cell, "label": "dde-seed1"}]
+    settings = {"parallel": 2, "on_failure": "continue", "evaluation": {}}
+    names = {"id": "study_1", "name": "paper", "cells": cells, "evaluations": [], "result": None}
+    return {"object": "study", "status": status, **RUN, **names, **settings, **other}
+
+
 def dataset(**other: Any) -> dict[str, Any]:
     """A dataset as the API answers it."""
     counts = {"rows": 10, "pairs": 8, "ties": 1, "missing": 1}
@@ -128,6 +144,7 @@ CREATED = {
     "/v1/scorers": scorer,
     "/v1/alignment/jobs": job,
     "/v1/evaluations": lambda **body: evaluation(**{**body, "models": COMPARED, "base": "shapes"}),
+    "/v1/studies": lambda **body: study(id="new_1"),
     "/v1/keys": lambda **body: key(
         **{**body, "project": body.get("project", "default"), "key": "dde_secret"}
     ),

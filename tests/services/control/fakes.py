@@ -122,10 +122,7 @@ def ledger(spec) -> RunState:
 
 def train(spec) -> RunState:
     journal(spec, 5)
-    files.write_bytes(files.join(spec.output, "model_index.json"), b"{}")
-    files.write_json(
-        files.join(spec.output, "scheduler", "scheduler_config.json"), {"num_train_timesteps": 1000}
-    )
+    files.copy_folder(spec.model.uri, spec.output)
     lineage = {"job": spec.job, "dataset": "d1", "base": spec.model.digest}
     model = spec.model.model_copy(
         update={

@@ -97,10 +97,17 @@ class World:
             "/v1/scorers": {"name": "own", "kind": "clip", "uri": str(root / "clip")},
             JOBS: self.plane.job_body(dataset=self.ids["dataset_id"]),
             "/v1/evaluations": self.plane.evaluation_body(),
+            "/v1/studies": self.study_body(),
             "/v1/images/generations": IMAGE,
             "/v1/scores": SCORES,
             "/v1/keys": {"name": "taken-over", "project": "default"},
         }[path]
+
+    def study_body(self) -> dict[str, Any]:
+        evaluation = {"prompts_uri": str(self.plane.root / "prompts.txt"), "num_prompts": 2}
+        base = self.plane.job_body(dataset=self.ids["dataset_id"])
+        grid = {"training.seed": [0, 1]}
+        return {"name": "study", "base": base, "grid": grid, "evaluation": evaluation}
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +123,12 @@ def world(tmp_path_factory):
             "scorer_id": new_scorer(plane, write_tiny("clip", folder)[0])["id"],
             "key_id": new_key(plane)["id"],
         }
-        yield World(plane, ids, new_key(plane, "other")["key"])
+        world = World(plane, ids, new_key(plane, "other")["key"])
+        ids["study_id"] = plane.post("/v1/studies", world.study_body())["id"]
+        yield world
 
 
-REFERS = {JOBS, "/v1/evaluations", "/v1/images/generations"}
+REFERS = {JOBS, "/v1/evaluations", "/v1/studies", "/v1/images/generations"}
 """Creates whose body names a model or a dataset of the default project."""
 OWN = {"/v1/datasets", "/v1/datasets/validate", "/v1/models", "/v1/scorers", "/v1/scores"}
 """Creates whose body names nothing of a project: the other project does it for itself."""
