@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from dde_core.scorers.kinds import KindName
 from dde_core.verdict import Verdict
 from services.api.records import Interval
 from services.api.requests import CompareSettings, Strict
-
-LimitSource = Literal["settings", "the base's other seeds"]
 
 
 class Provenance(Strict):
@@ -99,14 +97,16 @@ class Strength(Strict):
 class DriftReport(Strict):
     """How far a candidate's images have moved from the base's, and from which value on that is too far.
 
-    ``limit`` is null if it was neither set nor measured.
+    ``between_seeds`` is what chance gives: the drift between two halves of the base's own images of the same
+    prompts, null for one image a prompt. Any training moves images farther than that. ``limit`` is null if
+    none was set.
     """
 
     scorer: str
     candidate: str
     value: float
+    between_seeds: float | None
     limit: float | None
-    limit_from: LimitSource | None
     is_beyond: bool
 
 

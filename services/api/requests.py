@@ -151,7 +151,7 @@ class CompareSettings(Strict):
     ``margin``: the smallest difference that matters, in the base's standard deviations of a scorer's scores;
     ``margins`` overrides it for single scorers. ``dead_zones``: differences of two images' scores up to which
     they tie, in the scorer's units (0 unless given). ``drift_limits``: the drift from which on a model counts
-    as drifted; without one, the drift between the base's own images of different seeds is the limit.
+    as drifted (none unless given).
     ``resamples`` and ``seed`` are those of the bootstrap. ``cases``: best and worst images shown for each
     scorer; ``grid_prompts``: prompts of which all images are shown.
     """

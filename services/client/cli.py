@@ -514,6 +514,12 @@ def evaluate(
     ] = None,
     num_prompts: Annotated[int, typer.Option(help="Number of prompts, from the top of the file.")] = 200,
     images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt by each model.")] = 1,
+    scorers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scorer", help="A registered scorer; give it several times. Default: those of shapes."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; each next prompt adds 1.")] = 0,
     steps: SamplingSteps = 25,
     guidance_scale: GuidanceScale = 5.0,
@@ -527,7 +533,7 @@ def evaluate(
         "images_per_prompt": images_per_prompt,
         "seed": seed,
         "sample": {"steps": steps, "guidance_scale": guidance_scale},
-    }
+    } | ({"scorers": scorers} if scorers else {})
     request = EvaluationCreate.model_validate_json(json.dumps(body))
     with connect() as client:
         evaluation = client.wait_evaluation(client.create_evaluation(request).id)
@@ -537,8 +543,11 @@ def evaluate(
     for compared in evaluation.models:
         if compared.name != evaluation.base:
             console.print(tables.comparison(evaluation.result, compared.name))
+    for sentence in evaluation.result.summary:
+        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
     console.print(
-        f"report {evaluation.result.report}\nimages {evaluation.result.grid}",
+        f"report {evaluation.result.page}\nnumbers {evaluation.result.report}\n"
+        f"images {evaluation.result.grid}",
         soft_wrap=True,
         highlight=False,
     )

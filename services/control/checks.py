@@ -76,10 +76,8 @@ def _check_gate(gate: PromoteIf, evaluation: EvaluationConfig, used: list[Scorer
     if kinds[gate.scorer].level == "model":
         _refuse("promote_if.scorer", "must give numbers of its own to images or prompts", gate.scorer)
     for name in gate.not_worse:
-        has_limit = evaluation.images_per_prompt > 1 or name in evaluation.compare.drift_limits
-        if kinds[name].level == "model" and not has_limit:
-            why = "needs evaluation.compare.drift_limits, or evaluation.images_per_prompt of 2 or more"
-            _refuse("promote_if.not_worse", why, name)
+        if kinds[name].level == "model" and name not in evaluation.compare.drift_limits:
+            _refuse("promote_if.not_worse", "needs a limit in evaluation.compare.drift_limits", name)
 
 
 def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:

@@ -25,7 +25,7 @@ def _why_worse(result: EvaluateResult, name: str, candidate: str) -> str | None:
     """Why the candidate is worse than the base by one scorer; None if nothing shows that it is."""
     if name in result.drift:
         drift = result.drift[name][candidate]
-        return f"drift {drift.value:.3g} is beyond {drift.limit:.3g}" if drift.is_beyond else None
+        return f"drift {drift.value:.3g} is beyond {drift.limit}" if drift.is_beyond else None
     difference = result.scores[name][candidate].difference
     if difference.high >= 0:
         return None

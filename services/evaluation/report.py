@@ -26,7 +26,6 @@ from services.api.reports import (
     DriftReport,
     EvaluationReport,
     GamingReport,
-    LimitSource,
     Provenance,
     ReportPrompt,
     SignTestReport,
@@ -243,7 +242,8 @@ def _drift(table: ScoreTable, settings: CompareSettings) -> list[DriftReport]:
     reports = []
     for scorer in table.scorers("model"):
         scores = [float(score) for score in table.scores[scorer]]
-        limit, limit_from = _drift_limit(settings.drift_limits.get(scorer), scores[0])
+        limit = settings.drift_limits.get(scorer)
+        between_seeds = scores[0] if math.isfinite(scores[0]) else None
         for candidate, value in zip(table.models[1:], scores[1:], strict=True):
             is_beyond = limit is not None and value > limit
             reports.append(
@@ -251,20 +251,12 @@ def _drift(table: ScoreTable, settings: CompareSettings) -> list[DriftReport]:
                     scorer=scorer,
                     candidate=candidate,
                     value=value,
+                    between_seeds=between_seeds,
                     limit=limit,
-                    limit_from=limit_from,
                     is_beyond=is_beyond,
                 )
             )
     return reports
-
-
-def _drift_limit(setting: float | None, of_base: float) -> tuple[float | None, LimitSource | None]:
-    if setting is not None:
-        return setting, "settings"
-    if math.isfinite(of_base):
-        return of_base, "the base's other seeds"
-    return None, None
 
 
 def _gaming(
@@ -405,7 +397,7 @@ def _warnings(
         if each.base_deviation == 0
     ]
     warnings += [
-        f"{scorer} has no limit: set drift_limits, or draw the base with other seeds, too."
+        f"{scorer} has no limit, so no drift is too far: set drift_limits."
         for scorer, has_limit in has_limits.items()
         if not has_limit
     ]

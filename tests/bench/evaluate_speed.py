@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def evaluate_speed(scratch: Path, rounds: int = 2) -> dict[str, Result]:
     shares = sorted(bench.overheads)
     images = f"{2 * PROMPTS} images of 32 px, {STEPS} steps, 3 scorers"
     spread = f"{len(shares)} runs, {shares[0]:.3f} to {shares[-1]:.3f}"
-    share = shares[len(shares) // 2]
+    share = statistics.median(shares)
     return {
         "evaluate_two_actors_vs_one": ratio(
             found, "two actors", "one actor", "images/s", f"one actor, {images}"

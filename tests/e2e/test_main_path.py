@@ -168,8 +168,10 @@ def test_serve_generates_from_the_aligned_model_by_name_without_being_redeployed
 def test_the_report_holds_every_prompt_and_its_grid_is_an_image(finished: JobView):
     report = files.read_json(finished.result.evaluate.report)
     assert len(report["prompts"]) == 20
-    taste = [prompt["scores"]["taste"]["aligned"] for prompt in report["prompts"]]
+    taste = report["scores"]["taste"][report["models"].index("aligned")]
     assert finished.result.evaluate.scores["taste"]["aligned"].candidate == pytest.approx(np.mean(taste))
+    page = files.read_bytes(finished.result.evaluate.page).decode()
+    assert finished.result.evaluate.summary[0] in page
     grid = Image.open(io.BytesIO(files.read_bytes(finished.result.evaluate.grid)))
     assert grid.format == "PNG"
     assert min(grid.size) > 100

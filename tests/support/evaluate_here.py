@@ -65,11 +65,16 @@ class EvaluateHere:
     def spec(
         self, compared: Sequence[ModelRecord | ImageFolder], base: str = "", **more: Any
     ) -> EvaluateSpec:
-        """The spec of a new attempt. ``more`` are fields of the evaluation's config, or of the spec."""
+        """The spec of a new attempt. ``more`` are fields of the evaluation's config or of the spec, or
+        ``records`` of registered scorers.
+        """
         self.runs += 1
         prefix = (self.root / "jobs" / f"a{self.runs}").as_uri()
+        records = more.pop("records", None)
         fields = {name: more.pop(name) for name in list(more) if name in EvaluationConfig.model_fields}
         given = {"prompts_uri": PROMPTS_FILE.as_uri(), "num_prompts": 4, "sample": SAMPLE, **fields}
+        if records is not None:
+            given["scorers"] = [record.name for record in records]
         config = EvaluationConfig(**given)
         return EvaluateSpec(
             job="eval_1",
@@ -78,7 +83,7 @@ class EvaluateHere:
             sources=EVERYWHERE,
             models=list(compared),
             base=base or compared[0].name,
-            scorers=[BUILT_IN[name] for name in config.scorers],
+            scorers=[BUILT_IN[name] for name in config.scorers] if records is None else records,
             evaluation=config,
             images=(self.root / "images").as_uri(),
             output=prefix,

@@ -26,9 +26,12 @@ SCORES = {
     "candidate": 0.6,
     "difference": {"value": 0.1, "low": 0.05, "high": 0.15},
     "beat_ratio": INTERVAL,
+    "verdict": "better",
 }
 EVALUATED = {
     "report": "file:///r.json",
+    "page": "file:///r.html",
+    "summary": ["better: better on match."],
     "grid": "file:///g.png",
     "base": "shapes",
     "num_prompts": 200,

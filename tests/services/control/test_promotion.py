@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from services.api.records import DriftResult, EvaluateResult, Interval, ScorerReport
 from services.artifacts import models
 from services.control import gates
 from services.stages import layout
+from services.storage import files
 from tests.services.control import fakes
 from tests.services.control.conftest import write_base
 from tests.services.control.test_access import bearer, new_key
@@ -122,6 +125,9 @@ def test_promoting_an_earlier_version_rolls_back_for_the_next_request(any_plane)
 
 def test_a_job_and_an_evaluation_take_an_alias_for_a_model(plane):
     first, _ = aligned(plane)["aligned_model"], aligned(plane)
+    shutil.copytree(
+        plane.root / "base", files.local_path(plane.get(f"/v1/models/{first}")["uri"]), dirs_exist_ok=True
+    )  # the fake run wrote no weights
     plane.post(f"/v1/models/{first}/promote", {})
     body = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2}
     evaluation = plane.post("/v1/evaluations", {"models": ["shapes", "m@production"], **body})
@@ -183,7 +189,7 @@ def test_a_gate_reads_drift_against_its_limit(plane):
         result = passes.model_copy(update={"drift": drift})
         outcome = gates.judge(gates.PromoteIf(scorer="taste", not_worse=["cmmd"]), result, "m")
         assert outcome.passed == passed
-        assert outcome.reasons == ([] if passed else ["cmmd: drift 3 is beyond 2"])
+        assert outcome.reasons == ([] if passed else ["cmmd: drift 3 is beyond 2.0"])
 
 
 @pytest.mark.parametrize("alias", ["", "Production", "a b", "a/b", "a@b", "../x", "a" * 64])

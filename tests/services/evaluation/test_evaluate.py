@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import random
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +21,11 @@ from dde_core.metrics import beat_ratio, paired_difference
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
 from dde_core.shapes.scorers import score
-from services.api.records import ModelRecord
-from services.api.requests import ImageFolder
+from services.api.records import ModelRecord, ScorerRecord
+from services.api.requests import CompareSettings, EvaluationCreate, ImageFolder
 from services.artifacts import models
 from services.artifacts.prompts import read_prompts
+from services.artifacts.scorers import digest_of
 from services.errors import BadRequest, Forbidden, ServiceError
 from services.evaluation import chunks, image_cache
 from services.evaluation.chunks import seed_of
@@ -30,6 +33,7 @@ from services.storage import files, sources
 from services.storage.sources import SourceRules
 from tests.support.evaluate_here import SAMPLE, EvaluateHere, record_of
 from tests.support.pairs_file import png
+from tests.support.scorers import write_tiny
 from tests.support.tiny_folders import sd15_folder
 
 
@@ -57,7 +61,14 @@ def report_of(result) -> dict:
 
 def scores_of(result) -> dict:
     """Every score of the report, by prompt, scorer, model and image."""
-    return {row["prompt"]: row["scores"] for row in report_of(result)["prompts"]}
+    report = report_of(result)
+    return {
+        row["text"]: {
+            scorer: {model: of_model[i] for model, of_model in zip(report["models"], scores, strict=True)}
+            for scorer, scores in report["scores"].items()
+        }
+        for i, row in enumerate(report["prompts"])
+    }
 
 
 def prompts(num: int) -> list[str]:
@@ -112,8 +123,13 @@ def test_the_numbers_are_those_of_images_drawn_and_scored_by_hand(
     base, candidate = (by_hand[name]["taste"].mean(axis=1) for name in ("shapes", "other"))
     numbers = result.scores["taste"]["other"]
     assert (numbers.base, numbers.candidate) == (base.mean(), candidate.mean())
-    assert numbers.difference.value == paired_difference(candidate, base)[0]
-    assert numbers.beat_ratio.value == beat_ratio(candidate, base)[0]
+    difference = paired_difference(candidate, base)
+    assert numbers.difference.value == pytest.approx(difference.value)
+    assert (numbers.difference.low, numbers.difference.high) == pytest.approx(
+        (difference.low, difference.high)
+    )
+    images = beat_ratio(by_hand["other"]["taste"], by_hand["shapes"]["taste"])
+    assert numbers.beat_ratio.value == images.value
 
 
 def test_three_models_are_each_compared_with_the_base_that_the_request_names(
@@ -127,12 +143,12 @@ def test_three_models_are_each_compared_with_the_base_that_the_request_names(
     assert result.scores["match"]["third"] == result.scores["match"]["other"], "equal files, equal numbers"
     assert result.images_drawn == 8, "equal files are drawn once"
     report = report_of(result)
-    assert [model["name"] for model in report["models"]] == ["shapes", "third", "other"]
+    assert report["models"] == ["shapes", "third", "other"]
     grid = Image.open(io.BytesIO(files.read_bytes(result.grid)))
     assert grid.width > 3 * 4 * 128
 
 
-def test_categories_are_reported_with_each_models_mean(
+def test_categories_are_reported_with_the_difference_on_their_prompts(
     evaluate: EvaluateHere, shapes: ModelRecord, other: ModelRecord, tmp_path: Path
 ):
     rows = [f"{text}\t{category}\t\t" for text, category in zip(prompts(4), "abba", strict=True)]
@@ -140,10 +156,51 @@ def test_categories_are_reported_with_each_models_mean(
     result = evaluate(shapes, other, prompts_uri=(tmp_path / "p.tsv").as_uri(), images_per_prompt=2)
     report = report_of(result)
     assert [row["category"] for row in report["prompts"]] == ["a", "b", "b", "a"]
-    taste = [row["scores"]["taste"]["other"] for row in report["prompts"]]
-    category = report["categories"]["b"]
-    assert category["prompts"] == 2
-    assert category["scores"]["taste"]["other"] == pytest.approx(np.mean(taste[1:3]))
+    base, candidate = np.array(report["scores"]["taste"])[:, 1:3].mean(axis=(1, 2))
+    (category,) = (
+        each for each in report["categories"] if (each["category"], each["scorer"]) == ("b", "taste")
+    )
+    assert (category["num_prompts"], category["candidate"]) == (2, "other")
+    assert category["difference"]["value"] == pytest.approx(candidate - base)
+
+
+def test_the_page_shows_the_verdict_the_images_and_the_request_that_repeats_the_evaluation(
+    evaluate: EvaluateHere, shapes: ModelRecord, other: ModelRecord
+):
+    result = evaluate(shapes, other, images_per_prompt=2)
+    page = files.read_bytes(result.page).decode()
+    assert result.summary[0] in page
+    assert page.count("data:image/png;base64,") >= 16
+    command = report_of(result)["provenance"]["command"]
+    assert html.escape(command, quote=False)[:60] in page.replace("&#34;", '"').replace("&#39;", "'")
+    body = json.loads(shlex.split(command)[-1])
+    request = EvaluationCreate.model_validate_json(json.dumps(body))
+    assert (request.models, request.base) == ([shapes.id, other.id], shapes.id)
+    assert request.images_per_prompt == 2
+    digests = report_of(result)["provenance"]["digests"]
+    assert digests["model shapes"] == shapes.digest
+
+
+def test_diversity_and_drift_are_made_of_features_of_all_images(
+    evaluate: EvaluateHere, shapes: ModelRecord, other: ModelRecord, tmp_path: Path
+):
+    clip, processor = write_tiny("clip", tmp_path)
+    scorers = [
+        ScorerRecord(
+            id=f"scorer_{kind}", name=kind, kind=kind, uri=clip.as_uri(), created_at=0,
+            digest=digest_of(clip.as_uri(), None),
+        )
+        for kind in ("diversity", "drift")
+    ]  # fmt: skip
+    assert processor is None
+    limits = {"compare": CompareSettings(drift_limits={"drift": 1e-9})}
+    result = evaluate(shapes, other, shapes.model_copy(update={"name": "twin"}), records=scorers,
+                      images_per_prompt=3, **limits)  # fmt: skip
+    assert result.scores["diversity"]["twin"].difference.value == 0
+    assert result.drift["drift"]["twin"].value == pytest.approx(0, abs=1e-9)
+    assert result.drift["drift"]["other"].value > 0
+    assert result.drift["drift"]["other"].is_beyond
+    assert report_of(result)["drift"][0]["between_seeds"] > 0
 
 
 # ---- reuse and resumption
@@ -197,8 +254,9 @@ def test_a_changed_model_is_refused_instead_of_stored_under_its_old_digest(
 
 
 def flip_a_bit(path: Path, rng: random.Random) -> None:
+    """Among the values: Parquet's footer also has bytes that nobody reads."""
     data = bytearray(path.read_bytes())
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    data[rng.randrange(len(data) // 4, len(data) // 2)] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
 
 
@@ -371,6 +429,22 @@ def test_images_drawn_elsewhere_have_the_numbers_of_the_model_that_drew_them(
     assert found["elsewhere"] == found["other"] != found["shapes"]
 
 
+def test_an_object_store_may_hold_the_images_of_models_and_those_drawn_elsewhere(
+    evaluate: EvaluateHere, shapes: ModelRecord, tmp_path: Path, bucket: str
+):
+    local = write_images(tmp_path / "elsewhere", random_images(4, 2))
+    files.copy_folder(local.images_uri, f"{bucket}/elsewhere")
+    remote = local.model_copy(update={"images_uri": f"{bucket}/elsewhere"})
+    expected = evaluate(shapes, local, images_per_prompt=2)
+    given = evaluate.spec([shapes, remote], images_per_prompt=2)
+    for drawn in (8, 0):
+        found = evaluate.run(given.model_copy(update={"images": f"{bucket}/images"}))
+        assert (found.images_drawn, found.scores) == (drawn, expected.scores)
+    files.delete_file(f"{bucket}/elsewhere/00003-1.png")
+    with pytest.raises(BadRequest, match="lacks 1 of 8 images, the first is 00003-1"):
+        evaluate.run(given)
+
+
 def test_images_outside_of_the_allowed_sources_are_forbidden(
     evaluate: EvaluateHere, shapes: ModelRecord, tmp_path: Path
 ):
@@ -420,7 +494,7 @@ def test_equal_prompts_have_images_of_their_own_in_a_manifest(
     rows = [{"file": f"00000-{j}.png", "prompt": text} for j in range(2)]
     (tmp_path / "named" / "images.jsonl").write_text("\n".join(map(json.dumps, rows)))
     result = evaluate(shapes, folder, num_prompts=2, prompts_uri=(tmp_path / "p.txt").as_uri())
-    of_folder = [row["scores"]["fidelity"]["named"] for row in report_of(result)["prompts"]]
+    _, of_folder = report_of(result)["scores"]["fidelity"]
     assert of_folder[0] != of_folder[1]
 
 
