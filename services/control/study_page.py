@@ -27,7 +27,7 @@ def page(
     conventions: str,
 ) -> str:
     """The page. ``curves`` are by metric and cell; ``settings_of`` is the setting of each cell."""
-    colors = {setting.setting: COLORS[i % len(COLORS)] for i, setting in enumerate(report.settings)}
+    colors = _colors([setting.setting for setting in report.settings])
     figures = [
         _figure(metric, {label: curve for label, curve in of_metric.items() if curve}, settings_of, colors)
         for metric, of_metric in curves.items()
@@ -48,6 +48,13 @@ def page(
         + "\n".join(body)
         + "\n</body></html>\n"
     )
+
+
+def _colors(settings: Sequence[str]) -> dict[str, str]:
+    """A color for each setting: of many, evenly spaced hues."""
+    if len(settings) <= len(COLORS):
+        return dict(zip(settings, COLORS, strict=False))
+    return {name: f"hsl({360 * i // len(settings)} 70% 40%)" for i, name in enumerate(settings)}
 
 
 def _table(caption: str, columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
