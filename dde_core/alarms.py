@@ -69,7 +69,7 @@ class Alarms:
         """Steps since each reported alarm was last raised."""
 
     def step(self, metrics: dict[str, float]) -> list[Alarm]:
-        """Alarms to report after one more step. ``metrics`` are those of `dde_core.metrics.step_metrics`."""
+        """Alarms to report after one more step. ``metrics``: those of `step_metrics`."""
         self._window.append({name: value for name, value in metrics.items() if _METRICS.match(name)})
         if len(self._window) < WINDOW:
             return []

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from dde_core.calibration import Calibration
 from dde_core.models.parallel import full_tensor, sharded_like
 from dde_core.models.policy import Policy
+from dde_core.train_step import check_finite
 
 WEIGHTS = "weights"
 AVERAGE = "ema"
@@ -77,7 +78,10 @@ def snapshot(
     policy: Policy, optimizer: Optimizer, calibration: Calibration, progress: Progress, rank: int
 ) -> Snapshot | None:
     """Copy the state. A collective (shards are gathered): every worker must call it. Rank 0 gets it, others
-    None."""
+    None.
+
+    Raises NonFiniteError, on every worker, for infinite or NaN values: no run could continue from them.
+    """
     weights = _copy_to_host(policy.weights(), rank)
     average = None
     if policy.ema:
@@ -90,10 +94,11 @@ def snapshot(
 
 
 def _copy_to_host(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Full tensors on the host, contiguous and in memory of their own. Empty on ranks other than 0."""
+    """Full, finite tensors on the host, contiguous, in memory of their own. Empty on ranks other than 0."""
     copies = {}
     for name, tensor in tensors.items():
         full = full_tensor(tensor)
+        check_finite(f"the state to store: {name}", full)
         if rank == 0:
             copies[name] = full.detach().to("cpu", copy=True).contiguous()
     return copies

@@ -18,13 +18,17 @@ class DdeError(Exception):
 
 
 class ConfigError(DdeError, ValueError):
-    """An invalid setting. ``field`` is its name, ``value`` what it was, ``reason`` what it must be."""
+    """An invalid setting. ``field`` is its name, ``value`` what it was, ``reason`` what it must be.
+
+    A note names the field where an error's text alone is left.
+    """
 
     def __init__(self, field: str, value: object, reason: str) -> None:
         super().__init__(field, value, reason)
         self.field = field
         self.value = value
         self.reason = reason
+        self.add_note(f"param: {field}")
 
     def __str__(self) -> str:
         return f"{self.field} {self.reason}, got {self.value!r}"

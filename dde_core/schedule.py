@@ -25,7 +25,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dde_core.errors import ConfigError
 from dde_core.models.configs import check_scheduler
 
 
@@ -85,19 +84,13 @@ class Schedule:
 
 
 def betas(config: Mapping[str, Any]) -> Float[Tensor, " T"]:
-    """beta_1..beta_T by diffusers' formulas, in float64. Raises ConfigError unless all are in (0, 1)."""
+    """beta_1..beta_T of a config that ``check_scheduler`` accepts, by diffusers' formulas, in float64."""
     if config.get("trained_betas") is not None:
-        values = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-    else:
-        start, end, timesteps = (config[name] for name in ("beta_start", "beta_end", "num_train_timesteps"))
-        if config["beta_schedule"] == "scaled_linear":
-            values = torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
-        else:
-            values = torch.linspace(start, end, timesteps, dtype=torch.float64)
-    outside = values[~((values > 0) & (values < 1))]
-    if len(outside):
-        raise ConfigError("betas", outside[0].item(), "must be between 0 and 1")
-    return values
+        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    start, end, timesteps = (config[name] for name in ("beta_start", "beta_end", "num_train_timesteps"))
+    if config["beta_schedule"] == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
+    return torch.linspace(start, end, timesteps, dtype=torch.float64)
 
 
 def zero_terminal_snr(alpha_bar: Float[Tensor, " T"]) -> Float[Tensor, " T"]:

@@ -12,7 +12,9 @@
     ├── Unavailable                    Ray or Serve does not answer; 503, worth a retry
     └── Stopped                        a stage stopped on request and can be resumed
 
-All fields are passed to ``super().__init__`` so that the errors survive pickling between Ray processes.
+All fields are passed to ``super().__init__`` so that the errors survive pickling between Ray processes. Ray
+Data keeps only the text of a traceback, so ``param`` and ``code`` are notes too, which
+``services.stages.runner`` reads.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ class ServiceError(Exception):
         self.message = message
         self.param = param
         self.code = code or self.default_code
+        if param:
+            self.add_note(f"param: {param}")
+        if code:
+            self.add_note(f"code: {code}")
 
     def __str__(self) -> str:
         return self.message

@@ -166,6 +166,7 @@ def test_training_does_not_depend_on_planning(path: Path):
         "services.client.cli",
         "services.api.requests",
         "services.api.answers",
+        "services.api.reports",
         "services.stages.specs",
         "dde_core.config",
         "dde_core.methods",

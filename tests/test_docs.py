@@ -38,7 +38,7 @@ PAGES = [
 ]
 README_LINES = 100
 ARCHITECTURE_WIDTH = 100
-STORAGE_FOLDERS = ("jobs", "pairs", "datasets", "models", "aliases", "projects")
+STORAGE_FOLDERS = ("jobs", "pairs", "datasets", "models", "aliases", "scorers", "images", "projects")
 """Folders of the storage root: pages name places there with a placeholder, as in `jobs/{job}/spec.json`."""
 FILE_SUFFIXES = (".py", ".md", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".txt", ".png", ".parquet", ".sh")
 SECTIONS = ("data", "objective", "training", "evaluation", "validation")

@@ -35,7 +35,10 @@ def _load(path: Path, name: str) -> CLIPTokenizer:
 
 
 def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Int32[np.ndarray, "b k s"]:
-    """Token ids of b captions by k tokenizers, padded and truncated to the tokenizer's length s."""
+    """Token ids of b captions by k tokenizers, padded and truncated to the tokenizer's length s.
+
+    A caption is text only: the name of a special token in it, such as ``<|endoftext|>``, does not end it.
+    """
     ids = []
     for tokenizer in tokenizers:
         encoded = tokenizer(
@@ -43,6 +46,7 @@ def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> In
             max_length=tokenizer.model_max_length,
             padding="max_length",
             truncation=True,
+            split_special_tokens=True,
             return_tensors="np",
         )
         ids.append(encoded.input_ids)
@@ -53,6 +57,6 @@ def are_cut(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Boo
     """Which of b captions have more tokens than some tokenizer's length: ``tokenize`` cuts them."""
     is_cut = np.zeros(len(captions), np.bool_)
     for tokenizer in tokenizers:
-        encoded = tokenizer(list(captions), truncation=False, verbose=False)
+        encoded = tokenizer(list(captions), truncation=False, split_special_tokens=True, verbose=False)
         is_cut |= np.array([len(ids) > tokenizer.model_max_length for ids in encoded.input_ids], np.bool_)
     return is_cut

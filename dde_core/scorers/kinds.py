@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -53,9 +53,14 @@ KINDS: dict[str, Kind] = {
 
 
 class Scorer(Protocol):
-    """A loaded scorer: called with images and their prompts."""
+    """A loaded scorer: called with images and their prompts.
+
+    ``description``: what distinguishes its numbers from those of another scorer of its kind (kind, scale,
+    preprocessing, token_limit, dtype), as JSON values.
+    """
 
     kind: Kind
+    description: dict[str, Any]
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """Scores of uint8 images [n, h, w, 3] and n prompts, in the order of the images.
@@ -68,4 +73,8 @@ class Scorer(Protocol):
 
     def check(self, prompts: Sequence[str], height: int, width: int) -> None:
         """Raises DataError for prompts, or a size in pixels (0: the model's own), that it cannot score."""
+        ...
+
+    def truncated(self, prompts: Sequence[str]) -> list[int]:
+        """Indices of the prompts that are longer than it reads: it scores with their beginnings."""
         ...

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, UInt8
@@ -77,12 +78,22 @@ class ShapesScorer:
 
     def __init__(self, name: str) -> None:
         self.kind = KINDS[name]
+        self.description: dict[str, Any] = {
+            "kind": name,
+            "scale": self.kind.scale,
+            "preprocessing": {"size_px": SIZE_PX},
+            "token_limit": None,
+            "dtype": "float64",
+        }
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         return score(images, prompts)[self.kind.name]
 
     def check(self, prompts: Sequence[str], height: int, width: int) -> None:
         check(prompts, height, width)
+
+    def truncated(self, prompts: Sequence[str]) -> list[int]:
+        return []
 
 
 def _distances(images: UInt8[np.ndarray, "n 32 32 3"]) -> Float64[np.ndarray, "n scenes"]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_json
 
 from dde_core.family import Family
+from dde_core.scorers.kinds import KindName, Level
 from services.api.records import (
     FINAL_STATUSES,
     DatasetCounts,
@@ -24,10 +25,12 @@ from services.api.records import (
     LedgerResult,
     PairsResult,
     Stage,
+    StudyCellRecord,
+    StudyReport,
     TrainResult,
     Validated,
 )
-from services.api.requests import Scope, Scorer
+from services.api.requests import Resize, Scope
 
 
 class Answer(BaseModel):
@@ -152,6 +155,28 @@ class ModelView(Answer):
     created_at: int
 
 
+class ScorerView(Answer):
+    """A scorer. ``uri`` is null for the built-in ones of the shapes world, which every project has.
+
+    ``level`` is what one number belongs to: an image, all images of a prompt, or all images of a model.
+    ``scale`` is the unit and the range of the numbers. ``digest`` is of all files.
+    """
+
+    id: str
+    object: Literal["scorer"]
+    name: str
+    kind: KindName
+    uri: str | None
+    processor: str | None
+    resize: Resize
+    digest: str
+    level: Level
+    reads_prompt: bool
+    higher_is_better: bool
+    scale: str
+    created_at: int
+
+
 class KeyView(Answer):
     """An API key without its secret, which ends in ``hint``. It is accepted until ``revoked_at``."""
 
@@ -232,18 +257,46 @@ class JobView(RunView):
         return "pausing" if is_pausing else self.status
 
 
+class ComparedView(Answer):
+    """One side of a comparison: the ``model``'s id, or the URI of images that were drawn elsewhere."""
+
+    name: str
+    model: str | None = None
+    images_uri: str | None = None
+
+
 class EvaluationView(RunView):
-    """A comparison of ``model`` with ``base``: both generate images of the same prompts and seeds."""
+    """A comparison of ``models`` with the ``base`` among them, a name: all generate images of the same
+    prompts and seeds."""
 
     object: Literal["evaluation"]
-    model: str
+    models: list[ComparedView]
     base: str
     prompts_uri: str
     num_prompts: int
+    images_per_prompt: int
     seed: int
-    scorers: list[Scorer]
+    scorers: list[str]
     sample: dict[str, Any]
+    compare: dict[str, Any] = {}
     result: EvaluateResult | None
+
+
+class StudyView(RunView):
+    """A study: a grid of alignment jobs, its cells, and the evaluations that compare their models.
+
+    Each cell's job has the metadata ``study`` (this id) and ``cell`` (its label). ``evaluations`` are their
+    ids, empty until all cells have ended.
+    """
+
+    object: Literal["study"]
+    name: str
+    parallel: int
+    on_failure: str
+    evaluation: dict[str, Any]
+    cells: list[StudyCellRecord]
+    evaluations: list[str]
+    result: StudyReport | None
 
 
 class EventView(Answer):

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from dde_core.config import ObjectiveConfig
 from dde_core.family import Family
 from dde_core.scorers.kinds import KindName
-from services.api.requests import Scorer, Strict, Uri
+from dde_core.verdict import Verdict
+from services.api.requests import Resize, Strict, Uri
 
 Stage = Literal["encode", "ledger", "train", "evaluate", "generate", "relabel"]
 JobStatus = Literal[
@@ -141,7 +142,7 @@ class ScorerRecord(Strict):
     kind: KindName
     uri: Uri | None = None
     processor: Uri | None = None
-    resize: Literal["antialiased", "aliased"] = "antialiased"
+    resize: Resize = "antialiased"
     digest: str
     created_at: int
 
@@ -246,21 +247,46 @@ class Interval(Strict):
 
 
 class ScorerReport(Strict):
-    """One scorer: means, the paired difference (candidate - base) and the beat ratio (ties count half)."""
+    """One scorer and one candidate: means, the paired difference (candidate - base), the beat ratio (ties
+    count half), and what they say.
+    """
 
     base: float
     candidate: float
     difference: Interval
     beat_ratio: Interval
+    verdict: Verdict | None = None
+
+
+class DriftResult(Strict):
+    """How far a candidate's images have moved from the base's, and whether that is beyond the limit (null:
+    none was set or measured).
+    """
+
+    value: float
+    limit: float | None
+    is_beyond: bool
 
 
 class EvaluateResult(Strict):
-    """Result of a comparison: URIs of the report and the image grid, and each scorer's numbers."""
+    """Result of a comparison: URIs of the report (JSON, and a page of HTML) and the image grid, and each
+    scorer's numbers.
+
+    ``scores`` has the numbers of each candidate against ``base``, by scorer and candidate, and ``drift``
+    those of scorers that compare all images of two models. ``summary`` says for each candidate what they
+    mean. ``images_drawn`` counts the images that were not in storage already.
+    """
 
     report: Uri
+    page: Uri | None = None
     grid: Uri
+    summary: list[str] = []
+    base: str
     num_prompts: int
-    scores: dict[Scorer, ScorerReport]
+    images_per_prompt: int
+    images_drawn: int
+    scores: dict[str, dict[str, ScorerReport]]
+    drift: dict[str, dict[str, DriftResult]] = {}
     seconds: float
 
 
@@ -270,6 +296,75 @@ class GateResult(Strict):
     passed: bool
     alias: str
     reasons: list[str]
+
+
+CellStatus = Literal["waiting"] | JobStatus
+
+
+class StudyCellRecord(Strict):
+    """A cell of a study: its job once that exists, and the aligned model once it is trained.
+
+    ``reason`` is why it has failed; without a job, why none could be created.
+    """
+
+    label: str
+    setting: str
+    overrides: dict[str, Any]
+    status: CellStatus = "waiting"
+    job: str | None = None
+    model: str | None = None
+    reason: str | None = None
+
+
+class StudySetting(Strict):
+    """Cells that differ by their seeds alone: how many there are and have a model, the mean score over their
+    models and all prompts, and the cost of all of them.
+
+    ``seconds`` are sums of their jobs' stages; ``images`` counts what validation and the jobs' own
+    evaluations have drawn.
+    """
+
+    setting: str
+    overrides: dict[str, Any]
+    cells: int
+    models: int
+    scores: dict[str, float]
+    seconds: dict[str, float]
+    images: int
+
+
+class Contrast(Strict):
+    """The mean difference of one scorer between two settings, or a setting and the base (``against`` null).
+
+    It is over ``seeds`` that both settings have and ``prompts``. ``by`` is the wider of the interval over
+    both, by bootstrap, and Student's over seeds; that one needs two. ``adjusted_p`` is Holm's, over all
+    contrasts of the study.
+    """
+
+    scorer: str
+    setting: str
+    against: str | None
+    seeds: int
+    prompts: int
+    difference: Interval
+    by: Literal["bootstrap", "t"]
+    p: float
+    adjusted_p: float
+
+
+class StudyReport(Strict):
+    """What a study found, also as JSON and as a page with learning curves, both in storage.
+
+    ``base_scores`` are the base's means. ``seconds`` and ``images`` are those of the study's evaluations.
+    """
+
+    report: Uri
+    page: Uri
+    base_scores: dict[str, float]
+    settings: list[StudySetting]
+    contrasts: list[Contrast]
+    seconds: float
+    images: int
 
 
 class Validated(Strict):

@@ -28,6 +28,7 @@ from dde_core.config import (
 from dde_core.errors import ConfigError
 from dde_core.family import Family
 from dde_core.scorers.ranking import Keep
+from dde_core.verdict import RESAMPLES
 from services.errors import BadRequest
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
@@ -52,8 +53,12 @@ Metadata = Annotated[
     dict[MetadataKey, MetadataValue],
     Field(max_length=16, json_schema_extra={"additionalProperties": False}),
 ]
-Scorer = Literal["match", "taste", "fidelity"]
-Scorers = Annotated[list[Scorer], Field(json_schema_extra={"uniqueItems": True})]
+ScorerKind = Literal["clip", "pickscore", "hps", "aesthetic", "imagereward", "diversity", "drift"]
+"""The kinds that a checkpoint can be registered for; all others of dde_core/scorers/kinds.py are built in."""
+Resize = Literal["antialiased", "aliased"]
+NonNegative = Annotated[float, Field(ge=0)]
+Scorers = Annotated[list[Name], Field(json_schema_extra={"uniqueItems": True})]
+"""Names of registered scorers and of built-in ones."""
 Column = Literal[
     "caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "image_0_uid", "image_1_uid",
     "chosen", "rejected", "chosen_uid", "rejected_uid", "images", "ranks", "scores", "image_uids",
@@ -61,8 +66,14 @@ Column = Literal[
 ]  # fmt: skip
 """The columns that a dataset may have: those of Pick-a-Pic, of chosen/rejected pairs and of rankings."""
 Split = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")]
-ALL_SCORERS: tuple[Scorer, ...] = ("match", "taste", "fidelity")
+ALL_SCORERS = ("match", "taste", "fidelity")
+"""The scorers of the shapes world, which every request uses by default."""
+HELD_OUT_METRICS = ("held_out_accuracy", "held_out_margin")
+"""What validation measures on held-out pairs and can choose a checkpoint by."""
 MAX_IMAGES = 16
+MAX_PROMPTS = 100_000
+MAX_COMPARED = 16
+"""Models of one evaluation."""
 SIZE_PATTERN = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 _SIDES = "|".join(str(side) for side in range(8, MAX_SIZE_PX + 1, 8))
 _EXACT_SIZES = f"^(auto|({_SIDES})x({_SIDES}))$"
@@ -157,6 +168,22 @@ class ModelCreate(Strict):
     family: Family | None = None
 
 
+class ScorerCreate(Strict):
+    """Register a scorer: a checkpoint at ``uri`` of one of the kinds. Evaluations, validation and requests
+    for scores refer to it by ``name``.
+
+    ``uri`` is a folder or a file, as the kind wants; ``processor`` is where the tokenizer and the image
+    settings are if they are not beside the checkpoint. ``resize`` is how ``hps`` makes an image smaller;
+    other kinds have one way.
+    """
+
+    name: Name
+    kind: ScorerKind
+    uri: Uri
+    processor: Uri | None = None
+    resize: Resize = "antialiased"
+
+
 class KeyCreate(Strict):
     """Create an API key for a project, by default the project of the key that asks.
 
@@ -170,23 +197,46 @@ class KeyCreate(Strict):
     scopes: Annotated[list[Scope], Field(min_length=1)] = ["read", "submit", "generate"]
 
 
-class EvaluationConfig(Strict):
-    """How two models are compared: both generate an image of each prompt, from the same seed.
+class CompareSettings(Strict):
+    """How scores are compared.
 
-    ``prompts_uri`` is a text file with one prompt a line; the first ``num_prompts`` are used. The built-in
-    scorers can score only images of the bundled shapes data: for other models set ``scorers`` to ``[]`` and
-    get the image grid without scores.
+    ``margin``: the smallest difference that matters, in the base's standard deviations of a scorer's scores;
+    ``margins`` overrides it for single scorers. ``dead_zones``: differences of two images' scores up to which
+    they tie, in the scorer's units (0 unless given). ``drift_limits``: the drift from which on a model counts
+    as drifted (none unless given).
+    ``resamples`` and ``seed`` are those of the bootstrap. ``cases``: best and worst images shown for each
+    scorer; ``grid_prompts``: prompts of which all images are shown.
+    """
+
+    margin: NonNegative = 0.1
+    margins: dict[str, NonNegative] = {}
+    dead_zones: dict[str, NonNegative] = {}
+    drift_limits: dict[str, NonNegative] = {}
+    resamples: Annotated[int, Field(ge=1000, le=1_000_000)] = RESAMPLES
+    seed: Annotated[int, Field(ge=0)] = 0
+    cases: Annotated[int, Field(ge=0, le=20)] = 3
+    grid_prompts: Annotated[int, Field(ge=0, le=100)] = 8
+
+
+class EvaluationConfig(Strict):
+    """How models are compared: each generates ``images_per_prompt`` images of each prompt, all from the same
+    seeds.
+
+    ``prompts_uri`` is a file of prompts: text with one a line, PartiPrompts' TSV, DrawBench's CSV, a JSON
+    list or JSON lines; the first ``num_prompts`` are used. Image j of prompt i is generated from ``seed`` + i
+    + 100,000 j. ``scorers`` are names of registered scorers. The built-in ones, which are the default, can
+    score only images of the bundled shapes data: with ``[]`` you get the image grid without scores.
     """
 
     prompts_uri: Uri
-    num_prompts: Annotated[int, Field(ge=2, le=100_000)] = 200
+    num_prompts: Annotated[int, Field(ge=2, le=MAX_PROMPTS)] = 200
+    images_per_prompt: Annotated[int, Field(ge=1, le=64)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     scorers: Scorers = list(ALL_SCORERS)
     sample: SampleConfig = SampleConfig()
+    compare: CompareSettings = CompareSettings()
 
 
-Metric = Literal["held_out_accuracy", "held_out_margin", "match", "taste", "fidelity"]
-"""What validation measures for a checkpoint. Higher is better."""
 MAX_WORKERS = 1024
 WorkerCount = Annotated[int, Field(gt=0, le=MAX_WORKERS)]
 
@@ -229,14 +279,15 @@ class ValidationConfig(Strict):
     from ``prompts_uri``; by default they are the ones after the evaluation's in the evaluation's file. Image
     i is generated from ``seed`` + i at every step.
 
-    The aligned model is the checkpoint with the highest ``best_metric``; null takes the last checkpoint.
+    The aligned model is the checkpoint with the highest ``best_metric``: ``held_out_accuracy``,
+    ``held_out_margin`` or one of the evaluation's scorers. Null takes the last checkpoint.
     """
 
     every: Annotated[int, Field(gt=0)]
     prompts_uri: Uri | None = None
     num_prompts: Annotated[int, Field(ge=0, le=256)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    best_metric: Metric | None = None
+    best_metric: Name | None = None
 
 
 class Promote(Strict):
@@ -253,7 +304,7 @@ class PromoteIf(Promote):
     ``evaluation.scorers``. A model that does not pass is kept, and served under its own name.
     """
 
-    scorer: Scorer
+    scorer: Name
     beat_ratio_low: Annotated[float, Field(ge=0, lt=1)] = 0.5
     not_worse: Scorers = []
 
@@ -281,11 +332,92 @@ class AlignmentJobCreate(Strict):
     metadata: Metadata = {}
 
 
-class EvaluationCreate(EvaluationConfig):
-    """Compare the registered model ``model`` with ``base`` on held-out prompts; each is a name or an id."""
+class ImageFolder(Strict):
+    """Images that were drawn elsewhere, compared under a name like those of a model.
 
-    model: str
-    base: str
+    The folder at ``images_uri`` has image j of prompt i, both counted from 0, as ``{i:05d}-{j}.png``; or an
+    ``images.jsonl`` with a line ``{"file": "a.png", "prompt": "a cat"}`` for each image, in which those of
+    one prompt are its images 0, 1 and so on. All images have the size of the other models' images.
+    """
+
+    name: Name
+    images_uri: Uri
+
+
+def _one_member(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+    """Report the errors of the one member that is meant; pydantic's own for a union are those of all."""
+    if isinstance(value, dict):
+        return ImageFolder.model_validate(value)
+    if isinstance(value, str | ImageFolder):
+        return inner(value)
+    message = "must be the name or id of a model, or an object with name and images_uri"
+    raise PydanticCustomError("compared", message)
+
+
+Compared = Annotated[str | ImageFolder, WrapValidator(_one_member)]
+
+
+class EvaluationCreate(EvaluationConfig):
+    """Compare models on held-out prompts: each of ``models`` with the ``base`` among them.
+
+    ``models`` are names or ids of registered models, at least one, and folders of images that were drawn
+    elsewhere. ``base`` is the first one by default.
+    """
+
+    models: Annotated[
+        list[Compared],
+        Field(min_length=2, max_length=MAX_COMPARED, json_schema_extra={"uniqueItems": True}),
+    ]
+    base: str | None = None
+
+
+MAX_CELLS = 200
+_FIELD = r"[a-z_0-9]+(\.[a-z_0-9]+)*"
+Fields = Annotated[str, Field(pattern=rf"^{_FIELD}(, ?{_FIELD})*$", max_length=200)]
+"""A field of a job's body, such as ``objective.beta``, or several that get one value, with commas between."""
+Overrides = Annotated[
+    dict[Fields, Any], Field(min_length=1, json_schema_extra={"additionalProperties": True})
+]
+
+
+class StudyCell(Strict):
+    """One job of a study: its body is the study's ``base`` with these fields changed.
+
+    ``label`` is made from the overrides by default.
+    """
+
+    label: Name | None = None
+    overrides: Overrides
+
+
+class StudyEvaluation(EvaluationConfig):
+    """The comparison that ends a study: every aligned model with ``base`` (a name or an id).
+
+    ``base`` is the model that the cells align, by default; required if they align several.
+    """
+
+    base: str | None = None
+
+
+class StudyCreate(Strict):
+    """Run a grid of alignment jobs, its cells, and compare all of their models.
+
+    ``base`` is the body of an alignment job without ``name``. ``grid`` maps fields of it, such as
+    ``objective.method``, to lists of values: every combination is a cell, except those that match an item of
+    ``exclude``. ``"training.seed, training.draw_seed"`` gives two fields one value. ``cells`` adds single
+    cells. A cell's model is named STUDY-LABEL, where the label is made from the cell's values. At most
+    ``parallel`` cells run at a time. After a cell that failed the study goes on, or with ``on_failure:
+    "stop"`` cancels the others. Every cell is checked before the first one starts.
+    """
+
+    name: Name
+    base: dict[str, Any]
+    grid: dict[Fields, Annotated[list[Any], Field(min_length=1)]] = {}
+    cells: Annotated[list[StudyCell], Field(max_length=MAX_CELLS)] = []
+    exclude: Annotated[list[Overrides], Field(max_length=100)] = []
+    parallel: Annotated[int, Field(ge=1, le=MAX_CELLS)] = 2
+    on_failure: Literal["continue", "stop"] = "continue"
+    evaluation: StudyEvaluation
 
 
 class ImageRequest(Strict):
@@ -320,12 +452,13 @@ class ImageRequest(Strict):
 class ScoreRequest(Strict):
     """Score images (base64 PNG or JPEG) against their prompts: ``prompts[i]`` belongs to ``images[i]``.
 
+    ``scorers`` are names of registered scorers that give each image a number of its own.
     Transparent pixels show the ``background``.
     """
 
     images: Annotated[list[str], Field(min_length=1, max_length=256)]
     prompts: Annotated[list[str], Field(min_length=1, max_length=256)]
-    scorers: Annotated[list[Scorer], Field(min_length=1)] = list(ALL_SCORERS)
+    scorers: Annotated[Scorers, Field(min_length=1)] = list(ALL_SCORERS)
     background: Background = "white"
 
     def check_lengths(self) -> None:

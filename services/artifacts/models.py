@@ -13,6 +13,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from dde_core.config import SampleConfig
+from dde_core.errors import ConfigError
+from dde_core.models.configs import AutoencoderFields, sample_size
 from dde_core.models.weight_files import Tensors, is_finite
 from dde_core.node_cache import NodeCache
 from services.api.records import ModelRecord
@@ -39,13 +42,40 @@ def set_alias(root: str, name: str, model_id: str) -> None:
 
 
 def retract(root: str, record: ModelRecord) -> None:
-    """Undo publish and set_alias. Deletes the weights of an aligned model and keeps those of a base model."""
+    """Undo publish and set_alias, and delete the images that evaluations drew with the model.
+
+    Deletes the weights of an aligned model and keeps those of a base model.
+    """
     alias = layout.alias_uri(root, record.name)
     if files.exists(alias) and files.read_json(alias)["model"] == record.id:
         files.delete_file(alias)
     files.delete_file(layout.model_record_uri(root, record.id))
+    files.delete_folder(layout.images_of(layout.images_folder(root), identity(record)))
     if record.job is not None:
         files.delete_folder(layout.model_folder(root, record.id))
+
+
+def identity(record: ModelRecord) -> str:
+    """Equal for equal files: 32 hex digits of the model's digest and that of what its adapters modify."""
+    digests = [each.digest for each in (record, record.adapter_of) if each]
+    return hashlib.sha256("\0".join(digests).encode()).hexdigest()[:32]
+
+
+def drawn_size(record: ModelRecord, sample: SampleConfig) -> tuple[int, int]:
+    """Height and width in pixels of the images that the model draws with these settings.
+
+    Raises ConfigError for a size that its VAE's factor does not divide, ModelError or ConfigError for a
+    folder that has changed since it was registered.
+    """
+    uri = (record.adapter_of or record).uri
+    height, width = sample_size(proof.read_object(uri, "unet", "config.json"), record.family)
+    vae = AutoencoderFields.read(proof.read_object(uri, "vae", "config.json"))
+    factor = 1 << (len(vae.widths) - 1)
+    size = (sample.height or height * factor, sample.width or width * factor)
+    for name, value in zip(("height", "width"), size, strict=True):
+        if value % factor:
+            raise ConfigError(f"sample.{name}", value, f"must be a multiple of {factor} for {record.name}")
+    return size
 
 
 def find(root: str, name_or_id: str) -> ModelRecord:
@@ -80,14 +110,15 @@ def folder_digest(uri: str, weights: Mapping[str, Tensors] | None = None) -> str
     """
     digest = hashlib.sha256()
     for name in files.list_files(uri, recursive=True):
-        found = _file_digest(uri, name, (weights or {}).get(name))
+        found = file_digest(uri, name, (weights or {}).get(name))
         digest.update(f"{name}\0{found}\n".encode())
     return digest.hexdigest()
 
 
-def _file_digest(uri: str, name: str, tensors: Tensors | None) -> str:
+def file_digest(uri: str, name: str = "", tensors: Tensors | None = None) -> str:
+    """sha256 of the file ``name`` in a folder, or of the file ``uri`` itself; checked as by folder_digest."""
     digest = hashlib.sha256()
-    filesystem, path = files.resolve(files.join(uri, *name.split("/")))
+    filesystem, path = files.resolve(files.join(uri, *filter(None, name.split("/"))))
     position = 0
     with filesystem.open_input_stream(path) as stream:
         for tensor, found in (tensors or {}).items():
@@ -126,13 +157,16 @@ def _fetch(record: ModelRecord) -> Path:
     local = files.local_path(record.uri)
     if local is not None:
         return local
-    node_cache = _node_cache(Path(tempfile.gettempdir()) / "dde-models")
-    return node_cache.hold_until_exit(record.digest, partial(_prepare_copy, record))
+    return node_cache().hold_until_exit(record.digest, partial(_prepare_copy, record))
+
+
+def node_cache() -> NodeCache:
+    """This process's cache of models and scorers on its node. It holds those that the process has used."""
+    return _cache_in(Path(tempfile.gettempdir()) / "dde-models")
 
 
 @cache
-def _node_cache(folder: Path) -> NodeCache:
-    """This process's cache of models on its node. It holds those that the process has used."""
+def _cache_in(folder: Path) -> NodeCache:
     return NodeCache(folder, CACHE_BYTES)
 
 

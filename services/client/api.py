@@ -5,8 +5,8 @@
     job = client.wait(job.id)
 
 After 408, 429, 5xx and connection errors a request is retried with growing pauses. All tries of a POST share
-one Idempotency-Key. Two are not retried: the registration of a dataset, for which the server would read the
-dataset again, and the creation of a key, of which the server could not repeat the secret.
+one Idempotency-Key. Not retried are the registrations of a dataset and of a scorer, for which the server
+would read all files again, and the creation of a key, of which the server could not repeat the secret.
 
     ServiceError
     ├── ApiError       the server refused or failed: status, message, param, code
@@ -29,6 +29,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from services.api.answers import (
     CheckpointView,
     DatasetView,
+    DeletedView,
     EvaluationView,
     EventView,
     Item,
@@ -39,6 +40,8 @@ from services.api.answers import (
     MetricView,
     ModelView,
     RunView,
+    ScorerView,
+    StudyView,
     parse,
 )
 from services.api.records import CreditRecord, DatasetReport
@@ -53,7 +56,9 @@ from services.api.requests import (
     ModelCreate,
     Promote,
     Relabel,
+    ScorerCreate,
     ScoreRequest,
+    StudyCreate,
 )
 from services.errors import ServiceError, Unavailable
 
@@ -183,6 +188,23 @@ class Client:
         request = Promote.model_validate({"alias": alias})
         return self._post(ModelView, f"/v1/models/{model}/promote", request)
 
+    # ---- scorers
+
+    def create_scorer(self, request: ScorerCreate) -> ScorerView:
+        """Register a scorer. The server reads all of its files first, which can take minutes; tries once."""
+        return parse(ScorerView, self._send("POST", "/v1/scorers", request, slow=True))
+
+    def scorer(self, scorer_id: str) -> ScorerView:
+        return self._get(ScorerView, f"/v1/scorers/{scorer_id}")
+
+    def scorers(self) -> Iterator[ScorerView]:
+        """The project's scorers, and the built-in ones."""
+        return self._items(ScorerView, "/v1/scorers")
+
+    def delete_scorer(self, scorer_id: str) -> DeletedView:
+        """Forget a scorer that no unfinished job or evaluation uses; its files stay. Tries once."""
+        return parse(DeletedView, self._send("DELETE", f"/v1/scorers/{scorer_id}", once=True))
+
     # ---- keys
 
     def create_key(self, request: KeyCreate) -> KeyCreated:
@@ -245,7 +267,7 @@ class Client:
         """Wait until the job has succeeded, failed or been canceled. Raises TimeoutError."""
         return _until_finished(lambda: self.job(job_id), timeout_s, poll_s)
 
-    # ---- evaluations, images, scores
+    # ---- evaluations
 
     def create_evaluation(self, request: EvaluationCreate) -> EvaluationView:
         """Start a comparison of two registered models."""
@@ -262,6 +284,28 @@ class Client:
     ) -> EvaluationView:
         """Wait until the evaluation has ended. Raises TimeoutError."""
         return _until_finished(lambda: self.evaluation(evaluation_id), timeout_s, poll_s)
+
+    # ---- studies
+
+    def create_study(self, request: StudyCreate) -> StudyView:
+        """Start a study: a grid of alignment jobs, then a comparison of all of their models."""
+        return self._post(StudyView, "/v1/studies", request)
+
+    def study(self, study_id: str) -> StudyView:
+        return self._get(StudyView, f"/v1/studies/{study_id}")
+
+    def studies(self, status: str | None = None) -> Iterator[StudyView]:
+        return self._items(StudyView, "/v1/studies", {"status": status} if status else {})
+
+    def study_events(self, study_id: str, after: str | None = None) -> Iterator[EventView]:
+        """The study's events in order, from the one after the event of id ``after``."""
+        return self._items(EventView, f"/v1/studies/{study_id}/events", {"after": after} if after else {})
+
+    def cancel_study(self, study_id: str) -> StudyView:
+        """Cancel a study and all of its jobs."""
+        return self._post(StudyView, f"/v1/studies/{study_id}/cancel")
+
+    # ---- images and scores
 
     def generate(self, request: ImageRequest) -> list[bytes]:
         """Generate images; returns the content of PNG files."""

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from services.api.requests import AlignmentJobCreate
+from services.api.requests import AlignmentJobCreate, StudyCreate
 from services.client.recipes import merged
 from services.errors import BadRequest
 
@@ -44,6 +44,39 @@ def job_body(
         if isinstance(section, dict) and isinstance(section.get("prompts_uri"), str):
             section["prompts_uri"] = as_uri(section["prompts_uri"])
     return AlignmentJobCreate.model_validate_json(json.dumps(body))
+
+
+def study_body(file: Path, options: Mapping[str, str | None]) -> StudyCreate:
+    """The body of a study. The options model, dataset and prompts override the file's base; prompts also
+    override the evaluation's.
+
+    Raises BadRequest for a file that does not hold a study.
+    """
+    body = read_body(file)
+    for section in ("base", "grid", "evaluation"):
+        if not isinstance(body.setdefault(section, {}), dict):
+            raise BadRequest(f"{section}: must be an object, got {body[section]!r}", param=section)
+    for option in ("model", "dataset"):
+        if options.get(option):
+            body["base"][option] = options[option]
+    if options.get("prompts"):
+        body["base"] = merged(body["base"], {"evaluation": {"prompts_uri": options["prompts"]}})
+        body["evaluation"]["prompts_uri"] = options["prompts"]
+    try:
+        text = json.dumps(_with_uris(body), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRequest(f"{file} has a value that is not JSON: {error}") from error
+    return StudyCreate.model_validate_json(text)
+
+
+def _with_uris(value: Any, field: str = "") -> Any:
+    """The value, in which every path of prompts, also in a list or an override, is a URI."""
+    if isinstance(value, dict):
+        return {key: _with_uris(each, str(key)) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_uris(each, field) for each in value]
+    is_path = field.rpartition(".")[2] == "prompts_uri" and isinstance(value, str)
+    return as_uri(value) if is_path else value
 
 
 def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
@@ -13,12 +13,20 @@ from typer.core import TyperGroup
 
 from dde_core.errors import DdeError
 from services.api.records import CreditRecord
-from services.api.requests import EvaluationCreate, ImageRequest, KeyCreate, most_workers
+from services.api.requests import (
+    EvaluationCreate,
+    ImageRequest,
+    KeyCreate,
+    ScorerCreate,
+    ScorerKind,
+    most_workers,
+)
 from services.client import recipes, tables
 from services.client.bodies import PLACEHOLDERS, as_uri, job_body, read_body, validation_line
 from services.client.connection import connect
 from services.client.dataset_commands import datasets
 from services.client.job_commands import jobs
+from services.client.study_commands import study
 from services.errors import BadRequest, ServiceError
 from services.settings import ClientSettings
 
@@ -45,10 +53,13 @@ app = typer.Typer(
     help="Align text-to-image diffusion models with human preferences.",
 )
 models = typer.Typer(no_args_is_help=True, help="Register base models; list base and aligned models.")
+scorers = typer.Typer(no_args_is_help=True, help="Register, list and delete scorers of images.")
 keys = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys; needs the scope admin.")
 app.add_typer(datasets, name="datasets")
 app.add_typer(models, name="models")
+app.add_typer(scorers, name="scorers")
 app.add_typer(jobs, name="jobs")
+app.add_typer(study, name="study")
 app.add_typer(keys, name="keys")
 
 Cpus = Annotated[
@@ -162,6 +173,64 @@ def promote_model(
     with connect() as client:
         promoted = client.promote(model, alias)
     typer.echo(f"{promoted.name}@{alias}: {promoted.version}")
+
+
+# ---- scorers
+
+
+@scorers.command("create")
+def create_scorer(
+    name: str,
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(get_args(ScorerKind))}.")],
+    uri: Annotated[str, typer.Argument(help="The checkpoint: a folder or a file, as a path or a URI.")],
+    processor: Annotated[
+        str | None,
+        typer.Option(help="Tokenizer and image settings, where they are not beside the checkpoint."),
+    ] = None,
+    resize: Annotated[
+        str, typer.Option(help="How hps makes an image smaller: antialiased or aliased.")
+    ] = "antialiased",
+) -> None:
+    """Register a scorer; prints its id."""
+    body = {
+        "name": name,
+        "kind": kind,
+        "uri": as_uri(uri),
+        "processor": as_uri(processor) if processor else None,
+        "resize": resize,
+    }
+    request = ScorerCreate.model_validate(body)
+    with connect() as client:
+        created = client.create_scorer(request)
+    typer.echo(created.id)
+    typer.echo(f"{created.name}: {created.kind}, {created.scale}; digest {created.digest}", err=True)
+
+
+@scorers.command("list")
+def list_scorers() -> None:
+    """List all scorers; the built-in ones are of the shapes world."""
+    with connect() as client:
+        rows = [
+            (
+                scorer.id,
+                scorer.name,
+                scorer.kind,
+                scorer.level,
+                scorer.scale,
+                scorer.digest[:12],
+                scorer.uri or "built in",
+            )
+            for scorer in client.scorers()
+        ]
+    tables.print_list(Console(), ("id", "name", "kind", "of each", "scale", "digest", "uri"), rows)
+
+
+@scorers.command("delete")
+def delete_scorer(name: Annotated[str, typer.Argument(help="Name or id of the scorer.")]) -> None:
+    """Forget a scorer that no unfinished job or evaluation uses; its files stay."""
+    with connect() as client:
+        client.delete_scorer(name)
+    typer.echo(f"{name} is deleted")
 
 
 # ---- keys
@@ -377,34 +446,61 @@ def generate(
         typer.echo(path)
 
 
+def _compared(text: str) -> str | dict[str, str]:
+    """``NAME=FOLDER`` as the body of a folder of images; anything else is a model's name or id."""
+    name, equals, folder = text.partition("=")
+    return {"name": name, "images_uri": as_uri(folder)} if equals else text
+
+
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Name or id of the model to evaluate.")],
-    base: Annotated[str, typer.Argument(help="Name or id of the model to compare with.")],
-    prompts: Annotated[str, typer.Option(help="Held-out prompts, one per line: a path or a URI.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two or more: names or ids of models, or NAME=FOLDER for images drawn elsewhere.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[str, typer.Option(help="Held-out prompts: a path or a URI.")],
+    base: Annotated[
+        str | None, typer.Option(help="The model that the others are compared with; by default the first.")
+    ] = None,
     num_prompts: Annotated[int, typer.Option(help="Number of prompts, from the top of the file.")] = 200,
+    images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt by each model.")] = 1,
+    scorers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scorer", help="A registered scorer; give it several times. Default: those of shapes."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; each next prompt adds 1.")] = 0,
     steps: SamplingSteps = 25,
     guidance_scale: GuidanceScale = 5.0,
 ) -> None:
-    """Compare two models on held-out prompts, with the same seeds."""
+    """Compare models on held-out prompts, with the same seeds."""
     body = {
-        "model": model,
+        "models": [_compared(model) for model in models],
         "base": base,
         "prompts_uri": as_uri(prompts),
         "num_prompts": num_prompts,
+        "images_per_prompt": images_per_prompt,
         "seed": seed,
         "sample": {"steps": steps, "guidance_scale": guidance_scale},
-    }
+    } | ({"scorers": scorers} if scorers else {})
     request = EvaluationCreate.model_validate_json(json.dumps(body))
     with connect() as client:
         evaluation = client.wait_evaluation(client.create_evaluation(request).id)
     if evaluation.result is None or evaluation.status != "succeeded":
         raise ServiceError(tables.outcome_line(evaluation))
     console = Console()
-    console.print(tables.comparison(evaluation.result, base, model))
+    for compared in evaluation.models:
+        if compared.name != evaluation.base:
+            console.print(tables.comparison(evaluation.result, compared.name))
+    for sentence in evaluation.result.summary:
+        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
     console.print(
-        f"report {evaluation.result.report}\nimages {evaluation.result.grid}",
+        f"report {evaluation.result.page}\nnumbers {evaluation.result.report}\n"
+        f"images {evaluation.result.grid}",
         soft_wrap=True,
         highlight=False,
     )

@@ -104,7 +104,7 @@ def show(
     state: Path,
 ) -> None:
     """Print the tables, the image files, and the commands that serve the model again and generate with it."""
-    console.print(tables.comparison(result, BASE_MODEL, job.name))
+    console.print(tables.comparison(result, job.name))
     console.print()
     console.print(tables.durations(seconds))
     lines = [
@@ -122,7 +122,7 @@ def write_summary(path: Path, job: JobView, result: EvaluateResult, seconds: dic
     summary = {
         "model": job.name,
         "num_prompts": result.num_prompts,
-        "scores": {name: scores.model_dump() for name, scores in result.scores.items()},
+        "scores": {name: scores[job.name].model_dump() for name, scores in result.scores.items()},
         "training": train.metrics if train else {},
         "seconds": seconds,
     }

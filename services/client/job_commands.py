@@ -156,7 +156,7 @@ def _follow(client: Client, job_id: str) -> None:
     console = Console()
     job = watch(client, job_id, console)
     if job.result.evaluate:
-        console.print(tables.comparison(job.result.evaluate, "its base", job.name))
+        console.print(tables.comparison(job.result.evaluate, job.name))
     if job.status != "succeeded":
         raise ServiceError(tables.outcome_line(job) + _how_to_resume(job))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dde_core.planning.estimate import Estimate
-from services.api.answers import CheckpointView, RunView
+from services.api.answers import CheckpointView, RunView, StudyView
 from services.api.records import (
     DatasetCounts,
     DatasetReport,
@@ -21,6 +22,7 @@ from services.api.records import (
     Interval,
     PairCounts,
     PairsResult,
+    StudyReport,
 )
 from services.api.requests import ALL_SCORERS
 
@@ -177,20 +179,23 @@ def _about_files(report: DatasetReport) -> dict[str, str]:
 # ---- evaluations
 
 
-def comparison(result: EvaluateResult, base: str, candidate: str) -> Table:
-    """Each scorer's mean for both models, the paired difference and the beat ratio with their 95% intervals.
+def comparison(result: EvaluateResult, candidate: str) -> Table:
+    """Each scorer's mean for a candidate and the base, the paired difference and the beat ratio with their
+    95% intervals.
 
     The table fits 80 columns if names have at most 14 letters.
     """
+    base = result.base
+    images = f" x {result.images_per_prompt} images" if result.images_per_prompt > 1 else ""
     table = new_table(
-        f"{candidate} against {base}, {result.num_prompts} held-out prompts, the same seed for both",
+        f"{candidate} against {base}, {result.num_prompts} held-out prompts{images}, the same seed for both",
         *("scorer", base, candidate, "difference [95%]", "beat ratio [95%]"),
         title_justify="center",
     )
     known = [name for name in ALL_SCORERS if name in result.scores]
     others = [name for name in result.scores if name not in known]
     for name in known + others:
-        scores = result.scores[name]
+        scores = result.scores[name][candidate]
         difference = with_interval(scores.difference, signed=True)
         beat_ratio = with_interval(scores.beat_ratio)
         table.add_row(name, f"{scores.base:.3f}", f"{scores.candidate:.3f}", difference, beat_ratio)
@@ -209,6 +214,41 @@ def durations(seconds: Mapping[str, float]) -> Table:
     table.padding = (0, 1)  # bare numbers need the wider gap
     table.add_row(*(f"{value:.1f}" for value in seconds.values()))
     return table
+
+
+# ---- studies
+
+
+def cells_line(study: StudyView) -> str:
+    """``2 succeeded, 1 running, 3 waiting``."""
+    counts = Counter(cell.status for cell in study.cells)
+    return ", ".join(f"{count} {status}" for status, count in counts.items())
+
+
+def study_tables(report: StudyReport) -> list[Table]:
+    """Each setting's mean scores and cost, and the contrasts with their 95% intervals."""
+    scorers = list(report.base_scores)
+    settings = new_table(
+        "settings: models, mean scores, seconds of all stages, images drawn",
+        *(label("setting"), number("models"), *map(number, scorers), number("seconds"), number("images")),
+    )
+    means = [f"{report.base_scores[name]:.3f}" for name in scorers]
+    settings.add_row("base", "", *means, f"{report.seconds:.0f}", str(report.images))
+    for each in report.settings:
+        means = [f"{each.scores[name]:.3f}" if name in each.scores else "-" for name in scorers]
+        cost = (f"{sum(each.seconds.values()):.0f}", str(each.images))
+        settings.add_row(escape(each.setting), f"{each.models}/{each.cells}", *means, *cost)
+    settings.caption = "base: seconds and images of the study's evaluations"
+    contrasts = new_table(
+        "contrasts over seeds and prompts",
+        *(label("contrast"), "scorer", "difference [95%]", number("seeds"), number("adjusted p")),
+    )
+    for contrast in report.contrasts:
+        names = f"{contrast.setting} - {contrast.against or 'base'}"
+        difference = with_interval(contrast.difference, signed=True)
+        numbers = (str(contrast.seeds), f"{contrast.adjusted_p:.3g}")
+        contrasts.add_row(escape(names), contrast.scorer, difference, *numbers)
+    return [settings, contrasts]
 
 
 # ---- estimates

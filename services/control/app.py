@@ -21,14 +21,26 @@ from services.api.requests import (
     KeyCreate,
     ModelCreate,
     Promote,
+    ScorerCreate,
     ScoreRequest,
+    StudyCreate,
 )
 from services.control import inference, problems
 from services.control.database import Database
 from services.control.launcher import Launcher, RayJobsLauncher
 from services.control.middleware import Observed
 from services.control.reconciler import Reconciler
-from services.control.routers import datasets, evaluations, health, images, jobs, keys, models
+from services.control.routers import (
+    datasets,
+    evaluations,
+    health,
+    images,
+    jobs,
+    keys,
+    models,
+    scorers,
+    studies,
+)
 from services.control.stages import source_rules
 from services.control.telemetry import Telemetry
 from services.settings import Settings
@@ -38,8 +50,10 @@ BODIES = (
     DatasetCreate,
     DatasetSource,
     ModelCreate,
+    ScorerCreate,
     AlignmentJobCreate,
     EvaluationCreate,
+    StudyCreate,
     ImageRequest,
     ScoreRequest,
     KeyCreate,
@@ -62,7 +76,7 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     app.add_middleware(Observed, telemetry=app.state.telemetry)
     problems.install(app)
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorView} for status in ("4XX", "5XX")}
-    for each in (health, datasets, models, jobs, evaluations, images, keys):
+    for each in (health, datasets, models, scorers, jobs, evaluations, studies, images, keys):
         app.include_router(each.router, responses=errors)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

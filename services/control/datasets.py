@@ -11,7 +11,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from services.api.answers import DatasetView, DeletedView, ListView
-from services.api.records import DatasetCounts, DatasetReport, DecidedExample
+from services.api.records import DatasetReport
 from services.api.requests import DatasetCreate, DatasetSource
 from services.control import making
 from services.control.database import ProjectDatabase
@@ -23,7 +23,7 @@ from services.control.views import dataset_view
 from services.errors import BadRequest, Conflict
 from services.pairs.columnar import unreadable
 from services.pairs.source import Source, open_source
-from services.pairs.validation import decided_example, inspect, validate
+from services.pairs.validation import Inspection, inspect, validate
 from services.stages import layout
 from services.storage import files
 
@@ -67,10 +67,8 @@ def _register(
 ) -> DatasetView:
     """Read all rows, without their images, and register them. Raises BadRequest for unusable files."""
 
-    def insert(
-        session: Session, inspected: tuple[DatasetCounts, str, str | None, DecidedExample | None]
-    ) -> DatasetView:
-        counts, digest, split, example = inspected
+    def insert(session: Session, inspected: tuple[Inspection, str | None]) -> DatasetView:
+        (counts, digest, example), split = inspected
         row = Dataset(
             id=new_id("ds"),
             name=name,
@@ -79,7 +77,7 @@ def _register(
             columns=dict(source.columns),
             digest=digest,
             counts=counts.model_dump(),
-            example=example.model_dump() if example else None,
+            example=example.model_dump(),
             created_at=time.time(),
         )
         session.add(row)
@@ -88,10 +86,9 @@ def _register(
     return create_once(database, idempotent, DatasetView, lambda: _read(source, _inspected), insert)
 
 
-def _inspected(source: Source) -> tuple[DatasetCounts, str, str | None, DecidedExample | None]:
-    """The counts, the digest, the split that is read, and a decided row."""
-    counts, digest = inspect(source)
-    return counts, digest, source.split, decided_example(source)
+def _inspected(source: Source) -> tuple[Inspection, str | None]:
+    """What is found, and the split that is read."""
+    return inspect(source), source.split
 
 
 def report(source: DatasetSource) -> DatasetReport:

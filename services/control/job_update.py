@@ -20,6 +20,10 @@ Reviews of every waiting job at each poll would take the more time, the more job
 """
 
 
+class StaleToken(Exception):
+    """Another replica has taken the job, or a request has changed it; this replica's update is dropped."""
+
+
 @dataclass
 class JobUpdate:
     """Changes to one job at time ``now``: new column values, journal entries, a model, a dataset.

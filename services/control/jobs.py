@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -10,15 +10,17 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, aliased, defer
 
 from dde_core.errors import DataError
+from dde_core.scorers.kinds import KINDS
 from services.api.answers import CheckpointView, EvaluationView, JobView, ListView, RunView
-from services.api.records import JobStatus, Validated
-from services.api.requests import AlignmentJobCreate, EvaluationCreate
+from services.api.records import JobStatus, ModelRecord, Validated
+from services.api.requests import AlignmentJobCreate, EvaluationCreate, ImageFolder
 from services.artifacts import checkpoints
-from services.control import checks, journal, making, models
+from services.control import checks, journal, making, models, scorers
 from services.control.database import ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.job_update import new_job
 from services.control.listing import by_id, is_id, list_view, newest
+from services.control.problems import show
 from services.control.tables import Dataset, Job, JobMetadata, Model, new_id
 from services.control.transitions import writes_ledger
 from services.control.views import JOB_VIEWS, checkpoint_view, evaluation_view, job_view
@@ -30,50 +32,66 @@ from services.storage import files
 def create_alignment(
     database: ProjectDatabase, idempotent: IdempotentRequest, request: AlignmentJobCreate
 ) -> JobView:
-    """Raises BadRequest or NotFound for everything that is known to fail before any compute is spent."""
+    """Raises BadRequest, NotFound or Conflict for all that is known to fail before compute is spent."""
 
-    def check() -> str | None:
-        checks.check_alignment(request)
-        with database.read() as session:
-            base = models.record_of(models.find(session, request.model, "model"))
-        checks.check_base(base, request)
-        return making.reused_prompts(database, request.dataset, request.evaluation)
+    def check() -> list[str]:
+        return check_alignment(database, request)
 
-    def insert(session: Session, reused_prompts: str | None) -> JobView:
-        base = models.find(session, request.model, "model")
-        dataset = _find_dataset(session, request)
-        job_id = new_id("ajob")
-        name = request.name or f"{base.name[:40]}-{request.objective.method}-{job_id[-6:]}"
-        _refuse_name(session, name)
-        stored = _stored_request(request)
-        row = new_job(job_id, "alignment", "validating", stored)
-        row.name = name
-        row.model = base.id
-        row.dataset = dataset.id
-        row.output_model = new_id("model")
-        row.inputs = {
-            "model": models.record_of(base).model_dump(mode="json"),
-            "dataset": {
-                "uri": dataset.uri,
-                "columns": dataset.columns,
-                "split": dataset.split,
-                "digest": dataset.digest,
-            },
-        }
-        session.add(row)
-        session.flush()
-        session.add_all(
-            JobMetadata(job_seq=row.seq, key=key, value=value) for key, value in request.metadata.items()
-        )
-        method = request.objective.method
-        journal.log(session, job_id, f"created: {method} on {base.name} with dataset {dataset.name}")
-        for message in _ignored_settings(request, stored):
-            journal.log(session, job_id, message, "warning")
-        if reused_prompts:
-            journal.log(session, job_id, reused_prompts, "warning")
-        return job_view(row)
+    def insert(session: Session, warnings: list[str]) -> JobView:
+        return job_view(insert_alignment(session, new_id("ajob"), request, warnings))
 
     return create_once(database, idempotent, JobView, check, insert)
+
+
+def check_alignment(database: ProjectDatabase, request: AlignmentJobCreate) -> list[str]:
+    """The checks that read files. Returns warnings. Raises BadRequest or NotFound."""
+    with database.read() as session:
+        used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
+    warnings = checks.check_alignment(request, used)
+    with database.read() as session:
+        base = models.record_of(models.find(session, request.model, "model"))
+    checks.check_base(base, request)
+    return [*warnings, *making.reused_prompts(database, request.dataset, request.evaluation)]
+
+
+def find_inputs(session: Session, request: AlignmentJobCreate) -> tuple[Model, Dataset]:
+    """The base model and the dataset of a request. Raises BadRequest, NotFound or Conflict."""
+    return models.find(session, request.model, "model"), _find_dataset(session, request)
+
+
+def insert_alignment(
+    session: Session, job_id: str, request: AlignmentJobCreate, warnings: Sequence[str]
+) -> Job:
+    """Add the row of a job. Raises BadRequest, NotFound or Conflict for what the database knows to fail."""
+    base, dataset = find_inputs(session, request)
+    name = request.name or f"{base.name[:40]}-{request.objective.method}-{job_id[-6:]}"
+    refuse_name(session, name)
+    stored = _stored_request(request)
+    row = new_job(job_id, "alignment", "validating", stored)
+    row.name = name
+    row.model = base.id
+    row.dataset = dataset.id
+    row.output_model = new_id("model")
+    row.inputs = {
+        "model": models.record_of(base).model_dump(mode="json"),
+        "dataset": {
+            "uri": dataset.uri,
+            "columns": dataset.columns,
+            "split": dataset.split,
+            "digest": dataset.digest,
+        },
+        "scorers": scorer_inputs(session, request.evaluation.scorers, "evaluation.scorers"),
+    }
+    session.add(row)
+    session.flush()
+    session.add_all(
+        JobMetadata(job_seq=row.seq, key=key, value=value) for key, value in request.metadata.items()
+    )
+    method = request.objective.method
+    journal.log(session, job_id, f"created: {method} on {base.name} with dataset {dataset.name}")
+    for message in [*_ignored_settings(request, stored, row.inputs["scorers"]), *warnings]:
+        journal.log(session, job_id, message, "warning")
+    return row
 
 
 def create_evaluation(
@@ -81,26 +99,77 @@ def create_evaluation(
 ) -> EvaluationView:
     """Raises BadRequest or NotFound, like ``create_alignment``."""
 
-    def insert(session: Session, _: None) -> EvaluationView:
-        model = models.find(session, request.model, "model")
-        base = models.find(session, request.base, "base")
-        stored = request.model_dump(mode="json") | {"prompts_uri": files.as_uri(request.prompts_uri)}
-        row = new_job(new_id("eval"), "evaluation", "queued", stored)
-        row.model = model.id
-        row.base = base.id
-        row.inputs = {
-            "model": models.record_of(model).model_dump(mode="json"),
-            "base": models.record_of(base).model_dump(mode="json"),
-        }
-        session.add(row)
-        session.flush()
-        journal.log(session, row.id, f"created: {model.name} against {base.name}")
-        return evaluation_view(row)
+    def check() -> list[str]:
+        with database.read() as session:
+            used = scorers.of_names(session, request.scorers, "scorers")
+        prompts = checks.check_evaluation(request, used)
+        with database.read() as session:
+            compared, _ = _compared(session, request)
+        checks.check_compared(compared, request, prompts)
+        return checks.long_prompts(prompts, "prompts_uri")
 
-    def check() -> None:
-        checks.check_evaluation(request)
+    def insert(session: Session, warnings: list[str]) -> EvaluationView:
+        return evaluation_view(insert_evaluation(session, new_id("eval"), request, warnings))
 
     return create_once(database, idempotent, EvaluationView, check, insert)
+
+
+def insert_evaluation(
+    session: Session, evaluation_id: str, request: EvaluationCreate, warnings: Sequence[str]
+) -> Job:
+    """Add the row of an evaluation. Raises BadRequest or NotFound for what the database knows to fail."""
+    compared, base = _compared(session, request)
+    stored = request.model_dump(mode="json")
+    stored["prompts_uri"] = files.as_uri(request.prompts_uri)
+    stored["models"] = [
+        {"name": each.name, "images_uri": files.as_uri(each.images_uri)}
+        if isinstance(each, ImageFolder)
+        else {"name": each.name, "model": each.id}
+        for each in compared
+    ]
+    stored["base"] = base.name
+    row = new_job(evaluation_id, "evaluation", "queued", stored)
+    row.model = next(each.id for each in compared if isinstance(each, ModelRecord))
+    row.base = base.id if isinstance(base, ModelRecord) else None
+    row.inputs = {
+        "models": [each.model_dump(mode="json") for each in compared],
+        "scorers": scorer_inputs(session, request.scorers, "scorers"),
+    }
+    session.add(row)
+    session.flush()
+    others = ", ".join(each.name for each in compared if each is not base)
+    journal.log(session, row.id, f"created: {others} against {base.name}")
+    for message in warnings:
+        journal.log(session, row.id, message, "warning")
+    return row
+
+
+def _compared(
+    session: Session, request: EvaluationCreate
+) -> tuple[list[ModelRecord | ImageFolder], ModelRecord | ImageFolder]:
+    """What the request compares, and the base among it. Raises BadRequest or NotFound."""
+    compared: list[ModelRecord | ImageFolder] = []
+    base: ModelRecord | ImageFolder | None = None
+    for i, each in enumerate(request.models):
+        if isinstance(each, ImageFolder):
+            found: ModelRecord | ImageFolder = each
+            is_base = request.base == each.name
+        else:
+            found = models.record_of(models.find(session, each, f"models.{i}"))
+            is_base = request.base in (each, found.id, found.name)
+        if any(other.name == found.name for other in compared):
+            message = f"models: must have different names, got {show(found.name)} twice"
+            raise BadRequest(message, param="models", code="repeated_model")
+        compared.append(found)
+        base = found if is_base else base
+    if not any(isinstance(each, ModelRecord) for each in compared):
+        names = ", ".join(show(each.name) for each in compared)
+        message = f"models: at least one must be a registered model, got the folders of images {names}"
+        raise BadRequest(message, param="models")
+    if request.base is not None and base is None:
+        names = ", ".join(show(each.name) for each in compared)
+        raise BadRequest(f"base: must be one of the models {names}, got {show(request.base)}", param="base")
+    return compared, base or compared[0]
 
 
 def get(database: ProjectDatabase, kind: str, job_id: str) -> RunView:
@@ -177,6 +246,11 @@ def base_named(session: Session, name: str) -> str | None:
     return session.scalar(select(Model.id).where(Model.name == name, Model.base.is_(None)).limit(1))
 
 
+def scorer_inputs(session: Session, names: list[str], field: str) -> list[dict[str, Any]]:
+    """The records of a job's scorers as they are now: a later deletion changes nothing for the job."""
+    return [record.model_dump(mode="json") for record in scorers.of_names(session, names, field)]
+
+
 def _stored_request(request: AlignmentJobCreate) -> dict[str, Any]:
     """The body as the job keeps it: paths of prompts as URIs."""
     stored = request.model_dump(mode="json")
@@ -186,8 +260,10 @@ def _stored_request(request: AlignmentJobCreate) -> dict[str, Any]:
     return stored
 
 
-def _ignored_settings(request: AlignmentJobCreate, stored: dict[str, Any]) -> Iterator[str]:
-    """A warning for each setting that has no effect on this job."""
+def _ignored_settings(
+    request: AlignmentJobCreate, stored: dict[str, Any], used: list[dict[str, Any]]
+) -> Iterator[str]:
+    """A warning for each setting that has no effect on this job. ``used`` are the records of its scorers."""
     method = request.objective.method
     for setting, value in request.objective.ignored().items():
         yield f"method {method!r} ignores objective.{setting} = {value}"
@@ -196,6 +272,11 @@ def _ignored_settings(request: AlignmentJobCreate, stored: dict[str, Any]) -> It
     validation = request.validation
     if validation and validation.prompts_uri and not validation.num_prompts:
         yield "validation.prompts_uri is ignored: validation.num_prompts is 0"
+    if validation and validation.num_prompts:
+        for record in used:
+            why = checks.why_validation_cannot(KINDS[record["kind"]])
+            if why:
+                yield f"validation does not measure {record['name']}: it {why}"
 
 
 def _find_dataset(session: Session, request: AlignmentJobCreate) -> Dataset:
@@ -205,7 +286,7 @@ def _find_dataset(session: Session, request: AlignmentJobCreate) -> Dataset:
     return row
 
 
-def _refuse_name(session: Session, name: str) -> None:
+def refuse_name(session: Session, name: str) -> None:
     """Raises BadRequest for an aligned model's name that is an id or a base model's name."""
     if is_id(name):
         raise BadRequest(f"name: must not have the form of an id, got {name!r}", param="name")

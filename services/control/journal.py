@@ -15,10 +15,11 @@ from starlette.concurrency import run_in_threadpool
 from services.api.answers import EventView, ListView, MetricView
 from services.api.records import FINAL_STATUSES, Stage
 from services.control.database import ProjectDatabase
+from services.control.keys import Caller, check_not_revoked
 from services.control.listing import by_id, list_view
 from services.control.tables import Event, Job, Metric
 from services.control.views import event_view, metric_view
-from services.errors import NotFound
+from services.errors import NotFound, Unauthorized
 from services.stages.specs import JournalEvent, Level
 
 PAGE = 500
@@ -110,13 +111,20 @@ def is_read_to_the_end(database: ProjectDatabase, job_id: str, after: str | None
 
 
 async def stream_events(
-    database: ProjectDatabase, job_id: str, after: str | None, poll_s: float
+    database: ProjectDatabase, caller: Caller, job_id: str, after: str | None, poll_s: float
 ) -> AsyncIterator[str]:
-    """The job's events as server-sent events, oldest first, until the job has ended."""
+    """The job's events as server-sent events, oldest first, until the job has ended.
+
+    A revoked key ends the stream at the next poll: the last event is ``error``, with the body of a 401.
+    """
     number = _event_number(after)
     quiet_since = time.monotonic()
     while True:
-        rows, finished = await run_in_threadpool(_next_events, database, job_id, number)
+        try:
+            rows, finished = await run_in_threadpool(_next_events, database, caller, job_id, number)
+        except Unauthorized as error:
+            yield f"event: error\ndata: {json.dumps(error.body())}\n\n"
+            return
         for row in rows:
             view = event_view(row)
             # json.dumps escapes every line separator, which would split an event's data.
@@ -132,12 +140,15 @@ async def stream_events(
             await asyncio.sleep(poll_s)
 
 
-def _next_events(database: ProjectDatabase, job_id: str, after: int) -> tuple[list[Event], bool]:
-    """Events beyond ``after``, and whether the job has ended.
+def _next_events(
+    database: ProjectDatabase, caller: Caller, job_id: str, after: int
+) -> tuple[list[Event], bool]:
+    """Events beyond ``after``, and whether the job has ended. Raises Unauthorized for a revoked key.
 
     The status is read first: a job's last event is committed together with its final status.
     """
     with database.read() as session:
+        check_not_revoked(session, caller)
         status = session.scalar(select(Job.status).where(Job.id == job_id))
         return _events(session, job_id, after, PAGE), status is None or status in FINAL_STATUSES
 

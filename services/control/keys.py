@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from services.api.answers import KeyCreated, KeyView, ListView
 from services.api.requests import ALL_SCOPES, DEFAULT_PROJECT, KeyCreate, Scope
@@ -28,10 +29,11 @@ HINT_CHARACTERS = 4
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sends a request: the project of its key, and what the key may do."""
+    """Who sends a request: the project of its key, what the key may do, and its id (None: DDE_API_KEY)."""
 
     project: str
     scopes: tuple[Scope, ...]
+    key: str | None = None
 
     @property
     def managed_project(self) -> str | None:
@@ -62,7 +64,15 @@ def identify(database: Database, secret: str) -> Caller:
         row = session.scalar(select(ApiKey).where(ApiKey.digest == _digest(secret)))
     if row is None or row.revoked_at is not None:
         raise unauthorized()
-    return Caller(row.project, tuple(scope for scope in ALL_SCOPES if scope in row.scopes))
+    return Caller(row.project, tuple(scope for scope in ALL_SCOPES if scope in row.scopes), row.id)
+
+
+def check_not_revoked(session: Session, caller: Caller) -> None:
+    """Raises Unauthorized if the caller's key was revoked after it was recognized, for answers that last."""
+    if caller.key is not None:
+        is_valid = (ApiKey.id == caller.key) & ApiKey.revoked_at.is_(None)
+        if session.scalar(select(ApiKey.id).where(is_valid)) is None:
+            raise unauthorized()
 
 
 def unauthorized() -> Unauthorized:

@@ -10,12 +10,18 @@ from sqlalchemy.orm import Session
 
 from services.api.answers import Item, ListView
 from services.control.problems import show
-from services.control.tables import ApiKey, Dataset, Job, Model, Resource
+from services.control.tables import ApiKey, Dataset, Job, Model, Resource, Scorer
 from services.errors import NotFound
 
 Row = TypeVar("Row", bound=Resource)
-_ID = re.compile(r"(ds|model|ajob|djob|eval|key)_[0-9a-f]{24}")
-_NOUNS: dict[type[Resource], str] = {Dataset: "dataset", Model: "model", Job: "job", ApiKey: "key"}
+_ID = re.compile(r"(ds|model|scorer|ajob|djob|eval|study|key)_[0-9a-f]{24}")
+_NOUNS: dict[type[Resource], str] = {
+    Dataset: "dataset",
+    Model: "model",
+    Scorer: "scorer",
+    Job: "job",
+    ApiKey: "key",
+}
 
 
 def is_id(text: str) -> bool:
@@ -28,7 +34,7 @@ def by_id(session: Session, table: type[Row], row_id: str, kind: str | None = No
     row = session.scalar(select(table).where(table.id == row_id)) if is_id(row_id) else None
     has_kind = kind is None or (isinstance(row, Job) and row.kind == kind)
     if row is None or not has_kind:
-        noun = "evaluation" if kind == "evaluation" else _NOUNS[table]
+        noun = kind if kind in ("evaluation", "study") else _NOUNS[table]
         raise NotFound(f"{noun} {show(row_id)} does not exist", param="id", code=f"{noun}_not_found")
     return row
 

@@ -15,9 +15,9 @@ from dde_core.scorers.kinds import KINDS
 from services.api.answers import DatasetView, EventView, ListView
 from services.api.records import PairsResult, ScorerRecord
 from services.api.requests import DatasetCreate, DatasetSource, EvaluationConfig, GeneratePairs, Relabel
-from services.artifacts import scorers
-from services.artifacts.prompts import digest_of, read_prompts
-from services.control import checks, journal, models, stopping
+from services.artifacts.prompts import Prompt, digest_of, read_prompts
+from services.artifacts.scorers import load
+from services.control import checks, journal, models, scorers, stopping
 from services.control.database import ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.job_update import new_job
@@ -64,6 +64,9 @@ def create(
             models.find(session, order.model, "generate.model")
         if order.dataset:
             ready(session, order.dataset, "relabel.dataset")
+        param = "generate.scorers" if order.kind == "generate" else "relabel.scorer"
+        for each in order.inputs["scorers"]:
+            scorers.find(session, each["id"], param)
         job = new_job(new_id("djob"), order.kind, "queued", order.request)
         dataset_id = new_id("ds")
         output = layout.made_folder(root, dataset_id)
@@ -88,12 +91,14 @@ def _order_images(database: ProjectDatabase, wanted: GeneratePairs) -> Order:
         used = scorers_of(session, wanted.scorers, "generate.scorers")
     checks.check_folders(model, "generate.model")
     prompts = _prompts(wanted)
-    _check_scorable(used, prompts, wanted.sample.height, wanted.sample.width, "generate.scorers")
+    texts = [prompt.text for prompt in prompts]
+    _check_scorable(used, texts, wanted.sample.height, wanted.sample.width, "generate.scorers")
     return Order(
         kind="generate",
         request={
             **wanted.model_dump(mode="json"),
             "prompts_uri": files.as_uri(wanted.prompts_uri),
+            "scorers": dict(zip((record.name for record in used), wanted.scorers.values(), strict=True)),
         },
         inputs={
             "model": model.model_dump(mode="json"),
@@ -115,33 +120,34 @@ def _order_labels(database: ProjectDatabase, wanted: Relabel) -> Order:
     columns = ("uri", "columns", "split", "digest")
     return Order(
         kind="relabel",
-        request=wanted.model_dump(mode="json"),
+        request={**wanted.model_dump(mode="json"), "scorer": used[0].name},
         inputs={
             "dataset": {name: getattr(row, name) for name in columns},
             "scorers": _records(used),
         },
         model="",
         dataset=row.id,
-        about=f"{wanted.scorer} labels the {(row.counts or {})['pairs']} pairs of {row.name}",
+        about=f"{used[0].name} labels the {(row.counts or {})['pairs']} pairs of {row.name}",
     )
 
 
 def scorers_of(session: Session, names: Iterable[str], param: str) -> list[ScorerRecord]:
     """The records of these scorers, in order.
 
-    Raises NotFound for an unknown name, BadRequest for a scorer that does not rank images by themselves.
+    Raises NotFound for an unknown name or id, BadRequest for a scorer that does not rank images by themselves
+    and for one that has been given twice, by its name and by its id.
     """
-    found = []
+    found: list[ScorerRecord] = []
     for name in names:
-        record = scorers.BUILT_IN.get(name)
-        if record is None:
-            message = f"{param}: scorer {show(name)} does not exist"
-            raise NotFound(message, param=param, code="scorer_not_found")
+        record = scorers.find(session, name, param)
         kind = KINDS[record.kind]
         if kind.level != "image":
             whose = "all images of a prompt" if kind.level == "prompt" else "all images of a model"
             message = f"{param}: must score each image, got {name!r}, whose number belongs to {whose}"
             raise BadRequest(message, param=param, code="scorer_not_of_images")
+        if record in found:
+            message = f"{param}: must not repeat, got {record.name!r} and its id {record.id!r}"
+            raise BadRequest(message, param=param)
         found.append(record)
     return found
 
@@ -150,7 +156,7 @@ def _records(used: list[ScorerRecord]) -> list[dict[str, Any]]:
     return [record.model_dump(mode="json") for record in used]
 
 
-def _prompts(wanted: GeneratePairs) -> list[str]:
+def _prompts(wanted: GeneratePairs) -> list[Prompt]:
     """The prompts to draw. Raises BadRequest for too few, and for one that no row may have as its caption."""
     uri = wanted.prompts_uri
     param = "generate.prompts_uri"
@@ -162,8 +168,8 @@ def _prompts(wanted: GeneratePairs) -> list[str]:
         raise BadRequest(message, param=param, code="too_few_prompts")
     prompts = read_prompts(uri, wanted.num_prompts)
     for number, prompt in enumerate(prompts, 1):
-        if len(prompt) > MAX_CAPTION_CHARS:
-            message = f"{param}: prompt {number} of {uri!r} has {len(prompt)} characters, "
+        if len(prompt.text) > MAX_CAPTION_CHARS:
+            message = f"{param}: prompt {number} of {uri!r} has {len(prompt.text)} characters, "
             raise BadRequest(f"{message}at most {MAX_CAPTION_CHARS} are possible", param=param)
     return prompts
 
@@ -176,7 +182,7 @@ def _check_scorable(
         if not KINDS[record.kind].is_built_in:
             continue
         try:
-            scorers.load(record).check(prompts, height, width)
+            load(record).check(prompts, height, width)
         except DataError as error:
             raise BadRequest(f"{param}: {record.name} cannot score: {error}", param=param) from error
 
@@ -264,28 +270,28 @@ def list_events(
     return journal.list_events(database, job.kind, job.id, after, limit) if job else list_view([], limit)
 
 
-def reused_prompts(database: ProjectDatabase, dataset_id: str, evaluation: EvaluationConfig) -> str | None:
+def reused_prompts(database: ProjectDatabase, dataset_id: str, evaluation: EvaluationConfig) -> list[str]:
     """A warning if an evaluation has prompts whose images are in the dataset: they are not held out."""
     with database.read() as session:
         row = session.scalar(select(Dataset).where(Dataset.id == dataset_id)) if is_id(dataset_id) else None
         job = job_of(session, row) if row else None
     if job is None or job.kind != "generate":
-        return None
+        return []
     drawn = GeneratePairs.model_validate_json(json.dumps(job.request))
     try:
         prompts = read_prompts(drawn.prompts_uri, drawn.num_prompts)
     except (ServiceError, OSError):
         prompts = []
     if digest_of(prompts) != job.inputs["prompts_digest"]:
-        return (
+        return [
             f"{drawn.prompts_uri!r} has changed since the dataset was made of it: "
             "nobody can tell whether evaluation.prompts_uri holds prompts that are not held out"
-        )
-    own = [line.strip() for line in checks.prompts_of(evaluation.prompts_uri, "evaluation.prompts_uri")]
-    shared = set(own[: evaluation.num_prompts]) & set(prompts)
+        ]
+    own = checks.prompts_of(evaluation.prompts_uri, "evaluation.prompts_uri")[: evaluation.num_prompts]
+    shared = {prompt.text for prompt in own} & {prompt.text for prompt in prompts}
     if not shared:
-        return None
-    return (
+        return []
+    return [
         f"{len(shared)} prompts of the evaluation made the dataset, too, such as {min(shared)!r}: "
         "on them nothing is held out; set evaluation.prompts_uri to others"
-    )
+    ]

@@ -44,7 +44,7 @@ def create(
 
     def insert(session: Session, inspected: tuple[Proof, str]) -> ModelView:
         found, digest = inspected
-        _refuse_taken_name(session, request.name)
+        refuse_taken_name(session, request.name)
         record = ModelRecord(
             id=new_id("model"),
             name=request.name,
@@ -64,10 +64,13 @@ def create(
     return create_once(database, idempotent, ModelView, inspect, insert)
 
 
-def _refuse_taken_name(session: Session, name: str) -> None:
-    """A name is taken by every model that has it and by every unfinished job whose model will get it."""
+def refuse_taken_name(session: Session, name: str) -> None:
+    """Raises BadRequest. A name is taken by every model that has it and by every unfinished job whose model
+    will get it.
+    """
     model = session.scalar(select(Model.id).where(Model.name == name).limit(1))
-    job = session.scalar(select(Job.id).where(Job.name == name, Job.status.in_(UNFINISHED)).limit(1))
+    gets_it = (Job.name == name) & (Job.kind == "alignment")
+    job = session.scalar(select(Job.id).where(gets_it, Job.status.in_(UNFINISHED)).limit(1))
     if model or job:
         raise BadRequest(f"name: is taken by {model or job}, got {name!r}", param="name", code="name_taken")
 
@@ -134,6 +137,19 @@ def page(database: ProjectDatabase, after: str | None, limit: int) -> ListView[M
         return list_view([model_view(row, of_rows.get(row.id, ())) for row in rows], limit)
 
 
+def _unfinished_job(session: Session, model_id: str) -> str | None:
+    """A job that reads the model or makes it, if any has not ended."""
+    uses_it = or_(Job.model == model_id, Job.output_model == model_id)
+    job = session.scalar(select(Job.id).where(uses_it, Job.status.in_(UNFINISHED)).limit(1))
+    if job:
+        return job
+    evaluations = select(Job.id, Job.inputs).where(Job.kind == "evaluation", Job.status.in_(UNFINISHED))
+    for evaluation, inputs in session.execute(evaluations):
+        if any(model_id == each.get("id") for each in inputs["models"]):
+            return str(evaluation)
+    return None
+
+
 def delete(database: ProjectDatabase, root: str, name_or_id: str) -> DeletedView:
     """Delete a model's registration, and an aligned model's weights; a base's files stay.
 
@@ -142,8 +158,7 @@ def delete(database: ProjectDatabase, root: str, name_or_id: str) -> DeletedView
     with database.write(alone=True) as session:
         row = find(session, name_or_id, "id")
         model_id = row.id
-        uses_it = or_(Job.model == model_id, Job.base == model_id, Job.output_model == model_id)
-        job = session.scalar(select(Job.id).where(uses_it, Job.status.in_(UNFINISHED)).limit(1))
+        job = _unfinished_job(session, model_id)
         if job:
             message = f"model {model_id!r} is used by the unfinished job {job}"
             raise Conflict(message, param="id", code="in_use")

@@ -32,10 +32,11 @@ from services.api.records import ModelRecord
 from services.artifacts import models
 from services.control import making, promotion, stages
 from services.control.database import Database, update_one
-from services.control.job_update import MAX_DELAY_S, PARKED_S, JobUpdate
+from services.control.job_update import MAX_DELAY_S, PARKED_S, JobUpdate, StaleToken
 from services.control.journal import printable, record
 from services.control.launcher import Launcher
 from services.control.review import JobReview
+from services.control.studies import StudyReview
 from services.control.tables import Job, Model
 from services.control.transitions import ACTIVE, UNFINISHED
 from services.settings import Settings
@@ -44,10 +45,6 @@ log = logging.getLogger("dde")
 THREADS = 4
 CANDIDATES = 8
 MAX_BACKOFF_EXPONENT = 20
-
-
-class StaleToken(Exception):
-    """Another replica has taken the job; this replica's update is dropped."""
 
 
 class Reconciler:
@@ -106,13 +103,18 @@ class Reconciler:
                 waiting.park()
                 self.apply(waiting)
             else:
-                self.apply(JobReview(job, self._settings, self._launcher, now).decide())
+                self.apply(self._review(job, now))
         except StaleToken:
             log.warning("job %s was taken over by another replica", job.id)
         except Exception as error:  # one broken job must not stop the others
             log.exception("the review of job %s failed", job.id)
             self._postpone(job, error)
         return True
+
+    def _review(self, job: Job, now: float) -> JobUpdate:
+        if job.kind == "study":
+            return StudyReview(job, self._database, self._settings, now).decide()
+        return JobReview(job, self._settings, self._launcher, now).decide()
 
     def take(self) -> Job | None:
         """Lock a due job by writing a new token into its row. None if there is none."""
@@ -138,7 +140,8 @@ class Reconciler:
 
         Two replicas asking at once may exceed the limit by one.
         """
-        active = session.scalar(select(func.count()).where(Job.status.in_(ACTIVE))) or 0
+        has_runs = Job.status.in_(ACTIVE) & (Job.kind != "study")
+        active = session.scalar(select(func.count()).where(has_runs)) or 0
         free_slots = max(0, self._settings.max_active_jobs - active)
         queued = query.where(Job.status == "queued", _not_stopping()).order_by(Job.seq)
         return list(session.execute(queued.limit(free_slots)))

@@ -123,7 +123,8 @@ class JobReview:
             return
         results = self.update.values.get("results", self.job.results)
         gate = PromoteIf.model_validate_json(json.dumps(asked))
-        outcome = gates.judge(gate, EvaluateResult.model_validate_json(json.dumps(results["evaluate"])))
+        evaluated = EvaluateResult.model_validate_json(json.dumps(results["evaluate"]))
+        outcome = gates.judge(gate, evaluated, str(self.job.name))
         self.update.values["results"] = {**results, "gate": outcome.model_dump(mode="json")}
         if outcome.passed:
             self.update.promote = gate.alias

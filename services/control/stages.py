@@ -12,8 +12,10 @@ from services.api.requests import (
     DatasetSource,
     EvaluationConfig,
     GeneratePairs,
+    ImageFolder,
     Relabel,
 )
+from services.artifacts.scorers import BUILT_IN
 from services.control.tables import Job
 from services.settings import Settings
 from services.stages import layout
@@ -125,6 +127,7 @@ def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
         training=request.training,
         workers=request.workers,
         evaluation=request.evaluation,
+        scorers=_scorers(job, request.evaluation),
         validation=request.validation,
         ledger=job.results["ledger"]["ledger"] if "ledger" in job.results else None,
         run=layout.run_folder(root(job, settings), job.id),
@@ -134,18 +137,26 @@ def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
 
 def _evaluate(job: Job, settings: Settings, common: dict[str, Any]) -> EvaluateSpec:
     if job.kind == "alignment":
-        candidate = job.results["train"]["model"]
-        base = job.inputs["model"]
-        evaluation = job.request["evaluation"]
+        aligned = job.results["train"]["model"]
+        model = job.inputs["model"]
+        if model["name"] == aligned["name"]:  # a model that was aligned further under its own name
+            model = model | {"name": model["id"]}
+        compared = [model, aligned]
+        base = model["name"]
+        config = job.request["evaluation"]
     else:
-        candidate = job.inputs["model"]
-        base = job.inputs["base"]
-        evaluation = {name: job.request[name] for name in EvaluationConfig.model_fields}
+        compared = job.inputs["models"]
+        base = job.request["base"]
+        fields = EvaluationConfig.model_fields.keys() & job.request.keys()
+        config = {name: job.request[name] for name in fields}
+    evaluation = EvaluationConfig.model_validate_json(json.dumps(config))
     return EvaluateSpec(
         **common,
-        candidate=ModelRecord(**candidate),
-        base=ModelRecord(**base),
-        evaluation=EvaluationConfig.model_validate_json(json.dumps(evaluation)),
+        models=[ImageFolder(**each) if "images_uri" in each else ModelRecord(**each) for each in compared],
+        base=base,
+        scorers=_scorers(job, evaluation),
+        evaluation=evaluation,
+        images=layout.images_folder(root(job, settings)),
         output=prefix(job, root(job, settings)),
         actors=settings.evaluate_actors,
     )
@@ -179,6 +190,17 @@ def _source(job: Job) -> DatasetSource:
     """The files of the job's dataset."""
     dataset = job.inputs["dataset"]
     return DatasetSource(uri=dataset["uri"], columns=dataset.get("columns", {}), split=dataset.get("split"))
+
+
+def _scorers(job: Job, evaluation: EvaluationConfig) -> list[ScorerRecord]:
+    """The records that the scorers had when the job was created.
+
+    Jobs of earlier versions stored none: they have built-in scorers alone.
+    """
+    stored = job.inputs.get("scorers")
+    if stored is None:
+        return [BUILT_IN[name] for name in evaluation.scorers]
+    return [ScorerRecord(**record) for record in stored]
 
 
 _BUILDERS = {

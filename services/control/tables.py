@@ -135,12 +135,29 @@ class Promotion(Owned):
     __table_args__ = (Index(None, "project", "name", "alias", "seq"),)
 
 
+class Scorer(Owned):
+    """A registered scorer. The built-in ones have no row."""
+
+    __tablename__ = "scorers"
+
+    name: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(16))
+    uri: Mapped[str] = mapped_column(Text)
+    processor: Mapped[str | None] = mapped_column(Text)
+    resize: Mapped[str] = mapped_column(String(16))
+    digest: Mapped[str] = mapped_column(String(64))
+
+    __table_args__ = (UniqueConstraint("project", "name"), Index(None, "project", "seq"))
+
+
 class Job(Owned):
     """A chain of stages.
 
-    kind                  "alignment", "evaluation", or how it makes a dataset: "generate" or "relabel"
-    model                 "" where it needs none: to relabel a dataset
-    inputs                the records of its models and dataset when it was created
+    kind                  "alignment", "evaluation", "study" (studies.py), which has no stages, or how it
+                          makes a dataset: "generate" or "relabel"
+    inputs                the records of its models, dataset and scorers when it was created
+    model, base           of an evaluation: its first registered model, and its base if that is registered;
+                          ``model`` is "" where it needs none: to relabel a dataset
     pause_requested_at    set until the job is resumed or ends
     attempt               number of the current attempt at the stage
     restarts              attempts that failed since the stage last made progress

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dde_core.config import DataConfig
+from dde_core.scorers.kinds import KINDS
 from services.api.answers import (
     CheckpointView,
     DatasetView,
@@ -17,9 +18,11 @@ from services.api.answers import (
     MetricView,
     ModelView,
     RunView,
+    ScorerView,
+    StudyView,
     parse,
 )
-from services.api.records import FINAL_STATUSES, Validated
+from services.api.records import FINAL_STATUSES, ScorerRecord, Validated
 from services.artifacts.checkpoints import CheckpointRecord
 from services.control.tables import ApiKey, Dataset, Event, Job, Metric, Model
 
@@ -75,6 +78,15 @@ def model_view(row: Model, aliases: Sequence[str] = ()) -> ModelView:
     )
 
 
+def scorer_view(record: ScorerRecord) -> ScorerView:
+    kind = KINDS[record.kind]
+    return ScorerView(
+        object="scorer",
+        **record.model_dump(),
+        **_columns(kind, "level", "reads_prompt", "higher_is_better", "scale"),
+    )
+
+
 def job_view(row: Job) -> JobView:
     settings = ("objective", "training", "workers", "evaluation", "metadata")
     return parse(
@@ -95,15 +107,40 @@ def job_view(row: Job) -> JobView:
 
 
 def evaluation_view(row: Job) -> EvaluationView:
-    settings = ("prompts_uri", "num_prompts", "seed", "scorers", "sample")
+    settings = (
+        "models",
+        "base",
+        "prompts_uri",
+        "num_prompts",
+        "images_per_prompt",
+        "seed",
+        "scorers",
+        "sample",
+    )
     return parse(
         EvaluationView,
         {
             "object": "evaluation",
             **_run(row),
-            **_columns(row, "model", "base"),
             **{name: row.request[name] for name in settings},
+            "compare": row.request.get("compare", {}),  # evaluations of earlier versions have none
             "result": row.results.get("evaluate"),
+        },
+    )
+
+
+def study_view(row: Job) -> StudyView:
+    settings = ("parallel", "on_failure", "evaluation")
+    return parse(
+        StudyView,
+        {
+            "object": "study",
+            **_run(row),
+            **_columns(row, "name"),
+            **{name: row.request[name] for name in settings},
+            "cells": row.results["cells"],
+            "evaluations": row.results["evaluations"],
+            "result": row.results.get("report"),
         },
     )
 
@@ -111,6 +148,7 @@ def evaluation_view(row: Job) -> EvaluationView:
 JOB_VIEWS: dict[str, Callable[[Job], RunView]] = {
     "alignment": job_view,
     "evaluation": evaluation_view,
+    "study": study_view,
 }
 """The answer for a job of each kind."""
 

@@ -52,7 +52,7 @@ def _prompts(spec: GenerateSpec) -> list[str]:
             f"{spec.generate.prompts_uri!r} has changed since the dataset was requested: request it again"
         )
         raise BadRequest(message, param="generate.prompts_uri", code="prompts_changed")
-    return prompts
+    return [prompt.text for prompt in prompts]
 
 
 def _chunks(prompts: list[str], images_per_prompt: int) -> list[dict[str, Any]]:

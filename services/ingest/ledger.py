@@ -25,15 +25,15 @@ from dde_core.latents.ledger import LedgerKey, LedgerRecord, committed, complete
 from dde_core.latents.reader import LatentReader
 from dde_core.latents.rows import LatentRows
 from dde_core.latents.schema import Manifest
-from dde_core.metrics import format_metrics, logit_deviation
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy, use_deterministic_kernels
+from dde_core.step_metrics import format_metrics, logit_deviation
 from dde_core.train_step import PairErrors, check_finite, pair_errors, preference_margin
 from services.api.records import LedgerResult
 from services.artifacts import ledgers, models
-from services.ingest.pace import Pace
 from services.stages import layout
 from services.stages.journal import Journal
+from services.stages.pace import Pace
 from services.stages.specs import LedgerSpec
 from services.storage import files
 

@@ -22,7 +22,7 @@ from services.api.records import PairsResult
 from services.api.requests import DatasetSource
 from services.ingest import scored
 from services.pairs.source import open_source
-from services.pairs.validation import decided_example, inspect
+from services.pairs.validation import inspect
 from services.stages import layout
 from services.stages.journal import Journal
 from services.storage import files
@@ -81,9 +81,8 @@ def make_pairs(
         raise DataError(f"{message}{rule.margin:g}, in units of the spreads {_shown(named)}")
     uri = layout.made_pairs_folder(folder)
     source = open_source(DatasetSource(uri=uri))
-    registered, digest = inspect(source)
-    example = decided_example(source)
-    if registered.pairs != counts["pairs"] or example is None:
+    registered, digest, example = inspect(source)
+    if registered.pairs != counts["pairs"]:
         raise DataError(f"{counts['pairs']} pairs were written to {uri!r}, {registered.pairs} are read")
     return PairsResult(
         digest=digest,

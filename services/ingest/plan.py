@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from services.pairs.columnar import Unit
 from services.pairs.row import Row
-from services.pairs.validation import Tally
+from services.pairs.validation import RowTally
 
 IMAGE_KEY_BYTES = 16
 MAX_BLOCK_PIXEL_BYTES = 6 * 1024**2
@@ -131,7 +131,7 @@ class Planner:
         self._blocks: list[Block] = []
         self._image_keys = bytearray()
         self._slots_per_row = bytearray()
-        self._tally = Tally()
+        self._tally = RowTally()
 
     def add(self, unit: Unit, rows: Iterable[Row]) -> None:
         """Add a unit's rows, in their order."""
@@ -194,7 +194,7 @@ class Planner:
             ties=tally.ties,
             missing=tally.kinds["missing"],
             bad=tally.bad,
-            pairs=tally.pairs,
+            pairs=sum(block.pairs for block in self._blocks),
         )
 
 

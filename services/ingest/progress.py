@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from services.ingest.pace import Pace
 from services.ingest.plan import Plan
 from services.ingest.quarantine import Quarantine
 from services.stages.journal import Journal
+from services.stages.pace import Pace
 
 
 class Progress:

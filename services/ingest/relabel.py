@@ -14,7 +14,7 @@ from services.ingest.progress import ScoredImages
 from services.ingest.scoring import READERS_PER_ACTOR, Chunk, label_chunks
 from services.pairs.columnar import Unit
 from services.pairs.source import Source, open_source
-from services.pairs.validation import Summary
+from services.pairs.validation import RowTally, Summary
 from services.stages.journal import Journal
 from services.stages.specs import RelabelSpec
 
@@ -31,18 +31,17 @@ def relabel(spec: RelabelSpec, journal: Journal) -> PairsResult:
     result = finished(spec.output)
     if result is None:
         source = open_source(spec.source)
-        plan, summary = _plan(spec, source)
+        plan, tally, pairs = _plan(spec, source)
         chunks = [chunk for _, of_unit in plan for chunk in of_unit]
         done = scored.committed(spec.output)
-        num_done = sum(2 * _pairs(chunks, number, summary.tally.pairs) for number in done)
-        progress = ScoredImages(journal, 2 * summary.tally.pairs, num_done)
+        num_done = sum(2 * _pairs(chunks, number, pairs) for number in done)
+        progress = ScoredImages(journal, 2 * pairs, num_done)
         work = _segments(plan, done, READERS_PER_ACTOR * spec.actors)
         if work:
             progress.follow(label_chunks(spec, source, work))
         rule = Rule((spec.relabel.scorer,), (1.0,), "all_pairs", spec.relabel.margin)
-        images = 2 * summary.tally.pairs
-        result = make_pairs(spec.output, len(chunks), images, rule, spec.actors, journal)
-        bad = dict(sorted((summary.tally.bad + Counter(result.bad)).items()))
+        result = make_pairs(spec.output, len(chunks), 2 * pairs, rule, spec.actors, journal)
+        bad = dict(sorted((tally.bad + Counter(result.bad)).items()))
         result = result.model_copy(update={"bad": bad, "seconds": time.monotonic() - began})
         commit(spec.output, result)
     message = f"{result.counts.pairs} pairs labeled by {spec.relabel.scorer}, {result.ties} ties; "
@@ -52,18 +51,20 @@ def relabel(spec: RelabelSpec, journal: Journal) -> PairsResult:
     return result
 
 
-def _plan(spec: RelabelSpec, source: Source) -> tuple[Plan, Summary]:
-    """The chunks of every unit, in one pass over the rows without images.
+def _plan(spec: RelabelSpec, source: Source) -> tuple[Plan, RowTally, int]:
+    """The chunks of every unit, the rows by kind and the number of decided pairs.
+
+    One pass over the rows without images.
 
     Raises BadRequest where they differ from those that were registered.
     """
     summary = Summary(source)
     plan: Plan = []
-    number = 0
+    number = pairs = 0
     for unit in source.units():
         chunks: list[Chunk] = []
         start = 0
-        first = pairs = summary.tally.pairs
+        first = pairs
         row = -1
         for row, each in enumerate(summary.observe(source.rows(unit))):
             pairs += len(each.preferences)
@@ -82,7 +83,7 @@ def _plan(spec: RelabelSpec, source: Source) -> tuple[Plan, Summary]:
             f"{spec.source_digest}; register it again"
         )
         raise BadRequest(message, param="relabel.dataset", code="dataset_changed")
-    return plan, summary
+    return plan, summary.tally, pairs
 
 
 def _pairs(chunks: list[Chunk], number: int, total: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from itertools import islice
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +36,16 @@ MAX_EXAMPLES = 3
 MAX_DETAIL_CHARS = 200
 
 
-def inspect(source: Source) -> tuple[DatasetCounts, str]:
-    """Read every row without its images. Returns the counts and the digest.
+class Inspection(NamedTuple):
+    """What is registered of a dataset. ``example`` is its first decided row, to check the direction."""
+
+    counts: DatasetCounts
+    digest: str
+    example: DecidedExample
+
+
+def inspect(source: Source) -> Inspection:
+    """Read every row without its images, and the first decided row with them.
 
     Raises BadRequest where a file is unusable, no pair is decided, rows are of several splits, or a uid names
     several images.
@@ -46,9 +55,12 @@ def inspect(source: Source) -> tuple[DatasetCounts, str]:
     uids = UidCheck(source)
     pairs = PairTally()
     details: dict[str, str] = {}
+    first_decided: tuple[Unit, int] | None = None
     for unit in source.units():
-        for row in uids.observe(unit, summary.observe(source.rows(unit))):
+        for number, row in enumerate(uids.observe(unit, summary.observe(source.rows(unit)))):
             pairs.add(row)
+            if row.kind == "decided" and first_decided is None:
+                first_decided = (unit, number)
             if row.kind == "bad":
                 details.setdefault(row.cause, f"{source.row_name(row.key)}: {row.detail}")
     uids.check()
@@ -60,23 +72,14 @@ def inspect(source: Source) -> tuple[DatasetCounts, str]:
         missing=tally.kinds["missing"],
         bad=dict(sorted(tally.bad.items())),
     )
-    if not counts.pairs:
+    if first_decided is None:
         found = f"{counts.rows} rows, {counts.ties} ties, {counts.missing} without a label"
         found += "".join(f", {count} {cause} ({details[cause]})" for cause, count in counts.bad.items())
         message = f"uri {source.uri!r} has no decided pair: {found}"
         raise BadRequest(message, param="uri", code="no_decided_pair")
-    return counts, summary.digest()
-
-
-def decided_example(source: Source) -> DecidedExample | None:
-    """The first decided row, for people to check its direction; None where no row is decided."""
-    for unit in source.units():
-        for number, row in enumerate(source.rows(unit)):
-            if row.kind == "decided":
-                return _example(
-                    source, next(source.rows(unit, with_images=True, start=number, stop=number + 1))
-                )
-    return None
+    unit, number = first_decided
+    shown = next(source.rows(unit, with_images=True, start=number, stop=number + 1))
+    return Inspection(counts, summary.digest(), _example(source, shown))
 
 
 def _example(source: Source, row: Row) -> DecidedExample:
@@ -103,13 +106,12 @@ def _image_name(source: Source, row: Row, slot: int) -> str:
     return column if uid == f"{row.key}:{slot}" else f"{column}, uid {uid}"[:MAX_DETAIL_CHARS]
 
 
-class Tally:
-    """Counts of rows by kind and cause, and of their pairs."""
+class RowTally:
+    """Counts rows by kind and cause."""
 
     def __init__(self) -> None:
         self.kinds: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
-        self.pairs = 0
         self._equal_pairs = 0
 
     def add(self, row: Row) -> None:
@@ -117,7 +119,6 @@ class Tally:
         self.kinds[row.kind] += 1
         if row.kind == "bad":
             self.bad[row.cause] += 1
-        self.pairs += len(row.preferences)
         self._equal_pairs += row.ties
 
     @property
@@ -131,7 +132,7 @@ class Summary:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self.tally = Tally()
+        self.tally = RowTally()
         self._rows_digest = hashlib.sha256()
 
     def observe(self, rows: Iterable[Row]) -> Iterator[Row]:

@@ -94,10 +94,11 @@ class ImageServer:
         }
 
     @api.post("/v1/scores")
-    async def score(self, body: ScoreRequest) -> dict[str, Any]:
-        scores = await in_thread(self._engine.score, body)
-        rows = zip(*scores.values(), strict=True)
-        return {"object": "list", "data": [dict(zip(scores, row, strict=True)) for row in rows]}
+    async def score(self, body: ScoreRequest, project: Project = DEFAULT_PROJECT) -> dict[str, Any]:
+        found = await in_thread(self._engine.score, body, project)
+        rows = zip(*found.scores.values(), strict=True)
+        data = [dict(zip(found.scores, row, strict=True)) for row in rows]
+        return {"object": "list", "data": data, "scorers": found.scorers}
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, str]:

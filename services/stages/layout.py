@@ -15,7 +15,7 @@ projects/{project}/ in it for any other.
         stopping.json               a worker has received that request
         worker-failed.json          an error that ends the run
         worker-error-{rank}.json    how often a worker failed with the same unexpected error
-        report.json, grid.png       the report and image grid of evaluate
+        report.json, report.html, grid.png    the report of evaluate, as data, page and image grid
     {root}/jobs/{job}/train/run/                             the run that all attempts of train share
         checkpoints/step-{step}/    committed by checkpoint.json (services/artifacts/checkpoints.py)
         validation/step-{step}.json validation's metrics of that checkpoint; the .png has its images
@@ -23,6 +23,7 @@ projects/{project}/ in it for any other.
         pairs/*.parquet             t, margin and gradient weight of every pair of every step
         fence.json                  the attempt and the group of workers that may write
         reference.json              the ledger that the run started with
+    {root}/studies/{study}/report.json, report.html          the report of a study
     {root}/datasets/{key}/                                   one encoded dataset
         manifest.json               commits the dataset: names the latent shards, written last
         quarantine.jsonl            rows that cannot be used
@@ -32,7 +33,12 @@ projects/{project}/ in it for any other.
         pairs/*.parquet             what the dataset's URI names
         record.json                 commits them: the stage's result
         scored/*.parquet            images with their scores, until they are paired
+    {root}/images/{model}/                                   images of a model, by its digest
+        {key}.parquet               a chunk of images, by everything that determines them
+        {key}-{scorer}.parquet      the scores of that chunk
+    {root}/images/external/                                  the same of images that were drawn elsewhere
     {root}/models/{model}.json, {root}/aliases/{name}.json   models for Serve, written by the control plane
+    {root}/scorers/{name}.json                               scorers for Serve, written by the control plane
     {root}/models/{model}/                                   weights of an aligned model: a diffusers folder
         credit.json                 where its training put the credit
 
@@ -147,9 +153,27 @@ def report_uri(output: str) -> str:
     return files.join(output, "report.json")
 
 
+def page_uri(output: str) -> str:
+    """The report of an evaluation as a page."""
+    return files.join(output, "report.html")
+
+
 def grid_uri(output: str) -> str:
     """The image grid of an evaluation."""
     return files.join(output, "grid.png")
+
+
+# ---- a study
+
+
+def study_report_uri(root: str, study: str) -> str:
+    """The report of a study for programs."""
+    return files.join(root, "studies", study, "report.json")
+
+
+def study_page_uri(root: str, study: str) -> str:
+    """The report of a study for people."""
+    return files.join(root, "studies", study, "report.html")
 
 
 # ---- a training run
@@ -342,6 +366,34 @@ def scored_number(name: str) -> int | None:
     return block_number(name) if name.endswith(".parquet") else None
 
 
+# ---- images of evaluations
+
+
+def images_folder(root: str) -> str:
+    """The folder of all images that evaluations have drawn."""
+    return files.join(root, "images")
+
+
+def images_of(images: str, model: str) -> str:
+    """The images of one model, by its digest."""
+    return files.join(images, model)
+
+
+def external_images(images: str) -> str:
+    """Copies of images that were drawn elsewhere, by their content."""
+    return files.join(images, "external")
+
+
+def images_uri(folder: str, key: str) -> str:
+    """A chunk of images."""
+    return files.join(folder, f"{key}.parquet")
+
+
+def scores_uri(folder: str, key: str, scorer: str) -> str:
+    """The scores of a chunk of images by the scorer whose key is ``scorer``."""
+    return files.join(folder, f"{key}-{scorer}.parquet")
+
+
 # ---- models
 
 
@@ -363,3 +415,11 @@ def alias_uri(root: str, name: str) -> str:
 def credit_uri(model_folder: str) -> str:
     """The credit record of an aligned model."""
     return files.join(model_folder, CREDIT)
+
+
+# ---- scorers
+
+
+def scorer_record_uri(root: str, name: str) -> str:
+    """The record of a registered scorer that Serve can load."""
+    return files.join(root, "scorers", f"{name}.json")

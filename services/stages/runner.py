@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from dde_core.errors import ConfigError, DdeError
 from services.api.requests import Strict
-from services.errors import ServiceError, Stopped, Unavailable
+from services.errors import Overtaken, ServiceError, Stopped, Unavailable
 from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.specs import Level, StageFailure, StageSpec, StageStopped
@@ -27,6 +27,8 @@ _ERROR_IN_TRACEBACK = re.compile(
     r"^(?:  File |.*\(pid=)[^\n]*\n(?: [^\n]*\n)*(?P<name>[\w.]+)(?:: ?(?P<message>[^\n]*))?$", re.MULTILINE
 )
 """What follows the frames of a traceback: an error's class and the first line of its message."""
+_NOTE = re.compile(r"^(param|code): (\S+)$", re.MULTILINE)
+"""A note of our errors, which follows their message."""
 _ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 
@@ -49,6 +51,8 @@ def run_stage(
         sources.hold_to(spec.sources)
         for model in spec.base_models():
             sources.check_folder(model.uri)
+        for uri in spec.scorer_files():
+            sources.check_files(uri)
         result = work(spec, journal)
     except BaseException as error:
         cause = root_cause(error)
@@ -109,14 +113,30 @@ def _class_and_message(error: BaseException) -> tuple[str, str]:
     Of some errors Ray keeps the traceback's text alone: those of an actor's constructor and of Ray Data's
     functions.
     """
-    text = _COLOR.sub("", str(error)).strip()
+    text = _text(error)
     if not _is_of_ray(error):
         return type(error).__name__, text.partition("\n")[0]
-    for match in reversed(list(_ERROR_IN_TRACEBACK.finditer(text))):
-        if not match["name"].startswith("ray."):
-            return match["name"], match["message"] or ""
+    match = _error_in(text)
+    if match:
+        return match["name"], match["message"] or ""
     lines = [line for line in text.splitlines() if not line.startswith("\t")]  # without ids of processes
     return type(error).__name__, " ".join(lines)[:MAX_MESSAGE_CHARS]
+
+
+def _text(error: BaseException) -> str:
+    return _COLOR.sub("", str(error)).strip()
+
+
+def _error_in(text: str) -> re.Match[str] | None:
+    """The last error in the text of tracebacks that is not Ray's."""
+    errors = reversed(list(_ERROR_IN_TRACEBACK.finditer(text)))
+    return next((match for match in errors if not match["name"].startswith("ray.")), None)
+
+
+def _notes_in(text: str) -> dict[str, str]:
+    """``param`` and ``code`` of the error that ``_error_in`` finds, as far as its notes name them."""
+    match = _error_in(text)
+    return dict(_NOTE.findall(text[match.end() :].partition("\n\n")[0])) if match else {}
 
 
 def _without_package(name: str) -> str:
@@ -126,6 +146,12 @@ def _without_package(name: str) -> str:
 def is_transient(error: BaseException) -> bool:
     """Whether the error is due to a full or unreachable disk."""
     return isinstance(error, OSError) and error.errno in TRANSIENT
+
+
+def recurs(error: BaseException) -> bool:
+    """Whether another try would end in the same error: it is ours, and no outage or overtaking attempt is."""
+    cause = root_cause(error)
+    return isinstance(cause, (DdeError, ServiceError)) and not isinstance(cause, (Unavailable, Overtaken))
 
 
 def failure_of(error: BaseException) -> StageFailure:
@@ -147,7 +173,9 @@ def failure_of(error: BaseException) -> StageFailure:
     if is_transient(cause) or (number and int(number[1]) in TRANSIENT):
         return StageFailure(message=f"{name}: {message}", code=Unavailable.default_code)
     if name in _CODES:
-        return StageFailure(message=message, code=_CODES[name])
+        notes = _notes_in(_text(cause))
+        code = notes.get("code", _CODES[name])
+        return StageFailure(message=message, code=code, param=notes.get("param"))
     name = _without_package(name)
     return StageFailure(message=f"{name}: {message}", code=_in_snake_case(name))
 

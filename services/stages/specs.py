@@ -20,6 +20,7 @@ from services.api.requests import (
     DatasetSource,
     EvaluationConfig,
     GeneratePairs,
+    ImageFolder,
     Relabel,
     Strict,
     Uri,
@@ -44,8 +45,14 @@ class StageSpec(Strict):
         """The registered models among the spec's fields; aligned ones are the system's own files."""
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if isinstance(value, ModelRecord):
-                yield from (each for each in (value, value.adapter_of) if each and each.job is None)
+            for record in value if isinstance(value, list) else [value]:
+                if isinstance(record, ModelRecord):
+                    yield from (each for each in (record, record.adapter_of) if each and each.job is None)
+
+    def scorer_files(self) -> Iterator[str]:
+        """The checkpoints and processors of the registered scorers among the spec's fields."""
+        for scorer in getattr(self, "scorers", ()):
+            yield from filter(None, (scorer.uri, scorer.processor))
 
 
 class EncodeSpec(StageSpec):
@@ -78,7 +85,8 @@ class TrainSpec(StageSpec):
     """Fine-tune ``model`` on the shards at ``dataset``: checkpoints go to ``run``, the weights to ``output``.
 
     ``ledger`` is the record of the reference errors, if the job has written or found one. Validation
-    generates images with the settings and scorers of ``evaluation``.
+    generates images with the settings of ``evaluation`` and scores them with ``scorers``, the records of its
+    scorers.
     """
 
     dataset: Uri
@@ -89,6 +97,7 @@ class TrainSpec(StageSpec):
     training: TrainConfig
     workers: Workers
     evaluation: EvaluationConfig | None = None
+    scorers: list[ScorerRecord] = []
     validation: ValidationConfig | None = None
     ledger: Uri | None = None
     run: Uri
@@ -97,11 +106,17 @@ class TrainSpec(StageSpec):
 
 
 class EvaluateSpec(StageSpec):
-    """Compare ``candidate`` with ``base``; write the report and the image grid to ``output``."""
+    """Compare each of ``models`` with the one whose name is ``base``, by every one of ``scorers``.
 
-    candidate: ModelRecord
-    base: ModelRecord
+    Images and scores are kept below ``images`` for later evaluations. The report and the image grid go to
+    ``output``.
+    """
+
+    models: list[ModelRecord | ImageFolder]
+    base: str
+    scorers: list[ScorerRecord]
     evaluation: EvaluationConfig
+    images: Uri
     output: Uri
     actors: int = 1
     use_gpu: bool = False

@@ -135,14 +135,17 @@ def copy_folder(source_uri: str, target_uri: str) -> None:
         raise FileNotFoundError(errno.ENOENT, "no files to copy", source_uri)
     for name in names:
         parts = name.split("/")
-        source = join(source_uri, *parts)
-        target = join(target_uri, *parts)
-        if not _is_object(source):
-            upload(_local(source), target)
-        elif _is_object(target):
-            s3.copy(source, target)
-        else:
-            _put(_local(target), partial(s3.download, source))
+        copy_file(join(source_uri, *parts), join(target_uri, *parts))
+
+
+def copy_file(source: str, target: str) -> None:
+    """Create or replace a file atomically with the contents of another."""
+    if not _is_object(source):
+        upload(_local(source), target)
+    elif _is_object(target):
+        s3.copy(source, target)
+    else:
+        _put(_local(target), partial(s3.download, source))
 
 
 def persist(folder: Path, uri: str) -> None:

@@ -226,13 +226,18 @@ def in_time(items: Iterable[Entry]) -> Iterator[Entry]:
         yield item
 
 
+def check_files(uri: str) -> None:
+    """Check that a file, or every file of a folder, may be opened, as ``check_folder`` does."""
+    if _type_of(uri) != fs.FileType.File:
+        check_folder(uri)
+
+
 def check_folder(uri: str) -> None:
     """Check that every file of a model may be opened and no JSON file is too large.
 
     Raises NotFound, Forbidden and BadRequest.
     """
-    filesystem, path = resolve(uri)
-    kind = filesystem.get_file_info(path).type
+    kind = _type_of(uri)
     if kind == fs.FileType.NotFound:
         raise NotFound(f"uri {uri!r} does not exist", param="uri")
     if kind != fs.FileType.Directory:
@@ -243,6 +248,11 @@ def check_folder(uri: str) -> None:
         if name.endswith(".json") and (filesystem.get_file_info(path).size or 0) > MAX_JSON_BYTES:
             message = f"uri {file!r} is longer than {MAX_JSON_BYTES} bytes"
             raise BadRequest(message, param="uri", code="source_too_large")
+
+
+def _type_of(uri: str) -> fs.FileType:
+    filesystem, path = resolve(uri)
+    return filesystem.get_file_info(path).type
 
 
 def _walk(root: str) -> Iterator[str]:

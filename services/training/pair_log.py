@@ -22,8 +22,8 @@ from torch import Tensor
 from dde_core.config import ObjectiveConfig
 from dde_core.credit import replay
 from dde_core.errors import DataError
-from dde_core.metrics import bucket_of, bucket_span
 from dde_core.schedule import Schedule
+from dde_core.step_metrics import bucket_of, bucket_span
 from services.api.records import CreditBucket, CreditRecord
 from services.stages import layout
 from services.storage import files

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from services.api.records import Validated
-from services.api.requests import Metric
 from services.artifacts import checkpoints
 from services.stages import layout
 from services.stages.specs import TrainSpec
@@ -32,7 +31,7 @@ def outcomes(run: str) -> dict[int, Validated]:
     }
 
 
-def best_step(validated: dict[int, Validated], metric: Metric) -> int | None:
+def best_step(validated: dict[int, Validated], metric: str) -> int | None:
     """The step with the largest metric, the first of several; None if the metric was never measured.
     Ignores the base, step 0."""
     values = {

@@ -21,10 +21,12 @@ from services.storage import sources
 from tests.bench.api_speed import api_list, api_submit
 from tests.bench.checkpoint_stall import checkpoint_stall
 from tests.bench.disk import bytes_on_disk
+from tests.bench.evaluate_speed import evaluate_speed
 from tests.bench.ingest_memory import ingest_memory
 from tests.bench.ingest_speed import ingest_speed
 from tests.bench.ledger_speed import ledger_speed
 from tests.bench.measure import Result
+from tests.bench.scorer_speed import scorer_speed
 from tests.bench.train_memory import train_memory
 from tests.bench.train_speed import train_speed
 from tests.bench.two_workers import two_workers
@@ -36,11 +38,14 @@ BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
     "ledger_vs_online": ledger_speed,
     "ingest_vs_bare_vae": ingest_speed,
     "ingest_memory_10x_vs_1x": lambda scratch: ingest_memory(),
+    "evaluate_two_actors_vs_one": evaluate_speed,
+    "evaluate_overhead": evaluate_speed,
     "train_vs_public_recipe": train_speed,
     "train_vs_floor": train_speed,
     "train_memory_vs_floor": train_memory,
     "two_workers_vs_one": two_workers,
     "checkpoint_stall": checkpoint_stall,
+    "scorer_vs_bare": scorer_speed,
     "api_submit_p99_ms": api_submit,
     "api_list_100k_p99_ms": api_list,
 }

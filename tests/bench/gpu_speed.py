@@ -19,8 +19,8 @@ from dde_core.batches import BatchMaker, slices
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.latents.ledger import Ledger
 from dde_core.latents.reader import LatentReader
-from dde_core.metrics import step_metrics
 from dde_core.models.policy import Policy, make_optimizer, use_deterministic_kernels
+from dde_core.step_metrics import step_metrics
 from dde_core.train_step import PairErrors, check_finite, pair_errors, step_losses
 from tests.bench.floor import Floor
 from tests.bench.public_recipe import PublicRecipe

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from dde_core.config import ObjectiveConfig, TrainConfig
-from dde_core.metrics import BUCKETS, bucket_of, bucket_span
 from dde_core.planning.estimate import FACTS, estimate, published_mfu
+from dde_core.step_metrics import BUCKETS, bucket_of, bucket_span
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
 from tests.bench.gpu_speed import Sides
 from tests.bench.measure import ceiling, in_turn, machine, ratio, result

@@ -10,8 +10,8 @@ import torch
 import dde_core.shapes
 from dde_core.alarms import MAX_WINNER_RISE, SATURATED, WINDOW, Alarms
 from dde_core.config import ObjectiveConfig
-from dde_core.metrics import step_metrics
 from dde_core.models.folder import ModelFolder
+from dde_core.step_metrics import step_metrics
 from dde_core.train_step import PairErrors, StepTerms
 from tests.support.encode_here import EncodeHere
 from tests.support.encoded_pairs import train_here

@@ -112,8 +112,8 @@ def test_a_pairs_row_does_not_depend_on_the_number_of_workers(model, encoded):
     for rank in range(3):
         for pair, row in rows_of(maker.make(maker.rows(1, rank, 3))).items():
             text = [
-                told.pop("encoder_hidden_states")
-                for told in (row["conditioning_w"], whole[pair]["conditioning_w"])
+                conditioning.pop("encoder_hidden_states")
+                for conditioning in (row["conditioning_w"], whole[pair]["conditioning_w"])
             ]
             torch.testing.assert_close(*text, rtol=1e-5, atol=1e-5)  # encoded beside other captions
             for name in ("t", "latents_w", "latents_l", "noise_w", "noise_l", "z_w", "z_l"):
@@ -151,7 +151,7 @@ def test_t_follows_the_methods_density(model, encoded, method, t_sampling):
     assert ((counts - wanted) ** 2 / wanted).sum() < 27.9  # chi-square, 9 degrees of freedom, p = .001
 
 
-# ---- what a side is told
+# ---- the conditioning of a side
 
 
 def test_winner_and_loser_get_the_same_text_and_their_own_sizes(model, encoded):
@@ -168,12 +168,12 @@ def test_winner_and_loser_get_the_same_text_and_their_own_sizes(model, encoded):
     if model.family == "sd15":
         return
     for side in "wl":
-        for told, pair in zip(
+        for time_ids, pair in zip(
             getattr(batch, f"conditioning_{side}")["time_ids"].tolist(), batch.pair_ids, strict=True
         ):
             (height, width), (top, left) = by_pair[pair][f"size_{side}"], by_pair[pair][f"crop_{side}"]
             scale = SIZE_PX / min(height, width)
-            assert told == [height, width, round(top * scale), round(left * scale), SIZE_PX, SIZE_PX]
+            assert time_ids == [height, width, round(top * scale), round(left * scale), SIZE_PX, SIZE_PX]
     assert (batch.conditioning_w["time_ids"] != batch.conditioning_l["time_ids"]).any(dim=1).all()
 
 
@@ -183,15 +183,20 @@ def test_a_dropped_caption_is_dropped_for_both_sides_and_for_no_other_pair(model
     dropped = torch.tensor([draw_caption_dropout(SEED, pair, 0, 0.5) for pair in batch.pair_ids])
     assert 0 < dropped.sum() < PAIRS
     empty = TextEncoders(model)(tokenize(model.tokenizers(), [""]))
-    for told in (batch.conditioning_w, batch.conditioning_l):
+    for conditioning in (batch.conditioning_w, batch.conditioning_l):
         for name, nothing in empty.items():
             assert (nothing == 0).all() == (model.family == "sdxl"), "no caption is zeros in SDXL"
             torch.testing.assert_close(
-                told[name][dropped], nothing.expand_as(told[name][dropped]), rtol=1e-5, atol=1e-5
+                conditioning[name][dropped],
+                nothing.expand_as(conditioning[name][dropped]),
+                rtol=1e-5,
+                atol=1e-5,
             )
             torch.testing.assert_close(
-                told[name][~dropped], kept.conditioning_w[name][~dropped], rtol=1e-5, atol=1e-5
+                conditioning[name][~dropped], kept.conditioning_w[name][~dropped], rtol=1e-5, atol=1e-5
             )
-            assert (told[name][~dropped] - nothing).abs().amax(dim=tuple(range(1, nothing.ndim))).min() > 1e-3
+            assert (conditioning[name][~dropped] - nothing).abs().amax(
+                dim=tuple(range(1, nothing.ndim))
+            ).min() > 1e-3
     if model.family == "sdxl":
         assert torch.equal(batch.conditioning_w["time_ids"], kept.conditioning_w["time_ids"]), "sizes stay"

@@ -8,9 +8,9 @@ from dde_core.config import ObjectiveConfig
 from dde_core.credit import STABLE_DIFFUSION, curves, remaining_fraction, replay
 from dde_core.errors import ConfigError, DataError
 from dde_core.methods import METHODS
-from dde_core.metrics import bucket_of, bucket_span, step_metrics
 from dde_core.objectives import gradient_weight, preference_logit
 from dde_core.schedule import Schedule
+from dde_core.step_metrics import bucket_of, bucket_span, step_metrics
 from dde_core.train_step import PairErrors, step_losses
 
 CORRECTED = [name for name, method in METHODS.items() if method.corrected]

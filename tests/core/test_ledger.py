@@ -24,9 +24,9 @@ from dde_core.latents.ledger import (
 )
 from dde_core.latents.rows import LatentRows
 from dde_core.latents.schema import Manifest, Shard
-from dde_core.metrics import logit_deviation
 from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR
+from dde_core.step_metrics import logit_deviation
 from dde_core.train_step import PairErrors
 
 ROWS, DRAWS = (7, 4, 5), 3

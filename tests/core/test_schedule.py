@@ -105,6 +105,39 @@ def test_zero_terminal_snr_is_diffusers_and_leaves_nothing_of_an_image_at_T(sd_c
     assert (ours.snr.diff() < 0).all()
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("change", "field", "value", "first"),
+    [
+        ({"beta_schedule": "linear", "beta_end": 0.5}, "beta_end", 0.5, 561),
+        ({"beta_end": 0.99}, "beta_end", 0.99, 598),
+        ({"num_train_timesteps": 4, "trained_betas": [0.5, *[1 - 1e-15] * 3]}, "trained_betas", 1 - 1e-15, 4),
+    ],
+)
+def test_a_schedule_that_loses_the_image_before_its_end_is_refused(
+    sd_config, prediction_type, change, field, value, first
+):
+    config = sd_config | {"prediction_type": prediction_type} | change
+    timesteps = config["num_train_timesteps"]
+    with pytest.raises(
+        ConfigError, match=f"leaves nothing of an image at t = {first} of {timesteps}"
+    ) as raised:
+        Schedule.from_config(config)
+    assert (raised.value.field, raised.value.value) == (field, value)
+
+
+def test_a_last_beta_of_1_is_zero_terminal_snr(sd_config):
+    """As diffusers saves betas that it has rescaled."""
+    rescaled = Schedule.from_config(sd_config | ZERO)
+    alpha = rescaled.alpha_bar[1:] / rescaled.alpha_bar[:-1]
+    change = {"rescale_betas_zero_snr": False, "trained_betas": (1 - alpha).tolist()}
+    saved = Schedule.from_config(sd_config | ZERO | change)
+    assert saved.has_zero_terminal_snr
+    torch.testing.assert_close(saved.alpha_bar, rescaled.alpha_bar, rtol=1e-9, atol=0)
+    with pytest.raises(ConfigError, match=r"betas must be between 0 and 1, got 1\.0"):
+        Schedule.from_config(sd_config | change)  # with epsilon prediction
+
+
 def test_zero_terminal_snr_turns_v_into_noise_and_sample_at_T(sd_config):
     schedule = Schedule.from_config(sd_config | ZERO)
     x0, eps = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)

@@ -69,7 +69,7 @@ def process(
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
 
 
-def said(running: subprocess.Popen[str]) -> str:
+def output_of(running: subprocess.Popen[str]) -> str:
     """What a process printed, which must have ended well."""
     output, _ = running.communicate(timeout=120)
     assert running.returncode == 0
@@ -146,7 +146,7 @@ reader.close()
 print(sum(name != "{MANIFEST}" for name in watched.read), len(set(sum(rows, ()))))
 """
     running = [process(code, folder, cache, delay_s=0.05) for _ in range(2)]
-    reads, pairs = zip(*(map(int, said(one).split()) for one in running), strict=True)
+    reads, pairs = zip(*(map(int, output_of(one).split()) for one in running), strict=True)
     assert sum(reads) == len(SIZES)
     assert set(pairs) == {sum(SIZES)}
 
@@ -230,7 +230,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 print(sorted(path.name for path in Path(sys.argv[2]).iterdir() if path.suffix != ".lock"))
 print(len(reader.shard(0)))
 """
-    message, files, rows = said(process(code, folder, cache)).splitlines()
+    message, files, rows = output_of(process(code, folder, cache)).splitlines()
     assert "the cache cannot store a latent shard" in message
     assert str(cache) in message
     assert (files, rows) == ("[]", "20")
@@ -291,7 +291,7 @@ def test_the_next_steps_shards_are_read_between_batches(folder: Path, cache: Pat
 
 
 def test_a_reader_that_nobody_closes_does_not_keep_its_process_alive(folder: Path, cache: Path):
-    said(process("reader.batch(0, 0, 1)", folder, cache, delay_s=0.5, window_pairs=100_000))
+    output_of(process("reader.batch(0, 0, 1)", folder, cache, delay_s=0.5, window_pairs=100_000))
     assert (
         1 <= len(kept(cache)) <= 4
     )  # that of the pair, of the next pair, and what was on its way: not all twelve
@@ -318,6 +318,6 @@ for step in range(50):
     for times in (1, 10):  # 25 MB and 252 MB of latents, batches of 4 MB
         folder = write_shards(tmp_path / f"x{times}", (64,) * 6 * times, (4, 64, 64))
         running = process(code, folder, tmp_path / f"cache{times}", window_pairs=256)
-        used.append(np.array([line.split() for line in said(running).splitlines()], float))
+        used.append(np.array([line.split() for line in output_of(running).splitlines()], float))
     assert (used[1][1] - used[1][0] < 24).all()  # of the larger dataset, 168 MB more were read
     assert (used[1][1] - used[0][1] < 48).all()

@@ -13,9 +13,9 @@ from dde_core.config import ObjectiveConfig
 from dde_core.credit import curves
 from dde_core.errors import ConfigError
 from dde_core.methods import METHODS
-from dde_core.metrics import logit_deviation
 from dde_core.objectives import weights
 from dde_core.schedule import Schedule
+from dde_core.step_metrics import logit_deviation
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
 
 T = 1000

@@ -168,8 +168,10 @@ def test_serve_generates_from_the_aligned_model_by_name_without_being_redeployed
 def test_the_report_holds_every_prompt_and_its_grid_is_an_image(finished: JobView):
     report = files.read_json(finished.result.evaluate.report)
     assert len(report["prompts"]) == 20
-    taste = [prompt["candidate_taste"] for prompt in report["prompts"]]
-    assert finished.result.evaluate.scores["taste"].candidate == pytest.approx(np.mean(taste))
+    taste = report["scores"]["taste"][report["models"].index("aligned")]
+    assert finished.result.evaluate.scores["taste"]["aligned"].candidate == pytest.approx(np.mean(taste))
+    page = files.read_bytes(finished.result.evaluate.page).decode()
+    assert finished.result.evaluate.summary[0] in page
     grid = Image.open(io.BytesIO(files.read_bytes(finished.result.evaluate.grid)))
     assert grid.format == "PNG"
     assert min(grid.size) > 100
@@ -199,7 +201,7 @@ def test_an_encoded_dataset_is_reused_by_the_next_job(
 
 def test_a_model_can_be_evaluated_again_with_the_same_scores(client: Client, finished: JobView):
     request = EvaluationCreate(
-        model="aligned",
+        models=["aligned", "shapes"],
         base="shapes",
         prompts_uri=PROMPTS_FILE.as_uri(),
         num_prompts=20,
@@ -210,6 +212,7 @@ def test_a_model_can_be_evaluated_again_with_the_same_scores(client: Client, fin
     assert done.result.scores == finished.result.evaluate.scores, (
         "the same models, prompts and seeds give the same scores"
     )
+    assert done.result.images_drawn == 0, "the job's images are used again"
 
 
 def test_images_are_generated_without_scores_for_prompts_that_no_scorer_knows(
@@ -218,7 +221,7 @@ def test_images_are_generated_without_scores_for_prompts_that_no_scorer_knows(
     prompts = tmp_path / "own.txt"
     prompts.write_text("a photo of an astronaut\nan oil painting of a lighthouse\n")
     request = EvaluationCreate(
-        model="aligned", base="shapes", prompts_uri=prompts.as_uri(), num_prompts=2, scorers=[]
+        models=["shapes", "aligned"], prompts_uri=prompts.as_uri(), num_prompts=2, scorers=[]
     )
     done = client.wait_evaluation(client.create_evaluation(request).id, timeout_s=240)
     assert done.status == "succeeded", done.reason
@@ -398,7 +401,7 @@ def test_a_bad_dataset_is_refused_with_its_uri(client: Client, tmp_path: Path, n
 
 def test_the_systems_own_key_and_database_are_no_prompts(system: LocalSystem):
     for name in ("key", "dde.db", "logs/control.log"):
-        body = {"model": "m", "base": "m", "prompts_uri": str(system.state / name), "num_prompts": 2}
+        body = {"models": ["m", "n"], "prompts_uri": str(system.state / name), "num_prompts": 2}
         answer = post(system, "/v1/evaluations", body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "source_not_allowed")
         assert system.key not in answer.text

@@ -86,7 +86,7 @@ class MakeHere:
         return RelabelSpec(
             **self._frame(output),
             source=source,
-            source_digest=inspect(open_source(source))[1],
+            source_digest=inspect(open_source(source)).digest,
             relabel=wanted,
             scorers=[BUILT_IN[wanted.scorer]],
         )

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from services.api.requests import ImageRequest, ScoreRequest
-from services.control import inference, models
+from services.control import inference, models, scorers
 from services.control.dependencies import BODY_BYTES, GENERATE, Db, parse, read_body, takes
 
 router = APIRouter(tags=["inference"])
@@ -26,8 +26,9 @@ async def generate(request: Request, db: Db) -> Response:
 
 @router.post(SCORES, openapi_extra=takes(ScoreRequest), dependencies=[GENERATE])
 async def score(request: Request, db: Db) -> Response:
-    """Score images against their prompts."""
+    """Score images against their prompts with scorers of the project."""
     parsed, raw = parse(ScoreRequest, await read_body(request, inference.SCORE_BYTES))
     parsed.check_lengths()
+    await run_in_threadpool(scorers.check_names, db, parsed.scorers, "scorers")
     state = request.app.state
     return await inference.forward(state.serve, SCORES, raw, request.state.request_id, db.project)

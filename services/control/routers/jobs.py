@@ -16,6 +16,7 @@ from services.control.dependencies import (
     READ,
     SUBMIT,
     After,
+    CallerOf,
     Config,
     Db,
     Key,
@@ -99,6 +100,7 @@ def resume_job(job_id: str, db: Db) -> JobView:
 def list_events(
     job_id: str,
     db: Db,
+    caller: CallerOf,
     settings: Config,
     after: After = None,
     limit: LongLimit = 100,
@@ -113,7 +115,7 @@ def list_events(
     after = last_event_id or after
     if journal.is_read_to_the_end(db, job_id, after):
         return Response(status_code=204)  # tells browsers not to reconnect
-    stream = journal.stream_events(db, job_id, after, settings.poll_interval_s)
+    stream = journal.stream_events(db, caller, job_id, after, settings.poll_interval_s)
     return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 

@@ -25,7 +25,7 @@ from services.artifacts import checkpoints
 from services.errors import ServiceError, Stopped, Unavailable
 from services.stages import layout
 from services.stages.journal import Journal
-from services.stages.runner import describe
+from services.stages.runner import describe, recurs
 from services.stages.specs import StageFailure, StopRequest, TrainSpec
 from services.storage import files
 from services.training import selection
@@ -285,11 +285,13 @@ class Validator:
             self._journal.event(f"{message}: it waits for room, or for the end of training", "warning")
 
     def _report(self, step: int, task: ray.ObjectRef) -> None:
-        """Log the outcome. After VALIDATION_TRIES failures a checkpoint is given up; the run continues."""
+        """Log the outcome. After an error of its own, such as NaN weights, or VALIDATION_TRIES failures of
+        other kinds, such as lost nodes, a checkpoint is given up; the run continues.
+        """
         try:
             outcome = ray.get(task)
         except ray.exceptions.RayError as error:
-            if self._tries[step] >= VALIDATION_TRIES:
+            if recurs(error) or self._tries[step] >= VALIDATION_TRIES:
                 self._give_up(step, describe(error))
             return
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in outcome.metrics.items())

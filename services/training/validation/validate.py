@@ -15,11 +15,12 @@ from dde_core.image_grid import draw_grid
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy, use_deterministic_kernels
-from dde_core.shapes.scorers import score
+from dde_core.scorers.kinds import KINDS
 from services.api.records import Validated
-from services.artifacts import checkpoints, models
+from services.artifacts import checkpoints, models, scorers
 from services.artifacts.prompts import read_prompts
 from services.stages import layout
+from services.stages.journal import Journal
 from services.stages.specs import TrainSpec
 from services.storage import files, sources
 from services.training.validation.held_out import held_out_metrics
@@ -45,7 +46,10 @@ def validate(spec: TrainSpec, step: int) -> Validated:
         metrics |= _held_out(spec, policy, folder, device)
     if spec.validation and spec.validation.num_prompts:
         image_uri = layout.outcome_image_uri(spec.run, step)
-        metrics |= _score_images(spec, TextToImage(folder, device, policy.unet), image_uri)
+        prompts = _prompts(spec)
+        images = _images(spec, TextToImage(folder, device, policy.unet), prompts)
+        files.write_bytes(image_uri, draw_grid(prompts, [("", list(images))]))
+        metrics |= _scores(spec, images, prompts, device, step)
     seconds = time.monotonic() - began
     outcome = Validated(step=step, metrics=metrics, picture=image_uri, seconds=seconds)
     files.write_json(layout.outcome_uri(spec.run, step), outcome.model_dump())
@@ -59,11 +63,8 @@ def _held_out(spec: TrainSpec, policy: Policy, folder: ModelFolder, device: torc
         return held_out_metrics(policy, batches, reader, schedule, spec.training.micro_batch_size)
 
 
-def _score_images(spec: TrainSpec, model: TextToImage, grid_uri: str) -> dict[str, float]:
-    """Generate an image for each validation prompt, write them as a grid, and return their mean scores.
-
-    Without prompts of its own, validation uses those that follow the evaluation's.
-    """
+def _prompts(spec: TrainSpec) -> list[str]:
+    """Without prompts of its own, validation uses those that follow the evaluation's."""
     validation = spec.validation
     evaluation = spec.evaluation
     assert validation
@@ -71,9 +72,36 @@ def _score_images(spec: TrainSpec, model: TextToImage, grid_uri: str) -> dict[st
     uri = validation.prompts_uri or evaluation.prompts_uri
     skip = 0 if validation.prompts_uri else evaluation.num_prompts
     sources.hold_to(spec.sources)
-    prompts = read_prompts(uri, validation.num_prompts, skip, "validation.num_prompts")
-    seeds = [validation.seed + i for i in range(len(prompts))]
-    images = model(prompts, seeds, evaluation.sample)
-    files.write_bytes(grid_uri, draw_grid(prompts, [("", list(images))]))
-    scores = score(images, prompts) if evaluation.scorers else {}
-    return {name: float(np.mean(scores[name])) for name in evaluation.scorers}
+    read = read_prompts(uri, validation.num_prompts, skip, "validation.num_prompts")
+    return [prompt.text for prompt in read]
+
+
+def _images(spec: TrainSpec, model: TextToImage, prompts: list[str]) -> np.ndarray:
+    """An image of each prompt, uint8 [n, h, w, 3]."""
+    assert spec.validation
+    assert spec.evaluation
+    seeds = [spec.validation.seed + i for i in range(len(prompts))]
+    return model(prompts, seeds, spec.evaluation.sample)
+
+
+def _scores(
+    spec: TrainSpec, images: np.ndarray, prompts: list[str], device: torch.device, step: int
+) -> dict[str, float]:
+    """The mean score of each scorer that gives an image a number of its own.
+
+    Others are left out: there is one image a prompt, and of one model.
+    """
+    means = {}
+    for record in spec.scorers:
+        if KINDS[record.kind].level != "image":
+            continue
+        scorer = scorers.load(record, device.type)  # one at a time: a scorer may have gigabytes
+        means[record.name] = float(np.mean(scorer(images, prompts)))
+        cut = len(scorer.truncated(prompts))
+        if cut and step == 0:  # once a run
+            limit = scorer.description["token_limit"]
+            message = f"{cut} of {len(prompts)} validation prompts have more than the {limit} tokens"
+            journal = Journal(spec.prefix)
+            journal.event(f"{message} that {record.name} reads: their ends do not count", "warning")
+            journal.flush()
+    return means

@@ -10,12 +10,11 @@ from contextlib import suppress
 import torch
 import torch.distributed
 
-from dde_core.errors import DdeError
 from services.api.requests import most_workers
 from services.artifacts import checkpoints
-from services.errors import Overtaken, ServiceError, Unavailable
+from services.errors import Overtaken, Unavailable
 from services.stages import layout
-from services.stages.runner import failure_of, is_transient
+from services.stages.runner import failure_of, is_transient, recurs
 from services.stages.specs import TrainSpec
 from services.storage import files
 
@@ -27,7 +26,7 @@ def report(spec: TrainSpec, error: Exception, rank: int, world_size: int) -> Non
     """Write worker-failed.json if ``error`` is final: ours, too little memory, or any other that repeats."""
     if _is_transient(spec, error, world_size):
         return
-    is_final = isinstance(error, (DdeError, ServiceError, torch.OutOfMemoryError))
+    is_final = recurs(error) or isinstance(error, torch.OutOfMemoryError)
     with suppress(Exception):  # the caller must see the worker's error, not one of ours
         if is_final or _count(spec, error, rank) >= SAME_ERROR_TIMES:
             files.write_json(layout.worker_failed_uri(spec.prefix), failure_of(error).model_dump())

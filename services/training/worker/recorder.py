@@ -29,9 +29,9 @@ from torch import Tensor
 
 from dde_core.alarms import Alarms
 from dde_core.checkpoint import Progress, Snapshot
-from dde_core.metrics import format_metrics, logit_deviation, step_metrics
 from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
+from dde_core.step_metrics import format_metrics, logit_deviation, step_metrics
 from dde_core.train_step import PairErrors, StepTerms
 from services.artifacts import checkpoints
 from services.artifacts.checkpoints import CheckpointRecord, ReaderPosition

@@ -236,6 +236,7 @@ def test_a_part_of_another_class_is_refused_by_its_name(folder: Path, fields, me
         ("unet/config.json", {"cross_attention_dim": 8}, "unet.cross_attention_dim must be .* 4 in all"),
         (SCHEDULER, {"timestep_spacing": "karras"}, "timestep_spacing must be one of"),
         (SCHEDULER, {"rescale_betas_zero_snr": True}, "needs prediction_type 'v_prediction'"),
+        (SCHEDULER, {"beta_end": 0.99}, "beta_end leaves nothing of an image at t = 391 of 1000"),
     ],
 )
 def test_a_field_that_asks_for_other_arithmetic_is_refused(folder: Path, path, fields, message):

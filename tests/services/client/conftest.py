@@ -28,16 +28,22 @@ SCORES = {
     "candidate": 0.6,
     "difference": {"value": 0.1, "low": 0.05, "high": 0.15},
     "beat_ratio": INTERVAL,
+    "verdict": "better",
 }
 EVALUATED = {
     "report": "file:///r.json",
+    "page": "file:///r.html",
+    "summary": ["better: better on match."],
     "grid": "file:///g.png",
+    "base": "shapes",
     "num_prompts": 200,
-    "scores": {"match": SCORES, "taste": SCORES},
+    "images_per_prompt": 1,
+    "images_drawn": 400,
+    "scores": {"match": {"better": SCORES}, "taste": {"better": SCORES}},
     "seconds": 9.5,
 }
 
-
+COMPARED = [{"name": name, "model": f"model_{name}"} for name in ("shapes", "better")]
 RUN = {
     "reason": None,
     "stage": None,
@@ -65,9 +71,26 @@ def job(status: str = "queued", **other: Any) -> dict[str, Any]:
 
 def evaluation(status: str = "queued", **other: Any) -> dict[str, Any]:
     """An evaluation as the API answers it."""
-    settings = {"prompts_uri": "file:///p", "num_prompts": 200, "seed": 0, "scorers": ["match"], "sample": {}}
-    names = {"id": "new_1", "model": "better", "base": "shapes", "result": None}
+    counts = {"num_prompts": 200, "images_per_prompt": 1}
+    settings = {"prompts_uri": "file:///p", **counts, "seed": 0, "scorers": ["match"], "sample": {}}
+    names = {"id": "new_1", "models": COMPARED, "base": "shapes", "result": None}
     return {"object": "evaluation", "status": status, **RUN, **names, **settings, **other}
+
+
+def study(status: str = "running", **other: Any) -> dict[str, Any]:
+    """A study of two cells as the API answers it."""
+    cell = {
+        "setting": "dde",
+        "overrides": {},
+        "status": "waiting",
+        "job": None,
+        "model": None,
+        "reason": None,
+    }
+    cells = [{**cell, "label": "dde-seed0"}, {**cell, "label": "dde-seed1"}]
+    settings = {"parallel": 2, "on_failure": "continue", "evaluation": {}}
+    names = {"id": "study_1", "name": "paper", "cells": cells, "evaluations": [], "result": None}
+    return {"object": "study", "status": status, **RUN, **names, **settings, **other}
 
 
 def dataset(**other: Any) -> dict[str, Any]:
@@ -92,6 +115,14 @@ def model(**other: Any) -> dict[str, Any]:
     return {"object": "model", **plain, **openai, **origin, **other}
 
 
+def scorer(**other: Any) -> dict[str, Any]:
+    """A registered scorer as the API answers it."""
+    files_of = {"uri": "file:///c", "processor": None, "resize": "antialiased", "digest": "0123456789abcdef"}
+    kind = {"level": "image", "reads_prompt": True, "higher_is_better": True, "scale": "cosine, -1 to 1"}
+    plain = {"id": "scorer_1", "name": "pick", "kind": "pickscore", "created_at": 1}
+    return {"object": "scorer", **plain, **files_of, **kind, **other}
+
+
 def key(**other: Any) -> dict[str, Any]:
     """An API key as the API answers it."""
     plain = {"id": "key_1", "name": "ci", "project": "default", "scopes": ["read"], "hint": "ab12"}
@@ -112,8 +143,10 @@ def metric(stage: str, step: int, at: float, metrics: dict[str, float]) -> dict[
 CREATED = {
     "/v1/datasets": dataset,
     "/v1/models": model,
+    "/v1/scorers": scorer,
     "/v1/alignment/jobs": job,
-    "/v1/evaluations": evaluation,
+    "/v1/evaluations": lambda **body: evaluation(**{**body, "models": COMPARED, "base": "shapes"}),
+    "/v1/studies": lambda **body: study(id="new_1"),
     "/v1/keys": lambda **body: key(
         **{**body, "project": body.get("project", "default"), "key": "dde_secret"}
     ),
@@ -136,7 +169,7 @@ class ScriptedServer:
         self.socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         app = FastAPI()
-        app.add_api_route("/{path:path}", self._answer, methods=["GET", "POST"])
+        app.add_api_route("/{path:path}", self._answer, methods=["GET", "POST", "DELETE"])
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self.socket]}, daemon=True

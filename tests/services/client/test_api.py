@@ -12,11 +12,18 @@ import pytest
 from fastapi.responses import PlainTextResponse
 
 from dde_core.config import ObjectiveConfig, SampleConfig
-from services.api.requests import AlignmentJobCreate, EvaluationConfig, ImageRequest, KeyCreate, ScoreRequest
+from services.api.requests import (
+    AlignmentJobCreate,
+    EvaluationConfig,
+    ImageRequest,
+    KeyCreate,
+    ScorerCreate,
+    ScoreRequest,
+)
 from services.client.api import ApiError, Client
 from services.client.processes import free_ports
 from services.errors import ServiceError, Unavailable
-from tests.services.client.conftest import dataset, event, job, metric
+from tests.services.client.conftest import dataset, event, job, metric, scorer
 
 REQUEST = AlignmentJobCreate(
     model="shapes",
@@ -195,6 +202,19 @@ def test_images_are_bytes(server, client) -> None:
 def test_scores_are_rows(server, client) -> None:
     server.single["/v1/scores"] = deque([{"data": [{"match": 0.5}]}])
     assert client.scores(ScoreRequest(images=["x"], prompts=["y"], scorers=["match"])) == [{"match": 0.5}]
+
+
+def test_scorers_are_registered_once_and_found_by_name(server, client) -> None:
+    server.fail(503, "starting")
+    request = ScorerCreate(name="pick", kind="pickscore", uri="file:///c")
+    with pytest.raises(ApiError):
+        client.create_scorer(request)
+    assert len(server.requests) == 1
+    assert client.create_scorer(request).kind == "pickscore"
+    server.single["/v1/scorers/pick"] = deque([scorer()])
+    assert client.scorer("pick").scale == "cosine, -1 to 1"
+    server.items["/v1/scorers"] = [scorer(id=f"scorer_{i}") for i in range(150)]
+    assert [each.id for each in client.scorers()] == [f"scorer_{i}" for i in range(150)]
 
 
 def test_ready_tries_once_and_does_not_raise(server, client) -> None:

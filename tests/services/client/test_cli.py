@@ -14,7 +14,18 @@ from services.api.records import DatasetCounts
 from services.api.requests import AlignmentJobCreate
 from services.client.processes import free_ports
 from services.client.tables import counts_line
-from tests.services.client.conftest import EVALUATED, KEY, PNG, ScriptedServer, evaluation, job, key, model
+from tests.services.client.conftest import (
+    EVALUATED,
+    KEY,
+    PNG,
+    SCORES,
+    ScriptedServer,
+    evaluation,
+    job,
+    key,
+    model,
+    scorer,
+)
 
 ROOT = Path(__file__).parents[3]
 JOBS = "/v1/alignment/jobs"
@@ -343,17 +354,46 @@ def test_images_are_written_as_files_named_by_seed(server, dde, tmp_path) -> Non
 
 def test_an_evaluation_ends_in_a_table(server, dde) -> None:
     server.single["/v1/evaluations/new_1"] = deque([evaluation("succeeded", result=EVALUATED)])
-    result = dde("evaluate", "better", "shapes", "--prompts", "s3://b/p.txt", "--num-prompts", 200)
+    result = dde("evaluate", "shapes", "better", "--prompts", "s3://b/p.txt", "--num-prompts", 200)
     assert result.exit_code == 0, result.stderr
     assert "0.640 [0.571, 0.703]" in result.stdout
     assert "+0.100 [+0.050, +0.150]" in result.stdout
-    assert the_body(server, "/v1/evaluations")["num_prompts"] == 200
+    body = the_body(server, "/v1/evaluations")
+    assert (body["num_prompts"], body["images_per_prompt"]) == (200, 1)
+    assert (body["models"], "base" in body) == (["shapes", "better"], False)
+
+
+def test_an_evaluation_of_several_models_has_a_table_for_each_candidate(server, dde, tmp_path) -> None:
+    models = [{"name": name, "model": "model_1"} for name in ("better", "shapes", "best")]
+    scores = {"taste": {"better": SCORES, "best": {**SCORES, "candidate": 0.7}}}
+    ended = evaluation(
+        "succeeded", models=models, result={**EVALUATED, "scores": scores, "images_per_prompt": 4}
+    )
+    server.single["/v1/evaluations/new_1"] = deque([ended])
+    command = (
+        "evaluate",
+        "better",
+        "shapes",
+        f"best={tmp_path}",
+        "--base",
+        "shapes",
+        "--prompts",
+        "s3://b/p",
+    )
+    result = dde(*command, "--images-per-prompt", 4)
+    assert result.exit_code == 0, result.stderr
+    for name in ("better", "best"):
+        assert f"{name} against shapes, 200 held-out prompts x 4 images" in result.stdout
+    body = the_body(server, "/v1/evaluations")
+    folder = {"name": "best", "images_uri": tmp_path.as_uri()}
+    assert (body["models"], body["base"]) == (["better", "shapes", folder], "shapes")
+    assert body["images_per_prompt"] == 4
 
 
 def test_a_failed_evaluation_prints_its_reason(server, dde) -> None:
     reason = {"code": "DataError", "message": "12 prompts, 200 requested", "param": "num_prompts"}
     server.single["/v1/evaluations/new_1"] = deque([evaluation("failed", reason=reason)])
-    result = dde("evaluate", "better", "shapes", "--prompts", "s3://b/p.txt")
+    result = dde("evaluate", "shapes", "better", "--prompts", "s3://b/p.txt")
     assert (result.exit_code, result.stderr) == (
         1,
         "error: new_1 failed: num_prompts: 12 prompts, 200 requested\n",
@@ -373,8 +413,46 @@ def test_the_installed_command_answers() -> None:
     )
     assert all(
         command in done.stdout
-        for command in ("up", "demo", "datasets", "models", "jobs", "generate", "evaluate")
+        for command in ("up", "demo", "datasets", "models", "scorers", "jobs", "generate", "evaluate")
     )
+
+
+# ---- scorers
+
+
+def test_a_scorer_is_registered_from_paths_and_its_id_is_printed(server, dde, tmp_path) -> None:
+    made = dde("scorers", "create", "pick", "pickscore", tmp_path / "p", "--processor", "s3://b/h14")
+    assert (made.exit_code, made.stdout) == (0, "new_1\n")
+    assert made.stderr == "pick: pickscore, cosine, -1 to 1; digest 0123456789abcdef\n"
+    body = {"name": "pick", "kind": "pickscore", "uri": (tmp_path / "p").as_uri(), "processor": "s3://b/h14"}
+    assert the_body(server, "/v1/scorers") == body | {"resize": "antialiased"}
+
+
+def test_an_unknown_kind_or_way_to_resize_is_one_line_that_names_it(server, dde) -> None:
+    for arguments, field in ((("mps", "/c"), "kind"), (("hps", "/c", "--resize", "nearest"), "resize")):
+        refused = dde("scorers", "create", "s", *arguments)
+        assert refused.exit_code == 1
+        assert refused.stderr.startswith(f"error: {field}: Input should be '")
+    assert server.requests == []
+
+
+def test_scorers_are_listed_with_their_kind_and_scale(server, dde) -> None:
+    built_in = scorer(id="scorer_match", name="match", kind="match", uri=None, digest="match")
+    server.items["/v1/scorers"] = [scorer(), built_in]
+    columns, first, second = (line.split("\t") for line in dde("scorers", "list").stdout.splitlines())
+    assert columns == ["id", "name", "kind", "of each", "scale", "digest", "uri"]
+    assert first[1:] == ["pick", "pickscore", "image", "cosine, -1 to 1", "0123456789ab", "file:///c"]
+    assert (second[0], second[-1]) == ("scorer_match", "built in")
+
+
+def test_a_scorer_is_deleted_by_its_name_and_one_in_use_is_one_line(server, dde) -> None:
+    server.single["/v1/scorers/pick"] = deque([{"id": "pick", "object": "scorer", "deleted": True}])
+    assert dde("scorers", "delete", "pick").stdout == "pick is deleted\n"
+    assert len(server.sent("DELETE", "/v1/scorers/pick")) == 1
+    server.fail(409, "scorer 'pick' is used by the unfinished ajob_1", "id", "in_use")
+    refused = dde("scorers", "delete", "pick")
+    assert refused.exit_code == 1
+    assert "scorer 'pick' is used by the unfinished ajob_1" in refused.stderr
 
 
 # ---- keys

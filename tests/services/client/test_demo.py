@@ -45,7 +45,7 @@ def test_the_summary_holds_every_number_of_the_tables(tmp_path) -> None:
     done = parse(JobView, job("succeeded", result={"evaluate": EVALUATED}))
     write_summary(tmp_path / "summary.json", done, evaluation_of(done), {"train": 20.5})
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["scores"] == EVALUATED["scores"]
+    assert summary["scores"] == {name: of_scorer["better"] for name, of_scorer in EVALUATED["scores"].items()}
     assert (summary["model"], summary["num_prompts"], summary["seconds"]) == ("better", 200, {"train": 20.5})
 
 
@@ -62,9 +62,10 @@ def test_the_grid_is_copied_from_storage(tmp_path) -> None:
 
 def test_the_comparison_fits_eighty_columns_and_keeps_the_order_of_scorers() -> None:
     scores = dict.fromkeys(("fidelity", "match", "taste"), EVALUATED["scores"]["match"])
+    scores = {name: {"shapes-aligned": each["better"]} for name, each in scores.items()}
     result = EvaluateResult.model_validate({**EVALUATED, "scores": scores})
     out = io.StringIO()
-    Console(file=out, width=80).print(tables.comparison(result, "shapes", "shapes-aligned"))
+    Console(file=out, width=80).print(tables.comparison(result, "shapes-aligned"))
     lines = [line for line in out.getvalue().splitlines() if "[0.571, 0.703]" in line]
     assert [line.split()[0] for line in lines] == ["match", "taste", "fidelity"]
     assert all("+0.100 [+0.050, +0.150]" in line for line in lines)

@@ -141,6 +141,13 @@ class Plane:
         }
         return body | overrides
 
+    def evaluation_body(self, **overrides) -> dict:
+        """A small comparison of "shapes" with "rival", a base model that the first call registers."""
+        if self.http.get("/v1/models/rival").status_code == 404:
+            self.post("/v1/models", {"name": "rival", "uri": str(self.root / "base")})
+        prompts = {"prompts_uri": str(self.root / "prompts.txt"), "num_prompts": 2}
+        return {"models": ["shapes", "rival"], **prompts} | overrides
+
     def post(self, path: str, body, status: int = 200, **kwargs) -> dict:
         answer = self.http.post(path, json=body, **kwargs)
         assert answer.status_code == status, answer.text

@@ -26,7 +26,7 @@ from services.control.launcher import RunState
 from services.control.stages import ENTRY_MODULES
 from services.errors import Unavailable
 from services.pairs.source import open_source
-from services.pairs.validation import decided_example, inspect
+from services.pairs.validation import inspect
 from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.specs import (
@@ -135,10 +135,7 @@ def ledger(spec) -> RunState:
 
 def train(spec) -> RunState:
     journal(spec, 5)
-    files.write_bytes(files.join(spec.output, "model_index.json"), b"{}")
-    files.write_json(
-        files.join(spec.output, "scheduler", "scheduler_config.json"), {"num_train_timesteps": 1000}
-    )
+    files.copy_folder(spec.model.uri, spec.output)
     lineage = {"job": spec.job, "dataset": "d1", "base": spec.model.digest}
     model = spec.model.model_copy(
         update={
@@ -155,14 +152,16 @@ def train(spec) -> RunState:
 def evaluate(spec) -> RunState:
     journal(spec, 1)
     half = Interval(value=0.5, low=0.4, high=0.6)
-    scores = {
-        name: ScorerReport(base=0.1, candidate=0.2, difference=half, beat_ratio=half)
-        for name in spec.evaluation.scorers
-    }
+    numbers = ScorerReport(base=0.1, candidate=0.2, difference=half, beat_ratio=half)
+    candidates = [model.name for model in spec.models if model.name != spec.base]
+    scores = {scorer.name: dict.fromkeys(candidates, numbers) for scorer in spec.scorers}
     report = EvaluateResult(
         report=f"{spec.output}/report.json",
         grid=f"{spec.output}/grid.png",
+        base=spec.base,
         num_prompts=2,
+        images_per_prompt=spec.evaluation.images_per_prompt,
+        images_drawn=4,
         scores=scores,
         seconds=0.1,
     )
@@ -187,9 +186,7 @@ def make_pairs(spec) -> RunState:
     files.write_bytes(layout.made_pairs_uri(spec.output, 0), sink.getvalue().to_pybytes())
     sources.hold_request_to(spec.sources)
     source = open_source(DatasetSource(uri=uri))
-    counts, digest = inspect(source)
-    example = decided_example(source)
-    assert example is not None
+    counts, digest, example = inspect(source)
     result = PairsResult(
         digest=digest,
         counts=counts,

@@ -26,6 +26,7 @@ from services.settings import Settings
 from services.stages import layout
 from services.storage import files
 from tests.services.control.conftest import KEY, Plane, make_plane, write_base, write_pairs
+from tests.support.scorers import write_tiny
 
 JOBS = "/v1/alignment/jobs"
 NO_KEY_NEEDED = {"/healthz", "/readyz", "/metrics"}
@@ -59,6 +60,11 @@ def new_key(
     return plane.post("/v1/keys", body, headers=headers or None)
 
 
+def new_scorer(plane: Plane, checkpoint: Path, **fields) -> dict:
+    body = {"name": "aligned-with", "kind": "clip", "uri": str(checkpoint), **fields}
+    return plane.post("/v1/scorers", body)
+
+
 @dataclass
 class World:
     """A plane whose default project has one of everything, and keys of another project, ``other``."""
@@ -83,18 +89,25 @@ class World:
         if path.endswith(("/cancel", "/pause", "/resume", "/revoke")):
             return None
         root = self.plane.root
-        evaluation = {"prompts_uri": str(root / "prompts.txt"), "num_prompts": 2}
         return {
             "/v1/models/{model_id}/promote": {},
             "/v1/datasets": {"name": "mine", "uri": str(root / "pairs")},
             "/v1/datasets/validate": {"uri": str(root / "pairs")},
             "/v1/models": {"name": "own", "uri": str(root / "base")},
+            "/v1/scorers": {"name": "own", "kind": "clip", "uri": str(root / "clip")},
             JOBS: self.plane.job_body(dataset=self.ids["dataset_id"]),
-            "/v1/evaluations": {"model": "shapes", "base": "shapes", **evaluation},
+            "/v1/evaluations": self.plane.evaluation_body(),
+            "/v1/studies": self.study_body(),
             "/v1/images/generations": IMAGE,
             "/v1/scores": SCORES,
             "/v1/keys": {"name": "taken-over", "project": "default"},
         }[path]
+
+    def study_body(self) -> dict[str, Any]:
+        evaluation = {"prompts_uri": str(self.plane.root / "prompts.txt"), "num_prompts": 2}
+        base = self.plane.job_body(dataset=self.ids["dataset_id"])
+        grid = {"training.seed": [0, 1]}
+        return {"name": "study", "base": base, "grid": grid, "evaluation": evaluation}
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +115,22 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("access")
     for plane in make_plane(folder, f"sqlite:///{folder}/dde.db"):
         job = plane.job()
-        evaluation = {"model": "shapes", "base": "shapes", "prompts_uri": str(folder / "prompts.txt")}
         ids = {
             "dataset_id": plane.dataset["id"],
             "model_id": plane.get("/v1/models/shapes")["id"],
             "job_id": job["id"],
-            "evaluation_id": plane.post("/v1/evaluations", {**evaluation, "num_prompts": 2})["id"],
+            "evaluation_id": plane.post("/v1/evaluations", plane.evaluation_body())["id"],
+            "scorer_id": new_scorer(plane, write_tiny("clip", folder)[0])["id"],
             "key_id": new_key(plane)["id"],
         }
-        yield World(plane, ids, new_key(plane, "other")["key"])
+        world = World(plane, ids, new_key(plane, "other")["key"])
+        ids["study_id"] = plane.post("/v1/studies", world.study_body())["id"]
+        yield world
 
 
-REFERS = {JOBS, "/v1/evaluations", "/v1/images/generations"}
+REFERS = {JOBS, "/v1/evaluations", "/v1/studies", "/v1/images/generations"}
 """Creates whose body names a model or a dataset of the default project."""
-OWN = {"/v1/datasets", "/v1/datasets/validate", "/v1/models", "/v1/scores"}
+OWN = {"/v1/datasets", "/v1/datasets/validate", "/v1/models", "/v1/scorers", "/v1/scores"}
 """Creates whose body names nothing of a project: the other project does it for itself."""
 
 
@@ -154,7 +169,8 @@ def the_other_project_gets_nothing(world: World, method: str, path: str) -> None
         assert not set(world.ids.values()) & {each["id"] for each in answer.json()["data"]}
     else:
         assert path in OWN
-        before = world.plane.get(path)["data"] if path in ("/v1/datasets", "/v1/models") else []
+        is_listed = path in ("/v1/datasets", "/v1/models", "/v1/scorers")
+        before = world.plane.get(path)["data"] if is_listed else []
         assert answer.status_code in (200, 503), answer.text
         assert answer.json().get("id") not in {each["id"] for each in before}
 
@@ -300,10 +316,11 @@ def test_a_project_cannot_read_anothers_files_by_their_uri(plane, where):
         (Path(uri) / "pairs.parquet").symlink_to(f"{stored}/pairs/0.parquet")
     for path, body, param in (
         ("/v1/models", {"name": "m", "uri": uri}, "uri"),
+        ("/v1/scorers", {"name": "s", "kind": "clip", "uri": uri}, "uri"),
         ("/v1/datasets", {"name": "d", "uri": uri}, "uri"),
         ("/v1/datasets/validate", {"uri": uri}, "uri"),
         (JOBS, plane.job_body(evaluation={"prompts_uri": f"{stored}/x"}), "evaluation.prompts_uri"),
-        ("/v1/evaluations", {"model": "m", "base": "m", "prompts_uri": f"{stored}/x"}, "prompts_uri"),
+        ("/v1/evaluations", {"models": ["m", "n"], "prompts_uri": f"{stored}/x"}, "prompts_uri"),
     ):
         answer = plane.http.post(path, json=body, headers=team)
         assert 400 <= answer.status_code < 500, (path, answer.text)

@@ -49,8 +49,8 @@ def test_a_driver_that_dies_without_a_marker_is_started_again_and_the_job_succee
         f"{job}-{run}" for run in ("encode-a1", "encode-a2", "train-a1", "evaluate-a1")
     ]
     assert f"{job}-encode-a1" in plane.launcher.stopped, "Ray may call a driver failed that lives"
-    said = plane.get(f"{JOBS}/{job}/events?limit=1000")["data"]
-    warned = [event["message"] for event in said if event["level"] == "warning"]
+    events = plane.get(f"{JOBS}/{job}/events?limit=1000")["data"]
+    warned = [event["message"] for event in events if event["level"] == "warning"]
     why = "the driver of stage encode ended without a result; Ray says failed"
     assert warned == [f"last words of {job}-encode-a1", f"stage encode restarts as attempt 2: {why}"]
 
@@ -121,8 +121,8 @@ def test_training_that_others_stopped_resumes_in_the_same_run(plane, ends):
     assert (one.run, one.output, one.attempt + 1) == (two.run, two.output, two.attempt)
     assert one.prefix != two.prefix
     if ends == "stopped":
-        said = "stage train restarts as attempt 2: the stage was stopped after step 7 (signal)"
-        assert said in plane.events(job)
+        message = "stage train restarts as attempt 2: the stage was stopped after step 7 (signal)"
+        assert message in plane.events(job)
 
 
 def fails_at(plane, job: str, number: int, step: int | None) -> None:
@@ -186,14 +186,14 @@ def test_the_old_run_is_over_before_the_new_one_starts(plane):
     fakes.fail(plane.launcher.specs[first], "a bucket is gone for a moment", "unavailable")
     plane.settle(10)
     assert first in plane.launcher.stopped
-    assert f"{job}-train-a2" not in plane.launcher.submitted, "Ray still says that the first one runs"
+    assert f"{job}-train-a2" not in plane.launcher.submitted, "Ray still reports that the first one runs"
     plane.launcher.states[first] = "stopped"
     plane.settle(10)
     assert plane.launcher.submitted[-1] == f"{job}-train-a2"
     assert plane.launcher.submitted.count(f"{job}-train-a2") == 1
 
 
-def test_a_run_whose_end_ray_never_tells_is_not_waited_for_for_ever(plane):
+def test_a_run_whose_end_ray_never_confirms_is_not_waited_for_forever(plane):
     plane.launcher.plays["train"] = fakes.runs
     job = plane.job()["id"]
     plane.settle()
@@ -230,8 +230,8 @@ def test_the_journal_of_every_attempt_is_read(plane):
     plane.launcher.plays["train"] = lambda spec: scenes.pop(0)(spec)
     job = plane.job()["id"]
     plane.settle(60)
-    said = [text for text in plane.events(job) if text.startswith("step")]
-    assert said[3:-1] == [f"step {number}" for number in (1, 2, 3, 1, 2, 3, 4, 5)], (
+    steps = [text for text in plane.events(job) if text.startswith("step")]
+    assert steps[3:-1] == [f"step {number}" for number in (1, 2, 3, 1, 2, 3, 4, 5)], (
         "those of training, between the others"
     )
     rows = plane.get(f"{JOBS}/{job}/metrics?stage=train")["data"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pydantic import TypeAdapter
 
 from services.api.answers import ErrorView
@@ -104,9 +105,9 @@ TABLE = [
         (
             {"workers": workers},
             "workers",
-            f"workers: must be a number from 1 to 1024, or two of them as [least, most], got {said}",
+            f"workers: must be a number from 1 to 1024, or two of them as [least, most], got {shown}",
         )
-        for workers, said in (
+        for workers, shown in (
             (0, "0"),
             ("2", '"2"'),
             (1.5, "1.5"),
@@ -251,9 +252,7 @@ def test_an_unknown_dataset_is_a_404_that_names_it(steady, dataset):
 @pytest.mark.parametrize(("prefix", "path"), [("evaluation.", JOBS), ("", "/v1/evaluations")])
 def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(steady, prefix, path):
     def post(message, status=400, **config):
-        body = (
-            steady.job_body(evaluation=config) if prefix else {"model": "shapes", "base": "shapes", **config}
-        )
+        body = steady.job_body(evaluation=config) if prefix else {"models": ["shapes", "rival"], **config}
         refused(steady, path, body, status, f"{prefix}{next(iter(config))}", message)
 
     (steady.root / "binary").write_bytes(b"\xff\xfe\xfd")
@@ -290,7 +289,7 @@ VALIDATION = [
         {"best_metric": "loss"},
         {},
         "best_metric",
-        "Input should be 'held_out_accuracy', 'held_out_margin', 'match'",
+        'must be one of evaluation.scorers, held_out_accuracy or held_out_margin, got "loss"',
     ),
     (
         {"best_metric": "held_out_accuracy"},
@@ -302,7 +301,7 @@ VALIDATION = [
         {"best_metric": "taste"},
         {"scorers": ["match"]},
         "best_metric",
-        'must be one of evaluation.scorers, or of the held-out pairs, got "taste"',
+        'must be one of evaluation.scorers, held_out_accuracy or held_out_margin, got "taste"',
     ),
     (
         {"best_metric": "taste", "num_prompts": 0},
@@ -342,16 +341,16 @@ def test_a_validation_that_could_not_work_is_refused_before_anything_runs(
 ):
     root = str(steady.root)
     (steady.root / "other.txt").write_text("a red cross\na plaid sphere\n")
-    asked = {"every": 50, "num_prompts": 1} | validation
-    if "prompts_uri" in asked:
-        asked["prompts_uri"] = asked["prompts_uri"].format(root=root)
+    config = {"every": 50, "num_prompts": 1} | validation
+    if "prompts_uri" in config:
+        config["prompts_uri"] = config["prompts_uri"].format(root=root)
     training = {"steps": 100, "batch_size": 4, "held_out_pairs": other.get("held_out_pairs", 0)}
     evaluation = {
         "prompts_uri": f"{root}/prompts.txt",
         "num_prompts": 2,
         "scorers": other.get("scorers", ["match", "taste"]),
     }
-    body = steady.job_body(validation=asked, training=training, evaluation=evaluation)
+    body = steady.job_body(validation=config, training=training, evaluation=evaluation)
     status = 404 if message.endswith("does not exist") else 400
     refused(
         steady, JOBS, body, status, f"validation.{field}", f"validation.{field}: {message.format(root=root)}"
@@ -359,22 +358,118 @@ def test_a_validation_that_could_not_work_is_refused_before_anything_runs(
     assert steady.get(JOBS)["data"] == []
 
 
-def test_an_evaluation_of_an_unknown_model_or_base_names_which(steady):
-    body = {
-        "model": "shapes",
-        "base": "shapes",
-        "prompts_uri": str(steady.root / "prompts.txt"),
-        "num_prompts": 2,
-    }
-    for param in ("model", "base"):
-        refused(
-            steady,
-            "/v1/evaluations",
-            body | {param: "nobody"},
-            404,
-            param,
-            f'{param}: model "nobody" does not exist',
-        )
+EVALUATIONS = "/v1/evaluations"
+
+
+def test_an_evaluation_of_an_unknown_model_names_which(steady):
+    for number, models in enumerate((["nobody", "shapes"], ["shapes", "nobody"])):
+        message = f'models.{number}: model "nobody" does not exist'
+        body = steady.evaluation_body(models=models)
+        refused(steady, EVALUATIONS, body, 404, f"models.{number}", message)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        (
+            {"models": ["shapes"]},
+            "models",
+            'models: List should have at least 2 items after validation, not 1, got ["shapes"]',
+        ),
+        ({"models": ["shapes", "shapes"]}, "models", 'models: must have different names, got "shapes" twice'),
+        (
+            {"models": ["shapes", {"name": "shapes", "images_uri": "/x"}]},
+            "models",
+            'models: must have different names, got "shapes" twice',
+        ),
+        (
+            {"models": [{"name": name, "images_uri": "/x"} for name in "ab"]},
+            "models",
+            'models: at least one must be a registered model, got the folders of images "a", "b"',
+        ),
+        ({"base": "nobody"}, "base", 'base: must be one of the models "shapes", "rival", got "nobody"'),
+        (
+            {"models": ["shapes", 3]},
+            "models.1",
+            "models.1: must be the name or id of a model, or an object with name and images_uri, got 3",
+        ),
+        ({"models": ["shapes", {"name": "x"}]}, "models.1.images_uri", "models.1.images_uri: Field required"),
+        (
+            {"models": ["shapes", {"name": "a b", "images_uri": "/x"}]},
+            "models.1.name",
+            "models.1.name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$', got \"a b\"",
+        ),
+        (
+            {"images_per_prompt": 65},
+            "images_per_prompt",
+            "images_per_prompt: Input should be less than or equal to 64, got 65",
+        ),
+        (
+            {"images_per_prompt": 0},
+            "images_per_prompt",
+            "images_per_prompt: Input should be greater than or equal to 1, got 0",
+        ),
+        (
+            {"scorers": ["match", "taste", "match"]},
+            "scorers",
+            "scorers: must not repeat, got ['match', 'taste', 'match']",
+        ),
+        (
+            {"model": "shapes"},
+            "model",
+            'model: Extra inputs are not permitted, got "shapes"',
+        ),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_by_name(steady, body, param, message):
+    before = len(steady.get(EVALUATIONS)["data"])
+    refused(steady, EVALUATIONS, steady.evaluation_body(**body), 400, param, message)
+    assert len(steady.get(EVALUATIONS)["data"]) == before
+
+
+def test_one_model_by_its_name_and_its_id_is_one_model(steady):
+    body = steady.evaluation_body(models=["shapes", steady.get("/v1/models/shapes")["version"]])
+    message = 'models: must have different names, got "shapes" twice'
+    refused(steady, EVALUATIONS, body, 400, "models", message)
+
+
+def test_models_whose_images_differ_in_size_are_refused_unless_the_request_sets_one(plane):
+    write_base(plane.root / "wide")
+    change(plane.root / "wide", "unet/config.json", sample_size=16)
+    plane.post("/v1/models", {"name": "wide", "uri": str(plane.root / "wide")})
+    body = plane.evaluation_body(models=["shapes", "wide"], scorers=[])
+    message = (
+        "models: images must have one size, got 16x16 px of shapes and 32x32 px of wide: "
+        "set sample.height and sample.width"
+    )
+    refused(plane, EVALUATIONS, body, 400, "models", message)
+    plane.post(EVALUATIONS, body | {"sample": {"height": 32, "width": 32}})
+
+
+def test_images_drawn_elsewhere_are_proven_before_the_evaluation_is_created(plane):
+    folder = plane.root / "elsewhere"
+    compared = ["shapes", {"name": "elsewhere", "images_uri": str(folder)}]
+    body = plane.evaluation_body(models=compared, images_per_prompt=2, scorers=[])
+
+    def post(message, status=400):
+        refused(plane, EVALUATIONS, body, status, "models.1", f"models.1: images of elsewhere: {message}")
+
+    post(f"{str(folder)!r} is no folder", 404)
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "00000-0.png")
+    post(f"{str(folder)!r} lacks 3 of 4 images, the first is 00000-1.png")
+    for name in ("00000-1", "00001-0", "00001-1"):
+        Image.new("RGB", (16, 16)).save(folder / f"{name}.png")
+    (folder / "00001-0.png").write_bytes(b"no image")
+    post(f"{str(folder)!r} 00001-0.png is no image: UnidentifiedImageError")
+    Image.new("RGB", (24, 16)).save(folder / "00001-0.png")
+    post(f"{str(folder)!r} must have one size, got 16x16 px in 00000-0.png and 24x16 px in 00001-0.png")
+    Image.new("RGB", (16, 16)).save(folder / "00001-0.png")
+    made = plane.post(EVALUATIONS, body | {"base": "elsewhere"})
+    assert made["base"] == "elsewhere"
+    assert made["models"][1] == {"name": "elsewhere", "model": None, "images_uri": folder.as_uri()}
+    plane.settle()
+    assert plane.get(f"{EVALUATIONS}/{made['id']}")["status"] == "succeeded"
 
 
 # ---- datasets
@@ -561,7 +656,7 @@ def test_an_infinite_weight_at_zero_terminal_snr_is_refused_naming_both_ways_out
     plane.job(model="zero", objective={"method": "uniform"})
 
 
-def test_a_model_whose_weights_are_a_variant_says_so(plane):
+def test_a_model_whose_weights_are_a_variant_has_it_in_its_lineage(plane):
     base = Path(write_base(plane.root / "half"))
     weights = base / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))

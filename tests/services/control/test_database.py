@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import threading
 import time
@@ -178,6 +179,61 @@ def test_a_downgrade_that_would_show_a_projects_rows_to_everybody_is_refused(fil
     with pytest.raises(RuntimeError, match="datasets of other projects exist"):
         migrate(filled, BEFORE_PROJECTS, command.downgrade)
     assert len(rows_of(filled)["datasets"]) == 2
+
+
+BEFORE_COMPARED = "0006"
+NUMBERS = {"base": 0.1, "candidate": 0.2}
+EVALUATED = {"report": "r", "grid": "g", "num_prompts": 3, "scores": {"taste": NUMBERS}, "seconds": 1.0}
+
+
+def test_evaluations_of_earlier_versions_get_the_form_of_those_of_several_models_and_back(database):
+    records = {role: {"id": f"model_{role}", "name": role} for role in ("model", "base")}
+    evaluation = {
+        "id": "eval_1",
+        "kind": "evaluation",
+        "model": "model_model",
+        "base": "model_base",
+        "inputs": json.dumps(records),
+        "request": json.dumps({"model": "model_model", "base": "model_base", "num_prompts": 3}),
+        "results": json.dumps({"evaluate": EVALUATED}),
+    }
+    alignment = {
+        "seq": 2,
+        "name": "aligned",
+        "inputs": json.dumps({"model": {"name": "shapes"}, "dataset": {}}),
+        "results": json.dumps({"encode": {}, "evaluate": EVALUATED}),
+    }
+    answer = {
+        "key": "of-evaluation",
+        "fingerprint": "f",
+        "answer": '{"object": "evaluation"}',
+        "created_at": 1.0,
+    }
+    fill(database, BEFORE_COMPARED, {"jobs": {**JOB, **evaluation}, "idempotency_keys": answer})
+    fill(database, BEFORE_COMPARED, {"jobs": {**JOB, **alignment}})
+    before = rows_of(database)["jobs"]
+    database.migrate()
+    with database.read("default") as session:
+        first, second = session.scalars(select(Job).order_by(Job.seq)).all()
+        assert session.get(IdempotencyKey, ("default", "of-evaluation")) is None
+    base, candidate = ({"name": role, "model": f"model_{role}"} for role in ("base", "model"))
+    expected = {"models": [base, candidate], "base": "base", "num_prompts": 3, "images_per_prompt": 1}
+    assert first.request == expected
+    assert first.inputs == {"models": [records["base"], records["model"]]}
+    new = {"images_per_prompt": 1, "images_drawn": 6}
+    for row, names in ((first, ("base", "model")), (second, ("shapes", "aligned"))):
+        scores = {"taste": {names[1]: NUMBERS}}
+        assert row.results["evaluate"] == {**EVALUATED, **new, "base": names[0], "scores": scores}
+    migrate(database, BEFORE_COMPARED, command.downgrade)
+    after = rows_of(database)["jobs"]
+    for old, found in zip(before, after, strict=True):
+        for column in ("request", "inputs", "results"):
+            assert as_json(found[column]) == as_json(old[column])
+
+
+def as_json(value):
+    """A JSON column as it is read without a type: decoded by PostgreSQL's driver, text on SQLite."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def test_a_session_of_a_project_finds_changes_and_adds_its_own_rows_alone(database):

@@ -64,13 +64,13 @@ def workers(system: LocalSystem) -> list[int]:
 def test_a_paused_training_frees_its_workers_keeps_its_step_and_resumes_from_it(client, system, request_of):
     job = client.create_job(request_of(60)).id
     wait_for(lambda: len(list(client.metrics(job, "train"))) >= 5)
-    asked = time.monotonic()
+    requested_at = time.monotonic()
     assert client.pause_job(job).state == "pausing"
     wait_for(lambda: client.job(job).status == "paused")
     paused = time.monotonic()
     wait_for(lambda: not workers(system))
     freed_s = time.monotonic() - paused
-    print(f"pause: job paused after {paused - asked:.1f} s, workers gone {freed_s:.1f} s later")
+    print(f"pause: job paused after {paused - requested_at:.1f} s, workers gone {freed_s:.1f} s later")
     (kept,) = client.checkpoints(job)
     assert 0 < kept.step < 60
     assert kept.step == max(row.step for row in client.metrics(job, "train")), (
@@ -79,8 +79,8 @@ def test_a_paused_training_frees_its_workers_keeps_its_step_and_resumes_from_it(
     client.resume_job(job)
     ended = client.wait(job, timeout_s=300)
     assert ended.status == "succeeded", ended.reason
-    said = [event.message for event in client.events(job)]
-    assert f"stopped after step {kept.step}" in said
+    messages = [event.message for event in client.events(job)]
+    assert f"stopped after step {kept.step}" in messages
     folder = files.join(system.storage_uri, "jobs", job, "train", "a2", "journal")
     again = [
         entry["step"]
@@ -98,9 +98,9 @@ def test_a_cancelled_training_frees_its_workers_and_leaves_its_last_checkpoint(c
     )
     job = client.create_job(often).id
     wait_for(lambda: list(client.checkpoints(job)))
-    asked = time.monotonic()
+    requested_at = time.monotonic()
     client.cancel_job(job)
     wait_for(lambda: client.job(job).status == "cancelled" and not workers(system))
-    seconds = time.monotonic() - asked
+    seconds = time.monotonic() - requested_at
     print(f"cancel: job cancelled and workers gone after {seconds:.1f} s")
     assert [kept.bytes > 0 for kept in client.checkpoints(job)]

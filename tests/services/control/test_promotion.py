@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
-from services.api.records import EvaluateResult, Interval, ScorerReport
+from services.api.records import DriftResult, EvaluateResult, Interval, ScorerReport
 from services.artifacts import models
 from services.control import gates
 from services.stages import layout
+from services.storage import files
 from tests.services.control import fakes
 from tests.services.control.conftest import write_base
 from tests.services.control.test_access import bearer, new_key
@@ -19,10 +22,19 @@ GATE = {"scorer": "taste", "beat_ratio_low": 0.5, "not_worse": ["match"]}
 def scored(**numbers: tuple[Interval, Interval]) -> EvaluateResult:
     """Each scorer's difference and beat ratio."""
     scores = {
-        name: ScorerReport(base=0.5, candidate=0.5, difference=difference, beat_ratio=ratio)
+        name: {"m": ScorerReport(base=0.5, candidate=0.5, difference=difference, beat_ratio=ratio)}
         for name, (difference, ratio) in numbers.items()
     }
-    return EvaluateResult(report="r", grid="g", num_prompts=2, scores=scores, seconds=1.0)
+    return EvaluateResult(
+        report="r",
+        grid="g",
+        base="shapes",
+        num_prompts=2,
+        images_per_prompt=1,
+        images_drawn=4,
+        scores=scores,
+        seconds=1.0,
+    )
 
 
 def interval(low: float, high: float) -> Interval:
@@ -63,7 +75,7 @@ def version(plane, name: str) -> str:
 def test_a_gate_compares_the_ends_of_intervals_and_names_what_fails(taste, match, reasons):
     half = interval(0.4, 0.6)
     result = scored(taste=(interval(0, 1), interval(*taste)), match=(interval(*match), half))
-    outcome = gates.judge(gates.PromoteIf(scorer="taste", not_worse=["match"]), result)
+    outcome = gates.judge(gates.PromoteIf(scorer="taste", not_worse=["match"]), result, "m")
     assert outcome.passed == (not reasons)
     assert [reason.partition(":")[0] for reason in outcome.reasons] == reasons
 
@@ -113,10 +125,13 @@ def test_promoting_an_earlier_version_rolls_back_for_the_next_request(any_plane)
 
 def test_a_job_and_an_evaluation_take_an_alias_for_a_model(plane):
     first, _ = aligned(plane)["aligned_model"], aligned(plane)
+    shutil.copytree(
+        plane.root / "base", files.local_path(plane.get(f"/v1/models/{first}")["uri"]), dirs_exist_ok=True
+    )  # the fake run wrote no weights
     plane.post(f"/v1/models/{first}/promote", {})
     body = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 2}
-    evaluation = plane.post("/v1/evaluations", {"model": "m@production", "base": "shapes", **body})
-    assert evaluation["model"] == first
+    evaluation = plane.post("/v1/evaluations", {"models": ["shapes", "m@production"], **body})
+    assert evaluation["models"][1]["model"] == first
     assert plane.job(model="m@production", name="n")["model"] == first
 
 
@@ -164,6 +179,17 @@ def test_a_gate_that_can_never_be_judged_is_refused(plane, gate, param):
     }  # fmt: skip
     error = plane.error(JOBS, plane.job_body(evaluation=evaluation, promote_if=gate))
     assert error["param"] == param
+
+
+def test_a_gate_reads_drift_against_its_limit(plane):
+    half = interval(0.4, 0.6)
+    passes = scored(taste=(half, interval(0.6, 0.7)))
+    for value, passed in ((1.0, True), (3.0, False)):
+        drift = {"cmmd": {"m": DriftResult(value=value, limit=2.0, is_beyond=value > 2.0)}}
+        result = passes.model_copy(update={"drift": drift})
+        outcome = gates.judge(gates.PromoteIf(scorer="taste", not_worse=["cmmd"]), result, "m")
+        assert outcome.passed == passed
+        assert outcome.reasons == ([] if passed else ["cmmd: drift 3 is beyond 2.0"])
 
 
 @pytest.mark.parametrize("alias", ["", "Production", "a b", "a/b", "a@b", "../x", "a" * 64])

@@ -18,6 +18,7 @@ from services.control.tables import Event, Job, Metric, Model
 from services.control.transitions import STAGES
 from services.pairs.source import open_source
 from services.pairs.validation import inspect
+from services.stages import layout
 from services.storage import files
 from tests.services.control import fakes
 from tests.services.control.conftest import write_pairs
@@ -84,7 +85,7 @@ def test_every_stage_receives_the_uris_of_its_input_and_output(plane):
         f"{root}/jobs/{job['id']}/train/run",
         f"{root}/models/{train.model_id}",
     )
-    assert (evaluate.base.name, evaluate.candidate.uri) == ("shapes", train.output)
+    assert (evaluate.base, [model.uri for model in evaluate.models][1]) == ("shapes", train.output)
     assert evaluate.output == f"{root}/jobs/{job['id']}/evaluate/a1"
     assert evaluate.evaluation.prompts_uri == files.as_uri(plane.root / "prompts.txt")
     command = f"python -m services.ingest encode --spec {encode.prefix}/spec.json"
@@ -96,8 +97,8 @@ def test_training_receives_its_validation_with_uris(plane):
     validation = {"every": 50, "num_prompts": 1, "best_metric": "taste"}
     own = {"prompts_uri": str(plane.root / "prompts.txt"), "num_prompts": 3}
     training = {"steps": 50, "batch_size": 4}
-    asked = (None, validation, validation | own)
-    jobs = [plane.job(evaluation=evaluation, validation=each, training=training) for each in asked]
+    validations = (None, validation, validation | own)
+    jobs = [plane.job(evaluation=evaluation, validation=each, training=training) for each in validations]
     plane.settle(60)
     without, following, separate = (plane.launcher.specs[f"{job['id']}-train-a1"] for job in jobs)
     uri = files.as_uri(plane.root / "prompts.txt")
@@ -115,8 +116,8 @@ def test_prompts_that_validation_does_not_draw_are_reported_as_unused(plane):
 
 
 def test_a_single_worker_shares_nothing_out_and_may_have_8_bit_moments(plane):
-    asked = {"steps": 2, "batch_size": 4, "parallelism": "fsdp", "optimizer": "adamw_8bit"}
-    assert plane.job(training=asked)["training"]["optimizer"] == "adamw_8bit"
+    training = {"steps": 2, "batch_size": 4, "parallelism": "fsdp", "optimizer": "adamw_8bit"}
+    assert plane.job(training=training)["training"]["optimizer"] == "adamw_8bit"
 
 
 def test_training_receives_its_range_of_workers(plane):
@@ -126,7 +127,7 @@ def test_training_receives_its_range_of_workers(plane):
     assert plane.launcher.specs[f"{job['id']}-train-a1"].workers == (1, 4)
 
 
-def test_a_job_that_asks_for_a_ledger_writes_it_between_encoding_and_training(any_plane):
+def test_a_job_that_requests_a_ledger_writes_it_between_encoding_and_training(any_plane):
     plane = any_plane
     job = plane.job(
         training={"steps": 2, "batch_size": 4, "reference": "ledger", "draws": 3}, objective={"beta": 7.0}
@@ -144,21 +145,21 @@ def test_a_job_that_asks_for_a_ledger_writes_it_between_encoding_and_training(an
     assert plane.launcher.entrypoints[f"{job['id']}-ledger-a1"].startswith(
         "python -m services.ingest ledger --spec "
     )
-    said = [text for text in plane.events(job["id"]) if "stage ledger" in text or "->" in text]
-    assert said[1:4] == ["queued -> preparing: stage encode", "stage ledger", "stage ledger done"]
+    messages = [text for text in plane.events(job["id"]) if "stage ledger" in text or "->" in text]
+    assert messages[1:4] == ["queued -> preparing: stage encode", "stage ledger", "stage ledger done"]
     rows = plane.get(f"{JOBS}/{job['id']}/metrics?stage=ledger")["data"]
     assert [row["step"] for row in rows] == [1, 2]
 
 
 def test_a_ledger_that_fails_or_is_cancelled_ends_its_job(plane):
     plane.launcher.plays["ledger"] = fakes.fails
-    asks = {"steps": 2, "batch_size": 4, "reference": "ledger"}
-    job = plane.job(training=asks)
+    training = {"steps": 2, "batch_size": 4, "reference": "ledger"}
+    job = plane.job(training=training)
     plane.settle()
     ended = plane.get(f"{JOBS}/{job['id']}")
     assert (ended["status"], ended["stage"], ended["reason"]["param"]) == ("failed", "ledger", "beta")
     plane.launcher.plays["ledger"] = fakes.runs
-    job = plane.job(training=asks)
+    job = plane.job(training=training)
     plane.settle()
     assert (plane.get(f"{JOBS}/{job['id']}")["status"], plane.get(f"{JOBS}/{job['id']}")["stage"]) == (
         "preparing",
@@ -170,16 +171,16 @@ def test_a_ledger_that_fails_or_is_cancelled_ends_its_job(plane):
     assert f"{job['id']}-ledger-a1" in plane.launcher.stopped
 
 
-def test_a_method_without_a_reference_writes_no_ledger_and_says_so(plane):
-    asks = {"steps": 2, "batch_size": 4, "reference": "ledger"}
-    job = plane.job(training=asks, objective={"method": "sft"})
+def test_a_method_without_a_reference_writes_no_ledger_and_logs_a_warning(plane):
+    training = {"steps": 2, "batch_size": 4, "reference": "ledger"}
+    job = plane.job(training=training, objective={"method": "sft"})
     plane.settle()
     assert plane.launcher.submitted == [
         f"{job['id']}-{stage}-a1" for stage in ("encode", "train", "evaluate")
     ]
     assert plane.launcher.specs[f"{job['id']}-train-a1"].ledger is None
     assert "method 'sft' ignores training.reference = 'ledger'" in plane.events(job["id"])
-    job = plane.job(training=asks | {"reference": "auto"})
+    job = plane.job(training=training | {"reference": "auto"})
     plane.settle()
     assert f"{job['id']}-ledger-a1" not in plane.launcher.submitted, (
         "what is there already is found by training itself"
@@ -190,16 +191,16 @@ def test_events_and_metrics_of_the_journal_are_recorded_once_and_in_order(any_pl
     plane = any_plane
     job = plane.job()
     plane.settle()
-    said = plane.events(job["id"])
-    assert said[:3] == [
+    messages = plane.events(job["id"])
+    assert messages[:3] == [
         "created: dde on shapes with dataset pairs",
         "validating -> queued: the job is valid",
         "queued -> preparing: stage encode",
     ]
-    assert [text for text in said if text.startswith("step")] == [
+    assert [text for text in messages if text.startswith("step")] == [
         f"step {i}" for i in (1, 2, 3, 1, 2, 3, 4, 5, 1)
     ]
-    assert said[-1] == "evaluating -> succeeded: the job is done"
+    assert messages[-1] == "evaluating -> succeeded: the job is done"
     rows = plane.get(f"{JOBS}/{job['id']}/metrics?stage=train")["data"]
     assert [(row["step"], row["metrics"]) for row in rows] == [(i, {"loss": 1.0 / i}) for i in range(1, 6)]
     assert [row["step"] for row in plane.get(f"{JOBS}/{job['id']}/metrics?stage=train&after=3")["data"]] == [
@@ -227,12 +228,7 @@ def test_a_long_journal_is_read_in_parts_before_its_stage_ends(plane, monkeypatc
 
 def test_an_evaluation_runs_its_one_stage(any_plane):
     plane = any_plane
-    body = {
-        "model": "shapes",
-        "base": "shapes",
-        "prompts_uri": str(plane.root / "prompts.txt"),
-        "num_prompts": 2,
-    }
+    body = plane.evaluation_body()
     made = plane.post("/v1/evaluations", body)
     assert (made["status"], made["result"], made["scorers"]) == (
         "queued",
@@ -249,6 +245,40 @@ def test_an_evaluation_runs_its_one_stage(any_plane):
     ]
 
 
+def test_a_model_aligned_further_under_its_own_name_is_compared_with_the_version_before(plane):
+    first = plane.job(name="aligned")["id"]
+    plane.settle()
+    version = plane.get(f"{JOBS}/{first}")["aligned_model"]
+    second = plane.job(model="aligned", name="aligned")["id"]
+    plane.settle()
+    spec = plane.launcher.specs[f"{second}-evaluate-a1"]
+    assert (spec.base, [model.name for model in spec.models]) == (version, [version, "aligned"])
+    assert plane.get(f"{JOBS}/{second}")["status"] == "succeeded"
+
+
+def test_a_model_that_an_unfinished_evaluation_compares_cannot_be_deleted(plane):
+    plane.launcher.plays["evaluate"] = fakes.runs
+    made = plane.post("/v1/evaluations", plane.evaluation_body(models=["rival", "shapes"]))
+    for name in ("shapes", "rival"):
+        answer = plane.http.delete(f"/v1/models/{name}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "in_use")
+        assert made["id"] in answer.json()["error"]["message"]
+    plane.post(f"/v1/evaluations/{made['id']}/cancel", None)
+    plane.settle()
+    assert plane.http.delete("/v1/models/rival").status_code == 200
+
+
+def test_deleting_a_model_deletes_the_images_that_evaluations_drew_with_it(plane):
+    record = models.find(plane.settings.storage_uri, "shapes")
+    images = layout.images_folder(plane.settings.storage_uri)
+    of_model = layout.images_uri(layout.images_of(images, models.identity(record)), "k")
+    of_another = layout.images_uri(layout.images_of(images, "0" * 32), "k")
+    for uri in (of_model, of_another):
+        files.write_bytes(uri, b"images")
+    assert plane.http.delete("/v1/models/shapes").status_code == 200
+    assert (files.exists(of_model), files.exists(of_another)) == (False, True)
+
+
 def test_a_stage_that_fails_fails_the_job_with_its_message(plane):
     plane.launcher.plays["train"] = fakes.fails
     job = plane.job()
@@ -263,7 +293,7 @@ def test_a_stage_that_fails_fails_the_job_with_its_message(plane):
     assert ended["finished_at"] is not None
 
 
-def test_a_marker_within_the_grace_counts_whatever_ray_says(plane):
+def test_a_marker_within_the_grace_overrides_what_ray_reports(plane):
     plane.launcher.plays["encode"] = fakes.dies
     job = plane.job()
     plane.settle(6)
@@ -323,7 +353,7 @@ def test_a_run_that_writes_its_journal_lives_however_long_ray_is_away(plane):
         plane.clock.now += plane.settings.unreachable_s
         plane.settle(2)
         assert plane.get(f"{JOBS}/{job}")["status"] == "running"
-    assert sum(text.startswith("waiting for Ray:") for text in plane.events(job)) == 1, "it is said once"
+    assert sum(text.startswith("waiting for Ray:") for text in plane.events(job)) == 1, "it is logged once"
     assert not files.exists(f"{spec.prefix}/stop.json")
 
     plane.clock.now += plane.settings.unreachable_s - 5
@@ -386,7 +416,7 @@ def test_cancel_before_anything_ran_starts_nothing(plane):
     assert plane.launcher.submitted == plane.launcher.stopped == []
 
 
-def test_cancel_with_ray_out_of_reach_ends_after_a_while_and_says_so(plane):
+def test_cancel_with_ray_out_of_reach_ends_after_a_while_with_a_warning(plane):
     plane.launcher.plays["encode"] = fakes.runs
     job = plane.job()
     plane.settle(6)
@@ -501,12 +531,7 @@ def test_an_unexpected_error_is_logged_once_retried_with_growing_pauses_and_stop
     bad = plane.job()
     plane.settle(8)
     plane.launcher.plays["encode"] = fakes.encode
-    body = {
-        "model": "shapes",
-        "base": "shapes",
-        "prompts_uri": str(plane.root / "prompts.txt"),
-        "num_prompts": 2,
-    }
+    body = plane.evaluation_body()
     good = plane.post("/v1/evaluations", body)
     with plane.database.read() as session:
         row = session.scalar(select(Job).where(Job.id == bad["id"]))

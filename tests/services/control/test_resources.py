@@ -11,12 +11,14 @@ from pydantic import TypeAdapter
 from services.api import answers
 from services.api.records import DatasetReport
 from services.artifacts import models
+from services.pairs.source import Source
 from services.stages import layout
 from services.storage import files
 from tests.services.control import fakes
 from tests.services.control.conftest import write_base, write_pairs
 
 JOBS = "/v1/alignment/jobs"
+TRAINING = {"steps": 2, "batch_size": 4, "checkpoint_every": 2}
 NOTHING_ODD = {"soft": 0, "duplicates": 0, "contradicting": 0, "long_captions": 0}
 
 
@@ -32,8 +34,8 @@ def test_a_dataset_is_counted_and_digested_when_it_is_registered(any_plane):
 def test_a_datasets_columns_are_kept_and_shown_and_bad_rows_are_counted(any_plane):
     captions = pa.array(["good"] * 8 + ["bad\0"] * 2)
     uri = write_pairs(any_plane.root / "mapped", caption=None, prompt=captions)
-    asked = {"name": "mapped", "uri": uri, "columns": {"caption": "prompt"}}
-    dataset = any_plane.post("/v1/datasets", asked)
+    request = {"name": "mapped", "uri": uri, "columns": {"caption": "prompt"}}
+    dataset = any_plane.post("/v1/datasets", request)
     assert dataset["columns"] == {"caption": "prompt"}
     assert dataset["counts"] == {
         "rows": 10,
@@ -46,6 +48,26 @@ def test_a_datasets_columns_are_kept_and_shown_and_bad_rows_are_counted(any_plan
     assert (
         any_plane.get(f"/v1/datasets/{dataset['id']}") == any_plane.get("/v1/datasets")["data"][0] == dataset
     )
+
+
+def test_registration_reads_every_row_once_and_one_again_with_its_images(plane, monkeypatch):
+    reads = []
+    rows = Source.rows
+
+    def recorded(source, unit, *, with_images=False, start=0, stop=None):
+        for number, row in enumerate(
+            rows(source, unit, with_images=with_images, start=start, stop=stop), start
+        ):
+            reads.append((number, with_images))
+            yield row
+
+    monkeypatch.setattr(Source, "rows", recorded)
+    chosen = pa.array([None] * 6 + [1.0] * 4, pa.float64())
+    rejected = pa.array([None] * 6 + [0.0] * 4, pa.float64())
+    uri = write_pairs(plane.root / "late", label_0=chosen, label_1=rejected)
+    dataset = plane.post("/v1/datasets", {"name": "late", "uri": uri})
+    assert dataset["example"]["caption"] == "caption 6"
+    assert reads == [*((number, False) for number in range(10)), (6, True)]
 
 
 def test_a_dataset_is_one_split_of_a_folder_and_shows_a_decided_row(any_plane):
@@ -87,9 +109,28 @@ def test_validating_a_dataset_reports_a_sample_and_stores_nothing(plane):
     assert plane.get("/v1/datasets")["data"] == []
 
 
+def test_prompts_that_text_encoders_cut_are_reported_as_warnings(plane):
+    long = "a red circle " * 26
+    prompts = plane.root / "long.txt"
+    prompts.write_text("\n".join(["a red cross", long, "a red star", long, long]))
+    evaluation = {"prompts_uri": str(prompts), "num_prompts": 2, "scorers": []}
+    job = plane.job(evaluation=evaluation, validation={"every": 2, "num_prompts": 3}, training=TRAINING)
+    end = "prompts have more than 77 tokens: the rest is not read"
+    warnings = [
+        event["message"]
+        for event in plane.get(f"{JOBS}/{job['id']}/events")["data"]
+        if event["level"] == "warning"
+    ]
+    assert warnings == [f"evaluation.prompts_uri: 1 of 2 {end}", f"validation.num_prompts: 2 of 3 {end}"]
+    model = {"model": "shapes", "base": "shapes"}
+    evaluated = plane.post("/v1/evaluations", {**model, **evaluation})["id"]
+    last = plane.get(f"/v1/evaluations/{evaluated}/events")["data"][-1]
+    assert (last["level"], last["message"]) == ("warning", f"prompts_uri: 1 of 2 {end}")
+
+
 def test_a_setting_that_the_method_ignores_is_reported_as_a_warning(plane):
-    said = {"method": "uniform", "beta": 7.0, "gamma": 0.8, "calibration_bins": 9}
-    job = plane.job(objective=said)
+    objective = {"method": "uniform", "beta": 7.0, "gamma": 0.8, "calibration_bins": 9}
+    job = plane.job(objective=objective)
     events = plane.get(f"/v1/alignment/jobs/{job['id']}/events")["data"]
     warnings = [event["message"] for event in events if event["level"] == "warning"]
     assert warnings == [
@@ -98,7 +139,7 @@ def test_a_setting_that_the_method_ignores_is_reported_as_a_warning(plane):
     ]
 
 
-def test_rows_are_counted_wherever_they_lie_and_extra_columns_are_ignored(plane):
+def test_rows_are_counted_wherever_they_are_and_extra_columns_are_ignored(plane):
     whole = plane.dataset
     parts = plane.root / "parts"
     write_pairs(parts, extra=pa.array(range(10)))
@@ -238,12 +279,7 @@ def test_the_same_key_and_body_get_the_same_answer_and_make_one_thing(any_plane)
     plane.dataset  # noqa: B018
     bodies = {
         JOBS: plane.job_body(),
-        "/v1/evaluations": {
-            "model": "shapes",
-            "base": "shapes",
-            "prompts_uri": str(plane.root / "prompts.txt"),
-            "num_prompts": 2,
-        },
+        "/v1/evaluations": plane.evaluation_body(),
         "/v1/models": {"name": "other", "uri": str(plane.root / "base")},
         "/v1/datasets": {"name": "again", "uri": str(plane.root / "pairs")},
     }
@@ -291,12 +327,7 @@ def test_requests_at_once_under_one_key_make_one_job_and_none_is_a_conflict(any_
 
 def test_answers_have_the_shapes_that_the_openapi_document_promises(plane):
     job = plane.job()
-    evaluation = {
-        "model": "shapes",
-        "base": "shapes",
-        "prompts_uri": str(plane.root / "prompts.txt"),
-        "num_prompts": 2,
-    }
+    evaluation = plane.evaluation_body()
     evaluated = plane.post("/v1/evaluations", evaluation)
     plane.settle(60)
     promised = {

@@ -59,7 +59,7 @@ def left_by_ray(plane) -> str:
 def test_a_failed_training_resumes_in_the_same_run_and_its_job_succeeds(any_plane):
     plane = any_plane
     job = failed_at(plane, "train")
-    told = len(plane.events(job))
+    num_events = len(plane.events(job))
     answer = resume(plane, job)
     shown = ("status", "stage", "reason", "finished_at", "pause_requested_at")
     assert [answer[name] for name in shown] == ["queued", "train", None, None, None]
@@ -70,7 +70,7 @@ def test_a_failed_training_resumes_in_the_same_run_and_its_job_succeeds(any_plan
     assert plane.launcher.submitted == [f"{job}-{run}" for run in runs]
     one, two = (plane.launcher.specs[f"{job}-train-a{number}"] for number in (1, 2))
     assert (one.run, one.output, one.dataset, one.ledger) == (two.run, two.output, two.dataset, two.ledger)
-    assert plane.events(job)[told : told + 3] == [
+    assert plane.events(job)[num_events : num_events + 3] == [
         "failed -> queued: resumed on request",
         "queued -> running: stage train resumes as attempt 2",
         f"submitted {job}-train-a2",
@@ -119,12 +119,7 @@ def test_a_job_that_failed_before_its_first_stage_is_refused(plane):
 
 def test_an_evaluation_that_failed_is_not_among_the_jobs_that_are_resumed(plane):
     plane.launcher.plays["evaluate"] = fakes.fails
-    body = {
-        "model": "shapes",
-        "base": "shapes",
-        "prompts_uri": str(plane.root / "prompts.txt"),
-        "num_prompts": 2,
-    }
+    body = plane.evaluation_body()
     evaluation = plane.post("/v1/evaluations", body)["id"]
     plane.settle()
     assert resume(plane, evaluation, 404)["error"]["message"] == f'job "{evaluation}" does not exist'
@@ -146,7 +141,7 @@ def test_the_run_that_a_failed_job_has_left_is_over_before_its_next_attempt_star
     plane.launcher.states[first] = "stopped"
     plane.settle(40)
     assert (status(plane, job), plane.launcher.submitted.count(f"{job}-train-a2")) == ("succeeded", 1)
-    assert "step 4" in plane.events(job), "what it wrote after its job had failed is told too"
+    assert "step 4" in plane.events(job), "what it wrote after its job had failed is recorded too"
 
 
 def test_a_job_that_is_resumed_while_ray_is_still_away_starts_nothing_and_can_be_resumed_later(plane):
@@ -291,12 +286,12 @@ def test_what_a_resumed_job_needs_is_kept_and_its_name_is_taken_again(plane):
 def test_a_stream_that_ended_with_a_failure_continues_once_the_job_is_resumed(plane):
     job = failed_at(plane, "train")
     last = plane.get(f"{JOBS}/{job}/events?limit=1000")["data"][-1]["id"]
-    path, asked = f"{JOBS}/{job}/events", {"accept": "text/event-stream", "last-event-id": last}
-    assert plane.http.get(path, headers=asked).status_code == 204
+    path, headers = f"{JOBS}/{job}/events", {"accept": "text/event-stream", "last-event-id": last}
+    assert plane.http.get(path, headers=headers).status_code == 204
     resume(plane, job)
     plane.settle(40)
-    told = plane.http.get(path, headers=asked).text
-    assert told.index("failed -> queued: resumed on request") < told.index(
+    text = plane.http.get(path, headers=headers).text
+    assert text.index("failed -> queued: resumed on request") < text.index(
         "evaluating -> succeeded: the job is done"
     )
 

@@ -58,7 +58,7 @@ def test_prompts_outside_are_forbidden_for_jobs_validations_and_evaluations(held
     inside = str(PROMPTS_FILE)
     for uri in links_to(held, "prompts.txt"):
         evaluation = {"prompts_uri": uri, "num_prompts": 2}
-        forbidden(held, "/v1/evaluations", {"model": "m", "base": "m", **evaluation}, "prompts_uri")
+        forbidden(held, "/v1/evaluations", {"models": ["m", "n"], **evaluation}, "prompts_uri")
         forbidden(held, JOBS, held.job_body(evaluation=evaluation), "evaluation.prompts_uri")
         own = {"every": 50, "num_prompts": 1, "prompts_uri": uri}
         body = held.job_body(validation=own, evaluation={"prompts_uri": inside, "num_prompts": 3})
@@ -129,7 +129,7 @@ def test_a_job_carries_the_rules_to_its_stages(plane):
     ("uri", "status"), [("~nosuchuser/x", 404), ("x" * 300, 404), ("file:///a%00b", 400)]
 )
 def test_a_path_that_cannot_be_resolved_is_the_callers_mistake(plane, uri, status):
-    evaluation = {"model": "m", "base": "m", "prompts_uri": uri, "num_prompts": 2}
+    evaluation = {"models": ["m", "n"], "prompts_uri": uri, "num_prompts": 2}
     assert plane.error("/v1/evaluations", evaluation, status)["param"] == "prompts_uri"
     assert plane.error("/v1/datasets/validate", {"uri": uri}, status)["param"] == "uri"
     for path in ("/v1/datasets", "/v1/models"):
@@ -140,7 +140,7 @@ def test_pipes_and_devices_are_refused_at_once_and_the_api_still_answers(plane):
     os.mkfifo(plane.root / "pipe")
     started = time.monotonic()
     for uri in (str(plane.root / "pipe"), "/dev/zero", "/dev/stdin"):
-        body = {"model": "shapes", "base": "shapes", "prompts_uri": uri, "num_prompts": 2}
+        body = {"models": ["shapes", "rival"], "prompts_uri": uri, "num_prompts": 2}
         assert plane.error("/v1/evaluations", body)["code"] == "not_a_file"
         for path in ("/v1/datasets", "/v1/datasets/validate", "/v1/models"):
             named = {} if path.endswith("validate") else {"name": "x"}
@@ -152,8 +152,7 @@ def test_prompts_of_any_size_are_refused_before_they_fill_the_memory(plane):
     with (plane.root / "huge.txt").open("wb") as file:
         file.truncate(1 << 40)
     body = {
-        "model": "shapes",
-        "base": "shapes",
+        "models": ["shapes", "rival"],
         "prompts_uri": str(plane.root / "huge.txt"),
         "num_prompts": 2,
     }

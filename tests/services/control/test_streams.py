@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import pytest
@@ -50,7 +50,7 @@ def parse(text: str) -> list[tuple[str, str]]:
     return [(event["id"], json.loads(event["data"])["message"]) for event in events]
 
 
-def test_a_stream_tells_a_whole_job_and_ends_with_it_and_resumes_after_the_last_id(tmp_path):
+def test_a_stream_has_all_events_of_a_job_ends_with_it_and_resumes_after_the_last_id(tmp_path):
     launcher = fakes.FakeLauncher(train=fakes.runs)
     settings = Settings(
         api_key=SecretStr(KEY),
@@ -110,9 +110,32 @@ def test_a_stream_tells_a_whole_job_and_ends_with_it_and_resumes_after_the_last_
         assert 'route="/v1/alignment/jobs/{job_id}/events"' in figures
 
 
+def test_a_revoked_key_ends_its_event_stream_with_an_error_and_no_other_keys_stream(plane):
+    """The poll interval of this plane is one second."""
+    job = plane.job()["id"]
+    keys = [plane.post("/v1/keys", {"name": "k", "project": "default"}) for _ in range(2)]
+    with listening(plane.http.app, lifespan="off") as url, ExitStack() as opened:
+        streams = []
+        for key in keys:
+            headers = {"authorization": f"Bearer {key['key']}", "accept": "text/event-stream"}
+            stream = httpx.stream("GET", f"{url}{JOBS}/{job}/events", headers=headers, timeout=5.0)
+            streams.append(opened.enter_context(stream).iter_text())
+        assert all("created: " in next(stream) for stream in streams)
+        plane.post(f"/v1/keys/{keys[0]['id']}/revoke", None)
+        revoked_at = time.monotonic()
+        last = "".join(streams[0])
+        assert time.monotonic() - revoked_at < 2 * plane.settings.poll_interval_s
+        name, data = last.strip().split("\n")
+        assert name == "event: error"
+        assert json.loads(data.removeprefix("data: "))["error"]["code"] == "invalid_api_key"
+        plane.post(f"{JOBS}/{job}/cancel", None)
+        plane.settle()
+        assert "cancelled" in "".join(streams[1])
+
+
 @pytest.fixture
 def serve():
-    """In Serve's place: repeats what came, or fails as asked."""
+    """In Serve's place: repeats what came, or fails as requested."""
     app = FastAPI()
 
     async def answer(request: Request):
@@ -152,7 +175,7 @@ def test_requests_for_pictures_and_scores_reach_serve_as_they_came(front):
     assert front.post("/v1/scores", scores)["body"] == scores
 
 
-def test_serve_is_told_the_project_of_the_key_whatever_the_caller_says(front):
+def test_serve_gets_the_project_of_the_key_whatever_the_caller_sends(front):
     key = front.post("/v1/keys", {"name": "k", "project": "team-a"})["key"]
     team = {"authorization": f"Bearer {key}", "x-dde-project": "default"}
     base = front.get("/v1/models/shapes")["uri"]
@@ -214,9 +237,9 @@ def test_serve_out_of_reach_is_a_503(plane):
         ("/v1/scores", {"images": [], "prompts": []}, "images", "images: List should have at least 1 item"),
         (
             "/v1/scores",
-            {"images": ["a"], "prompts": ["p"], "scorers": ["clip"]},
-            "scorers.0",
-            "scorers.0: Input should be 'match',",
+            {"images": ["a"], "prompts": ["p"], "scorers": ["match", "match"]},
+            "scorers",
+            "scorers: must not repeat, got",
         ),
     ],
 )
@@ -226,7 +249,14 @@ def test_requests_that_serve_would_refuse_do_not_reach_it(plane, path, body, par
     assert error["message"].startswith(message)
 
 
-def test_readiness_says_which_part_is_missing(plane):
+def test_a_scorer_that_the_project_does_not_have_is_a_404_that_names_it(plane):
+    body = {"images": ["a"], "prompts": ["p"], "scorers": ["match", "clip"]}
+    error = plane.error("/v1/scores", body, 404)
+    assert (error["param"], error["code"]) == ("scorers.1", "scorer_not_found")
+    assert error["message"] == 'scorers.1: scorer "clip" does not exist'
+
+
+def test_readiness_names_which_part_is_missing(plane):
     assert plane.get("/readyz") == {
         "status": "ready",
         "checks": {name: {"ok": True, "detail": None} for name in ("database", "storage", "ray")},

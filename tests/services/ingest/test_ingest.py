@@ -170,12 +170,12 @@ def test_soft_labels_are_stored_and_odd_pairs_are_counted_by_the_content_of_thei
     assert labels == [*np.float32([2 / 3, 0.75]).tolist(), 1.0, 1.0, 1.0, 1.0, 1.0]
     expected = {"soft": 2, "duplicates": 1, "contradicting": 2, "long_captions": 1, "transparent": 0}
     assert {name: result.counts[name] for name in expected} == expected
-    told = "\n".join(events(encode, 1))
-    assert "2 of 7 pairs have a soft label: objective.label decides" in told
-    assert "1 of 7 pairs repeat an earlier pair" in told
-    assert "2 of 7 pairs are contradicted by another pair" in told
-    assert "1 of 7 pairs have a caption of more than 16 tokens: the rest is not read" in told
-    assert "transparent image" not in told
+    text = "\n".join(events(encode, 1))
+    assert "2 of 7 pairs have a soft label: objective.label decides" in text
+    assert "1 of 7 pairs repeat an earlier pair" in text
+    assert "2 of 7 pairs are contradicted by another pair" in text
+    assert "1 of 7 pairs have a caption of more than 16 tokens: the rest is not read" in text
+    assert "transparent image" not in text
 
 
 def test_an_interrupted_run_is_resumed_and_ends_with_the_same_manifest(

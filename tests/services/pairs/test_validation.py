@@ -15,7 +15,7 @@ from services.api.requests import DatasetSource
 from services.errors import BadRequest
 from services.pairs.images import BadImage, decode
 from services.pairs.source import Source, open_source
-from services.pairs.validation import decided_example, inspect, validate
+from services.pairs.validation import inspect, validate
 from tests.support.hostile_rows import CELLS, IMAGES, hostile_rows
 from tests.support.pairs_file import pair_rows, png, write_pairs
 from tests.support.source_kinds import KINDS, win_lose, write_lines
@@ -39,7 +39,7 @@ def test_rows_are_counted_by_kind_and_bad_ones_by_cause(tmp_path):
     rows[1]["has_label"] = False
     rows[2]["caption"] = rows[3]["caption"] = " "
     rows[4]["label_1"] = 0.25
-    counts, _ = inspect(opened(write_pairs(tmp_path / "a.parquet", rows)))
+    counts, *_ = inspect(opened(write_pairs(tmp_path / "a.parquet", rows)))
     assert counts.model_dump() == {
         "rows": 40,
         "pairs": 31,
@@ -59,7 +59,7 @@ def test_soft_labels_repetitions_contradictions_and_long_captions_are_counted(tm
 
     rows = [line("a", "b", 1.0), line("a", "b", 0.67), line("b", "a", 1.0), line("a", "c", 0.25)]
     rows += [line("a", "b", 0.0, "a dog"), line("a", "b", 0.5), line("d", "e", 1.0, "word " * 76)]
-    counts, _ = inspect(opened(write_lines(tmp_path / "a.jsonl", rows)))
+    counts, *_ = inspect(opened(write_lines(tmp_path / "a.jsonl", rows)))
     found = (counts.pairs, counts.soft, counts.duplicates, counts.contradicting, counts.long_captions)
     assert found == (6, 2, 1, 3, 1)
 
@@ -88,13 +88,13 @@ def test_a_rankings_pairs_and_equal_ranks_are_counted(tmp_path):
         {"images": ["a", "b", "c"], "ranks": [1, 1, 2], "caption": "x"},
         {"images": ["a", "b"], "ranks": [1, 1], "caption": "x"},
     ]
-    counts, _ = inspect(opened(write_lines(tmp_path / "a.jsonl", rows)))
+    counts, *_ = inspect(opened(write_lines(tmp_path / "a.jsonl", rows)))
     assert (counts.rows, counts.pairs, counts.ties) == (2, 2, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_digest_is_the_same_for_the_same_files_at_another_uri(kind, tmp_path):
-    first, second = (inspect(opened(KINDS[kind](tmp_path / place / "data"))) for place in ("1", "2"))
+    first, second = (inspect(opened(KINDS[kind](tmp_path / place / "data")))[:2] for place in ("1", "2"))
     assert (first == second) == (kind != "json_lines_uris")
     assert first[0] == second[0]
 
@@ -139,7 +139,7 @@ def test_hostile_rows_get_their_kind_and_cause_and_none_is_lost(count, tmp_path)
             found.append(cause)
     assert found == ends
     assert set(ends) >= {cause for cause, _ in [*IMAGES.values(), *CELLS.values()]}
-    counts, _ = inspect(source)
+    counts, *_ = inspect(source)
     expected = Counter(end for end in ends if end not in UNDECIDED and not end.startswith("image_"))
     assert counts.bad == expected
     assert counts.pairs + counts.ties + counts.missing + sum(counts.bad.values()) == counts.rows == count
@@ -215,22 +215,19 @@ def test_a_decided_row_is_shown_with_its_files_and_caption(row, chosen, rejected
     undecided = {"caption": "y", **row, "has_label": False}
     path = write_lines(tmp_path / "a.jsonl", [undecided, {"caption": "x", **row, "has_label": True}])
     shown = {"row": "a.jsonl:0:1", "chosen": chosen, "rejected": rejected, "caption": "x"}
-    for example in (decided_example(opened(path)), validate(opened(path)).example):
+    for example in (inspect(opened(path)).example, validate(opened(path)).example):
         assert example is not None
         assert example.model_dump() == shown
 
 
 def test_an_embedded_image_is_shown_by_its_column_and_uid(tmp_path):
     rows = [row | {"label_0": 0.0, "label_1": 1.0} for row in pair_rows(1)]
-    example = decided_example(opened(write_pairs(tmp_path / "a.parquet", rows)))
-    assert example is not None
+    example = inspect(opened(write_pairs(tmp_path / "a.parquet", rows))).example
     assert (example.chosen, example.rejected) == ("jpg_1, uid 0-0-1", "jpg_0, uid 0-0-0")
     for row in rows:
         row["image_0_uid"] = row["image_1_uid"] = None
-    example = decided_example(opened(write_pairs(tmp_path / "a.parquet", rows)))
-    assert example is not None
+    example = inspect(opened(write_pairs(tmp_path / "a.parquet", rows))).example
     assert (example.chosen, example.rejected) == ("jpg_1", "jpg_0")
-    assert decided_example(opened(write_lines(tmp_path / "b.jsonl", [{"images": [], "caption": ""}]))) is None
 
 
 # ---- details

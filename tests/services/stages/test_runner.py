@@ -17,8 +17,8 @@ from ray import cloudpickle
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError, UserCodeException
 from ray.train import ControllerError, WorkerGroupError
 
-from dde_core.errors import ModelError
-from services.errors import BadRequest, Stopped, Unavailable
+from dde_core.errors import ConfigError, ModelError
+from services.errors import BadRequest, Conflict, Stopped, Unavailable
 from services.stages.journal import read_journal
 from services.stages.runner import TRANSIENT, describe, failure_of, root_cause, run_stage
 from services.stages.specs import StageFailure, StageSpec, StageStopped
@@ -34,6 +34,32 @@ def work(spec, journal):
     time.sleep(60)
 
 run_stage(StageSpec, work)
+"""
+
+CROSSES_RAY_DATA = """
+import ray, ray.data
+from services.errors import BadRequest
+from services.stages.runner import failure_of
+
+def refuse(row):
+    raise BadRequest("uri 'y' is gone", param="uri", code="no_file")
+
+class Refusing:
+    def __init__(self):
+        refuse(None)
+
+    def __call__(self, batch):
+        return batch
+
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+one_actor = ray.data.ActorPoolStrategy(size=1)
+for data in (
+    ray.data.range(1).map(refuse), ray.data.range(1).map_batches(Refusing, batch_size=1, compute=one_actor)
+):
+    try:
+        list(data.iter_rows())
+    except Exception as error:
+        print(failure_of(error).model_dump_json(), flush=True)
 """
 
 
@@ -151,6 +177,36 @@ def test_a_failure_inside_ray_keeps_the_code_of_its_cause(wrap):
     assert failure_of(wrap(OSError(errno.ENOSPC, "No space left on device"))).code == "unavailable"
     assert failure_of(wrap(OSError(errno.EACCES, "Permission denied"))).code == "permission_error"
     assert failure_of(wrap(KeyError())).message == "KeyError: "
+
+
+@pytest.mark.parametrize("wrap", RAY.values(), ids=RAY)
+def test_a_failure_inside_ray_keeps_the_field_and_the_code_of_its_cause(wrap):
+    gone = BadRequest("uri 'y' is gone:\nno file", param="uri", code="no_file")
+    failure = failure_of(wrap(gone))
+    assert (failure.param, failure.code) == ("uri", "no_file")
+    assert failure.message.startswith("uri 'y' is gone:")
+    expected = StageFailure(message="beta must be positive, got -1", code="config_error", param="beta")
+    assert failure_of(wrap(ConfigError("beta", -1, "must be positive"))) == expected
+    assert failure_of(wrap(Conflict("taken", param="name"))) == StageFailure(
+        message="taken", code="conflict", param="name"
+    )
+
+
+def test_notes_survive_pickling_once():
+    error = pickle.loads(pickle.dumps(BadRequest("no", param="uri", code="no_file")))
+    assert error.__notes__ == ["param: uri", "code: no_file"]
+
+
+@pytest.mark.slow
+def test_the_field_of_an_error_crosses_ray_data(tmp_path):
+    """On Ray itself: an error of a function, and one of an actor's constructor."""
+    script = tmp_path / "cross.py"
+    script.write_text(CROSSES_RAY_DATA)
+    output = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
+    assert output.returncode == 0, output.stderr
+    failure = {"message": "uri 'y' is gone", "code": "no_file", "param": "uri"}
+    lines = [json.loads(line) for line in output.stdout.splitlines() if line.startswith("{")]
+    assert lines == [failure, failure], output.stdout
 
 
 def test_of_errors_that_raise_others_the_last_one_is_shown():

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from dde_core import checkpoint
 from dde_core.checkpoint import Snapshot
 from dde_core.config import ObjectiveConfig
-from dde_core.errors import ConfigError, DataError
+from dde_core.errors import ConfigError, DataError, NonFiniteError
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy
 from services.api.records import Validated
@@ -182,8 +182,8 @@ def test_while_a_checkpoint_is_stored_one_that_is_due_is_left_out_and_the_last_o
 
     monkeypatch.setattr(checkpoint, "Snapshot", Slow)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
-    said = [event for event in events(tmp_path) if "skipped" in event]
-    assert said == [
+    skipped = [event for event in events(tmp_path) if "skipped" in event]
+    assert skipped == [
         f"checkpoint of step {step} skipped: the previous one is still being stored" for step in (4, 6)
     ]
     assert most == [1, 1], "the host has memory for one copy of the state"
@@ -291,11 +291,22 @@ def test_files_without_a_record_are_no_checkpoint(model, encoded, tmp_path, undi
 
 def test_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs(model, encoded, tmp_path):
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=2, **TRAINING)
-    told = r"training\.learning_rate differs from the checkpoint of step 2, which has 0\.001, got 0\.002"
-    with pytest.raises(ConfigError, match=told):
+    message = r"training\.learning_rate differs from the checkpoint of step 2, which has 0\.001, got 0\.002"
+    with pytest.raises(ConfigError, match=message):
         train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING | {"learning_rate": 2e-3})
     failed = files.read_json(layout.worker_failed_uri(tmp_path.as_uri()))
-    assert failed["param"] == "training.learning_rate", "what would only come again is told to the driver"
+    assert failed["param"] == "training.learning_rate", "the driver learns what would recur"
+
+
+def test_weights_that_the_last_update_made_infinite_are_stored_nowhere_and_fail_the_run(
+    model, encoded, tmp_path
+):
+    message = r"^the state to store: .* is not finite in \d+ of \d+ values"
+    with pytest.raises(NonFiniteError, match=message):
+        train_here(tmp_path, model, encoded, OBJECTIVE, steps=1, **TRAINING, weight_decay=1e50)
+    assert checkpoints.steps(run_of(tmp_path)) == []
+    failed = files.read_json(layout.worker_failed_uri(tmp_path.as_uri()))
+    assert failed["code"] == "non_finite_error"
 
 
 def test_an_error_that_nobody_foresaw_is_final_when_it_has_come_three_times_without_progress(
@@ -383,7 +394,7 @@ def test_a_full_disk_costs_no_step(model, encoded, small_disk, undisturbed, mess
     later.start()
     metrics = train_here(small_disk, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     later.join()
-    assert len(metrics) == 8, "all of them told"
+    assert len(metrics) == 8, "none is lost"
     assert any("storage failed" in event and "No space left" in event for event in events(small_disk))
     assert any("skipped" in event for event in events(small_disk)), "training did not wait"
     assert same(state(small_disk, 8), undisturbed)
@@ -504,8 +515,8 @@ def test_the_last_the_best_and_what_validation_has_not_seen_are_kept(model, enco
     )
     spec = spec.model_copy(update={"run": run})
     assert selection.prunable(spec) == [10, 20, 30, 40, 50]
-    asked = ValidationConfig(every=20, best_metric="held_out_accuracy")
-    spec = spec.model_copy(update={"validation": asked, "evaluation": EvaluationConfig(prompts_uri="x")})
+    validation = ValidationConfig(every=20, best_metric="held_out_accuracy")
+    spec = spec.model_copy(update={"validation": validation, "evaluation": EvaluationConfig(prompts_uri="x")})
     assert selection.prunable(spec) == [10, 30, 50], "20, 40 and 60 wait for validation"
     validated(run, 0, held_out_accuracy=0.9)
     validated(run, 20, held_out_accuracy=0.7)

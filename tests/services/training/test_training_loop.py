@@ -6,24 +6,30 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pyarrow import fs
 
-from dde_core.config import LoraConfig, ObjectiveConfig
+from dde_core.config import LoraConfig, ObjectiveConfig, SampleConfig
+from dde_core.generation import TextToImage
 from dde_core.latents.reader import LatentReader
 from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
 from dde_core.train_step import pair_errors
-from services.api.records import Validated
+from services.api.records import ScorerRecord, Validated
+from services.api.requests import EvaluationConfig, ValidationConfig
+from services.artifacts import scorers
 from services.stages import layout
 from services.stages.journal import Journal, read_journal
 from services.storage import files
 from services.training import pair_log
+from services.training.selection import best_step
 from services.training.train import log_soft_labels
 from services.training.validation.validate import validate
 from services.training.worker import loop
 from tests.support.encoded_pairs import batch_maker, train_here, train_spec, write_encoded
+from tests.support.scorers import write_tiny
 from tests.support.tiny_folders import FOLDERS
 
 BATCH = 7
@@ -76,15 +82,15 @@ def test_reference_and_policy_get_identical_inputs_part_by_part(
     }
     train_here(tmp_path, model, encoded, objective, precision="bf16", **training)
     assert seen.dtypes == {torch.bfloat16}, "and in the same arithmetic"
-    expected, whose = [], ["reference", "policy"] if method in PREFERENCE else ["policy"]
+    expected, models = [], ["reference", "policy"] if method in PREFERENCE else ["policy"]
     maker = batch_maker(model, encoded, objective, **training)
     for step in range(2):
         pairs = maker.rows(step, 0, 1).pair_ids
-        expected += [(name, pairs[start:end]) for start, end in ((0, 2), (2, 4), (4, 7)) for name in whose]
+        expected += [(name, pairs[start:end]) for start, end in ((0, 2), (2, 4), (4, 7)) for name in models]
     assert [(name, pairs) for name, pairs, _ in seen.calls] == expected
     sides = 2 if method in PREFERENCE else 1
-    for i in range(0, len(seen.calls), len(whose)):
-        (_, pairs, given), *others = seen.calls[i : i + len(whose)]
+    for i in range(0, len(seen.calls), len(models)):
+        (_, pairs, given), *others = seen.calls[i : i + len(models)]
         assert len(given) == (5 if model.family == "sdxl" else 3)
         assert all(len(each) == sides * len(pairs) for each in given), "no losers for sft"
         for _, _, also in others:
@@ -129,7 +135,7 @@ def test_a_soft_label_trains_on_the_stored_share_and_a_hard_one_on_the_winner(mo
 
 
 @pytest.mark.parametrize(
-    ("method", "label", "soft", "told"),
+    ("method", "label", "soft", "event"),
     [
         ("dde", "hard", 5, ("warning", "5 of 16 pairs have a soft label and are trained on as if all")),
         ("dde", "soft", 5, ("info", "5 of 16 pairs have a soft label: the loss uses the winner's share")),
@@ -137,7 +143,7 @@ def test_a_soft_label_trains_on_the_stored_share_and_a_hard_one_on_the_winner(mo
         ("sft", "hard", 5, None),
     ],
 )
-def test_a_run_tells_what_is_done_with_soft_labels(model, encoded, tmp_path, method, label, soft, told):
+def test_a_run_logs_what_is_done_with_soft_labels(model, encoded, tmp_path, method, label, soft, event):
     spec = train_spec(tmp_path, model, encoded, ObjectiveConfig(method=method, label=label))
     manifest = LatentReader(fs.LocalFileSystem(), str(encoded)).manifest
     journal = Journal(spec.prefix)
@@ -145,10 +151,10 @@ def test_a_run_tells_what_is_done_with_soft_labels(model, encoded, tmp_path, met
     log_soft_labels(spec, replace(manifest, counts={"pairs": 16}), journal)  # of an earlier version
     journal.flush()
     entries = [entry for _, some in read_journal(spec.prefix, 0) for entry in some]
-    assert len(entries) == (told is not None)
-    if told:
-        assert entries[0].level == told[0]
-        assert entries[0].message.startswith(told[1])
+    assert len(entries) == (event is not None)
+    if event:
+        assert entries[0].level == event[0]
+        assert entries[0].message.startswith(event[1])
 
 
 @pytest.mark.parametrize("method", ["dde", "uniform", "sft"])
@@ -196,6 +202,35 @@ def test_the_base_has_no_margin_on_held_out_pairs(model, encoded, tmp_path):
     found = validate(spec, 0)
     assert (found.metrics["held_out_margin"], found.metrics["held_out_accuracy"]) == (0, 0.5)
     assert found == Validated.model_validate_json(files.read_bytes(layout.outcome_uri(spec.run, 0)))
+
+
+def test_validation_scores_its_images_with_every_registered_scorer_of_single_images(model, encoded, tmp_path):
+    prompts = ["a red star", "a blue star on the text", "star " * 100]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    checkpoint, _ = write_tiny("clip", tmp_path / "scorer")
+    uri = checkpoint.as_uri()
+    fields = {"uri": uri, "digest": scorers.digest_of(uri, None), "created_at": 0}
+    ours = ScorerRecord(id="s1", name="ours", kind="clip", **fields)
+    sets = ScorerRecord(id="s2", name="sets", kind="diversity", **fields)
+    evaluation = EvaluationConfig(
+        prompts_uri=str(tmp_path / "prompts.txt"),
+        scorers=["ours", "sets"],
+        sample=SampleConfig(steps=2, height=32, width=32),
+    )
+    validation = ValidationConfig(
+        every=1, prompts_uri=evaluation.prompts_uri, num_prompts=3, seed=5, best_metric="ours"
+    )
+    fields = {"evaluation": evaluation, "validation": validation, "scorers": [ours, sets]}
+    spec = train_spec(tmp_path, model, encoded, ObjectiveConfig(), steps=1).model_copy(update=fields)
+    found = validate(spec, 0)
+    images = TextToImage(model)(prompts, [5, 6, 7], evaluation.sample)
+    wanted = float(np.mean(scorers.load(ours)(images, prompts)))
+    assert found.metrics == {"ours": wanted}
+    assert best_step({3: found}, "ours") == 3
+    warnings = [entry.message for _, some in read_journal(spec.prefix, 0) for entry in some]
+    assert warnings == [
+        "1 of 3 validation prompts have more than the 77 tokens that ours reads: their ends do not count"
+    ]
 
 
 @pytest.mark.parametrize("method", ["dde", "sft"])

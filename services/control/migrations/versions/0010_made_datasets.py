@@ -1,12 +1,12 @@
 """Datasets that a job makes: without counts until it has ended.
 
-Revision ID: 0011
+Revision ID: 0010
 """
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0011"
+revision = "0010"
 down_revision = "0009"
 
 

@@ -1,0 +1,55 @@
+"""/v1/studies"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+
+from services.api.answers import EventView, ListView, RunView, StudyView
+from services.api.records import JobStatus
+from services.api.requests import StudyCreate
+from services.control import jobs, journal, stopping, studies
+from services.control.dependencies import READ, SUBMIT, After, Db, Key, Limit, LongLimit, body, takes
+from services.control.idempotency import IdempotentRequest
+from services.control.reading import READ_S, reads_sources
+
+router = APIRouter(tags=["studies"])
+PATH = "/v1/studies"
+
+
+@router.post(PATH, openapi_extra=takes(StudyCreate), dependencies=[SUBMIT])
+@reads_sources(READ_S)
+def create_study(
+    request: Annotated[StudyCreate, Depends(body(StudyCreate))],
+    db: Db,
+    key: Key = None,
+) -> StudyView:
+    """Start a study: a grid of alignment jobs, then a comparison of all of their models."""
+    return studies.create(db, IdempotentRequest.of(key, PATH, request), request)
+
+
+@router.get(PATH, response_model=ListView[StudyView], dependencies=[READ])
+def list_studies(
+    db: Db, after: After = None, limit: Limit = 20, status: JobStatus | None = None
+) -> ListView[RunView]:
+    return jobs.page(db, "study", after, limit, status, {})
+
+
+@router.get(PATH + "/{study_id}", response_model=StudyView, dependencies=[READ])
+def get_study(study_id: str, db: Db) -> RunView:
+    return jobs.get(db, "study", study_id)
+
+
+@router.get(PATH + "/{study_id}/events", dependencies=[READ])
+def list_study_events(
+    study_id: str, db: Db, after: After = None, limit: LongLimit = 100
+) -> ListView[EventView]:
+    """The study's events in order of time. Each cell's job has its own."""
+    return journal.list_events(db, "study", study_id, after, limit)
+
+
+@router.post(PATH + "/{study_id}/cancel", response_model=StudyView, dependencies=[SUBMIT])
+def cancel_study(study_id: str, db: Db) -> RunView:
+    """Request the cancellation of a study and of all of its jobs."""
+    return stopping.cancel(db, "study", study_id)
