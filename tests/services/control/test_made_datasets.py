@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 
 from dde_core.scorers.kinds import KINDS
-from services.api.records import ScorerRecord
-from services.artifacts import scorers
 from services.stages import layout
 from services.storage import files
 from tests.services.control.conftest import Plane, write_pairs
 from tests.services.control.fakes import dies, fails, make_pairs, runs
 from tests.services.control.test_access import bearer, new_key
+from tests.services.control.test_scorers import insert
 
 DATASETS = "/v1/datasets"
 
@@ -223,6 +222,38 @@ def test_the_files_of_a_made_dataset_are_not_registered_again(plane):
         assert (error["param"], error["code"]) == ("uri", "made_by_scorers")
 
 
+# ---- registered scorers
+
+
+def test_registered_scorers_make_pairs_by_name_or_id_and_are_held_until_the_run_ends(any_plane):
+    plane = any_plane
+    pick = insert(plane, "pick", "pickscore")
+    made = plane.post(DATASETS, generate_body(plane, scorers={"taste": 2.0, pick.id: 1.0}))
+    assert made["generate"]["scorers"] == {"taste": 2.0, "pick": 1.0}
+    labeled = plane.post(DATASETS, relabel_body(readable_pairs(plane)["id"], scorer=pick.id))
+    assert labeled["relabel"]["scorer"] == "pick"
+    refused = plane.http.delete("/v1/scorers/pick")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "in_use")
+    plane.settle()
+    assert [read(plane, each)["status"] for each in (made, labeled)] == ["ready", "ready"]
+    generate = plane.launcher.specs[f"{made['job']}-generate-a1"]
+    assert {scorer.name for scorer in generate.scorers} == set(generate.generate.scorers) == {"taste", "pick"}
+    assert pick in generate.scorers
+    assert plane.launcher.specs[f"{labeled['job']}-relabel-a1"].scorers == [pick]
+    assert plane.http.delete("/v1/scorers/pick").status_code == 200
+
+
+def test_a_scorer_of_another_project_or_one_given_by_name_and_id_is_refused(plane):
+    theirs = insert(plane, "theirs", "clip", "team-a")
+    for named in ("theirs", theirs.id):
+        error = plane.error(DATASETS, generate_body(plane, scorers={named: 1.0}), 404)
+        assert (error["param"], error["code"]) == ("generate.scorers", "scorer_not_found")
+    pick = insert(plane, "pick", "pickscore")
+    error = plane.error(DATASETS, generate_body(plane, scorers={"pick": 1.0, pick.id: 1.0}))
+    assert error["param"] == "generate.scorers"
+    assert f"must not repeat, got 'pick' and its id '{pick.id}'" in error["message"]
+
+
 # ---- prompts that are not held out
 
 
@@ -295,9 +326,8 @@ def test_a_prompt_that_no_dataset_may_have_is_refused(plane):
 
 
 @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.level != "image"])
-def test_a_scorer_of_whole_sets_is_refused_by_name(plane, monkeypatch, kind):
-    record = ScorerRecord(id="scorer_1", name="of-sets", kind=kind, digest="d", created_at=0)
-    monkeypatch.setitem(scorers.BUILT_IN, "of-sets", record)
+def test_a_scorer_of_whole_sets_is_refused_by_name(plane, kind):
+    insert(plane, "of-sets", kind)
     error = plane.error(DATASETS, generate_body(plane, scorers={"taste": 1, "of-sets": 1}))
     assert (error["param"], error["code"]) == ("generate.scorers", "scorer_not_of_images")
     assert "'of-sets'" in error["message"]
