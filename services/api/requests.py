@@ -107,11 +107,12 @@ Margin = Annotated[float, Field(ge=0, le=1e6)]
 class GeneratePairs(Strict):
     """Pairs without people: ``model`` draws ``images_per_prompt`` images of each prompt, scorers rank them.
 
-    ``prompts_uri`` is a text file with one prompt a line; the first ``num_prompts`` are used. Do not evaluate
-    the aligned model on the same prompts. ``scorers`` has a weight for each scorer's name. A score counts in
-    units of the scorer's spread: its standard deviation among images of one prompt. ``keep`` the best image
-    against the worst, or all pairs; those whose weighted scores differ by at most ``margin``, in the same
-    units, are ties and dropped. Image j of prompt i has the seed ``seed`` + i * ``images_per_prompt`` + j.
+    ``prompts_uri`` is a file of prompts, as of evaluations; the first ``num_prompts`` are used. Do not
+    evaluate the aligned model on the same prompts. ``scorers`` has a weight for each scorer's name. A score
+    counts in units of the scorer's spread: its standard deviation among images of one prompt. ``keep`` the
+    best image against the worst, or all pairs; those whose weighted scores differ by at most ``margin``, in
+    the same units, are ties and dropped. Image j of prompt i has the seed ``seed`` + i *
+    ``images_per_prompt`` + j.
     """
 
     model: str

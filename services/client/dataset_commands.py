@@ -77,7 +77,7 @@ def generate_dataset(
     model: Annotated[str, typer.Option(help="Name or id of the model that draws.")],
     prompts: Annotated[
         str,
-        typer.Option(help="Prompts, one per line, none of them held out for evaluation: a path or a URI."),
+        typer.Option(help="File of prompts, none of them held out for evaluation: a path or a URI."),
     ],
     num_prompts: Annotated[int, typer.Option(help="Number of prompts, from the beginning of the file.")],
     scorer: Annotated[

@@ -29,7 +29,7 @@ from services.api.requests import (
     StudyCreate,
 )
 from services.api.study_cells import Cell, expand
-from services.control import checks, jobs, journal, models, scorers, stopping, study_report
+from services.control import checks, jobs, journal, making, models, scorers, stopping, study_report
 from services.control.database import Database, ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.job_update import JobUpdate, StaleToken, new_job
@@ -55,18 +55,17 @@ def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: St
     Raises BadRequest, NotFound or Conflict, naming the cell and its field.
     """
 
-    def check() -> tuple[list[Cell], dict[str, list[str]]]:
+    def check() -> tuple[list[Cell], dict[str, list[str]], list[str]]:
         cells = expand(request, _parse)
         warnings: dict[str, list[str]] = {}
         for cell in cells:
             if cell.setting not in warnings:  # no check depends on seeds
                 with _errors_of(cell.label):
                     warnings[cell.setting] = jobs.check_alignment(database, cell.request)
-        _check_evaluation(database, request, cells)
-        return cells, warnings
+        return cells, warnings, _check_evaluation(database, request, cells)
 
-    def insert(session: Session, checked: tuple[list[Cell], dict[str, list[str]]]) -> StudyView:
-        cells, warnings = checked
+    def insert(session: Session, checked: tuple[list[Cell], dict[str, list[str]], list[str]]) -> StudyView:
+        cells, warnings, own_warnings = checked
         _refuse_name(session, request.name)
         bases = {}
         for cell in cells:
@@ -91,6 +90,8 @@ def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: St
         session.add(row)
         session.flush()
         journal.log(session, study_id, f"created: {len(cells)} cells, at most {request.parallel} at a time")
+        for message in own_warnings:
+            journal.log(session, study_id, message, "warning")
         return study_view(row)
 
     return create_once(database, idempotent, StudyView, check, insert)
@@ -114,8 +115,11 @@ def _errors_of(label: str) -> Iterator[None]:
         raise type(error)(f"cell {label}: {error.message}", param=param, code=error.code) from error
 
 
-def _check_evaluation(database: ProjectDatabase, request: StudyCreate, cells: list[Cell]) -> None:
-    """Refuse prompts that cannot be read or scored, and base models that draw images of several sizes."""
+def _check_evaluation(database: ProjectDatabase, request: StudyCreate, cells: list[Cell]) -> list[str]:
+    """Refuse prompts that cannot be read or scored, and base models that draw images of several sizes.
+
+    Returns warnings of prompts that are not held out.
+    """
     with database.read() as session:
         used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
     prompts = checks.check_evaluation(request.evaluation, used, "evaluation.")
@@ -124,6 +128,8 @@ def _check_evaluation(database: ProjectDatabase, request: StudyCreate, cells: li
         base = _base(session, request, list({row.id: row for row in found}.values()))
         records = {row.id: models.record_of(row) for row in [base, *found]}
     checks.check_compared(list(records.values()), request.evaluation, prompts)
+    datasets = dict.fromkeys(cell.request.dataset for cell in cells)
+    return [each for name in datasets for each in making.reused_prompts(database, name, request.evaluation)]
 
 
 def _refuse_name(session: Session, name: str) -> None:

@@ -21,6 +21,7 @@ from services.storage import files
 from tests.services.control import fakes
 from tests.services.control.conftest import Plane, write_base
 from tests.services.control.test_access import bearer, new_key
+from tests.services.control.test_made_datasets import generate_body
 
 STUDIES = "/v1/studies"
 JOBS = "/v1/alignment/jobs"
@@ -281,6 +282,20 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(plane, changes, pa
     assert param in (None, error["param"]), error
     assert text in error["message"]
     assert plane.get(STUDIES)["data"] == plane.get(JOBS)["data"] == []
+
+
+def test_a_study_on_a_dataset_of_scorers_waits_for_it_and_warns_of_prompts_that_are_not_held_out(plane):
+    made = plane.post("/v1/datasets", generate_body(plane))
+    on_made = body(plane, base={**body(plane)["base"], "dataset": made["id"]})
+    error = plane.error(STUDIES, on_made, 409)
+    assert (error["param"], error["code"]) == ("cells.dde-seed0.dataset", "dataset_not_ready")
+    plane.settle()
+    warned = "3 prompts of the evaluation made the dataset, too"
+    study = plane.post(STUDIES, on_made)
+    assert sum(warned in message for message in events(plane, study)) == 1
+    plane.settle(10)
+    cell = cell_jobs(plane, study)["dde-seed0"]
+    assert any(warned in message for message in plane.events(cell["id"]))
 
 
 def test_a_base_with_a_name_is_refused(plane):
