@@ -37,7 +37,7 @@ def test_a_job_goes_through_every_stage_to_a_served_model(any_plane):
     assert (job["status"], job["aligned_model"], job["result"], job["started_at"]) == (
         "validating",
         None,
-        dict.fromkeys(STAGES["alignment"]),
+        dict.fromkeys([*STAGES["alignment"], "gate"]),
         None,
     )
     plane.settle()

@@ -122,8 +122,7 @@ def test_prompts_that_text_encoders_cut_are_reported_as_warnings(plane):
         if event["level"] == "warning"
     ]
     assert warnings == [f"evaluation.prompts_uri: 1 of 2 {end}", f"validation.num_prompts: 2 of 3 {end}"]
-    model = {"model": "shapes", "base": "shapes"}
-    evaluated = plane.post("/v1/evaluations", {**model, **evaluation})["id"]
+    evaluated = plane.post("/v1/evaluations", plane.evaluation_body() | evaluation)["id"]
     last = plane.get(f"/v1/evaluations/{evaluated}/events")["data"][-1]
     assert (last["level"], last["message"]) == ("warning", f"prompts_uri: 1 of 2 {end}")
 
