@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Literal
 
 import pyarrow as pa
@@ -168,6 +169,12 @@ def evaluate(spec) -> RunState:
     return done(spec, report)
 
 
+def _inspect_as_a_stage(spec, uri: str):
+    """Under the rules of the stage, which end with the caller's context."""
+    sources.hold_request_to(spec.sources)
+    return inspect(open_source(DatasetSource(uri=uri)))
+
+
 def make_pairs(spec) -> RunState:
     """Writes pairs as a run that scores images leaves them: eight decided ones."""
     journal(spec, 2)
@@ -184,9 +191,7 @@ def make_pairs(spec) -> RunState:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(table), sink)
     files.write_bytes(layout.made_pairs_uri(spec.output, 0), sink.getvalue().to_pybytes())
-    sources.hold_request_to(spec.sources)
-    source = open_source(DatasetSource(uri=uri))
-    counts, digest, example = inspect(source)
+    counts, digest, example = copy_context().run(_inspect_as_a_stage, spec, uri)
     result = PairsResult(
         digest=digest,
         counts=counts,
