@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dde_core.errors import DataError
+from services.pairs.images import to_png
 from services.storage import files
 
 DIGEST = b"sha256"
@@ -32,12 +33,7 @@ class Damaged(DataError):
 
 def encode_png(images: np.ndarray) -> list[bytes]:
     """Each of the images, uint8 [n, h, w, 3], as PNG."""
-    encoded: list[bytes] = []
-    for image in images:
-        out = io.BytesIO()
-        Image.fromarray(image).save(out, "PNG", compress_level=PNG_LEVEL)
-        encoded.append(out.getvalue())
-    return encoded
+    return [to_png(image, PNG_LEVEL) for image in images]
 
 
 def decode_png(encoded: Sequence[bytes]) -> np.ndarray:

@@ -12,7 +12,6 @@ A chunk depends on the request alone, so a resumed run has the same ones.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,6 @@ import pyarrow as pa
 import ray.data
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from dde_core.errors import NonFiniteError
 from dde_core.generation import TextToImage
@@ -37,7 +35,7 @@ from services.artifacts import scorers
 from services.artifacts.models import fetch
 from services.ingest import scored
 from services.pairs.columnar import Unit
-from services.pairs.images import BadImage, decode_whole
+from services.pairs.images import BadImage, decode_whole, to_png
 from services.pairs.row import Preference, Row
 from services.pairs.source import Source
 from services.stages.specs import GenerateSpec, RelabelSpec
@@ -102,9 +100,8 @@ class Drawer:
 
 def _file(image: NDArray[np.uint8]) -> dict[str, Any]:
     """The image as PNG, which loses nothing of what was scored, and its content's hash as its uid."""
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "PNG")
-    return {"image": out.getvalue(), "uid": hashlib.sha256(out.getvalue()).hexdigest()}
+    png = to_png(image)
+    return {"image": png, "uid": hashlib.sha256(png).hexdigest()}
 
 
 # ---- relabel

@@ -1,4 +1,4 @@
-"""Decode image files to RGB pixels: as they are, or as squares of one size.
+"""Decode image files to RGB pixels: as they are, or as squares of one size. Encode pixels as PNG.
 
 Whatever the bytes hold, only BadImage is raised.
 """
@@ -238,3 +238,10 @@ def _unidentified(data: bytes) -> BadImage:
             cause = "image_zero_size" if has_zero_side else "image_broken"
             return BadImage(cause, "its header cannot be read")
     return BadImage("image_not_an_image", f"{len(data)} bytes that are none of {', '.join(FORMATS)}")
+
+
+def to_png(pixels: NDArray[np.uint8], level: int | None = None) -> bytes:
+    """uint8 [h, w, 3] as PNG, which keeps every value. ``level`` is zlib's (by default 6)."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", **({} if level is None else {"compress_level": level}))
+    return out.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,7 +11,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dde_core.config import Background
 from dde_core.errors import DataError, DdeError, NonFiniteError
@@ -24,7 +22,7 @@ from services.api.records import ModelRecord, ScorerRecord
 from services.api.requests import DEFAULT_PROJECT, ImageRequest, ScoreRequest
 from services.artifacts import models, scorers
 from services.errors import BadRequest, ServiceError
-from services.pairs.images import BadImage, decode_whole
+from services.pairs.images import BadImage, decode_whole, to_png
 from services.stages import layout
 
 Loaded = TypeVar("Loaded", TextToImage, Scorer)
@@ -169,13 +167,6 @@ def _scores(record: ScorerRecord, scorer: Scorer, images: np.ndarray, prompts: l
     except NonFiniteError as error:
         raise _scorer_error(record, f"gives no scores: {error}") from error
     return scores
-
-
-def to_png(image: np.ndarray) -> bytes:
-    """uint8 [h, w, 3] as PNG."""
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "PNG")
-    return out.getvalue()
 
 
 def from_base64(data: str, field: str, background: Background = "white") -> np.ndarray:
