@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int32
-from transformers import CLIPTokenizer
+from transformers import BertTokenizer, CLIPTokenizer
 
 from dde_core.errors import ModelError
 from dde_core.family import COMPONENTS, Family
 
+Tokenizer = TypeVar("Tokenizer", CLIPTokenizer, BertTokenizer)
 WORDS = ("red", "big")
 """Words that a tokenizer must tell apart. Without a vocabulary all of one length have the same ids."""
 
@@ -19,18 +22,29 @@ WORDS = ("red", "big")
 def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
     """One tokenizer for each text encoder of a diffusers folder. Raises ModelError if one cannot be
     loaded."""
-    return [_load(path, name) for name in COMPONENTS[family] if name.startswith("tokenizer")]
+    return [
+        load_proven(
+            f"{name} of {str(path)!r}",
+            partial(CLIPTokenizer.from_pretrained, str(path / name), local_files_only=True),
+        )
+        for name in COMPONENTS[family]
+        if name.startswith("tokenizer")
+    ]
 
 
-def _load(path: Path, name: str) -> CLIPTokenizer:
+def load_proven(where: str, load: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer that ``load`` returns, if it has a vocabulary. ``where`` is it in errors.
+
+    Raises ModelError.
+    """
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(path / name), local_files_only=True)
+        tokenizer = load()
         first, second = (tokenizer(word).input_ids for word in WORDS)
     except Exception as error:  # transformers raises whatever its parsers do
-        raise ModelError(f"{name} of {str(path)!r} cannot be loaded: {error}") from error
+        raise ModelError(f"{where} cannot be loaded: {error}") from error
     if first == second:
         words = " and ".join(map(repr, WORDS))
-        raise ModelError(f"{name} of {str(path)!r} gives {words} the same ids: its vocabulary is missing")
+        raise ModelError(f"{where} gives {words} the same ids: its vocabulary is missing")
     return tokenizer
 
 

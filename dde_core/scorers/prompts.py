@@ -20,7 +20,7 @@ from transformers import BertTokenizer, CLIPTokenizer
 from dde_core.errors import ConfigError, DataError, ModelError
 from dde_core.models.configs import TextEncoderFields
 from dde_core.models.json_files import refuse_pointer
-from dde_core.models.tokens import WORDS
+from dde_core.models.tokens import Tokenizer, load_proven
 from dde_core.models.vocabulary import END_OF_WORD, check_tokenizer
 
 Text = dict[str, Int64[Tensor, "n tokens"]]
@@ -128,16 +128,11 @@ def read_bert_prompts(folder: Path, rows: int, positions: int) -> Prompts:
     return Prompts(_load(where, lambda: BertTokenizer(vocab=vocabulary)), min(BERT_LIMIT, positions))
 
 
-def _load(where: str, load: Callable[[], CLIPTokenizer | BertTokenizer]) -> CLIPTokenizer | BertTokenizer:
+def _load(where: str, load: Callable[[], Tokenizer]) -> Tokenizer:
     try:
-        tokenizer = load()
-        first, second = (tokenizer(word).input_ids for word in WORDS)
-    except Exception as error:  # transformers raises whatever its parsers do
-        raise DataError(f"{where} cannot be loaded: {error}") from error
-    if first == second:
-        words = " and ".join(map(repr, WORDS))
-        raise DataError(f"{where} gives {words} the same ids: its vocabulary is missing")
-    return tokenizer
+        return load_proven(where, load)
+    except ModelError as error:
+        raise DataError(str(error)) from error
 
 
 def _byte_letters() -> list[str]:
