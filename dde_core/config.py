@@ -20,6 +20,7 @@ from dde_core.methods import METHODS, MethodName, NoiseMode
 
 CalibrationPoint = Literal["expected", "sampled", "mode"]
 Background = Literal["white", "gray", "black"]
+SamplerName = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "lcm"]
 
 MAX_SIZE_PX = 2048
 """Greatest height and width of images."""
@@ -237,8 +238,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How images are sampled: DDIM (eta 0) with classifier-free guidance. Size 0 means the model's own."""
+    """How images are sampled, with classifier-free guidance. ``sampler`` names a scheduler of diffusers (see
+    ``dde_core.engine.samplers``); "ddim" has eta 0. Size 0 means the model's own."""
 
+    sampler: SamplerName = "ddim"
     steps: Annotated[int, Gt(0), Le(1000)] = 25
     guidance_scale: Annotated[float, Ge(0)] = 5.0
     height: Annotated[int, Ge(0), Le(MAX_SIZE_PX), MultipleOf(8)] = 0
