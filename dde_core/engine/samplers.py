@@ -22,3 +22,24 @@ def make_scheduler(config: Mapping[str, Any], sampler: SamplerName, steps: int) 
     scheduler = DDIMScheduler.from_config({**config, "clip_sample": False})
     scheduler.set_timesteps(steps)
     return scheduler
+
+
+def first_latents(scheduler: Any, noise: Any) -> Any:
+    return noise * scheduler.init_noise_sigma
+
+
+def scaled_input(scheduler: Any, latents: Any) -> Any:
+    return scheduler.scale_model_input(latents, scheduler.timesteps[0])
+
+
+def step(scheduler: Any, output: Any, latents: Any, generator: Any) -> Any:
+    i = getattr(scheduler, "_dde_i", 0)
+    scheduler._dde_i = i + 1
+    result = scheduler.step(output, scheduler.timesteps[i], latents)
+    return result.prev_sample, result.pred_original_sample
+
+
+def step_generator(seed: int) -> Any:
+    import torch
+
+    return torch.Generator().manual_seed(seed)
