@@ -1,4 +1,4 @@
-"""Prompts and seeds in, images out, in this process: evaluation, validation and pairs from scorers draw by it."""
+"""Prompts and seeds in, images out, in this process: for evaluation, validation and pairs from scorers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from jaxtyping import UInt8
+from torch import nn
 
 from dde_core.config import SampleConfig
 from dde_core.engine.model import BaseModel, to_pixels
@@ -19,15 +19,15 @@ from dde_core.models.folder import ModelFolder, image_batch_size
 class TextToImage:
     """A text-to-image model with the folder's U-Net or another one.
 
-    Prompt, seed and settings determine an image. The images of a call go through the U-Net in slices of a fixed
-    size, so the same call gives the same bits on any machine of one kind.
+    Prompt, seed and settings determine an image. The images of a call go through the U-Net in slices of a
+    fixed size, so the same call gives the same bits.
     """
 
     def __init__(
         self,
         folder: ModelFolder,
         device: torch.device | str = "cpu",
-        unet: UNet2DConditionModel | None = None,
+        unet: nn.Module | None = None,
     ) -> None:
         self._model = BaseModel(folder, device, unet=unet)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,8 +22,9 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 class GenerationRequest:
     """Images of one prompt: one for each seed.
 
-    Prompt, negative prompt, seed and ``sample`` determine an image. ``negative_prompt`` is read where the guidance scale is above 1. ``partial_images`` is the number of
-    previews of each image, spread evenly over its steps.
+    Prompt, negative prompt, seed and ``sample`` determine an image. ``negative_prompt`` is read where the
+    guidance scale is above 1. ``partial_images`` is the number of previews of each image, spread evenly over
+    its steps.
     """
 
     prompt: str
@@ -81,6 +82,7 @@ class Cancelled(Exception):
     """Nobody wants the images any more."""
 
 
+@runtime_checkable
 class Generation(Protocol):
     """One submitted request."""
 
@@ -111,6 +113,7 @@ class Load:
     work_per_s: float
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Draws images. The model of a request must stay loaded until its last event."""
 

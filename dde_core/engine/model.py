@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from dde_core.conditioning import Conditioning, predict
 from dde_core.config import SampleConfig
@@ -41,7 +41,7 @@ class BaseModel:
         folder: ModelFolder,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        unet: UNet2DConditionModel | None = None,
+        unet: nn.Module | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.dtype = dtype
@@ -50,7 +50,7 @@ class BaseModel:
         self._scheduler_config = folder.sampling_config()
         self._tokenizers = folder.tokenizers()
         self._text_encoders = TextEncoders(folder, self.device, dtype)
-        self._unet = (unet or folder.unet()).requires_grad_(False).to(self.device, dtype)
+        self._unet: Any = (unet or folder.unet()).requires_grad_(False).to(self.device, dtype)
         self._vae = folder.vae().to(self.device, dtype)
         self._graphs: Graphs | None = None
         if self.device.type == "cuda":

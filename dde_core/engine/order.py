@@ -15,12 +15,13 @@ samples of that group fill the call, in order of their due.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 PATIENCE = 4
 """A request may be passed until the engine has done this many times the request's own work."""
 
 
+@runtime_checkable
 class Candidate(Protocol):
     """A sample that waits for its next turn."""
 

@@ -3,8 +3,10 @@
     python -m tests.bench.gpu_serve --model sd15 --out results.json
 
 Sides alternate, on the same modules, prompts and seeds: the pipeline with one image a call, the pipeline with
-all images in one call, the engine with one request an image, and with a single one. Then mixed requests: their
-steps and guidance differ, so the pipeline draws them one by one. The engine measures how large its calls are. ``--device cpu --model tiny`` runs the same in a minute.
+all images in one call, the engine with one request an image, and with a single one. Then mixed requests:
+their steps and guidance differ, so the pipeline draws them one by one. The engine measures how large its calls
+are.
+``--device cpu --model tiny`` runs the same in a minute.
 """
 
 from __future__ import annotations
