@@ -150,9 +150,8 @@ def alone(folder: ModelFolder, image: Image) -> torch.Tensor:
     """The image as diffusers' pipeline draws it, and nothing beside it."""
     pipeline = pipeline_of(folder.path, folder.family)
     kind, settings = THEIRS[image.sampler]
-    pipeline.scheduler = kind.from_config(
-        pipeline.scheduler.config | {"_class_name": kind.__name__}, **settings
-    )
+    # Not of pipeline.scheduler.config: it keeps the settings of the samplers before this one.
+    pipeline.scheduler = kind.from_config(folder.scheduler_config(), **settings)
     return pipeline(
         image.prompt,
         latents=initial_latents(image.seed, (4, 8, 8))[None],
