@@ -173,6 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
         load_adapters(serving.base, Path(scratch), keys)
     serving.by_engine(equal)
     serving.by_engine(equal, keys)
+    serving.by_engine(one[:1])
     serving.one_by_one(one[:1])
     sides = {
         "pipeline, one by one": lambda: serving.one_by_one(one),
