@@ -9,7 +9,8 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from dde_core.errors import ConfigError
-from services.api.requests import PROJECT_HEADER, ImageRequest
+from services.api.images import ImageRequest
+from services.api.requests import PROJECT_HEADER
 from services.errors import BadRequest, ServiceError, Unavailable
 
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)

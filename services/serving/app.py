@@ -22,7 +22,8 @@ from ray import serve
 from ray.serve import Application
 
 from dde_core.errors import ConfigError
-from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER, ImageRequest, ScoreRequest
+from services.api.images import ImageRequest, ScoreRequest
+from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER
 from services.errors import BadRequest, ServiceError
 
 Project = Annotated[str, Header(alias=PROJECT_HEADER)]
