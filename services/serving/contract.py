@@ -1,4 +1,4 @@
-"""What requests for images need of the replica's memory. Imports no torch and no Ray, so a fake needs neither."""
+"""What requests for images need of loaded models. Imports no torch and no Ray."""
 
 from __future__ import annotations
 
