@@ -62,16 +62,20 @@ class Front:
         return answer.json()
 
 
+def settings_in(folder: Path, database_url: str, serve_url: str) -> Settings:
+    return Settings(
+        api_key=SecretStr(KEY),
+        storage_uri=files.as_uri(folder / "store"),
+        database_url=database_url,
+        serve_url=serve_url,
+    )
+
+
 @pytest.fixture
 def front(tmp_path: Path, sqlite_url: str) -> Iterator[Front]:
     base = write_base(tmp_path / "base")
     with replica(tmp_path / "store") as running:
-        settings = Settings(
-            api_key=SecretStr(KEY),
-            storage_uri=files.as_uri(tmp_path / "store"),
-            database_url=sqlite_url,
-            serve_url=running.url,
-        )
+        settings = settings_in(tmp_path, sqlite_url, running.url)
         app = build_app(settings, FakeLauncher(), reconcile=False)
         with listening(app) as url:
             started = Front(url, app, base)
@@ -88,6 +92,10 @@ def connected(front: Front, key: str = KEY) -> Iterator[OpenAI]:
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let the control plane's clock for URLs be ahead."""
     monkeypatch.setattr(image_files, "time", SimpleNamespace(time=lambda: time.time() + seconds))
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 def changed(url: str, **query: Any) -> str:
@@ -134,6 +142,26 @@ def test_a_url_that_has_expired_says_so_and_its_file_is_deleted(front: Front, mo
         files.write_bytes(kept, b"not an image")
         assert front.sweep() == 1
         assert front.stored() == ["notes.txt"]
+
+
+def test_a_control_plane_sweeps_while_it_runs_also_after_an_error(
+    tmp_path: Path, sqlite_url: str, monkeypatch, caplog
+):
+    sweep = image_files.sweep
+    failures = [OSError("the disk is away")]
+    monkeypatch.setattr(image_files, "SWEEP_S", 0.02)
+    monkeypatch.setattr(
+        image_files, "sweep", lambda *args: fail(failures.pop()) if failures else sweep(*args)
+    )
+    settings = settings_in(tmp_path, sqlite_url, "http://127.0.0.1:1")
+    expired = layout.generated_uri(settings.storage_uri, 1, "img.png")
+    files.write_bytes(expired, b"")
+    with listening(build_app(settings, FakeLauncher(), reconcile=False)):
+        deadline = time.monotonic() + 10
+        while files.exists(expired):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert "the disk is away" in caplog.text
 
 
 def test_a_sweep_deletes_at_most_so_many_files_and_the_oldest_first(front: Front, monkeypatch):
