@@ -60,7 +60,7 @@ from services.api.requests import (
     ScoreRequest,
     StudyCreate,
 )
-from services.errors import ServiceError, Unavailable
+from services.errors import DeadlineExceeded, ServiceError, Unavailable
 
 PAGE_SIZE = 100
 LONGEST_PAUSE_S = 10.0
@@ -384,7 +384,8 @@ class Client:
 
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, ApiError):
-        return error.status in (408, 429) or error.status >= 500
+        is_out_of_time = error.code == DeadlineExceeded.default_code
+        return error.status in (408, 429) or (error.status >= 500 and not is_out_of_time)
     return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
 
 
