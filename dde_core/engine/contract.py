@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -81,6 +81,7 @@ class Cancelled(Exception):
     """Nobody wants the images any more."""
 
 
+@runtime_checkable
 class Generation(Protocol):
     """One submitted request."""
 
