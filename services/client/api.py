@@ -44,6 +44,7 @@ from services.api.answers import (
     StudyView,
     parse,
 )
+from services.api.images import ImageRequest, ScoreRequest
 from services.api.records import CreditRecord, DatasetReport
 from services.api.requests import (
     AlignmentJobCreate,
@@ -51,13 +52,11 @@ from services.api.requests import (
     DatasetSource,
     EvaluationCreate,
     GeneratePairs,
-    ImageRequest,
     KeyCreate,
     ModelCreate,
     Promote,
     Relabel,
     ScorerCreate,
-    ScoreRequest,
     StudyCreate,
 )
 from services.errors import DeadlineExceeded, ServiceError, Unavailable

@@ -12,15 +12,9 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from dde_core.errors import DdeError
+from services.api.images import ImageRequest
 from services.api.records import CreditRecord
-from services.api.requests import (
-    EvaluationCreate,
-    ImageRequest,
-    KeyCreate,
-    ScorerCreate,
-    ScorerKind,
-    most_workers,
-)
+from services.api.requests import EvaluationCreate, KeyCreate, ScorerCreate, ScorerKind, most_workers
 from services.client import recipes, tables
 from services.client.bodies import PLACEHOLDERS, as_uri, job_body, read_body, validation_line
 from services.client.connection import connect

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
 from services.api.answers import JobView
+from services.api.images import ImageRequest
 from services.api.records import EvaluateResult
-from services.api.requests import AlignmentJobCreate, ImageRequest
+from services.api.requests import AlignmentJobCreate
 from services.client import tables
 from services.client.api import Client
 from services.client.bodies import job_body

@@ -11,18 +11,17 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from services.api.answers import ErrorView
+from services.api.images import ImageRequest, ScoreRequest
 from services.api.requests import (
     DEFAULT_PROJECT,
     AlignmentJobCreate,
     DatasetCreate,
     DatasetSource,
     EvaluationCreate,
-    ImageRequest,
     KeyCreate,
     ModelCreate,
     Promote,
     ScorerCreate,
-    ScoreRequest,
     StudyCreate,
 )
 from services.control import inference, problems

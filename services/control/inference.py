@@ -20,13 +20,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from dde_core.errors import ConfigError
-from services.api.requests import (
-    KEY_HEADER,
-    OPERATOR_KEY,
-    PROJECT_HEADER,
-    TIMEOUT_HEADER,
-    ImageRequest,
-)
+from services.api.images import ImageRequest
+from services.api.requests import KEY_HEADER, OPERATOR_KEY, PROJECT_HEADER, TIMEOUT_HEADER
 from services.control.keys import Caller
 from services.errors import (
     BadRequest,

@@ -23,7 +23,8 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
 from dde_core.errors import ConfigError
-from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER, ImageRequest, ScoreRequest
+from services.api.images import ImageRequest, ScoreRequest
+from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER
 from services.errors import BadRequest, ServiceError
 from services.serving.admission import Limits
 

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
-from services.api.requests import AlignmentJobCreate, ImageRequest
+from services.api.images import ImageRequest
+from services.api.requests import AlignmentJobCreate
 from services.client.api import Client
 from services.storage import files
 from tests.support.pairs_file import png

@@ -22,13 +22,8 @@ from PIL import Image
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
 from services.api.answers import JobView
-from services.api.requests import (
-    AlignmentJobCreate,
-    EvaluationConfig,
-    EvaluationCreate,
-    ImageRequest,
-    ValidationConfig,
-)
+from services.api.images import ImageRequest
+from services.api.requests import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ValidationConfig
 from services.client.api import ApiError, Client
 from services.client.local import LocalSystem
 from services.storage import files

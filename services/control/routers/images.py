@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from services.api.requests import ImageRequest, ScoreRequest
+from services.api.images import ImageRequest, ScoreRequest
 from services.control import inference, models, scorers
 from services.control.dependencies import BODY_BYTES, GENERATE, Db, TimeoutS, parse, read_body, takes
 

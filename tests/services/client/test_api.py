@@ -12,14 +12,8 @@ import pytest
 from fastapi.responses import PlainTextResponse
 
 from dde_core.config import ObjectiveConfig, SampleConfig
-from services.api.requests import (
-    AlignmentJobCreate,
-    EvaluationConfig,
-    ImageRequest,
-    KeyCreate,
-    ScorerCreate,
-    ScoreRequest,
-)
+from services.api.images import ImageRequest, ScoreRequest
+from services.api.requests import AlignmentJobCreate, EvaluationConfig, KeyCreate, ScorerCreate
 from services.client.api import ApiError, Client
 from services.client.processes import free_ports
 from services.errors import ServiceError, Unavailable
