@@ -245,15 +245,14 @@ class Admission:
         if load.work_per_s:
             allowed = min(allowed, self.limits.key_share * self.limits.max_queued_s * load.work_per_s)
         excess = held + work - allowed
-        if len(mine) >= self.limits.max_requests_per_key:
-            excess = max(excess, held / len(mine))
-        if excess > 0:
+        if excess > 0 or len(mine) >= self.limits.max_requests_per_key:
             message = (
                 f"the API key has {len(mine)} requests of {held:.4g} pixel-steps here, and this one has "
                 f"{work:.4g}; it may have {self.limits.max_requests_per_key} of {allowed:.4g} at a time"
             )
+            to_do = max(excess, held / len(mine))  # room comes back by whole requests
             part = held / _sum(self._tickets)
-            raise TooManyRequests(message, code="key_limit", retry_after_s=_until_done(excess / part, load))
+            raise TooManyRequests(message, code="key_limit", retry_after_s=_until_done(to_do / part, load))
 
     def _queued_work(self, load: Load) -> float:
         """What the engine has to do, and what was accepted but waits for its model to be loaded."""

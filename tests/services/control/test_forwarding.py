@@ -254,10 +254,8 @@ def test_a_client_that_leaves_frees_serve_within_a_step(front, upstream, path, p
     }
     left_at = leave(front, path, bodies[path], upstream)
     assert upstream.gone.wait(5.0), "Serve never saw that the client left"
-    assert upstream.left_at[0] - left_at < 3 * STEP_S
+    assert sum(step > left_at for step in upstream.steps) <= 1
     assert len(upstream.calls) == 1
-    time.sleep(2 * STEP_S)
-    assert upstream.steps[-1] <= upstream.left_at[0]
     assert post(front, "draws").status_code == 200
 
 
