@@ -40,6 +40,12 @@ DEFAULT_PROJECT = "default"
 """The project of DDE_API_KEY, and of everything that was stored before there were projects."""
 PROJECT_HEADER = "x-dde-project"
 """Tells Serve the project of a request. The control plane sets it; callers cannot."""
+KEY_HEADER = "x-dde-key"
+"""Tells Serve the id of the API key. The control plane sets it; callers cannot."""
+OPERATOR_KEY = "operator"
+"""The id of DDE_API_KEY, which is no row among the keys."""
+TIMEOUT_HEADER = "x-request-timeout-s"
+"""How many seconds a request for images or scores may take, from its arrival to its last byte."""
 Scope = Literal["read", "submit", "generate", "admin"]
 """What a key may do: list and get; create, change and delete; images and scores; manage keys."""
 ALL_SCOPES: tuple[Scope, ...] = ("read", "submit", "generate", "admin")

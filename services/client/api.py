@@ -58,7 +58,7 @@ from services.api.requests import (
     ScorerCreate,
     StudyCreate,
 )
-from services.errors import BadRequest, ServiceError, Unavailable
+from services.errors import BadRequest, DeadlineExceeded, ServiceError, Unavailable
 
 PAGE_SIZE = 100
 LONGEST_PAUSE_S = 10.0
@@ -388,7 +388,8 @@ class Client:
 
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, ApiError):
-        return error.status in (408, 429) or error.status >= 500
+        is_out_of_time = error.code == DeadlineExceeded.default_code
+        return error.status in (408, 429) or (error.status >= 500 and not is_out_of_time)
     return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
 
 

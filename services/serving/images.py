@@ -35,7 +35,7 @@ from services.api.images import (
 )
 from services.api.records import ModelRecord
 from services.api.requests import DEFAULT_PROJECT
-from services.errors import BadRequest, ServiceError, Unavailable
+from services.errors import BadRequest, ServiceError, ShuttingDown
 from services.serving.contract import LoadedModels
 from services.serving.encoding import encode
 from services.serving.prompts import PromptReader, Reading
@@ -88,17 +88,10 @@ class Images:
 
     async def stream(
         self, request: ImageRequest, project: str = DEFAULT_PROJECT
-    ) -> AsyncGenerator[StreamEvent | None, None]:
-        """The events of a request with ``stream``. It is queued, or refused, before this returns."""
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """The events of a request with ``stream``."""
         request.check()
-        events = self._stream(request, project)
-        await anext(events)
-        return events
-
-    async def _stream(self, request: ImageRequest, project: str) -> AsyncGenerator[StreamEvent | None, None]:
-        """None once the request is queued, then its events."""
         async with self._drawing(request, project) as drawing:
-            yield None
             async for event in drawing.events:
                 if isinstance(event, Preview):
                     shared = await drawing.event_fields(event.index, event.image)
@@ -264,7 +257,7 @@ def _failure(record: ModelRecord, error: BaseException) -> ServiceError:
         message = f"model {record.name!r} gives no images: {error}"
         return ServiceError(message, param="model", code="model_unusable")
     if isinstance(error, Cancelled):
-        return Unavailable("the replica is shutting down; send the request again", code="shutting_down")
+        return ShuttingDown("the replica is shutting down; send the request again")
     return as_service_error(error)
 
 

@@ -20,7 +20,7 @@ from services.errors import BadRequest, ServiceError
 from services.serving.images import Images, as_service_error
 
 Project = Annotated[str, Header(alias=PROJECT_HEADER)]
-Events = AsyncGenerator[StreamEvent | None, None]
+Events = AsyncGenerator[StreamEvent, None]
 Urls = Annotated[str | None, Header(alias=URLS_HEADER)]
 
 
@@ -32,7 +32,7 @@ def image_routes(images: Images) -> APIRouter:
     async def generate(body: ImageRequest, project: Project = DEFAULT_PROJECT, urls: Urls = None) -> Response:
         try:
             if body.stream:
-                return _event_stream(await images.stream(body, project))
+                return await _event_stream(images.stream(body, project))
             answer = await images.answer(body, project, _parse(urls))
         except Exception as error:
             raise as_service_error(error) from error
@@ -48,19 +48,26 @@ def _parse(header: str | None) -> ImageUrls | None:
         raise BadRequest(f"{URLS_HEADER}: is not what the control plane sends: {error}") from error
 
 
-def _event_stream(events: Events) -> StreamingResponse:
-    """Server-sent events; an error is the last one, as OpenAI's client reads it."""
+async def _event_stream(events: Events) -> StreamingResponse:
+    """Server-sent events. Until there is the first one, an error is an ordinary answer, so that the control
+    plane may send the request again; later it is the last event, as OpenAI's client reads it.
+    """
+    first = await anext(events)
 
     async def as_text() -> AsyncIterator[str]:
         try:
             async with aclosing(events):
+                yield _text(first)
                 async for event in events:
-                    if event is not None:
-                        yield f"event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
+                    yield _text(event)
         except Exception as error:
             yield f"event: error\ndata: {json.dumps(as_service_error(error).body())}\n\n"
 
     return StreamingResponse(as_text(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+
+def _text(event: StreamEvent) -> str:
+    return f"event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
 
 
 def install_errors(api: FastAPI) -> None:
@@ -68,7 +75,12 @@ def install_errors(api: FastAPI) -> None:
 
     @api.exception_handler(ServiceError)
     async def service_error(request: Request, error: ServiceError) -> JSONResponse:
-        return JSONResponse(error.body(), status_code=error.status)
+        return JSONResponse(error.body(), error.status, error.headers())
+
+    @api.exception_handler(Exception)
+    async def unexpected_error(request: Request, error: Exception) -> JSONResponse:
+        """In the API's form, too: to the control plane, a 500 without it is a replica that died."""
+        return JSONResponse(ServiceError(f"the request failed: {type(error).__name__}").body(), 500)
 
     @api.exception_handler(ConfigError)
     async def config_error(request: Request, error: ConfigError) -> JSONResponse:

@@ -62,8 +62,8 @@ class FakeGeneration:
 class FakeEngine:
     """Draws the requests in order, in a thread of its own, one step a turn.
 
-    While ``paused``, each call of ``turn`` allows one more step. The next request fails with ``failure`` if
-    that is set.
+    While ``paused``, each call of ``turn`` allows one more step. With ``failure`` the request that draws, or
+    the next one, fails at its next step.
     """
 
     def __init__(self, *, paused: bool = False) -> None:
@@ -117,10 +117,6 @@ class FakeEngine:
     def _draw(self, generation: FakeGeneration) -> Event:
         """Draw a request. Returns its last event."""
         request = generation.request
-        if self.failure is not None:
-            failure = self.failure
-            self.failure = None
-            return Failed(failure)
         generation.on_event(Started(0.0))
         steps = request.sample.steps
         shown = {steps * (i + 1) // (request.partial_images + 1): i for i in range(request.partial_images)}
@@ -129,6 +125,10 @@ class FakeEngine:
                 self._allowed.acquire()
             if generation.cancels or self._is_closing:
                 return Failed(Cancelled())
+            if self.failure is not None:
+                failure = self.failure
+                self.failure = None
+                return Failed(failure)
             if step in shown:
                 for index, seed in enumerate(request.seeds):
                     image = drawn(request.prompt, seed, request.sample, request.negative_prompt, step)

@@ -64,7 +64,9 @@ def test_a_cancelled_task_cancels_its_images_and_keeps_the_model_until_the_engin
 def test_a_stream_that_is_dropped_cancels_its_image(engine: FakeEngine, models: FakeModels, tmp_path):
     async def drop() -> None:
         images = Images(engine, models, str(tmp_path))
-        stream = await images.stream(request(stream=True, partial_images=1))
+        stream = images.stream(request(stream=True, partial_images=1))
+        engine.turn()
+        assert (await anext(stream)).type == "image_generation.partial_image"
         assert models.leases == 1
         del stream
         await until(lambda: engine.generations[0].cancels == 1)
@@ -125,6 +127,7 @@ def test_the_model_of_a_finished_request_is_released(engine: FakeEngine, models:
 def test_a_failed_request_releases_its_model(engine: FakeEngine, models: FakeModels, tmp_path):
     async def fail() -> None:
         engine.failure = RuntimeError("broken")
+        engine.turn()
         with pytest.raises(ServiceError, match="the request failed: RuntimeError: broken"):
             await Images(engine, models, str(tmp_path)).answer(request())
         await until(lambda: models.leases == 0)

@@ -9,6 +9,7 @@ import inspect
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -337,20 +338,20 @@ def test_a_stream_without_previews_has_the_image_alone(client: OpenAI):
     assert decoded(event.b64_json).format == "WEBP"
 
 
-def test_an_answer_begins_when_the_request_is_queued_and_previews_come_as_they_are_drawn(tmp_path):
+def test_previews_come_as_they_are_drawn(tmp_path):
     with replica(tmp_path, paused=True) as running, connected(running) as connection:
+        running.engine.turn(2)
         stream = generate(connection, stream=True, partial_images=1, extra_body={"steps": 4})
+        assert next(stream).type == "image_generation.partial_image"
         running.engine.turn(2)
-        assert next(iter(stream)).type == "image_generation.partial_image"
-        running.engine.turn(2)
-        assert next(iter(stream)).type == "image_generation.completed"
+        assert next(stream).type == "image_generation.completed"
 
 
 def test_a_client_that_leaves_a_stream_frees_its_image_and_its_model(tmp_path):
     with replica(tmp_path, paused=True) as running, connected(running) as connection:
-        stream = generate(connection, stream=True, partial_images=3)
         running.engine.turn(6)
-        next(iter(stream))
+        stream = generate(connection, stream=True, partial_images=3)
+        next(stream)
         (generation,) = running.engine.generations
         assert (generation.cancels, running.models.leases) == (0, 1)
         stream.close()
@@ -362,14 +363,16 @@ def test_a_client_that_leaves_a_stream_frees_its_image_and_its_model(tmp_path):
 # ---- failures
 
 
-def test_a_failure_in_a_stream_is_its_last_event(client: OpenAI, running: Replica):
-    running.engine.failure = NonFiniteError("latents are not finite")
-    stream = generate(client, stream=True)
-    with pytest.raises(
-        openai.APIError, match="model 'shapes' gives no images: latents are not finite"
-    ) as failed:
-        list(stream)
-    assert (failed.value.code, failed.value.param) == ("model_unusable", "model")
+def test_a_failure_in_a_stream_is_its_last_event(tmp_path):
+    with replica(tmp_path, paused=True) as running, connected(running) as connection:
+        running.engine.turn(6)
+        stream = generate(connection, stream=True, partial_images=3)
+        next(stream)
+        running.engine.failure = NonFiniteError("latents are not finite")
+        running.engine.turn()
+        with pytest.raises(openai.APIError, match="model 'shapes' gives no images: latents") as failed:
+            next(stream)
+        assert (failed.value.code, failed.value.param) == ("model_unusable", "model")
 
 
 @pytest.mark.parametrize(
@@ -387,12 +390,13 @@ def test_a_failure_in_a_stream_is_its_last_event(client: OpenAI, running: Replic
         ),
     ],
 )
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_failure_of_the_engine_is_a_server_error_with_its_cause(
-    client: OpenAI, running: Replica, failure: Exception, code: str, says: str
+    client: OpenAI, running: Replica, failure: Exception, code: str, says: str, stream: bool
 ):
     running.engine.failure = failure
     with pytest.raises(openai.InternalServerError) as failed:
-        generate(client)
+        generate(client, stream=stream)
     assert (failed.value.status_code, failed.value.code) == (500, code)
     assert failed.value.body["message"].startswith(says)
     assert "12 frames" not in failed.value.message
@@ -401,11 +405,21 @@ def test_a_failure_of_the_engine_is_a_server_error_with_its_cause(
 
 def test_a_replica_that_ends_says_that_another_can_answer(tmp_path):
     with replica(tmp_path, paused=True) as running, connected(running) as connection:
-        stream = generate(connection, stream=True)
-        running.engine.close()
+        running.engine.turn(6)
+        streaming = generate(connection, stream=True, partial_images=3)
+        next(streaming)
+        with ThreadPoolExecutor() as threads:
+            waiting = [threads.submit(generate, connection, stream=stream) for stream in (False, True)]
+            until(lambda: len(running.engine.generations) == 3)
+            running.engine.close()
         with pytest.raises(openai.APIError, match="the replica is shutting down") as failed:
-            list(stream)
+            next(streaming)
         assert failed.value.code == "shutting_down"
+        for each in waiting:
+            with pytest.raises(openai.InternalServerError) as refused:
+                each.result()
+            assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
+            assert refused.value.response.headers["retry-after"] == "2"
 
 
 def until(is_true: Callable[[], bool], timeout_s: float = 10.0) -> None:
