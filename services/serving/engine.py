@@ -18,8 +18,9 @@ from dde_core.generation import TextToImage
 from dde_core.models.folder import ModelFolder
 from dde_core.scorers.kinds import KINDS, Scorer
 from dde_core.shapes.scenes import SIZE_PX
+from services.api.images import ImageRequest, ScoreRequest
 from services.api.records import ModelRecord, ScorerRecord
-from services.api.requests import DEFAULT_PROJECT, ImageRequest, ScoreRequest
+from services.api.requests import DEFAULT_PROJECT
 from services.artifacts import models, scorers
 from services.errors import BadRequest, ServiceError
 from services.pairs.images import BadImage, decode_whole, to_png
@@ -68,7 +69,7 @@ class Engine:
         """
         record = models.find(layout.project_root(self._root, project), request.model)
         sample = request.sample()
-        seeds = [request.seed + i for i in range(request.n)]
+        seeds = request.seeds()
 
         def stop_if_disconnected(step: int, steps: int) -> None:
             if is_disconnected():

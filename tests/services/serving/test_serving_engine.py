@@ -18,8 +18,8 @@ from dde_core.errors import ConfigError
 from dde_core.scorers import load as loading
 from dde_core.shapes import MODEL_DIR
 from dde_core.shapes.scenes import parse, render
+from services.api.images import ImageRequest, ScoreRequest
 from services.api.records import ModelRecord, ScorerRecord
-from services.api.requests import ImageRequest, ScoreRequest
 from services.artifacts import models, scorers
 from services.errors import BadRequest, NotFound, ServiceError
 from services.serving.app import in_thread
