@@ -80,15 +80,19 @@ def drawn_size(record: ModelRecord, sample: SampleConfig) -> tuple[int, int]:
 
 def find(root: str, name_or_id: str) -> ModelRecord:
     """The model with this name, name@alias or id. Raises NotFound if there is none."""
-    if re.fullmatch(REFERENCE_PATTERN, name_or_id):
+    model_id: str | None = None
+    while re.fullmatch(REFERENCE_PATTERN, name_or_id):
+        earlier = model_id
         try:
             model_id = files.read_json(layout.alias_uri(root, name_or_id))["model"]
         except FileNotFoundError:
             model_id = name_or_id
+        if model_id == earlier:
+            break
         try:
             return ModelRecord.model_validate_json(files.read_bytes(layout.model_record_uri(root, model_id)))
         except FileNotFoundError:
-            pass
+            pass  # deleted after the name was read: it may refer to another model by now
     raise NotFound(f"model {name_or_id!r} does not exist", param="model", code="model_not_found")
 
 

@@ -8,7 +8,6 @@ the names of their types.
 
 import asyncio
 import base64
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
@@ -25,10 +24,11 @@ from dde_core.errors import ConfigError
 from services.api.images import ImageRequest, ScoreRequest
 from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER
 from services.errors import BadRequest, ServiceError
+from services.serving.failures import answered_with_their_cause
+from services.serving.memory import Memory, memory_of
 
 Project = Annotated[str, Header(alias=PROJECT_HEADER)]
 api = FastAPI(title="dde-align serving")
-log = logging.getLogger("ray.serve")
 
 
 class ServeArgs(BaseModel):
@@ -37,8 +37,18 @@ class ServeArgs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     storage_uri: str
-    max_models: int = 4
+    max_bytes: Annotated[int, Field(gt=0)] | None = None
+    preload: list[str] = []
     use_gpu: bool = False
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.use_gpu else "cpu"
+
+    @property
+    def model_bytes(self) -> int:
+        """The memory for models and scorers: half of what there is, unless ``max_bytes`` says otherwise."""
+        return self.max_bytes or memory_of(self.device) // 2
 
 
 @api.exception_handler(ServiceError)
@@ -61,14 +71,8 @@ async def validation_error(request: Request, error: RequestValidationError) -> J
 
 async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
     """Call ``work`` in a thread. An error that nobody expected is logged, and answered with its cause."""
-    try:
+    with answered_with_their_cause():
         return await asyncio.to_thread(work, *args)
-    except (ServiceError, ConfigError):
-        raise
-    except Exception as error:
-        log.exception("a request failed")
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise ServiceError(f"the request failed: {type(error).__name__}: {first_line}") from error
 
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=8, max_queued_requests=64)
@@ -78,8 +82,10 @@ class ImageServer:
 
     def __init__(self, args: ServeArgs) -> None:
         from services.serving.engine import Engine  # only replicas load torch
+        from services.serving.scoring import Scoring
 
-        self._engine = Engine(args.storage_uri, args.max_models, "cuda" if args.use_gpu else "cpu")
+        self._engine = Engine(args.storage_uri, device=args.device)
+        self._scoring = Scoring(args.storage_uri, Memory(args.model_bytes), args.device)
 
     @api.post("/v1/images/generations")
     async def generate(self, body: ImageRequest, project: Project = DEFAULT_PROJECT) -> dict[str, Any]:
@@ -96,7 +102,8 @@ class ImageServer:
 
     @api.post("/v1/scores")
     async def score(self, body: ScoreRequest, project: Project = DEFAULT_PROJECT) -> dict[str, Any]:
-        found = await in_thread(self._engine.score, body, project)
+        with answered_with_their_cause():
+            found = await self._scoring.score(body, project)
         rows = zip(*found.scores.values(), strict=True)
         data = [dict(zip(found.scores, row, strict=True)) for row in rows]
         return {"object": "list", "data": data, "scorers": found.scorers}
