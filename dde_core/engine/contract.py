@@ -114,7 +114,9 @@ class Load:
 class Engine(Protocol):
     """Draws images. The model of a request must stay loaded until its last event."""
 
-    def submit(self, model: Any, request: GenerationRequest, on_event: Callable[[Event], None]) -> Generation:
+    def submit(
+        self, model: Any, request: GenerationRequest, on_event: Callable[[Event], None]
+    ) -> Generation:
         """Queue a request; never blocks. ``on_event`` is called in the engine's thread and must not block.
 
         Raises ConfigError, before anything is queued, for settings that the model cannot draw with: a size

@@ -150,16 +150,15 @@ class ModelFolder:
             if names := sorted(map(str, info[f"{reason}_keys"])):
                 count = f"{len(names)} of its tensors are {reason}, such as {names[0]}"
                 raise ModelError(f"{part} of {str(self.path)!r} cannot be loaded: {count}")
-        return _copied(loaded)
+        return loaded
 
 
 @torch.no_grad()
-def _copied(module: Any) -> Any:
-    """The module with weights in memory of its own, not in that of their file: who writes to the file would
-    change them, and who shortens it would end the process."""
+def copy_weights(module: torch.nn.Module) -> None:
+    """Give the weights memory of their own. After loading on a CPU it is that of their file: who writes to
+    the file would change them, and who shortens it would end the process."""
     for weights in (*module.parameters(), *module.buffers()):
         weights.data = weights.data.clone()
-    return module
 
 
 @torch.no_grad()

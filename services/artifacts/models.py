@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,18 @@ def _fetch(record: ModelRecord) -> Path:
     if local is not None:
         return local
     return node_cache().hold_until_exit(record.digest, partial(_prepare_copy, record))
+
+
+@contextmanager
+def hold(record: ModelRecord) -> Iterator[Path]:
+    """The local folder of the model's own files: of its LoRA adapters if it has them. Like ``fetch``, but a
+    copy is held while the block runs, and may be evicted from the node later."""
+    local = files.local_path(record.uri)
+    if local is not None:
+        yield local
+        return
+    with node_cache().hold(record.digest, partial(_prepare_copy, record)) as folder:
+        yield folder
 
 
 def node_cache() -> NodeCache:

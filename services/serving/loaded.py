@@ -11,8 +11,9 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from dde_core.errors import DdeError
 from dde_core.models.weight_files import IGNORED, STEMS, Tensors, library_name
@@ -26,6 +27,8 @@ from services.stages import layout
 from services.storage import files
 
 log = logging.getLogger("ray.serve")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,8 @@ class LoadedModels:
         of_base: Wanted[_InMemory] = Wanted(
             _key(base),
             "model",
-            lambda: weight_bytes(models.fetch(base)[0], self._value_bytes),
-            lambda _: _Base(self._load(models.fetch(base)[0])),
+            lambda: _with_files(base, partial(weight_bytes, value_bytes=self._value_bytes)),
+            lambda _: _with_files(base, lambda folder: _Base(self._load(folder))),
         )
         if record.adapter_of is None:
             return of_base
@@ -156,8 +159,8 @@ class LoadedModels:
         return Wanted(
             _key(record),
             "adapter",
-            lambda: adapter_bytes(_adapter_folder(record), self._value_bytes),
-            lambda owner: _Adapter(owner, key, _adapter_folder(record)),
+            lambda: _with_files(record, partial(adapter_bytes, value_bytes=self._value_bytes)),
+            lambda owner: _with_files(record, partial(_Adapter, owner, key)),
             of_base,
         )
 
@@ -191,10 +194,10 @@ def _bytes(tensors: Tensors, value_bytes: int, part: str | None = None) -> int:
     return sum(math.prod(tensor.shape) for tensor in loaded) * value_bytes
 
 
-def _adapter_folder(record: ModelRecord) -> Path:
-    folder = models.fetch(record)[1]
-    assert folder is not None, "the record has adapter_of"
-    return folder
+def _with_files(record: ModelRecord, work: Callable[[Path], Result]) -> Result:
+    """What ``work`` makes of the model's own folder, which is on this node meanwhile."""
+    with models.hold(record) as folder:
+        return work(folder)
 
 
 def _key(record: ModelRecord) -> str:

@@ -67,31 +67,26 @@ class Wanted(Generic[Value]):
 
 
 class Observer(Protocol):
-    """Told of every load, eviction and change, in the event loop. Must not block."""
+    """Told of every load, eviction and change (``services.serving.metrics.Metrics``). Must not block."""
 
-    def loaded(self, kind: Kind, seconds: float) -> None:
-        """Something is in memory; loading took so long, reading its files included."""
+    def loaded(self, seconds: float) -> None:
+        """Something was loaded from files on this node."""
 
-    def load_failed(self, kind: Kind) -> None:
-        """Something could not be loaded."""
-
-    def evicted(self, kind: Kind) -> None:
+    def evicted(self) -> None:
         """Something made room."""
 
-    def holds(self, num_bytes: int) -> None:
-        """The bytes in memory, those of running loads included."""
+    def holds(self, size_bytes: int) -> None:
+        """The bytes in memory now, those of running loads included."""
 
 
 class Unobserved:
     """An observer that ignores everything."""
 
-    def loaded(self, kind: Kind, seconds: float) -> None: ...
+    def loaded(self, seconds: float) -> None: ...
 
-    def load_failed(self, kind: Kind) -> None: ...
+    def evicted(self) -> None: ...
 
-    def evicted(self, kind: Kind) -> None: ...
-
-    def holds(self, num_bytes: int) -> None: ...
+    def holds(self, size_bytes: int) -> None: ...
 
 
 class LoadFailed(Exception):
@@ -288,7 +283,7 @@ class Memory:
             self._drop(part)
         del self._entries[entry.wanted.key]
         self._close(entry.value, entry.wanted.key)
-        self._observer.evicted(entry.wanted.kind)
+        self._observer.evicted()
         self._observer.holds(self.num_bytes)
 
     def _close(self, value: Held, key: str) -> None:
@@ -348,7 +343,7 @@ class Memory:
             await self._until_closed()
             started = time.monotonic()
             value, num_bytes = await self._in_thread(entry.wanted, _load, entry)
-            self._observer.loaded(entry.wanted.kind, time.monotonic() - started)
+            self._observer.loaded(time.monotonic() - started)
             self._settle(entry, value, num_bytes)
         except BaseException:
             del self._entries[entry.wanted.key]
@@ -382,7 +377,6 @@ class Memory:
             return await loop.run_in_executor(self._threads, work, *args)
         except Exception as error:
             log.warning("%s %s cannot be loaded", wanted.kind, wanted.key, exc_info=error)
-            self._observer.load_failed(wanted.kind)
             _forget_frames(error)
             self._failed = {key: found for key, found in self._failed.items() if loop.time() < found[1]}
             if not isinstance(error, Unavailable):

@@ -15,6 +15,7 @@ class Device:
 
     def __init__(self, load_s: float = 0.0) -> None:
         self.load_s = load_s
+        self.attempts: Counter[str] = Counter()
         self.loads: Counter[str] = Counter()
         self.sizings: Counter[str] = Counter()
         self.closes: Counter[str] = Counter()
@@ -36,6 +37,8 @@ class Device:
             if gate := self.gates.get(key):
                 assert gate.wait(30)
             time.sleep(self.load_s)
+            with self._lock:
+                self.attempts[key] += 1
             if error := self.errors.get(key):
                 raise error
             assert owner is None or not owner.is_closed
@@ -74,20 +77,15 @@ class Recorder:
 
     def __init__(self) -> None:
         self.loads = 0
-        self.failures = 0
         self.evictions = 0
-        self.seconds = 0.0
         self.held: list[int] = []
 
-    def loaded(self, kind: Kind, seconds: float) -> None:
+    def loaded(self, seconds: float) -> None:
+        assert seconds >= 0
         self.loads += 1
-        self.seconds += seconds
 
-    def load_failed(self, kind: Kind) -> None:
-        self.failures += 1
-
-    def evicted(self, kind: Kind) -> None:
+    def evicted(self) -> None:
         self.evictions += 1
 
-    def holds(self, num_bytes: int) -> None:
-        self.held.append(num_bytes)
+    def holds(self, size_bytes: int) -> None:
+        self.held.append(size_bytes)

@@ -140,14 +140,13 @@ def test_one_load_serves_all_who_ask_meanwhile():
 def test_a_failed_load_fails_all_who_wait_with_one_error_and_the_next_one_tries_again():
     device = Device(load_s=0.02)
     device.errors["m"] = OSError("damaged")
-    recorder = Recorder()
 
     async def main() -> None:
-        memory = Memory(100, recorder, retry_s=0.0)
+        memory = Memory(100, retry_s=0.0)
         wanted = device.wanted("m", 10)
         failures = await asyncio.gather(*(use(memory, wanted) for _ in range(20)), return_exceptions=True)
         assert all(isinstance(each, LoadFailed) and each.error is device.errors["m"] for each in failures)
-        assert (recorder.failures, memory.num_bytes, memory.keys) == (1, 0, [])
+        assert (device.attempts["m"], memory.num_bytes, memory.keys) == (1, 0, [])
         assert device.errors.pop("m").__traceback__ is None, "frames keep what was loaded so far"
         assert await use(memory, wanted)
         unused(memory)
@@ -157,16 +156,16 @@ def test_a_failed_load_fails_all_who_wait_with_one_error_and_the_next_one_tries_
 
 
 def test_what_is_damaged_is_not_read_again_for_a_while():
-    device, recorder = Device(), Recorder()
+    device = Device()
     device.errors["m"] = OSError("damaged")
 
     async def main() -> None:
-        memory = Memory(100, recorder, retry_s=0.3)
+        memory = Memory(100, retry_s=0.3)
         wanted = device.wanted("m", 10)
         for _ in range(100):
             with pytest.raises(LoadFailed, match="damaged"):
                 await use(memory, wanted)
-        assert (recorder.failures, device.sizings["m"]) == (1, 1)
+        assert (device.attempts["m"], device.sizings["m"]) == (1, 1)
         assert await use(memory, device.wanted("other", 10)), "the others go on"
         assert await use(memory, device.wanted("m of other files", 10))
         await asyncio.sleep(0.3)
