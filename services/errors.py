@@ -5,6 +5,7 @@
     │   ├── TooLarge                   a body longer than the limit; 413
     │   └── TooSlow                    a body that does not arrive in time; 408
     ├── NotFound (LookupError)         an id or name that does not exist; 404
+    ├── Gone                           what existed until it expired; 410
     ├── Unauthorized                   no API key or a wrong one; 401
     ├── Forbidden                      what this key or caller may not do, or no caller; 403
     ├── Conflict                       a state that forbids it; 409 (of a create: a dataset is not ready)
@@ -67,6 +68,12 @@ class NotFound(ServiceError, LookupError):
     status = 404
     type = "invalid_request_error"
     default_code = "not_found"
+
+
+class Gone(ServiceError):
+    status = 410
+    type = "invalid_request_error"
+    default_code = "expired"
 
 
 class Unauthorized(ServiceError):

@@ -46,6 +46,12 @@ class Settings(BaseSettings):
     """
     denied_sources: Sources = []
     """What is not read although it is inside of ``allowed_sources``, such as a file with keys."""
+    public_url: str | None = None
+    """The address at which clients reach the control plane, for the URLs of images; by default the one that
+    the request for images was sent to.
+    """
+    image_url_s: Annotated[int, Field(ge=1, le=7 * 86_400)] = 3600
+    """How long an image can be fetched from its URL. Then it is deleted."""
     max_active_jobs: int = 8
     """The most jobs that run on the cluster at once. The others wait as queued, oldest first."""
     max_attempts: Annotated[int, Field(ge=1)] = 5

@@ -8,10 +8,8 @@ import httpx
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
-from dde_core.errors import ConfigError
-from services.api.images import ImageRequest
 from services.api.requests import PROJECT_HEADER
-from services.errors import BadRequest, ServiceError, Unavailable
+from services.errors import ServiceError, Unavailable
 
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 SCORE_BYTES = 64 << 20
@@ -25,19 +23,17 @@ def make_client(serve_url: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=serve_url, timeout=TIMEOUT, limits=limits, trust_env=False)
 
 
-def check_image(request: ImageRequest) -> None:
-    """Raises BadRequest for a size that no model can generate."""
-    try:
-        request.sample()
-    except ConfigError as error:
-        raise BadRequest(f"size: {error.reason}, got {error.value!r}", param="size") from error
-
-
 async def forward(
-    client: httpx.AsyncClient, path: str, raw: bytes, request_id: str, project: str
+    client: httpx.AsyncClient,
+    path: str,
+    raw: bytes,
+    request_id: str,
+    project: str,
+    headers: dict[str, str] | None = None,
 ) -> Response:
-    """Serve's status and body. Raises Unavailable if Serve does not answer."""
+    """Serve's status and body; ``headers`` are sent, too. Raises Unavailable if Serve does not answer."""
     headers = {
+        **(headers or {}),
         "content-type": "application/json",
         "x-request-id": request_id,
         PROJECT_HEADER: project,

@@ -49,7 +49,7 @@ class Engine:
         """
         record = models.find(layout.project_root(self._root, project), request.model)
         sample = request.sample()
-        seeds = [request.seed + i for i in range(request.n)]
+        seeds = request.seeds()
 
         def stop_if_disconnected(step: int, steps: int) -> None:
             if is_disconnected():

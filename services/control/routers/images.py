@@ -5,8 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from services.api.image_urls import URLS_HEADER
 from services.api.images import ImageRequest, ScoreRequest
-from services.control import inference, models, scorers
+from services.control import image_files, inference, models, scorers
 from services.control.dependencies import BODY_BYTES, GENERATE, Db, parse, read_body, takes
 
 router = APIRouter(tags=["inference"])
@@ -18,10 +19,14 @@ SCORES = "/v1/scores"
 async def generate(request: Request, db: Db) -> Response:
     """Generate images with a registered model of the project."""
     parsed, raw = parse(ImageRequest, await read_body(request, BODY_BYTES))
-    inference.check_image(parsed)
+    parsed.check()
     await run_in_threadpool(models.get, db, parsed.model, "model")
     state = request.app.state
-    return await inference.forward(state.serve, IMAGES, raw, request.state.request_id, db.project)
+    headers = {}
+    if parsed.response_format == "url":
+        urls = image_files.sign(state.settings, db.project, str(request.base_url))
+        headers[URLS_HEADER] = urls.model_dump_json()
+    return await inference.forward(state.serve, IMAGES, raw, request.state.request_id, db.project, headers)
 
 
 @router.post(SCORES, openapi_extra=takes(ScoreRequest), dependencies=[GENERATE])
