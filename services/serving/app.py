@@ -8,6 +8,7 @@ the names of their types.
 
 import asyncio
 import base64
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -24,11 +25,13 @@ from dde_core.errors import ConfigError
 from services.api.images import ImageRequest, ScoreRequest
 from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER
 from services.errors import BadRequest, ServiceError
-from services.serving.failures import answered_with_their_cause
+from services.serving.images import as_service_error
 from services.serving.memory import Memory, memory_of
+from services.serving.scoring import Scoring
 
 Project = Annotated[str, Header(alias=PROJECT_HEADER)]
 api = FastAPI(title="dde-align serving")
+log = logging.getLogger("ray.serve")
 
 
 class ServeArgs(BaseModel):
@@ -43,11 +46,12 @@ class ServeArgs(BaseModel):
 
     @property
     def device(self) -> str:
+        """The device of models and scorers."""
         return "cuda" if self.use_gpu else "cpu"
 
     @property
-    def model_bytes(self) -> int:
-        """The memory for models and scorers: half of what there is, unless ``max_bytes`` says otherwise."""
+    def memory_bytes(self) -> int:
+        """Memory for models and scorers: ``max_bytes``, or half of what there is."""
         return self.max_bytes or memory_of(self.device) // 2
 
 
@@ -71,8 +75,14 @@ async def validation_error(request: Request, error: RequestValidationError) -> J
 
 async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
     """Call ``work`` in a thread. An error that nobody expected is logged, and answered with its cause."""
-    with answered_with_their_cause():
+    try:
         return await asyncio.to_thread(work, *args)
+    except (ServiceError, ConfigError):
+        raise
+    except Exception as error:
+        log.exception("a request failed")
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise ServiceError(f"the request failed: {type(error).__name__}: {first_line}") from error
 
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=8, max_queued_requests=64)
@@ -82,10 +92,9 @@ class ImageServer:
 
     def __init__(self, args: ServeArgs) -> None:
         from services.serving.engine import Engine  # only replicas load torch
-        from services.serving.scoring import Scoring
 
         self._engine = Engine(args.storage_uri, device=args.device)
-        self._scoring = Scoring(args.storage_uri, Memory(args.model_bytes), args.device)
+        self._scoring = Scoring(args.storage_uri, Memory(args.memory_bytes), args.device)
 
     @api.post("/v1/images/generations")
     async def generate(self, body: ImageRequest, project: Project = DEFAULT_PROJECT) -> dict[str, Any]:
@@ -102,11 +111,11 @@ class ImageServer:
 
     @api.post("/v1/scores")
     async def score(self, body: ScoreRequest, project: Project = DEFAULT_PROJECT) -> dict[str, Any]:
-        with answered_with_their_cause():
+        try:
             found = await self._scoring.score(body, project)
-        rows = zip(*found.scores.values(), strict=True)
-        data = [dict(zip(found.scores, row, strict=True)) for row in rows]
-        return {"object": "list", "data": data, "scorers": found.scorers}
+        except Exception as error:
+            raise as_service_error(error) from error
+        return found.answer()
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, str]:

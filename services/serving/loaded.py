@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ModelLease:
-    """A model that stays in memory while the lease lasts (``services.serving.contract.Lease``)."""
+    """A model that stays in memory while the lease lasts (``services.serving.contract.LoadedModel``)."""
 
     model: Any
     record: ModelRecord
@@ -80,7 +80,7 @@ class _Adapter:
 
 
 class LoadedModels:
-    """Leases the models of all projects (``services.serving.contract.Models``).
+    """Leases the models of all projects (``services.serving.contract.LoadedModels``).
 
     ``load`` makes a base of a diffusers folder, in a thread. Equal files are loaded once, whatever their
     models are called. ``value_bytes`` is the size of a weight in memory, for estimates.

@@ -35,6 +35,12 @@ class Scored:
     scores: dict[str, list[float]]
     scorers: dict[str, dict[str, Any]]
 
+    def answer(self) -> dict[str, Any]:
+        """The API's answer: one row of scores for each image."""
+        rows = zip(*self.scores.values(), strict=True)
+        data = [dict(zip(self.scores, row, strict=True)) for row in rows]
+        return {"object": "list", "data": data, "scorers": self.scorers}
+
 
 class _Loaded:
     """A scorer in memory. Those of the shapes world take none of their own."""
