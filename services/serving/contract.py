@@ -44,9 +44,9 @@ class Adapter(Protocol):
 class Base(Protocol):
     """A loaded diffusers folder (``dde_core.engine.model.BaseModel``) and the adapters loaded into it.
 
-    Adapters are loaded and unloaded in a thread, one at a time, while the engine draws with the base and with
-    other adapters, never with this one. ``close`` is called when the engine uses none of them. A loaded base
-    or adapter reads its files no more.
+    One thread loads, unloads and closes. Meanwhile the engine draws with other bases, with this one and with
+    its other adapters, never with the adapter that is loaded or unloaded. ``close`` is called when the engine
+    uses none of them. A loaded base or adapter reads its files no more.
     """
 
     @property

@@ -7,7 +7,6 @@ import itertools
 import logging
 import math
 import re
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -52,11 +51,10 @@ class _InMemory(Protocol):
 
 
 class _Base:
-    """A base, to which one thread at a time adds an adapter or takes it away."""
+    """A base."""
 
     def __init__(self, base: Base) -> None:
         self.base = base
-        self.changing = threading.Lock()
         self.model = base.model
         self.num_bytes = base.num_bytes
 
@@ -70,13 +68,11 @@ class _Adapter:
     def __init__(self, owner: _Base, key: str, folder: Path) -> None:
         self._owner = owner
         self._key = key
-        with owner.changing:
-            self.model: Adapter = owner.base.load_adapter(key, folder)
+        self.model: Adapter = owner.base.load_adapter(key, folder)
         self.num_bytes = self.model.num_bytes
 
     def close(self) -> None:
-        with self._owner.changing:
-            self._owner.base.unload_adapter(self._key)
+        self._owner.base.unload_adapter(self._key)
 
 
 class LoadedModels:

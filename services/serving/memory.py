@@ -1,6 +1,6 @@
 """What a replica keeps in memory, counted in bytes: what is in use is never evicted, one load serves all.
 
-A ``Memory`` belongs to one event loop. Files are read, loaded and closed in threads of its own.
+A ``Memory`` belongs to one event loop. Its threads read, load and close.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ RETRY_S = 10.0
 PATIENCE_S = 5.0
 """Who waits for room is passed, for this long, by those who want what is in memory already."""
 
-THREADS = 4
-"""Files that are read or loaded at once."""
+READERS = 4
+"""Models whose files are read, or copied to this node, at once."""
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -42,7 +42,7 @@ class Held(Protocol):
         """The memory that it takes."""
 
     def close(self) -> None:
-        """Free the memory. Called once, in a thread, when nobody uses it."""
+        """Free the memory. Called once, when nobody uses it."""
 
 
 Value = TypeVar("Value", bound=Held)
@@ -50,8 +50,10 @@ Value = TypeVar("Value", bound=Held)
 
 @dataclass(frozen=True)
 class Wanted(Generic[Value]):
-    """Something to hold. ``size`` estimates its bytes from its files, ``load`` loads it, both in a thread.
+    """Something to hold. ``size`` estimates its bytes from its files, and ``load`` loads it.
 
+    Both are called in a thread, ``load`` and ``close`` always in the same one: diffusers and transformers
+    change the process's state while they load, so two loads at once would spoil one another.
     What has a ``parent`` lives inside it: the parent is held as long, and ``load`` receives its value.
     """
 
@@ -130,7 +132,7 @@ class Memory:
     """Holds what its users lease, and keeps it for the next ones while there is room.
 
     - At most ``max_bytes`` are held: room is reserved by an estimate before a load begins, and what makes
-      room is closed before. The least recently used goes first; what is leased never goes.
+      room is closed before it. The least recently used goes first; what is leased never goes.
     - Where all is leased, a lease waits. The order is that of arrival, but for ``patience_s`` those who want
       what is in memory pass; then they wait too, so the one in front gets its turn.
     - All that a lease needs is reserved at once, so leases never wait for one another in a circle. A task
@@ -154,11 +156,10 @@ class Memory:
         self._entries: dict[str, _Entry] = {}  # the least recently used first
         self._waiting: list[_Waiter] = []
         self._sizing: dict[str, asyncio.Task[int]] = {}
-        self._closing: set[asyncio.Future[None]] = set()
         self._failed: dict[str, tuple[Exception, float]] = {}
         self._measured: dict[str, int] = {}  # of what was larger than estimated
-        self._threads = ThreadPoolExecutor(THREADS, "load")
-        self._closer = ThreadPoolExecutor(1, "close")  # of its own: loads wait for what makes room for them
+        self._readers = ThreadPoolExecutor(READERS, "read")
+        self._loader = ThreadPoolExecutor(1, "load")  # what makes room is closed before the load begins
 
     @property
     def num_bytes(self) -> int:
@@ -189,9 +190,8 @@ class Memory:
         for entry in reversed(list(self._entries.values())):
             if not entry.uses and entry.wanted.key in self._entries:
                 self._drop(entry)
-        await self._until_closed()
-        self._threads.shutdown(wait=False)
-        self._closer.shutdown(wait=False)
+        self._readers.shutdown(wait=False)
+        await asyncio.to_thread(self._loader.shutdown)
 
     async def _acquire(self, chain: list[Wanted[Any]]) -> list[_Entry]:
         """Leased entries of all that is wanted, loaded."""
@@ -287,14 +287,7 @@ class Memory:
         self._observer.holds(self.num_bytes)
 
     def _close(self, value: Held, key: str) -> None:
-        closing = asyncio.get_running_loop().run_in_executor(self._closer, _close, value, key)
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
-
-    async def _until_closed(self) -> None:
-        """Wait until what was evicted is closed."""
-        if self._closing:
-            await asyncio.wait(set(self._closing))
+        self._loader.submit(_close, value, key)
 
     def _release(self, entries: list[_Entry]) -> None:
         """End leases. A parent counts as used after its parts."""
@@ -319,7 +312,7 @@ class Memory:
 
     async def _estimate(self, wanted: Wanted[Any]) -> int:
         try:
-            estimate: int = await self._in_thread(wanted, wanted.size)
+            estimate: int = await self._in_thread(self._readers, wanted, wanted.size)
         finally:
             del self._sizing[wanted.key]
         return max(estimate, self._measured.get(wanted.key, 0))
@@ -336,14 +329,12 @@ class Memory:
         return entry
 
     async def _load(self, entry: _Entry, used: list[_Entry]) -> None:
-        """Load after the parent, and after what made room is closed."""
+        """Load after the parent."""
         try:
             if entry.parent:
                 await entry.parent.loading
-            await self._until_closed()
-            started = time.monotonic()
-            value, num_bytes = await self._in_thread(entry.wanted, _load, entry)
-            self._observer.loaded(time.monotonic() - started)
+            value, num_bytes, seconds = await self._in_thread(self._loader, entry.wanted, _load, entry)
+            self._observer.loaded(seconds)
             self._settle(entry, value, num_bytes)
         except BaseException:
             del self._entries[entry.wanted.key]
@@ -370,11 +361,13 @@ class Memory:
 
     # ---- failures
 
-    async def _in_thread(self, wanted: Wanted[Any], work: Callable[..., Any], *args: Any) -> Any:
+    async def _in_thread(
+        self, threads: ThreadPoolExecutor, wanted: Wanted[Any], work: Callable[..., Any], *args: Any
+    ) -> Any:
         """What ``work`` returns. Raises LoadFailed and remembers the error."""
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._threads, work, *args)
+            return await loop.run_in_executor(threads, work, *args)
         except Exception as error:
             log.warning("%s %s cannot be loaded", wanted.kind, wanted.key, exc_info=error)
             _forget_frames(error)
@@ -390,10 +383,11 @@ class Memory:
             raise LoadFailed(error)
 
 
-def _load(entry: _Entry) -> tuple[Held, int]:
-    """The value and its size."""
+def _load(entry: _Entry) -> tuple[Held, int, float]:
+    """The value, its bytes, and the seconds that it took."""
+    started = time.monotonic()
     value: Held = entry.wanted.load(entry.parent.value if entry.parent else None)
-    return value, value.num_bytes
+    return value, value.num_bytes, time.monotonic() - started
 
 
 def _task(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
