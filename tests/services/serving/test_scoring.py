@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from dde_core.shapes.scorers import ShapesScorer
 from services.api.images import ScoreRequest
 from services.api.records import ScorerRecord
 from services.artifacts import scorers
-from services.errors import BadRequest, NotFound, ServiceError
+from services.errors import BadRequest, NotFound, ServiceError, Unavailable
+from services.serving.images import as_service_error
 from services.serving.memory import Memory
 from services.serving.scoring import Scored, Scoring
 from services.stages import layout
