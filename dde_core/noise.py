@@ -61,6 +61,15 @@ def initial_latents(seed: int, shape: tuple[int, ...]) -> Float32[Tensor, "*shap
     return _normal(shape, seed, "initial_latents")
 
 
+def step_generator(seed: int) -> torch.Generator:
+    """The generator of the noise that a sampler adds to one image between its steps.
+
+    It draws on the CPU, so the numbers are the same for every device. Of its 64-bit seed torch's generator
+    keeps 32 bits.
+    """
+    return torch.Generator().manual_seed(_uniform_word(seed, "step_noise"))
+
+
 def _philox(*key: int | str) -> np.random.Philox:
     """The key's own generator. JSON keeps ("1", 2) and (1, "2") apart."""
     digest = blake2b(json.dumps(key).encode(), digest_size=16).digest()

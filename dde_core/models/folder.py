@@ -50,12 +50,16 @@ class ModelFolder:
             )
 
     def schedule(self) -> Schedule:
-        """The noise schedule and prediction type of the folder's scheduler.
+        """The noise schedule and prediction type of the folder's scheduler."""
+        return Schedule.from_config(self.sampling_config())
+
+    def sampling_config(self) -> dict[str, Any]:
+        """The scheduler's config for sampling.
 
         ``StableDiffusionPipeline`` takes ``steps_offset`` 1, whatever the folder says.
         """
         config = self.scheduler_config()
-        return Schedule.from_config(config | {"steps_offset": 1} if self.family == "sd15" else config)
+        return config | {"steps_offset": 1} if self.family == "sd15" else config
 
     def scheduler_config(self) -> dict[str, Any]:
         """The contents of the folder's ``scheduler_config.json``."""

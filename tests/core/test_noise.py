@@ -11,6 +11,7 @@ from dde_core.noise import (
     draw_timestep,
     initial_latents,
     permutation,
+    step_generator,
 )
 
 SHAPE = (4, 8, 8)
@@ -111,3 +112,16 @@ def test_each_epoch_visits_every_pair_once_in_an_order_of_its_own():
     assert (first != second).any()
     assert (first == permutation(3, 0, 100)).all()
     assert (first != permutation(4, 0, 100)).any()
+
+
+def test_the_noise_between_steps_is_a_function_of_the_seed_and_a_stream_of_its_own():
+    first, again, other = (torch.randn(4, 8, 8, generator=step_generator(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert abs(np.corrcoef(first.flatten(), initial_latents(3, (4, 8, 8)).flatten())[0, 1]) < 0.3
+    assert abs(np.corrcoef(first.flatten(), other.flatten())[0, 1]) < 0.3
+    assert step_generator(3).device.type == "cpu"
+    assert torch.equal(
+        torch.randn(4, generator=torch.Generator().manual_seed(5)),
+        torch.randn(4, generator=torch.Generator().manual_seed(5 + 2**32)),
+    ), "torch keeps 32 bits of a seed"
