@@ -215,10 +215,12 @@ def test_a_scorer_that_can_never_fit_is_refused_with_its_size(root: str, tmp_pat
     assert refused.value.param == "scorers"
 
 
-def test_a_scorer_whose_files_are_gone_is_an_error_by_its_name(root: str, tmp_path):
+def test_a_damaged_scorer_is_an_error_by_its_name(root: str, tmp_path):
     record = publish_scorer(root, tmp_path / "clip")
-    scorers.publish(root, record.model_copy(update={"uri": (tmp_path / "gone").as_uri()}))
-    with pytest.raises(ServiceError, match="scorer 'ours' cannot be loaded") as failure:
+    weights = tmp_path / "clip" / "clip" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    scorers.publish(root, record.model_copy(update={"digest": scorers.digest_of(str(record.uri), None)}))
+    with pytest.raises(ServiceError, match=r"scorer 'ours' cannot be loaded: .*cut off") as failure:
         score(root, score_request("ours"))
     assert (failure.value.status, failure.value.code) == (500, "scorer_unusable")
 
