@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -30,30 +31,25 @@ class BatchSizes:
     def __init__(self, fixed: int = 0, max_rows: int = CANDIDATES[-1]) -> None:
         self._fixed = fixed
         self._candidates = [rows for rows in CANDIDATES if rows <= max_rows]
-        self._rows: dict[tuple[int, tuple[int, int]], int] = {}
+        self._rows: WeakKeyDictionary[BaseModel, dict[tuple[int, int], int]] = WeakKeyDictionary()
 
     def max_rows(self, base: BaseModel, size_px: tuple[int, int]) -> int:
         """Rows of a call for images of ``size_px`` (height, width)."""
         if self._fixed:
             return self._fixed
-        key = (id(base), size_px)
-        if key not in self._rows:
+        rows = self._rows.setdefault(base, {})
+        if size_px not in rows:
             seconds = measure(base, size_px, self._candidates)
-            self._rows[key] = best(seconds)
+            rows[size_px] = best(seconds)
             base.capture_up_to(size_px, launch_bound(seconds))
-            log.info("%dx%d px: %d rows a call; seconds: %s", *reversed(size_px), self._rows[key], seconds)
-        return self._rows[key]
+            log.info("%dx%d px: %d rows a call; seconds: %s", *reversed(size_px), rows[size_px], seconds)
+        return rows[size_px]
 
     def lower(self, base: BaseModel, size_px: tuple[int, int], rows: int) -> None:
         """Take at most so many rows from now on."""
-        self._rows[id(base), size_px] = rows
+        self._rows.setdefault(base, {})[size_px] = rows
         if self._fixed:
             self._fixed = min(self._fixed, rows)
-
-    def forget(self, base: BaseModel) -> None:
-        """A base that is no longer loaded: another one may get its address."""
-        for key in [key for key in self._rows if key[0] == id(base)]:
-            del self._rows[key]
 
 
 def best(seconds: dict[int, float]) -> int:

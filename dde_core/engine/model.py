@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from dde_core.conditioning import Conditioning, predict
 from dde_core.config import SampleConfig
+from dde_core.engine.adapters import RowAdapters
 from dde_core.engine.graphs import Graphs
 from dde_core.engine.samplers import make_scheduler
 from dde_core.errors import ConfigError, NonFiniteError
@@ -23,14 +26,17 @@ from dde_core.models.tokens import tokenize
 
 @dataclass(frozen=True)
 class Model:
-    """A base model, or one of its adapters."""
+    """A base model, or one of its adapters, which takes ``num_bytes`` beside its base."""
 
     base: BaseModel
     adapter: str | None = None
+    num_bytes: int = 0
 
 
 class BaseModel:
-    """The parts of one folder. Not thread-safe: one thread calls it.
+    """The parts of one folder, and the adapters loaded into its U-Net.
+
+    One thread draws with it; others may load and unload adapters that it does not draw with at the time.
 
     U-Net, text encoders and VAE compute in ``dtype``: float32, or bfloat16, whose range is that of float32.
     Latents and schedulers are float32.
@@ -51,7 +57,10 @@ class BaseModel:
         self._tokenizers = folder.tokenizers()
         self._text_encoders = TextEncoders(folder, self.device, dtype)
         self._unet: Any = (unet or folder.unet()).requires_grad_(False).to(self.device, dtype)
-        self._vae = folder.vae().to(self.device, dtype)
+        self._vae: Any = folder.vae().to(self.device, dtype)
+        self._adapters = RowAdapters(self._unet)
+        self._lock = threading.Lock()
+        """Held while the U-Net or its adapters are used."""
         self._graphs: Graphs | None = None
         if self.device.type == "cuda":
             self._unet.to(memory_format=torch.channels_last)
@@ -59,8 +68,36 @@ class BaseModel:
             self._graphs = Graphs(self._call)
 
     @property
+    def model(self) -> Model:
+        """The model without an adapter."""
+        return Model(self)
+
+    def load_adapter(self, key: str, folder: Path) -> Model:
+        """The model with the LoRA adapters of a folder.
+
+        Raises ModelError for adapters that are damaged or of another base.
+        """
+        with self._lock:
+            before = self._adapters.num_bytes
+            self._adapters.load(key, folder)
+            return Model(self, key, self._adapters.num_bytes - before)
+
+    def unload_adapter(self, key: str) -> None:
+        """Free an adapter's memory."""
+        with self._lock:
+            self._adapters.unload(key)
+
+    def close(self) -> None:
+        """Free the memory. The model cannot be used any more."""
+        with self._lock:
+            del self._unet, self._vae, self._text_encoders, self._adapters
+            self._graphs = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all weights, without adapters."""
         modules = [self._unet, self._vae, *self._text_encoders.encoders]
         return sum(
             parameter.numel() * parameter.element_size()
@@ -111,9 +148,13 @@ class BaseModel:
 
         ``adapters`` names each row's adapter; empty means none.
         """
-        if self._graphs is not None and self._graphs.applies(latents):
-            return self._graphs(latents, t, conditioning)
-        return self._call(latents, t, conditioning)
+        with self._lock:
+            if any(adapters):
+                with self._adapters.rows(adapters):
+                    return self._call(latents, t, conditioning)
+            if self._graphs is not None and self._graphs.applies(latents):
+                return self._graphs(latents, t, conditioning)
+            return self._call(latents, t, conditioning)
 
     def _call(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         rows = latents.to(self.dtype)

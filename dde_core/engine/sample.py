@@ -12,8 +12,8 @@ from torch import Tensor
 from dde_core.conditioning import Conditioning
 from dde_core.config import SampleConfig
 from dde_core.engine.model import BaseModel
-from dde_core.engine.samplers import first_latents, step, step_generator
-from dde_core.noise import initial_latents
+from dde_core.engine.samplers import first_latents, step
+from dde_core.noise import initial_latents, step_generator
 
 
 @dataclass(eq=False)

@@ -4,8 +4,8 @@
 
 Sides alternate, on the same modules, prompts and seeds: the pipeline with one image a call, the pipeline with
 all images in one call, the engine with one request an image, and with a single one. Then mixed requests:
-their steps and guidance differ, so the pipeline draws them one by one. The engine measures how large its calls
-are.
+their steps and guidance differ, so the pipeline draws them one by one. Then requests for three adapters. The
+engine measures how large its calls are.
 ``--device cpu --model tiny`` runs the same in a minute.
 """
 
@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import queue
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import save_file
 
-from dde_core.config import SampleConfig
+from dde_core.config import LoraConfig, SampleConfig
 from dde_core.engine.batch_size import BatchSizes, measure
 from dde_core.engine.batching import StepEngine
 from dde_core.engine.contract import Drawn, Failed, Finished, GenerationRequest, Turn
 from dde_core.engine.model import BaseModel, Model
+from dde_core.models.folder import LORA_WEIGHTS
 from tests.bench.gpu_step import gpu_parser, machine_of, record_results
 from tests.bench.measure import in_turn, ratio, result
 from tests.bench.random_folder import RandomFolder
@@ -117,6 +121,23 @@ class Serving:
         return len(samples)
 
 
+def load_adapters(base: BaseModel, scratch: Path, keys: Sequence[str], rank: int = 16) -> None:
+    """Load random adapters of the attention layers under these keys."""
+    for number, key in enumerate(keys):
+        generator = torch.Generator().manual_seed(number)
+        weights = {}
+        for name, module in base._unet.named_modules():
+            if LoraConfig().matches(name):
+                sides = {"lora_A": (rank, module.in_features), "lora_B": (module.out_features, rank)}
+                for side, shape in sides.items():
+                    values = torch.randn(shape, generator=generator) * 0.01
+                    weights[f"unet.{name}.{side}.weight"] = values
+        folder = scratch / key
+        folder.mkdir()
+        save_file(weights, folder / LORA_WEIGHTS)
+        base.load_adapter(key, folder)
+
+
 def report_calls(serving: Serving, where: str, machine: str) -> dict[str, dict[str, Any]]:
     """U-Net rows/s by rows of a call: what batching can give on this machine."""
     size = (serving.folder.size_px, serving.folder.size_px)
@@ -147,7 +168,11 @@ def main(arguments: list[str] | None = None) -> None:
     equal = [serving.sample] * options.images
     mixed = [SampleConfig(steps=steps, guidance_scale=guidance) for steps, guidance in MIXED]
     one, many = equal[: options.alone], mixed * max(1, options.images // len(mixed))
+    keys = ("a", "b", "c")
+    with tempfile.TemporaryDirectory() as scratch:
+        load_adapters(serving.base, Path(scratch), keys)
     serving.by_engine(equal)
+    serving.by_engine(equal, keys)
     serving.one_by_one(one[:1])
     sides = {
         "pipeline, one by one": lambda: serving.one_by_one(one),
@@ -156,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
         "engine, lonely": lambda: serving.by_engine(one[:1]),
         "pipeline, mixed": lambda: serving.one_by_one(mixed),
         "engine, mixed": lambda: serving.by_engine(many),
+        "engine, 3 adapters": lambda: serving.by_engine(equal, keys),
     }
     found = in_turn(options.rounds, sides)
     pairs = [
@@ -163,6 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("engine", "pipeline, batch"),
         ("engine, lonely", "pipeline, one by one"),
         ("engine, mixed", "pipeline, mixed"),
+        ("engine, 3 adapters", "engine"),
     ]
     rows = {
         f"{where}, {side} vs {other}": ratio(
