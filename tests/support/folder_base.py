@@ -1,58 +1,53 @@
-"""A base model of real files that draws one request at a time (``services.serving.contract.Base``)."""
+"""A base model of real files that remembers what was done to it, and images of it and of its adapters."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
-from torch import nn
+import numpy as np
 
-from dde_core.generation import TextToImage
-from dde_core.models.folder import LORA_WEIGHTS, ModelFolder, copy_weights
+from dde_core.config import SampleConfig
+from dde_core.engine.model import BaseModel, Model, to_pixels
+from dde_core.engine.sample import start
+from dde_core.engine.turn import advance
+from dde_core.models.folder import ModelFolder
+
+SAMPLE = SampleConfig(steps=2)
 
 
-class FolderBase:
-    """A folder's model, and one more with each adapter merged in."""
+class FolderBase(BaseModel):
+    """``adapters`` has the folder of each loaded adapter, by its key."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(ModelFolder(folder))
         self.folder = folder
-        self.adapters: dict[str, FolderAdapter] = {}
+        self.adapters: dict[str, Path] = {}
         self.is_closed = False
-        self.model = self
-        self.draw = TextToImage(ModelFolder(folder))
-        parts = [self.draw._unet, self.draw._vae, *self.draw._text_encoders.encoders]
-        for part in parts:
-            copy_weights(part)
-        self.num_bytes = sum(_bytes(part) for part in parts)
 
-    def load_adapter(self, key: str, folder: Path) -> FolderAdapter:
+    def load_adapter(self, key: str, folder: Path) -> Model:
         assert not self.is_closed
-        assert key not in self.adapters
-        self.adapters[key] = FolderAdapter(self, folder)
-        return self.adapters[key]
+        model = super().load_adapter(key, folder)
+        self.adapters[key] = folder
+        return model
 
     def unload_adapter(self, key: str) -> None:
         assert not self.is_closed
+        super().unload_adapter(key)
         del self.adapters[key]
 
     def close(self) -> None:
         assert not self.is_closed
-        assert not self.adapters
+        assert not self.adapters, "parts go before what they are in"
+        super().close()
         self.is_closed = True
 
 
-class FolderAdapter:
-    """A base with an adapter. ``num_bytes`` are those of the adapter's tensors as float32."""
-
-    def __init__(self, base: FolderBase, folder: Path) -> None:
-        self.base = base
-        self.folder = folder
-        self.draw = TextToImage(ModelFolder(base.folder, folder))
-        with safe_open(folder / LORA_WEIGHTS, framework="np") as file:
-            self.num_bytes = sum(4 * file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
-
-
-def _bytes(part: nn.Module) -> int:
-    tensors: list[Any] = [*part.parameters(), *part.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def drawn(model: Model) -> np.ndarray:
+    """An image, uint8 [1, h, w, 3]."""
+    base = model.base
+    encoded = base.encode(["a red circle", ""], base.height_px, base.width_px)
+    cond, uncond = ({name: row[i : i + 1] for name, row in encoded.items()} for i in range(2))
+    sample = start(base, 3, SAMPLE, cond, uncond, model.adapter)
+    while not sample.is_finished:
+        advance(base, [sample])
+    return to_pixels(base.decode(sample.latents))
