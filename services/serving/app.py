@@ -17,7 +17,8 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel as Fields
+from pydantic import ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
@@ -26,6 +27,7 @@ from services.api.images import ImageRequest, ScoreRequest
 from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER
 from services.errors import BadRequest, ServiceError
 from services.serving.images import as_service_error
+from services.serving.loaded import LoadedModels
 from services.serving.memory import Memory, memory_of
 from services.serving.scoring import Scoring
 
@@ -34,7 +36,7 @@ api = FastAPI(title="dde-align serving")
 log = logging.getLogger("ray.serve")
 
 
-class ServeArgs(BaseModel):
+class ServeArgs(Fields):
     """``args`` of the application in a Serve config."""
 
     model_config = ConfigDict(extra="forbid")
@@ -90,11 +92,18 @@ async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
 class ImageServer:
     """One engine a replica. Its calls run in a thread, so health checks are answered meanwhile."""
 
-    def __init__(self, args: ServeArgs) -> None:
-        from services.serving.engine import Engine  # only replicas load torch
+    async def __init__(self, args: ServeArgs) -> None:
+        from dde_core.engine.model import BaseModel  # only replicas load torch
+        from dde_core.models.folder import ModelFolder
+        from services.serving.engine import Engine
 
+        memory = Memory(args.memory_bytes)
         self._engine = Engine(args.storage_uri, device=args.device)
-        self._scoring = Scoring(args.storage_uri, Memory(args.memory_bytes), args.device)
+        self._models = LoadedModels(
+            args.storage_uri, memory, lambda folder: BaseModel(ModelFolder(folder), args.device)
+        )
+        self._scoring = Scoring(args.storage_uri, memory, args.device)
+        await self._models.preload(args.preload)
 
     @api.post("/v1/images/generations")
     async def generate(self, body: ImageRequest, project: Project = DEFAULT_PROJECT) -> dict[str, Any]:
