@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     """
     denied_sources: Sources = []
     """What is not read although it is inside of ``allowed_sources``, such as a file with keys."""
-    public_url: str | None = None
+    public_url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
     """The address at which clients reach the control plane, for the URLs of images; by default the one that
     the request for images was sent to.
     """

@@ -15,7 +15,6 @@ would read all files again, and the creation of a key, of which the server could
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 import uuid
@@ -44,7 +43,7 @@ from services.api.answers import (
     StudyView,
     parse,
 )
-from services.api.images import ImageRequest, ScoreRequest
+from services.api.images import ImageRequest, ImagesResponse, ScoreRequest
 from services.api.records import CreditRecord, DatasetReport
 from services.api.requests import (
     AlignmentJobCreate,
@@ -59,7 +58,7 @@ from services.api.requests import (
     ScorerCreate,
     StudyCreate,
 )
-from services.errors import ServiceError, Unavailable
+from services.errors import BadRequest, ServiceError, Unavailable
 
 PAGE_SIZE = 100
 LONGEST_PAUSE_S = 10.0
@@ -306,10 +305,16 @@ class Client:
 
     # ---- images and scores
 
-    def generate(self, request: ImageRequest) -> list[bytes]:
-        """Generate images; returns the content of PNG files."""
-        answer = self._send("POST", "/v1/images/generations", request)
-        return [base64.b64decode(image["b64_json"]) for image in answer["data"]]
+    def generate(self, request: ImageRequest) -> ImagesResponse:
+        """Generate images. Each of the answer's ``data`` has a file's ``content`` and the seed that repeats
+        it.
+
+        Raises BadRequest for a request with ``stream``, which this client does not read.
+        """
+        if request.stream:
+            raise BadRequest("stream: this client takes whole answers; leave it out, got true", "stream")
+        request.check()
+        return self._post(ImagesResponse, "/v1/images/generations", request)
 
     def scores(self, request: ScoreRequest) -> list[dict[str, float]]:
         """One row of scores for each image: ``{"match": 0.9, ...}``."""

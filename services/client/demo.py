@@ -87,7 +87,7 @@ def generate_image(client: Client, model: str, request: AlignmentJobCreate, fold
         model=model, prompt=first_prompt(), steps=sample.steps, guidance_scale=sample.guidance_scale
     )
     path = folder / "picture.png"
-    path.write_bytes(client.generate(image_request)[0])
+    path.write_bytes(client.generate(image_request).data[0].content)
     return path
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from services.api.image_urls import URLS_HEADER
-from services.api.images import ImageRequest, ScoreRequest
+from services.api.images import ImageRequest, ImagesResponse, ScoreRequest
 from services.control import image_files, inference, models, scorers
 from services.control.dependencies import BODY_BYTES, GENERATE, Db, parse, read_body, takes
 
 router = APIRouter(tags=["inference"])
 IMAGES = "/v1/images/generations"
 SCORES = "/v1/scores"
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"model": ImagesResponse, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+}
 
 
-@router.post(IMAGES, openapi_extra=takes(ImageRequest), dependencies=[GENERATE])
+@router.post(IMAGES, openapi_extra=takes(ImageRequest), dependencies=[GENERATE], responses=ANSWERS)
 async def generate(request: Request, db: Db) -> Response:
     """Generate images with a registered model of the project."""
     parsed, raw = parse(ImageRequest, await read_body(request, BODY_BYTES))
