@@ -19,7 +19,7 @@ from dde_core.engine.adapters import RowAdapters
 from dde_core.engine.graphs import Graphs
 from dde_core.engine.samplers import make_scheduler
 from dde_core.errors import ConfigError, NonFiniteError
-from dde_core.models.folder import ModelFolder, image_batch_size
+from dde_core.models.folder import ModelFolder, copy_weights, image_batch_size
 from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
 
@@ -58,6 +58,10 @@ class BaseModel:
         self._text_encoders = TextEncoders(folder, self.device, dtype)
         self._unet: Any = (unet or folder.unet()).requires_grad_(False).to(self.device, dtype)
         self._vae: Any = folder.vae().to(self.device, dtype)
+        if self.device.type == "cpu":
+            own = [self._vae, *self._text_encoders.encoders] + ([] if unet else [self._unet])
+            for part in own:
+                copy_weights(part)
         self._adapters = RowAdapters(self._unet)
         self._lock = threading.Lock()
         """Held while the U-Net or its adapters are used."""

@@ -158,6 +158,14 @@ class ModelFolder:
 
 
 @torch.no_grad()
+def copy_weights(module: torch.nn.Module) -> None:
+    """Give the weights memory of their own. After loading on a CPU it is that of their file: who writes to
+    the file would change them, and who shortens it would end the process."""
+    for weights in (*module.parameters(), *module.buffers()):
+        weights.data = weights.data.clone()
+
+
+@torch.no_grad()
 def encode_images(
     vae: AutoencoderKL, images: UInt8[np.ndarray, "b height width 3"]
 ) -> Float16[np.ndarray, "b c h w"]:
