@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     """How long Ray may be unreachable, with nothing new in the run's journal, before its job fails; also how
     long to wait until Ray confirms the end of a run that was stopped.
     """
-    request_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     """How long a request for images or scores may take, unless it says so itself; at most Serve's
     ``limits.max_timeout_s``.
     """

@@ -114,7 +114,7 @@ Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_le
 After = Annotated[str | None, Query(description="The id of the last item already seen.")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 LongLimit = Annotated[int, Query(ge=1, le=1000)]
-TimeoutS = Annotated[float | None, Header(alias=TIMEOUT_HEADER, gt=0, allow_inf_nan=False)]
+TimeoutS = Annotated[float | None, Header(alias=TIMEOUT_HEADER, gt=0, le=86_400, allow_inf_nan=False)]
 """How long the caller gives a request for images or scores."""
 
 
