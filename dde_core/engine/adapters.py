@@ -7,7 +7,6 @@ zeros for both.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,20 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dde_core.errors import ModelError
-from dde_core.models.folder import LORA_WEIGHTS
+from dde_core.models.lora_file import read_lora
 
 PREFIX = "unet."
-METADATA = "lora_adapter_metadata"
-"""Where diffusers stores peft's config in the file."""
-
 DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
 
@@ -203,14 +197,15 @@ def _convolve_rows(layer: nn.Conv2d, x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def read_adapter(folder: Path | str, layers: dict[str, nn.Module]) -> dict[str, LowRank]:
-    """The adapters of a folder's LORA_WEIGHTS, by layer name, in float32.
+    """The adapters of a folder, by layer name, in float32.
 
     They are scaled as diffusers scales them: by the file's peft config, or by 1 if it has none. Raises
     ModelError, naming the first of them, for keys that are no adapter of one of ``layers``, and for shapes
     that differ.
     """
-    weights, config = _read(Path(folder) / LORA_WEIGHTS)
     where = f"adapters of {str(folder)!r}"
+    weights, metadata = read_lora(folder)
+    config = _config(where, metadata)
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.items():
         side = next((side for side in (DOWN, UP) if key.endswith(side)), None)
@@ -231,24 +226,19 @@ def read_adapter(folder: Path | str, layers: dict[str, nn.Module]) -> dict[str, 
     return adapters
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], LoraConfig | None]:
-    """The tensors by peft's names, in order of the names, and the U-Net's peft config if the file has one."""
+def _config(where: str, metadata: dict[str, Any] | None) -> LoraConfig | None:
+    """The U-Net's peft config. Raises ModelError for one that is invalid or asks for other arithmetic."""
+    if metadata is None:
+        return None
+    settings = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA, "null"))
-            weights = {key: file.get_tensor(key) for key in sorted(file.keys())}
-        settings = {
-            key.removeprefix(PREFIX): value
-            for key, value in (metadata or {}).items()
-            if key.startswith(PREFIX)
-        }
-        config = LoraConfig(**settings) if metadata is not None else None
-    except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"adapters in {str(path)!r} cannot be read: {error}") from error
+        config = LoraConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{where} cannot be loaded: {error}") from error
     for name in ("use_dora", "lora_bias"):
-        if config is not None and getattr(config, name):
-            raise ModelError(f"adapters in {str(path)!r} cannot be served: {name} must be false, got True")
-    return convert_unet_state_dict_to_peft(weights), config
+        if getattr(config, name):
+            raise ModelError(f"{where} cannot be served: {name} must be false, got True")
+    return config
 
 
 def _low_rank(

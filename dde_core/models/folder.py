@@ -15,15 +15,13 @@ from dde_core.errors import ConfigError, ModelError
 from dde_core.family import COMPONENTS, family_of, missing_components
 from dde_core.models.configs import AutoencoderFields, check_unet, sample_size
 from dde_core.models.json_files import parse_object
+from dde_core.models.lora_file import read_lora
 from dde_core.models.tokens import load_tokenizers
 from dde_core.models.weight_files import find_weights
 from dde_core.schedule import Schedule
 
 WEIGHTS = {"dtype": torch.float32, "use_safetensors": True}
 """Weights are loaded as float32 from files of any precision, and never from a pickle."""
-
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-"""The file that diffusers' ``load_lora_weights`` reads from a folder."""
 
 
 class ModelFolder:
@@ -71,10 +69,9 @@ class ModelFolder:
         check_unet(self._json("unet", "config.json"), self.family)
         unet: UNet2DConditionModel = self._load(UNet2DConditionModel, "unet")
         if self.adapter:
+            weights, config = read_lora(self.adapter)
             try:
-                unet.load_lora_adapter(
-                    str(self.adapter), prefix="unet", weight_name=LORA_WEIGHTS, local_files_only=True
-                )
+                unet.load_lora_adapter(weights, prefix="unet", metadata=config)
             except Exception as error:  # the libraries raise whatever their parsers do
                 raise ModelError(f"adapters of {str(self.adapter)!r} cannot be loaded: {error}") from error
             unet.fuse_lora()

@@ -15,7 +15,6 @@ import peft
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,7 +23,8 @@ from dde_core.config import LoraConfig, TrainConfig
 from dde_core.errors import ConfigError, DataError
 from dde_core.methods import MethodName
 from dde_core.models import parallel
-from dde_core.models.folder import LORA_WEIGHTS, ModelFolder
+from dde_core.models.folder import ModelFolder
+from dde_core.models.lora_file import read_lora
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -149,7 +149,7 @@ class Policy:
         """The trained tensors of this worker (not copies), by their names in diffusers' files."""
         weights: dict[str, torch.Tensor]
         if self._training.lora:
-            weights = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(self.unet))
+            weights = peft.get_peft_model_state_dict(self.unet)
         else:
             weights = self.unet.state_dict()
         return weights
@@ -174,7 +174,7 @@ class Policy:
         """Load what ``write`` wrote. Raises DataError before a change if names or shapes are of another
         U-Net."""
         weights = self.weights()
-        saved = load_file(folder / (LORA_WEIGHTS if self._training.lora else UNET_WEIGHTS))
+        saved = read_lora(folder)[0] if self._training.lora else load_file(folder / UNET_WEIGHTS)
         values = {name.removeprefix("unet."): value for name, value in saved.items()}
         shapes = {name: value.shape for name, value in weights.items()}
         if shapes != {name: value.shape for name, value in values.items()}:

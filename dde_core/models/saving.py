@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from dde_core.models.folder import LORA_WEIGHTS
+from dde_core.models.lora_file import LORA_WEIGHTS
 from dde_core.models.weight_files import STEMS, files_of, variants_of
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -15,7 +15,8 @@ from dde_core.conditioning import predict
 from dde_core.config import LoraConfig, TrainConfig
 from dde_core.engine.adapters import RowAdapters
 from dde_core.errors import ModelError
-from dde_core.models.folder import LORA_WEIGHTS, ModelFolder
+from dde_core.models.folder import ModelFolder
+from dde_core.models.lora_file import LORA_WEIGHTS
 from dde_core.models.policy import Policy
 from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
@@ -39,7 +40,7 @@ def write_adapter(base: Path, lora: LoraConfig, target: Path, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     policy.write(policy.weights(), target)
     return target
 
@@ -172,7 +173,7 @@ def test_in_bfloat16_rows_are_as_near_to_float32_as_those_of_the_merged_unet(wor
         text = {name: rows.bfloat16() for name, rows in world.conditioning.items()}
         found = predict(unet, world.x.bfloat16(), world.t, text)
     assert found.dtype == torch.bfloat16
-    assert error_of(found.float(), expected_rows(world, keys)) < 0.1
+    assert error_of(found.float(), expected_rows(world, keys)) < 0.03
 
 
 # ---- loading and unloading
@@ -249,23 +250,26 @@ def test_scales_are_those_of_diffusers(world: World, tmp_path: Path, metadata):
     assert error_of(expected, world.merged["a"]) > 1e-3
 
 
-def test_adapters_of_peft_names_load_too(world: World, tmp_path: Path):
+@pytest.mark.parametrize("layers", ["attn", "attn1"], ids=["all", "some"])
+def test_older_names_load_too_also_beside_newer_ones(world: World, tmp_path: Path, layers: str):
+    """``lora.down`` for ``lora_A``: as adapters of attention were written, also beside other layers."""
     folder = shutil.copytree(world.folders["a"], tmp_path / "a")
-    names = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B."}
 
-    def renamed(weights):
-        for old, new in names.items():
-            weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
-        return weights
+    def older(name: str) -> str:
+        if layers not in name:
+            return name
+        return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
 
+    config = config_of(r=4, lora_alpha=8, target_modules=list(ATTENTION))
+    edit(folder, lambda weights: {older(name): tensor for name, tensor in weights.items()}, config)
     assert any(".lora.down." in name for name in load_file(folder / LORA_WEIGHTS))
-    edit(folder, renamed, config_of(r=4, lora_alpha=8, target_modules=list(ATTENTION)))
     unet, adapters = world.loaded()
-    adapters.load("renamed", folder)
-    with adapters.rows(["renamed"] * 6):
-        renamed_rows = world.output(unet)
+    adapters.load("older", folder)
+    with adapters.rows(["older"] * 6):
+        found = world.output(unet)
     with adapters.rows(["a"] * 6):
-        assert torch.equal(world.output(unet), renamed_rows)
+        assert torch.equal(world.output(unet), found)
+    assert torch.equal(world.output(ModelFolder(world.base, folder).unet()), world.merged["a"])
 
 
 # ---- what cannot be served is refused by name
@@ -275,7 +279,7 @@ def with_key(name: str):
     return lambda weights: weights | {name: torch.zeros(4, 4)}
 
 
-FIRST = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k.lora.down.weight"
+FIRST = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k.lora_A.weight"
 
 
 @pytest.mark.parametrize(
@@ -331,8 +335,8 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_changes(
         (config_of(r=8, lora_alpha=8), "must be 8 as in its config, got 4"),
         (config_of(r=4, use_dora=True), "use_dora must be false, got True"),
         (config_of(r=4, unknown=1), "unknown"),
-        ({"lora_adapter_metadata": "{"}, "cannot be read"),
-        ({"lora_adapter_metadata": "[1]"}, "cannot be read"),
+        ({"lora_adapter_metadata": "{"}, "cannot be loaded"),
+        ({"lora_adapter_metadata": "[1]"}, "cannot be loaded"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(world: World, tmp_path: Path, metadata, message):
@@ -347,9 +351,9 @@ def test_a_file_that_is_damaged_or_missing_is_refused(world: World, tmp_path: Pa
     folder = shutil.copytree(world.folders["a"], tmp_path / "a")
     data = (folder / LORA_WEIGHTS).read_bytes()
     (folder / LORA_WEIGHTS).write_bytes(data[: len(data) // 2])
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         adapters.load("a", folder)
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         adapters.load("a", tmp_path / "nothing")
 
 
@@ -360,15 +364,19 @@ def test_adapters_of_another_base_are_refused(tmp_path: Path):
         RowAdapters(ModelFolder(sd15).unet()).load("a", adapter)
 
 
-def test_a_trained_adapter_of_attention_and_convolutions_is_what_diffusers_loads(world: World):
-    """A file with some layers in names that diffusers does not read would lose them without a word."""
-    policy_layers = {name.rsplit(".lora", 1)[0] for name in load_file(world.folders["b"] / LORA_WEIGHTS)}
-    unet = ModelFolder(world.base).unet()
-    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    after = world.fused("b").state_dict()
-    changed = {
-        f"unet.{name.removesuffix('.weight')}"
-        for name in before
-        if not torch.equal(before[name], after[name])
+def test_a_trained_adapter_of_attention_and_convolutions_loses_no_layer_in_diffusers(world: World):
+    """diffusers looks at the first name of a file to tell how all are written."""
+    adapted = {
+        name.removeprefix("unet.").rsplit(".lora", 1)[0]
+        for name in load_file(world.folders["b"] / LORA_WEIGHTS)
     }
-    assert changed == policy_layers
+    before = world.fused(None).state_dict()
+    unet = world.fused(None)
+    unet.load_lora_adapter(str(world.folders["b"]), weight_name=LORA_WEIGHTS, prefix="unet")
+    unet.fuse_lora()
+    unet.unload_lora()
+    after = unet.state_dict()
+    changed = {name.removesuffix(".weight") for name in before if not torch.equal(before[name], after[name])}
+    assert changed == adapted
+    assert any("to_q" in name for name in adapted)
+    assert any("conv1" in name for name in adapted)
