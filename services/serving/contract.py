@@ -24,6 +24,9 @@ class LoadedModel(Protocol):
 class LoadedModels(Protocol):
     """The models of a replica, by the names of a project's registry."""
 
+    async def native_size(self, project: str, name: str) -> tuple[int, int]:
+        """Width and height in pixels that the model was made for. Loads nothing. Raises NotFound."""
+
     def lease(self, project: str, name: str) -> AbstractAsyncContextManager[LoadedModel]:
         """Look the name up and hold its model in memory until the context is left; load it if need be.
 

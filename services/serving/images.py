@@ -7,7 +7,7 @@ import base64
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from dde_core.engine.contract import (
     GenerationRequest,
     Pixels,
     Preview,
+    Started,
 )
 from dde_core.errors import ConfigError, NonFiniteError
 from services.api.image_urls import ImageUrls
@@ -36,8 +37,10 @@ from services.api.images import (
 from services.api.records import ModelRecord
 from services.api.requests import DEFAULT_PROJECT
 from services.errors import BadRequest, ServiceError, ShuttingDown
+from services.serving.admission import Admission, Limits, Ticket, Work
 from services.serving.contract import LoadedModels
 from services.serving.encoding import encode
+from services.serving.metrics import Metrics, Unmeasured
 from services.serving.prompts import PromptReader, Reading
 from services.stages import layout
 from services.storage import files
@@ -47,33 +50,73 @@ PARAMS = {"height": "size", "width": "size", "steps": "num_inference_steps"}
 log = logging.getLogger("ray.serve")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who sends a request: the project and the id of the API key, and the time that the request has.
+
+    ``timeout_s`` None is the longest time.
+    """
+
+    project: str = DEFAULT_PROJECT
+    key: str = ""
+    timeout_s: float | None = None
+
+
 class Images:
     """Answers requests for images. A task that is cancelled frees its images in the engine.
 
-    Both methods raise BadRequest, NotFound and ServiceError as the API answers them.
+    Both methods raise BadRequest, NotFound and ServiceError as the API answers them. ``admission`` None has
+    the default limits.
     """
 
-    def __init__(self, engine: Engine, models: LoadedModels, storage_uri: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        models: LoadedModels,
+        storage_uri: str,
+        admission: Admission | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
         self._engine = engine
         self._models = models
         self._storage = storage_uri
+        self._admission = admission or Admission(Limits(), engine.load)
+        self._metrics: Metrics = metrics or Unmeasured()
         self._prompts = PromptReader()
         self._releases: set[asyncio.Task[None]] = set()
 
     async def answer(
-        self, request: ImageRequest, project: str = DEFAULT_PROJECT, urls: ImageUrls | None = None
+        self, request: ImageRequest, caller: Caller | None = None, urls: ImageUrls | None = None
     ) -> ImagesResponse:
         """All images of a request. ``urls`` is where those of ``response_format`` "url" go."""
         request.check()
         if request.response_format == "url" and urls is None:
             message = "response_format: URLs come from the control plane; send the request there, got 'url'"
             raise BadRequest(message, param="response_format")
-        async with self._drawing(request, project) as drawing:
+        caller = caller or Caller()
+        with await self._enter(request, caller) as ticket:
+            return await ticket.wait_for(self._answer(request, caller, ticket, urls))
+
+    async def stream(
+        self, request: ImageRequest, caller: Caller | None = None
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """The events of a request with ``stream``."""
+        request.check()
+        caller = caller or Caller()
+        with await self._enter(request, caller) as ticket:
+            async with aclosing(self._stream(request, caller, ticket)) as events:
+                while (event := await ticket.wait_for(anext(events, None))) is not None:
+                    yield event
+
+    async def _answer(
+        self, request: ImageRequest, caller: Caller, ticket: Ticket, urls: ImageUrls | None
+    ) -> ImagesResponse:
+        async with self._drawing(request, caller, ticket) as drawing:
             found = {event.index: event.image async for event in drawing.events if isinstance(event, Drawn)}
         images = [found[index] for index in range(request.n)]
         encoded = await asyncio.gather(*(drawing.encoded(i, image) for i, image in enumerate(images)))
         if request.response_format == "url" and urls is not None:
-            data = await asyncio.to_thread(self._store, drawing, encoded, project, urls)
+            data = await asyncio.to_thread(self._store, drawing, encoded, caller.project, urls)
         else:
             data = [
                 ImageData(b64_json=base64.b64encode(file).decode(), seed=seed)
@@ -86,12 +129,10 @@ class Images:
             **drawing.summary(images),
         )
 
-    async def stream(
-        self, request: ImageRequest, project: str = DEFAULT_PROJECT
+    async def _stream(
+        self, request: ImageRequest, caller: Caller, ticket: Ticket
     ) -> AsyncGenerator[StreamEvent, None]:
-        """The events of a request with ``stream``."""
-        request.check()
-        async with self._drawing(request, project) as drawing:
+        async with self._drawing(request, caller, ticket) as drawing:
             async for event in drawing.events:
                 if isinstance(event, Preview):
                     shared = await drawing.event_fields(event.index, event.image)
@@ -101,14 +142,26 @@ class Images:
                     summary = drawing.summary([event.image])
                     yield CompletedImage(seed=drawing.wanted.seeds[event.index], **(summary | shared))
 
+    async def _enter(self, request: ImageRequest, caller: Caller) -> Ticket:
+        """Room for the request. Raises BadRequest and TooManyRequests, before its model is loaded."""
+        native = await self._models.native_size(caller.project, request.model)
+        sample = request.sample()
+        width, height = sample.width or native[0], sample.height or native[1]
+        self._admission.limits.check_pixels(width, height, *native)
+        rows = 2 if sample.guidance_scale > 1 else 1
+        work = Work(width=width, height=height, steps=sample.steps, rows=rows, images=request.n)
+        return self._admission.enter(caller.key, work, caller.timeout_s)
+
     @asynccontextmanager
-    async def _drawing(self, request: ImageRequest, project: str) -> AsyncIterator[_Drawing]:
+    async def _drawing(
+        self, request: ImageRequest, caller: Caller, ticket: Ticket
+    ) -> AsyncIterator[_Drawing]:
         """The request in the engine's queue. It is cancelled, if it runs still, when the context is left.
 
         The model stays leased until the engine has reported the last event, which may be later.
         """
         async with AsyncExitStack() as stack:
-            loaded = await stack.enter_async_context(self._models.lease(project, request.model))
+            loaded = await stack.enter_async_context(self._models.lease(caller.project, request.model))
             reading = await asyncio.to_thread(self._prompts.read, loaded.record, request)
             wanted = GenerationRequest(
                 prompt=request.prompt,
@@ -117,15 +170,20 @@ class Images:
                 negative_prompt=request.negative_prompt,
                 partial_images=request.partial_images,
             )
-            events = _Events(loaded.record)
+            events = _Events(loaded.record, self._metrics)
             try:
                 generation = self._engine.submit(loaded.model, wanted, events.put)
             except ConfigError as error:
                 raise _refused(request, error) from error
+            except Cancelled as error:
+                raise _failure(loaded.record, error) from error
+            ticket.submitted()
             self._release_at_end(events, stack.pop_all())
         try:
             yield _Drawing(request, loaded.record, wanted, reading, events)
         finally:
+            if not events.ended.is_set():
+                self._metrics.cancelled("disconnected" if ticket.remaining_s() > 0 else "deadline")
             generation.cancel()
 
     def _release_at_end(self, events: _Events, lease: AsyncExitStack) -> None:
@@ -152,9 +210,10 @@ class Images:
 class _Events:
     """Events of one generation, from the engine's thread to the event loop that made this."""
 
-    def __init__(self, record: ModelRecord) -> None:
+    def __init__(self, record: ModelRecord, metrics: Metrics) -> None:
         self.ended = asyncio.Event()
         self._record = record
+        self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -167,7 +226,11 @@ class _Events:
 
     def _arrived(self, event: Event) -> None:
         self._queue.put_nowait(event)
-        if isinstance(event, Finished | Failed):
+        if isinstance(event, Started):
+            self._metrics.waited(event.waited_s)
+        elif isinstance(event, Drawn):
+            self._metrics.drawn(1)
+        elif isinstance(event, Finished | Failed):
             self.ended.set()
 
     async def __aiter__(self) -> AsyncGenerator[Event, None]:

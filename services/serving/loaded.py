@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from dde_core.config import SampleConfig
 from dde_core.errors import DdeError
 from dde_core.models.weight_files import IGNORED, STEMS, Tensors, library_name
 from services.api.records import ModelRecord
@@ -90,6 +91,17 @@ class LoadedModels:
         self._load = load
         self._value_bytes = value_bytes
         self._loads = itertools.count()
+        self._sizes: dict[str, tuple[int, int]] = {}
+
+    async def native_size(self, project: str, name: str) -> tuple[int, int]:
+        """See ``services.serving.contract.LoadedModels``."""
+        root = layout.project_root(self._storage, project)
+        record = await asyncio.to_thread(models.find, root, name)
+        key = _key(record)
+        if key not in self._sizes:
+            height, width = await asyncio.to_thread(models.drawn_size, record, SampleConfig())
+            self._sizes[key] = (width, height)
+        return self._sizes[key]
 
     @asynccontextmanager
     async def lease(self, project: str, name: str) -> AsyncIterator[ModelLease]:

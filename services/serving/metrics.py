@@ -38,6 +38,26 @@ class Metrics(Protocol):
         """An accepted request ended early: ``disconnected``, ``deadline`` or ``shutdown``."""
 
 
+class Unmeasured:
+    """``Metrics`` that counts nothing."""
+
+    def waited(self, seconds: float) -> None: ...
+
+    def turn(self, turn: Turn) -> None: ...
+
+    def drawn(self, images: int) -> None: ...
+
+    def loaded(self, seconds: float) -> None: ...
+
+    def evicted(self) -> None: ...
+
+    def holds(self, size_bytes: int) -> None: ...
+
+    def refused(self, code: str) -> None: ...
+
+    def cancelled(self, reason: str) -> None: ...
+
+
 class RayMetrics:
     """``Metrics`` that Ray exports on each node's metrics port, with ``ray_`` before each name.
 

@@ -5,23 +5,49 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Header, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 
 from dde_core.errors import ConfigError
 from services.api.image_urls import URLS_HEADER, ImageUrls
-from services.api.images import ImageRequest, StreamEvent
-from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER
+from services.api.images import ImageRequest, ScoreRequest, StreamEvent
+from services.api.requests import DEFAULT_PROJECT, KEY_HEADER, PROJECT_HEADER, TIMEOUT_HEADER
 from services.errors import BadRequest, ServiceError
-from services.serving.images import Images, as_service_error
+from services.serving.images import Caller, Images, as_service_error
+from services.serving.scoring import Scoring
 
 Project = Annotated[str, Header(alias=PROJECT_HEADER)]
+Key = Annotated[str, Header(alias=KEY_HEADER)]
+Timeout = Annotated[float | None, Header(alias=TIMEOUT_HEADER)]
 Events = AsyncGenerator[StreamEvent, None]
 Urls = Annotated[str | None, Header(alias=URLS_HEADER)]
+
+
+def caller_of(project: Project = DEFAULT_PROJECT, key: Key = "", timeout_s: Timeout = None) -> Caller:
+    """From the headers that the control plane sends."""
+    return Caller(project=project, key=key, timeout_s=timeout_s)
+
+
+By = Annotated[Caller, Depends(caller_of)]
+
+
+def score_routes(scoring: Scoring) -> APIRouter:
+    """POST /v1/scores."""
+    router = APIRouter()
+
+    @router.post("/v1/scores")
+    async def score(body: ScoreRequest, by: By) -> dict[str, Any]:
+        try:
+            found = await scoring.score(body, by.project)
+        except Exception as error:
+            raise as_service_error(error) from error
+        return found.answer()
+
+    return router
 
 
 def image_routes(images: Images) -> APIRouter:
@@ -29,11 +55,11 @@ def image_routes(images: Images) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/images/generations", response_model=None)
-    async def generate(body: ImageRequest, project: Project = DEFAULT_PROJECT, urls: Urls = None) -> Response:
+    async def generate(body: ImageRequest, by: By, urls: Urls = None) -> Response:
         try:
             if body.stream:
-                return await _event_stream(images.stream(body, project))
-            answer = await images.answer(body, project, _parse(urls))
+                return await _event_stream(images.stream(body, by))
+            answer = await images.answer(body, by, _parse(urls))
         except Exception as error:
             raise as_service_error(error) from error
         return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")

@@ -145,6 +145,9 @@ class FakeLoaded:
     model: str
 
 
+NATIVE_PX = 512
+
+
 class FakeModels:
     """Models by project and name. ``leases`` counts those that are held now."""
 
@@ -152,11 +155,19 @@ class FakeModels:
         self.records = records
         self.leases = 0
 
-    @asynccontextmanager
-    async def lease(self, project: str, name: str) -> AsyncIterator[FakeLoaded]:
+    async def native_size(self, project: str, name: str) -> tuple[int, int]:
+        self._find(project, name)
+        return NATIVE_PX, NATIVE_PX
+
+    def _find(self, project: str, name: str) -> ModelRecord:
         record = self.records.get((project, name))
         if record is None:
             raise NotFound(f"model {name!r} does not exist", param="model", code="model_not_found")
+        return record
+
+    @asynccontextmanager
+    async def lease(self, project: str, name: str) -> AsyncIterator[FakeLoaded]:
+        record = self._find(project, name)
         self.leases += 1
         try:
             yield FakeLoaded(record, record.id)
