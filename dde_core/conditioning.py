@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from torch import Tensor
 
 Conditioning = dict[str, Tensor]
@@ -21,7 +21,7 @@ ADDED = ("text_embeds", "time_ids")
 
 
 def predict(
-    unet: Callable[..., Any], x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], conditioning: Conditioning
+    unet: Callable[..., Any], x_t: Float[Tensor, "b c h w"], t: Real[Tensor, " b"], conditioning: Conditioning
 ) -> Float[Tensor, "b c h w"]:
     """The U-Net's output at the paper's timesteps t = 1..T. The U-Net is called with t - 1."""
     arguments: dict[str, Any] = {name: rows for name, rows in conditioning.items() if name not in ADDED}

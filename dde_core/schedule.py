@@ -30,20 +30,16 @@ from dde_core.models.configs import check_scheduler
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Tables in float64, indexed by the paper's t = 0..T, and the scheduler's settings for sampling.
+    """Tables in float64, indexed by the paper's t = 0..T.
 
     ``snr[0]`` is inf. ``kappa[0]`` is nan (there is no step from 0). ``kappa[1]`` is inf (q at t = 1 is a
-    point). With zero terminal SNR, ``snr[T]`` is 0 and ``kappa[T]`` is inf. ``steps_offset``,
-    ``timestep_spacing`` and ``final_alpha_bar`` (alpha_bar after the last DDIM step) follow diffusers.
+    point). With zero terminal SNR, ``snr[T]`` is 0 and ``kappa[T]`` is inf.
     """
 
     alpha_bar: Float[Tensor, " times"]
     snr: Float[Tensor, " times"]
     kappa: Float[Tensor, " times"]
     prediction_type: str
-    steps_offset: int
-    final_alpha_bar: float
-    timestep_spacing: str = "leading"
     has_zero_terminal_snr: bool = False
     """Whether nothing of an image is left at T."""
 
@@ -56,10 +52,8 @@ class Schedule:
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """From the contents of any diffusers scheduler's ``scheduler_config.json``.
 
-        Defaults are ``prediction_type`` epsilon, ``steps_offset`` 0, ``timestep_spacing`` leading,
-        ``clip_sample`` and ``set_alpha_to_one`` false: the latent-diffusion convention (a DDIM config always
-        states them). Raises ConfigError for settings that would change the tables or the sampler and are not
-        implemented.
+        The default of ``prediction_type`` is epsilon. Raises ConfigError for settings that would change the
+        tables or the samplers and are not implemented.
         """
         check_scheduler(config)
         products = torch.cumprod(1 - betas(config), 0)
@@ -71,9 +65,6 @@ class Schedule:
             snr=snr(alpha_bar),
             kappa=kappa(snr(alpha_bar)),
             prediction_type=config.get("prediction_type", "epsilon"),
-            steps_offset=config.get("steps_offset", 0),
-            final_alpha_bar=1.0 if config.get("set_alpha_to_one") else alpha_bar[1].item(),
-            timestep_spacing=config.get("timestep_spacing", "leading"),
             has_zero_terminal_snr=alpha_bar[-1].item() == 0,
         )
 

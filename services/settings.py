@@ -46,6 +46,12 @@ class Settings(BaseSettings):
     """
     denied_sources: Sources = []
     """What is not read although it is inside of ``allowed_sources``, such as a file with keys."""
+    public_url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    """The address at which clients reach the control plane, for the URLs of images; by default the one that
+    the request for images was sent to.
+    """
+    image_url_s: Annotated[int, Field(ge=1, le=7 * 86_400)] = 3600
+    """How long an image can be fetched from its URL. Then it is deleted."""
     max_active_jobs: int = 8
     """The most jobs that run on the cluster at once. The others wait as queued, oldest first."""
     max_attempts: Annotated[int, Field(ge=1)] = 5
@@ -57,6 +63,10 @@ class Settings(BaseSettings):
     unreachable_s: float = 300.0
     """How long Ray may be unreachable, with nothing new in the run's journal, before its job fails; also how
     long to wait until Ray confirms the end of a run that was stopped.
+    """
+    request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
+    """How long a request for images or scores may take, unless it says so itself; at most Serve's
+    ``limits.max_timeout_s``.
     """
     stopping_s: float = 3600.0
     """How long training may take, after it acknowledged a pause, to finish the step and store its checkpoint,

@@ -1,14 +1,14 @@
 """What the engine is asked for and what it reports. Imports no torch, so a fake needs none.
 
-``Engine`` draws the images of many requests at once: every U-Net call holds samples of several requests, each at
-its own step. One thread owns the models; requests are submitted from any thread and events come from that one.
+``Engine`` draws the images of many requests at once: every U-Net call holds samples of several requests, each
+at its own step. Requests are submitted from any thread. One thread owns the models and sends the events.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,10 +20,11 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """Images of one prompt: one for each seed. Prompt, negative prompt, seed and ``sample`` determine an image.
+    """Images of one prompt: one for each seed.
 
-    ``negative_prompt`` is read where the guidance scale is above 1. ``partial_images`` is the number of
-    previews of each image, spread evenly over its steps.
+    Prompt, negative prompt, seed and ``sample`` determine an image. ``negative_prompt`` is read where the
+    guidance scale is above 1. ``partial_images`` is the number of previews of each image, spread evenly over
+    its steps.
     """
 
     prompt: str
@@ -81,6 +82,7 @@ class Cancelled(Exception):
     """Nobody wants the images any more."""
 
 
+@runtime_checkable
 class Generation(Protocol):
     """One submitted request."""
 
@@ -111,12 +113,11 @@ class Load:
     work_per_s: float
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Draws images. The model of a request must stay loaded until its last event."""
 
-    def submit(
-        self, model: Any, request: GenerationRequest, on_event: Callable[[Event], None]
-    ) -> Generation:
+    def submit(self, model: Any, request: GenerationRequest, on_event: Callable[[Event], None]) -> Generation:
         """Queue a request; never blocks. ``on_event`` is called in the engine's thread and must not block.
 
         Raises ConfigError, before anything is queued, for settings that the model cannot draw with: a size

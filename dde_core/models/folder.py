@@ -48,12 +48,16 @@ class ModelFolder:
             )
 
     def schedule(self) -> Schedule:
-        """The noise schedule and prediction type of the folder's scheduler.
+        """The noise schedule and prediction type of the folder's scheduler."""
+        return Schedule.from_config(self.sampling_config())
+
+    def sampling_config(self) -> dict[str, Any]:
+        """The scheduler's config for sampling.
 
         ``StableDiffusionPipeline`` takes ``steps_offset`` 1, whatever the folder says.
         """
         config = self.scheduler_config()
-        return Schedule.from_config(config | {"steps_offset": 1} if self.family == "sd15" else config)
+        return config | {"steps_offset": 1} if self.family == "sd15" else config
 
     def scheduler_config(self) -> dict[str, Any]:
         """The contents of the folder's ``scheduler_config.json``."""
@@ -148,6 +152,14 @@ class ModelFolder:
                 count = f"{len(names)} of its tensors are {reason}, such as {names[0]}"
                 raise ModelError(f"{part} of {str(self.path)!r} cannot be loaded: {count}")
         return loaded
+
+
+@torch.no_grad()
+def copy_weights(module: torch.nn.Module) -> None:
+    """Give the weights memory of their own. After loading on a CPU it is that of their file: who writes to
+    the file would change them, and who shortens it would end the process."""
+    for weights in (*module.parameters(), *module.buffers()):
+        weights.data = weights.data.clone()
 
 
 @torch.no_grad()

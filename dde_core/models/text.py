@@ -21,8 +21,10 @@ class TextEncoders:
     encodes the empty caption there.
     """
 
-    def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu") -> None:
-        self.encoders = [encoder.to(device) for encoder in folder.text_encoders()]
+    def __init__(
+        self, folder: ModelFolder, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.encoders = [encoder.to(device, dtype) for encoder in folder.text_encoders()]
         self._device = device
         self._is_sdxl = folder.family == "sdxl"
         self._zeros = folder.no_caption_is_zeros

@@ -74,3 +74,16 @@ def are_cut(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Boo
         encoded = tokenizer(list(captions), truncation=False, split_special_tokens=True, verbose=False)
         is_cut |= np.array([len(ids) > tokenizer.model_max_length for ids in encoded.input_ids], np.bool_)
     return is_cut
+
+
+def count_tokens(tokenizers: Sequence[CLIPTokenizer], caption: str) -> tuple[int, int]:
+    """A caption's tokens, and how many of them ``tokenize`` keeps at most; both without start and end mark.
+
+    They are of the tokenizer that cuts the most, or of the first one.
+    """
+    counts = []
+    for tokenizer in tokenizers:
+        encoded = tokenizer(caption, truncation=False, split_special_tokens=True, verbose=False)
+        marks = tokenizer.num_special_tokens_to_add()
+        counts.append((len(encoded.input_ids) - marks, tokenizer.model_max_length - marks))
+    return max(counts, key=lambda count: max(0, count[0] - count[1]))

@@ -165,8 +165,8 @@ def _safetensors(path: Path, device: str) -> Tensors:
         parse_header(file.read(length), file_bytes, path.name)
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
-            if device == "cpu":
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if device == "cpu":  # copies: the tensors would follow later changes of the file
+                return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
             return {name: _meta(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DataError(f"{path.name} cannot be read: {error}") from error

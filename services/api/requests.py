@@ -18,18 +18,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from dde_core.config import (
-    MAX_SIZE_PX,
     Background,
     DataConfig,
     ObjectiveConfig,
     SampleConfig,
     TrainConfig,
 )
-from dde_core.errors import ConfigError
 from dde_core.family import Family
 from dde_core.scorers.ranking import Keep
 from dde_core.verdict import RESAMPLES
-from services.errors import BadRequest
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 ALIAS_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -43,6 +40,12 @@ DEFAULT_PROJECT = "default"
 """The project of DDE_API_KEY, and of everything that was stored before there were projects."""
 PROJECT_HEADER = "x-dde-project"
 """Tells Serve the project of a request. The control plane sets it; callers cannot."""
+KEY_HEADER = "x-dde-key"
+"""Tells Serve the id of the API key. The control plane sets it; callers cannot."""
+OPERATOR_KEY = "operator"
+"""The id of DDE_API_KEY, which is no row among the keys."""
+TIMEOUT_HEADER = "x-request-timeout-s"
+"""How many seconds a request for images or scores may take, from its arrival to its last byte."""
 Scope = Literal["read", "submit", "generate", "admin"]
 """What a key may do: list and get; create, change and delete; images and scores; manage keys."""
 ALL_SCOPES: tuple[Scope, ...] = ("read", "submit", "generate", "admin")
@@ -74,10 +77,6 @@ MAX_IMAGES = 16
 MAX_PROMPTS = 100_000
 MAX_COMPARED = 16
 """Models of one evaluation."""
-SIZE_PATTERN = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
-_SIDES = "|".join(str(side) for side in range(8, MAX_SIZE_PX + 1, 8))
-_EXACT_SIZES = f"^(auto|({_SIDES})x({_SIDES}))$"
-"""For the OpenAPI document; an error message would not name the rule."""
 
 
 class Strict(BaseModel):
@@ -419,51 +418,3 @@ class StudyCreate(Strict):
     parallel: Annotated[int, Field(ge=1, le=MAX_CELLS)] = 2
     on_failure: Literal["continue", "stop"] = "continue"
     evaluation: StudyEvaluation
-
-
-class ImageRequest(Strict):
-    """Generate ``n`` images of ``prompt`` with a registered model, named by its name or id.
-
-    Image i is generated from ``seed`` + i: the same request returns the same images. ``size`` is
-    "WIDTHxHEIGHT" in pixels, both multiples of 8, or "auto" for the model's own size.
-    """
-
-    model: str
-    prompt: Annotated[str, Field(min_length=1, max_length=4000)]
-    n: Annotated[int, Field(gt=0, le=MAX_IMAGES)] = 1
-    size: Annotated[str, Field(pattern=SIZE_PATTERN, json_schema_extra={"pattern": _EXACT_SIZES})] = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    steps: Annotated[int, Field(gt=0, le=1000)] = 25
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
-    response_format: Literal["b64_json"] = "b64_json"
-
-    def sample(self) -> SampleConfig:
-        """The sampling settings. Raises ConfigError for a size that is too large or not a multiple of 8."""
-        width, height = 0, 0
-        if self.size != "auto":
-            width, height = map(int, self.size.split("x"))
-        try:
-            return SampleConfig(
-                steps=self.steps, guidance_scale=self.guidance_scale, height=height, width=width
-            )
-        except ConfigError as error:
-            raise ConfigError("size", self.size, f"{error.field} {error.reason}") from error
-
-
-class ScoreRequest(Strict):
-    """Score images (base64 PNG or JPEG) against their prompts: ``prompts[i]`` belongs to ``images[i]``.
-
-    ``scorers`` are names of registered scorers that give each image a number of its own.
-    Transparent pixels show the ``background``.
-    """
-
-    images: Annotated[list[str], Field(min_length=1, max_length=256)]
-    prompts: Annotated[list[str], Field(min_length=1, max_length=256)]
-    scorers: Annotated[Scorers, Field(min_length=1)] = list(ALL_SCORERS)
-    background: Background = "white"
-
-    def check_lengths(self) -> None:
-        """Raises BadRequest unless there is one prompt for each image."""
-        if len(self.images) != len(self.prompts):
-            message = f"prompts: must be as many as the {len(self.images)} images, got {len(self.prompts)}"
-            raise BadRequest(message, param="prompts")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,19 @@ def drawn_size(record: ModelRecord, sample: SampleConfig) -> tuple[int, int]:
 
 def find(root: str, name_or_id: str) -> ModelRecord:
     """The model with this name, name@alias or id. Raises NotFound if there is none."""
-    if re.fullmatch(REFERENCE_PATTERN, name_or_id):
+    model_id: str | None = None
+    while re.fullmatch(REFERENCE_PATTERN, name_or_id):
+        earlier = model_id
         try:
             model_id = files.read_json(layout.alias_uri(root, name_or_id))["model"]
         except FileNotFoundError:
             model_id = name_or_id
+        if model_id == earlier:
+            break
         try:
             return ModelRecord.model_validate_json(files.read_bytes(layout.model_record_uri(root, model_id)))
         except FileNotFoundError:
-            pass
+            pass  # deleted after the name was read: it may refer to another model by now
     raise NotFound(f"model {name_or_id!r} does not exist", param="model", code="model_not_found")
 
 
@@ -158,6 +163,18 @@ def _fetch(record: ModelRecord) -> Path:
     if local is not None:
         return local
     return node_cache().hold_until_exit(record.digest, partial(_prepare_copy, record))
+
+
+@contextmanager
+def hold(record: ModelRecord) -> Iterator[Path]:
+    """The local folder of the model's own files: of its LoRA adapters if it has them. Like ``fetch``, but a
+    copy is held while the block runs, and may be evicted from the node later."""
+    local = files.local_path(record.uri)
+    if local is not None:
+        yield local
+        return
+    with node_cache().hold(record.digest, partial(_prepare_copy, record)) as folder:
+        yield folder
 
 
 def node_cache() -> NodeCache:

@@ -185,9 +185,14 @@ def _last_name(uri: str) -> str:
     return unquote(uri.rstrip("/").rpartition("/")[2])
 
 
+def stored_bytes(record: ScorerRecord) -> int:
+    """The size of the scorer's files: 0 for a built-in one."""
+    parts = _parts(record.uri, record.processor) if record.uri else {}
+    return sum(file_bytes(part) or files.folder_bytes(part) for part in parts.values())
+
+
 def _prepare_copy(record: ScorerRecord, parts: dict[str, str]) -> tuple[int, Callable[[Path], None]]:
-    sizes = [file_bytes(part) or files.folder_bytes(part) for part in parts.values()]
-    return sum(sizes), partial(_copy, record, parts)
+    return stored_bytes(record), partial(_copy, record, parts)
 
 
 def _copy(record: ScorerRecord, parts: dict[str, str], entry: Path) -> None:

@@ -15,7 +15,6 @@ would read all files again, and the creation of a key, of which the server could
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 import uuid
@@ -44,6 +43,7 @@ from services.api.answers import (
     StudyView,
     parse,
 )
+from services.api.images import ImageRequest, ImagesResponse, ScoreRequest
 from services.api.records import CreditRecord, DatasetReport
 from services.api.requests import (
     AlignmentJobCreate,
@@ -51,16 +51,14 @@ from services.api.requests import (
     DatasetSource,
     EvaluationCreate,
     GeneratePairs,
-    ImageRequest,
     KeyCreate,
     ModelCreate,
     Promote,
     Relabel,
     ScorerCreate,
-    ScoreRequest,
     StudyCreate,
 )
-from services.errors import ServiceError, Unavailable
+from services.errors import BadRequest, DeadlineExceeded, ServiceError, Unavailable
 
 PAGE_SIZE = 100
 LONGEST_PAUSE_S = 10.0
@@ -307,10 +305,16 @@ class Client:
 
     # ---- images and scores
 
-    def generate(self, request: ImageRequest) -> list[bytes]:
-        """Generate images; returns the content of PNG files."""
-        answer = self._send("POST", "/v1/images/generations", request)
-        return [base64.b64decode(image["b64_json"]) for image in answer["data"]]
+    def generate(self, request: ImageRequest) -> ImagesResponse:
+        """Generate images. Each of the answer's ``data`` has a file's ``content`` and the seed that repeats
+        it.
+
+        Raises BadRequest for a request with ``stream``, which this client does not read.
+        """
+        if request.stream:
+            raise BadRequest("stream: this client takes whole answers; leave it out, got true", "stream")
+        request.check()
+        return self._post(ImagesResponse, "/v1/images/generations", request)
 
     def scores(self, request: ScoreRequest) -> list[dict[str, float]]:
         """One row of scores for each image: ``{"match": 0.9, ...}``."""
@@ -384,7 +388,8 @@ class Client:
 
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, ApiError):
-        return error.status in (408, 429) or error.status >= 500
+        is_out_of_time = error.code == DeadlineExceeded.default_code
+        return error.status in (408, 429) or (error.status >= 500 and not is_out_of_time)
     return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
 
 

@@ -11,11 +11,13 @@ from pydantic import ValidationError
 from rich.console import Console
 from typer.core import TyperGroup
 
+from dde_core.config import SamplerName
 from dde_core.errors import DdeError
+from services.api.images import ImageRequest
 from services.api.records import CreditRecord
 from services.api.requests import (
+    MAX_IMAGES,
     EvaluationCreate,
-    ImageRequest,
     KeyCreate,
     ScorerCreate,
     ScorerKind,
@@ -426,24 +428,42 @@ def _credit_record(job_id: str) -> CreditRecord:
 def generate(
     model: Annotated[str, typer.Argument(help="Name or id of the model.")],
     prompt: Annotated[str, typer.Argument(help="Text of the prompt.")],
-    n: Annotated[int, typer.Option("-n", min=1, max=16, help="Number of images.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; each next image adds 1.")] = 0,
+    n: Annotated[int, typer.Option("-n", min=1, max=MAX_IMAGES, help="Number of images.")] = 1,
+    negative: Annotated[str, typer.Option(help="Text of what the images should not show.")] = "",
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the first image; each next image adds 1. Default: fresh."),
+    ] = None,
+    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(SamplerName))}.")] = "ddim",
     steps: SamplingSteps = 25,
     guidance_scale: GuidanceScale = 5.0,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT, or auto for the model's own size.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path(),
+    output_format: Annotated[str, typer.Option("--format", help="png, jpeg or webp.")] = "png",
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(),
 ) -> None:
-    """Generate images; the image of seed S is written to MODEL-S.png."""
-    request = ImageRequest(
-        model=model, prompt=prompt, n=n, size=size, seed=seed, steps=steps, guidance_scale=guidance_scale
-    )
+    """Generate images; the image of seed S is written to MODEL-S.png. Prints each file with its seed."""
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "n": n,
+        "size": size,
+        "seed": seed,
+        "sampler": sampler,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "output_format": output_format,
+    }
+    request = ImageRequest.model_validate(body)
     with connect() as client:
-        images = client.generate(request)
+        answer = client.generate(request)
     out.mkdir(parents=True, exist_ok=True)
-    for offset, image in enumerate(images):
-        path = out / f"{model}-{seed + offset}.png"
-        path.write_bytes(image)
-        typer.echo(path)
+    for image in answer.data:
+        path = out / f"{model}-{image.seed}.{answer.output_format}"
+        path.write_bytes(image.content)
+        typer.echo(f"{path} seed {image.seed}")
+    for warning in answer.warnings:
+        typer.echo(warning, err=True)
 
 
 def _compared(text: str) -> str | dict[str, str]:

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
 from services.api.answers import JobView
+from services.api.images import ImageRequest
 from services.api.records import EvaluateResult
-from services.api.requests import AlignmentJobCreate, ImageRequest
+from services.api.requests import AlignmentJobCreate
 from services.client import tables
 from services.client.api import Client
 from services.client.bodies import job_body
@@ -86,7 +87,7 @@ def generate_image(client: Client, model: str, request: AlignmentJobCreate, fold
         model=model, prompt=first_prompt(), steps=sample.steps, guidance_scale=sample.guidance_scale
     )
     path = folder / "picture.png"
-    path.write_bytes(client.generate(image_request)[0])
+    path.write_bytes(client.generate(image_request).data[0].content)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,20 +12,20 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from services.api.answers import ErrorView
+from services.api.images import ImageRequest, ScoreRequest
 from services.api.requests import (
     DEFAULT_PROJECT,
     AlignmentJobCreate,
     DatasetCreate,
     DatasetSource,
     EvaluationCreate,
-    ImageRequest,
     KeyCreate,
     ModelCreate,
     Promote,
     ScorerCreate,
-    ScoreRequest,
     StudyCreate,
 )
+from services.control import image_files as images_by_url
 from services.control import inference, problems
 from services.control.database import Database
 from services.control.launcher import Launcher, RayJobsLauncher
@@ -34,6 +35,7 @@ from services.control.routers import (
     datasets,
     evaluations,
     health,
+    image_files,
     images,
     jobs,
     keys,
@@ -76,7 +78,7 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     app.add_middleware(Observed, telemetry=app.state.telemetry)
     problems.install(app)
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorView} for status in ("4XX", "5XX")}
-    for each in (health, datasets, models, scorers, jobs, evaluations, studies, images, keys):
+    for each in (health, datasets, models, scorers, jobs, evaluations, studies, images, image_files, keys):
         app.include_router(each.router, responses=errors)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -90,10 +92,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     reconciler = Reconciler(state.database, state.settings, state.launcher)
     if state.reconcile:
         reconciler.start()
+    sweeping = asyncio.create_task(images_by_url.sweep_forever(state.settings, state.database))
     try:
         async with inference.make_client(state.settings.serve_url) as state.serve:
             yield
     finally:
+        sweeping.cancel()
+        await asyncio.gather(sweeping, return_exceptions=True)
         await run_in_threadpool(reconciler.stop)
         state.database.close()
 

@@ -14,7 +14,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityS
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from services.api.requests import Metadata, Scope
+from services.api.requests import TIMEOUT_HEADER, Metadata, Scope
 from services.control import keys
 from services.control.database import Database, ProjectDatabase
 from services.control.idempotency import MAX_KEY_LENGTH
@@ -114,6 +114,8 @@ Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_le
 After = Annotated[str | None, Query(description="The id of the last item already seen.")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 LongLimit = Annotated[int, Query(ge=1, le=1000)]
+TimeoutS = Annotated[float | None, Header(alias=TIMEOUT_HEADER, gt=0, le=86_400, allow_inf_nan=False)]
+"""How long the caller gives a request for images or scores."""
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:

@@ -70,7 +70,9 @@ def install(app: FastAPI) -> None:
 
 def _service_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
-    headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+    headers = error.headers()
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not read
     return JSONResponse(error.body(), error.status, headers)

@@ -10,11 +10,14 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from dde_core.config import Background
 
@@ -240,8 +243,18 @@ def _unidentified(data: bytes) -> BadImage:
     return BadImage("image_not_an_image", f"{len(data)} bytes that are none of {', '.join(FORMATS)}")
 
 
-def to_png(pixels: NDArray[np.uint8], level: int | None = None) -> bytes:
-    """uint8 [h, w, 3] as PNG, which keeps every value. ``level`` is zlib's (by default 6)."""
+def to_png(
+    pixels: NDArray[np.uint8], level: int | None = None, text: Mapping[str, str] | None = None
+) -> bytes:
+    """uint8 [h, w, 3] as PNG, which keeps every value. ``level`` is zlib's (by default 6).
+
+    Each keyword of ``text`` becomes a text chunk (iTXt, UTF-8).
+    """
+    options: dict[str, Any] = {} if level is None else {"compress_level": level}
+    if text:
+        options["pnginfo"] = PngInfo()
+        for keyword, value in text.items():
+            options["pnginfo"].add_itxt(keyword, value)
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG", **({} if level is None else {"compress_level": level}))
+    Image.fromarray(pixels).save(out, "PNG", **options)
     return out.getvalue()

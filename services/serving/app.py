@@ -17,13 +17,19 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
 from dde_core.errors import ConfigError
-from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER, ImageRequest, ScoreRequest
+from services.api.images import ImageRequest, ScoreRequest
+from services.api.requests import DEFAULT_PROJECT, PROJECT_HEADER
 from services.errors import BadRequest, ServiceError
+from services.serving.admission import Limits
+
+SHUTDOWN_MARGIN_S = 10.0
+"""How much longer than its longest request a replica may take to end."""
 
 Project = Annotated[str, Header(alias=PROJECT_HEADER)]
 api = FastAPI(title="dde-align serving")
@@ -38,11 +44,32 @@ class ServeArgs(BaseModel):
     storage_uri: str
     max_models: int = 4
     use_gpu: bool = False
+    limits: Limits = Limits()
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] = 1
+    target_queue_s: Annotated[float, Field(gt=0)] = 10.0
+    """With ``max_replicas`` above ``min_replicas``, replicas start and stop to bring their queues to this."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "ServeArgs":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas: must be at least min_replicas ({self.min_replicas}), got {self.max_replicas}"
+            )
+        return self
 
 
 @api.exception_handler(ServiceError)
 async def service_error(request: Request, error: ServiceError) -> JSONResponse:
-    return JSONResponse(error.body(), status_code=error.status)
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+@api.exception_handler(Exception)
+async def unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    """In the API's form, too: to the control plane, a 500 without it is a replica that died."""
+    return JSONResponse(ServiceError(f"the request failed: {type(error).__name__}").body(), 500)
 
 
 @api.exception_handler(ConfigError)
@@ -70,7 +97,7 @@ async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
         raise ServiceError(f"the request failed: {type(error).__name__}: {first_line}") from error
 
 
-@serve.deployment(num_replicas=1, max_ongoing_requests=8, max_queued_requests=64)
+@serve.deployment
 @serve.ingress(api)
 class ImageServer:
     """One engine a replica. Its calls run in a thread, so health checks are answered meanwhile."""
@@ -108,5 +135,34 @@ class ImageServer:
 def build_app(args: dict[str, Any]) -> Application:
     """The application, not started. ``args`` come from the Serve config; ``ServeArgs`` lists them."""
     parsed = ServeArgs.model_validate(args)
-    resources = {"num_cpus": 1, "num_gpus": int(parsed.use_gpu)}
-    return ImageServer.options(ray_actor_options=resources).bind(parsed)  # type: ignore[attr-defined]
+    return ImageServer.options(**deployment_options(parsed)).bind(parsed)  # type: ignore[attr-defined]
+
+
+def deployment_options(args: ServeArgs) -> dict[str, Any]:
+    """What Serve is told about the deployment.
+
+    Serve's own limits are wider than ``Admission``, which knows keys and work, so they are the second line.
+    A replica that stops gets no new requests, and has the time of its longest one to finish what it has.
+    """
+    options: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": int(args.use_gpu)},
+        "max_ongoing_requests": 2 * args.limits.max_requests,
+        "max_queued_requests": args.limits.max_requests,
+        "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_timeout_s": args.limits.max_timeout_s + SHUTDOWN_MARGIN_S,
+    }
+    if args.max_replicas == args.min_replicas:
+        return {**options, "num_replicas": args.min_replicas}
+    policy = AutoscalingPolicy(
+        policy_function="services.serving.autoscaling:QueueTime",
+        policy_kwargs={"target_s": args.target_queue_s},
+    )
+    autoscaling = AutoscalingConfig(
+        min_replicas=args.min_replicas,
+        max_replicas=args.max_replicas,
+        policy=policy,
+        upscale_delay_s=args.upscale_delay_s,
+        downscale_delay_s=args.downscale_delay_s,
+    )
+    return {**options, "autoscaling_config": autoscaling}

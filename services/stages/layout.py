@@ -37,6 +37,7 @@ projects/{project}/ in it for any other.
         {key}.parquet               a chunk of images, by everything that determines them
         {key}-{scorer}.parquet      the scores of that chunk
     {root}/images/external/                                  the same of images that were drawn elsewhere
+    {root}/generated/{expires}-{file}                        images of requests, by URL until they expire
     {root}/models/{model}.json, {root}/aliases/{name}.json   models for Serve, written by the control plane
     {root}/scorers/{name}.json                               scorers for Serve, written by the control plane
     {root}/models/{model}/                                   weights of an aligned model: a diffusers folder
@@ -392,6 +393,25 @@ def images_uri(folder: str, key: str) -> str:
 def scores_uri(folder: str, key: str, scorer: str) -> str:
     """The scores of a chunk of images by the scorer whose key is ``scorer``."""
     return files.join(folder, f"{key}-{scorer}.parquet")
+
+
+# ---- images of requests
+
+
+def generated_folder(root: str) -> str:
+    """The folder of all images that can be fetched by URL."""
+    return files.join(root, "generated")
+
+
+def generated_uri(root: str, expires: int, name: str) -> str:
+    """An image that can be fetched until ``expires`` (Unix time in seconds)."""
+    return files.join(generated_folder(root), f"{expires:010d}-{name}")
+
+
+def generated_expiry(name: str) -> int | None:
+    """When an image expires, from its file name in ``generated_folder``; None for any other file."""
+    expires, dash, _ = name.partition("-")
+    return int(expires) if dash and re.fullmatch(r"[0-9]{10,}", expires) else None
 
 
 # ---- models

@@ -25,7 +25,16 @@ from dde_core.models.tokens import tokenize
 from dde_core.schedule import Schedule
 from dde_core.shapes import MODEL_DIR
 from dde_core.train_step import PairErrors, pair_errors
-from tests.support.unet_configs import LATENT_CHANNELS, POOLED_WIDTH, SD15_VAE, TOKENS, UNETS, schedule, unet
+from tests.support.unet_configs import (
+    LATENT_CHANNELS,
+    POOLED_WIDTH,
+    SCHEDULER,
+    SD15_VAE,
+    TOKENS,
+    UNETS,
+    schedule,
+    unet,
+)
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_BIG_G = {
@@ -59,6 +68,16 @@ class RandomFolder(ModelFolder):
 
     def schedule(self) -> Schedule:
         return schedule()
+
+    def scheduler_config(self) -> dict[str, Any]:
+        return dict(SCHEDULER)
+
+    def image_size(self) -> tuple[int, int]:
+        return self.size_px, self.size_px
+
+    @property
+    def vae_factor(self) -> int:
+        return 8
 
     def vae(self) -> AutoencoderKL:
         with self._seeded():

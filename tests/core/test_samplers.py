@@ -21,7 +21,6 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dde_core import sampling
 from dde_core.conditioning import concatenated
 from dde_core.config import SamplerName
 from dde_core.engine.samplers import first_latents, make_scheduler, scaled_input, step
@@ -30,7 +29,6 @@ from dde_core.models.folder import ModelFolder
 from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
 from dde_core.noise import initial_latents, step_generator
-from dde_core.schedule import Schedule
 from tests.support.tiny_folders import FOLDERS
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
@@ -291,41 +289,6 @@ def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 # ---- ddim is the reference loop
-
-
-@pytest.mark.parametrize(
-    ("steps", "change"),
-    [
-        (10, {}),
-        (7, {}),
-        (1, {}),
-        (5, {"set_alpha_to_one": True}),
-        (5, {"prediction_type": "v_prediction"}),
-        (5, {"num_train_timesteps": 100, "beta_end": 0.1}),
-        (5, {"num_train_timesteps": 10, "beta_end": 0.5}),
-        (7, {"timestep_spacing": "trailing"}),
-        (61, {"timestep_spacing": "trailing"}),  # diffusers' pipeline would take a 62nd step, at t = -1
-        (10, {"timestep_spacing": "linspace"}),
-        (7, {"timestep_spacing": "trailing", **ZERO}),
-        (6, {"timestep_spacing": "linspace", "set_alpha_to_one": True, **ZERO}),
-        (10, ZERO),
-        (10, {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "clip_sample": False}),
-        (10, {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}),
-        (5, {"trained_betas": np.linspace(0.001, 0.02, 1000).tolist()}),
-    ],
-)
-def test_ddim_is_the_reference_loop(sd_config, steps, change):
-    config = sd_config | change
-    scheduler = make_scheduler(config, "ddim", steps)
-    schedule = Schedule.from_config(config)
-    path = sampling.timesteps(schedule, steps)
-    assert (scheduler.timesteps + 1).tolist() == path
-    latents, _, _ = walk(scheduler)
-    expected = initial_latents(0, (4, 8, 8))[None]
-    for t in path:
-        output = model(expected, torch.tensor(t - 1))
-        expected = sampling.ddim_step(schedule, output, expected, t, t - schedule.T // steps)
-    assert error_of(latents, expected) < TOLERANCE
 
 
 # ---- what a folder says is honored, or refused by name

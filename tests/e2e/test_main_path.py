@@ -22,13 +22,8 @@ from PIL import Image
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
 from services.api.answers import JobView
-from services.api.requests import (
-    AlignmentJobCreate,
-    EvaluationConfig,
-    EvaluationCreate,
-    ImageRequest,
-    ValidationConfig,
-)
+from services.api.images import ImageRequest
+from services.api.requests import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ValidationConfig
 from services.client.api import ApiError, Client
 from services.client.local import LocalSystem
 from services.storage import files
@@ -156,7 +151,7 @@ def test_serve_generates_from_the_aligned_model_by_name_without_being_redeployed
         wanted = ImageRequest(
             model=model, prompt="a large red circle", seed=seed, steps=5, guidance_scale=3.0
         )
-        return np.asarray(Image.open(io.BytesIO(client.generate(wanted)[0])))
+        return np.asarray(Image.open(io.BytesIO(client.generate(wanted).data[0].content)))
 
     aligned, base = draw("aligned", 0), draw("shapes", 0)
     assert aligned.shape == (32, 32, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +16,10 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from dde_core.config import LoraConfig, TrainConfig
+from dde_core.models.folder import ModelFolder
+from dde_core.models.policy import Policy
+from dde_core.models.saving import save_adapters
 from dde_core.shapes import MODEL_DIR
 
 WIDTH = 32
@@ -105,3 +110,17 @@ def _unet(**more) -> UNet2DConditionModel:
         attention_head_dim=8,
         **more,
     )
+
+
+def lora_folder(base: Path, target: Path, seed: int = 0) -> Path:
+    """Random LoRA adapters of a base, in the file that diffusers' ``load_lora_weights`` reads."""
+    training = TrainConfig(lora=LoraConfig(rank=4, alpha=8))
+    policy = Policy(ModelFolder(base), training)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    with tempfile.TemporaryDirectory() as weights:
+        policy.write(policy.weights(), Path(weights))
+        save_adapters(Path(weights), target)
+    return target

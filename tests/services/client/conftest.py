@@ -153,6 +153,25 @@ CREATED = {
 }
 
 
+def drawn(n: int, model: str, seed: int = 5, output_format: str = "png", **_: Any) -> dict:
+    """The answer to a request for images."""
+    details = {"text_tokens": 1, "image_tokens": 0}
+    usage = {"input_tokens": 1, "output_tokens": 0, "total_tokens": 1}
+    usage |= {"input_tokens_details": details, "output_tokens_details": details}
+    image = base64.b64encode(PNG).decode()
+    return {
+        "created": 1,
+        "data": [{"b64_json": image, "seed": seed + i} for i in range(n)],
+        "output_format": output_format,
+        "size": "1x1",
+        "usage": usage,
+        "model": model,
+        "model_id": "model_1",
+        "model_digest": "d",
+        "warnings": ["no safety checker: images are not checked"],
+    }
+
+
 class ScriptedServer:
     """Answers in the API's form from ``items`` and ``single``; ``failures`` come first, one per request.
 
@@ -222,7 +241,7 @@ class ScriptedServer:
         if path in self.single:
             return self.single[path].popleft() if len(self.single[path]) > 1 else self.single[path][0]
         if path == "/v1/images/generations":
-            return {"created": 1, "data": [{"b64_json": base64.b64encode(PNG).decode()}] * body["n"]}
+            return drawn(**body)
         if method == "POST":
             return CREATED[path](**{**body, "id": "new_1"})
         return self._page(self.items.get(path, []), query)

@@ -12,17 +12,11 @@ import pytest
 from fastapi.responses import PlainTextResponse
 
 from dde_core.config import ObjectiveConfig, SampleConfig
-from services.api.requests import (
-    AlignmentJobCreate,
-    EvaluationConfig,
-    ImageRequest,
-    KeyCreate,
-    ScorerCreate,
-    ScoreRequest,
-)
+from services.api.images import ImageRequest, ScoreRequest
+from services.api.requests import AlignmentJobCreate, EvaluationConfig, KeyCreate, ScorerCreate
 from services.client.api import ApiError, Client
 from services.client.processes import free_ports
-from services.errors import ServiceError, Unavailable
+from services.errors import BadRequest, ServiceError, Unavailable
 from tests.services.client.conftest import dataset, event, job, metric, scorer
 
 REQUEST = AlignmentJobCreate(
@@ -192,11 +186,19 @@ def test_the_creation_of_a_key_is_not_retried_since_its_secret_is_answered_once(
 
 
 def test_images_are_bytes(server, client) -> None:
-    images = client.generate(ImageRequest(model="shapes", prompt="a red star", n=2, seed=7))
-    assert len(images) == 2
-    assert images[0].startswith(b"\x89PNG")
+    answer = client.generate(ImageRequest(model="shapes", prompt="a red star", n=2, seed=7))
+    assert [image.seed for image in answer.data] == [7, 8]
+    assert answer.data[0].content.startswith(b"\x89PNG")
     ((_, _, body),) = server.sent("POST", "/v1/images/generations")
     assert (body["seed"], body["n"], body["prompt"]) == (7, 2, "a red star")
+
+
+def test_an_image_request_that_cannot_be_answered_is_refused_before_it_is_sent(server, client) -> None:
+    with pytest.raises(BadRequest, match="stream: this client takes whole answers"):
+        client.generate(ImageRequest(model="shapes", prompt="a red star", stream=True))
+    with pytest.raises(BadRequest, match="size: height must be a multiple of 8, got '32x30'"):
+        client.generate(ImageRequest(model="shapes", prompt="a red star", size="32x30"))
+    assert server.sent("POST", "/v1/images/generations") == []
 
 
 def test_scores_are_rows(server, client) -> None:

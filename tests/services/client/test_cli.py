@@ -350,6 +350,21 @@ def test_images_are_written_as_files_named_by_seed(server, dde, tmp_path) -> Non
     assert result.exit_code == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["better-5.png", "better-6.png"]
     assert (tmp_path / "out" / "better-6.png").read_bytes() == PNG
+    assert result.stdout.splitlines()[1] == f"{tmp_path / 'out' / 'better-6.png'} seed 6"
+    assert result.stderr.strip() == "no safety checker: images are not checked"
+
+
+def test_images_are_requested_with_sampler_negative_prompt_format_and_no_seed(server, dde, tmp_path) -> None:
+    options = ("--sampler", "euler_a", "--negative", "text", "--format", "webp", "--out", tmp_path)
+    result = dde("generate", "better@production", "a red star", *options)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "better@production-5.webp").read_bytes() == PNG
+    body = the_body(server, "/v1/images/generations")
+    assert (body["sampler"], body["negative_prompt"], body["output_format"]) == ("euler_a", "text", "webp")
+    assert (body["num_inference_steps"], "seed" in body) == (25, False)
+    refused = dde("generate", "better", "a red star", "--sampler", "heun")
+    assert refused.exit_code == 1
+    assert "sampler: Input should be 'ddim'" in refused.stderr
 
 
 def test_an_evaluation_ends_in_a_table(server, dde) -> None:

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
 from services.api.answers import JobView, parse
+from services.api.images import ImageRequest
 from services.api.records import EvaluateResult
-from services.api.requests import ImageRequest
 from services.client import tables
 from services.client.demo import JOB_FILE, copy_grid, evaluation_of, prepare, write_summary
 from services.client.up import first_prompt, generate_command, register_base

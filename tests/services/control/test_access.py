@@ -29,7 +29,8 @@ from tests.services.control.conftest import KEY, Plane, make_plane, write_base, 
 from tests.support.scorers import write_tiny
 
 JOBS = "/v1/alignment/jobs"
-NO_KEY_NEEDED = {"/healthz", "/readyz", "/metrics"}
+NO_KEY_NEEDED = {"/healthz", "/readyz", "/metrics", "/v1/images/files/{file_name}"}
+"""The URL of a file is signed."""
 CASES = ("no key", "wrong key", "other project", "missing scope")
 IMAGE = {"model": "shapes", "prompt": "a red cross"}
 SCORES = {"images": ["aa"], "prompts": ["p"]}
@@ -122,6 +123,7 @@ def world(tmp_path_factory):
             "evaluation_id": plane.post("/v1/evaluations", plane.evaluation_body())["id"],
             "scorer_id": new_scorer(plane, write_tiny("clip", folder)[0])["id"],
             "key_id": new_key(plane)["id"],
+            "file_name": "img_0-0.png?project=default&expires=1&signature=x",
         }
         world = World(plane, ids, new_key(plane, "other")["key"])
         ids["study_id"] = plane.post("/v1/studies", world.study_body())["id"]

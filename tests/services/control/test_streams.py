@@ -195,8 +195,8 @@ def test_what_serve_refuses_keeps_its_status_and_body(front):
 
 def test_an_error_of_serves_proxy_is_put_into_our_shape_and_logged(front, caplog):
     answer = front.http.post("/v1/images/generations", json={**IMAGE, "prompt": "broken"})
-    assert answer.status_code == 500
-    assert answer.json()["error"]["message"] == "Serve answered 500: Internal Server Error"
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "retry"
     assert "Serve answered 500: Internal Server Error" in caplog.text
 
 

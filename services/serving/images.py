@@ -1,0 +1,270 @@
+"""One request for images: its model is leased, the engine draws, and the files are the answer, or events."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from dde_core.engine.contract import (
+    Cancelled,
+    Drawn,
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Pixels,
+    Preview,
+)
+from dde_core.errors import ConfigError, NonFiniteError
+from services.api.image_urls import ImageUrls
+from services.api.images import (
+    CompletedImage,
+    ImageData,
+    ImageRequest,
+    ImagesResponse,
+    PartialImage,
+    StreamEvent,
+    Usage,
+)
+from services.api.records import ModelRecord
+from services.api.requests import DEFAULT_PROJECT
+from services.errors import BadRequest, ServiceError, ShuttingDown
+from services.serving.contract import LoadedModels
+from services.serving.encoding import encode
+from services.serving.prompts import PromptReader, Reading
+from services.stages import layout
+from services.storage import files
+
+PARAMS = {"height": "size", "width": "size", "steps": "num_inference_steps"}
+"""Fields of SampleConfig that a request calls otherwise."""
+log = logging.getLogger("ray.serve")
+
+
+class Images:
+    """Answers requests for images. A task that is cancelled frees its images in the engine.
+
+    Both methods raise BadRequest, NotFound and ServiceError as the API answers them.
+    """
+
+    def __init__(self, engine: Engine, models: LoadedModels, storage_uri: str) -> None:
+        self._engine = engine
+        self._models = models
+        self._storage = storage_uri
+        self._prompts = PromptReader()
+        self._releases: set[asyncio.Task[None]] = set()
+
+    async def answer(
+        self, request: ImageRequest, project: str = DEFAULT_PROJECT, urls: ImageUrls | None = None
+    ) -> ImagesResponse:
+        """All images of a request. ``urls`` is where those of ``response_format`` "url" go."""
+        request.check()
+        if request.response_format == "url" and urls is None:
+            message = "response_format: URLs come from the control plane; send the request there, got 'url'"
+            raise BadRequest(message, param="response_format")
+        async with self._drawing(request, project) as drawing:
+            found = {event.index: event.image async for event in drawing.events if isinstance(event, Drawn)}
+        images = [found[index] for index in range(request.n)]
+        encoded = await asyncio.gather(*(drawing.encoded(i, image) for i, image in enumerate(images)))
+        if request.response_format == "url" and urls is not None:
+            data = await asyncio.to_thread(self._store, drawing, encoded, project, urls)
+        else:
+            data = [
+                ImageData(b64_json=base64.b64encode(file).decode(), seed=seed)
+                for file, seed in zip(encoded, drawing.wanted.seeds, strict=True)
+            ]
+        return ImagesResponse(
+            created=int(time.time()),
+            data=data,
+            quality=request.answered_quality,
+            **drawing.summary(images),
+        )
+
+    async def stream(
+        self, request: ImageRequest, project: str = DEFAULT_PROJECT
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """The events of a request with ``stream``."""
+        request.check()
+        async with self._drawing(request, project) as drawing:
+            async for event in drawing.events:
+                if isinstance(event, Preview):
+                    shared = await drawing.event_fields(event.index, event.image)
+                    yield PartialImage(partial_image_index=event.number, **shared)
+                elif isinstance(event, Drawn):
+                    shared = await drawing.event_fields(event.index, event.image)
+                    summary = drawing.summary([event.image])
+                    yield CompletedImage(seed=drawing.wanted.seeds[event.index], **(summary | shared))
+
+    @asynccontextmanager
+    async def _drawing(self, request: ImageRequest, project: str) -> AsyncIterator[_Drawing]:
+        """The request in the engine's queue. It is cancelled, if it runs still, when the context is left.
+
+        The model stays leased until the engine has reported the last event, which may be later.
+        """
+        async with AsyncExitStack() as stack:
+            loaded = await stack.enter_async_context(self._models.lease(project, request.model))
+            reading = await asyncio.to_thread(self._prompts.read, loaded.record, request)
+            wanted = GenerationRequest(
+                prompt=request.prompt,
+                seeds=request.seeds(),
+                sample=request.sample(),
+                negative_prompt=request.negative_prompt,
+                partial_images=request.partial_images,
+            )
+            events = _Events(loaded.record)
+            try:
+                generation = self._engine.submit(loaded.model, wanted, events.put)
+            except ConfigError as error:
+                raise _refused(request, error) from error
+            self._release_at_end(events, stack.pop_all())
+        try:
+            yield _Drawing(request, loaded.record, wanted, reading, events)
+        finally:
+            generation.cancel()
+
+    def _release_at_end(self, events: _Events, lease: AsyncExitStack) -> None:
+        async def release() -> None:
+            await events.ended.wait()
+            await lease.aclose()
+
+        task = asyncio.create_task(release())
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    def _store(
+        self, drawing: _Drawing, encoded: list[bytes], project: str, urls: ImageUrls
+    ) -> list[ImageData]:
+        root = layout.project_root(self._storage, project)
+        data = []
+        for index, (file, seed) in enumerate(zip(encoded, drawing.wanted.seeds, strict=True)):
+            name = urls.file_name(index, drawing.request.output_format)
+            files.write_bytes(layout.generated_uri(root, urls.expires, name), file)
+            data.append(ImageData(url=urls.url(name), seed=seed))
+        return data
+
+
+class _Events:
+    """Events of one generation, from the engine's thread to the event loop that made this."""
+
+    def __init__(self, record: ModelRecord) -> None:
+        self.ended = asyncio.Event()
+        self._record = record
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+
+    def put(self, event: Event) -> None:
+        """Pass an event on. Called in the engine's thread; a loop that is closed has nobody who listens."""
+        try:
+            self._loop.call_soon_threadsafe(self._arrived, event)
+        except RuntimeError:
+            log.info("an event of a request came after its event loop had closed")
+
+    def _arrived(self, event: Event) -> None:
+        self._queue.put_nowait(event)
+        if isinstance(event, Finished | Failed):
+            self.ended.set()
+
+    async def __aiter__(self) -> AsyncGenerator[Event, None]:
+        """The events until the last one. Raises ServiceError if the generation fails."""
+        while True:
+            event = await self._queue.get()
+            if isinstance(event, Finished):
+                return
+            if isinstance(event, Failed):
+                raise _failure(self._record, event.error) from event.error
+            yield event
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A request that the engine has taken."""
+
+    request: ImageRequest
+    record: ModelRecord
+    wanted: GenerationRequest
+    reading: Reading
+    events: _Events = field(repr=False)
+
+    async def encoded(self, index: int, image: Pixels) -> bytes:
+        """The image's file, encoded in a thread."""
+        request = self.request
+        text = self._text(index, image) if request.metadata else None
+        return await asyncio.to_thread(encode, image, request.output_format, request.output_compression, text)
+
+    def _text(self, index: int, image: Pixels) -> dict[str, Any]:
+        """What determines image ``index``."""
+        sample = self.wanted.sample
+        return {
+            "model": self.record.name,
+            "model_id": self.record.id,
+            "model_digest": self.record.digest,
+            "prompt": self.wanted.prompt,
+            "negative_prompt": self.wanted.negative_prompt,
+            "seed": self.wanted.seeds[index],
+            "sampler": sample.sampler,
+            "num_inference_steps": sample.steps,
+            "guidance_scale": sample.guidance_scale,
+            "size": _size(image),
+        }
+
+    async def event_fields(self, index: int, image: Pixels) -> dict[str, Any]:
+        """The fields of an event with this image."""
+        file = await self.encoded(index, image)
+        return {
+            "b64_json": base64.b64encode(file).decode(),
+            "created_at": int(time.time()),
+            "output_format": self.request.output_format,
+            "quality": self.request.answered_quality or "auto",
+            "size": _size(image),
+        }
+
+    def summary(self, images: list[Pixels]) -> dict[str, Any]:
+        """What an answer says of all images, which have one size."""
+        height, width = images[0].shape[:2]
+        return {
+            "output_format": self.request.output_format,
+            "size": _size(images[0]),
+            "usage": Usage.of(self.reading.tokens, len(images), height, width),
+            "model": self.record.name,
+            "model_id": self.record.id,
+            "model_digest": self.record.digest,
+            "warnings": self.reading.warnings,
+        }
+
+
+def _size(image: Pixels) -> str:
+    height, width = image.shape[:2]
+    return f"{width}x{height}"
+
+
+def _refused(request: ImageRequest, error: ConfigError) -> BadRequest:
+    """Settings that this model cannot draw with, by the request's field."""
+    param = PARAMS.get(error.field, error.field)
+    if param == "size":
+        return BadRequest(f"size: {error.field} {error.reason}, got {request.size!r}", param="size")
+    return BadRequest(f"{param}: {error.reason}, got {error.value!r}", param=param)
+
+
+def _failure(record: ModelRecord, error: BaseException) -> ServiceError:
+    """Why a generation ended without its images."""
+    if isinstance(error, NonFiniteError):
+        message = f"model {record.name!r} gives no images: {error}"
+        return ServiceError(message, param="model", code="model_unusable")
+    if isinstance(error, Cancelled):
+        return ShuttingDown("the replica is shutting down; send the request again")
+    return as_service_error(error)
+
+
+def as_service_error(error: BaseException) -> ServiceError:
+    """The error as the API answers it. One that nobody expected is logged, and answered with its cause."""
+    if isinstance(error, ServiceError):
+        return error
+    log.error("a request failed", exc_info=error)
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return ServiceError(f"the request failed: {type(error).__name__}: {first_line}")
