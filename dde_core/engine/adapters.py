@@ -178,8 +178,9 @@ class _AdaptedLayer:
         if isinstance(module, nn.Conv2d):
             hidden = _convolve_rows(module, x, down)
             return output + torch.bmm(up, hidden.flatten(2)).view_as(output)
-        hidden = torch.bmm(x.view(len(x), -1, x.shape[-1]), down.transpose(1, 2))
-        return output + torch.bmm(hidden, up.transpose(1, 2)).view_as(output)
+        hidden = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), down.transpose(1, 2))
+        output.view(len(x), -1, output.shape[-1]).baddbmm_(hidden, up.transpose(1, 2))
+        return output
 
 
 def _convolve_rows(layer: nn.Conv2d, x: Tensor, kernels: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ _KEEP_ESTIMATES = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 def make_scheduler(config: Mapping[str, Any], sampler: SamplerName, steps: int) -> Any:
     """A new scheduler with its timesteps set, before its first step. Cheap: it is a copy of a cached one.
 
-    ``config`` holds the folder's ``scheduler_config.json``, as ``ModelFolder`` gives it for sampling. Raises
+    ``config`` is a folder's ``sampling_config()``. Raises
     ConfigError for a schedule that the sampler cannot follow, and for steps that do not fit.
     """
     scheduler = copy.copy(_prototype(json.dumps(dict(config), sort_keys=True), sampler, steps))
