@@ -59,8 +59,8 @@ class BaseModel:
         self._unet: Any = (unet or folder.unet()).requires_grad_(False).to(self.device, dtype)
         self._vae: Any = folder.vae().to(self.device, dtype)
         if self.device.type == "cpu":
-            own = [self._vae, *self._text_encoders.encoders] + ([] if unet else [self._unet])
-            for part in own:
+            loaded: list[nn.Module] = [self._vae, *self._text_encoders.encoders]
+            for part in loaded if unet else [self._unet, *loaded]:
                 copy_weights(part)
         self._adapters = RowAdapters(self._unet)
         self._lock = threading.Lock()

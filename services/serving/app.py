@@ -92,7 +92,7 @@ async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
 class ImageServer:
     """One engine a replica. Its calls run in a thread, so health checks are answered meanwhile."""
 
-    async def __init__(self, args: ServeArgs) -> None:
+    async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         from dde_core.engine.model import BaseModel  # only replicas load torch
         from dde_core.models.folder import ModelFolder
         from services.serving.engine import Engine
