@@ -56,12 +56,9 @@ class BaseModel:
         self._scheduler_config = folder.sampling_config()
         self._tokenizers = folder.tokenizers()
         self._text_encoders = TextEncoders(folder, self.device, dtype)
-        self._unet: Any = (unet or folder.unet()).requires_grad_(False).to(self.device, dtype)
+        drawing: Any = unet or folder.unet()
+        self._unet = drawing.requires_grad_(False).to(self.device, dtype)
         self._vae: Any = folder.vae().to(self.device, dtype)
-        if self.device.type == "cpu":
-            own = [self._vae, *self._text_encoders.encoders] + ([] if unet else [self._unet])
-            for part in own:
-                copy_weights(part)
         self._adapters = RowAdapters(self._unet)
         self._lock = threading.Lock()
         """Held while the U-Net or its adapters are used."""
@@ -70,6 +67,10 @@ class BaseModel:
             self._unet.to(memory_format=torch.channels_last)
             self._vae.to(memory_format=torch.channels_last)
             self._graphs = Graphs(self._call)
+        else:
+            loaded: list[nn.Module] = [self._vae, *self._text_encoders.encoders]
+            for part in loaded if unet else [self._unet, *loaded]:
+                copy_weights(part)
 
     @property
     def model(self) -> Model:

@@ -68,8 +68,7 @@ class Running:
 
     def post(self, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
         wanted = {"model": "named", "prompt": PROMPT, "steps": 2, "seed": 0, **body}
-        timeout = httpx.Timeout(120.0, read=read_s)
-        return httpx.post(f"{self.url}/v1/images/generations", json=wanted, headers=headers, timeout=timeout)
+        return httpx.post(f"{self.url}/v1/images/generations", json=wanted, headers=headers, timeout=120)
 
     def images(self, **body: Any) -> list[np.ndarray]:
         answer = self.post(**body)
