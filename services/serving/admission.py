@@ -9,8 +9,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
@@ -23,7 +22,7 @@ from services.errors import BadRequest, DeadlineExceeded, ShuttingDown, TooManyR
 Result = TypeVar("Result")
 
 UNKNOWN_RATE_RETRY_S = 5.0
-"""Retry-After while no rate is known, or no work: before the first turn, and while models are loaded."""
+"""Retry-After before the engine's first turn, when no rate of work is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,8 @@ class Limits:
     - ``max_work_per_request``: more is refused for good. The default: 16 guided images of 1024 px, 60 steps.
     - ``max_work_per_key``: what one API key may have queued and running.
     - ``max_pixels``: of an image; 0 allows ``max_native_ratio`` times the pixels that its model was made for.
-    - ``max_queued_s``: the time that the engine may need, at the rate it works at, for what it has. While it
-      is more, or more than the time that a request has, a key that has something here already is refused.
+    - ``max_queued_s``: the time that the replica may need, at the rate it works at, for what it has accepted.
+      While it is more, or more than the time that a request has, a key that has something here is refused.
     - ``max_requests``: accepted requests, queued and running. The only bound until a rate is known.
     - ``key_share``: the part of both bounds that one key may take, so that others find room. A key always
       finds room for one request within ``max_requests``, so a huge request of one shuts no other out.
@@ -111,21 +110,17 @@ class Work:
 class Ticket:
     """An accepted request. A context manager: it leaves the replica's count when the block ends, however."""
 
-    def __init__(self, admission: Admission, key: str, timeout_s: float) -> None:
+    def __init__(self, admission: Admission, key: str, work: float, timeout_s: float) -> None:
         self.key = key
+        self.work = work
         self.timeout_s = timeout_s
-        self.work = 0.0
-        """In pixel-steps; 0 until the model, and so the size of its images, is known."""
+        self.is_submitted = False
         self._admission = admission
         self._ends_at_s = admission.now_s() + timeout_s
 
-    def reserve(self, work: Work, native_px: tuple[int, int]) -> None:
-        """Take room for the work, just before the engine gets it. ``native_px``: what the model was made for.
-
-        Raises BadRequest for what no replica takes (``too_many_pixels``, ``too_much_work``), and
-        TooManyRequests as ``Admission.enter`` does.
-        """
-        self._admission.reserve(self, work, native_px)
+    def submitted(self) -> None:
+        """The engine has the request, so from now on ``Load.work`` holds its work."""
+        self.is_submitted = True
 
     def remaining_s(self) -> float:
         """Seconds to the deadline; negative after it."""
@@ -158,8 +153,7 @@ class Ticket:
 class Admission:
     """Accepts and refuses the requests of one replica. Safe to use from several threads.
 
-    A request enters at its arrival, and takes room for its work as soon as its model is loaded. ``load``
-    reports what the engine has to do. ``on_refused`` is called with the code of each refusal.
+    ``load`` reports what the engine has to do. ``on_refused`` is called with the code of each refusal.
     """
 
     def __init__(
@@ -182,26 +176,24 @@ class Admission:
         """The number of requests that are in."""
         return len(self._tickets)
 
-    def enter(self, key: str, timeout_s: float | None = None) -> Ticket:
-        """Accept a request of the API key with this id; ``timeout_s`` is the time that it asks for.
+    def enter(self, key: str, work: Work, timeout_s: float | None = None) -> Ticket:
+        """Accept a request of the API key with this id; ``timeout_s`` is what it asks for.
 
-        Raises BadRequest for a time that is not positive or too long. Raises TooManyRequests, with the time
-        after which there may be room, if there are too many requests (``queue_full``) or too many of the key
-        (``key_limit``), and ShuttingDown after ``close``.
+        Raises BadRequest for what can never enter: too much work, a time that is not positive or too long.
+        Raises TooManyRequests, with the time after which there may be room, if the queue is full
+        (``queue_full``) or the key has its share of it (``key_limit``), and ShuttingDown after ``close``.
         """
-        with self._counted_refusals(), self._lock:
-            ticket = Ticket(self, key, self._timeout(timeout_s))
-            self._check_number(key)
-            self._tickets.add(ticket)
-        return ticket
-
-    def reserve(self, ticket: Ticket, work: Work, native_px: tuple[int, int]) -> None:
-        """See ``Ticket.reserve``."""
-        with self._counted_refusals(), self._lock:
-            self.limits.check_pixels(work.width, work.height, *native_px)
+        try:
             work.check(self.limits.max_work_per_request)
-            self._check_work(ticket, work.pixel_steps)
-            ticket.work = work.pixel_steps
+            seconds = self._timeout(timeout_s)
+            with self._lock:
+                self._check_room(key, work.pixel_steps, seconds)
+                ticket = Ticket(self, key, work.pixel_steps, seconds)
+                self._tickets.add(ticket)
+        except (BadRequest, TooManyRequests, ShuttingDown) as error:
+            self._on_refused(error.code)
+            raise
+        return ticket
 
     def remove(self, ticket: Ticket) -> None:
         """Forget an accepted request. What is not in is ignored."""
@@ -209,21 +201,14 @@ class Admission:
             self._tickets.discard(ticket)
 
     def queued_s(self) -> float:
-        """How long the engine needs for all that it has; 0.0 before a rate is known."""
-        load = self._load()
-        return load.work / load.work_per_s if load.work_per_s else 0.0
+        """How long the replica needs for all that it accepted; 0.0 before a rate is known."""
+        with self._lock:
+            load = self._load()
+            return self._queued_work(load) / load.work_per_s if load.work_per_s else 0.0
 
     def close(self) -> None:
         """Refuse every further request with ShuttingDown."""
         self._is_closed = True
-
-    @contextmanager
-    def _counted_refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except (BadRequest, TooManyRequests, ShuttingDown) as error:
-            self._on_refused(error.code)
-            raise
 
     def _timeout(self, timeout_s: float | None) -> float:
         longest = self.limits.max_timeout_s
@@ -234,54 +219,49 @@ class Admission:
             raise BadRequest(message, param=TIMEOUT_HEADER)
         return timeout_s
 
-    def _check_number(self, key: str) -> None:
+    def _check_room(self, key: str, work: float, timeout_s: float) -> None:
+        """Called with the lock. A key that has nothing here passes while there is room for a request."""
         if self._is_closed:
             raise ShuttingDown("the replica is shutting down")
+        load = self._load()
         mine = [ticket for ticket in self._tickets if ticket.key == key]
-        if len(mine) >= self.limits.max_requests_per_key:
-            message = f"the API key has {len(mine)} requests here, which is its limit"
-            raise TooManyRequests(message, code="key_limit", retry_after_s=self._until_one_ends(mine))
+        if mine:
+            self._check_key(mine, work, load)
         if len(self._tickets) >= self.limits.max_requests:
             message = f"the queue has {len(self._tickets)} requests, which is its limit"
-            raise TooManyRequests(message, retry_after_s=self._until_one_ends(self._tickets))
+            mean_work = _sum(self._tickets) / len(self._tickets)
+            raise TooManyRequests(message, retry_after_s=_until_done(mean_work, load))
+        if mine and load.work_per_s:
+            queued_s = self._queued_work(load) / load.work_per_s
+            limit_s = min(self.limits.max_queued_s, timeout_s)
+            if queued_s > limit_s:
+                message = f"the queue is {queued_s:.1f} s long; this request can wait for {limit_s:g} s"
+                raise TooManyRequests(message, retry_after_s=queued_s - limit_s)
 
-    def _check_work(self, ticket: Ticket, work: float) -> None:
-        """A key that has nothing else here passes, so a huge request of one shuts no other out."""
-        others = [other for other in self._tickets if other.key == ticket.key and other.work]
-        if not others:
-            return
-        load = self._load()
-        held = _sum(others)
+    def _check_key(self, mine: Sequence[Ticket], work: float, load: Load) -> None:
+        """``mine`` are the key's tickets, one or more."""
+        held = _sum(mine)
         allowed = self.limits.max_work_per_key
         if load.work_per_s:
             allowed = min(allowed, self.limits.key_share * self.limits.max_queued_s * load.work_per_s)
-        if held + work > allowed:
+        excess = held + work - allowed
+        if excess > 0 or len(mine) >= self.limits.max_requests_per_key:
             message = (
-                f"the API key has {held:.4g} pixel-steps here, and this request has {work:.4g}; "
-                f"it may have {allowed:.4g} at a time"
+                f"the API key has {len(mine)} requests of {held:.4g} pixel-steps here, and this one has "
+                f"{work:.4g}; it may have {self.limits.max_requests_per_key} of {allowed:.4g} at a time"
             )
-            wait_s = self._until_done(held + work - allowed, others)
-            raise TooManyRequests(message, code="key_limit", retry_after_s=wait_s)
-        queued_s = self.queued_s()
-        limit_s = min(self.limits.max_queued_s, ticket.remaining_s())
-        if queued_s > limit_s:
-            message = f"the queue is {queued_s:.1f} s long; this request can wait for {limit_s:.1f} s"
-            raise TooManyRequests(message, retry_after_s=queued_s - limit_s)
+            to_do = max(excess, held / len(mine))  # room comes back by whole requests
+            part = held / _sum(self._tickets)
+            raise TooManyRequests(message, code="key_limit", retry_after_s=_until_done(to_do / part, load))
 
-    def _until_done(self, work: float, tickets: Iterable[Ticket]) -> float:
-        """Seconds until these tickets have done so much of their work, and one of mean work has ended.
+    def _queued_work(self, load: Load) -> float:
+        """What the engine has to do, and what was accepted but waits for its model to be loaded."""
+        return load.work + _sum(ticket for ticket in self._tickets if not ticket.is_submitted)
 
-        Their part of the rate is their part of the work.
-        """
-        rate = self._load().work_per_s
-        working = [ticket for ticket in tickets if ticket.work]
-        if not rate or not working:
-            return UNKNOWN_RATE_RETRY_S
-        held = _sum(working)
-        return max(work, held / len(working)) * _sum(self._tickets) / held / rate
 
-    def _until_one_ends(self, tickets: Iterable[Ticket]) -> float:
-        return self._until_done(0.0, tickets)
+def _until_done(work: float, load: Load) -> float:
+    """Seconds until so much work of the queue is done."""
+    return work / load.work_per_s if load.work_per_s else UNKNOWN_RATE_RETRY_S
 
 
 def _sum(tickets: Iterable[Ticket]) -> float:

@@ -31,7 +31,7 @@ from services.api.images import ImageRequest
 from services.api.requests import KEY_HEADER, TIMEOUT_HEADER
 from services.control.inference import unless_disconnected
 from services.errors import ServiceError
-from services.serving.admission import Admission, Limits, Work
+from services.serving.admission import Admission, Limits, Ticket, Work
 from tests.services.control.conftest import KEY
 from tests.services.control.test_forwarding import IMAGES, control_plane
 from tests.services.control.test_streams import listening
@@ -143,17 +143,17 @@ class Replica:
         work = Work(
             width=sample.width, height=sample.height, steps=sample.steps, rows=request.rows, images=body.n
         )
-        with self.admission.enter(key, timeout_s) as ticket:
-            ticket.reserve(work, (32, 32))
-            await ticket.wait_for(self._draw(request))
+        with self.admission.enter(key, work, timeout_s) as ticket:
+            await ticket.wait_for(self._draw(request, ticket))
         return {"key": key}
 
-    async def _draw(self, request: GenerationRequest) -> None:
+    async def _draw(self, request: GenerationRequest, ticket: Ticket) -> None:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
         running = self.engine.submit(
             None, request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
         )
+        ticket.submitted()
         try:
             while not isinstance(await events.get(), Finished):
                 pass

@@ -15,7 +15,7 @@ import pytest
 from dde_core.engine.contract import Load
 from dde_core.errors import ConfigError
 from services.errors import BadRequest, DeadlineExceeded, ShuttingDown, TooManyRequests
-from services.serving.admission import UNKNOWN_RATE_RETRY_S, Admission, Limits, Ticket, Work
+from services.serving.admission import UNKNOWN_RATE_RETRY_S, Admission, Limits, Work
 from services.serving.autoscaling import QUEUED_S, QueueTime
 
 
@@ -44,20 +44,6 @@ def work(pixel_steps: int, images: int = 1) -> Work:
     return Work(width=1, height=1, steps=pixel_steps // images, rows=1, images=images)
 
 
-NATIVE_PX = (10_000, 10_000)
-
-
-def take(gate: Admission, key: str, work: Work, timeout_s: float | None = None) -> Ticket:
-    """Enter and reserve, as a request whose model is loaded does; without room it leaves again."""
-    ticket = gate.enter(key, timeout_s)
-    try:
-        ticket.reserve(work, NATIVE_PX)
-    except Exception:
-        ticket.release()
-        raise
-    return ticket
-
-
 def test_work_is_pixels_times_steps_times_rows_times_images():
     assert Work(width=32, height=16, steps=10, rows=2, images=3).pixel_steps == 32 * 16 * 10 * 2 * 3
 
@@ -74,12 +60,12 @@ def test_work_above_the_limit_can_never_enter_and_the_error_names_what_to_lower(
     refused: list[str] = []
     gate = admission(Queue(), refused, max_work_per_request=200.0)
     with pytest.raises(BadRequest, match="at most 200 pixel-steps") as error:
-        take(gate, "a", Work(width=1, height=1, steps=steps, rows=1, images=images))
+        gate.enter("a", Work(width=1, height=1, steps=steps, rows=1, images=images))
     assert (error.value.param, error.value.code, error.value.status) == (param, "too_much_work", 400)
     assert str(error.value).endswith(got)
     assert refused == ["too_much_work"]
     assert gate.accepted == 0
-    take(gate, "a", work(200))
+    gate.enter("a", work(200))
 
 
 def test_an_image_has_at_most_four_times_the_pixels_that_its_model_was_made_for():
@@ -105,82 +91,73 @@ def test_a_queue_longer_than_its_bound_refuses_with_the_time_until_there_is_room
     queue = Queue(rate=10.0)
     refused: list[str] = []
     gate = admission(queue, refused, max_queued_s=60.0, key_share=1.0)
-    take(gate, "a", work(10))
+    gate.enter("a", work(10)).submitted()
     queue.work = 600.0
-    take(gate, "a", work(10))
+    gate.enter("a", work(10)).submitted()
     queue.work = 645.0
     with pytest.raises(TooManyRequests, match=r"the queue is 64\.5 s long") as error:
-        take(gate, "a", work(10))
+        gate.enter("a", work(10))
     assert (error.value.status, error.value.code) == (429, "queue_full")
     assert error.value.headers() == {"retry-after": "5"}
     assert refused == ["queue_full"]
     queue.work = 599.0
-    take(gate, "a", work(1))
+    gate.enter("a", work(1))
 
 
 def test_retry_after_is_at_least_one_whole_second():
     queue = Queue(rate=10.0, work=601.0)
     gate = admission(queue, max_queued_s=60.0, key_share=1.0)
-    take(gate, "a", work(1))
+    gate.enter("a", work(1)).submitted()
     with pytest.raises(TooManyRequests) as error:
-        take(gate, "a", work(1))
+        gate.enter("a", work(1))
     assert error.value.headers() == {"retry-after": "1"}
 
 
 def test_a_request_that_would_wait_longer_than_it_has_is_refused_at_once():
     queue = Queue(rate=10.0, work=100.0)
     gate = admission(queue)
-    take(gate, "a", work(1))
-    take(gate, "a", work(1), timeout_s=11.0)
-    with pytest.raises(TooManyRequests, match=r"can wait for 8\.0 s") as error:
-        take(gate, "a", work(1), timeout_s=8.0)
+    gate.enter("a", work(1)).submitted()
+    gate.enter("a", work(1), timeout_s=11.0).submitted()
+    with pytest.raises(TooManyRequests, match="can wait for 8 s") as error:
+        gate.enter("a", work(1), timeout_s=8.0)
     assert error.value.headers() == {"retry-after": "2"}
 
 
-def test_the_time_in_the_queue_is_the_engines_work_at_its_rate():
-    queue = Queue(work=80.0)
-    gate = admission(queue)
-    assert gate.queued_s() == 0.0
-    queue.rate = 10.0
-    assert gate.queued_s() == 8.0
-
-
-def test_a_request_whose_model_is_being_loaded_has_a_place_and_no_work_yet():
+def test_work_that_waits_for_its_model_counts_before_the_engine_has_it():
     queue = Queue(rate=1.0)
-    gate = admission(queue, max_requests=2, max_queued_s=10.0, key_share=1.0)
-    first, _ = gate.enter("a"), gate.enter("a")
-    with pytest.raises(TooManyRequests) as error:
-        gate.enter("b")
-    assert error.value.headers() == {"retry-after": f"{UNKNOWN_RATE_RETRY_S:g}"}
-    first.reserve(work(9), NATIVE_PX)
-    with pytest.raises(TooManyRequests, match="which is its limit") as error:
-        gate.enter("b")
-    assert error.value.headers() == {"retry-after": "9"}
+    gate = admission(queue, max_queued_s=10.0, key_share=1.0)
+    waiting = gate.enter("a", work(8))
+    assert gate.queued_s() == 8.0
+    queue.work = 8.0
+    waiting.submitted()
+    assert gate.queued_s() == 8.0
+    queue.work = 3.0
+    assert gate.queued_s() == 3.0
 
 
 def test_before_a_rate_is_known_the_number_of_requests_is_the_bound():
     queue = Queue()
     gate = admission(queue, max_requests=4, key_share=1.0)
-    held = [take(gate, key, work(1_000_000)) for key in "abcd"]
+    held = [gate.enter(key, work(1_000_000)) for key in "abcd"]
     assert gate.queued_s() == 0.0
     with pytest.raises(TooManyRequests, match="4 requests") as error:
-        take(gate, "e", work(1))
+        gate.enter("e", work(1))
     assert error.value.headers() == {"retry-after": f"{UNKNOWN_RATE_RETRY_S:g}"}
     held[0].release()
-    take(gate, "e", work(1))
+    gate.enter("e", work(1))
 
 
 def test_one_key_takes_its_share_of_the_requests_and_others_find_room():
     refused: list[str] = []
     gate = admission(Queue(), refused, max_requests=8)
     for _ in range(4):
-        take(gate, "greedy", work(1))
+        gate.enter("greedy", work(1))
     for _ in range(100):
         with pytest.raises(TooManyRequests, match="the API key has 4 requests") as error:
-            take(gate, "greedy", work(1))
+            gate.enter("greedy", work(1))
         assert error.value.code == "key_limit"
     for _ in range(4):
-        take(gate, "modest", work(1))
+        gate.enter("modest", work(1))
     assert refused == ["key_limit"] * 100
 
 
@@ -188,36 +165,36 @@ def test_one_key_takes_its_share_of_the_queued_seconds():
     queue = Queue(rate=10.0)
     gate = admission(queue, max_queued_s=60.0, key_share=0.5)
     for _ in range(3):
-        take(gate, "greedy", work(100))
+        gate.enter("greedy", work(100))
     with pytest.raises(TooManyRequests) as error:
-        take(gate, "greedy", work(50))
+        gate.enter("greedy", work(50))
     assert (error.value.code, error.value.headers()) == ("key_limit", {"retry-after": "10"})
-    take(gate, "modest", work(300))
+    gate.enter("modest", work(300))
     with pytest.raises(TooManyRequests) as error:
-        take(gate, "greedy", work(50))
+        gate.enter("greedy", work(50))
     assert error.value.headers() == {"retry-after": "20"}, "half of the work that is done is its own now"
 
 
 def test_the_budget_of_a_key_holds_without_a_rate():
     gate = admission(Queue(), max_work_per_request=60.0, max_work_per_key=100.0)
-    first = take(gate, "a", work(60))
+    first = gate.enter("a", work(60))
     with pytest.raises(TooManyRequests) as error:
-        take(gate, "a", work(41))
+        gate.enter("a", work(41))
     assert error.value.code == "key_limit"
-    take(gate, "a", work(40))
-    take(gate, "b", work(60))
+    gate.enter("a", work(40))
+    gate.enter("b", work(60))
     first.release()
-    take(gate, "a", work(60))
+    gate.enter("a", work(60))
 
 
 def test_a_huge_request_of_one_key_shuts_no_other_out_and_can_itself_enter():
     queue = Queue(rate=10.0)
     gate = admission(queue, max_queued_s=60.0)
-    take(gate, "giant", work(6_000))
+    gate.enter("giant", work(6_000)).submitted()
     queue.work = 6_000.0
-    take(gate, "small", work(1))
+    gate.enter("small", work(1)).submitted()
     with pytest.raises(TooManyRequests):
-        take(gate, "giant", work(1))
+        gate.enter("giant", work(1))
 
 
 def test_a_timeout_that_is_not_positive_or_too_long_names_the_header():
@@ -226,9 +203,9 @@ def test_a_timeout_that_is_not_positive_or_too_long_names_the_header():
         with pytest.raises(
             BadRequest, match="x-request-timeout-s: must be above 0 and at most 30, got"
         ) as error:
-            take(gate, "a", work(1), timeout_s=wrong)
+            gate.enter("a", work(1), timeout_s=wrong)
         assert error.value.param == "x-request-timeout-s"
-    assert take(gate, "a", work(1)).timeout_s == 30.0
+    assert gate.enter("a", work(1)).timeout_s == 30.0
     assert gate.accepted == 1
 
 
@@ -244,7 +221,7 @@ def test_the_deadline_runs_from_the_arrival_and_cancels_what_is_awaited():
             finally:
                 cancelled.set()
 
-        with take(gate, "a", work(1), timeout_s=100.0) as ticket:
+        with gate.enter("a", work(1), timeout_s=100.0) as ticket:
             assert await ticket.wait_for(asyncio.sleep(0.0, "done")) == "done"
             queue.now = 99.99
             assert ticket.remaining_s() == pytest.approx(0.01)
@@ -262,7 +239,7 @@ def test_the_deadline_runs_from_the_arrival_and_cancels_what_is_awaited():
 
 def test_a_timeout_of_the_work_itself_is_not_taken_for_the_deadline():
     async def main() -> None:
-        with admission(Queue()).enter("a") as ticket:
+        with admission(Queue()).enter("a", work(1)) as ticket:
 
             async def fail() -> None:
                 raise TimeoutError("storage")
@@ -284,12 +261,13 @@ def test_room_comes_back_exactly_once_after_success_failure_cancel_and_deadline(
         async def one(i: int) -> str:
             how = rng.choice(["ok", "fails", "left", "late", "released twice"])
             try:
-                ticket = take(
-                    gate, f"key-{i % 8}", work(rng.randint(1, 1000)), timeout_s=0.01 if how == "late" else 9
+                ticket = gate.enter(
+                    f"key-{i % 8}", work(rng.randint(1, 1000)), timeout_s=0.01 if how == "late" else 9
                 )
             except TooManyRequests as error:
                 return error.code
             with ticket:
+                ticket.submitted()
                 if how == "left":
                     task = asyncio.ensure_future(ticket.wait_for(asyncio.sleep(60.0)))
                     await asyncio.sleep(0.001)
@@ -319,17 +297,17 @@ def test_room_comes_back_exactly_once_after_success_failure_cancel_and_deadline(
         assert {"queue_full", "key_limit"} & set(ended)
         assert gate.queued_s() == 0.0
         for _ in range(32):
-            take(gate, "key-0", work(1))
+            gate.enter("key-0", work(1))
 
     asyncio.run(main())
 
 
 def test_a_closed_replica_hands_requests_back():
     gate = admission(Queue())
-    kept = take(gate, "a", work(1))
+    kept = gate.enter("a", work(1))
     gate.close()
     with pytest.raises(ShuttingDown) as error:
-        take(gate, "a", work(1))
+        gate.enter("a", work(1))
     assert (error.value.status, error.value.code) == (503, "shutting_down")
     assert int(error.value.headers()["retry-after"]) >= 1
     assert gate.accepted == 1
