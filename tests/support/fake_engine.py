@@ -104,7 +104,7 @@ class FakeEngine:
     def close(self) -> None:
         self._is_closing = True
         self._queue.put(None)
-        self._allowed.release()
+        self._allowed.release(len(self.generations) + 1)
         self._thread.join(10)
         assert not self._thread.is_alive()
 

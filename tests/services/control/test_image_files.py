@@ -282,6 +282,20 @@ def test_images_come_through_the_control_plane_with_every_field(front: Front):
     np.testing.assert_array_equal(pixels(answer.data[0].b64_json), exact)
 
 
+def test_a_stream_comes_through_the_control_plane(front: Front):
+    with connected(front) as client:
+        *previews, last = client.images.generate(
+            **IMAGE, stream=True, partial_images=2, extra_body={"seed": 4}
+        )
+    assert [(event.type, event.partial_image_index) for event in previews] == [
+        ("image_generation.partial_image", 0),
+        ("image_generation.partial_image", 1),
+    ]
+    assert (last.type, last.seed) == ("image_generation.completed", 4)
+    exact = drawn(IMAGE["prompt"], 4, SampleConfig())
+    np.testing.assert_array_equal(pixels(last.b64_json), exact)
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
