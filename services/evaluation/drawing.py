@@ -18,11 +18,10 @@ from dde_core.models.policy import use_deterministic_kernels
 from dde_core.scorers.kinds import Scorer
 from services.api.records import ModelRecord, ScorerRecord
 from services.api.requests import ImageFolder
-from services.artifacts import models, scorers
+from services.artifacts import image_cache, models, scorers
 from services.artifacts.external_images import read_images as read_external
-from services.evaluation import image_cache
+from services.artifacts.image_cache import Damaged
 from services.evaluation.chunks import Chunk, Scored, base_first, key_of_external, key_of_scorer
-from services.evaluation.image_cache import Damaged
 from services.stages import layout
 from services.stages.specs import EvaluateSpec
 from services.storage import sources

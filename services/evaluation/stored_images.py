@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from dde_core.errors import DataError
-from services.evaluation import drawing, image_cache
+from services.artifacts import image_cache
+from services.evaluation import drawing
 from services.evaluation.chunks import Scored
 from services.stages.specs import EvaluateSpec
 
