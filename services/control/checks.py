@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dde_core.errors import ConfigError, DataError, ModelError
-from dde_core.models.configs import check_terminal_weight, ends_without_signal
+from dde_core.models.scheduler_config import check_terminal_weight, ends_without_signal
 from dde_core.scorers.kinds import KINDS, Kind
 from dde_core.shapes import scorers
 from services.api.records import ModelRecord, ScorerRecord
