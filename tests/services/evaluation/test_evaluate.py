@@ -7,6 +7,7 @@ import io
 import json
 import random
 import shlex
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
 from dde_core.shapes.scorers import score
 from services.api.records import ModelRecord, ScorerRecord
 from services.api.requests import CompareSettings, EvaluationCreate, ImageFolder
-from services.artifacts import models
+from services.artifacts import image_cache, models
 from services.artifacts.prompts import read_prompts
 from services.artifacts.scorers import digest_of
 from services.errors import BadRequest, Forbidden, ServiceError
@@ -285,6 +286,24 @@ def test_damaged_images_and_scores_are_made_again_with_a_warning(
     assert "is damaged" in warnings[0]
     assert any("images of shapes are drawn again" in warning for warning in warnings)
     assert any("scores are computed again" in warning for warning in warnings)
+
+
+def test_a_chunk_of_images_is_read_once_for_the_grid_and_the_page(
+    evaluate: EvaluateHere, shapes: ModelRecord, other: ModelRecord, monkeypatch
+):
+    read_images = image_cache.read_images
+    reads: Counter[str] = Counter()
+
+    def counted(uri: str) -> list[bytes] | None:
+        found = read_images(uri)
+        reads[uri] += found is not None
+        return found
+
+    monkeypatch.setattr(image_cache, "read_images", counted)
+    found = evaluate(shapes, other, images_per_prompt=2)
+    assert files.read_bytes(found.page).decode().count("<img") > 8, "more images than chunks"
+    assert set(reads.values()) == {1}
+    assert len(reads) == 8
 
 
 class Killed(BaseException):
