@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -114,8 +115,9 @@ def truncated(record: ScorerRecord, prompts: Sequence[str]) -> list[int]:
 def fetch(record: ScorerRecord) -> list[Path]:
     """The local checkpoint of a registered scorer, and its processor if it has one.
 
-    Local files are used in place, and read to compare them with the digest. If one of the two is remote, both
-    are copied to this node once, under their digest. Raises BadRequest if they differ from it.
+    Local files are used in place, and compared with the digest once on this node, and again once their sizes,
+    times or inodes have changed. If one of the two is remote, both are copied to this node once, under their
+    digest. Raises BadRequest if they differ from it.
     """
     if record.uri is None:
         raise BadRequest(f"scorer {record.name!r} of kind {record.kind!r} needs a uri", param="scorers")
@@ -123,10 +125,32 @@ def fetch(record: ScorerRecord) -> list[Path]:
     paths = {name: files.local_path(part) for name, part in parts.items()}
     in_place = [path for path in paths.values() if path is not None]
     if len(in_place) == len(parts):
-        _check_digest(record, record.uri, record.processor)
+        state = _state_of(in_place)
+        models.node_cache().hold_until_exit(f"{record.digest}-{state}", partial(_prepare_mark, record))
         return in_place
     entry = models.node_cache().hold_until_exit(record.digest, partial(_prepare_copy, record, parts))
     return [_copy_of(part, entry / name) for name, part in parts.items()]
+
+
+def _state_of(paths: Sequence[Path]) -> str:
+    """Equal for local files that nothing has written to or replaced in between: 32 hex digits."""
+    files_of = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    found = []
+    for file in files_of:
+        stat = file.stat()
+        found.append((str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:32]
+
+
+def _prepare_mark(record: ScorerRecord) -> tuple[int, Callable[[Path], None]]:
+    """An empty entry of the node's cache: the files in place are those of the digest."""
+    return 0, partial(_check_and_mark, record)
+
+
+def _check_and_mark(record: ScorerRecord, entry: Path) -> None:
+    assert record.uri
+    _check_digest(record, record.uri, record.processor)
+    entry.touch()
 
 
 def _parts(uri: str, processor: str | None) -> dict[str, str]:
