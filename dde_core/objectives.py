@@ -27,7 +27,7 @@ from torch import Tensor
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
 from dde_core.methods import METHODS, MethodName
-from dde_core.models.configs import check_terminal_weight
+from dde_core.models.scheduler_config import check_terminal_weight
 from dde_core.schedule import Schedule
 
 DISCOUNT_STEPS = 50

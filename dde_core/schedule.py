@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dde_core.models.configs import check_scheduler
+from dde_core.models.scheduler_config import check_scheduler
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,21 +13,13 @@ from dde_core.scorers.kinds import KINDS, Kind, KindName
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of an evaluation. ``is_truncated``: a tokenizer that read it cut its end off."""
+    """A prompt of a file or an evaluation. ``category`` is what its file says of it: reports have numbers for
+    each. ``is_truncated``: a scorer's tokenizer cut its end off.
+    """
 
     text: str
     category: str | None = None
     is_truncated: bool = False
-
-
-@dataclass(frozen=True)
-class ScoreRow:
-    """The scores of one image, by scorer. ``model``, ``prompt`` and ``image`` count from 0."""
-
-    model: int
-    prompt: int
-    image: int
-    scores: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,35 +81,3 @@ class ScoreTable:
             raise DataError(
                 f"scorer {scorer!r}: scores must be finite, got {scores[tuple(place)]} at {place}"
             )
-
-
-def place_rows(
-    rows: Iterable[ScoreRow], scorers: Sequence[str], num_models: int, num_prompts: int, num_images: int
-) -> dict[str, np.ndarray]:
-    """Arrays [models, prompts, images] by scorer, from one row for each image, in any order.
-
-    Raises DataError for a row outside of the table, a second row for an image, a row without one of the
-    scorers, and an image without a row.
-    """
-    shape = (num_models, num_prompts, num_images)
-    arrays = {scorer: np.full(shape, np.nan) for scorer in scorers}
-    is_placed = np.zeros(shape, dtype=bool)
-    for row in rows:
-        place = (row.model, row.prompt, row.image)
-        name = f"image {row.image} of prompt {row.prompt} of model {row.model}"
-        if not all(0 <= index < size for index, size in zip(place, shape, strict=True)):
-            raise DataError(f"{name} is outside of {num_models} models x {num_prompts} x {num_images}")
-        if is_placed[place]:
-            raise DataError(f"{name} is scored twice")
-        if set(row.scores) != set(scorers):
-            raise DataError(f"{name} has scores of {sorted(row.scores)}, expected {sorted(scorers)}")
-        is_placed[place] = True
-        for scorer, score in row.scores.items():
-            arrays[scorer][place] = score
-    if not is_placed.all():
-        model, prompt, image = np.argwhere(~is_placed)[0].tolist()
-        missing = int((~is_placed).sum())
-        raise DataError(
-            f"{missing} images are not scored, the first is image {image} of prompt {prompt} of model {model}"
-        )
-    return arrays

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from dde_core.config import SamplerName
 from dde_core.errors import ConfigError
-from dde_core.models.configs import check_scheduler, ends_without_signal
 from dde_core.models.json_files import Fields
+from dde_core.models.scheduler_config import check_scheduler, ends_without_signal
 
 NOISE_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": None,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -17,6 +19,9 @@ from dde_core.family import COMPONENTS, Family
 Tokenizer = TypeVar("Tokenizer", CLIPTokenizer, BertTokenizer)
 WORDS = ("red", "big")
 """Words that a tokenizer must tell apart. Without a vocabulary all of one length have the same ids."""
+
+_locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+_getting_a_lock = threading.Lock()
 
 
 def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
@@ -48,19 +53,28 @@ def load_proven(where: str, load: Callable[[], Tokenizer]) -> Tokenizer:
     return tokenizer
 
 
-def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Int32[np.ndarray, "b k s"]:
-    """Token ids of b captions by k tokenizers, padded and truncated to the tokenizer's length s.
+def encode(tokenizer: CLIPTokenizer | BertTokenizer, texts: Sequence[str], **how: Any) -> Any:
+    """What the tokenizer returns for texts, called with ``how``; in any thread.
 
-    A caption is text only: the name of a special token in it, such as ``<|endoftext|>``, does not end it.
+    A text is text only: the name of a special token in it, such as ``<|endoftext|>``, does not end it. A call
+    stores its truncation and padding in the tokenizer, so calls of several threads wait for each other.
     """
+    with _getting_a_lock:
+        lock = _locks.setdefault(tokenizer, threading.Lock())
+    with lock:
+        return tokenizer(list(texts), split_special_tokens=True, **how)
+
+
+def tokenize(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Int32[np.ndarray, "b k s"]:
+    """Token ids of b captions by k tokenizers, padded and truncated to the tokenizer's length s."""
     ids = []
     for tokenizer in tokenizers:
-        encoded = tokenizer(
-            list(captions),
+        encoded = encode(
+            tokenizer,
+            captions,
             max_length=tokenizer.model_max_length,
             padding="max_length",
             truncation=True,
-            split_special_tokens=True,
             return_tensors="np",
         )
         ids.append(encoded.input_ids)
@@ -71,7 +85,7 @@ def are_cut(tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str]) -> Boo
     """Which of b captions have more tokens than some tokenizer's length: ``tokenize`` cuts them."""
     is_cut = np.zeros(len(captions), np.bool_)
     for tokenizer in tokenizers:
-        encoded = tokenizer(list(captions), truncation=False, split_special_tokens=True, verbose=False)
+        encoded = encode(tokenizer, captions, truncation=False, verbose=False)
         is_cut |= np.array([len(ids) > tokenizer.model_max_length for ids in encoded.input_ids], np.bool_)
     return is_cut
 
@@ -83,7 +97,7 @@ def count_tokens(tokenizers: Sequence[CLIPTokenizer], caption: str) -> tuple[int
     """
     counts = []
     for tokenizer in tokenizers:
-        encoded = tokenizer(caption, truncation=False, split_special_tokens=True, verbose=False)
+        (ids,) = encode(tokenizer, [caption], truncation=False, verbose=False).input_ids
         marks = tokenizer.num_special_tokens_to_add()
-        counts.append((len(encoded.input_ids) - marks, tokenizer.model_max_length - marks))
+        counts.append((len(ids) - marks, tokenizer.model_max_length - marks))
     return max(counts, key=lambda count: max(0, count[0] - count[1]))

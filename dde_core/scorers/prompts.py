@@ -7,7 +7,6 @@ stands for that token.
 from __future__ import annotations
 
 import html
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import BertTokenizer, CLIPTokenizer
 from dde_core.errors import ConfigError, DataError, ModelError
 from dde_core.models.configs import TextEncoderFields
 from dde_core.models.json_files import refuse_pointer
-from dde_core.models.tokens import Tokenizer, load_proven
+from dde_core.models.tokens import Tokenizer, encode, load_proven
 from dde_core.models.vocabulary import END_OF_WORD, check_tokenizer
 
 Text = dict[str, Int64[Tensor, "n tokens"]]
@@ -42,7 +41,6 @@ class Prompts:
         self.limit = limit
         self._tokenizer = tokenizer
         self._clean = clean
-        self._lock = threading.Lock()
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """The ids, padded to ``limit``; longer prompts are cut before their end token."""
@@ -58,8 +56,7 @@ class Prompts:
 
     def _encode(self, prompts: Sequence[str], **how: Any) -> Any:  # Any: transformers is untyped
         texts = [self._clean(prompt) for prompt in prompts]
-        with self._lock:  # a call stores its truncation and padding in the tokenizer
-            return self._tokenizer(texts, split_special_tokens=True, **how)
+        return encode(self._tokenizer, texts, **how)
 
 
 def open_clip_clean(prompt: str) -> str:

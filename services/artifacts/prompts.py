@@ -18,9 +18,9 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
+from dde_core.score_table import Prompt
 from services.errors import BadRequest
 from services.storage import sources
 
@@ -39,14 +39,6 @@ _CATEGORY = ("category",)
 _HEADER = frozenset((*_PROMPT, *_CATEGORY, "challenge", "note"))
 _LINE_END = re.compile(r"\r\n|\r|\n")
 """What ends a line of a text file. Unicode's other separators, and form feeds, may be part of a prompt."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """``category`` is what the file says of the prompt: reports have numbers for each category."""
-
-    text: str
-    category: str | None = None
 
 
 def all_prompts(uri: str) -> list[Prompt]:

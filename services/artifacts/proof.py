@@ -21,9 +21,9 @@ from dde_core.models.configs import (
     TextEncoderFields,
     UNetFields,
     check_fit,
-    check_scheduler,
 )
 from dde_core.models.json_files import GIT_LFS, parse_object
+from dde_core.models.scheduler_config import check_scheduler
 from dde_core.models.tensor_shapes import shapes_of
 from dde_core.models.vocabulary import TOKENIZER_OF, check_tokenizer
 from dde_core.models.weight_files import Tensors, WeightFiles, find_weights

@@ -6,28 +6,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import unquote
 
-from dde_core.errors import DdeError
 from dde_core.scorers.kinds import KINDS, KindName, Scorer
 from dde_core.shapes.scorers import ShapesScorer
 from services.api.records import ScorerRecord
 from services.api.requests import NAME_PATTERN, Resize
 from services.artifacts import models
+from services.artifacts.apart import call_apart
 from services.artifacts.outline import outline
 from services.artifacts.proof import file_bytes
-from services.errors import BadRequest, NotFound, ServiceError
+from services.errors import BadRequest, NotFound
 from services.stages import layout
-from services.storage import files, sources
+from services.storage import files
 
 BUILT_IN: dict[str, ScorerRecord] = {
     name: ScorerRecord(id=f"scorer_{name}", name=name, kind=kind.name, digest=name, created_at=0)
@@ -35,9 +32,6 @@ BUILT_IN: dict[str, ScorerRecord] = {
     if kind.is_built_in
 }
 """The scorers of the shapes world, which every project has."""
-
-POLL_S = 0.2
-_proving = threading.Lock()
 
 
 def publish(root: str, record: ScorerRecord) -> None:
@@ -69,9 +63,7 @@ def prove(kind: KindName, uri: str, processor: str | None, resize: Resize) -> No
     """
     with tempfile.TemporaryDirectory(prefix="dde-scorer-") as folder:
         paths = [_to_prove(part, Path(folder) / name) for name, part in _parts(uri, processor).items()]
-        error = _proof_in_process(kind, paths, resize)
-    if error is not None:
-        raise error
+        call_apart("the check of the scorer's files", _prove_here, kind, paths, resize)
 
 
 def _to_prove(uri: str, folder: Path) -> Path:
@@ -79,44 +71,10 @@ def _to_prove(uri: str, folder: Path) -> Path:
     return files.local_path(uri) or outline(uri, _copy_of(uri, folder))
 
 
-def _proof_in_process(kind: KindName, paths: list[Path], resize: Resize) -> Exception | None:
-    """The error of a proof, which runs in a process of its own, one at a time.
+def _prove_here(kind: KindName, paths: list[Path], resize: Resize) -> None:
+    from dde_core.scorers.load import prove as prove_files  # only here: it loads torch
 
-    The proof loads torch, and a file made to use up memory must not end the caller.
-    """
-    spawn = get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_prove_here, args=(sender, kind, paths, resize), daemon=True)
-    with _proving:
-        process.start()
-        sender.close()
-        try:
-            while not receiver.poll(POLL_S):
-                sources.check_time()
-            error: Exception | None = receiver.recv()
-        except EOFError:
-            process.join()
-            message = f"the check of the scorer's files died with exit code {process.exitcode}"
-            raise ServiceError(message) from None
-        finally:
-            process.kill()
-            process.join()
-    return error
-
-
-def _prove_here(sender: Connection, kind: KindName, paths: list[Path], resize: Resize) -> None:
-    with suppress(OSError):  # only Linux has it: the first process to go if memory runs out
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    try:
-        from dde_core.scorers.load import prove as prove_files  # only here: it loads torch
-
-        prove_files(kind, *paths, resize=resize)
-    except ImportError as error:
-        sender.send(ServiceError(f"scorers cannot be checked here: {error}; install 'dde-align[control]'"))
-    except (DdeError, OSError) as error:
-        sender.send(error)
-    else:
-        sender.send(None)
+    prove_files(kind, *paths, resize=resize)
 
 
 def digest_of(uri: str, processor: str | None) -> str:
@@ -157,8 +115,9 @@ def truncated(record: ScorerRecord, prompts: Sequence[str]) -> list[int]:
 def fetch(record: ScorerRecord) -> list[Path]:
     """The local checkpoint of a registered scorer, and its processor if it has one.
 
-    Local files are used in place, and read to compare them with the digest. If one of the two is remote, both
-    are copied to this node once, under their digest. Raises BadRequest if they differ from it.
+    Local files are used in place, and compared with the digest once on this node, and again once their sizes,
+    times or inodes have changed. If one of the two is remote, both are copied to this node once, under their
+    digest. Raises BadRequest if they differ from it.
     """
     if record.uri is None:
         raise BadRequest(f"scorer {record.name!r} of kind {record.kind!r} needs a uri", param="scorers")
@@ -166,10 +125,32 @@ def fetch(record: ScorerRecord) -> list[Path]:
     paths = {name: files.local_path(part) for name, part in parts.items()}
     in_place = [path for path in paths.values() if path is not None]
     if len(in_place) == len(parts):
-        _check_digest(record, record.uri, record.processor)
+        state = _state_of(in_place)
+        models.node_cache().hold_until_exit(f"{record.digest}-{state}", partial(_prepare_mark, record))
         return in_place
     entry = models.node_cache().hold_until_exit(record.digest, partial(_prepare_copy, record, parts))
     return [_copy_of(part, entry / name) for name, part in parts.items()]
+
+
+def _state_of(paths: Sequence[Path]) -> str:
+    """Equal for local files that nothing has written to or replaced in between: 32 hex digits."""
+    files_of = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    found = []
+    for file in files_of:
+        stat = file.stat()
+        found.append((str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:32]
+
+
+def _prepare_mark(record: ScorerRecord) -> tuple[int, Callable[[Path], None]]:
+    """An empty entry of the node's cache: the files in place are those of the digest."""
+    return 0, partial(_check_and_mark, record)
+
+
+def _check_and_mark(record: ScorerRecord, entry: Path) -> None:
+    assert record.uri
+    _check_digest(record, record.uri, record.processor)
+    entry.touch()
 
 
 def _parts(uri: str, processor: str | None) -> dict[str, str]:

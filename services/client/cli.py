@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -18,9 +18,6 @@ from services.api.records import CreditRecord
 from services.api.requests import (
     MAX_IMAGES,
     EvaluationCreate,
-    KeyCreate,
-    ScorerCreate,
-    ScorerKind,
     most_workers,
 )
 from services.client import recipes, tables
@@ -28,6 +25,9 @@ from services.client.bodies import PLACEHOLDERS, as_uri, job_body, read_body, va
 from services.client.connection import connect
 from services.client.dataset_commands import datasets
 from services.client.job_commands import jobs
+from services.client.key_commands import keys
+from services.client.model_commands import models
+from services.client.scorer_commands import scorers
 from services.client.study_commands import study
 from services.errors import BadRequest, ServiceError
 from services.settings import ClientSettings
@@ -54,9 +54,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Align text-to-image diffusion models with human preferences.",
 )
-models = typer.Typer(no_args_is_help=True, help="Register base models; list base and aligned models.")
-scorers = typer.Typer(no_args_is_help=True, help="Register, list and delete scorers of images.")
-keys = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys; needs the scope admin.")
 app.add_typer(datasets, name="datasets")
 app.add_typer(models, name="models")
 app.add_typer(scorers, name="scorers")
@@ -126,167 +123,6 @@ def demo(
     from services.client.demo import run_demo
 
     run_demo(Console(), state or ClientSettings().home / "demo", job_file=job, num_cpus=num_cpus, keep=keep)
-
-
-# ---- models
-
-
-@models.command("create")
-def create_model(
-    name: str,
-    uri: Annotated[str, typer.Argument(help="A diffusers folder: a path or a URI.")],
-    family: Annotated[
-        str | None, typer.Option(help="Expected family: sd15 or sdxl. Default: detected from the files.")
-    ] = None,
-) -> None:
-    """Register a base model; prints its id."""
-    with connect() as client:
-        model = client.create_model(name, as_uri(uri), family)
-    typer.echo(model.version)
-    for part, which in model.lineage.get("weights", {}).items():
-        typer.echo(f"{part}: {which}", err=True)
-
-
-@models.command("list")
-def list_models() -> None:
-    """List all models."""
-    with connect() as client:
-        rows = [
-            (
-                m.version,
-                m.name,
-                ", ".join(m.aliases),
-                m.family,
-                m.base or "",
-                m.job or "",
-                tables.local_time(m.created_at),
-            )
-            for m in client.models()
-        ]
-    tables.print_list(Console(), ("id", "name", "aliases", "family", "base", "job", "created"), rows)
-
-
-@models.command("promote")
-def promote_model(
-    model: Annotated[str, typer.Argument(help="A version: its id, or a name that refers to it.")],
-    alias: Annotated[str, typer.Option(help="The alias that refers to it from now on.")] = "production",
-) -> None:
-    """Let NAME@production refer to a version of a model; promote an earlier one to roll back."""
-    with connect() as client:
-        promoted = client.promote(model, alias)
-    typer.echo(f"{promoted.name}@{alias}: {promoted.version}")
-
-
-# ---- scorers
-
-
-@scorers.command("create")
-def create_scorer(
-    name: str,
-    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(get_args(ScorerKind))}.")],
-    uri: Annotated[str, typer.Argument(help="The checkpoint: a folder or a file, as a path or a URI.")],
-    processor: Annotated[
-        str | None,
-        typer.Option(help="Tokenizer and image settings, where they are not beside the checkpoint."),
-    ] = None,
-    resize: Annotated[
-        str, typer.Option(help="How hps makes an image smaller: antialiased or aliased.")
-    ] = "antialiased",
-) -> None:
-    """Register a scorer; prints its id."""
-    body = {
-        "name": name,
-        "kind": kind,
-        "uri": as_uri(uri),
-        "processor": as_uri(processor) if processor else None,
-        "resize": resize,
-    }
-    request = ScorerCreate.model_validate(body)
-    with connect() as client:
-        created = client.create_scorer(request)
-    typer.echo(created.id)
-    typer.echo(f"{created.name}: {created.kind}, {created.scale}; digest {created.digest}", err=True)
-
-
-@scorers.command("list")
-def list_scorers() -> None:
-    """List all scorers; the built-in ones are of the shapes world."""
-    with connect() as client:
-        rows = [
-            (
-                scorer.id,
-                scorer.name,
-                scorer.kind,
-                scorer.level,
-                scorer.scale,
-                scorer.digest[:12],
-                scorer.uri or "built in",
-            )
-            for scorer in client.scorers()
-        ]
-    tables.print_list(Console(), ("id", "name", "kind", "of each", "scale", "digest", "uri"), rows)
-
-
-@scorers.command("delete")
-def delete_scorer(name: Annotated[str, typer.Argument(help="Name or id of the scorer.")]) -> None:
-    """Forget a scorer that no unfinished job or evaluation uses; its files stay."""
-    with connect() as client:
-        client.delete_scorer(name)
-    typer.echo(f"{name} is deleted")
-
-
-# ---- keys
-
-
-@keys.command("create")
-def create_key(
-    name: str,
-    project: Annotated[
-        str | None,
-        typer.Option(help="Project of the key; a new name makes a new project. Default: your key's."),
-    ] = None,
-    scope: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What the key may do: read, submit, generate or admin. Repeatable. Default: all but admin."
-        ),
-    ] = None,
-) -> None:
-    """Create an API key; prints it this once: only a hash of it is stored."""
-    body: dict[str, Any] = {"name": name, "project": project}
-    request = KeyCreate.model_validate(body | ({"scopes": scope} if scope else {}))
-    with connect() as client:
-        created = client.create_key(request)
-    typer.echo(created.key)
-    typer.echo(f"{created.id}: project {created.project}, {', '.join(created.scopes)}", err=True)
-
-
-@keys.command("list")
-def list_keys() -> None:
-    """List the keys that you manage, by the characters that they end in."""
-    with connect() as client:
-        rows = [
-            (
-                key.id,
-                key.name,
-                key.project,
-                ",".join(key.scopes),
-                f"...{key.hint}",
-                tables.local_time(key.created_at),
-                tables.local_time(key.revoked_at) if key.revoked_at else "",
-            )
-            for key in client.api_keys()
-        ]
-    columns = ("id", "name", "project", "scopes", "key", "created", "revoked")
-    tables.print_list(Console(), columns, rows)
-
-
-@keys.command("revoke")
-def revoke_key(key_id: Annotated[str, typer.Argument(help="The key's id, from `dde keys list`.")]) -> None:
-    """Refuse a key from now on."""
-    with connect() as client:
-        client.revoke_key(key_id)
-    typer.echo(f"{key_id} is revoked")
 
 
 # ---- recipes, plans, credit

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dde_core.errors import ConfigError, DataError, ModelError
-from dde_core.models.configs import check_terminal_weight, ends_without_signal
+from dde_core.models.scheduler_config import check_terminal_weight, ends_without_signal
+from dde_core.score_table import Prompt
 from dde_core.scorers.kinds import KINDS, Kind
 from dde_core.shapes import scorers
 from services.api.records import ModelRecord, ScorerRecord
@@ -25,7 +26,7 @@ from services.api.requests import (
 )
 from services.artifacts import models
 from services.artifacts.external_images import check_images, find_images, one_size
-from services.artifacts.prompts import Prompt, all_prompts
+from services.artifacts.prompts import all_prompts
 from services.control.problems import show
 from services.control.tables import Dataset
 from services.errors import BadRequest, NotFound, ServiceError

@@ -11,11 +11,12 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from dde_core.errors import DataError
+from dde_core.score_table import Prompt
 from dde_core.scorers.kinds import KINDS
 from services.api.answers import DatasetView, EventView, ListView
 from services.api.records import PairsResult, ScorerRecord
 from services.api.requests import DatasetCreate, DatasetSource, EvaluationConfig, GeneratePairs, Relabel
-from services.artifacts.prompts import Prompt, digest_of, read_prompts
+from services.artifacts.prompts import digest_of, read_prompts
 from services.artifacts.scorers import load
 from services.control import checks, journal, models, scorers, stopping
 from services.control.database import ProjectDatabase

@@ -15,11 +15,11 @@ from importlib.metadata import version
 import numpy as np
 
 from dde_core.config import SampleConfig
+from dde_core.score_table import Prompt
 from services.api.records import ModelRecord, ScorerRecord
 from services.api.requests import MAX_PROMPTS, ImageFolder
 from services.artifacts import models
 from services.artifacts.external_images import check_images, find_images, one_size
-from services.artifacts.prompts import Prompt
 from services.stages import layout
 from services.stages.specs import EvaluateSpec
 

@@ -1,31 +1,32 @@
-"""Draw and score chunks in a pool of Ray actors, or find them in storage."""
+"""Draw and score chunks in a pool of Ray actors, or find them in storage.
+
+Only actors load torch: the driver starts without it.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.data
-import torch
 
 from dde_core.errors import DataError, NonFiniteError
-from dde_core.generation import TextToImage
-from dde_core.models.folder import ModelFolder
-from dde_core.models.policy import use_deterministic_kernels
 from dde_core.scorers.kinds import Scorer
 from services.api.records import ModelRecord, ScorerRecord
 from services.api.requests import ImageFolder
-from services.artifacts import models, scorers
+from services.artifacts import image_cache, models, scorers
 from services.artifacts.external_images import read_images as read_external
-from services.evaluation import image_cache
+from services.artifacts.image_cache import Damaged
 from services.evaluation.chunks import Chunk, Scored, base_first, key_of_external, key_of_scorer
-from services.evaluation.image_cache import Damaged
 from services.stages import layout
 from services.stages.specs import EvaluateSpec
 from services.storage import sources
+
+if TYPE_CHECKING:
+    from dde_core.generation import TextToImage
 
 MAX_BLOCKS = 4096
 """Of Ray Data; beyond, a block has several chunks."""
@@ -53,6 +54,8 @@ class ChunkScorer:
     """One actor. It holds one model at a time, loaded when the first of its chunks has to be drawn."""
 
     def __init__(self, spec: EvaluateSpec) -> None:
+        from dde_core.models.policy import use_deterministic_kernels
+
         use_deterministic_kernels()
         sources.hold_to(spec.sources)
         self._spec = spec
@@ -143,6 +146,11 @@ class ChunkScorer:
         """The model, in place of the one before. Its files are proven: images are stored by their digest."""
         if self._loaded is not None and self._loaded[0] == place:
             return self._loaded[1]
+        import torch
+
+        from dde_core.generation import TextToImage
+        from dde_core.models.folder import ModelFolder
+
         self._loaded = None
         if self._spec.use_gpu:
             torch.cuda.empty_cache()

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
 from dde_core.errors import DataError
-from services.evaluation import drawing, image_cache
-from services.evaluation.chunks import Scored
+from services.artifacts import image_cache
+from services.evaluation import drawing
+from services.evaluation.chunks import Chunk, Scored
 from services.stages.specs import EvaluateSpec
+
+CHUNKS_KEPT = 16
+"""Of the chunks that were read last: at most 16 x 25 images, 600 MB where each has 1024 x 1024 pixels."""
 
 
 class StoredImages:
-    """Reads one chunk at a time; those that were deleted or damaged meanwhile are drawn again."""
+    """Reads one chunk at a time and keeps the last ones; those that were deleted or damaged meanwhile are
+    drawn again.
+    """
 
     def __init__(self, spec: EvaluateSpec) -> None:
         self._spec = spec
         self._scored: dict[tuple[int, int, int], Scored] = {}
+        self._pngs = lru_cache(CHUNKS_KEPT)(self._read_chunk)
 
     def add(self, scored: Scored) -> None:
         """A chunk whose images are stored."""
@@ -34,24 +42,22 @@ class StoredImages:
         for prompt in prompts:
             if prompt not in found:
                 scored = self._scored[model, prompt, image]
-                pixels = image_cache.decode_png(self._pngs(scored))
+                pixels = image_cache.decode_png(self._pngs(scored.uri, scored.chunk))
                 found |= {scored.chunk.first + i: pixels[i] for i in range(len(pixels))}
         return [found[prompt] for prompt in prompts]
 
     def png(self, model: int, prompt: int, image: int) -> bytes:
         """One image as PNG. Raises DataError like ``read``."""
         scored = self._scored[model, prompt, image]
-        return self._pngs(scored)[prompt - scored.chunk.first]
+        return self._pngs(scored.uri, scored.chunk)[prompt - scored.chunk.first]
 
-    def _pngs(self, scored: Scored) -> list[bytes]:
-        found = _read(scored.uri)
+    def _read_chunk(self, uri: str, chunk: Chunk) -> list[bytes]:
+        found = _read(uri)
         if found is None:
-            for again in drawing.score_chunks(self._spec, [scored.chunk]):
+            for again in drawing.score_chunks(self._spec, [chunk]):
                 found = _read(again.uri)
         if found is None:
-            raise DataError(
-                f"the images at {scored.uri} were deleted or damaged twice within this evaluation"
-            )
+            raise DataError(f"the images at {uri} were deleted or damaged twice within this evaluation")
         return found
 
 

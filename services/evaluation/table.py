@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from dde_core import metrics
-from dde_core.score_table import Prompt as TablePrompt
-from dde_core.score_table import ScoreTable
+from dde_core.score_table import Prompt, ScoreTable
 from dde_core.scorers.kinds import KINDS, Kind
 from services.api.records import ScorerRecord
-from services.artifacts.prompts import Prompt
 from services.evaluation.chunks import Scored
 
 
@@ -52,10 +50,7 @@ class Table:
         numbers = {name: _numbers(KINDS[kinds[name]], features) for name, features in self.features.items()}
         return ScoreTable(
             models=self.models,
-            prompts=[
-                TablePrompt(prompt.text, prompt.category, i in truncated)
-                for i, prompt in enumerate(self.prompts)
-            ],
+            prompts=[replace(prompt, is_truncated=i in truncated) for i, prompt in enumerate(self.prompts)],
             images_per_prompt=self.images_per_prompt,
             kinds=kinds,
             scores=self.scores | numbers,

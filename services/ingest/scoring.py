@@ -6,7 +6,8 @@ relabel: a chunk has both images of some pairs
     {unit, chunks}              --read_chunks (CPU tasks)------------->  {number, table, bad}
     {number, table, bad}        --Labeler (one actor a GPU)----------->  {number, images}
 
-A chunk depends on the request alone, so a resumed run has the same ones.
+A chunk depends on the request alone, so a resumed run has the same ones. Only actors load torch: the driver
+starts without it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
-import torch
 from numpy.typing import NDArray
 
 from dde_core.errors import NonFiniteError
-from dde_core.generation import TextToImage
-from dde_core.models.folder import ModelFolder
 from dde_core.scorers.kinds import Scorer
 from services.api.records import ScorerRecord
 from services.artifacts import scorers
@@ -71,6 +69,11 @@ class Drawer:
     """The model and the scorers of one actor."""
 
     def __init__(self, spec: GenerateSpec) -> None:
+        import torch
+
+        from dde_core.generation import TextToImage
+        from dde_core.models.folder import ModelFolder
+
         torch.set_num_threads(1)
         device = "cuda" if spec.use_gpu else "cpu"
         self._spec = spec
@@ -179,6 +182,8 @@ class Labeler:
     """The scorer of one actor."""
 
     def __init__(self, spec: RelabelSpec) -> None:
+        import torch
+
         torch.set_num_threads(1)
         self._spec = spec
         self._scorers = load_scorers(spec.scorers, "cuda" if spec.use_gpu else "cpu")

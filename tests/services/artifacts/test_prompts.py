@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.artifacts.prompts import Prompt, all_prompts, read_prompts
+from dde_core.score_table import Prompt
+from services.artifacts.prompts import all_prompts, read_prompts
 from services.errors import BadRequest
 
 FILES = {

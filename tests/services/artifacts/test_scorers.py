@@ -20,7 +20,7 @@ from dde_core.scorers.kinds import KINDS
 from dde_core.scorers.weights import Weights
 from services.api.records import ScorerRecord
 from services.api.requests import ALL_SCORERS, ScorerKind
-from services.artifacts import outline, scorers
+from services.artifacts import models, outline, scorers
 from services.errors import BadRequest, NotFound, ServiceError
 from services.storage import files
 from tests.support.s3_server import Fault, S3Server
@@ -157,7 +157,7 @@ def test_a_proof_that_dies_is_an_error_with_its_exit_code(tmp_path: Path, monkey
         scorers.prove("clip", str(tmp_path), None, "antialiased")
 
 
-# ---- in an object store
+# ---- on a node
 
 
 @pytest.fixture
@@ -166,6 +166,35 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
     (tmp_path / "node").mkdir()
     return tmp_path / "node"
+
+
+@pytest.mark.parametrize("part", ["checkpoint", "processor"])
+def test_local_files_are_read_once_on_a_node_and_again_once_they_are_written_to(
+    part: str, node: Path, tmp_path: Path, monkeypatch
+):
+    checkpoint, processor = write_tiny("hps", tmp_path / "tiny")
+    assert processor
+    record = record_of("hps", checkpoint, processor)
+    read: list[str] = []
+    digest = models.file_digest
+    monkeypatch.setattr(models, "file_digest", lambda *args: read.append(args[0]) or digest(*args))
+    assert scorers.fetch(record) == [checkpoint, processor]
+    assert len(read) == 1 + len(list(processor.iterdir()))
+    models._cache_in.cache_clear()  # as another process of this node
+    assert scorers.fetch(record) == [checkpoint, processor]
+    assert len(read) == 1 + len(list(processor.iterdir())), "nothing is read again"
+    changed = checkpoint if part == "checkpoint" else processor / "vocab.json"
+    data = bytearray(changed.read_bytes())
+    times = changed.stat()
+    data[-1] ^= 1
+    changed.write_bytes(data)
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(BadRequest, match=r"the files of scorer ours at .* have changed"):
+            scorers.fetch(record)
+
+
+# ---- in an object store
 
 
 def upload(path: Path, uri: str) -> str:

@@ -6,10 +6,13 @@ import pytest
 
 from dde_core.errors import DataError
 from dde_core.metrics import beat_ratio, paired_difference
-from dde_core.score_table import Prompt, ScoreRow, ScoreTable, place_rows
+from dde_core.score_table import Prompt, ScoreTable
 from dde_core.verdict import holm
+from services.api.records import ScorerRecord
 from services.api.reports import CompareSettings, EvaluationReport
+from services.evaluation.chunks import Chunk, Scored
 from services.evaluation.report import compare
+from services.evaluation.table import Table
 from tests.support.score_tables import PROVENANCE, score_table
 
 QUICK = CompareSettings(resamples=1000)
@@ -70,15 +73,29 @@ def test_p_values_are_adjusted_over_all_scorers_and_candidates():
 
 def test_a_report_is_the_same_in_whatever_order_the_scores_arrived():
     table = score_table(40, 3, {"tuned": {"pickscore": 0.3, "clip": 0.0}})
-    rows = [
-        ScoreRow(m, p, i, {name: float(scores[m, p, i]) for name, scores in table.scores.items()})
-        for m in range(2)
-        for p in range(40)
-        for i in range(3)
+    scorers = [ScorerRecord(id=name, name=name, kind=name, digest=name, created_at=0) for name in table.kinds]
+    chunks = [
+        Chunk(
+            model=model,
+            first=first,
+            image=image,
+            prompts=tuple(prompt.text for prompt in table.prompts[first : first + 10]),
+            seeds=tuple(range(first, first + 10)),
+            size=(8, 8),
+            folder="",
+        )
+        for model in range(2)
+        for image in range(3)
+        for first in range(0, 40, 10)
     ]
-    np.random.default_rng(0).shuffle(rows)
-    arrived = dataclasses.replace(table, scores=place_rows(rows, ["pickscore", "clip"], 2, 40, 3))
-    assert report(arrived).model_dump_json() == report(table).model_dump_json()
+    np.random.default_rng(0).shuffle(chunks)
+    arrived = Table(tuple(table.models), tuple(table.prompts), 3)
+    for chunk in chunks:
+        rows = slice(chunk.first, chunk.first + 10)
+        scores = {name: values[chunk.model, rows, chunk.image] for name, values in table.scores.items()}
+        arrived.add(Scored(chunk=chunk, uri="", drawn=10, scores=scores, seconds={}), scorers)
+    found = report(arrived.score_table(scorers, truncated=()))
+    assert found.model_dump_json() == report(table).model_dump_json()
 
 
 def test_another_scorer_changes_nothing_but_the_adjusted_numbers():
