@@ -70,6 +70,8 @@ ALL_SCORERS = ("match", "taste", "fidelity")
 """The scorers of the shapes world, which every request uses by default."""
 HELD_OUT_METRICS = ("held_out_accuracy", "held_out_margin")
 """What validation measures on held-out pairs and can choose a checkpoint by."""
+HELD_OUT = "held-out:"
+"""How a URI of prompts begins that means held-out captions: ``held-out:`` or ``held-out:DATASET?pairs=N``."""
 MAX_IMAGES = 16
 MAX_PROMPTS = 100_000
 MAX_COMPARED = 16
@@ -224,9 +226,12 @@ class EvaluationConfig(Strict):
     seeds.
 
     ``prompts_uri`` is a file of prompts: text with one a line, PartiPrompts' TSV, DrawBench's CSV, a JSON
-    list or JSON lines; the first ``num_prompts`` are used. Image j of prompt i is generated from ``seed`` + i
-    + 100,000 j. ``scorers`` are names of registered scorers. The built-in ones, which are the default, can
-    score only images of the bundled shapes data: with ``[]`` you get the image grid without scores.
+    list or JSON lines; the first ``num_prompts`` are used. ``held-out:`` means the captions that the job's
+    ``training.held_out_pairs`` keep out of its training; ``held-out:DATASET?pairs=N``, in an evaluation or a
+    study, those that N held-out pairs of a registered dataset do. Image j of prompt i is generated from
+    ``seed`` + i + 100,000 j. ``scorers`` are names of registered scorers. The built-in ones, which are the
+    default, can score only images of the bundled shapes data: with ``[]`` you get the image grid without
+    scores.
     """
 
     prompts_uri: Uri

@@ -8,26 +8,22 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import unquote
 
-from dde_core.errors import DdeError
 from dde_core.scorers.kinds import KINDS, KindName, Scorer
 from dde_core.shapes.scorers import ShapesScorer
 from services.api.records import ScorerRecord
 from services.api.requests import NAME_PATTERN, Resize
 from services.artifacts import models
+from services.artifacts.apart import call_apart
 from services.artifacts.outline import outline
 from services.artifacts.proof import file_bytes
-from services.errors import BadRequest, NotFound, ServiceError
+from services.errors import BadRequest, NotFound
 from services.stages import layout
-from services.storage import files, sources
+from services.storage import files
 
 BUILT_IN: dict[str, ScorerRecord] = {
     name: ScorerRecord(id=f"scorer_{name}", name=name, kind=kind.name, digest=name, created_at=0)
@@ -35,9 +31,6 @@ BUILT_IN: dict[str, ScorerRecord] = {
     if kind.is_built_in
 }
 """The scorers of the shapes world, which every project has."""
-
-POLL_S = 0.2
-_proving = threading.Lock()
 
 
 def publish(root: str, record: ScorerRecord) -> None:
@@ -69,9 +62,7 @@ def prove(kind: KindName, uri: str, processor: str | None, resize: Resize) -> No
     """
     with tempfile.TemporaryDirectory(prefix="dde-scorer-") as folder:
         paths = [_to_prove(part, Path(folder) / name) for name, part in _parts(uri, processor).items()]
-        error = _proof_in_process(kind, paths, resize)
-    if error is not None:
-        raise error
+        call_apart("the check of the scorer's files", _prove_here, kind, paths, resize)
 
 
 def _to_prove(uri: str, folder: Path) -> Path:
@@ -79,44 +70,10 @@ def _to_prove(uri: str, folder: Path) -> Path:
     return files.local_path(uri) or outline(uri, _copy_of(uri, folder))
 
 
-def _proof_in_process(kind: KindName, paths: list[Path], resize: Resize) -> Exception | None:
-    """The error of a proof, which runs in a process of its own, one at a time.
+def _prove_here(kind: KindName, paths: list[Path], resize: Resize) -> None:
+    from dde_core.scorers.load import prove as prove_files  # only here: it loads torch
 
-    The proof loads torch, and a file made to use up memory must not end the caller.
-    """
-    spawn = get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_prove_here, args=(sender, kind, paths, resize), daemon=True)
-    with _proving:
-        process.start()
-        sender.close()
-        try:
-            while not receiver.poll(POLL_S):
-                sources.check_time()
-            error: Exception | None = receiver.recv()
-        except EOFError:
-            process.join()
-            message = f"the check of the scorer's files died with exit code {process.exitcode}"
-            raise ServiceError(message) from None
-        finally:
-            process.kill()
-            process.join()
-    return error
-
-
-def _prove_here(sender: Connection, kind: KindName, paths: list[Path], resize: Resize) -> None:
-    with suppress(OSError):  # only Linux has it: the first process to go if memory runs out
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    try:
-        from dde_core.scorers.load import prove as prove_files  # only here: it loads torch
-
-        prove_files(kind, *paths, resize=resize)
-    except ImportError as error:
-        sender.send(ServiceError(f"scorers cannot be checked here: {error}; install 'dde-align[control]'"))
-    except (DdeError, OSError) as error:
-        sender.send(error)
-    else:
-        sender.send(None)
+    prove_files(kind, *paths, resize=resize)
 
 
 def digest_of(uri: str, processor: str | None) -> str:

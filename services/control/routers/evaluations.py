@@ -19,9 +19,11 @@ from services.control.dependencies import (
     Limit,
     LongLimit,
     body,
+    Root,
     takes,
 )
 from services.control.idempotency import IdempotentRequest
+from services.control.held_out import reads_a_dataset
 from services.control.reading import READ_S, reads_sources
 
 router = APIRouter(tags=["evaluations"])
@@ -29,14 +31,15 @@ PATH = "/v1/evaluations"
 
 
 @router.post(PATH, openapi_extra=takes(EvaluationCreate), dependencies=[SUBMIT])
-@reads_sources(READ_S)
+@reads_sources(READ_S, reads_a_dataset)
 def create_evaluation(
     request: Annotated[EvaluationCreate, Depends(body(EvaluationCreate))],
     db: Db,
+    root: Root,
     key: Key = None,
 ) -> EvaluationView:
     """Start a comparison of two registered models on held-out prompts."""
-    return jobs.create_evaluation(db, IdempotentRequest.of(key, PATH, request), request)
+    return jobs.create_evaluation(db, root, IdempotentRequest.of(key, PATH, request), request)
 
 
 @router.get(PATH, response_model=ListView[EvaluationView], dependencies=[READ])

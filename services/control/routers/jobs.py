@@ -27,6 +27,7 @@ from services.control.dependencies import (
     metadata_filter,
     takes,
 )
+from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
 from services.control.reading import READ_S, reads_sources
 
@@ -40,14 +41,15 @@ AfterStep = Annotated[int | None, Query(description="The last step already seen.
 
 
 @router.post(PATH, openapi_extra=takes(AlignmentJobCreate), dependencies=[SUBMIT])
-@reads_sources(READ_S)
+@reads_sources(READ_S, reads_a_dataset)
 def create_job(
     request: Annotated[AlignmentJobCreate, Depends(body(AlignmentJobCreate))],
     db: Db,
+    root: Root,
     key: Key = None,
 ) -> JobView:
     """Start a job: encode the pairs, train, evaluate. The aligned model is then served under its name."""
-    return jobs.create_alignment(db, IdempotentRequest.of(key, PATH, request), request)
+    return jobs.create_alignment(db, root, IdempotentRequest.of(key, PATH, request), request)
 
 
 @router.get(PATH, response_model=ListView[JobView], openapi_extra=FILTERS, dependencies=[READ])

@@ -10,7 +10,8 @@ from services.api.answers import EventView, ListView, RunView, StudyView
 from services.api.records import JobStatus
 from services.api.requests import StudyCreate
 from services.control import jobs, journal, stopping, studies
-from services.control.dependencies import READ, SUBMIT, After, Db, Key, Limit, LongLimit, body, takes
+from services.control.dependencies import READ, SUBMIT, After, Db, Key, Limit, LongLimit, Root, body, takes
+from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
 from services.control.reading import READ_S, reads_sources
 
@@ -19,14 +20,15 @@ PATH = "/v1/studies"
 
 
 @router.post(PATH, openapi_extra=takes(StudyCreate), dependencies=[SUBMIT])
-@reads_sources(READ_S)
+@reads_sources(READ_S, reads_a_dataset)
 def create_study(
     request: Annotated[StudyCreate, Depends(body(StudyCreate))],
     db: Db,
+    root: Root,
     key: Key = None,
 ) -> StudyView:
     """Start a study: a grid of alignment jobs, then a comparison of all of their models."""
-    return studies.create(db, IdempotentRequest.of(key, PATH, request), request)
+    return studies.create(db, root, IdempotentRequest.of(key, PATH, request), request)
 
 
 @router.get(PATH, response_model=ListView[StudyView], dependencies=[READ])
