@@ -31,6 +31,11 @@ GAIN = {"dde": 0.2, "sft": 0.05}
 
 def evaluate(spec) -> fakes.RunState:
     """Leaves what the evaluate stage does. Scores are made from the model's name, so the truth is known."""
+def drift_of(name: str) -> float:
+    """The method's drift, and a little of the seed's."""
+    return (3.0 if "dde" in name else 1.0) + (0.5 if name.endswith("1") and "dde" in name else 0.0)
+
+
     names = [model.name for model in spec.models]
     num_prompts = spec.evaluation.num_prompts
     scores = []
@@ -39,8 +44,11 @@ def evaluate(spec) -> fakes.RunState:
         of_prompts = [0.5 + 0.01 * i + gain + (0.001 * i if gain else 0.0) for i in range(num_prompts)]
         scores.append([[score - 0.1, score + 0.1] for score in of_prompts])
     report = layout.report_uri(spec.output)
-    kinds = {"taste": "taste", "drift": "drift"}
-    content = {"models": names, "kinds": kinds, "scores": {"taste": scores, "drift": [None] * len(names)}}
+    content = {"models": names, "kinds": {"taste": "taste"}, "scores": {"taste": scores}}
+    for each in spec.scorers:
+        if each.kind == "drift":
+            content["kinds"][each.name] = "drift"
+            content["scores"][each.name] = [None, *(drift_of(name) for name in names[1:])]
     files.write_json(report, content)
     fakes.journal(spec, 1)
     one = Interval(value=0.5, low=0.4, high=0.6)
@@ -168,6 +176,33 @@ def test_the_report_has_every_contrast_the_costs_and_the_curves(plane):
 
 def test_runs_that_differ_by_their_seeds_alone_are_repetitions_of_one_setting(plane):
     seeds = "training.seed, training.draw_seed"
+def test_drift_is_contrasted_between_settings_over_their_seeds(plane):
+    insert(plane, "moved", "drift")
+    wanted = body(plane)
+    wanted["evaluation"] = {**wanted["evaluation"], "scorers": ["taste", "moved"]}
+    result = settle(plane, plane.post(STUDIES, wanted))["result"]
+    [found] = [each for each in result["contrasts"] if each["scorer"] == "moved"]
+    assert (found["setting"], found["against"]) == ("dde", "sft")
+    assert (found["seeds"], found["prompts"], found["by"]) == (2, 3, "t")
+    half = t_quantile(0.975, 1) * np.std([2.0, 2.5], ddof=1) / 2**0.5
+    assert found["difference"]["value"] == pytest.approx(2.25)
+    assert found["difference"]["high"] - 2.25 == pytest.approx(half)
+    assert found["adjusted_p"] >= found["p"]
+    assert len(result["contrasts"]) == 4
+    assert "moved" not in result["base_scores"]
+    settings = {each["setting"]: each["scores"] for each in result["settings"]}
+    assert (settings["dde"]["moved"], settings["sft"]["moved"]) == (3.25, 1.0)
+    assert "<th>moved</th>" in files.read_bytes(result["page"]).decode()
+
+
+def test_a_single_seed_has_no_contrast_of_drift(plane):
+    insert(plane, "moved", "drift")
+    wanted = body(plane, grid={"objective.method": ["dde", "sft"]})
+    wanted["evaluation"] = {**wanted["evaluation"], "scorers": ["taste", "moved"]}
+    result = settle(plane, plane.post(STUDIES, wanted))["result"]
+    assert {each["scorer"] for each in result["contrasts"]} == {"taste"}
+
+
     study = plane.post(STUDIES, body(plane, grid={"objective.method": ["dde", "sft"], seeds: [0, 1, 2]}))
     assert [cell["label"] for cell in study["cells"]][:3] == ["dde-seed0", "dde-seed1", "dde-seed2"]
     done = settle(plane, study)
