@@ -307,6 +307,21 @@ class Client:
 
     # ---- images and scores
 
+    def resume_study(self, study_id: str) -> StudyView:
+        """Repeat the evaluations of a study that failed when its models were compared."""
+        return self._post(StudyView, f"/v1/studies/{study_id}/resume")
+
+    # ---- reports
+
+    def report(self, run_id: str, form: Literal["html", "json"] = "html") -> bytes:
+        """The report of a job, an evaluation or a study, by its id. Raises ApiError 404 before it ends."""
+        kind = run_id.partition("_")[0]
+        if kind not in REPORTS:
+            message = f"id: must be of a job, an evaluation or a study, got {run_id!r}"
+            raise BadRequest(message, param="id")
+        suffix = "report" if form == "html" else "report.json"
+        return self._receive("GET", f"{REPORTS[kind]}/{run_id}/{suffix}").content
+
     def generate(self, request: ImageRequest) -> list[bytes]:
         """Generate images; returns the content of PNG files."""
         answer = self._send("POST", "/v1/images/generations", request)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,17 @@ from services.api.requests import (
     StudyCreate,
 )
 from services.api.study_cells import Cell, expand
-from services.control import checks, jobs, journal, making, models, scorers, stopping, study_report
+from services.control import (
+    checks,
+    jobs,
+    journal,
+    making,
+    models,
+    scorers,
+    stopping,
+    study_report,
+    transitions,
+)
 from services.control.database import Database, ProjectDatabase
 from services.control.held_out import HeldOut, is_held_out
 from services.control.idempotency import IdempotentRequest, create_once
@@ -118,6 +129,56 @@ def create(
         return study_view(row)
 
     return create_once(database, idempotent, StudyView, check, insert)
+
+
+def resume(database: ProjectDatabase, study_id: str) -> StudyView:
+    """Repeat the evaluations of a study that did not succeed: its models are trained already.
+
+    Images that they have drawn are used again. Raises NotFound for an unknown study or scorer, and Conflict
+    for a study that has not failed or had compared nothing yet, and for one whose models or name are gone.
+    """
+    now = time.time()
+    with database.write(alone=True) as session:
+        row = stopping.locked(session, study_id, "study")
+        _refuse_resume(session, row)
+        ended = _ended(session, row.results["evaluations"])
+        row.attempt += 1
+        numbers = [
+            evaluation_id(row.id, place, row.attempt) if number in ended else number
+            for place, number in enumerate(row.results["evaluations"])
+        ]
+        row.results = {**row.results, "evaluations": numbers}
+        transitions.check(row.status, "evaluating")
+        journal.log(session, row.id, f"{row.status} -> evaluating: resumed on request")
+        row.status = "evaluating"
+        row.reason = None
+        row.finished_at = None
+        row.lock_token = None
+        row.lock_expires_at = None
+        row.next_at = now
+        return study_view(row)
+
+
+def _refuse_resume(session: Session, row: Job) -> None:
+    if row.status != "failed":
+        raise stopping.conflict(row, f"has not failed: it is {row.status}")
+    if not row.results["evaluations"]:
+        why = "failed before its models were compared: resume its cells' jobs, or start a new study"
+        raise stopping.conflict(row, why)
+    for model in (row.base, *row.results["compared"]):
+        if session.scalar(select(Model.id).where(Model.id == model)) is None:
+            raise stopping.conflict(row, f"cannot resume: its model {model} was deleted", "model_not_found")
+    scorers.of_names(session, row.request["evaluation"]["scorers"], "evaluation.scorers")
+    try:
+        _refuse_name(session, str(row.name))
+    except BadRequest as error:
+        raise stopping.conflict(row, f"cannot resume: {error.message}", error.code) from error
+
+
+def _ended(session: Session, numbers: list[str]) -> set[str]:
+    """The evaluations that have ended without success."""
+    ended = Job.status.in_(("failed", "cancelled"))
+    return set(session.scalars(select(Job.id).where(Job.id.in_(numbers), ended)))
 
 
 def _parse(label: str, body: dict[str, Any]) -> AlignmentJobCreate:
@@ -377,9 +438,10 @@ def job_id(study: str, label: str) -> str:
     return _id("ajob", study, "cell", label)
 
 
-def evaluation_id(study: str, number: int) -> str:
-    """The id of a study's evaluation, numbered from 0."""
-    return _id("eval", study, "evaluation", str(number))
+def evaluation_id(study: str, number: int, attempt: int = 1) -> str:
+    """The id of a study's evaluation, numbered from 0, and counted again where the study was resumed."""
+    repeated = (str(attempt),) if attempt > 1 else ()
+    return _id("eval", study, "evaluation", str(number), *repeated)
 
 
 def _id(prefix: str, *parts: str) -> str:

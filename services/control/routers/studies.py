@@ -55,3 +55,12 @@ def list_study_events(
 def cancel_study(study_id: str, db: Db) -> RunView:
     """Request the cancellation of a study and of all of its jobs."""
     return stopping.cancel(db, "study", study_id)
+
+
+@router.post(PATH + "/{study_id}/resume", dependencies=[SUBMIT])
+def resume_study(study_id: str, db: Db) -> StudyView:
+    """Repeat the evaluations of a study that failed when its models were compared.
+
+    No cell is trained again, and images that are drawn already are used again.
+    """
+    return studies.resume(db, study_id)
