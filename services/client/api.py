@@ -20,7 +20,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 from pydantic import BaseModel
@@ -60,11 +60,13 @@ from services.api.requests import (
     ScoreRequest,
     StudyCreate,
 )
-from services.errors import ServiceError, Unavailable
+from services.errors import BadRequest, ServiceError, Unavailable
 
 PAGE_SIZE = 100
 LONGEST_PAUSE_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
+REPORTS = {"ajob": "/v1/alignment/jobs", "eval": "/v1/evaluations", "study": "/v1/studies"}
+"""Where the reports are of what has an id of this kind."""
 
 Run = TypeVar("Run", bound=RunView)
 
@@ -305,8 +307,6 @@ class Client:
         """Cancel a study and all of its jobs."""
         return self._post(StudyView, f"/v1/studies/{study_id}/cancel")
 
-    # ---- images and scores
-
     def resume_study(self, study_id: str) -> StudyView:
         """Repeat the evaluations of a study that failed when its models were compared."""
         return self._post(StudyView, f"/v1/studies/{study_id}/resume")
@@ -321,6 +321,8 @@ class Client:
             raise BadRequest(message, param="id")
         suffix = "report" if form == "html" else "report.json"
         return self._receive("GET", f"{REPORTS[kind]}/{run_id}/{suffix}").content
+
+    # ---- images and scores
 
     def generate(self, request: ImageRequest) -> list[bytes]:
         """Generate images; returns the content of PNG files."""
@@ -367,7 +369,19 @@ class Client:
         slow: bool = False,
         once: bool = False,
     ) -> Any:
-        """Send a request and return the JSON of the answer.
+        """Send a request and return the JSON of the answer."""
+        return self._receive(method, path, body, query, slow, once).json()
+
+    def _receive(
+        self,
+        method: str,
+        path: str,
+        body: BaseModel | None = None,
+        query: dict[str, Any] | None = None,
+        slow: bool = False,
+        once: bool = False,
+    ) -> httpx.Response:
+        """Send a request and return the answer.
 
         ``once`` tries once; ``slow`` does, too, and waits without a limit.
         """
@@ -390,11 +404,11 @@ class Client:
                 f"{self.base_url} does not answer: {error or type(error).__name__}", param="url"
             ) from error
 
-    def _try_once(self, request: httpx.Request) -> Any:
+    def _try_once(self, request: httpx.Request) -> httpx.Response:
         response = self._http.send(request)
         if not response.is_success:
             raise ApiError.of(response)
-        return response.json()
+        return response
 
 
 def _is_transient(error: BaseException) -> bool:

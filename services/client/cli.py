@@ -26,6 +26,7 @@ from services.client.bodies import PLACEHOLDERS, as_uri, job_body, read_body, va
 from services.client.connection import connect
 from services.client.dataset_commands import datasets
 from services.client.job_commands import jobs
+from services.client.evaluation_commands import evaluations
 from services.client.study_commands import study
 from services.errors import BadRequest, ServiceError
 from services.settings import ClientSettings
@@ -60,6 +61,7 @@ app.add_typer(models, name="models")
 app.add_typer(scorers, name="scorers")
 app.add_typer(jobs, name="jobs")
 app.add_typer(study, name="study")
+app.add_typer(evaluations, name="evaluations")
 app.add_typer(keys, name="keys")
 
 Cpus = Annotated[

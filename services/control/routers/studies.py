@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import HTMLResponse
 
 from services.api.answers import EventView, ListView, RunView, StudyView
 from services.api.records import JobStatus
 from services.api.requests import StudyCreate
-from services.control import jobs, journal, stopping, studies
+from services.control import jobs, journal, reports, stopping, studies
 from services.control.dependencies import READ, SUBMIT, After, Db, Key, Limit, LongLimit, Root, body, takes
 from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
@@ -64,3 +65,15 @@ def resume_study(study_id: str, db: Db) -> StudyView:
     No cell is trained again, and images that are drawn already are used again.
     """
     return studies.resume(db, study_id)
+
+
+@router.get(PATH + "/{study_id}/report", response_class=HTMLResponse, dependencies=[READ])
+def get_study_page(study_id: str, db: Db) -> Response:
+    """The study's report as one page of HTML, without scripts."""
+    return HTMLResponse(reports.read(db, "study", study_id, "page"), headers=reports.PAGE_HEADERS)
+
+
+@router.get(PATH + "/{study_id}/report.json", response_model=dict[str, Any], dependencies=[READ])
+def get_study_report(study_id: str, db: Db) -> Response:
+    """The study's report as JSON."""
+    return Response(reports.read(db, "study", study_id, "report"), media_type="application/json")
