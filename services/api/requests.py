@@ -350,24 +350,33 @@ class ImageFolder(Strict):
     images_uri: Uri
 
 
+class NamedModel(Strict):
+    """A registered ``model``, by its name or id, compared under another ``name``: another version of one."""
+
+    name: Name
+    model: str
+
+
 def _one_member(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
     """Report the errors of the one member that is meant; pydantic's own for a union are those of all."""
     if isinstance(value, dict):
-        return ImageFolder.model_validate(value)
-    if isinstance(value, str | ImageFolder):
+        member = NamedModel if "model" in value else ImageFolder
+        return member.model_validate(value)
+    if isinstance(value, str | ImageFolder | NamedModel):
         return inner(value)
-    message = "must be the name or id of a model, or an object with name and images_uri"
+    message = "must be the name or id of a model, or an object with name and images_uri or model"
     raise PydanticCustomError("compared", message)
 
 
-Compared = Annotated[str | ImageFolder, WrapValidator(_one_member)]
+Compared = Annotated[str | ImageFolder | NamedModel, WrapValidator(_one_member)]
 
 
 class EvaluationCreate(EvaluationConfig):
     """Compare models on held-out prompts: each of ``models`` with the ``base`` among them.
 
     ``models`` are names or ids of registered models, at least one, and folders of images that were drawn
-    elsewhere. ``base`` is the first one by default.
+    elsewhere. Their names differ: ``{"name": "before", "model": ID}`` compares a model under another one.
+    ``base`` is the first one by default.
     """
 
     models: Annotated[

@@ -13,7 +13,7 @@ from dde_core.errors import DataError
 from dde_core.scorers.kinds import KINDS
 from services.api.answers import CheckpointView, EvaluationView, JobView, ListView, RunView
 from services.api.records import JobStatus, ModelRecord, Validated
-from services.api.requests import AlignmentJobCreate, EvaluationCreate, ImageFolder
+from services.api.requests import AlignmentJobCreate, EvaluationCreate, ImageFolder, NamedModel
 from services.artifacts import checkpoints
 from services.control import checks, journal, making, models, scorers
 from services.control.database import ProjectDatabase
@@ -161,6 +161,10 @@ def _compared(
     for i, each in enumerate(request.models):
         if isinstance(each, ImageFolder):
             found: ModelRecord | ImageFolder = each
+            is_base = request.base == each.name
+        elif isinstance(each, NamedModel):
+            record = models.record_of(models.find(session, each.model, f"models.{i}.model"))
+            found = record.model_copy(update={"name": each.name})
             is_base = request.base == each.name
         else:
             found = models.record_of(models.find(session, each, f"models.{i}"))
