@@ -70,33 +70,28 @@ class HeldOut:
         was itself trained on them; NotFound and Conflict for the dataset.
         """
         validation = request.validation
-        own = is_held_out(request.evaluation.prompts_uri)
-        of_validation = validation is not None and is_held_out(validation.prompts_uri)
-        if not own and not of_validation:
+        uris = {"evaluation": request.evaluation.prompts_uri}
+        if validation is not None and validation.prompts_uri is not None:
+            uris["validation"] = validation.prompts_uri
+        parts = [part for part, uri in uris.items() if is_held_out(uri)]
+        if not parts:
             return request
-        if own and of_validation:
+        if len(parts) > 1:
             why = (
-                "must be null where evaluation.prompts_uri is held out: validation takes the captions after "
+                "must be null where evaluation.prompts_uri is held out: its captions follow"
             )
-            _refuse(
-                "validation.prompts_uri", f"{why}the evaluation's", str(validation and validation.prompts_uri)
-            )
-        param = "evaluation.prompts_uri" if own else "validation.prompts_uri"
-        uri = request.evaluation.prompts_uri if own else str(validation and validation.prompts_uri)
-        if uri != HELD_OUT:
+            _refuse("validation.prompts_uri", why, uris["validation"])
+        [part] = parts
+        param = f"{part}.prompts_uri"
+        if uris[part] != HELD_OUT:
             why = f"must be {HELD_OUT!r} in a job, the captions that training.held_out_pairs keep out of it"
-            _refuse(param, why, uri)
+            _refuse(param, why, uris[part])
         found = self.of_training(request, param)
-        if own:
-            follows = validation is not None and validation.prompts_uri is None
-            skipped = validation.num_prompts if validation and follows else 0
-            _check_count(found, request.evaluation.num_prompts, skipped)
-            evaluation = request.evaluation.model_copy(update={"prompts_uri": found.uri})
-            return request.model_copy(update={"evaluation": evaluation})
-        assert validation is not None
-        _check_count(found, 0, validation.num_prompts)
-        updated = validation.model_copy(update={"prompts_uri": found.uri})
-        return request.model_copy(update={"validation": updated})
+        uses_them = validation is not None and (part == "validation" or validation.prompts_uri is None)
+        num_validated = validation.num_prompts if validation and uses_them else 0
+        _check_count(found, request.evaluation.num_prompts if part == "evaluation" else 0, num_validated)
+        config = getattr(request, part).model_copy(update={"prompts_uri": found.uri})
+        return request.model_copy(update={part: config})
 
     def of_training(self, request: AlignmentJobCreate, param: str) -> Prompts:
         """The captions that a job does not train on."""
