@@ -68,6 +68,21 @@ def seed_contrasts(
     return [_contrast(table, means) for table, means in zip(differences, drawn, strict=True)]
 
 
+def seed_values_contrast(differences: Float64[np.ndarray, " seeds"]) -> SeedContrast:
+    """A contrast of a number that a model has as a whole, such as drift: a difference for each seed.
+
+    Student's interval over the seeds. It is over the prompts at hand: such a number is of all images together
+    and says nothing of other prompts. Raises DataError for a single seed, and for values that are not finite.
+    """
+    if len(differences) < 2:
+        raise DataError(f"a contrast of whole models needs at least 2 seeds, got {len(differences)}")
+    if not np.isfinite(differences).all():
+        raise DataError("differences must be finite")
+    mean = float(differences.mean())
+    half, p = _student(differences)
+    return SeedContrast(mean, mean - half, mean + half, "t", p)
+
+
 def _contrast(
     table: Float64[np.ndarray, "seeds prompts"], drawn: Float64[np.ndarray, " resamples"]
 ) -> SeedContrast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,6 +25,19 @@ def hold_out(keys: UInt64[np.ndarray, " n"], num_pairs: int) -> Bool[np.ndarray,
     _, caption_of, counts = np.unique(keys, return_inverse=True, return_counts=True)
     before = np.cumsum(counts) - counts
     return (before < num_pairs)[caption_of]
+
+
+def held_out_captions(
+    captions: Sequence[str], pairs: Int[np.ndarray, " n"], keys: UInt64[np.ndarray, " n"], num_pairs: int
+) -> list[str]:
+    """The captions that no pair is trained with if ``num_pairs`` are held out: one for each key, by keys.
+
+    ``pairs`` counts the decided pairs of each caption. Pairs that cannot be encoded later change nothing:
+    with fewer pairs before it in the order of keys, a held-out caption stays held out.
+    """
+    is_held_out = hold_out(np.repeat(keys, pairs), num_pairs)[np.cumsum(pairs) - pairs]
+    _, first = np.unique(keys, return_index=True)
+    return [captions[i] for i in first[is_held_out[first]]]
 
 
 def caption_keys(tokens: Int[np.ndarray, "n k s"]) -> UInt64[np.ndarray, " n"]:

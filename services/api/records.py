@@ -318,7 +318,7 @@ class StudyCellRecord(Strict):
 
 class StudySetting(Strict):
     """Cells that differ by their seeds alone: how many there are and have a model, the mean score over their
-    models and all prompts, and the cost of all of them.
+    models and all prompts (of scorers of kind drift: over their models), and the cost of all of them.
 
     ``seconds`` are sums of their jobs' stages; ``images`` counts what validation and the jobs' own
     evaluations have drawn.
@@ -337,7 +337,8 @@ class Contrast(Strict):
     """The mean difference of one scorer between two settings, or a setting and the base (``against`` null).
 
     It is over ``seeds`` that both settings have and ``prompts``. ``by`` is the wider of the interval over
-    both, by bootstrap, and Student's over seeds; that one needs two. ``adjusted_p`` is Holm's, over all
+    both, by bootstrap, and Student's over seeds; that one needs two. Scorers of kind drift, whose numbers are
+    lower for less drift, have Student's alone, between two settings. ``adjusted_p`` is Holm's, over all
     contrasts of the study.
     """
 
@@ -365,6 +366,11 @@ class StudyReport(Strict):
     contrasts: list[Contrast]
     seconds: float
     images: int
+
+    def scorers(self) -> list[str]:
+        """Every scorer with means; those that measure distance from the base have none of the base."""
+        of_settings = (name for each in self.settings for name in each.scores)
+        return list(dict.fromkeys([*self.base_scores, *of_settings]))
 
 
 class Validated(Strict):

@@ -73,6 +73,8 @@ ALL_SCORERS = ("match", "taste", "fidelity")
 """The scorers of the shapes world, which every request uses by default."""
 HELD_OUT_METRICS = ("held_out_accuracy", "held_out_margin")
 """What validation measures on held-out pairs and can choose a checkpoint by."""
+HELD_OUT = "held-out:"
+"""How a URI of prompts begins that means held-out captions: ``held-out:`` or ``held-out:DATASET?pairs=N``."""
 MAX_IMAGES = 16
 MAX_PROMPTS = 100_000
 MAX_COMPARED = 16
@@ -223,9 +225,12 @@ class EvaluationConfig(Strict):
     seeds.
 
     ``prompts_uri`` is a file of prompts: text with one a line, PartiPrompts' TSV, DrawBench's CSV, a JSON
-    list or JSON lines; the first ``num_prompts`` are used. Image j of prompt i is generated from ``seed`` + i
-    + 100,000 j. ``scorers`` are names of registered scorers. The built-in ones, which are the default, can
-    score only images of the bundled shapes data: with ``[]`` you get the image grid without scores.
+    list or JSON lines; the first ``num_prompts`` are used. ``held-out:`` means the captions that the job's
+    ``training.held_out_pairs`` keep out of its training; ``held-out:DATASET?pairs=N``, in an evaluation or a
+    study, those that N held-out pairs of a registered dataset do. Image j of prompt i is generated from
+    ``seed`` + i + 100,000 j. ``scorers`` are names of registered scorers. The built-in ones, which are the
+    default, can score only images of the bundled shapes data: with ``[]`` you get the image grid without
+    scores.
     """
 
     prompts_uri: Uri
@@ -344,24 +349,33 @@ class ImageFolder(Strict):
     images_uri: Uri
 
 
+class NamedModel(Strict):
+    """A registered ``model``, by its name or id, compared under another ``name``: another version of one."""
+
+    name: Name
+    model: str
+
+
 def _one_member(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
     """Report the errors of the one member that is meant; pydantic's own for a union are those of all."""
     if isinstance(value, dict):
-        return ImageFolder.model_validate(value)
-    if isinstance(value, str | ImageFolder):
+        member = NamedModel if "model" in value else ImageFolder
+        return member.model_validate(value)
+    if isinstance(value, str | ImageFolder | NamedModel):
         return inner(value)
-    message = "must be the name or id of a model, or an object with name and images_uri"
+    message = "must be the name or id of a model, or an object with name and images_uri or model"
     raise PydanticCustomError("compared", message)
 
 
-Compared = Annotated[str | ImageFolder, WrapValidator(_one_member)]
+Compared = Annotated[str | ImageFolder | NamedModel, WrapValidator(_one_member)]
 
 
 class EvaluationCreate(EvaluationConfig):
     """Compare models on held-out prompts: each of ``models`` with the ``base`` among them.
 
     ``models`` are names or ids of registered models, at least one, and folders of images that were drawn
-    elsewhere. ``base`` is the first one by default.
+    elsewhere. Their names differ: ``{"name": "before", "model": ID}`` compares a model under another one.
+    ``base`` is the first one by default.
     """
 
     models: Annotated[

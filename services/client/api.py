@@ -19,7 +19,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 from pydantic import BaseModel
@@ -63,6 +63,8 @@ from services.errors import BadRequest, DeadlineExceeded, ServiceError, Unavaila
 PAGE_SIZE = 100
 LONGEST_PAUSE_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
+REPORTS = {"ajob": "/v1/alignment/jobs", "eval": "/v1/evaluations", "study": "/v1/studies"}
+"""Where the reports are of what has an id of this kind."""
 
 Run = TypeVar("Run", bound=RunView)
 
@@ -303,6 +305,21 @@ class Client:
         """Cancel a study and all of its jobs."""
         return self._post(StudyView, f"/v1/studies/{study_id}/cancel")
 
+    def resume_study(self, study_id: str) -> StudyView:
+        """Repeat the evaluations of a study that failed when its models were compared."""
+        return self._post(StudyView, f"/v1/studies/{study_id}/resume")
+
+    # ---- reports
+
+    def report(self, run_id: str, form: Literal["html", "json"] = "html") -> bytes:
+        """The report of a job, an evaluation or a study, by its id. Raises ApiError 404 before it ends."""
+        kind = run_id.partition("_")[0]
+        if kind not in REPORTS:
+            message = f"id: must be of a job, an evaluation or a study, got {run_id!r}"
+            raise BadRequest(message, param="id")
+        suffix = "report" if form == "html" else "report.json"
+        return self._receive("GET", f"{REPORTS[kind]}/{run_id}/{suffix}").content
+
     # ---- images and scores
 
     def generate(self, request: ImageRequest) -> ImagesResponse:
@@ -356,7 +373,19 @@ class Client:
         slow: bool = False,
         once: bool = False,
     ) -> Any:
-        """Send a request and return the JSON of the answer.
+        """Send a request and return the JSON of the answer."""
+        return self._receive(method, path, body, query, slow, once).json()
+
+    def _receive(
+        self,
+        method: str,
+        path: str,
+        body: BaseModel | None = None,
+        query: dict[str, Any] | None = None,
+        slow: bool = False,
+        once: bool = False,
+    ) -> httpx.Response:
+        """Send a request and return the answer.
 
         ``once`` tries once; ``slow`` does, too, and waits without a limit.
         """
@@ -379,11 +408,11 @@ class Client:
                 f"{self.base_url} does not answer: {error or type(error).__name__}", param="url"
             ) from error
 
-    def _try_once(self, request: httpx.Request) -> Any:
+    def _try_once(self, request: httpx.Request) -> httpx.Response:
         response = self._http.send(request)
         if not response.is_success:
             raise ApiError.of(response)
-        return response.json()
+        return response
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from services.api.requests import AlignmentJobCreate, StudyCreate
+from services.api.requests import HELD_OUT, AlignmentJobCreate, StudyCreate
 from services.client.recipes import merged
 from services.errors import BadRequest
 
@@ -124,7 +124,7 @@ def workers_of(option: str) -> int | list[int]:
 
 def as_uri(path_or_uri: str) -> str:
     """A URI as it is, a path as file://."""
-    if "://" in path_or_uri:
+    if "://" in path_or_uri or path_or_uri.startswith(HELD_OUT):
         return path_or_uri
     return Path(path_or_uri).expanduser().resolve().as_uri()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
@@ -24,6 +25,7 @@ from services.client import recipes, tables
 from services.client.bodies import PLACEHOLDERS, as_uri, job_body, read_body, validation_line
 from services.client.connection import connect
 from services.client.dataset_commands import datasets
+from services.client.evaluation_commands import evaluations
 from services.client.job_commands import jobs
 from services.client.key_commands import keys
 from services.client.model_commands import models
@@ -58,6 +60,7 @@ app.add_typer(datasets, name="datasets")
 app.add_typer(models, name="models")
 app.add_typer(scorers, name="scorers")
 app.add_typer(jobs, name="jobs")
+app.add_typer(evaluations, name="evaluations")
 app.add_typer(study, name="study")
 app.add_typer(keys, name="keys")
 
@@ -303,9 +306,15 @@ def generate(
 
 
 def _compared(text: str) -> str | dict[str, str]:
-    """``NAME=FOLDER`` as the body of a folder of images; anything else is a model's name or id."""
-    name, equals, folder = text.partition("=")
-    return {"name": name, "images_uri": as_uri(folder)} if equals else text
+    """``NAME=FOLDER`` as the body of a folder of images, ``NAME=ID`` as that of a model under another name;
+    anything else is a model's name or id.
+    """
+    name, equals, what = text.partition("=")
+    if not equals:
+        return text
+    if re.fullmatch(r"model_[0-9a-f]+", what):
+        return {"name": name, "model": what}
+    return {"name": name, "images_uri": as_uri(what)}
 
 
 @app.command()
@@ -313,7 +322,8 @@ def evaluate(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="Two or more: names or ids of models, or NAME=FOLDER for images drawn elsewhere.",
+            help="Two or more: names or ids of models, NAME=ID for a model under another name, NAME=FOLDER "
+            "for images drawn elsewhere.",
             show_default=False,
         ),
     ],

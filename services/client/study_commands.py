@@ -85,6 +85,13 @@ def cancel_study(study_id: Annotated[str, typer.Argument(help="The study's id.")
         typer.echo(client.cancel_study(study_id).status)
 
 
+@study.command("resume")
+def resume_study(study_id: Annotated[str, typer.Argument(help="The study's id.")]) -> None:
+    """Repeat the evaluations of a study that failed when its models were compared; prints its status."""
+    with connect() as client:
+        typer.echo(client.resume_study(study_id).status)
+
+
 def _follow(client: Client, study_id: str) -> None:
     """Print the study's events until it has ended, then what it found. Raises ServiceError if it failed."""
     console = Console()

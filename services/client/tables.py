@@ -227,12 +227,12 @@ def cells_line(study: StudyView) -> str:
 
 def study_tables(report: StudyReport) -> list[Table]:
     """Each setting's mean scores and cost, and the contrasts with their 95% intervals."""
-    scorers = list(report.base_scores)
+    scorers = report.scorers()
     settings = new_table(
         "settings: models, mean scores, seconds of all stages, images drawn",
         *(label("setting"), number("models"), *map(number, scorers), number("seconds"), number("images")),
     )
-    means = [f"{report.base_scores[name]:.3f}" for name in scorers]
+    means = [f"{report.base_scores[name]:.3f}" if name in report.base_scores else "-" for name in scorers]
     settings.add_row("base", "", *means, f"{report.seconds:.0f}", str(report.images))
     for each in report.settings:
         means = [f"{each.scores[name]:.3f}" if name in each.scores else "-" for name in scorers]

@@ -13,10 +13,11 @@ from dde_core.errors import DataError
 from dde_core.scorers.kinds import KINDS
 from services.api.answers import CheckpointView, EvaluationView, JobView, ListView, RunView
 from services.api.records import JobStatus, ModelRecord, Validated
-from services.api.requests import AlignmentJobCreate, EvaluationCreate, ImageFolder
+from services.api.requests import AlignmentJobCreate, EvaluationCreate, ImageFolder, NamedModel
 from services.artifacts import checkpoints
 from services.control import checks, journal, making, models, scorers
 from services.control.database import ProjectDatabase
+from services.control.held_out import HeldOut, is_held_out
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.job_update import new_job
 from services.control.listing import by_id, is_id, list_view, newest
@@ -30,28 +31,35 @@ from services.storage import files
 
 
 def create_alignment(
-    database: ProjectDatabase, idempotent: IdempotentRequest, request: AlignmentJobCreate
+    database: ProjectDatabase, root: str, idempotent: IdempotentRequest, request: AlignmentJobCreate
 ) -> JobView:
     """Raises BadRequest, NotFound or Conflict for all that is known to fail before compute is spent."""
 
-    def check() -> list[str]:
-        return check_alignment(database, request)
+    def check() -> tuple[AlignmentJobCreate, list[str]]:
+        return check_alignment(database, HeldOut(database, root), request)
 
-    def insert(session: Session, warnings: list[str]) -> JobView:
-        return job_view(insert_alignment(session, new_id("ajob"), request, warnings))
+    def insert(session: Session, checked: tuple[AlignmentJobCreate, list[str]]) -> JobView:
+        return job_view(insert_alignment(session, new_id("ajob"), *checked))
 
     return create_once(database, idempotent, JobView, check, insert)
 
 
-def check_alignment(database: ProjectDatabase, request: AlignmentJobCreate) -> list[str]:
-    """The checks that read files. Returns warnings. Raises BadRequest or NotFound."""
+def check_alignment(
+    database: ProjectDatabase, held_out: HeldOut, request: AlignmentJobCreate
+) -> tuple[AlignmentJobCreate, list[str]]:
+    """The checks that read files. Returns the request with files of all prompts, and warnings.
+
+    Raises BadRequest, NotFound or Conflict.
+    """
     with database.read() as session:
         used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
-    warnings = checks.check_alignment(request, used)
-    with database.read() as session:
         base = models.record_of(models.find(session, request.model, "model"))
-    checks.check_base(base, request)
-    return [*warnings, *making.reused_prompts(database, request.dataset, request.evaluation)]
+    found = held_out.of_job(request)
+    warnings = checks.check_alignment(found, used)
+    checks.check_base(base, found)
+    if not is_held_out(request.evaluation.prompts_uri):
+        warnings += making.reused_prompts(database, request.dataset, request.evaluation)
+    return found, warnings
 
 
 def find_inputs(session: Session, request: AlignmentJobCreate) -> tuple[Model, Dataset]:
@@ -95,21 +103,21 @@ def insert_alignment(
 
 
 def create_evaluation(
-    database: ProjectDatabase, idempotent: IdempotentRequest, request: EvaluationCreate
+    database: ProjectDatabase, root: str, idempotent: IdempotentRequest, request: EvaluationCreate
 ) -> EvaluationView:
-    """Raises BadRequest or NotFound, like ``create_alignment``."""
+    """Raises BadRequest, NotFound or Conflict, like ``create_alignment``."""
 
-    def check() -> list[str]:
+    def check() -> tuple[EvaluationCreate, list[str]]:
         with database.read() as session:
             used = scorers.of_names(session, request.scorers, "scorers")
-        prompts = checks.check_evaluation(request, used)
-        with database.read() as session:
             compared, _ = _compared(session, request)
-        checks.check_compared(compared, request, prompts)
-        return checks.long_prompts(prompts, "prompts_uri")
+        found = HeldOut(database, root).of_evaluation(request, compared)
+        prompts = checks.check_evaluation(found, used)
+        checks.check_compared(compared, found, prompts)
+        return found, checks.long_prompts(prompts, "prompts_uri")
 
-    def insert(session: Session, warnings: list[str]) -> EvaluationView:
-        return evaluation_view(insert_evaluation(session, new_id("eval"), request, warnings))
+    def insert(session: Session, checked: tuple[EvaluationCreate, list[str]]) -> EvaluationView:
+        return evaluation_view(insert_evaluation(session, new_id("eval"), *checked))
 
     return create_once(database, idempotent, EvaluationView, check, insert)
 
@@ -153,6 +161,10 @@ def _compared(
     for i, each in enumerate(request.models):
         if isinstance(each, ImageFolder):
             found: ModelRecord | ImageFolder = each
+            is_base = request.base == each.name
+        elif isinstance(each, NamedModel):
+            record = models.record_of(models.find(session, each.model, f"models.{i}.model"))
+            found = record.model_copy(update={"name": each.name})
             is_base = request.base == each.name
         else:
             found = models.record_of(models.find(session, each, f"models.{i}"))

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from services.errors import Unavailable
 from services.storage import sources
@@ -21,6 +21,8 @@ THREADS = 8
 WAIT_S = 30.0
 READ_S = 60.0
 """The time to read prompts, the configs of a base model, or a sample of pairs."""
+DATASET_S = 900.0
+"""The time to find the held-out captions of a dataset, which reads all of its rows but no image."""
 REGISTER_S = 3600.0
 """The time to register a dataset or a model, which reads all of it."""
 GRACE_S = 5.0
@@ -30,10 +32,16 @@ Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 
 
+def _never(_: Any) -> bool:
+    return False
+
+
 def reads_sources(
-    seconds: float,
+    seconds: float, reads_a_dataset: Callable[[Any], bool] = _never
 ) -> Callable[[Callable[Arguments, Answer]], Callable[Arguments, Awaitable[Answer]]]:
     """Run an endpoint on threads of its own, each call for at most ``seconds``.
+
+    A call whose ``request`` reads a dataset may take ``DATASET_S``.
 
     It then raises BadRequest for a call that takes longer, and Unavailable where no thread gets free.
     """
@@ -44,11 +52,12 @@ def reads_sources(
         @wraps(endpoint)
         async def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
             loop = asyncio.get_running_loop()
+            limit_s = DATASET_S if reads_a_dataset(kwargs.get("request")) else seconds
             begun = asyncio.Event()
 
             def limited() -> Answer:
                 loop.call_soon_threadsafe(begun.set)
-                with sources.time_limit(seconds):
+                with sources.time_limit(limit_s):
                     return endpoint(*args, **kwargs)
 
             call = pool.submit(copy_context().run, limited)
@@ -57,10 +66,10 @@ def reads_sources(
                 await asyncio.wait_for(begun.wait(), WAIT_S)
             if call.cancel():
                 raise Unavailable("too many requests are reading sources; try again later")
-            await asyncio.wait([answer], timeout=seconds + GRACE_S)
+            await asyncio.wait([answer], timeout=limit_s + GRACE_S)
             if not answer.done():
                 answer.cancel()
-                raise sources.too_slow(seconds)
+                raise sources.too_slow(limit_s)
             return answer.result()
 
         return run

@@ -67,8 +67,8 @@ def spec(job: Job, settings: Settings) -> StageSpec:
 
 
 def source_rules(settings: Settings, project: str) -> SourceRules:
-    """What a project's requests and jobs may read: what the operator allows, and the datasets that scorers
-    made in the project.
+    """What a project's requests and jobs may read: what the operator allows, and of the project's files the
+    datasets that scorers made and held-out captions.
 
     Raises BadRequest for an unusable path or URI.
     """
@@ -76,8 +76,9 @@ def source_rules(settings: Settings, project: str) -> SourceRules:
     denied = tuple(map(files.as_uri, settings.denied_sources))
     storage = files.as_uri(settings.storage_uri)
     of_others, own = layout.others_root(storage, project)
-    made = layout.all_made_folder(layout.project_root(storage, project))
-    return SourceRules((*allowed, made), denied, of_others, own)
+    root = layout.project_root(storage, project)
+    made = (layout.all_made_folder(root), layout.prompts_folder(root))
+    return SourceRules((*allowed, *made), denied, of_others, own)
 
 
 def aligned_record(job: Job, record: ModelRecord) -> ModelRecord:

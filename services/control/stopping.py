@@ -38,7 +38,7 @@ def request_cancel(session: Session, job_id: str, kind: str) -> Job:
     session.expire_all()
     row = by_id(session, Job, job_id, kind)
     if row.status in ("succeeded", "failed"):
-        raise _conflict(row, f"has {row.status} already")
+        raise conflict(row, f"has {row.status} already")
     return row
 
 
@@ -49,11 +49,11 @@ def pause(database: ProjectDatabase, job_id: str) -> JobView:
     """
     now = time.time()
     with database.write() as session:
-        row = _locked(session, job_id)
+        row = locked(session, job_id, "alignment")
         if row.status not in UNFINISHED:
-            raise _conflict(row, f"has ended already: it is {row.status}")
+            raise conflict(row, f"has ended already: it is {row.status}")
         if row.cancel_requested_at is not None:
-            raise _conflict(row, "is being cancelled", "job_cancelled")
+            raise conflict(row, "is being cancelled", "job_cancelled")
         if row.pause_requested_at is None:
             row.pause_requested_at = now
             row.next_at = now
@@ -70,14 +70,14 @@ def resume(database: ProjectDatabase, job_id: str) -> JobView:
     """
     now = time.time()
     with database.write(alone=True) as session:
-        row = _locked(session, job_id)
+        row = locked(session, job_id, "alignment")
         if row.status == "failed":
             _refuse_missing_inputs(session, row)
             # Its run may still be alive: a job with submitted_at stops it before it starts another.
             row.submitted_at = row.submitted_at or now
             _queue_again(session, row, now - float(row.finished_at or now))
         elif row.pause_requested_at is None or row.cancel_requested_at is not None:
-            raise _conflict(row, f"is neither paused nor failed: it is {row.status}")
+            raise conflict(row, f"is neither paused nor failed: it is {row.status}")
         elif row.status == "paused":
             _queue_again(session, row, now - row.pause_requested_at)
         else:
@@ -108,26 +108,27 @@ def _refuse_missing_inputs(session: Session, row: Job) -> None:
     model.
     """
     if row.stage is None:
-        raise _conflict(row, "failed before its first stage: it has nothing to resume; create a new job")
+        raise conflict(row, "failed before its first stage: it has nothing to resume; create a new job")
     for model in (row.model, row.output_model if "train" in row.results else None):
         if model and session.scalar(select(Model.id).where(Model.id == model)) is None:
-            raise _conflict(row, f"cannot resume: its model {model} was deleted", "model_not_found")
+            raise conflict(row, f"cannot resume: its model {model} was deleted", "model_not_found")
     if row.stage == "encode" and session.scalar(select(Dataset.id).where(Dataset.id == row.dataset)) is None:
-        raise _conflict(row, f"cannot resume: its dataset {row.dataset} was deleted", "dataset_not_found")
+        raise conflict(row, f"cannot resume: its dataset {row.dataset} was deleted", "dataset_not_found")
     base = jobs.base_named(session, str(row.name))
     if base:
         message = f"cannot resume: its name {row.name!r} belongs to the base model {base}"
-        raise _conflict(row, message, "name_taken")
+        raise conflict(row, message, "name_taken")
 
 
-def _locked(session: Session, job_id: str) -> Job:
-    """The alignment job, locked against other writers until the transaction ends. Raises NotFound."""
-    row = by_id(session, Job, job_id, "alignment")
+def locked(session: Session, job_id: str, kind: str) -> Job:
+    """The job, locked against other writers until the transaction ends. Raises NotFound."""
+    row = by_id(session, Job, job_id, kind)
     session.refresh(row, with_for_update=True)
     return row
 
 
-def _conflict(row: Job, what: str, code: str | None = None) -> Conflict:
+def conflict(row: Job, what: str, code: str | None = None) -> Conflict:
+    """The error of a request that the job's state does not allow."""
     return Conflict(f"job {row.id} {what}", param="id", code=code or f"job_{row.status}")
 
 

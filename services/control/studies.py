@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,8 +30,19 @@ from services.api.requests import (
     StudyCreate,
 )
 from services.api.study_cells import Cell, expand
-from services.control import checks, jobs, journal, making, models, scorers, stopping, study_report
+from services.control import (
+    checks,
+    jobs,
+    journal,
+    making,
+    models,
+    scorers,
+    stopping,
+    study_report,
+    transitions,
+)
 from services.control.database import Database, ProjectDatabase
+from services.control.held_out import HeldOut, is_held_out
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.job_update import JobUpdate, StaleToken, new_job
 from services.control.listing import is_id
@@ -49,23 +61,45 @@ MODELS_OF_ONE = MAX_COMPARED - 1
 # ---- requests
 
 
-def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: StudyCreate) -> StudyView:
+@dataclass(frozen=True)
+class _Checked:
+    """A study's cells and request with files of all prompts, and warnings: of each setting, and its own."""
+
+    cells: list[Cell]
+    request: StudyCreate
+    warnings: dict[str, list[str]]
+    own_warnings: list[str]
+
+
+def create(
+    database: ProjectDatabase, root: str, idempotent: IdempotentRequest, request: StudyCreate
+) -> StudyView:
     """Check every cell as if it were sent as a job, and start the study.
 
     Raises BadRequest, NotFound or Conflict, naming the cell and its field.
     """
 
-    def check() -> tuple[list[Cell], dict[str, list[str]], list[str]]:
-        cells = expand(request, _parse)
+    def check() -> _Checked:
+        given = expand(request, _parse)
+        held_out = HeldOut(database, root)
+        cells: list[Cell] = []
         warnings: dict[str, list[str]] = {}
-        for cell in cells:
-            if cell.setting not in warnings:  # no check depends on seeds
-                with _errors_of(cell.label):
-                    warnings[cell.setting] = jobs.check_alignment(database, cell.request)
-        return cells, warnings, _check_evaluation(database, request, cells)
+        for cell in given:
+            with _errors_of(cell.label):
+                if cell.setting not in warnings:  # no check depends on seeds
+                    found, warnings[cell.setting] = jobs.check_alignment(database, held_out, cell.request)
+                else:
+                    found = held_out.of_job(cell.request)
+            cells.append(replace(cell, request=found))
+        of_cells = {cell.label: cell.request for cell in given}
+        evaluation = held_out.of_study(request.evaluation, of_cells, request.evaluation.base)
+        found_request = request.model_copy(update={"evaluation": evaluation})
+        warns = not is_held_out(request.evaluation.prompts_uri)
+        own_warnings = _check_evaluation(database, found_request, cells, warns)
+        return _Checked(cells, found_request, warnings, own_warnings)
 
-    def insert(session: Session, checked: tuple[list[Cell], dict[str, list[str]], list[str]]) -> StudyView:
-        cells, warnings, own_warnings = checked
+    def insert(session: Session, checked: _Checked) -> StudyView:
+        cells = checked.cells
         _refuse_name(session, request.name)
         bases = {}
         for cell in cells:
@@ -75,14 +109,14 @@ def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: St
                 models.refuse_taken_name(session, str(cell.request.name))
         base = _base(session, request, list(bases.values()))
         study_id = new_id("study")
-        row = new_job(study_id, "study", "running", _stored(request))
+        row = new_job(study_id, "study", "running", _stored(checked.request))
         row.name = request.name
         row.model = base.id
         row.base = base.id
         row.started_at = row.created_at
         row.inputs = {
             "bodies": {cell.label: cell.request.model_dump(mode="json") for cell in cells},
-            "warnings": warnings,
+            "warnings": checked.warnings,
             "scorers": jobs.scorer_inputs(session, request.evaluation.scorers, "evaluation.scorers"),
         }
         records = [_waiting(cell) for cell in cells]
@@ -90,11 +124,61 @@ def create(database: ProjectDatabase, idempotent: IdempotentRequest, request: St
         session.add(row)
         session.flush()
         journal.log(session, study_id, f"created: {len(cells)} cells, at most {request.parallel} at a time")
-        for message in own_warnings:
+        for message in checked.own_warnings:
             journal.log(session, study_id, message, "warning")
         return study_view(row)
 
     return create_once(database, idempotent, StudyView, check, insert)
+
+
+def resume(database: ProjectDatabase, study_id: str) -> StudyView:
+    """Repeat the evaluations of a study that did not succeed: its models are trained already.
+
+    Images that they have drawn are used again. Raises NotFound for an unknown study or scorer, and Conflict
+    for a study that has not failed or had compared nothing yet, and for one whose models or name are gone.
+    """
+    now = time.time()
+    with database.write(alone=True) as session:
+        row = stopping.locked(session, study_id, "study")
+        _refuse_resume(session, row)
+        ended = _ended(session, row.results["evaluations"])
+        row.attempt += 1
+        numbers = [
+            evaluation_id(row.id, place, row.attempt) if number in ended else number
+            for place, number in enumerate(row.results["evaluations"])
+        ]
+        row.results = {**row.results, "evaluations": numbers}
+        transitions.check(row.status, "evaluating")
+        journal.log(session, row.id, f"{row.status} -> evaluating: resumed on request")
+        row.status = "evaluating"
+        row.reason = None
+        row.finished_at = None
+        row.lock_token = None
+        row.lock_expires_at = None
+        row.next_at = now
+        return study_view(row)
+
+
+def _refuse_resume(session: Session, row: Job) -> None:
+    if row.status != "failed":
+        raise stopping.conflict(row, f"has not failed: it is {row.status}")
+    if not row.results["evaluations"]:
+        why = "failed before its models were compared: resume its cells' jobs, or start a new study"
+        raise stopping.conflict(row, why)
+    for model in (row.base, *row.results["compared"]):
+        if session.scalar(select(Model.id).where(Model.id == model)) is None:
+            raise stopping.conflict(row, f"cannot resume: its model {model} was deleted", "model_not_found")
+    scorers.of_names(session, row.request["evaluation"]["scorers"], "evaluation.scorers")
+    try:
+        _refuse_name(session, str(row.name))
+    except BadRequest as error:
+        raise stopping.conflict(row, f"cannot resume: {error.message}", error.code) from error
+
+
+def _ended(session: Session, numbers: list[str]) -> set[str]:
+    """The evaluations that have ended without success."""
+    ended = Job.status.in_(("failed", "cancelled"))
+    return set(session.scalars(select(Job.id).where(Job.id.in_(numbers), ended)))
 
 
 def _parse(label: str, body: dict[str, Any]) -> AlignmentJobCreate:
@@ -115,10 +199,12 @@ def _errors_of(label: str) -> Iterator[None]:
         raise type(error)(f"cell {label}: {error.message}", param=param, code=error.code) from error
 
 
-def _check_evaluation(database: ProjectDatabase, request: StudyCreate, cells: list[Cell]) -> list[str]:
+def _check_evaluation(
+    database: ProjectDatabase, request: StudyCreate, cells: list[Cell], warns: bool
+) -> list[str]:
     """Refuse prompts that cannot be read or scored, and base models that draw images of several sizes.
 
-    Returns warnings of prompts that are not held out.
+    Returns warnings of prompts that are not held out, if it ``warns``.
     """
     with database.read() as session:
         used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
@@ -128,7 +214,7 @@ def _check_evaluation(database: ProjectDatabase, request: StudyCreate, cells: li
         base = _base(session, request, list({row.id: row for row in found}.values()))
         records = {row.id: models.record_of(row) for row in [base, *found]}
     checks.check_compared(list(records.values()), request.evaluation, prompts)
-    datasets = dict.fromkeys(cell.request.dataset for cell in cells)
+    datasets = dict.fromkeys(cell.request.dataset for cell in cells) if warns else {}
     return [each for name in datasets for each in making.reused_prompts(database, name, request.evaluation)]
 
 
@@ -352,9 +438,10 @@ def job_id(study: str, label: str) -> str:
     return _id("ajob", study, "cell", label)
 
 
-def evaluation_id(study: str, number: int) -> str:
-    """The id of a study's evaluation, numbered from 0."""
-    return _id("eval", study, "evaluation", str(number))
+def evaluation_id(study: str, number: int, attempt: int = 1) -> str:
+    """The id of a study's evaluation, numbered from 0, and counted again where the study was resumed."""
+    repeated = (str(attempt),) if attempt > 1 else ()
+    return _id("eval", study, "evaluation", str(number), *repeated)
 
 
 def _id(prefix: str, *parts: str) -> str:

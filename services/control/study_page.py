@@ -64,8 +64,9 @@ def _table(caption: str, columns: Iterable[str], rows: Iterable[Sequence[str]]) 
 
 
 def _settings_table(report: StudyReport) -> str:
-    scorers = list(report.base_scores)
-    rows = [["base", "", *(f"{report.base_scores[name]:.4f}" for name in scorers)]]
+    scorers = report.scorers()
+    means = [f"{report.base_scores[name]:.4f}" if name in report.base_scores else "-" for name in scorers]
+    rows = [["base", "", *means]]
     for each in report.settings:
         scores = [f"{each.scores[name]:.4f}" if name in each.scores else "-" for name in scorers]
         rows.append([escape(each.setting), f"{each.models} of {each.cells}", *scores])

@@ -7,13 +7,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from dde_core.scorers.kinds import KINDS
-from dde_core.study import seed_contrasts
+from dde_core.study import seed_contrasts, seed_values_contrast
 from dde_core.verdict import holm
 from services.api.records import (
     Contrast,
@@ -36,11 +37,14 @@ CURVE_POINTS = 100
 CONVENTIONS = (
     "difference: mean over seeds and prompts of the scores of one setting less those of the other, from the "
     "same seed; the wider of the crossed bootstrap over seeds and prompts and Student's interval over seeds, "
-    "95%; of a single seed: over prompts alone; adjusted p: Holm over all contrasts"
+    "95%; of a single seed: over prompts alone; drift (lower is better): between two settings, as it is "
+    "from the base already, Student's interval over at least two seeds; adjusted p: Holm over all contrasts"
 )
 
 Scores = dict[str, dict[str, list[float]]]
 """The score of each prompt, by scorer and model."""
+Drifts = dict[str, dict[str, float]]
+"""How far each model's images are from the base's, by scorer and model."""
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
 """Steps and values, by metric and cell."""
 
@@ -52,6 +56,15 @@ class CellRun:
     cell: StudyCellRecord
     job: Job | None
     seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Two settings, or one and the base (``against`` None), with the ids of their models of each seed."""
+
+    setting: str
+    against: str | None
+    models: tuple[tuple[str, str], ...]
 
 
 def write(
@@ -68,15 +81,15 @@ def write(
     curves = {run.cell.label: _curves(session, run) for run in runs}
     evaluations = list(_rows(session, study.results["evaluations"]).values())
     results = [_result(row) for row in evaluations]
-    scores = _scores(evaluations)
+    scores, drifts = _scores(evaluations)
     compared = {run.cell.label: run for run in runs if run.cell.model in study.results["compared"]}
     root = stages.root(study, settings)
     report = StudyReport(
         report=layout.study_report_uri(root, study.id),
         page=layout.study_page_uri(root, study.id),
         base_scores={name: float(np.mean(each[str(study.base)])) for name, each in scores.items()},
-        settings=_settings(runs, scores, compared, curves),
-        contrasts=_contrasts(list(compared.values()), scores, str(study.base)),
+        settings=_settings(runs, scores, drifts, compared, curves),
+        contrasts=_contrasts(list(compared.values()), scores, drifts, str(study.base)),
         seconds=sum(result.seconds for result in results),
         images=sum(result.images_drawn for result in results),
     )
@@ -107,27 +120,33 @@ def _result(row: Job) -> EvaluateResult:
     return EvaluateResult.model_validate_json(json.dumps(row.results["evaluate"]))
 
 
-def _scores(evaluations: Sequence[Job]) -> Scores:
+def _scores(evaluations: Sequence[Job]) -> tuple[Scores, Drifts]:
     """The scores of every model, by its id, from the evaluations' reports: means over a prompt's images.
 
-    Scorers that compare all images of two models have no score of a prompt and are left out.
+    Scorers that compare all images of two models have one number for each of the others.
     """
     found: Scores = {}
+    drifts: Drifts = {}
     for row in evaluations:
         report = files.read_json(_result(row).report)
         numbers = {each["name"]: each["id"] for each in row.inputs["models"]}
         for scorer, of_models in report["scores"].items():
             if KINDS[report["kinds"][scorer]].level == "model":
+                base = report["models"][0]
+                measured = zip(report["models"], of_models, strict=True)
+                of_scorer = {numbers[name]: float(value) for name, value in measured if name != base}
+                drifts.setdefault(scorer, {}).update(of_scorer)
                 continue
             for name, of_prompts in zip(report["models"], of_models, strict=True):
                 means = [float(np.mean(of_prompt)) for of_prompt in of_prompts]
                 found.setdefault(scorer, {})[numbers[name]] = means
-    return found
+    return found, drifts
 
 
 def _settings(
     runs: Sequence[CellRun],
     scores: Scores,
+    drifts: Drifts,
     compared: Mapping[str, CellRun],
     curves: Mapping[str, Mapping[str, list[tuple[int, float]]]],
 ) -> list[StudySetting]:
@@ -137,8 +156,10 @@ def _settings(
         models = [str(run.cell.model) for run in members if run.cell.label in compared]
         means = {}
         if models:
+            by_scorer: dict[str, Mapping[str, Any]] = {**scores, **drifts}
             means = {
-                scorer: float(np.mean([each[model] for model in models])) for scorer, each in scores.items()
+                scorer: float(np.mean([each[model] for model in models]))
+                for scorer, each in by_scorer.items()
             }
         seconds: Counter[str] = Counter()
         for run in members:
@@ -172,43 +193,56 @@ def _images(run: CellRun, curves: Mapping[str, list[tuple[int, float]]]) -> int:
     return count
 
 
-def _contrasts(compared: Sequence[CellRun], scores: Scores, base: str) -> list[Contrast]:
-    """Every setting against the base, and every two settings by the seeds that both have."""
+def _contrasts(compared: Sequence[CellRun], scores: Scores, drifts: Drifts, base: str) -> list[Contrast]:
+    """Every setting against the base, and every two settings by the seeds that both have.
+
+    Drift is contrasted between two settings of at least two seeds.
+    """
     by_setting: dict[str, dict[tuple[int, ...], str]] = {}
     for run in compared:
         by_setting.setdefault(run.cell.setting, {})[run.seeds] = str(run.cell.model)
     pairs: list[tuple[str, str | None]] = [(setting, None) for setting in by_setting]
     if len(by_setting) <= MOST_PAIRED:
         pairs += itertools.combinations(by_setting, 2)
-    named = []
-    tables = []
+    shared = [each for each in (_shared(by_setting, base, *pair) for pair in pairs) if each.models]
+    named: list[tuple[str, _Shared]] = []
+    tables: list[np.ndarray] = []
     for scorer, of_scorer in scores.items():
-        for setting, against in pairs:
-            models = by_setting[setting]
-            others = dict.fromkeys(models, base) if against is None else by_setting[against]
-            seeds = sorted(models.keys() & others.keys())
-            if seeds:
-                named.append((scorer, setting, against))
-                table = [np.subtract(of_scorer[models[s]], of_scorer[others[s]]) for s in seeds]
-                tables.append(np.array(table, dtype=np.float64))
+        for each in shared:
+            named.append((scorer, each))
+            tables.append(np.array([np.subtract(of_scorer[a], of_scorer[b]) for a, b in each.models]))
     found = seed_contrasts(tables)
+    for scorer, drift in drifts.items():
+        for each in shared:
+            if each.against is not None and len(each.models) > 1:
+                named.append((scorer, each))
+                found.append(seed_values_contrast(np.array([drift[a] - drift[b] for a, b in each.models])))
+    num_prompts = len(next(iter(next(iter(scores.values())).values()))) if scores else 0
     adjusted = holm([each.p for each in found])
     return [
         Contrast(
             scorer=scorer,
-            setting=setting,
-            against=against,
-            seeds=len(table),
-            prompts=table.shape[1],
-            difference=Interval(value=each.value, low=each.low, high=each.high),
-            by=each.by,
-            p=each.p,
+            setting=each.setting,
+            against=each.against,
+            seeds=len(each.models),
+            prompts=num_prompts,
+            difference=Interval(value=contrast.value, low=contrast.low, high=contrast.high),
+            by=contrast.by,
+            p=contrast.p,
             adjusted_p=adjusted_p,
         )
-        for (scorer, setting, against), table, each, adjusted_p in zip(
-            named, tables, found, adjusted, strict=True
-        )
+        for (scorer, each), contrast, adjusted_p in zip(named, found, adjusted, strict=True)
     ]
+
+
+def _shared(
+    by_setting: Mapping[str, Mapping[tuple[int, ...], str]], base: str, setting: str, against: str | None
+) -> _Shared:
+    """The models of two settings, or of one and the base, by the seeds that both have."""
+    models = by_setting[setting]
+    others = dict.fromkeys(models, base) if against is None else by_setting[against]
+    seeds = sorted(models.keys() & others.keys())
+    return _Shared(setting, against, tuple((models[seed], others[seed]) for seed in seeds))
 
 
 def _curves(session: Session, run: CellRun) -> dict[str, list[tuple[int, float]]]:

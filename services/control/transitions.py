@@ -1,7 +1,8 @@
 """Which status may follow which, and which stages a job of each kind has. Any other change is a programming
 error.
 
-Resuming a paused or failed job queues it again; it continues at the stage that it had reached.
+Resuming a paused or failed job queues it again; it continues at the stage that it had reached. A failed
+study, which is never queued, continues with its evaluations.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     "evaluating": frozenset({"succeeded", "paused", "failed", "cancelled"}),
     "paused": frozenset({"queued", "cancelled"}),
     "succeeded": frozenset(),
-    "failed": frozenset({"queued"}),
+    "failed": frozenset({"queued", "evaluating"}),
     "cancelled": frozenset(),
 }
 

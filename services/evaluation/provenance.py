@@ -36,17 +36,15 @@ def provenance(spec: EvaluateSpec) -> Provenance:
 
 
 def _command(spec: EvaluateSpec) -> str:
-    """A request for the same evaluation. Models are named by their versions, which never change."""
+    """A request for the same evaluation. Models are given by their versions, which never change."""
     body: dict[str, Any] = {
         "models": [
-            model.model_dump(mode="json") if isinstance(model, ImageFolder) else model.id
+            model.model_dump(mode="json")
+            if isinstance(model, ImageFolder)
+            else {"name": model.name, "model": model.id}
             for model in spec.models
         ],
-        "base": next(
-            model.name if isinstance(model, ImageFolder) else model.id
-            for model in spec.models
-            if model.name == spec.base
-        ),
+        "base": spec.base,
         **spec.evaluation.model_dump(mode="json", exclude_defaults=True),
     }
     data = shlex.quote(json.dumps(body, ensure_ascii=False))

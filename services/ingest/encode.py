@@ -210,13 +210,7 @@ def _plan(spec: EncodeSpec, source: Source, size: int) -> Plan:
     planner = Planner(images_per_block(size))
     for unit in source.units():
         planner.add(unit, summary.observe(source.rows(unit)))
-    digest = summary.digest()
-    if digest != spec.source_digest:
-        message = (
-            f"dataset {spec.source.uri!r} has changed: digest {digest}, registered as {spec.source_digest}; "
-            "register it again (a registration by an earlier version may have another digest, too)"
-        )
-        raise BadRequest(message, param="dataset", code="dataset_changed")
+    summary.check_digest(spec.source_digest, "dataset")
     return planner.plan()
 
 

@@ -7,7 +7,6 @@ from collections import Counter
 from typing import Any
 
 from services.api.records import PairsResult
-from services.errors import BadRequest
 from services.ingest import scored
 from services.ingest.pairing import Rule, commit, finished, make_pairs
 from services.ingest.progress import ScoredImages
@@ -77,12 +76,7 @@ def _plan(spec: RelabelSpec, source: Source) -> tuple[Plan, RowTally, int]:
             number += 1
         if chunks:
             plan.append((unit, chunks))
-    if summary.digest() != spec.source_digest:
-        message = (
-            f"dataset {spec.source.uri!r} has changed: digest {summary.digest()}, registered as "
-            f"{spec.source_digest}; register it again"
-        )
-        raise BadRequest(message, param="relabel.dataset", code="dataset_changed")
+    summary.check_digest(spec.source_digest, "relabel.dataset")
     return plan, summary.tally, pairs
 
 

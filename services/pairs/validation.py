@@ -151,6 +151,30 @@ class Summary:
         digest.update(self._source.fingerprint())
         return digest.hexdigest()
 
+    def check_digest(self, registered: str, param: str) -> None:
+        """Raises BadRequest, naming ``param``, where the rows are not those that were registered."""
+        digest = self.digest()
+        if digest != registered:
+            message = (
+                f"dataset {self._source.uri!r} has changed: digest {digest}, registered as {registered}; "
+                "register it again (a registration by an earlier version may have another digest, too)"
+            )
+            raise BadRequest(message, param=param, code="dataset_changed")
+
+
+def captions_of(source: Source, digest: str, param: str) -> Counter[str]:
+    """How many decided pairs each caption has, in the order of the rows.
+
+    Raises BadRequest, naming ``param``, where the rows are not those that were registered with ``digest``.
+    """
+    summary = Summary(source)
+    captions: Counter[str] = Counter()
+    for unit in source.units():
+        for row in summary.observe(source.rows(unit)):
+            captions[row.caption] += len(row.preferences)
+    summary.check_digest(digest, param)
+    return +captions
+
 
 def check_bad(bad_rows: int, rows: int, by_cause: Mapping[str, int], max_bad_fraction: float) -> None:
     """Raises BadRequest with the counts where a larger fraction of the rows is bad than allowed."""

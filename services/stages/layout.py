@@ -33,6 +33,7 @@ projects/{project}/ in it for any other.
         pairs/*.parquet             what the dataset's URI names
         record.json                 commits them: the stage's result
         scored/*.parquet            images with their scores, until they are paired
+    {root}/prompts/{dataset}-held-out-{pairs}-{key}.jsonl    captions that so many pairs hold out of training
     {root}/images/{model}/                                   images of a model, by its digest
         {key}.parquet               a chunk of images, by everything that determines them
         {key}-{scorer}.parquet      the scores of that chunk
@@ -365,6 +366,19 @@ def scored_uri(made: str, number: int) -> str:
 def scored_number(name: str) -> int | None:
     """The number of a chunk, from its file name in ``scored_folder``; None for any other file."""
     return block_number(name) if name.endswith(".parquet") else None
+
+
+# ---- held-out captions
+
+
+def prompts_folder(root: str) -> str:
+    """The folder of files of prompts that were made of datasets."""
+    return files.join(root, "prompts")
+
+
+def held_out_uri(root: str, dataset: str, num_pairs: int, key: str) -> str:
+    """Captions of a dataset that are not trained on if ``num_pairs`` are held out, by a ``key`` of them."""
+    return files.join(prompts_folder(root), f"{dataset}-held-out-{num_pairs}-{key[:16]}.jsonl")
 
 
 # ---- images of evaluations

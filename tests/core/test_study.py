@@ -8,7 +8,7 @@ import pytest
 from dde_core.errors import DataError
 from dde_core.metrics import paired_differences
 from dde_core.student_t import t_quantile
-from dde_core.study import seed_contrasts
+from dde_core.study import seed_contrasts, seed_values_contrast
 
 TRUTH = 0.3
 STUDIES = 600
@@ -85,3 +85,19 @@ def test_tables_without_numbers_or_of_different_prompts_are_refused():
         with pytest.raises(DataError):
             seed_contrasts(wrong)
     assert seed_contrasts([]) == []
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 8])
+def test_the_interval_of_a_number_of_whole_models_holds_the_truth(num_seeds):
+    random = np.random.default_rng(num_seeds)
+    values = TRUTH + random.normal(size=(4000, num_seeds))
+    covered = coverage([seed_values_contrast(each) for each in values])
+    assert covered == pytest.approx(0.95, abs=3 * (0.95 * 0.05 / 4000) ** 0.5)
+    for each in map(seed_values_contrast, values[:200]):
+        assert (each.p <= 0.05) == (each.low > 0 or each.high < 0)
+
+
+@pytest.mark.parametrize("values", [[0.1], [], [0.1, float("nan")]])
+def test_a_number_of_whole_models_needs_two_seeds_and_finite_values(values):
+    with pytest.raises(DataError, match=r"at least 2 seeds|finite"):
+        seed_values_contrast(np.array(values))

@@ -40,6 +40,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_model_and_its_aligned_version_are_compared_by_every_kind_of_scorer(client: Client, tmp_path: Path):
     folder = sd15_folder(tmp_path / "model")
     client.create_model("tiny", folder.as_uri())

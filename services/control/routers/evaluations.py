@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import HTMLResponse
 
 from services.api.answers import EvaluationView, EventView, ListView, RunView
 from services.api.records import JobStatus
 from services.api.requests import EvaluationCreate
-from services.control import jobs, journal, stopping
+from services.control import jobs, journal, reports, stopping
 from services.control.dependencies import (
     READ,
     SUBMIT,
@@ -18,9 +19,11 @@ from services.control.dependencies import (
     Key,
     Limit,
     LongLimit,
+    Root,
     body,
     takes,
 )
+from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
 from services.control.reading import READ_S, reads_sources
 
@@ -29,14 +32,15 @@ PATH = "/v1/evaluations"
 
 
 @router.post(PATH, openapi_extra=takes(EvaluationCreate), dependencies=[SUBMIT])
-@reads_sources(READ_S)
+@reads_sources(READ_S, reads_a_dataset)
 def create_evaluation(
     request: Annotated[EvaluationCreate, Depends(body(EvaluationCreate))],
     db: Db,
+    root: Root,
     key: Key = None,
 ) -> EvaluationView:
     """Start a comparison of two registered models on held-out prompts."""
-    return jobs.create_evaluation(db, IdempotentRequest.of(key, PATH, request), request)
+    return jobs.create_evaluation(db, root, IdempotentRequest.of(key, PATH, request), request)
 
 
 @router.get(PATH, response_model=ListView[EvaluationView], dependencies=[READ])
@@ -62,3 +66,15 @@ def list_evaluation_events(
 @router.post(PATH + "/{evaluation_id}/cancel", response_model=EvaluationView, dependencies=[SUBMIT])
 def cancel_evaluation(evaluation_id: str, db: Db) -> RunView:
     return stopping.cancel(db, "evaluation", evaluation_id)
+
+
+@router.get(PATH + "/{evaluation_id}/report", response_class=HTMLResponse, dependencies=[READ])
+def get_evaluation_page(evaluation_id: str, db: Db) -> Response:
+    """The evaluation's report as one page of HTML, without scripts."""
+    return HTMLResponse(reports.read(db, "evaluation", evaluation_id, "page"), headers=reports.PAGE_HEADERS)
+
+
+@router.get(PATH + "/{evaluation_id}/report.json", response_model=dict[str, Any], dependencies=[READ])
+def get_evaluation_report(evaluation_id: str, db: Db) -> Response:
+    """The evaluation's report as JSON."""
+    return Response(reports.read(db, "evaluation", evaluation_id, "report"), media_type="application/json")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import HTMLResponse, StreamingResponse
 
 from services.api.answers import CheckpointView, EventView, JobView, ListView, MetricView, RunView
 from services.api.records import CreditRecord, JobStatus, Stage
 from services.api.requests import AlignmentJobCreate
-from services.control import jobs, journal, stopping
+from services.control import jobs, journal, reports, stopping
 from services.control.dependencies import (
     FILTERS,
     READ,
@@ -27,6 +27,7 @@ from services.control.dependencies import (
     metadata_filter,
     takes,
 )
+from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
 from services.control.reading import READ_S, reads_sources
 
@@ -40,14 +41,15 @@ AfterStep = Annotated[int | None, Query(description="The last step already seen.
 
 
 @router.post(PATH, openapi_extra=takes(AlignmentJobCreate), dependencies=[SUBMIT])
-@reads_sources(READ_S)
+@reads_sources(READ_S, reads_a_dataset)
 def create_job(
     request: Annotated[AlignmentJobCreate, Depends(body(AlignmentJobCreate))],
     db: Db,
+    root: Root,
     key: Key = None,
 ) -> JobView:
     """Start a job: encode the pairs, train, evaluate. The aligned model is then served under its name."""
-    return jobs.create_alignment(db, IdempotentRequest.of(key, PATH, request), request)
+    return jobs.create_alignment(db, root, IdempotentRequest.of(key, PATH, request), request)
 
 
 @router.get(PATH, response_model=ListView[JobView], openapi_extra=FILTERS, dependencies=[READ])
@@ -145,3 +147,15 @@ def get_credit(job_id: str, db: Db) -> Response:
     margins.
     """
     return Response(jobs.credit(db, job_id), media_type="application/json")
+
+
+@router.get(PATH + "/{job_id}/report", response_class=HTMLResponse, dependencies=[READ])
+def get_job_page(job_id: str, db: Db) -> Response:
+    """The report of the job's own evaluation as one page of HTML, without scripts."""
+    return HTMLResponse(reports.read(db, "alignment", job_id, "page"), headers=reports.PAGE_HEADERS)
+
+
+@router.get(PATH + "/{job_id}/report.json", response_model=dict[str, Any], dependencies=[READ])
+def get_job_report(job_id: str, db: Db) -> Response:
+    """The report of the job's own evaluation as JSON."""
+    return Response(reports.read(db, "alignment", job_id, "report"), media_type="application/json")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import HTMLResponse
 
 from services.api.answers import EventView, ListView, RunView, StudyView
 from services.api.records import JobStatus
 from services.api.requests import StudyCreate
-from services.control import jobs, journal, stopping, studies
-from services.control.dependencies import READ, SUBMIT, After, Db, Key, Limit, LongLimit, body, takes
+from services.control import jobs, journal, reports, stopping, studies
+from services.control.dependencies import READ, SUBMIT, After, Db, Key, Limit, LongLimit, Root, body, takes
+from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
 from services.control.reading import READ_S, reads_sources
 
@@ -19,14 +21,15 @@ PATH = "/v1/studies"
 
 
 @router.post(PATH, openapi_extra=takes(StudyCreate), dependencies=[SUBMIT])
-@reads_sources(READ_S)
+@reads_sources(READ_S, reads_a_dataset)
 def create_study(
     request: Annotated[StudyCreate, Depends(body(StudyCreate))],
     db: Db,
+    root: Root,
     key: Key = None,
 ) -> StudyView:
     """Start a study: a grid of alignment jobs, then a comparison of all of their models."""
-    return studies.create(db, IdempotentRequest.of(key, PATH, request), request)
+    return studies.create(db, root, IdempotentRequest.of(key, PATH, request), request)
 
 
 @router.get(PATH, response_model=ListView[StudyView], dependencies=[READ])
@@ -53,3 +56,24 @@ def list_study_events(
 def cancel_study(study_id: str, db: Db) -> RunView:
     """Request the cancellation of a study and of all of its jobs."""
     return stopping.cancel(db, "study", study_id)
+
+
+@router.post(PATH + "/{study_id}/resume", dependencies=[SUBMIT])
+def resume_study(study_id: str, db: Db) -> StudyView:
+    """Repeat the evaluations of a study that failed when its models were compared.
+
+    No cell is trained again, and images that are drawn already are used again.
+    """
+    return studies.resume(db, study_id)
+
+
+@router.get(PATH + "/{study_id}/report", response_class=HTMLResponse, dependencies=[READ])
+def get_study_page(study_id: str, db: Db) -> Response:
+    """The study's report as one page of HTML, without scripts."""
+    return HTMLResponse(reports.read(db, "study", study_id, "page"), headers=reports.PAGE_HEADERS)
+
+
+@router.get(PATH + "/{study_id}/report.json", response_model=dict[str, Any], dependencies=[READ])
+def get_study_report(study_id: str, db: Db) -> Response:
+    """The study's report as JSON."""
+    return Response(reports.read(db, "study", study_id, "report"), media_type="application/json")

@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 
 import pytest
+from fastapi.responses import Response
 
 from services.api.records import DatasetCounts
 from services.api.requests import AlignmentJobCreate
@@ -516,3 +517,48 @@ def test_promote_names_the_alias_and_the_version_that_it_refers_to(server, dde) 
     server.items["/v1/models"] = [model(aliases=["canary", "production"])]
     assert "canary, production" in dde("models", "list").stdout
     assert "alias: " in dde("models", "promote", "model_1", "--alias", "A B").stderr
+
+
+@pytest.mark.parametrize(
+    ("run_id", "path"),
+    [
+        ("eval_1", "/v1/evaluations/eval_1"),
+        ("ajob_1", "/v1/alignment/jobs/ajob_1"),
+        ("study_1", "/v1/studies/study_1"),
+    ],
+)
+def test_a_report_is_saved_as_a_page_or_as_data(server, dde, tmp_path, run_id, path):
+    page = "<!doctype html><p>ü</p>".encode()
+    server.failures.append(Response(page, media_type="text/html"))
+    out = tmp_path / "report.html"
+    saved = dde("evaluations", "report", run_id, "--out", out)
+    assert (saved.exit_code, saved.stdout.strip()) == (0, str(out)), saved.stderr
+    assert out.read_bytes() == page
+    server.failures.append(Response(b'{"models": []}', media_type="application/json"))
+    data = tmp_path / "report.json"
+    assert dde("evaluations", "report", run_id, "--out", data).exit_code == 0
+    assert data.read_bytes() == b'{"models": []}'
+    assert [each[1] for each in server.requests] == [f"{path}/report", f"{path}/report.json"]
+
+
+def test_a_report_that_cannot_be_saved_is_one_line_and_leaves_the_file(server, dde, tmp_path):
+    out = tmp_path / "report.html"
+    out.write_text("before")
+    server.fail(404, "eval_1 has no page: it is running", code="report_not_found")
+    failed = dde("evaluations", "report", "eval_1", "--out", out)
+    assert (failed.exit_code, failed.stderr.strip()) == (1, "error: eval_1 has no page: it is running")
+    assert out.read_text() == "before"
+    wrong_id = dde("evaluations", "report", "ds_1", "--out", out).stderr
+    assert "must be of a job, an evaluation or a study, got 'ds_1'" in wrong_id
+    wrong_file = dde("evaluations", "report", "eval_1", "--out", "x.pdf").stderr
+    assert "--out must end in .html or .json, got 'x.pdf'" in wrong_file
+    assert len(server.requests) == 1
+
+
+def test_a_model_is_compared_under_another_name_and_held_out_captions_are_no_path(server, dde):
+    server.single["/v1/evaluations/new_1"] = deque([evaluation("succeeded", result=EVALUATED)])
+    model = "model_0123456789abcdef01234567"
+    dde("evaluate", "shapes", f"before={model}", "--prompts", "held-out:ds_1?pairs=40")
+    [(_, _, body)] = server.sent("POST", "/v1/evaluations")
+    assert body["models"] == ["shapes", {"name": "before", "model": model}]
+    assert body["prompts_uri"] == "held-out:ds_1?pairs=40"

@@ -18,6 +18,7 @@ from services.client import recipes
 from services.client.bodies import job_body
 from services.client.cli import app
 from services.errors import BadRequest
+from services.evaluation.published import BEAT_RATIOS
 from tests.services.client.conftest import KEY
 
 ROOT = Path(__file__).parents[3]
@@ -75,7 +76,8 @@ def test_a_recipe_is_a_job_with_the_numbers_of_the_paper(name):
     assert training.lora is None
     assert training.gradient_checkpointing
     assert 0 < training.micro_batch_size < training.batch_size / body.workers
-    assert (training.precision, body.workers, body.evaluation.num_prompts) == ("bf16", 8, 300)
+    assert (training.precision, body.workers) == ("bf16", 8)
+    assert (body.evaluation.num_prompts, body.evaluation.images_per_prompt) == (326, 8)
     assert objective.ignored() == {}
 
 
@@ -237,3 +239,10 @@ def test_the_dry_run_in_the_planning_guide_works():
 
 def test_a_recipe_fits_the_memory_of_the_papers_gpus():
     assert all(needed_for(name).memory_gb < 0.9 * 96 for name in NAMES)
+
+
+def test_the_paper_s_beat_ratios_are_shares_of_the_prompts_that_a_recipe_asks_for():
+    asked = {body_of(name).evaluation.num_prompts for name in NAMES}
+    ratios = [ratio for row in BEAT_RATIOS.values() for ratio in row]
+    counts = {n for n in range(2, 1000) if all(round(round(ratio * n) / n, 4) == ratio for ratio in ratios)}
+    assert asked == {min(counts)}

@@ -187,7 +187,7 @@ def test_following_a_study_that_fails_has_exit_code_1(server, dde, file):
     assert "none of 2 cells succeeded" in result.stderr
 
 
-def test_show_list_and_cancel(server, dde):
+def test_show_list_cancel_and_resume(server, dde):
     single = deque([study("succeeded", result=RESULT)])
     server.single["/v1/studies/study_1"] = single
     shown = dde("show", "study_1").stdout
@@ -197,6 +197,9 @@ def test_show_list_and_cancel(server, dde):
     assert "2 waiting" in dde("list").stdout
     server.single["/v1/studies/study_1/cancel"] = deque([study("cancelled")])
     assert dde("cancel", "study_1").stdout == "cancelled\n"
+    server.single["/v1/studies/study_1/resume"] = deque([study("evaluating")])
+    assert dde("resume", "study_1").stdout == "evaluating\n"
+    assert server.sent("POST", "/v1/studies/study_1/resume")[0][2] is None
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

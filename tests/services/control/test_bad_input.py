@@ -391,9 +391,25 @@ def test_an_evaluation_of_an_unknown_model_names_which(steady):
         (
             {"models": ["shapes", 3]},
             "models.1",
-            "models.1: must be the name or id of a model, or an object with name and images_uri, got 3",
+            "models.1: must be the name or id of a model, or an object with name and images_uri or model, "
+            "got 3",
         ),
         ({"models": ["shapes", {"name": "x"}]}, "models.1.images_uri", "models.1.images_uri: Field required"),
+        (
+            {"models": ["shapes", {"name": "shapes", "model": "rival"}]},
+            "models",
+            'models: must have different names, got "shapes" twice',
+        ),
+        (
+            {"models": ["shapes", {"name": "x", "model": "rival", "images_uri": "/x"}]},
+            "models.1.images_uri",
+            'models.1.images_uri: Extra inputs are not permitted, got "/x"',
+        ),
+        (
+            {"models": ["shapes", {"name": "x", "model": "rival"}], "base": "rival"},
+            "base",
+            'base: must be one of the models "shapes", "x", got "rival"',
+        ),
         (
             {"models": ["shapes", {"name": "a b", "images_uri": "/x"}]},
             "models.1.name",

@@ -256,6 +256,28 @@ def test_a_model_aligned_further_under_its_own_name_is_compared_with_the_version
     assert plane.get(f"{JOBS}/{second}")["status"] == "succeeded"
 
 
+def test_two_versions_of_one_model_are_compared_under_names_of_their_own(plane):
+    first = plane.job(name="aligned")
+    plane.settle(60)
+    before = plane.get(f"/v1/alignment/jobs/{first['id']}")["aligned_model"]
+    plane.job(name="aligned")
+    plane.settle(60)
+    models = ["aligned", {"name": "before", "model": before}]
+    evaluation = plane.post("/v1/evaluations", plane.evaluation_body(models=models, base="before"))
+    named = {each["name"]: each["model"] for each in evaluation["models"]}
+    assert (named["before"], evaluation["base"]) == (before, "before")
+    assert named["aligned"] not in (before, None)
+    plane.settle(30)
+    spec = plane.launcher.specs[f"{evaluation['id']}-evaluate-a1"]
+    assert [(model.name, model.id) for model in spec.models] == list(named.items())
+    assert spec.base == "before"
+    same = [{"name": each["name"], "model": each["model"]} for each in evaluation["models"]]
+    repeated = plane.post("/v1/evaluations", plane.evaluation_body(models=same, base="before"))
+    assert repeated["models"] == evaluation["models"]
+    unknown = plane.evaluation_body(models=["shapes", {"name": "x", "model": "nobody"}])
+    assert plane.error("/v1/evaluations", unknown, 404)["param"] == "models.1.model"
+
+
 def test_a_model_that_an_unfinished_evaluation_compares_cannot_be_deleted(plane):
     plane.launcher.plays["evaluate"] = fakes.runs
     made = plane.post("/v1/evaluations", plane.evaluation_body(models=["rival", "shapes"]))

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from functools import partial
 
 import pyarrow as pa
 import pytest
@@ -184,6 +185,19 @@ def test_a_reading_that_takes_too_long_is_refused_and_its_thread_left_to_itself(
     errors = run(stuck, slow)
     released.set()
     assert [(type(error), error.code) for error in errors] == [(BadRequest, "read_timeout")] * 2
+
+
+def test_a_request_that_reads_a_dataset_has_more_time():
+    @reads_sources(0.05, lambda request: request == "dataset")
+    def takes_a_while(request: str) -> str:
+        until = time.monotonic() + 0.4
+        while time.monotonic() < until:
+            sources.check_time()
+        return request
+
+    answers = run(partial(takes_a_while, request="dataset"), partial(takes_a_while, request="prompts"))
+    assert answers[0] == "dataset"
+    assert answers[1].code == "read_timeout"
 
 
 def test_requests_beyond_the_threads_wait_and_are_told_when_none_gets_free(monkeypatch):

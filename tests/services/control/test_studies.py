@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sqlalchemy import select
 
+from dde_core.student_t import t_quantile
 from services.api.records import EvaluateResult, Interval, ScorerReport
 from services.artifacts import models
 from services.control import studies
@@ -22,11 +23,17 @@ from tests.services.control import fakes
 from tests.services.control.conftest import Plane, write_base
 from tests.services.control.test_access import bearer, new_key
 from tests.services.control.test_made_datasets import generate_body
+from tests.services.control.test_scorers import insert
 
 STUDIES = "/v1/studies"
 JOBS = "/v1/alignment/jobs"
 GAIN = {"dde": 0.2, "sft": 0.05}
 """What each method adds to the base's taste, in these tests."""
+
+
+def drift_of(name: str) -> float:
+    """The method's drift, and a little of the seed's."""
+    return (3.0 if "dde" in name else 1.0) + (0.5 if name.endswith("1") and "dde" in name else 0.0)
 
 
 def evaluate(spec) -> fakes.RunState:
@@ -39,8 +46,11 @@ def evaluate(spec) -> fakes.RunState:
         of_prompts = [0.5 + 0.01 * i + gain + (0.001 * i if gain else 0.0) for i in range(num_prompts)]
         scores.append([[score - 0.1, score + 0.1] for score in of_prompts])
     report = layout.report_uri(spec.output)
-    kinds = {"taste": "taste", "drift": "drift"}
-    content = {"models": names, "kinds": kinds, "scores": {"taste": scores, "drift": [None] * len(names)}}
+    content = {"models": names, "kinds": {"taste": "taste"}, "scores": {"taste": scores}}
+    for each in spec.scorers:
+        if each.kind == "drift":
+            content["kinds"][each.name] = "drift"
+            content["scores"][each.name] = [None, *(drift_of(name) for name in names[1:])]
     files.write_json(report, content)
     fakes.journal(spec, 1)
     one = Interval(value=0.5, low=0.4, high=0.6)
@@ -164,6 +174,33 @@ def test_the_report_has_every_contrast_the_costs_and_the_curves(plane):
     page = files.read_bytes(result["page"]).decode()
     for part in ("paper", "dde - sft", "+0.1500", "held_out_accuracy", "<polyline", "Cost"):
         assert part in page
+
+
+def test_drift_is_contrasted_between_settings_over_their_seeds(plane):
+    insert(plane, "moved", "drift")
+    wanted = body(plane)
+    wanted["evaluation"] = {**wanted["evaluation"], "scorers": ["taste", "moved"]}
+    result = settle(plane, plane.post(STUDIES, wanted))["result"]
+    [found] = [each for each in result["contrasts"] if each["scorer"] == "moved"]
+    assert (found["setting"], found["against"]) == ("dde", "sft")
+    assert (found["seeds"], found["prompts"], found["by"]) == (2, 3, "t")
+    half = t_quantile(0.975, 1) * np.std([2.0, 2.5], ddof=1) / 2**0.5
+    assert found["difference"]["value"] == pytest.approx(2.25)
+    assert found["difference"]["high"] - 2.25 == pytest.approx(half)
+    assert found["adjusted_p"] >= found["p"]
+    assert len(result["contrasts"]) == 4
+    assert "moved" not in result["base_scores"]
+    settings = {each["setting"]: each["scores"] for each in result["settings"]}
+    assert (settings["dde"]["moved"], settings["sft"]["moved"]) == (3.25, 1.0)
+    assert "<th>moved</th>" in files.read_bytes(result["page"]).decode()
+
+
+def test_a_single_seed_has_no_contrast_of_drift(plane):
+    insert(plane, "moved", "drift")
+    wanted = body(plane, grid={"objective.method": ["dde", "sft"]})
+    wanted["evaluation"] = {**wanted["evaluation"], "scorers": ["taste", "moved"]}
+    result = settle(plane, plane.post(STUDIES, wanted))["result"]
+    assert {each["scorer"] for each in result["contrasts"]} == {"taste"}
 
 
 def test_runs_that_differ_by_their_seeds_alone_are_repetitions_of_one_setting(plane):
@@ -403,6 +440,115 @@ def test_a_study_whose_evaluation_fails_says_why(plane):
     done = settle(plane, study)
     assert (done["status"], done["reason"]["code"]) == ("failed", "evaluation_failed")
     assert "beta must be positive" in done["reason"]["message"]
+
+
+def failed_in_its_evaluation(plane: Plane, **changes) -> dict:
+    """A study whose evaluations' drivers die, each time they are started."""
+
+    def play(spec) -> fakes.RunState:
+        return fakes.dies(spec) if spec.job.startswith("eval_") else evaluate(spec)
+
+    plane.launcher.plays["evaluate"] = play
+    done = settle(plane, plane.post(STUDIES, body(plane, **changes)), looks=2000)
+    assert (done["status"], done["reason"]["code"]) == ("failed", "evaluation_failed")
+    return done
+
+
+def test_a_study_whose_evaluation_was_killed_is_resumed_and_trains_nothing_again(any_plane):
+    plane = any_plane
+    done = failed_in_its_evaluation(plane)
+    [killed] = done["evaluations"]
+    started = set(plane.launcher.submitted)
+    plane.launcher.plays["evaluate"] = evaluate
+    answer = plane.post(f"{STUDIES}/{done['id']}/resume", None)
+    assert (answer["status"], answer["reason"], answer["finished_at"]) == ("evaluating", None, None)
+    again = settle(plane, done)
+    assert (again["status"], again["reason"]) == ("succeeded", None)
+    assert len(again["result"]["contrasts"]) == 3
+    [repeated] = again["evaluations"]
+    assert repeated != killed
+    assert set(plane.launcher.submitted) - started == {f"{repeated}-evaluate-a1"}
+    assert "failed -> evaluating: resumed on request" in events(plane, done)
+    error = plane.post(f"{STUDIES}/{done['id']}/resume", None, 409)["error"]
+    assert f"{done['id']} has not failed: it is succeeded" in error["message"]
+
+
+def test_of_several_evaluations_a_resumed_study_repeats_those_that_failed(plane, monkeypatch):
+    monkeypatch.setattr(studies, "MODELS_OF_ONE", 2)
+    failing: list[str] = []
+
+    def play(spec) -> fakes.RunState:
+        if spec.job.startswith("eval_") and (not failing or spec.job in failing):
+            failing.append(spec.job)
+            return fakes.fails(spec)
+        return evaluate(spec)
+
+    plane.launcher.plays["evaluate"] = play
+    done = settle(plane, plane.post(STUDIES, body(plane, parallel=1)))
+    assert done["status"] == "failed"
+    plane.launcher.plays["evaluate"] = evaluate
+    plane.post(f"{STUDIES}/{done['id']}/resume", None)
+    again = settle(plane, done)
+    assert again["status"] == "succeeded"
+    kept = [each for each in done["evaluations"] if each not in failing]
+    assert len(kept) == 1
+    assert kept[0] in again["evaluations"]
+    assert not set(failing) & set(again["evaluations"])
+    succeeded = plane.get("/v1/evaluations?status=succeeded")["data"]
+    assert {each["id"] for each in succeeded} == set(again["evaluations"])
+
+
+def test_a_study_may_be_resumed_as_often_as_its_evaluation_fails(plane):
+    done = failed_in_its_evaluation(plane, grid={"objective.method": ["dde"]})
+    seen = set(done["evaluations"])
+    for _ in range(2):
+        plane.post(f"{STUDIES}/{done['id']}/resume", None)
+        done = settle(plane, done, looks=2000)
+        assert done["status"] == "failed"
+        assert not seen & set(done["evaluations"])
+        seen |= set(done["evaluations"])
+
+
+def test_a_study_that_cannot_be_resumed_says_why(plane):
+    done = settle(plane, plane.post(STUDIES, body(plane, name="other")))
+    url = f"{STUDIES}/{failed_in_its_evaluation(plane)['id']}"
+    with plane.database.write() as session:
+        session.execute(
+            Job.__table__.update().where(Job.id == done["id"]).values(name="paper", status="running")
+        )
+    error = plane.post(f"{url}/resume", None, 409)["error"]
+    assert error["code"] == "name_taken"
+    with plane.database.write() as session:
+        session.execute(Job.__table__.update().where(Job.id == done["id"]).values(status="succeeded"))
+    model = plane.get(url)["cells"][1]["model"]
+    assert plane.http.delete(f"/v1/models/{model}").status_code == 200
+    error = plane.post(f"{url}/resume", None, 409)["error"]
+    assert error["code"] == "model_not_found"
+    assert f"its model {model} was deleted" in error["message"]
+    assert plane.get(url)["status"] == "failed"
+    plane.launcher.plays["train"] = fakes.fails
+    nothing = settle(plane, plane.post(STUDIES, body(plane, name="nothing")))
+    error = plane.post(f"{STUDIES}/{nothing['id']}/resume", None, 409)["error"]
+    assert "failed before its models were compared" in error["message"]
+
+
+def test_a_kill_after_every_transaction_of_a_resumed_study_loses_nothing(any_plane, killer):
+    plane = any_plane
+    done = failed_in_its_evaluation(plane, grid={"objective.method": ["dde"]})
+    plane.launcher.plays["evaluate"] = evaluate
+    plane.post(f"{STUDIES}/{done['id']}/resume", None)
+    killer["on"] = True
+    while (seen := plane.get(f"{STUDIES}/{done['id']}"))["status"] == "evaluating":
+        try:
+            if not plane.reconciler().once():
+                plane.clock.now += plane.settings.poll_interval_s
+        except Killed:
+            plane.clock.now += plane.settings.lock_s + 1
+            killer["kind"] = None
+        assert killer["kills"] < 50
+    assert killer["kills"] >= 2
+    assert seen["status"] == "succeeded", seen["reason"]
+    assert len(plane.launcher.submitted) == len(set(plane.launcher.submitted))
 
 
 def test_a_cell_whose_dataset_was_deleted_meanwhile_fails_alone(plane):

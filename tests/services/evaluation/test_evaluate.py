@@ -23,7 +23,7 @@ from dde_core.models.folder import ModelFolder
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
 from dde_core.shapes.scorers import score
 from services.api.records import ModelRecord, ScorerRecord
-from services.api.requests import CompareSettings, EvaluationCreate, ImageFolder
+from services.api.requests import CompareSettings, EvaluationCreate, ImageFolder, NamedModel
 from services.artifacts import image_cache, models
 from services.artifacts.prompts import read_prompts
 from services.artifacts.scorers import digest_of
@@ -176,7 +176,8 @@ def test_the_page_shows_the_verdict_the_images_and_the_request_that_repeats_the_
     assert html.escape(command, quote=False)[:60] in page.replace("&#34;", '"').replace("&#39;", "'")
     body = json.loads(shlex.split(command)[-1])
     request = EvaluationCreate.model_validate_json(json.dumps(body))
-    assert (request.models, request.base) == ([shapes.id, other.id], shapes.id)
+    named = [NamedModel(name=model.name, model=model.id) for model in (shapes, other)]
+    assert (request.models, request.base) == (named, "shapes")
     assert request.images_per_prompt == 2
     digests = report_of(result)["provenance"]["digests"]
     assert digests["model shapes"] == shapes.digest
