@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Real
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 Conditioning = dict[str, Tensor]
@@ -21,14 +21,24 @@ ADDED = ("text_embeds", "time_ids")
 
 
 def predict(
-    unet: Callable[..., Any], x_t: Float[Tensor, "b c h w"], t: Real[Tensor, " b"], conditioning: Conditioning
+    unet: Callable[..., Any], x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], conditioning: Conditioning
 ) -> Float[Tensor, "b c h w"]:
     """The U-Net's output at the paper's timesteps t = 1..T. The U-Net is called with t - 1."""
+    return call(unet, x_t, t - 1, conditioning)
+
+
+def call(
+    unet: Callable[..., Any],
+    x: Float[Tensor, "b c h w"],
+    timesteps: Real[Tensor, " b"],
+    conditioning: Conditioning,
+) -> Float[Tensor, "b c h w"]:
+    """The U-Net's output at diffusers' timesteps 0..T-1, which some samplers have between whole numbers."""
     arguments: dict[str, Any] = {name: rows for name, rows in conditioning.items() if name not in ADDED}
     added = {name: rows for name, rows in conditioning.items() if name in ADDED}
     if added:
         arguments["added_cond_kwargs"] = added
-    output: Tensor = unet(x_t, t - 1, **arguments).sample
+    output: Tensor = unet(x, timesteps, **arguments).sample
     return output
 
 

@@ -73,7 +73,8 @@ class Captured:
                 call(self._latents, self._t, self._conditioning)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Another thread may load a model meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._output = call(self._latents, self._t, self._conditioning)
 
     def __call__(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

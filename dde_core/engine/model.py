@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from dde_core.conditioning import Conditioning, predict
+from dde_core.conditioning import Conditioning, call
 from dde_core.config import SampleConfig
 from dde_core.engine.adapters import RowAdapters
 from dde_core.engine.graphs import Graphs
@@ -21,7 +21,7 @@ from dde_core.engine.samplers import make_scheduler
 from dde_core.errors import ConfigError, NonFiniteError
 from dde_core.models.folder import ModelFolder, copy_weights, image_batch_size
 from dde_core.models.text import TextEncoders
-from dde_core.models.tokens import tokenize
+from dde_core.models.tokens import count_tokens, tokenize
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class BaseModel:
         self.dtype = dtype
         self.height_px, self.width_px = folder.image_size()
         self.pixels_per_latent = folder.vae_factor
+        self.has_safety_checker = (folder.path / "safety_checker").is_dir()
         self._scheduler_config = folder.sampling_config()
         self._tokenizers = folder.tokenizers()
         self._text_encoders = TextEncoders(folder, self.device, dtype)
@@ -71,6 +72,10 @@ class BaseModel:
             loaded: list[nn.Module] = [self._vae, *self._text_encoders.encoders]
             for part in loaded if unet else [self._unet, *loaded]:
                 copy_weights(part)
+
+    def count_tokens(self, prompt: str) -> tuple[int, int]:
+        """A prompt's tokens, and how many of them the text encoders read at most. In any thread."""
+        return count_tokens(self._tokenizers, prompt)
 
     @property
     def model(self) -> Model:
@@ -165,7 +170,7 @@ class BaseModel:
         rows = latents.to(self.dtype)
         if self.device.type == "cuda":
             rows = rows.contiguous(memory_format=torch.channels_last)
-        return predict(self._unet, rows, t + 1, conditioning).float()
+        return call(self._unet, rows, t, conditioning).float()
 
     def capture_up_to(self, size_px: tuple[int, int], rows: int) -> None:
         """Run calls of at most so many rows as CUDA graphs, on a GPU."""

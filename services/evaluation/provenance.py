@@ -12,7 +12,7 @@ from services.api.reports import Provenance
 from services.api.requests import ImageFolder
 from services.stages.specs import EvaluateSpec
 
-CONVENTIONS = "DDIM, eta 0; image j of prompt i has the seed `seed` + i + 100,000 j, for all models the same"
+CONVENTIONS = "image j of prompt i has the seed `seed` + i + 100,000 j, for all models the same"
 SOFTWARE = ("torch", "diffusers", "transformers")
 
 
@@ -29,7 +29,7 @@ def provenance(spec: EvaluateSpec) -> Provenance:
                 digests[f"model {model.name}, adapted from {model.adapter_of.name}"] = model.adapter_of.digest
     digests |= {f"scorer {scorer.name} ({scorer.kind})": scorer.digest for scorer in spec.scorers}
     return Provenance(
-        settings=config | {"sampler": CONVENTIONS, "software": software | {"device": device}},
+        settings=config | {"seeds": CONVENTIONS, "software": software | {"device": device}},
         digests=digests,
         command=_command(spec),
     )

@@ -176,14 +176,23 @@ class Admission:
         """The number of requests that are in."""
         return len(self._tickets)
 
-    def enter(self, key: str, work: Work, timeout_s: float | None = None) -> Ticket:
+    def enter(
+        self,
+        key: str,
+        work: Work,
+        timeout_s: float | None = None,
+        native: tuple[int, int] | None = None,
+    ) -> Ticket:
         """Accept a request of the API key with this id; ``timeout_s`` is what it asks for.
 
-        Raises BadRequest for what can never enter: too much work, a time that is not positive or too long.
+        ``native`` is width and height that the model was made for. Raises BadRequest for what can never
+        enter: images too large for the model, too much work, a time that is not positive or too long.
         Raises TooManyRequests, with the time after which there may be room, if the queue is full
         (``queue_full``) or the key has its share of it (``key_limit``), and ShuttingDown after ``close``.
         """
         try:
+            if native is not None:
+                self.limits.check_pixels(work.width, work.height, *native)
             work.check(self.limits.max_work_per_request)
             seconds = self._timeout(timeout_s)
             with self._lock:

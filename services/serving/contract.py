@@ -20,6 +20,13 @@ class LoadedModel(Protocol):
     def record(self) -> ModelRecord:
         """The version that the requested name referred to when the lease began."""
 
+    @property
+    def has_safety_checker(self) -> bool:
+        """Whether the model's folder has one. It is not run."""
+
+    def count_tokens(self, prompt: str) -> tuple[int, int]:
+        """A prompt's tokens, and how many of them the text encoders read at most. In any thread."""
+
 
 class LoadedModels(Protocol):
     """The models of a replica, by the names of a project's registry."""

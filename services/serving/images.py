@@ -41,7 +41,7 @@ from services.serving.admission import Admission, Limits, Ticket, Work
 from services.serving.contract import LoadedModels
 from services.serving.encoding import encode
 from services.serving.metrics import Metrics, Unmeasured
-from services.serving.prompts import PromptReader, Reading
+from services.serving.prompts import Reading, read
 from services.stages import layout
 from services.storage import files
 
@@ -82,7 +82,6 @@ class Images:
         self._storage = storage_uri
         self._admission = admission or Admission(Limits(), engine.load)
         self._metrics: Metrics = metrics or Unmeasured()
-        self._prompts = PromptReader()
         self._releases: set[asyncio.Task[None]] = set()
 
     async def answer(
@@ -147,10 +146,9 @@ class Images:
         native = await self._models.native_size(caller.project, request.model)
         sample = request.sample()
         width, height = sample.width or native[0], sample.height or native[1]
-        self._admission.limits.check_pixels(width, height, *native)
         rows = 2 if sample.guidance_scale > 1 else 1
         work = Work(width=width, height=height, steps=sample.steps, rows=rows, images=request.n)
-        return self._admission.enter(caller.key, work, caller.timeout_s)
+        return self._admission.enter(caller.key, work, caller.timeout_s, native)
 
     @asynccontextmanager
     async def _drawing(
@@ -162,7 +160,7 @@ class Images:
         """
         async with AsyncExitStack() as stack:
             loaded = await stack.enter_async_context(self._models.lease(caller.project, request.model))
-            reading = await asyncio.to_thread(self._prompts.read, loaded.record, request)
+            reading = await asyncio.to_thread(read, loaded, request)
             wanted = GenerationRequest(
                 prompt=request.prompt,
                 seeds=request.seeds(),

@@ -38,6 +38,16 @@ class ModelLease:
     model: Any
     record: ModelRecord
 
+    @property
+    def has_safety_checker(self) -> bool:
+        """See ``services.serving.contract.LoadedModel``."""
+        return bool(self.model.base.has_safety_checker)
+
+    def count_tokens(self, prompt: str) -> tuple[int, int]:
+        """See ``services.serving.contract.LoadedModel``."""
+        tokens, limit = self.model.base.count_tokens(prompt)
+        return tokens, limit
+
 
 class _InMemory(Protocol):
     """What a lease takes its model from."""

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
-from functools import lru_cache
 
-from dde_core.models.tokens import count_tokens, load_tokenizers
 from services.api.images import ImageRequest
-from services.api.records import ModelRecord
-from services.artifacts import models
+from services.serving.contract import LoadedModel
 
-MAX_TOKENIZERS = 16
 NO_SAFETY_CHECKER = "no safety checker: images are not checked"
 SAFETY_CHECKER_NOT_RUN = (
     "safety_checker: the model's folder has one, which is not run; images are not checked"
@@ -29,31 +24,21 @@ class Reading:
     warnings: list[str]
 
 
-class PromptReader:
-    """Counts tokens with the tokenizers of models. Thread-safe: a tokenizer itself is not."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tokenizers = lru_cache(MAX_TOKENIZERS)(load_tokenizers)
-
-    def read(self, record: ModelRecord, request: ImageRequest) -> Reading:
-        """How the model's text encoders read the request's prompts. The model's files are on this node."""
-        folder, _ = models.fetch(record)
-        is_guided = request.guidance_scale > 1
-        prompts = {"prompt": request.prompt}
-        if is_guided:
-            prompts["negative_prompt"] = request.negative_prompt
-        warnings = []
-        num_read = 0
-        with self._lock:
-            for field, prompt in prompts.items():
-                tokens, limit = count_tokens(self._tokenizers(folder, record.family), prompt)
-                num_read += min(tokens, limit)
-                if tokens > limit:
-                    warnings.append(f"{field}: the text encoder reads the first {limit} of {tokens} tokens")
-        if request.negative_prompt and not is_guided:
-            warnings.append("negative_prompt: is read only if guidance_scale is above 1")
-        warnings += [f"{field}: has no effect here" for field in request.without_effect()]
-        has_checker = (folder / "safety_checker").is_dir()
-        warnings.append(SAFETY_CHECKER_NOT_RUN if has_checker else NO_SAFETY_CHECKER)
-        return Reading(num_read, warnings)
+def read(loaded: LoadedModel, request: ImageRequest) -> Reading:
+    """How the model's text encoders read the request's prompts."""
+    is_guided = request.guidance_scale > 1
+    prompts = {"prompt": request.prompt}
+    if is_guided:
+        prompts["negative_prompt"] = request.negative_prompt
+    warnings = []
+    num_read = 0
+    for field, prompt in prompts.items():
+        tokens, limit = loaded.count_tokens(prompt)
+        num_read += min(tokens, limit)
+        if tokens > limit:
+            warnings.append(f"{field}: the text encoder reads the first {limit} of {tokens} tokens")
+    if request.negative_prompt and not is_guided:
+        warnings.append("negative_prompt: is read only if guidance_scale is above 1")
+    warnings += [f"{field}: has no effect here" for field in request.without_effect()]
+    warnings.append(SAFETY_CHECKER_NOT_RUN if loaded.has_safety_checker else NO_SAFETY_CHECKER)
+    return Reading(num_read, warnings)

@@ -26,6 +26,7 @@ EXAMPLES = 60
 JOB = "/v1/alignment/jobs/{job_id}"
 NAMED = (
     *("/v1/models/{model_id}", "/v1/datasets/{dataset_id}", "/v1/evaluations/{evaluation_id}", JOB),
+    "/v1/scorers/{scorer_id}",
     *(f"{JOB}/{part}" for part in ("events", "metrics", "checkpoints", "credit")),
 )
 """Paths that must have succeeded with the id of something that exists."""
@@ -81,14 +82,15 @@ def real_ids(client: Client, pairs: str) -> dict[str, str]:
             evaluation=evaluation,
         )
     )
-    compared = EvaluationCreate(model="shapes", base="shapes", **dict(evaluation))
-    evaluated = client.create_evaluation(compared).id
     assert client.wait(job.id, timeout_s=600).status == "succeeded"
+    compared = EvaluationCreate(models=["shapes", job.name], base="shapes", **dict(evaluation))
+    evaluated = client.create_evaluation(compared).id
     assert client.wait_evaluation(evaluated, timeout_s=300).status == "succeeded"
     return {
         "model_id": "shapes",
         "dataset_id": dataset,
         "job_id": job.id,
         "evaluation_id": evaluated,
+        "scorer_id": "match",
         "key_id": client.create_key(KeyCreate(name="fuzz")).id,
     }

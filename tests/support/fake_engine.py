@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,9 @@ from dde_core.engine.contract import (
     Started,
 )
 from dde_core.errors import ConfigError
+from dde_core.models.tokens import count_tokens, load_tokenizers
 from services.api.records import ModelRecord
+from services.artifacts import models
 from services.errors import NotFound
 
 OWN_SIZE_PX = 32
@@ -141,8 +144,21 @@ class FakeEngine:
 
 @dataclass(frozen=True)
 class FakeLoaded:
+    """Reads prompts by the tokenizers of the record's folder."""
+
     record: ModelRecord
     model: str
+
+    @property
+    def _folder(self) -> Path:
+        return models.fetch(self.record)[0]
+
+    @property
+    def has_safety_checker(self) -> bool:
+        return (self._folder / "safety_checker").is_dir()
+
+    def count_tokens(self, prompt: str) -> tuple[int, int]:
+        return count_tokens(load_tokenizers(self._folder, self.record.family), prompt)
 
 
 NATIVE_PX = 512

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fastapi import FastAPI
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from dde_core.engine.contract import Turn
-from services.serving import app as serving
 from services.serving import metrics
 from services.serving.app import ImageServer, ServeArgs, build_app, deployment_options
 from services.serving.autoscaling import QueueTime
 from services.serving.metrics import Metrics, RayMetrics
+from services.serving.routes import install_errors
 
 ROOT = Path(__file__).parents[3]
 STORAGE = {"storage_uri": "file:///nowhere"}
@@ -86,11 +87,10 @@ def test_an_unexpected_error_of_a_replica_is_in_the_apis_form_so_it_is_not_taken
     async def fail() -> None:
         raise RuntimeError("boom")
 
-    serving.api.add_api_route("/fails", fail)
-    try:
-        answer = TestClient(serving.api, raise_server_exceptions=False).get("/fails")
-    finally:
-        serving.api.router.routes.pop()
+    api = FastAPI()
+    install_errors(api)
+    api.add_api_route("/fails", fail)
+    answer = TestClient(api, raise_server_exceptions=False).get("/fails")
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "the request failed: RuntimeError"
 

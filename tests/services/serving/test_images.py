@@ -98,7 +98,7 @@ def test_a_task_that_is_cancelled_while_its_model_loads_submits_nothing(
             raise AssertionError("it was not entered")
 
     async def leave() -> None:
-        loading = Loading({})
+        loading = Loading(models.records)
         task = asyncio.create_task(Images(engine, loading, str(tmp_path)).answer(request()))
         await until(lambda: loading.leases == 1)
         task.cancel()
