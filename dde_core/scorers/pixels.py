@@ -6,6 +6,7 @@ PIL alone does the resizing of ``Crop``, so scores do not depend on whether torc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,9 @@ from dde_core.scorers.weights import read_object
 Device = torch.device | str
 Resize = Literal["antialiased", "aliased"]
 RESIZES: tuple[Resize, ...] = ("antialiased", "aliased")
+
+THREADS = 8
+"""That resize images for a GPU."""
 
 MAX_ASPECT = 50
 """Greatest ratio of an image's sides: beyond, resizing leaves less than a few pixels, or needs gigabytes."""
@@ -59,15 +63,27 @@ class Crop:
     def __call__(
         self, images: UInt8[np.ndarray, "n h w 3"], device: Device = "cpu"
     ) -> Float32[Tensor, "n 3 side side"]:
-        """Pixels on a device, which normalizes them."""
-        processor = CLIPImageProcessorPil(
-            size={"shortest_edge": self.shortest}, do_center_crop=False, do_rescale=False, do_normalize=False
-        )
-        found = processor([Image.fromarray(image) for image in images], return_tensors="np")["pixel_values"]
+        """Pixels on a device, which normalizes them. A GPU would wait for one thread: several resize."""
+        threads = THREADS
+        if torch.device(device).type == "cpu":
+            threads = 1
+        with ThreadPoolExecutor(threads) as pool:
+            parts = np.array_split(images, min(len(images), threads))
+            found = np.concatenate(list(pool.map(self._resized, parts)))
         top, left = (self._margin(length) for length in found.shape[2:])
         cut = found[:, :, top : top + self.side, left : left + self.side]
         pixels = torch.from_numpy(np.ascontiguousarray(cut)).to(device)
         return _normalize(pixels.float() / 255, self.mean, self.std)
+
+    def _resized(self, images: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n 3 height width"]:
+        """Scaled by PIL, which leaves the interpreter to other threads meanwhile."""
+        processor = CLIPImageProcessorPil(
+            size={"shortest_edge": self.shortest}, do_center_crop=False, do_rescale=False, do_normalize=False
+        )
+        pixels: UInt8[np.ndarray, "n 3 height width"] = processor(
+            [Image.fromarray(image) for image in images], return_tensors="np"
+        )["pixel_values"]
+        return pixels
 
     def _margin(self, length: int) -> int:
         margin = length - self.side
