@@ -44,9 +44,16 @@ sources.hold_to(EVERYWHERE)
 
 
 @pytest.fixture(autouse=True)
-def open_sources() -> None:
-    """Let this process read sources anywhere, whatever an earlier test held it to."""
+def open_sources() -> Iterator[None]:
+    """Let this process read sources anywhere, whatever an earlier test held it to.
+
+    A test that leaves the rules of a request behind fails: later ones would be held to them.
+    """
     sources.hold_to(EVERYWHERE)
+    yield
+    left = sources._request_rules.get()
+    sources._request_rules.set(None)
+    assert left is None
 
 
 class FileByFile(LoadFileScheduling):

@@ -32,7 +32,7 @@ from dde_core.engine.turn import advance
 from dde_core.errors import NonFiniteError
 
 RATE_TURNS = 64
-"""The rate of work is measured over so many turns."""
+"""The rate of work is measured over so many turns of which each was half full, or left others waiting."""
 
 STARTED_BYTES = 1 << 30
 """Latents and conditioning of all started samples together."""
@@ -210,10 +210,12 @@ class StepEngine:
         seconds = self._clock_s() - began
         rows = sum(member.rows for member in chosen)
         work = float(np.prod(chosen[0].of.size_px)) * rows
+        max_rows = self._max_rows(chosen[0])
         with self._changed:
             self._work_done += work
-            self._recent.append((seconds, work))
-        max_rows = self._max_rows(chosen[0])
+            is_busy = len(self._waiting) > len(chosen) or 2 * rows > max_rows
+            if is_busy or not self._recent:  # a call with few rows does not show what the device can do
+                self._recent.append((seconds, work))
         self._on_turn(Turn(samples=len(chosen), rows=rows, max_rows=max_rows, seconds=seconds))
 
     def _out_of_memory(self, chosen: Sequence[Member], error: BaseException) -> None:

@@ -118,10 +118,13 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 
 def _correct(operation: dict[str, Any]) -> None:
-    """Remove what FastAPI adds and is not so: a 422, where each error is a 4XX with an ErrorView, and null
-    for parameters that may be absent.
+    """Remove what FastAPI adds and is not so: a 422, where each error is a 4XX with an ErrorView, null for
+    parameters that may be absent, and errors of a page's type, such as HTML: each is JSON.
     """
     operation["responses"].pop("422", None)
+    for status in ("4XX", "5XX"):
+        [content] = operation["responses"][status]["content"].values()
+        operation["responses"][status]["content"] = {"application/json": content}
     for parameter in operation.get("parameters", []):
         schema = parameter["schema"]
         kinds = [kind for kind in schema.pop("anyOf", []) if kind != {"type": "null"}]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -101,15 +101,17 @@ class HeldOut:
             base = models.record_of(models.find(session, request.model, "model"))
         return self._prompts(request.dataset, num_pairs, [base], param)
 
-    def of_evaluation(self, request: EvaluationCreate, compared: Sequence[Any]) -> EvaluationCreate:
-        """The evaluation with the captions that none of the models it compares was trained on.
+    def of_evaluation(
+        self, request: EvaluationCreate, compared: Callable[[], Sequence[Any]]
+    ) -> EvaluationCreate:
+        """The evaluation with the captions that none of the ``compared`` models was trained on.
 
         Raises BadRequest, NotFound and Conflict like ``of_job``.
         """
         if not is_held_out(request.prompts_uri):
             return request
         dataset, num_pairs = _parse(request.prompts_uri, "prompts_uri")
-        records = [each for each in compared if isinstance(each, ModelRecord)]
+        records = [each for each in compared() if isinstance(each, ModelRecord)]
         return _with(request, self._prompts(dataset, num_pairs, records, "prompts_uri"))
 
     def of_study(

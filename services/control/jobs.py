@@ -53,9 +53,10 @@ def check_alignment(
     """
     with database.read() as session:
         used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
-        base = models.record_of(models.find(session, request.model, "model"))
     found = held_out.of_job(request)
     warnings = checks.check_alignment(found, used)
+    with database.read() as session:
+        base = models.record_of(models.find(session, request.model, "model"))
     checks.check_base(base, found)
     if not is_held_out(request.evaluation.prompts_uri):
         warnings += making.reused_prompts(database, request.dataset, request.evaluation)
@@ -107,13 +108,16 @@ def create_evaluation(
 ) -> EvaluationView:
     """Raises BadRequest, NotFound or Conflict, like ``create_alignment``."""
 
+    def compared() -> Sequence[Any]:
+        with database.read() as session:
+            return _compared(session, request)[0]
+
     def check() -> tuple[EvaluationCreate, list[str]]:
         with database.read() as session:
             used = scorers.of_names(session, request.scorers, "scorers")
-            compared, _ = _compared(session, request)
         found = HeldOut(database, root).of_evaluation(request, compared)
         prompts = checks.check_evaluation(found, used)
-        checks.check_compared(compared, found, prompts)
+        checks.check_compared(compared(), found, prompts)
         return found, checks.long_prompts(prompts, "prompts_uri")
 
     def insert(session: Session, checked: tuple[EvaluationCreate, list[str]]) -> EvaluationView:

@@ -347,7 +347,7 @@ def nan_weight(data: bytes) -> bytes:
     ("damage", "cause"),
     [
         (lambda data: data[:-4], "cannot be loaded: unet of"),
-        (nan_weight, "gives no images: latents are not finite in 1 of 1 images"),
+        (nan_weight, "gives no images: image 0 of the request has infinite or NaN values"),
     ],
     ids=["cut off", "one NaN"],
 )

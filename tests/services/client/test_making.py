@@ -65,7 +65,7 @@ def test_a_dataset_is_drawn_and_told_of_when_it_is_ready(server, dde, run) -> No
             "keep": "all_pairs",
             "margin": 0.2,
             "seed": 7,
-            "sample": {"steps": 20, "guidance_scale": 5.0, "height": 0, "width": 0},
+            "sample": {"sampler": "ddim", "steps": 20, "guidance_scale": 5.0, "height": 0, "width": 0},
         },
     }
     assert result.stderr.splitlines() == [

@@ -352,7 +352,9 @@ def test_every_v1_route_wants_the_key_and_health_does_not(plane, header):
         for method in operations:
             answer = plane.http.request(method, path, headers=headers, content=b"{}")
             assert answer.headers["x-request-id"]
-            if path.startswith("/v1"):
+            if path == "/v1/images/files/{file_name}":  # its signature takes the place of a key
+                assert answer.status_code in (400, 403), method
+            elif path.startswith("/v1"):
                 assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), (
                     method,
                     path,

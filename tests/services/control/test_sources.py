@@ -122,8 +122,8 @@ def test_a_job_carries_the_rules_to_its_stages(plane):
     plane.job()
     plane.settle()
     rules = {json.dumps(spec.sources.allowed) for spec in plane.launcher.specs.values()}
-    made_by_scorers = f"{plane.app_settings.storage_uri}/pairs"
-    assert rules == {json.dumps([*plane.settings.allowed_sources, made_by_scorers])}
+    of_its_own = [f"{plane.app_settings.storage_uri}/{name}" for name in ("pairs", "prompts")]
+    assert rules == {json.dumps([*plane.settings.allowed_sources, *of_its_own])}
 
 
 @pytest.mark.parametrize(

@@ -392,7 +392,7 @@ def test_a_model_that_gives_nan_is_named(evaluate: EvaluateHere, shapes, other, 
     def nan(*arguments):
         raise NonFiniteError("images have infinite or NaN values")
 
-    monkeypatch.setattr("services.evaluation.drawing.TextToImage.__call__", nan)
+    monkeypatch.setattr("dde_core.generation.TextToImage.__call__", nan)
     with pytest.raises(NonFiniteError, match="model shapes: images have infinite or NaN values"):
         evaluate(shapes, other)
     assert evaluate.stored() == []

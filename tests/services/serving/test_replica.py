@@ -238,9 +238,10 @@ def test_a_damaged_file_is_an_error_by_name_and_the_others_go_on(root: str, tmp_
 
 def test_a_deadline_ends_a_request(root: str):
     with replica(root) as running:
-        answer = running.post({TIMEOUT_HEADER: "0.3"}, steps=400, n=8)
+        running.images()
+        answer = running.post({TIMEOUT_HEADER: "0.5"}, steps=400, n=8)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
-        assert running.counts.ended == ["deadline"]
+        until(lambda: running.counts.ended == ["deadline"])
         assert running.images()
 
 
