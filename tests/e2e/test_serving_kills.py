@@ -54,7 +54,7 @@ SAMPLES = (
     SampleConfig(steps=2),
     SampleConfig(steps=4, guidance_scale=1.0),
     SampleConfig(steps=5, sampler="euler_a"),
-    SampleConfig(steps=3, sampler="dpmpp_2m", height=48),
+    SampleConfig(steps=3, sampler="dpmpp_2m", height=48, width=32),
 )
 
 
@@ -103,7 +103,9 @@ def test_1000_mixed_requests_with_one_of_two_replicas_killed_are_answered_right_
         for (name, folder), sample, seed in itertools.product(folders.items(), SAMPLES, range(2))
     ]
     wanted = random.Random(0).choices(kinds, k=1000)
-    alone = solo_images(kinds)
+    long = Wanted("shapes", MODEL_DIR, seed=4, sample=SampleConfig(steps=100))
+    wanted[380:396] = [long] * 16  # so that both replicas have begun something when one is killed
+    alone = solo_images([*kinds, long])
     with serving(tmp_path, min_replicas=2, max_replicas=2) as system:
         with system.client() as client:
             for name, folder in folders.items():
@@ -134,7 +136,8 @@ def test_1000_mixed_requests_with_one_of_two_replicas_killed_are_answered_right_
         asyncio.run(after.send_all(kinds * 2, at_once=16))
     print(
         f"\n1000 requests in {seconds:.0f} s over two replicas, one killed after 400: "
-        f"{dict(senders.counts)}, {len(senders.wrong)} wrong, largest distance to a solo run {senders.largest_distance} of 255, "
+        f"{dict(senders.counts)}, {len(senders.wrong)} wrong, "
+        f"largest distance to a solo run {senders.largest_distance} of 255, "
         f"slowest {max(senders.seconds):.1f} s, {again} sent again; afterwards {dict(after.counts)}"
     )
     assert senders.counts.total() == 1000

@@ -55,7 +55,7 @@ class Wanted:
             "sampler": sample.sampler,
             "num_inference_steps": sample.steps,
             "guidance_scale": sample.guidance_scale,
-            "size": f"{sample.width}x{sample.height}" if sample.width else "auto",
+            "size": f"{sample.width}x{sample.height}" if sample.width and sample.height else "auto",
             **more,
         }
 
