@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,8 +21,6 @@ from services.serving.memory import Memory, memory_of
 from services.serving.metrics import Metrics
 from services.serving.routes import image_routes, install_errors, score_routes
 from services.serving.scoring import Scoring
-
-log = logging.getLogger("ray.serve")
 
 
 class Replica:
@@ -51,7 +48,6 @@ class Replica:
         self.admission.close()
         await asyncio.to_thread(self._engine.close)
         await self._memory.close()
-        log.info("the replica is closed")
 
     def api(self) -> FastAPI:
         """Images and scores over HTTP. Its end closes the replica."""

@@ -346,33 +346,48 @@ def test_a_redeployment_finishes_what_runs_and_closes_the_old_replica(small: Loc
     config = read_serve_config(small.state.parent / "serve.yaml")
     config = fill_serve_config(config, small.serve_port, small.storage_uri)
     config["applications"][0]["args"]["limits"] = {"max_requests": 99}
-    ended = []
 
-    async def run() -> None:
-        async with senders.client() as http:
-            running = [asyncio.create_task(senders.send(http, i, each)) for i, each in enumerate(long)]
-            while metric_of_turns() == turns:
-                await asyncio.sleep(0.1)
-            await asyncio.to_thread(small.ray.deploy, config)
-            for task in running:
-                task.add_done_callback(lambda _: ended.append(time.monotonic()))
-            while old.is_running() and old.status() != psutil.STATUS_ZOMBIE:
-                await senders.send(http, 0, short)
-            await asyncio.gather(*running)
-
-    def metric_of_turns() -> float:
+    def turns() -> float:
         return metric(small, "step_seconds_count")
 
-    turns = metric_of_turns()
-    asyncio.run(run())
-    closed = time.monotonic()
-    (new,) = replicas(small)
+    async def run() -> float:
+        """Seconds from the last answer of the old replica until its process had ended."""
+        async with senders.client() as http:
+
+            async def go_on() -> None:
+                while replicas(small) == [old]:
+                    await senders.send(http, 0, short)
+
+            running = [asyncio.create_task(senders.send(http, i, each)) for i, each in enumerate(long)]
+            while turns() == before:
+                await asyncio.sleep(0.1)
+            await asyncio.to_thread(small.ray.deploy, config)
+            sending = asyncio.create_task(go_on())
+            await asyncio.gather(*running)
+            answered = time.monotonic()
+            while old.is_running() and old.status() != psutil.STATUS_ZOMBIE:
+                await asyncio.sleep(0.05)
+            closed = time.monotonic()
+            await sending
+            return closed - answered
+
+    before = turns()
+    seconds = asyncio.run(run())
+    after = Senders(small, senders.alone)
+    asyncio.run(after.send_all([short] * 3, at_once=1))
     print(
-        f"\nredeployed: {dict(senders.counts)}; the old replica ended {closed - max(ended):.1f} s after "
-        "its last request"
+        f"\nredeployed: {dict(senders.counts)}; the old replica ended {seconds:.1f} s after its last answer"
     )
+    (new,) = replicas(small)
     assert new.pid != old.pid
     assert not senders.wrong
     assert set(senders.counts) == {"200"}
-    logs = (small.ray.session_logs / "serve").glob("replica_*.log")
-    assert sum("the replica is closed" in path.read_text() for path in logs) == 1
+    assert after.counts == {"200": 3}
+    assert seconds < 60, "it does not wait for its longest possible request"
+    (log,) = [
+        text
+        for path in (small.ray.session_logs / "serve").glob("replica_*.log")
+        if "Drained ongoing requests" in (text := path.read_text())
+    ]
+    assert "Graceful shutdown complete" in log
+    assert "ERROR" not in log

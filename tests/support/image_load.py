@@ -95,7 +95,7 @@ class Senders:
     ) -> None:
         self._url = system.url
         self._keys = keys or (system.key,)
-        self._alone = alone
+        self.alone = alone
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.seconds: list[float] = []
@@ -131,7 +131,7 @@ class Senders:
 
     def _count(self, number: int, wanted: Wanted, answer: httpx.Response) -> None:
         if answer.status_code == 200:
-            apart = distance(decoded(answer.json()["data"][0]["b64_json"]), self._alone[wanted])
+            apart = distance(decoded(answer.json()["data"][0]["b64_json"]), self.alone[wanted])
             self.largest_distance = max(self.largest_distance, apart)
             if apart > TOLERANCE:
                 self.wrong.append(f"{number}: {apart} of 255 from its solo run: {wanted}")
