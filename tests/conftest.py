@@ -38,6 +38,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
+    RAY_metrics_report_interval_ms="1000",
     DDE_ALLOWED_SOURCES=json.dumps(EVERYWHERE.allowed),
 )
 sources.hold_to(EVERYWHERE)

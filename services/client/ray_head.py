@@ -38,6 +38,7 @@ class RayPorts:
     agent: int
     autoscaler_metrics: int
     dashboard_metrics: int
+    metrics: int
 
     @classmethod
     def free(cls) -> RayPorts:
@@ -47,7 +48,7 @@ class RayPorts:
 
 class RayHead:
     """Runs ``ray start`` on ``__enter__`` without waiting for it. ``__exit__`` ends all its processes and
-    keeps its logs.
+    keeps its logs. Prometheus reads ``metrics_url``.
 
     ``num_cpus`` is how many CPUs Ray may assign, not how many the machine has. ``mark`` marks the processes.
     """
@@ -56,6 +57,7 @@ class RayHead:
         self.ports = RayPorts.free()
         self.token = secrets.token_hex(32)
         self.url = f"http://127.0.0.1:{self.ports.dashboard}"
+        self.metrics_url = f"http://127.0.0.1:{self.ports.metrics}/metrics"
         self._logs = logs
         self._mark = mark
         self._num_cpus = num_cpus
@@ -80,6 +82,11 @@ class RayHead:
 
     def __exit__(self, *exc: object) -> None:
         self._undo.close()
+
+    @property
+    def session_logs(self) -> Path:
+        """The logs of the running session."""
+        return self._folder / "ray" / "session_latest" / "logs"
 
     def is_ready(self) -> bool:
         """Whether the cluster accepts requests."""
@@ -134,6 +141,7 @@ def start_command(ports: RayPorts, num_cpus: int, folder: Path) -> list[str]:
         f"--port={ports.gcs}",
         f"--ray-client-server-port={ports.client}",
         f"--dashboard-agent-listen-port={ports.agent}",
+        f"--metrics-export-port={ports.metrics}",
         *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports.dashboard}"),
     ]
 

@@ -80,6 +80,7 @@ def guide(system: LocalSystem) -> str:
 API       {system.url}   (described in {system.url}/openapi.json)
 key       {system.key_file}
 logs      {system.logs}
+metrics   {system.ray.metrics_url}   (Serve's), {system.url}/metrics
 
   export DDE_URL={system.url} DDE_API_KEY=$(cat {system.key_file})
   curl $DDE_URL/v1/models -H "Authorization: Bearer $DDE_API_KEY"
