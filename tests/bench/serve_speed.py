@@ -1,0 +1,266 @@
+"""What does serving the shapes model cost against diffusers' pipeline: the engine alone, and over HTTP?
+
+Every side computes on one thread. The engine in process is measured in CPU seconds of this process, in which
+nothing else works, so other programs do not count. What goes over HTTP is measured in wall time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import torch
+
+from dde_core.config import SampleConfig
+from dde_core.models.folder import ModelFolder
+from dde_core.shapes import MODEL_DIR
+from services.api.images import ImageRequest
+from services.client.api import Client
+from services.client.local import LocalSystem
+from tests.bench.measure import Result, in_turn, ratio, result
+from tests.bench.serving import PROMPT, Serving, load_adapters
+
+CLIENTS = 16
+EQUAL = SampleConfig(steps=20, guidance_scale=5.0)
+MIXED = [
+    SampleConfig(steps=steps, guidance_scale=guidance)
+    for steps, guidance in ((16, 3.0), (24, 7.0), (18, 5.0), (22, 4.0))
+]
+"""Together they are as much work as equal ones."""
+WHAT = f"shapes, 32 px, {EQUAL.steps} steps"
+MIX = "shapes, 32 px, 16 to 24 steps, guidance 3 to 7"
+CPU = "CPU seconds of this process"
+LONELY = 3
+"""Images of one measurement of lonely requests, one after the other."""
+PAIRS = 25
+"""Lonely requests over HTTP, and as many in process."""
+RANK = 8
+KEYS = ("a", "b", "c")
+OVERLOAD = 3.0
+OVERLOAD_S = 20.0
+
+
+def serve_in_process(scratch: Path, rounds: int = 7) -> dict[str, Result]:
+    """The engine against the pipeline of the same modules.
+
+    ``serve_vs_sequential``: 16 mixed requests at once, against the pipeline one by one, and against its batch
+    of 16 equal ones. ``serve_vs_request_batching``: against a server that batches whole requests, of equal
+    settings each. ``serve_lonely_overhead``: seconds of one request over those of the pipeline.
+    ``serve_three_adapters``: requests for three LoRA models at once against requests for one.
+    """
+    torch.set_num_threads(1)
+    serving = Serving(ModelFolder(MODEL_DIR), torch.device("cpu"), EQUAL, time.process_time)
+    load_adapters(serving.base, scratch, KEYS, RANK)
+    equal = [EQUAL] * CLIENTS
+    mixed = MIXED * (CLIENTS // len(MIXED))
+    sides: dict[str, Callable[[], float]] = {
+        "engine, mixed": lambda: serving.by_engine(mixed),
+        "one by one": lambda: serving.one_by_one(MIXED),
+        "groups": lambda: serving.in_groups(mixed),
+        "engine, equal": lambda: serving.by_engine(equal),
+        "batch": lambda: serving.in_batch(CLIENTS),
+        "engine, lonely": lambda: 1 / lonely(serving),
+        "pipeline, lonely": lambda: 1 / serving.one_by_one([EQUAL] * LONELY),
+        "three adapters": lambda: serving.by_engine(equal, KEYS),
+        "one adapter": lambda: serving.by_engine(equal, KEYS[:1]),
+    }
+    for side in sides.values():
+        side()
+    found = in_turn(rounds, sides)
+    serving.engine.close()
+    rate = f"images/s by {CPU}"
+    groups = f"pipeline, one call for each of the {len(MIXED)} settings, {MIX}"
+    one = f"all {CLIENTS} requests for one, LoRA of rank {RANK}, {WHAT}"
+    return {
+        "serve_vs_sequential": ratio(
+            found, "engine, mixed", "one by one", rate, f"pipeline one by one, {MIX}"
+        ),
+        "serve_vs_sequential, batch": ratio(
+            found, "engine, mixed", "batch", rate, f"pipeline, one batch of {CLIENTS} equal requests, {WHAT}"
+        ),
+        "serve_vs_request_batching": ratio(
+            found, "engine, equal", "batch", rate, f"pipeline, one batch of {CLIENTS}, {WHAT}"
+        ),
+        "serve_vs_request_batching, mixed": ratio(found, "engine, mixed", "groups", rate, groups),
+        "serve_lonely_overhead": ratio(
+            found, "engine, lonely", "pipeline, lonely", f"s by {CPU}", f"pipeline, one image, {WHAT}"
+        ),
+        "serve_three_adapters": ratio(found, "three adapters", "one adapter", rate, one),
+    }
+
+
+def lonely(serving: Serving) -> float:
+    """Images/s of requests that come when the last one is done."""
+    rates = [serving.by_engine([EQUAL]) for _ in range(LONELY)]
+    return statistics.harmonic_mean(rates)
+
+
+def serve_over_http(scratch: Path, rounds: int = 5) -> dict[str, Result]:
+    """The whole system on this machine against the pipeline in this process.
+
+    ``serve_http_vs_sequential``: 16 clients at once through control plane and Ray Serve, by wall time, and
+    by CPU seconds of the replica against those of the pipeline. ``serve_lonely_overhead_ms``: median of a
+    single request less that of the engine in process. ``serve_overload_p99_s``: of the requests that were
+    answered, while they come at three times the measured rate.
+    """
+    torch.set_num_threads(1)
+    serving = Serving(ModelFolder(MODEL_DIR), torch.device("cpu"), EQUAL)
+    with LocalSystem(scratch / "system", allow=[str(MODEL_DIR)]) as system:
+        http = Http(system)
+        http.at_once()
+        serving.one_by_one(MIXED)
+        serving.draw([EQUAL])
+        images_per_cpu_s: dict[str, list[float]] = {"HTTP": [], "one by one": []}
+
+        def over_http() -> float:
+            before = http.replica_cpu_s()
+            rate = http.at_once()
+            images_per_cpu_s["HTTP"].append(CLIENTS / (http.replica_cpu_s() - before))
+            return rate
+
+        def one_by_one() -> float:
+            before = time.process_time()
+            rate = serving.one_by_one(MIXED)
+            images_per_cpu_s["one by one"].append(len(MIXED) / (time.process_time() - before))
+            return rate
+
+        found = in_turn(rounds, {"HTTP": over_http, "one by one": one_by_one})
+        alone = in_turn(PAIRS, {"HTTP": http.lonely_s, "engine": lambda: 1 / serving.by_engine([EQUAL])})
+        answers = http.overload(OVERLOAD * statistics.median(found["HTTP"]))
+    serving.engine.close()
+    against = f"pipeline one by one in this process, {CLIENTS} clients, {MIX}"
+    by_cpu = "images/s by CPU seconds of the replica"
+    return {
+        "serve_http_vs_sequential": ratio(found, "HTTP", "one by one", "images/s", against),
+        "serve_http_vs_sequential, CPU": ratio(images_per_cpu_s, "HTTP", "one by one", by_cpu, against),
+        "serve_lonely_overhead_ms": added(alone),
+        "serve_overload_p99_s": answers,
+    }
+
+
+def added(alone: dict[str, list[float]]) -> Result:
+    """What HTTP adds to the median of a lonely request."""
+    over_http, engine = (statistics.median(alone[side]) for side in ("HTTP", "engine"))
+    what = f"engine in process, {WHAT}: p50 {1e3 * engine:.4g} ms; p50 over HTTP {1e3 * over_http:.4g} ms"
+    value = 1e3 * (over_http - engine)
+    return result(over_http / engine, value, "ms more", f"{what}; {len(alone['HTTP'])} requests each in turn")
+
+
+class Http:
+    """Clients of a running system, in which the shapes model is registered."""
+
+    def __init__(self, system: LocalSystem) -> None:
+        self._system = system
+        with system.client() as client:
+            client.create_model("shapes", MODEL_DIR.as_uri())
+            client.generate(request_of(EQUAL, seed=0))
+        workers = psutil.Process(system.ray.child.pid).children(recursive=True)
+        self._replica = next(worker for worker in workers if "ServeReplica" in title(worker))
+        for worker in workers:  # Ray's workers give way to every other process; no side may
+            with suppress(psutil.Error):
+                worker.nice(psutil.Process().nice())
+
+    def replica_cpu_s(self) -> float:
+        """CPU seconds of the replica so far."""
+        times = self._replica.cpu_times()
+        return float(times.user + times.system)
+
+    def at_once(self) -> float:
+        """Images/s of 16 clients with mixed requests at once."""
+        with self._clients(CLIENTS) as clients, ThreadPoolExecutor(CLIENTS) as pool:
+            requests = [request_of(MIXED[i % len(MIXED)], seed=i) for i in range(CLIENTS)]
+            began = time.monotonic()
+            answers = list(pool.map(lambda client, request: client.generate(request), clients, requests))
+            seconds = time.monotonic() - began
+        assert all(len(answer.data) == 1 for answer in answers)
+        return CLIENTS / seconds
+
+    def lonely_s(self) -> float:
+        """Seconds of one request on a connection that is open."""
+        with self._clients(1) as (client,):
+            began = time.monotonic()
+            client.generate(request_of(EQUAL, seed=0))
+            return time.monotonic() - began
+
+    @contextmanager
+    def _clients(self, number: int) -> Iterator[list[Client]]:
+        """Clients that try once and have a connection open."""
+        clients = [Client(self._system.url, self._system.key, retries=0) for _ in range(number)]
+        try:
+            for client in clients:
+                assert client.ready()
+            yield clients
+        finally:
+            for client in clients:
+                client.close()
+
+    def overload(self, rate: float) -> Result:
+        """Requests at so many a second, whether or not those before are answered."""
+        answers = asyncio.run(self._at_rate(rate))
+        seconds = [taken for status, taken in answers if status == httpx.codes.OK]
+        counts = Counter(status for status, _ in answers)
+        statuses = ", ".join(f"{counts[status]} x {status}" for status in sorted(counts))
+        refusals = [taken for status, taken in answers if status == httpx.codes.TOO_MANY_REQUESTS]
+        text = f"{len(answers)} equal requests, {rate:.3g}/s for {OVERLOAD_S:g} s, one API key: {statuses}"
+        text += f"; p50 {statistics.median(seconds):.3g} s"
+        if refusals:
+            text += f"; p99 of 429 {percentile(refusals, 99):.3g} s"
+        return result(None, percentile(seconds, 99), "s, p99 of status 200", text)
+
+    async def _at_rate(self, rate: float) -> list[tuple[int, float]]:
+        """Status and seconds of each request."""
+        limits = httpx.Limits(max_connections=None)
+        headers = {"Authorization": f"Bearer {self._system.key}"}
+        async with httpx.AsyncClient(
+            base_url=self._system.url, headers=headers, timeout=120, limits=limits, trust_env=False
+        ) as client:
+            began = time.monotonic()
+            running = []
+            for i in range(int(rate * OVERLOAD_S)):
+                await asyncio.sleep(began + i / rate - time.monotonic())
+                running.append(asyncio.create_task(post(client, request_of(EQUAL, seed=i))))
+            return list(await asyncio.gather(*running))
+
+
+async def post(client: httpx.AsyncClient, request: ImageRequest) -> tuple[int, float]:
+    """Status and seconds of a request; status 0 if the connection broke."""
+    began = time.monotonic()
+    try:
+        answer = await client.post(
+            "/v1/images/generations", json=request.model_dump(mode="json", exclude_unset=True)
+        )
+    except httpx.TransportError:
+        return 0, time.monotonic() - began
+    return answer.status_code, time.monotonic() - began
+
+
+def request_of(sample: SampleConfig, seed: int) -> ImageRequest:
+    """A request for one image of the registered model."""
+    return ImageRequest(
+        model="shapes",
+        prompt=PROMPT,
+        seed=seed,
+        num_inference_steps=sample.steps,
+        guidance_scale=sample.guidance_scale,
+    )
+
+
+def percentile(seconds: Sequence[float], percent: int) -> float:
+    """Of two values or more."""
+    return statistics.quantiles(seconds, n=100, method="inclusive")[percent - 1]
+
+
+def title(process: psutil.Process) -> str:
+    """How a process calls itself; "" if it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
