@@ -38,10 +38,9 @@ MIXED = [
 WHAT = f"shapes, 32 px, {EQUAL.steps} steps"
 MIX = "shapes, 32 px, 16 to 24 steps, guidance 3 to 7"
 CPU = "CPU seconds of this process"
-LONELY = 3
-"""Images of one measurement of lonely requests, one after the other."""
 PAIRS = 25
-"""Lonely requests over HTTP, and as many in process."""
+"""Lonely requests of each side: short measurements in turn meet the same machine."""
+ONE_STEP = SampleConfig(steps=1, guidance_scale=5.0)
 RANK = 8
 KEYS = ("a", "b", "c")
 OVERLOAD = 3.0
@@ -54,7 +53,7 @@ def serve_in_process(scratch: Path, rounds: int = 7) -> dict[str, Result]:
     ``serve_vs_sequential``: 16 mixed requests at once, against the pipeline one by one, and against its batch
     of 16 equal ones. ``serve_vs_request_batching``: against a server that batches whole requests, of equal
     settings each. ``serve_lonely_overhead``: seconds of one request over those of the pipeline.
-    ``serve_three_adapters``: requests for three LoRA models at once against requests for one.
+    ``serve_three_adapters``: requests for three LoRA models at once against requests for one, and for the base.
     """
     torch.set_num_threads(1)
     serving = Serving(ModelFolder(MODEL_DIR), torch.device("cpu"), EQUAL, time.process_time)
@@ -67,14 +66,17 @@ def serve_in_process(scratch: Path, rounds: int = 7) -> dict[str, Result]:
         "groups": lambda: serving.in_groups(mixed),
         "engine, equal": lambda: serving.by_engine(equal),
         "batch": lambda: serving.in_batch(CLIENTS),
-        "engine, lonely": lambda: 1 / lonely(serving),
-        "pipeline, lonely": lambda: 1 / serving.one_by_one([EQUAL] * LONELY),
         "three adapters": lambda: serving.by_engine(equal, KEYS),
         "one adapter": lambda: serving.by_engine(equal, KEYS[:1]),
     }
     for side in sides.values():
         side()
     found = in_turn(rounds, sides)
+    lonely = {
+        "engine": lambda: 1 / serving.by_engine([EQUAL]),
+        "pipeline": lambda: 1 / serving.one_by_one([EQUAL]),
+    }
+    alone = in_turn(PAIRS, lonely)
     serving.engine.close()
     rate = f"images/s by {CPU}"
     groups = f"pipeline, one call for each of the {len(MIXED)} settings, {MIX}"
@@ -91,16 +93,13 @@ def serve_in_process(scratch: Path, rounds: int = 7) -> dict[str, Result]:
         ),
         "serve_vs_request_batching, mixed": ratio(found, "engine, mixed", "groups", rate, groups),
         "serve_lonely_overhead": ratio(
-            found, "engine, lonely", "pipeline, lonely", f"s by {CPU}", f"pipeline, one image, {WHAT}"
+            alone, "engine", "pipeline", f"s by {CPU}", f"pipeline, one image, {WHAT}"
         ),
         "serve_three_adapters": ratio(found, "three adapters", "one adapter", rate, one),
+        "serve_three_adapters, base": ratio(
+            found, "three adapters", "engine, equal", rate, f"no adapters, {WHAT}"
+        ),
     }
-
-
-def lonely(serving: Serving) -> float:
-    """Images/s of requests that come when the last one is done."""
-    rates = [serving.by_engine([EQUAL]) for _ in range(LONELY)]
-    return statistics.harmonic_mean(rates)
 
 
 def serve_over_http(scratch: Path, rounds: int = 5) -> dict[str, Result]:
@@ -133,7 +132,7 @@ def serve_over_http(scratch: Path, rounds: int = 5) -> dict[str, Result]:
             return rate
 
         found = in_turn(rounds, {"HTTP": over_http, "one by one": one_by_one})
-        alone = in_turn(PAIRS, {"HTTP": http.lonely_s, "engine": lambda: 1 / serving.by_engine([EQUAL])})
+        alone = {sample: in_turn(PAIRS, http.lonely(serving, sample)) for sample in (EQUAL, ONE_STEP)}
         answers = http.overload(OVERLOAD * statistics.median(found["HTTP"]))
     serving.engine.close()
     against = f"pipeline one by one in this process, {CLIENTS} clients, {MIX}"
@@ -141,15 +140,16 @@ def serve_over_http(scratch: Path, rounds: int = 5) -> dict[str, Result]:
     return {
         "serve_http_vs_sequential": ratio(found, "HTTP", "one by one", "images/s", against),
         "serve_http_vs_sequential, CPU": ratio(images_per_cpu_s, "HTTP", "one by one", by_cpu, against),
-        "serve_lonely_overhead_ms": added(alone),
+        "serve_lonely_overhead_ms": added(alone[EQUAL], EQUAL.steps),
+        "serve_lonely_overhead_ms, one step": added(alone[ONE_STEP], ONE_STEP.steps),
         "serve_overload_p99_s": answers,
     }
 
 
-def added(alone: dict[str, list[float]]) -> Result:
+def added(alone: dict[str, list[float]], steps: int) -> Result:
     """What HTTP adds to the median of a lonely request."""
     over_http, engine = (statistics.median(alone[side]) for side in ("HTTP", "engine"))
-    what = f"engine in process, {WHAT}: p50 {1e3 * engine:.4g} ms; p50 over HTTP {1e3 * over_http:.4g} ms"
+    what = f"engine in process, shapes, 32 px, steps {steps}: p50 {1e3 * engine:.4g} ms; p50 over HTTP {1e3 * over_http:.4g} ms"
     value = 1e3 * (over_http - engine)
     return result(over_http / engine, value, "ms more", f"{what}; {len(alone['HTTP'])} requests each in turn")
 
@@ -183,12 +183,16 @@ class Http:
         assert all(len(answer.data) == 1 for answer in answers)
         return CLIENTS / seconds
 
-    def lonely_s(self) -> float:
-        """Seconds of one request on a connection that is open."""
-        with self._clients(1) as (client,):
-            began = time.monotonic()
-            client.generate(request_of(EQUAL, seed=0))
-            return time.monotonic() - began
+    def lonely(self, serving: Serving, sample: SampleConfig) -> dict[str, Callable[[], float]]:
+        """Sides that return the seconds of one request, here and on a connection that is open."""
+
+        def over_http() -> float:
+            with self._clients(1) as (client,):
+                began = time.monotonic()
+                client.generate(request_of(sample, seed=0))
+                return time.monotonic() - began
+
+        return {"HTTP": over_http, "engine": lambda: 1 / serving.by_engine([sample])}
 
     @contextmanager
     def _clients(self, number: int) -> Iterator[list[Client]]:
