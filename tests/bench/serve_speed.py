@@ -53,7 +53,7 @@ def serve_in_process(scratch: Path, rounds: int = 7) -> dict[str, Result]:
     ``serve_vs_sequential``: 16 mixed requests at once, against the pipeline one by one, and against its batch
     of 16 equal ones. ``serve_vs_request_batching``: against a server that batches whole requests, of equal
     settings each. ``serve_lonely_overhead``: seconds of one request over those of the pipeline.
-    ``serve_three_adapters``: requests for three LoRA models at once against requests for one, and for the base.
+    ``serve_three_adapters``: requests for three LoRA models at once against those for one, and for the base.
     """
     torch.set_num_threads(1)
     serving = Serving(ModelFolder(MODEL_DIR), torch.device("cpu"), EQUAL, time.process_time)
@@ -136,7 +136,7 @@ def serve_over_http(scratch: Path, rounds: int = 5) -> dict[str, Result]:
         answers = http.overload(OVERLOAD * statistics.median(found["HTTP"]))
     serving.engine.close()
     against = f"pipeline one by one in this process, {CLIENTS} clients, {MIX}"
-    by_cpu = "images/s by CPU seconds of the replica"
+    by_cpu = "images/s by CPU seconds of the process that draws"
     return {
         "serve_http_vs_sequential": ratio(found, "HTTP", "one by one", "images/s", against),
         "serve_http_vs_sequential, CPU": ratio(images_per_cpu_s, "HTTP", "one by one", by_cpu, against),
@@ -148,10 +148,12 @@ def serve_over_http(scratch: Path, rounds: int = 5) -> dict[str, Result]:
 
 def added(alone: dict[str, list[float]], steps: int) -> Result:
     """What HTTP adds to the median of a lonely request."""
-    over_http, engine = (statistics.median(alone[side]) for side in ("HTTP", "engine"))
-    what = f"engine in process, shapes, 32 px, steps {steps}: p50 {1e3 * engine:.4g} ms; p50 over HTTP {1e3 * over_http:.4g} ms"
-    value = 1e3 * (over_http - engine)
-    return result(over_http / engine, value, "ms more", f"{what}; {len(alone['HTTP'])} requests each in turn")
+    over_http, engine = (1e3 * statistics.median(alone[side]) for side in ("HTTP", "engine"))
+    what = (
+        f"engine in process, shapes, 32 px, steps {steps}: p50 {engine:.4g} ms; over HTTP {over_http:.4g} ms"
+    )
+    text = f"{what}; {len(alone['HTTP'])} requests each, in turn"
+    return result(over_http / engine, over_http - engine, "ms more", text)
 
 
 class Http:
@@ -216,7 +218,7 @@ class Http:
         text = f"{len(answers)} equal requests, {rate:.3g}/s for {OVERLOAD_S:g} s, one API key: {statuses}"
         text += f"; p50 {statistics.median(seconds):.3g} s"
         if refusals:
-            text += f"; p99 of 429 {percentile(refusals, 99):.3g} s"
+            text += f"; of 429 p50 {statistics.median(refusals):.3g} s, p99 {percentile(refusals, 99):.3g} s"
         return result(None, percentile(seconds, 99), "s, p99 of status 200", text)
 
     async def _at_rate(self, rate: float) -> list[tuple[int, float]]:
