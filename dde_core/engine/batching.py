@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from dde_core.engine.batch_size import BatchSizes
@@ -91,7 +90,7 @@ class Member:
     @property
     def work_left(self) -> float:
         """In pixel-steps."""
-        return float(np.prod(self.of.size_px)) * self.rows * self.steps_left
+        return _pixels(self.of.size_px) * self.rows * self.steps_left
 
 
 class StepEngine:
@@ -122,7 +121,7 @@ class StepEngine:
         """See ``contract.Engine``."""
         size_px = model.base.size_of(request.sample)
         model.base.scheduler(request.sample)
-        work = float(np.prod(size_px)) * request.rows * request.sample.steps * len(request.seeds)
+        work = _pixels(size_px) * request.rows * request.sample.steps * len(request.seeds)
         with self._changed:
             if self._is_closed:
                 raise Cancelled("the engine is closed")
@@ -209,7 +208,7 @@ class StepEngine:
             return
         seconds = self._clock_s() - began
         rows = sum(member.rows for member in chosen)
-        work = float(np.prod(chosen[0].of.size_px)) * rows
+        work = _pixels(chosen[0].of.size_px) * rows
         max_rows = self._max_rows(chosen[0])
         with self._changed:
             self._work_done += work
@@ -301,6 +300,11 @@ class StepEngine:
         running.is_over = True
         running.members = []
         running.on_event(last)
+
+
+def _pixels(size_px: tuple[int, int]) -> float:
+    height, width = size_px
+    return float(height * width)
 
 
 def _bytes_of(sample: Sample) -> int:

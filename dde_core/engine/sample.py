@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +47,17 @@ class Sample:
         """Rows of the next U-Net call."""
         return 1 if self.uncond is None else 2
 
-    def advance(self, output: Float[Tensor, "1 c h w"]) -> None:
-        """Take one step with the U-Net's output, guidance included."""
-        self.latents, self.estimate = step(self.scheduler, output, self.latents, self.generator)
-        self.steps_done += 1
+
+def take_step(samples: Sequence[Sample], output: Float[Tensor, "b c h w"]) -> None:
+    """Take one step with the U-Net's output for each sample, guidance included. They share the step."""
+    first = samples[0]
+    latents = torch.cat([sample.latents for sample in samples])
+    stepped, estimates = step(first.scheduler, output, latents, first.generator)
+    for i, sample in enumerate(samples):
+        sample.latents = stepped[i : i + 1]
+        sample.estimate = estimates[i : i + 1]
+        sample.steps_done += 1
+        sample.scheduler.steps_done = sample.steps_done
 
 
 def start(

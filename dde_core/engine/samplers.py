@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -128,16 +128,27 @@ def scaled_input(scheduler: Any, latents: Float[Tensor, "1 c h w"]) -> Float[Ten
     return scaled
 
 
+def shared_step(scheduler: Any) -> Hashable | None:
+    """Images whose schedulers return the same value may take their next step in one call.
+
+    None for a scheduler that steps alone, because what it has seen of its image counts.
+    """
+    if isinstance(scheduler, DDIMScheduler):
+        return id(scheduler.timesteps), scheduler.steps_done  # copies of one prototype share this table
+    return None
+
+
 def step(
     scheduler: Any,
-    output: Float[Tensor, "1 c h w"],
-    latents: Float[Tensor, "1 c h w"],
+    output: Float[Tensor, "b c h w"],
+    latents: Float[Tensor, "b c h w"],
     generator: torch.Generator,
-) -> tuple[Float[Tensor, "1 c h w"], Float[Tensor, "1 c h w"]]:
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
     """The next latents, and the estimate of the clean ones that this step was taken with.
 
-    ``output`` is the U-Net's for this image, guidance included. ``euler_a`` and ``lcm`` draw their noise from
-    the image's own ``generator``, on its device. LCM's estimate is its consistency function.
+    ``output`` is the U-Net's for this image, guidance included; ``shared_step`` says whether there may be
+    several. ``euler_a`` and ``lcm`` draw their noise from the image's own ``generator``, on its device. LCM's
+    estimate is its consistency function.
     """
     t = scheduler.timesteps[scheduler.steps_done]
     own_noise = {"generator": generator} if isinstance(scheduler, _DRAW_NOISE) else {}

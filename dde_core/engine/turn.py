@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from dde_core.conditioning import Conditioning
 from dde_core.engine.model import BaseModel
-from dde_core.engine.sample import Sample
-from dde_core.engine.samplers import scaled_input
+from dde_core.engine.sample import Sample, take_step
+from dde_core.engine.samplers import scaled_input, shared_step
 
 
 @torch.no_grad()
@@ -39,8 +39,17 @@ def advance(model: BaseModel, samples: Sequence[Sample]) -> None:
         without = outputs[len(samples) :]
         combined = without + scales * (with_text[chosen] - without)
         with_text = with_text.index_copy(0, chosen, combined)
+    for group in stepping_together(samples):
+        take_step([samples[i] for i in group], torch.cat([with_text[i : i + 1] for i in group]))
+
+
+def stepping_together(samples: Sequence[Sample]) -> list[list[int]]:
+    """The places of samples that take their next step in one call: the same step, without a state."""
+    groups: dict[Hashable, list[int]] = {}
     for i, sample in enumerate(samples):
-        sample.advance(with_text[i : i + 1])
+        shared = shared_step(sample.scheduler)
+        groups.setdefault(("alone", i) if shared is None else shared, []).append(i)
+    return list(groups.values())
 
 
 def stacked(rows: Sequence[Conditioning]) -> Conditioning:

@@ -27,6 +27,7 @@ from tests.bench.ingest_speed import ingest_speed
 from tests.bench.ledger_speed import ledger_speed
 from tests.bench.measure import Result
 from tests.bench.scorer_speed import scorer_speed
+from tests.bench.serve_speed import serve_in_process, serve_over_http
 from tests.bench.train_memory import train_memory
 from tests.bench.train_speed import train_speed
 from tests.bench.two_workers import two_workers
@@ -46,6 +47,13 @@ BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
     "two_workers_vs_one": two_workers,
     "checkpoint_stall": checkpoint_stall,
     "scorer_vs_bare": scorer_speed,
+    "serve_vs_sequential": serve_in_process,
+    "serve_vs_request_batching": serve_in_process,
+    "serve_lonely_overhead": serve_in_process,
+    "serve_three_adapters": serve_in_process,
+    "serve_http_vs_sequential": serve_over_http,
+    "serve_lonely_overhead_ms": serve_over_http,
+    "serve_overload_p99_s": serve_over_http,
     "api_submit_p99_ms": api_submit,
     "api_list_100k_p99_ms": api_list,
 }

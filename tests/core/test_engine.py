@@ -29,6 +29,8 @@ from dde_core.engine.contract import (
     Turn,
 )
 from dde_core.engine.model import BaseModel, Model
+from dde_core.engine.sample import start, take_step
+from dde_core.engine.turn import stepping_together
 from dde_core.errors import ConfigError, NonFiniteError
 from dde_core.generation import TextToImage
 from dde_core.models.folder import ModelFolder
@@ -162,6 +164,38 @@ def test_an_image_is_the_same_in_random_company(engine: StepEngine, base: BaseMo
         assert max(image.std() for image in alone) > 3
     assert max(turn.samples for turn in turns) > 3
     assert all(turn.rows <= turn.max_rows == 16 for turn in turns)
+
+
+def test_images_at_the_same_step_of_ddim_take_it_in_one_call_with_the_bits_of_steps_alone(base: BaseModel):
+    cond = {"encoder_hidden_states": torch.zeros(1, 1, 1)}
+    sample = SampleConfig(steps=4, guidance_scale=1.0)
+    longer = SampleConfig(steps=5, guidance_scale=1.0)
+    configs = [sample, longer, sample, sample]
+    together, alone = (
+        [start(base, seed, config, cond, None) for seed, config in enumerate(configs)] for _ in "ab"
+    )
+    take_step(together[3:], together[3].latents)
+    take_step(alone[3:], alone[3].latents)
+    assert stepping_together(together) == [[0, 2], [1], [3]]
+    for group in ([0, 2], [1], [3], [0, 2]):
+        members = [together[i] for i in group]
+        take_step(members, torch.cat([member.latents.sin() for member in members]))
+        for i in group:
+            take_step([alone[i]], alone[i].latents.sin())
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.latents, other.latents)
+        assert one.estimate is not None
+        assert other.estimate is not None
+        assert torch.equal(one.estimate, other.estimate)
+        assert one.steps_done == one.scheduler.steps_done == other.steps_done
+    assert [one.steps_done for one in together] == [2, 1, 2, 2]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "lcm"])
+def test_images_of_other_samplers_step_alone(base: BaseModel, sampler: SamplerName):
+    cond = {"encoder_hidden_states": torch.zeros(1, 1, 1)}
+    config = SampleConfig(steps=4, guidance_scale=1.0, sampler=sampler)
+    assert stepping_together([start(base, seed, config, cond, None) for seed in (1, 2)]) == [[0], [1]]
 
 
 def test_a_negative_prompt_counts_where_there_is_guidance(engine: StepEngine, base: BaseModel):
