@@ -346,7 +346,7 @@ def nan_weight(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "cause"),
     [
-        (lambda data: data[:-4], "cannot be loaded: unet of"),
+        (lambda data: data[:-4], "cannot be loaded: unet/diffusion_pytorch_model.safetensors is cut off"),
         (nan_weight, "gives no images: image 0 of the request has infinite or NaN values"),
     ],
     ids=["cut off", "one NaN"],
