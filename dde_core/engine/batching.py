@@ -50,6 +50,7 @@ class Running:
     size_px: tuple[int, int]
     due: float
     submitted: float
+    is_started: bool = False
     is_cancelled: bool = False
     is_over: bool = False
     members: list[Member] = field(default_factory=list)
@@ -230,8 +231,8 @@ class StepEngine:
     def _start(self, chosen: Sequence[Member]) -> None:
         """Encode the prompts of images that have their first turn, and make their latents."""
         new = [member for member in chosen if member.sample is None]
-        first = {member.of: None for member in new if all(each.sample is None for each in member.of.members)}
-        for running in first:
+        for running in dict.fromkeys(member.of for member in new if not member.of.is_started):
+            running.is_started = True
             running.on_event(Started(self._clock_s() - running.submitted))
         captions = dict.fromkeys(member.of.request.prompt for member in new)
         guided = [member.of.request for member in new if member.rows == 2]

@@ -315,6 +315,16 @@ def test_events_come_in_order_and_the_last_is_one(engine: StepEngine, base: Base
     assert started.waited_s >= 0
 
 
+def test_a_request_starts_once_though_its_images_go_one_after_the_other(base: BaseModel):
+    engine = StepEngine(BatchSizes(fixed=1))
+    try:
+        client = Client(engine, Model(base), request_of(guidance=1.0, steps=2, seeds=(1, 2, 3)))
+        client.images()
+    finally:
+        engine.close()
+    assert [type(event) for event in client.events] == [Started, Drawn, Drawn, Drawn, Finished]
+
+
 def test_settings_that_the_model_cannot_draw_with_are_refused_before_anything_is_queued(
     engine: StepEngine, base: BaseModel, gate: Gate
 ):
