@@ -42,6 +42,6 @@ def call(
     return output
 
 
-def concatenated(first: Conditioning, second: Conditioning) -> Conditioning:
-    """The rows of ``first``, then those of ``second``."""
-    return {name: torch.cat([first[name], second[name]]) for name in first}
+def concatenated(*parts: Conditioning) -> Conditioning:
+    """The rows of all parts, in order."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

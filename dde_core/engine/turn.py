@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from dde_core.conditioning import Conditioning
+from dde_core.conditioning import concatenated
 from dde_core.engine.model import BaseModel
 from dde_core.engine.sample import Sample, take_step
 from dde_core.engine.samplers import scaled_input, shared_step
@@ -31,7 +31,7 @@ def advance(model: BaseModel, samples: Sequence[Sample]) -> None:
     outputs = model.predict(
         torch.cat([scaled[i] for i in rows]),
         times,
-        stacked(conditionings),
+        concatenated(*conditionings),
         [samples[i].adapter for i in rows],
     )
     with_text = outputs[: len(samples)]
@@ -50,8 +50,3 @@ def stepping_together(samples: Sequence[Sample]) -> list[list[int]]:
         shared = shared_step(sample.scheduler)
         groups.setdefault(("alone", i) if shared is None else shared, []).append(i)
     return list(groups.values())
-
-
-def stacked(rows: Sequence[Conditioning]) -> Conditioning:
-    """One conditioning with all rows."""
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

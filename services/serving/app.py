@@ -47,7 +47,7 @@ def build_app(args: dict[str, Any]) -> Application:
 
 
 def deployment_options(args: ServeArgs) -> dict[str, Any]:
-    """What Serve is told about the deployment.
+    """Serve's options for the deployment.
 
     Serve's own limits are wider than ``Admission``, which knows keys and work, so they are the second line.
     A replica that stops gets no new requests, and has the time of its longest one to finish what it has.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from services.errors import Unavailable
+from services.serving.metrics import Unmeasured
 
 log = logging.getLogger("ray.serve")
 
@@ -69,7 +70,7 @@ class Wanted(Generic[Value]):
 
 
 class Observer(Protocol):
-    """Told of every load, eviction and change (``services.serving.metrics.Metrics``). Must not block."""
+    """Counts loads, evictions and bytes (``services.serving.metrics.Metrics``). Must not block."""
 
     def loaded(self, seconds: float) -> None:
         """Something was loaded from files on this node."""
@@ -79,16 +80,6 @@ class Observer(Protocol):
 
     def holds(self, size_bytes: int) -> None:
         """The bytes in memory now, those of running loads included."""
-
-
-class Unobserved:
-    """An observer that ignores everything."""
-
-    def loaded(self, seconds: float) -> None: ...
-
-    def evicted(self) -> None: ...
-
-    def holds(self, size_bytes: int) -> None: ...
 
 
 class LoadFailed(Exception):
@@ -150,7 +141,7 @@ class Memory:
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._max_bytes = max_bytes
-        self._observer = observer or Unobserved()
+        self._observer = observer or Unmeasured()
         self._retry_s = retry_s
         self._patience_s = patience_s
         self._entries: dict[str, _Entry] = {}  # the least recently used first

@@ -44,7 +44,7 @@ class Replica:
         await self._models.preload(self._args.preload)
 
     async def close(self) -> None:
-        """Refuse what comes, and end what is not finished: its callers are told to send it again."""
+        """Refuse what comes, and end what is not finished: its callers get an error to send it again."""
         self.admission.close()
         await asyncio.to_thread(self._engine.close)
         await self._memory.close()

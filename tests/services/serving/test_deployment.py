@@ -1,4 +1,4 @@
-"""What Serve is told about the deployment, and what a replica counts."""
+"""Serve's options for the deployment, and what a replica counts."""
 
 from __future__ import annotations
 
