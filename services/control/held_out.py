@@ -125,9 +125,8 @@ class HeldOut:
         if not is_held_out(evaluation.prompts_uri):
             return evaluation
         if evaluation.prompts_uri == HELD_OUT:
-            found = {
-                self.of_training(cell, param).uri: self.of_training(cell, param) for cell in cells.values()
-            }
+            of_cells = [self.of_training(cell, param) for cell in cells.values()]
+            found = {prompts.uri: prompts for prompts in of_cells}
             if len(found) > 1:
                 names = " and ".join(sorted(f"{each.dataset}?pairs={each.pairs}" for each in found.values()))
                 _refuse(param, f"must be {FORM}, as the cells hold out {names}", HELD_OUT)
