@@ -10,6 +10,7 @@
     ├── Forbidden                      what this key or caller may not do, or no caller; 403
     ├── Conflict                       a state that forbids it; 409 (of a create: a dataset is not ready)
     │   └── Overtaken                  a newer attempt or group of workers has taken over a run
+    ├── Refused                        a run that can never start as it is; another attempt fails too
     ├── TooManyRequests                more work than the queue or the key has room for; 429, worth a retry
     ├── Unavailable                    Ray or Serve does not answer; 503, worth a retry
     │   └── ShuttingDown               a replica that ends and hands the request back
@@ -119,6 +120,12 @@ class Overtaken(Conflict):
     """A newer attempt has taken over this work; whoever catches this must stop writing."""
 
     default_code = "overtaken"
+
+
+class Refused(ServiceError):
+    """What runs the stages refused a run for good, such as Kubernetes with 422."""
+
+    default_code = "run_refused"
 
 
 class TooManyRequests(ServiceError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -52,14 +52,42 @@ class Settings(BaseSettings):
     """
     image_url_s: Annotated[int, Field(ge=1, le=7 * 86_400)] = 3600
     """How long an image can be fetched from its URL. Then it is deleted."""
+    cluster: Literal["shared", "own"] = "shared"
+    """Where jobs run that do not say it themselves: on the Ray cluster at ``ray_url``, or each stage on a Ray
+    cluster of its own, which KubeRay starts (``rayjob_*``).
+    """
+    rayjob_template: Path | None = None
+    """The RayJob (YAML) from which the ones of stages are made. Without it no job can have its own cluster."""
+    rayjob_namespace: str | None = None
+    """Where RayJobs are created; by default the namespace of the control plane's pod."""
+    rayjob_queue: str | None = None
+    """The Kueue LocalQueue that admits RayJobs; none: they start as soon as Kubernetes has room."""
+    rayjob_priority: str | None = None
+    """The Kueue WorkloadPriorityClass of RayJobs."""
+    driver_cpus: Annotated[float, Field(ge=0)] = 0.0
+    """The CPUs that Ray reserves for the driver of a stage on a shared cluster. Above 0, Ray places it on a
+    worker node with room, so that many drivers do not exhaust the head's memory.
+    """
+    driver_memory: Annotated[int, Field(ge=0)] = 0
+    """The bytes that Ray reserves for such a driver."""
     max_active_jobs: int = 8
-    """The most jobs that run on the cluster at once. The others wait as queued, oldest first."""
+    """The most jobs that run at once. The others wait as queued."""
+    max_active_jobs_per_project: Annotated[int, Field(ge=1)] | None = None
+    """The most of them of one project; None: no limit."""
+    max_wait_s: Annotated[float, Field(gt=0)] = 7 * 86_400.0
+    """How long a job may wait for room in all, unless it says so itself. A week: a queue may be long."""
     max_attempts: Annotated[int, Field(ge=1)] = 5
     """The most attempts without progress after a driver died or could not reach something; then the job
     fails.
     """
     driver_grace_s: float = 10.0
     """How long to wait for a driver's marker file after Ray reports its end."""
+    migrate: bool = True
+    """Migrate the database at start. False where ``python -m services.control migrate`` runs before."""
+    metrics_port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    """A port of its own for /metrics, without a key; None: the port of the API answers it."""
+    drain_s: Annotated[float, Field(ge=0)] = 300.0
+    """How long a replica that is asked to end (SIGTERM) finishes the requests that it has."""
     unreachable_s: float = 300.0
     """How long Ray may be unreachable, with nothing new in the run's journal, before its job fails; also how
     long to wait until Ray confirms the end of a run that was stopped.

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from services.control.app import build_app
 from services.control.connections import LimitedConnection
-from services.control.launcher import keep_modules
+from services.control.launchers.ray_jobs import keep_modules
 from services.settings import Settings
 
 SWITCH_S = 0.001

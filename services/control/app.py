@@ -28,7 +28,8 @@ from services.api.requests import (
 from services.control import image_files as images_by_url
 from services.control import inference, problems
 from services.control.database import Database
-from services.control.launcher import Launcher, RayJobsLauncher
+from services.control.launchers.contract import Launcher
+from services.control.launchers.ray_jobs import RayJobsLauncher
 from services.control.middleware import Observed
 from services.control.reconciler import Reconciler
 from services.control.routers import (

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from services.artifacts import checkpoints
 from services.control import stages
-from services.control.launcher import Launcher, RunState
+from services.control.launchers.contract import Launcher, RunState, RunStatus
 from services.control.tables import Job
 from services.errors import Unavailable
 from services.stages import layout
@@ -96,10 +96,10 @@ class Attempt:
 
     # ---- Ray
 
-    def state(self) -> RunState | None:
-        """The driver's state; None while Ray is unreachable."""
+    def status(self) -> RunStatus | None:
+        """The run's status; None while Ray is unreachable."""
         try:
-            return self.launcher.state(self.submission)
+            return self.launcher.status(self.submission)
         except Unavailable:
             return None
 
@@ -112,7 +112,8 @@ class Attempt:
             self.launcher.stop(self.submission)
         except Unavailable:
             return False
-        return self.state() not in (*RUNNING, None)
+        status = self.status()
+        return status is not None and status.state not in RUNNING
 
 
 def _read(uri: str) -> bytes | None:

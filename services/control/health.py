@@ -9,7 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.api.answers import CheckView, ReadyView
 from services.control.database import Database
-from services.control.launcher import Launcher
+from services.control.launchers.contract import Launcher
 from services.errors import ServiceError
 from services.storage import files
 
@@ -25,7 +25,7 @@ def readiness(database: Database, root: str, launcher: Launcher) -> ReadyView:
         files.write_bytes(files.join(root, ".writable"), b"the control plane can write here\n")
 
     def reach_ray() -> None:
-        launcher.state("readyz")
+        launcher.status("readyz")
 
     probes = {"database": query_database, "storage": write_storage, "ray": reach_ray}
     problems = {name: _problem(probe) for name, probe in probes.items()}

@@ -34,7 +34,7 @@ from services.control import making, promotion, stages
 from services.control.database import Database, update_one
 from services.control.job_update import MAX_DELAY_S, PARKED_S, JobUpdate, StaleToken
 from services.control.journal import printable, record
-from services.control.launcher import Launcher
+from services.control.launchers.contract import Launcher
 from services.control.review import JobReview
 from services.control.studies import StudyReview
 from services.control.tables import Job, Model

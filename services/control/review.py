@@ -18,10 +18,10 @@ from services.artifacts import models
 from services.control import gates, stages, stopping, transitions
 from services.control.attempt import Attempt
 from services.control.job_update import MAX_DELAY_S, JobUpdate, new_attempt_columns
-from services.control.launcher import Launcher
+from services.control.launchers.contract import Launcher
 from services.control.stage_run import StageRun
 from services.control.tables import Job
-from services.errors import NotFound, Unavailable
+from services.errors import NotFound, Refused, Unavailable
 from services.settings import Settings
 from services.stages import layout
 from services.stages.specs import RESULTS, Level, StageFailure
@@ -165,7 +165,7 @@ class JobReview:
 
         Requires an answer of Ray: no run starts beside one that nobody has stopped.
         """
-        if self.run.observe_state() is None:
+        if self.run.observe_status() is None:
             return False
         since = self.job.ended_at or self.now
         self.update.values["ended_at"] = since
@@ -179,14 +179,15 @@ class JobReview:
         root = stages.root(self.job, self.settings)
         spec = stages.spec(self.job, self.settings)
         files.write_json(layout.spec_uri(self.attempt.prefix), spec.model_dump(mode="json"))
-        submission = self.attempt.submission
-        metadata = {"job": self.job.id, "stage": self.stage}
+        run = stages.run(self.job, root, self.settings)
         try:
-            self.launcher.submit(submission, stages.entrypoint(self.job, root), metadata)
+            self.launcher.submit(run)
+        except Refused as error:
+            return self.update.fail(StageFailure(message=error.message, code=error.code, param=error.param))
         except Unavailable as error:
             return self.run.record_unreachable(error)
         self.update.values |= {"submitted_at": self.now, "unreachable_at": None}
-        self.update.log(f"submitted {submission}")
+        self.update.log(f"submitted {run.id}")
 
     def _follow(self) -> None:
         """Read the markers before the journal: a stage writes its marker after its last journal file."""
@@ -239,10 +240,13 @@ class JobReview:
 
     def _check_driver(self) -> None:
         """Restart a stage whose driver died without writing a marker."""
-        state = self.run.observe_state()
-        if state is not None and self.run.confirm_death(state):
-            message = f"the driver of stage {self.stage} ended without a result; Ray says {state}"
-            self._restart(StageFailure(message=message, code="driver_died"))
+        status = self.run.observe_status()
+        if status is not None and self.run.confirm_death(status.state):
+            message = f"the driver of stage {self.stage} ended without a result; Ray says {status}"
+            why = StageFailure(message=message, code="driver_died")
+            if status.is_final:
+                return self.update.fail(why)
+            self._restart(why)
 
     def _restart(self, why: StageFailure, *, at_once: bool = False) -> None:
         """Begin a new attempt once the old one has surely ended, or fail the job after ``max_attempts``.

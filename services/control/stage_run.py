@@ -8,7 +8,7 @@ from functools import cached_property
 from services.control import attempt, stages, transitions
 from services.control.attempt import Attempt
 from services.control.job_update import JobUpdate
-from services.control.launcher import Launcher, RunState
+from services.control.launchers.contract import Launcher, RunState, RunStatus
 from services.control.tables import Job
 from services.errors import Unavailable
 from services.settings import Settings
@@ -53,15 +53,15 @@ class StageRun:
             self.update.values["unreachable_at"] = self.now
         self.update.review_again = len(journal_files) == attempt.JOURNAL_FILES
 
-    def observe_state(self) -> RunState | None:
-        """The driver's state; None while Ray is unreachable, which fails the job after ``unreachable_s``."""
+    def observe_status(self) -> RunStatus | None:
+        """The run's status; None while Ray is unreachable, which fails the job after ``unreachable_s``."""
         try:
-            state = self.launcher.state(self.attempt.submission)
+            status = self.launcher.status(self.attempt.submission)
         except Unavailable as error:
             self.record_unreachable(error)
             return None
         self.update.values["unreachable_at"] = None
-        return state
+        return status
 
     def record_unreachable(self, error: Unavailable) -> None:
         """Fail the job if neither Ray answered nor the journal grew for ``unreachable_s``.

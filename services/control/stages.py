@@ -14,8 +14,11 @@ from services.api.requests import (
     GeneratePairs,
     ImageFolder,
     Relabel,
+    least_workers,
+    most_workers,
 )
 from services.artifacts.scorers import BUILT_IN
+from services.control.launchers.contract import Needs, Run
 from services.control.tables import Job
 from services.settings import Settings
 from services.stages import layout
@@ -52,6 +55,28 @@ def entrypoint(job: Job, root: str) -> str:
     """The command that Ray runs for the job's current stage."""
     uri = layout.spec_uri(prefix(job, root))
     return f"python -m {ENTRY_MODULES[job.stage]} --spec {shlex.quote(uri)}"  # type: ignore[index]
+
+
+def run(job: Job, root: str, settings: Settings) -> Run:
+    """The run of the job's current attempt."""
+    metadata = {"job": job.id, "stage": str(job.stage), "attempt": str(job.attempt), "project": job.project}
+    return Run(
+        id=submission_id(job),
+        command=entrypoint(job, root),
+        prefix=prefix(job, root),
+        metadata=metadata,
+        needs=_needs(job, settings),
+    )
+
+
+def _needs(job: Job, settings: Settings) -> Needs:
+    """The workers of the job's current stage."""
+    gpus = 1 if settings.use_gpu else 0
+    if job.stage == "train":
+        workers = _request(job).workers
+        return Needs(least_workers(workers), most_workers(workers), gpus)
+    actors = settings.encode_actors if job.stage in ("encode", "ledger") else settings.evaluate_actors
+    return Needs(actors, actors, gpus)
 
 
 def spec(job: Job, settings: Settings) -> StageSpec:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from services.api.answers import JobView, RunView
 from services.control import attempt, jobs, journal
 from services.control.database import ProjectDatabase, update_one
-from services.control.launcher import RunState
+from services.control.launchers.contract import RunState
 from services.control.listing import by_id
 from services.control.stage_run import StageRun
 from services.control.tables import Dataset, Job, Model
@@ -156,7 +156,8 @@ def continue_pause(run: StageRun, *, has_ended: bool) -> None:
     """
     job = run.job
     requested_at = float(job.pause_requested_at or 0)
-    state = run.attempt.state()
+    status = run.attempt.status()
+    state = None if status is None else status.state
     gives_up = state is None and run.now - requested_at >= run.settings.unreachable_s
     if has_ended or job.submitted_at is None or gives_up:
         is_over = run.stop_and_confirm(job.ended_at or requested_at)

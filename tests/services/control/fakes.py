@@ -23,7 +23,7 @@ from services.api.records import (
 from services.api.requests import DatasetSource, Strict
 from services.artifacts import checkpoints
 from services.artifacts.checkpoints import CheckpointRecord, ReaderPosition
-from services.control.launcher import RunState
+from services.control.launchers.contract import Run, RunState, RunStatus
 from services.control.stages import ENTRY_MODULES
 from services.errors import Unavailable
 from services.pairs.source import open_source
@@ -80,8 +80,9 @@ class FakeLauncher:
         self.down = False
         self.deaf: set[str] = set()
 
-    def submit(self, submission_id: str, entrypoint: str, metadata: dict[str, str]) -> None:
+    def submit(self, run: Run) -> None:
         self._answer()
+        submission_id, entrypoint = run.id, run.command
         if submission_id in self.states:
             return
         self.submitted.append(submission_id)
@@ -91,16 +92,16 @@ class FakeLauncher:
         self.specs[submission_id], self.entrypoints[submission_id] = spec, entrypoint
         self.states[submission_id] = self.plays[stage](spec)
 
-    def state(self, submission_id: str) -> RunState:
+    def status(self, run_id: str) -> RunStatus:
         self._answer()
-        return self.states.get(submission_id, "unknown")
+        return RunStatus(self.states.get(run_id, "unknown"))
 
-    def stop(self, submission_id: str) -> None:
+    def stop(self, run_id: str) -> None:
         self._answer()
-        self.stopped.append(submission_id)
-        if self.states.get(submission_id) in ("pending", "running") and submission_id not in self.deaf:
-            self.states[submission_id] = "stopped"
-            fail(self.specs[submission_id], "the stage was stopped", "stopped")
+        self.stopped.append(run_id)
+        if self.states.get(run_id) in ("pending", "running") and run_id not in self.deaf:
+            self.states[run_id] = "stopped"
+            fail(self.specs[run_id], "the stage was stopped", "stopped")
 
     def leave(self, submission_id: str, step: int, why: Literal["pause", "signal"] = "pause") -> None:
         """Let a run end as training does that was asked to stop."""
@@ -108,9 +109,9 @@ class FakeLauncher:
         files.write_json(marker, StageStopped(why=why, step=step).model_dump())
         self.states[submission_id] = "succeeded"
 
-    def log_tail(self, submission_id: str) -> str:
+    def log_tail(self, run_id: str) -> str:
         self._answer()
-        return f"last words of {submission_id}"
+        return f"last words of {run_id}"
 
     def _answer(self) -> None:
         if self.down:

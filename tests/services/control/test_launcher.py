@@ -6,8 +6,9 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from services.control import launcher
-from services.control.launcher import RayJobsLauncher
+from services.control.launchers import ray_jobs
+from services.control.launchers.contract import Run
+from services.control.launchers.ray_jobs import RayJobsLauncher
 from services.errors import Unavailable
 from tests.services.control.test_streams import listening
 
@@ -64,51 +65,51 @@ def ray_url(jobs, monkeypatch):
 
 def test_a_run_is_submitted_watched_and_stopped(ray_url, jobs):
     ray = RayJobsLauncher(ray_url)
-    ray.submit("j-encode-a1", "python -m services.ingest encode --spec x", {"job": "j"})
-    assert ray.state("j-encode-a1") == "pending"
+    ray.submit(Run("j-encode-a1", "python -m services.ingest encode --spec x", "file:///a"))
+    assert ray.status("j-encode-a1").state == "pending"
     for status in ("RUNNING", "SUCCEEDED", "FAILED"):
         jobs["j-encode-a1"] = status
-        assert ray.state("j-encode-a1") == status.lower()
+        assert ray.status("j-encode-a1").state == status.lower()
     ray.stop("j-encode-a1")
-    assert ray.state("j-encode-a1") == "stopped"
+    assert ray.status("j-encode-a1").state == "stopped"
     assert ray.log_tail("j-encode-a1").splitlines() == [f"line {i}" for i in range(60, 100)]
 
 
 def test_a_second_submit_of_the_same_id_does_nothing(ray_url, jobs):
     ray = RayJobsLauncher(ray_url)
     for _ in range(2):
-        ray.submit("j", "python", {})
+        ray.submit(Run("j", "python", "file:///a"))
     assert jobs == {"j": "PENDING"}
 
 
 def test_what_ray_does_not_know_is_unknown_and_can_be_stopped(ray_url):
     ray = RayJobsLauncher(ray_url)
-    assert ray.state("nobody") == "unknown"
+    assert ray.status("nobody").state == "unknown"
     ray.stop("nobody")
 
 
 def test_a_submit_that_ray_refuses_says_why(ray_url):
     with pytest.raises(Unavailable, match=r"did not accept j: .*status code 400"):
-        RayJobsLauncher(ray_url).submit("j", "refuse", {})
+        RayJobsLauncher(ray_url).submit(Run("j", "refuse", "file:///a"))
 
 
 def test_a_server_error_is_no_answer_about_the_run(ray_url):
     with pytest.raises(Unavailable, match="the head is gone"):
-        RayJobsLauncher(ray_url).state("broken")
+        RayJobsLauncher(ray_url).status("broken")
 
 
 def test_a_silent_or_absent_ray_is_unavailable_and_tried_again_afresh(ray_url, monkeypatch):
     ray = RayJobsLauncher("http://127.0.0.1:1")
     for call in (
-        lambda: ray.state("j"),
-        lambda: ray.submit("j", "x", {}),
+        lambda: ray.status("j"),
+        lambda: ray.submit(Run("j", "x", "file:///a")),
         lambda: ray.stop("j"),
         lambda: ray.log_tail("j"),
     ):
         with pytest.raises(Unavailable, match=r"http://127\.0\.0\.1:1"):
             call()
     ray._url = ray_url
-    assert ray.state("j") == "unknown"
-    monkeypatch.setattr(launcher, "TIMEOUT_S", 0.001)
+    assert ray.status("j").state == "unknown"
+    monkeypatch.setattr(ray_jobs, "TIMEOUT_S", 0.001)
     with pytest.raises(Unavailable):
-        RayJobsLauncher("http://10.255.255.1:8265").state("j")
+        RayJobsLauncher("http://10.255.255.1:8265").status("j")

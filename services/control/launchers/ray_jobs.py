@@ -1,35 +1,19 @@
-"""Where stages run: a Protocol, and its implementation with Ray's Jobs API."""
+"""Runs on one Ray cluster that all jobs share, by Ray's Jobs API."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import threading
-from typing import Any, Literal, Protocol
+from typing import Any
 
+from services.control.launchers.contract import Run, RunStatus
 from services.errors import Unavailable
 
 log = logging.getLogger("dde")
 
-RunState = Literal["pending", "running", "succeeded", "failed", "stopped", "unknown"]
 TIMEOUT_S = 10.0
 TAIL_LINES = 40
-
-
-class Launcher(Protocol):
-    """Runs commands under ids that the caller chooses. Every method raises Unavailable without an answer."""
-
-    def submit(self, submission_id: str, entrypoint: str, metadata: dict[str, str]) -> None:
-        """Start the command. A second submit with the same id does nothing."""
-
-    def state(self, submission_id: str) -> RunState:
-        """The run's state; "unknown" if it was never submitted."""
-
-    def stop(self, submission_id: str) -> None:
-        """Request the run's end without waiting for it. Does nothing for an unknown run."""
-
-    def log_tail(self, submission_id: str) -> str:
-        """The last lines of the driver's output."""
 
 
 class RayJobsLauncher:
@@ -40,29 +24,32 @@ class RayJobsLauncher:
         self._lock = threading.Lock()
         self._client: Any = None
 
-    def submit(self, submission_id: str, entrypoint: str, metadata: dict[str, str]) -> None:
+    def submit(self, run: Run) -> None:
+        job = {"entrypoint": run.command, "submission_id": run.id, "metadata": dict(run.metadata)}
         try:
-            self._call("submit_job", entrypoint=entrypoint, submission_id=submission_id, metadata=metadata)
+            self._call("submit_job", **job)
         except (RuntimeError, Unavailable) as error:
             # Ray answers a repeated submit with a server error, too: only the state tells them apart.
-            if self.state(submission_id) == "unknown":
-                raise Unavailable(f"Ray at {self._url} did not accept {submission_id}: {error}") from error
+            if self.status(run.id).state == "unknown":
+                raise Unavailable(f"Ray at {self._url} did not accept {run.id}: {error}") from error
 
-    def state(self, submission_id: str) -> RunState:
-        details = self._unless_missing("get_job_info", submission_id)
-        return "unknown" if details is None else details.status.value.lower()
+    def status(self, run_id: str) -> RunStatus:
+        details = self._unless_missing("get_job_info", run_id)
+        if details is None:
+            return RunStatus("unknown")
+        return RunStatus(details.status.value.lower(), message=details.message)
 
-    def stop(self, submission_id: str) -> None:
-        self._unless_missing("stop_job", submission_id)
+    def stop(self, run_id: str) -> None:
+        self._unless_missing("stop_job", run_id)
 
-    def log_tail(self, submission_id: str) -> str:
-        text = self._unless_missing("get_job_logs", submission_id) or ""
+    def log_tail(self, run_id: str) -> str:
+        text = self._unless_missing("get_job_logs", run_id) or ""
         return "\n".join(text.splitlines()[-TAIL_LINES:])
 
-    def _unless_missing(self, method: str, submission_id: str) -> Any:
+    def _unless_missing(self, method: str, run_id: str) -> Any:
         """The answer, or None if Ray does not know the job."""
         try:
-            return self._call(method, submission_id)
+            return self._call(method, run_id)
         except RuntimeError as error:
             # Ray's client reports the HTTP status in the error's text only.
             if "status code 404" in str(error):

@@ -1,0 +1,1 @@
+"""Where the stages of jobs run: on Ray, behind one Protocol (contract.py)."""
