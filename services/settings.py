@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     cluster of its own, which KubeRay starts (``rayjob_*``).
     """
     rayjob_template: Path | None = None
-    """The RayJob (YAML) from which the ones of stages are made. Without it no job can have its own cluster."""
+    """The RayJob (YAML) that those of stages are made from. Without it no job can have its own cluster."""
     rayjob_namespace: str | None = None
     """Where RayJobs are created; by default the namespace of the control plane's pod."""
     rayjob_queue: str | None = None
