@@ -26,7 +26,7 @@ log = logging.getLogger("dde.engine")
 
 
 class BatchSizes:
-    """Rows of a call by base model and size, measured at its first request; ``fixed`` measures nothing."""
+    """Rows of a call by base model and size, measured when first asked for; ``fixed`` measures nothing."""
 
     def __init__(self, fixed: int = 0, max_rows: int = CANDIDATES[-1]) -> None:
         self._fixed = fixed
@@ -40,7 +40,7 @@ class BatchSizes:
         rows = self._rows.setdefault(base, {})
         if size_px not in rows:
             seconds = measure(base, size_px, self._candidates)
-            rows[size_px] = best(seconds)
+            rows[size_px] = best(seconds) if seconds else 1  # one row may fit where two do not
             base.capture_up_to(size_px, launch_bound(seconds))
             log.info("%dx%d px: %d rows a call; seconds: %s", *reversed(size_px), rows[size_px], seconds)
         return rows[size_px]
@@ -65,7 +65,10 @@ def best(seconds: dict[int, float]) -> int:
 
 def launch_bound(seconds: dict[int, float]) -> int:
     """The most rows of a call that takes at most ``LAUNCH_BOUND`` times the fastest one; 0 if more rows cost
-    more time from the start."""
+    more time from the start, or nothing was measured.
+    """
+    if not seconds:
+        return 0
     fastest = min(seconds.values())
     rows = max(rows for rows, taken in seconds.items() if taken <= LAUNCH_BOUND * fastest)
     return rows if rows > min(seconds) else 0

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -112,6 +113,7 @@ class StepEngine:
         self._changed = threading.Condition()
         self._waiting: list[Member] = []
         """All images that are not drawn, in order of arrival. Guarded by ``_changed``."""
+        self._to_prepare: list[tuple[BaseModel, Future[None]]] = []
         self._work_done = 0.0
         self._recent: deque[tuple[float, float]] = deque(maxlen=RATE_TURNS)
         self._is_closed = False
@@ -133,6 +135,19 @@ class StepEngine:
             self._waiting += running.members
             self._changed.notify()
         return running
+
+    def prepare(self, base: BaseModel) -> None:
+        """Measure, between two turns, how many rows a call of the base's own size may have, and wait for it.
+
+        Other sizes are measured at their first request. Raises Cancelled if the engine is closed.
+        """
+        prepared: Future[None] = Future()
+        with self._changed:
+            if self._is_closed:
+                raise Cancelled("the engine is closed")
+            self._to_prepare.append((base, prepared))
+            self._changed.notify()
+        prepared.result()
 
     def cancel(self, running: Running) -> None:
         """End a request before the next turn."""
@@ -164,18 +179,31 @@ class StepEngine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._is_closed:
+                while not (self._waiting or self._to_prepare or self._is_closed):
                     self._changed.wait()
                 if self._is_closed:
                     break
+                to_prepare, self._to_prepare = self._to_prepare, []
                 cancelled = {member.of for member in self._waiting if member.of.is_cancelled}
             for running in cancelled:
                 self._end(running, Failed(Cancelled("the request was cancelled")))
+            for base, prepared in to_prepare:
+                self._prepare(base, prepared)
             chosen = self._choose()
             if chosen:
                 self._turn(chosen)
+        for _, prepared in self._to_prepare:
+            prepared.set_exception(Cancelled("the engine is closed"))
         for running in {member.of for member in self._waiting}:
             self._end(running, Failed(Cancelled("the engine is closed")))
+
+    def _prepare(self, base: BaseModel, prepared: Future[None]) -> None:
+        try:
+            self._sizes.max_rows(base, (base.height_px, base.width_px))
+        except Exception as error:
+            prepared.set_exception(error)
+        else:
+            prepared.set_result(None)
 
     def _choose(self) -> list[Member]:
         with self._changed:

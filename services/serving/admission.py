@@ -170,6 +170,8 @@ class Admission:
         self._lock = threading.Lock()
         self._tickets: set[Ticket] = set()
         self._is_closed = False
+        self._promised_s = 0.0
+        """The time, by ``now_s``, at which the request that was refused last may find room."""
 
     @property
     def accepted(self) -> int:
@@ -239,13 +241,27 @@ class Admission:
         if len(self._tickets) >= self.limits.max_requests:
             message = f"the queue has {len(self._tickets)} requests, which is its limit"
             mean_work = _sum(self._tickets) / len(self._tickets)
-            raise TooManyRequests(message, retry_after_s=_until_done(mean_work, load))
+            request_s = _until_done(mean_work, load)
+            raise TooManyRequests(message, retry_after_s=self._room_after_s(request_s, request_s))
         if mine and load.work_per_s:
             queued_s = self._queued_work(load) / load.work_per_s
             limit_s = min(self.limits.max_queued_s, timeout_s)
             if queued_s > limit_s:
                 message = f"the queue is {queued_s:.1f} s long; this request can wait for {limit_s:g} s"
-                raise TooManyRequests(message, retry_after_s=queued_s - limit_s)
+                room_s = self._room_after_s(queued_s - limit_s, work / load.work_per_s)
+                raise TooManyRequests(message, retry_after_s=room_s)
+
+    def _room_after_s(self, first_s: float, request_s: float) -> float:
+        """Seconds until there may be room for a request that is refused now.
+
+        It is ``first_s`` for the first one, and ``request_s`` more for each that was refused before, at most
+        ``max_queued_s``: requests that were refused together do not return together.
+        """
+        now_s = self.now_s()
+        longest_s = max(first_s, self.limits.max_queued_s)
+        promised_s = max(now_s + first_s, self._promised_s + request_s)
+        self._promised_s = min(promised_s, now_s + longest_s)
+        return self._promised_s - now_s
 
     def _check_key(self, mine: Sequence[Ticket], work: float, load: Load) -> None:
         """``mine`` are the key's tickets, one or more."""

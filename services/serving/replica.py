@@ -69,4 +69,6 @@ class Replica:
         return api
 
     def _load(self, folder: Path) -> BaseModel:
-        return BaseModel(ModelFolder(folder), self._args.device, self._dtype)
+        base = BaseModel(ModelFolder(folder), self._args.device, self._dtype)
+        self._engine.prepare(base)
+        return base

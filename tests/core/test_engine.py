@@ -375,6 +375,45 @@ def test_a_closed_engine_ends_what_it_holds_and_takes_nothing_more(base: BaseMod
         engine.submit(Model(base), request_of(), lambda event: None)
 
 
+def test_a_model_is_measured_before_its_first_request_and_between_the_turns_of_others(
+    base: BaseModel, gate: Gate
+):
+    other = BaseModel(ModelFolder(MODEL_DIR))
+    engine = StepEngine(BatchSizes(max_rows=4))
+    try:
+        gate.free.clear()
+        client = Client(engine, Model(other), request_of(steps=2))
+        gate.free.set()
+        gate.rows.clear()
+        engine.prepare(base)
+        measured = list(gate.rows)
+        assert measured == [2, 2, 2, 4, 4, 4]
+        assert len(client.images()) == 1
+        drawn = Client(engine, Model(base), request_of(steps=2)).images()
+        assert gate.rows[len(measured) :] == [2, 2], "its first request measures nothing"
+        assert np.array_equal(drawn[0], client.images()[0])
+    finally:
+        gate.free.set()
+        engine.close()
+    with pytest.raises(Cancelled):
+        engine.prepare(base)
+
+
+def test_a_model_that_cannot_be_measured_fails_its_load_and_not_the_engine(base: BaseModel, gate: Gate):
+    engine = StepEngine(BatchSizes(max_rows=4))
+    gate.error = RuntimeError("a damaged kernel")
+    try:
+        with pytest.raises(RuntimeError, match="a damaged kernel"):
+            engine.prepare(base)
+        gate.error = None
+        gate.most_rows = 1
+        engine.prepare(base)
+        assert len(Client(engine, Model(base), request_of(guidance=1.0)).images()) == 1
+    finally:
+        gate.error, gate.most_rows = None, 0
+        engine.close()
+
+
 def test_the_smallest_call_of_nearly_the_best_throughput_is_chosen():
     assert best({2: 1.0, 4: 1.1, 8: 1.2, 16: 2.3}) == 8
     assert best({2: 1.0, 4: 2.0, 8: 4.0}) == 2

@@ -104,6 +104,20 @@ def test_a_queue_longer_than_its_bound_refuses_with_the_time_until_there_is_room
     gate.enter("a", work(1))
 
 
+def test_requests_that_are_refused_together_return_one_after_the_other():
+    queue = Queue(rate=10.0, work=650.0)
+    gate = admission(queue, max_queued_s=60.0, key_share=1.0)
+    gate.enter("a", work(10)).submitted()
+    gate.enter("b", work(10)).submitted()
+    waits = []
+    for number in range(80):
+        with pytest.raises(TooManyRequests) as error:
+            gate.enter("ab"[number % 2], work(10))
+        waits.append(error.value.retry_after_s)
+    assert waits[:4] == pytest.approx([5.0, 6.0, 7.0, 8.0], abs=0.2), "one request takes a second"
+    assert max(waits) <= 60.0, "nobody is told to wait longer than the queue may be"
+
+
 def test_retry_after_is_at_least_one_whole_second():
     queue = Queue(rate=10.0, work=601.0)
     gate = admission(queue, max_queued_s=60.0, key_share=1.0)
