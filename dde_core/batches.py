@@ -31,7 +31,11 @@ HELD_OUT_SEED = 0
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What is drawn for a visit. ``cumulative`` is the cumulative distribution of t = 0..T."""
+    """What is drawn for a visit, and how it is encoded.
+
+    ``cumulative`` is the cumulative distribution of t = 0..T. ``drops_to_empty`` and ``fixed_sizes`` are
+    "empty" and "fixed" of ``ObjectiveConfig.dropped_caption`` and ``time_ids``.
+    """
 
     seed: int
     cumulative: Float[np.ndarray, " times"]
@@ -39,6 +43,8 @@ class Draws:
     shared_noise: bool = False
     losers: bool = True
     evaluation_points: bool = False
+    drops_to_empty: bool = False
+    fixed_sizes: bool = False
 
 
 class BatchMaker:
@@ -70,6 +76,8 @@ class BatchMaker:
             shared_noise=objective.noise_mode == "shared",
             losers=method.has_loser,
             evaluation_points=method.corrected and objective.calibration_point == "sampled",
+            drops_to_empty=objective.dropped_caption == "empty",
+            fixed_sizes=objective.time_ids == "fixed",
         )
 
     def rows(self, step: int, rank: int, world_size: int) -> LatentRows:
@@ -99,7 +107,8 @@ class BatchMaker:
             dtype=bool,
         )
         token_ids = np.where(dropped[:, None, None], self._text_encoders.empty_ids, rows.token_ids)
-        text = self._text_encoders(token_ids)
+        no_caption = np.zeros_like(dropped) if draws.drops_to_empty else None
+        text = self._text_encoders(token_ids, no_caption)
         columns = self._side(rows, text, visits, draws, "w")
         if draws.losers:
             columns |= self._side(rows, text, visits, draws, "l")
@@ -119,6 +128,9 @@ class BatchMaker:
         shape = manifest.latent_shape
         latents, sizes, crops = (getattr(rows, f"{name}_{side}") for name in ("latents", "sizes", "crops"))
         target_px = (manifest.settings["resolution"], manifest.settings["resolution"])
+        if draws.fixed_sizes:
+            sizes = np.full_like(sizes, manifest.settings["resolution"])
+            crops = np.zeros_like(crops)
         noise_of: Side = "shared" if draws.shared_noise else side
         noise = [draw_noise(draws.seed, pair, noise_of, n, shape) for pair, n in visits]
         columns = {

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 
 from dde_core.errors import ConfigError
-from dde_core.methods import METHODS, MethodName, NoiseMode
+from dde_core.methods import METHODS, ErrorKind, MethodName, NoiseMode
 
 CalibrationPoint = Literal["expected", "sampled", "mode"]
 Background = Literal["white", "gray", "black"]
@@ -75,6 +75,16 @@ class ObjectiveConfig:
     method's default. ``t_min`` and ``t_max`` are timesteps of 1..T (DDE's numbering; the U-Net is called with
     t - 1); ``t_max`` 0 means T. ``max_weight`` caps w(t); 0 means no cap.
 
+    ``error``: what a model with v-prediction is compared in. "noise" converts its output; "velocity" compares
+    the output itself, as diffusers' trainers do, which multiplies the error by 1 / alpha_bar(t). DDE's
+    formulas hold for the noise alone.
+
+    ``time_ids`` (SDXL): "per_side" conditions winner and loser on the size and crop of their own images.
+    "fixed" tells both that their image has the size that it was encoded at and no crop: sides of unequal
+    size then differ in nothing but the image. ``dropped_caption``: "model" encodes a caption that is dropped
+    as the model's pipeline encodes none (SDXL: zeros); "empty" encodes the empty caption, as diffusers'
+    trainers do.
+
     ``label``: "hard" trains on the winner, whatever its share p of the preference (0.75 for three of four
     votes). "soft" trains on p: the loss is -p log sigmoid(logit) - (1 - p) log sigmoid(-logit). The two are
     equal at p = 1.
@@ -92,6 +102,9 @@ class ObjectiveConfig:
     beta: Annotated[float, Gt(0)] = 5000.0
     reduction: Literal["mean"] = "mean"
     noise: NoiseMode | None = None
+    error: ErrorKind = "noise"
+    time_ids: Literal["per_side", "fixed"] = "per_side"
+    dropped_caption: Literal["model", "empty"] = "model"
     t_min: Annotated[int, Ge(1)] = 1
     t_max: Annotated[int, Ge(0)] = 0
     max_weight: Annotated[float, Ge(0)] = 0.0
@@ -105,6 +118,11 @@ class ObjectiveConfig:
         check(self)
         if self.t_max and self.t_max < self.t_min:
             raise ConfigError("t_max", self.t_max, f"must be 0 or at least t_min = {self.t_min}")
+        if self.error == "velocity" and METHODS[self.method].noise_errors_only:
+            reason = (
+                f"is not defined for method {self.method!r}: its weights and corrections are of the noise"
+            )
+            raise ConfigError("error", self.error, reason)
 
     @property
     def noise_mode(self) -> NoiseMode:

@@ -47,7 +47,7 @@ class TextToImage:
         self, prompts: Sequence[str], seeds: Sequence[int], config: SampleConfig
     ) -> UInt8[np.ndarray, "n height width 3"]:
         model = self._model
-        encoded = model.encode([*prompts, ""], *model.size_of(config))
+        encoded = model.encode([*prompts, None], *model.size_of(config))
         rows = [{name: row[i : i + 1] for name, row in encoded.items()} for i in range(len(prompts) + 1)]
         samples = [
             start(model, seed, config, cond, rows[-1]) for seed, cond in zip(seeds, rows[:-1], strict=True)

@@ -10,28 +10,31 @@ from typing import Literal
 
 MethodName = Literal["dde", "dde_single", "dde_step", "uniform", "discounted", "sft"]
 NoiseMode = Literal["independent", "shared"]
+ErrorKind = Literal["noise", "velocity"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What a method reads and trains on.
 
-    ``noise`` is the default: winner and loser have independent noises, or share one. ``corrected`` methods
-    add the calibrated correction C(t) to the logit, ``discounted`` ones draw t in proportion to powers of
-    gamma. Without a reference and a loser, the loss is the policy's error on winners.
+    ``noise`` is the default: winner and loser have independent noises, or share one. ``corrected``
+    methods add the calibrated correction C(t) to the logit, ``discounted`` ones draw t in proportion to
+    powers of gamma. The formulas of ``noise_errors_only`` methods hold for errors of the noise. Without
+    a reference and a loser, the loss is the policy's error on winners.
     """
 
     noise: NoiseMode
     corrected: bool = False
     discounted: bool = False
+    noise_errors_only: bool = False
     has_reference: bool = True
     has_loser: bool = True
 
 
 METHODS: dict[MethodName, Method] = {
-    "dde": Method(noise="independent", corrected=True),
-    "dde_single": Method(noise="independent"),
-    "dde_step": Method(noise="independent", corrected=True),
+    "dde": Method(noise="independent", corrected=True, noise_errors_only=True),
+    "dde_single": Method(noise="independent", noise_errors_only=True),
+    "dde_step": Method(noise="independent", corrected=True, noise_errors_only=True),
     "uniform": Method(noise="shared"),
     "discounted": Method(noise="shared", discounted=True),
     "sft": Method(noise="independent", has_reference=False, has_loser=False),

@@ -61,6 +61,30 @@ def initial_latents(seed: int, shape: tuple[int, ...]) -> Float32[Tensor, "*shap
     return _normal(shape, seed, "initial_latents")
 
 
+def draw_start(seed: int, round: int, slot: int, shape: tuple[int, ...]) -> Float32[Tensor, "*shape"]:
+    """Standard normal latents from which a rollout's trajectory starts."""
+    return _normal(shape, seed, "rollout_start", round, slot)
+
+
+def draw_step(
+    seed: int, round: int, slot: int, transition: int, shape: tuple[int, ...]
+) -> Float32[Tensor, "*shape"]:
+    """z of a rollout's transition that has no candidates."""
+    return _normal(shape, seed, "rollout_step", round, slot, transition)
+
+
+def draw_candidate(
+    seed: int, round: int, slot: int, transition: int, candidate: int, shape: tuple[int, ...]
+) -> Float32[Tensor, "*shape"]:
+    """z of one candidate of a rollout's transition."""
+    return _normal(shape, seed, "rollout_candidate", round, slot, transition, candidate)
+
+
+def draw_choice(seed: int, round: int, slot: int, transition: int, candidates: int) -> int:
+    """The candidate from which a rollout goes on, uniform."""
+    return (_uniform_word(seed, "rollout_choice", round, slot, transition) * candidates) >> 64
+
+
 def step_generator(seed: int) -> torch.Generator:
     """The generator of the noise that a sampler adds to one image between its steps.
 

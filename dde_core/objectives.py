@@ -27,7 +27,7 @@ from torch import Tensor
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
 from dde_core.methods import METHODS, MethodName
-from dde_core.models.scheduler_config import check_terminal_weight
+from dde_core.models.scheduler_config import check_error, check_terminal_weight
 from dde_core.schedule import Schedule
 
 DISCOUNT_STEPS = 50
@@ -97,8 +97,10 @@ OBJECTIVES: dict[MethodName, Objective] = {
 def weights(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """w(t) for t = 0..T, capped at ``max_weight`` if that is set (ours: the paper has no cap).
 
-    Raises ConfigError if w is infinite at a t that is drawn: at T, with zero terminal SNR.
+    Raises ConfigError if w is infinite at a t that is drawn: at T, with zero terminal SNR; and for errors of
+    the velocity of a model that predicts the noise.
     """
+    check_error(config, schedule.prediction_type)
     w = OBJECTIVES[config.method].weight(schedule)
     if schedule.has_zero_terminal_snr:
         check_terminal_weight(config, schedule.T)
@@ -174,13 +176,21 @@ _LOSSES = {
 }
 
 
+_SQUARES = {"noise": "(eps - eps_model)^2", "velocity": "(v - v_model)^2"}
+_TIME_IDS = {
+    "per_side": "size and crop of each side's own image (SDXL)",
+    "fixed": "the encoded size and no crop for both sides (SDXL)",
+}
+
+
 def conventions(config: ObjectiveConfig, schedule: Schedule) -> dict[str, Any]:
     """How to read this run's numbers, with defaults resolved: for lineages and model cards."""
     method = METHODS[config.method]
     resolved: dict[str, Any] = {
         "loss": _LOSSES[config.label] if method.has_loser else "e_theta of the winner",
         "source": OBJECTIVES[config.method].source,
-        "error": f"{config.reduction} over latent elements of (eps - eps_model)^2, reduced in float32",
+        "error": f"{config.reduction} over latent elements of {_SQUARES[config.error]}, reduced in float32",
+        "time_ids": _TIME_IDS[config.time_ids],
         "timesteps": f"{config.t_min}..{config.t_max or schedule.T} of 1..{schedule.T}; "
         "the U-Net is called with t - 1",
         "prediction_type": schedule.prediction_type,

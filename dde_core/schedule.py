@@ -135,6 +135,14 @@ def epsilon_from(
     return signal * output + sigma * x_t
 
 
+def velocity(
+    schedule: Schedule, x0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
+) -> Float[Tensor, "b c h w"]:
+    """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x0 (Salimans and Ho 2022, appendix D)."""
+    signal, sigma = _coefficients(schedule, t, x0)
+    return signal * noise - sigma * x0
+
+
 def x0_from(
     schedule: Schedule, output: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c h w"]:

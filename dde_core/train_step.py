@@ -25,7 +25,7 @@ from torch import Tensor
 from dde_core.conditioning import Conditioning, concatenated, predict
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, NonFiniteError
-from dde_core.methods import METHODS
+from dde_core.methods import METHODS, ErrorKind
 from dde_core.objectives import (
     gradient_weight,
     importance,
@@ -33,7 +33,7 @@ from dde_core.objectives import (
     preference_loss,
     weights,
 )
-from dde_core.schedule import Schedule, add_noise, epsilon_from
+from dde_core.schedule import Schedule, add_noise, epsilon_from, velocity
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class PairBatch:
 
 @dataclass(frozen=True, eq=False)
 class PairErrors:
-    """For each pair a model's mean squared error of the noise, on the winner and (not for `sft`) on the
+    """For each pair a model's mean squared error of the noise (or velocity), on the winner and (not for `sft`) on the
     loser.
 
     ``z_w`` and ``z_l`` are mean(z (eps_m - eps)), which `sampled` calibration needs as well.
@@ -115,22 +115,28 @@ class StepTerms:
     share: Float[Tensor, " b"] | None = None
 
 
-def pair_errors(unet: Callable[..., Any], schedule: Schedule, batch: PairBatch) -> PairErrors:
+def pair_errors(
+    unet: Callable[..., Any], schedule: Schedule, batch: PairBatch, error: ErrorKind = "noise"
+) -> PairErrors:
     """Noise both sides, run the U-Net ONCE on 2b samples (winners, then losers), compare the noise (DDE Eq.
-    2).
+    2), or of a model with v-prediction the velocity.
 
     Errors are means over latent elements in float32, whatever the model's dtype (in float64 for a float64
     model).
     """
     t = batch.t if batch.latents_l is None else torch.cat([batch.t, batch.t])
     noise = _both(batch.noise_w, batch.noise_l)
-    x_t = add_noise(schedule, _both(batch.latents_w, batch.latents_l), noise, t)
+    latents = _both(batch.latents_w, batch.latents_l)
+    x_t = add_noise(schedule, latents, noise, t)
     conditioning = batch.conditioning_w
     if batch.conditioning_l is not None:
         conditioning = concatenated(conditioning, batch.conditioning_l)
     output = predict(unet, x_t, t, conditioning)
     wide = torch.promote_types(output.dtype, torch.float32)
-    difference = epsilon_from(schedule, output.to(wide), x_t.to(wide), t) - noise.to(wide)
+    if error == "velocity":
+        difference = output.to(wide) - velocity(schedule, latents.to(wide), noise.to(wide), t)
+    else:
+        difference = epsilon_from(schedule, output.to(wide), x_t.to(wide), t) - noise.to(wide)
     columns = list(difference.square().mean(dim=(1, 2, 3)).split(len(batch)))  # type: ignore[no-untyped-call]
     if batch.z_w is not None:
         z = _both(batch.z_w, batch.z_l).to(wide)

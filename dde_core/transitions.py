@@ -159,4 +159,5 @@ def guided(
     """
     norm = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     unit = torch.where(norm > 0, gradient / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
-    return noise + strength * noise[0].numel() ** 0.5 * unit
+    moved: Tensor = noise + strength * noise[0].numel() ** 0.5 * unit
+    return moved

@@ -78,7 +78,7 @@ def launch_bound(seconds: dict[int, float]) -> int:
 def measure(base: BaseModel, size_px: tuple[int, int], candidates: list[int]) -> dict[int, float]:
     """Seconds of a U-Net call by its rows; ends where a call takes too long or does not fit the memory."""
     height, width = (side // base.pixels_per_latent for side in size_px)
-    row = base.encode([""], *size_px)
+    row = base.encode([None], *size_px)
     found: dict[int, float] = {}
     for rows in candidates:
         latents = torch.zeros(rows, base.latent_channels, height, width, device=base.device)

@@ -262,9 +262,9 @@ class StepEngine:
         for running in dict.fromkeys(member.of for member in new if not member.of.is_started):
             running.is_started = True
             running.on_event(Started(self._clock_s() - running.submitted))
-        captions = dict.fromkeys(member.of.request.prompt for member in new)
+        captions: dict[str | None, None] = dict.fromkeys(member.of.request.prompt for member in new)
         guided = [member.of.request for member in new if member.rows == 2]
-        captions |= dict.fromkeys(request.negative_prompt for request in guided)
+        captions |= dict.fromkeys(request.negative_prompt or None for request in guided)
         if not captions:
             return
         base = new[0].of.model.base
@@ -275,7 +275,7 @@ class StepEngine:
         }
         for member in new:
             request = member.of.request
-            uncond = rows[request.negative_prompt] if member.rows == 2 else None
+            uncond = rows[request.negative_prompt or None] if member.rows == 2 else None
             member.sample = start(
                 base,
                 request.seeds[member.index],

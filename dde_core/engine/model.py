@@ -139,10 +139,11 @@ class BaseModel:
         return make_scheduler(self._scheduler_config, sample.sampler, sample.steps)
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str], height_px: int, width_px: int) -> Conditioning:
+    def encode(self, captions: Sequence[str | None], height_px: int, width_px: int) -> Conditioning:
         """Conditioning as in the diffusers pipelines: SDXL's sizes are those of an uncropped image of this
-        size."""
-        text = self._text_encoders(tokenize(self._tokenizers, captions))
+        size. None is no caption; "" is a caption, which is encoded."""
+        token_ids = tokenize(self._tokenizers, [caption or "" for caption in captions])
+        text = self._text_encoders(token_ids, np.array([caption is None for caption in captions]))
         sizes = np.tile([[height_px, width_px]], (len(captions), 1))
         return self._text_encoders.with_sizes(text, sizes, np.zeros_like(sizes), (height_px, width_px))
 

@@ -41,6 +41,8 @@ from dde_core.train_step import PairErrors
 FORMAT_VERSION = 1
 COLUMNS = {"e_w": "w", "e_l": "l", "z_w": "z_w", "z_l": "z_l"}
 """Columns of a file, and the fields of PairErrors that they hold."""
+LATER = {"error": "noise", "time_ids": "per_side"}
+"""Fields of a key that earlier versions did not have, with what they did: such ledgers are still found."""
 KEPT_BYTES = 64_000_000
 """How much of a ledger a reader keeps in memory: 8 million draws without evaluation points."""
 _FILE = re.compile(r"(\d{5,})-(\d{4})-([0-9a-f]{64})\.parquet")
@@ -70,6 +72,8 @@ class LedgerKey:
     t_max: int
     draw_seed: int
     evaluation_points: bool
+    error: str = "noise"
+    time_ids: str = "per_side"
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -93,19 +97,22 @@ class LedgerKey:
             prediction_type=schedule.prediction_type,
             resolution=manifest.settings["resolution"],
             precision=training.precision + (", compiled" if training.compile else ""),
-            no_caption="zeros" if folder.no_caption_is_zeros else "empty",
+            no_caption="zeros" if drops_to_zeros(objective, folder) else "empty",
             caption_dropout=training.caption_dropout,
             noise=objective.noise_mode,
             t_min=objective.t_min,
             t_max=objective.t_max or schedule.T,
             draw_seed=training.draw_seed,
             evaluation_points=METHODS[objective.method].corrected and is_sampled,
+            error=objective.error,
+            time_ids=objective.time_ids if folder.family == "sdxl" else "per_side",
         )
 
     @property
     def name(self) -> str:
         """The name of the ledger's folder."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+        values = {field: value for field, value in asdict(self).items() if value != LATER.get(field)}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def columns(self) -> list[str]:
@@ -122,6 +129,11 @@ class LedgerKey:
         if not needed.evaluation_points:
             differing.pop("evaluation_points", None)
         return differing
+
+
+def drops_to_zeros(objective: ObjectiveConfig, folder: ModelFolder) -> bool:
+    """Whether a dropped caption is encoded as zeros."""
+    return objective.dropped_caption == "model" and folder.no_caption_is_zeros
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,13 @@ def ends_without_signal(config: Mapping[str, Any]) -> bool:
     return bool(config.get("rescale_betas_zero_snr") or (trained_betas and trained_betas[-1] == 1))
 
 
+def check_error(config: ObjectiveConfig, prediction_type: str) -> None:
+    """Raises ConfigError for errors of the velocity where the model predicts the noise."""
+    if config.error == "velocity" and prediction_type != "v_prediction":
+        reason = f"needs a base with prediction_type 'v_prediction', and this one has {prediction_type!r}"
+        raise ConfigError("error", config.error, reason)
+
+
 def check_terminal_weight(config: ObjectiveConfig, timesteps: int) -> None:
     """Raises ConfigError for an objective whose weight is infinite at T: 1/SNR(T) with zero terminal SNR."""
     draws_last = config.t_max in (0, timesteps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dde_core.conditioning import Conditioning
@@ -16,9 +16,8 @@ class TextEncoders:
     """A folder's text encoders, with their outputs combined as the family needs them.
 
     sd15 takes the last hidden state. sdxl concatenates the last but one of both encoders, and takes the
-    second's pooled output. "No caption", in dropout and in guidance, is the empty caption, or zeros if the
-    pipeline uses zeros (SDXL's ``force_zeros_for_empty_prompt``). diffusers' training script differs: it
-    encodes the empty caption there.
+    second's pooled output. "No caption" is the empty caption, or zeros if the pipeline uses zeros (SDXL's
+    ``force_zeros_for_empty_prompt``).
     """
 
     def __init__(
@@ -31,8 +30,13 @@ class TextEncoders:
         self.empty_ids = tokenize(folder.tokenizers(), [""])
 
     @torch.no_grad()
-    def __call__(self, token_ids: Int[np.ndarray, "b k s"]) -> Conditioning:
-        """The conditioning of captions. It is complete for sd15; sdxl needs ``with_sizes`` as well."""
+    def __call__(
+        self, token_ids: Int[np.ndarray, "b k s"], no_caption: Bool[np.ndarray, " b"] | None = None
+    ) -> Conditioning:
+        """The conditioning of captions. It is complete for sd15; sdxl needs ``with_sizes`` as well.
+
+        ``no_caption`` marks rows without a caption; by default those with the ids of the empty one.
+        """
         ids = torch.from_numpy(np.asarray(token_ids, dtype=np.int64)).to(self._device)
         if not self._is_sdxl:
             return {"encoder_hidden_states": self.encoders[0](ids[:, 0]).last_hidden_state}
@@ -42,7 +46,8 @@ class TextEncoders:
             "text_embeds": outputs[-1].text_embeds,
         }
         if self._zeros:
-            is_empty = torch.from_numpy((token_ids == self.empty_ids).all(axis=(1, 2))).to(self._device)
+            marked = (token_ids == self.empty_ids).all(axis=(1, 2)) if no_caption is None else no_caption
+            is_empty = torch.from_numpy(marked).to(self._device)
             for name, rows in text.items():
                 text[name] = rows.masked_fill(is_empty.view(-1, *[1] * (rows.ndim - 1)), 0.0)
         return text

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dde_core.errors import ConfigError, DataError, ModelError
-from dde_core.models.scheduler_config import check_terminal_weight, ends_without_signal
+from dde_core.models.scheduler_config import check_error, check_terminal_weight, ends_without_signal
 from dde_core.score_table import Prompt
 from dde_core.scorers.kinds import KINDS, Kind
 from dde_core.shapes import scorers
@@ -100,11 +100,12 @@ def _check_base_files(base: ModelRecord, request: AlignmentJobCreate) -> None:
         if value > num_timesteps:
             why = f"must be at most the {num_timesteps} timesteps of {base.name}"
             _refuse(f"objective.{field}", why, value)
-    if ends_without_signal(scheduler):
-        try:
+    try:
+        check_error(request.objective, scheduler.get("prediction_type", "epsilon"))
+        if ends_without_signal(scheduler):
             check_terminal_weight(request.objective, num_timesteps)
-        except ConfigError as error:
-            _refuse(f"objective.{error.field}", error.reason, error.value)
+    except ConfigError as error:
+        _refuse(f"objective.{error.field}", error.reason, error.value)
     lora = request.training.lora
     if lora is None:
         return

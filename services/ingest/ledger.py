@@ -150,6 +150,7 @@ class ReferencePass:
         arithmetic = TrainConfig(precision=spec.training.precision, compile=spec.training.compile)
         self._frozen = Policy(model, arithmetic, device)
         self._schedule = model.schedule()
+        self._error = objective.error
         self._reader = LatentReader(*files.resolve(spec.dataset))
         self._batches = BatchMaker(self._reader, model, self._schedule, objective, spec.training, device)
         self._batch_pairs = spec.training.micro_batch_size or DEFAULT_BATCH_PAIRS
@@ -187,7 +188,7 @@ class ReferencePass:
         for part in slices(rows, batch_pairs):
             batch = self._batches.make(part)
             with self._frozen.autocast():
-                errors.append(pair_errors(self._frozen.unet, self._schedule, batch))
+                errors.append(pair_errors(self._frozen.unet, self._schedule, batch, self._error))
             timesteps.append(batch.t)
         return torch.cat(timesteps), PairErrors.joined(errors)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import dde_core
 from dde_core import checkpoint
 from dde_core.errors import ConfigError, DataError
+from dde_core.latents.ledger import drops_to_zeros
 from dde_core.latents.schema import Manifest
 from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
@@ -191,7 +192,7 @@ def _model_record(spec: TrainSpec, manifest: Manifest, base: ModelFolder, step: 
         "objective": settings["objective"] | {"noise": spec.objective.noise_mode},
         "conventions": {
             **conventions(spec.objective, base.schedule()),
-            "no_caption": "zeros" if base.no_caption_is_zeros else "the empty caption",
+            "no_caption": "zeros" if drops_to_zeros(spec.objective, base) else "the empty caption",
         },
         "training": settings["training"],
         "step": step,

@@ -97,8 +97,8 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
                     with policy.autocast():
                         ref = ledger.errors(part) if ledger else None
                         if ref is None and method.has_reference:
-                            ref = pair_errors(policy.reference, schedule, batch)
-                        theta = pair_errors(policy.trained, schedule, batch)
+                            ref = pair_errors(policy.reference, schedule, batch, objective.error)
+                        theta = pair_errors(policy.trained, schedule, batch, objective.error)
                     correction = calibration.correction(batch.t)
                     terms = step_losses(theta, ref, batch.t, objective, schedule, correction, batch.share)
                     check_finite("loss", terms.loss)
