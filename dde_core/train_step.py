@@ -67,8 +67,8 @@ class PairBatch:
 
 @dataclass(frozen=True, eq=False)
 class PairErrors:
-    """For each pair a model's mean squared error of the noise (or velocity), on the winner and (not for `sft`) on the
-    loser.
+    """For each pair a model's mean squared error of the noise, or of the velocity, on the winner and (not for
+    `sft`) on the loser.
 
     ``z_w`` and ``z_l`` are mean(z (eps_m - eps)), which `sampled` calibration needs as well.
     """

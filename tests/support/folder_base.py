@@ -45,7 +45,7 @@ class FolderBase(BaseModel):
 def drawn(model: Model) -> np.ndarray:
     """An image, uint8 [1, h, w, 3]."""
     base = model.base
-    encoded = base.encode(["a red circle", ""], base.height_px, base.width_px)
+    encoded = base.encode(["a red circle", None], base.height_px, base.width_px)
     cond, uncond = ({name: row[i : i + 1] for name, row in encoded.items()} for i in range(2))
     sample = start(base, 3, SAMPLE, cond, uncond, model.adapter)
     while not sample.is_finished:
