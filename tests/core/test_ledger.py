@@ -232,8 +232,8 @@ OTHERS = {
     "t_max": key_of(ObjectiveConfig(t_max=999)),
     "draw_seed": key_of(draw_seed=1),
     "evaluation_points": key_of(ObjectiveConfig(calibration_point="sampled")),
-    "error": "velocity",
-    "time_ids": "fixed",
+    "error": dataclasses.replace(key_of(), error="velocity"),
+    "time_ids": dataclasses.replace(key_of(), time_ids="fixed"),
     "format_version": dataclasses.replace(key_of(), format_version=0),
 }
 
