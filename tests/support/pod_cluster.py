@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,17 +104,19 @@ class PodCluster:
         self.start("redis")
         self.start("s3")
         self.wait(lambda: self.s3_answers(), "the S3 server does not answer", 60)
-        self.s3().create_bucket(Bucket=BUCKET)
+        with self.s3() as s3:
+            s3.create_bucket(Bucket=BUCKET)
         self._define_ray()
         self.start("head")
         self.wait(self.dashboard_answers, f"Ray's dashboard does not answer{self.tail('head')}", 300)
         for number, name in enumerate(self._workers, start=2):  # one by one: a raylet gives up after 30 s
             self.start(name)
-            self.wait(lambda expected=number: self.live_nodes() == expected, f"{name} has not joined", 300)
+            self.wait(lambda expected=number: self.live_nodes() == expected, f"{name} has not joined", 900)
         self._define_control()
         self.start("control")
         self.deploy(serve_args)
-        self.wait(lambda: self.client().ready(), "the control plane is not ready", 120)
+        with self.client() as client:
+            self.wait(client.ready, "the control plane is not ready", 300)
 
     def _define_stores(self) -> None:
         env = environment(str(self.folder), {})
@@ -164,6 +166,8 @@ class PodCluster:
             **ray_environment(PORTS),
             **self._auth(),
             **self.s3_env(),
+            # By default, whatever else the machine does comes before Ray's workers.
+            "RAY_worker_niceness": "0",
             "RAY_memory_monitor_refresh_ms": "0",  # the machine's memory is not this cluster's alone
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             **self._ray_env,
@@ -265,21 +269,29 @@ class PodCluster:
     def client(self) -> Client:
         return Client(self.url, self.key)
 
-    def s3(self) -> Any:
+    @contextmanager
+    def s3(self) -> Iterator[Any]:
         """A client of the S3 server."""
-        return boto3.client(
+        client = boto3.client(
             "s3",
             endpoint_url=f"http://{self.address('s3')}:{S3_PORT}",
             region_name="us-east-1",
             aws_access_key_id="key",
             aws_secret_access_key="secret",
         )
+        with closing(client):
+            yield client
 
     def s3_answers(self) -> bool:
         return _answers(f"http://{self.address('s3')}:{S3_PORT}/")
 
     def dashboard_answers(self) -> bool:
         return self._dashboard("GET").status_code == 200
+
+    def is_whole(self) -> bool:
+        """Whether all nodes live and all replicas run."""
+        running = [each for each in self.replicas().values() if each.startswith("RUNNING")]
+        return self.live_nodes() == 1 + len(self._workers) and len(running) == self._num_replicas
 
     def live_nodes(self) -> int:
         """How many nodes Ray believes to be alive."""
@@ -299,11 +311,12 @@ class PodCluster:
         """Deploy the Serve application with a proxy on every node, and wait until it runs."""
         config = fill_serve_config(read_serve_config(SERVE_CONFIG), SERVE_PORT, STORAGE_URI)
         config["applications"][0]["args"] |= args
+        self._num_replicas = config["applications"][0]["args"]["min_replicas"]
         config["proxy_location"] = "EveryNode"
         config["http_options"]["host"] = "0.0.0.0"
         answer = self._dashboard("PUT", json=config)
         assert answer.is_success, answer.text
-        self.wait(self.serve_runs, f"the Serve application does not run: {self.serve_status()}", 300)
+        self.wait(self.serve_runs, "the Serve application does not run", 900)
 
     def serve_runs(self) -> bool:
         return self.serve_status()["applications"].get("dde", {}).get("status") == "RUNNING"

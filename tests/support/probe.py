@@ -52,11 +52,10 @@ class Probe:
 
     async def _run(self) -> None:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(limits=limits, trust_env=False) as http:
-            async with asyncio.TaskGroup() as sending:
-                while not self._stopping.is_set():
-                    sending.create_task(self._send(http))
-                    await asyncio.sleep(self._every_s)
+        async with httpx.AsyncClient(limits=limits, trust_env=False) as http, asyncio.TaskGroup() as sending:
+            while not self._stopping.is_set():
+                sending.create_task(self._send(http))
+                await asyncio.sleep(self._every_s)
 
     async def _send(self, http: httpx.AsyncClient) -> None:
         sent_at = time.monotonic()
