@@ -20,7 +20,13 @@ def jobs():
 
 
 @pytest.fixture
-def ray_url(jobs, monkeypatch):
+def head():
+    """The head's node id, and how often a run was submitted to it that it has already."""
+    return {"id": "second", "submits": 0}
+
+
+@pytest.fixture
+def ray_url(jobs, head, monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -34,6 +40,7 @@ def ray_url(jobs, monkeypatch):
     async def submit(request: Request):
         body = await request.json()
         if body["submission_id"] in jobs:
+            head["submits"] += 1
             return PlainTextResponse("ValueError: Job with submission_id already exists.", 500)
         if body["entrypoint"] == "refuse":
             return PlainTextResponse("no", 400)
@@ -55,6 +62,12 @@ def ray_url(jobs, monkeypatch):
         jobs[name] = "STOPPED"
         return {"stopped": True}
 
+    @app.get("/api/v0/nodes")
+    def nodes(filter_keys: str, filter_values: str):
+        assert (filter_keys, filter_values) == ("is_head_node", "true")
+        dead = {"node_id": "first", "state": "DEAD"}
+        return {"data": {"result": {"result": [dead, {"node_id": head["id"], "state": "ALIVE"}]}}}
+
     @app.get("/api/jobs/{name}/logs")
     def logs(name: str):
         return {"logs": "\n".join(f"line {i}" for i in range(100))}
@@ -73,6 +86,23 @@ def test_a_run_is_submitted_watched_and_stopped(ray_url, jobs):
     ray.stop("j-encode-a1")
     assert ray.status("j-encode-a1").state == "stopped"
     assert ray.log_tail("j-encode-a1").splitlines() == [f"line {i}" for i in range(60, 100)]
+
+
+def test_a_restarted_head_is_made_to_look_after_its_runs_once(ray_url, jobs, head, monkeypatch):
+    monkeypatch.setattr(ray_jobs, "HEAD_CHECK_EVERY_S", 0.0)
+    ray = RayJobsLauncher(ray_url)
+    jobs["j"] = "RUNNING"
+    for _ in range(3):
+        assert ray.status("j").state == "running"
+    assert head["submits"] == 1
+    head["id"] = "third"
+    for _ in range(3):
+        assert ray.status("j").state == "running"
+    assert head["submits"] == 2
+    jobs["j"] = "FAILED"
+    head["id"] = "fourth"
+    assert ray.status("j").state == "failed"
+    assert (head["submits"], jobs) == (2, {"j": "FAILED"})
 
 
 def test_a_second_submit_of_the_same_id_does_nothing(ray_url, jobs):
