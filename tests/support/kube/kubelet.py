@@ -45,8 +45,10 @@ PORTS = RayPorts(
 )
 """KubeRay's, for a pod that has all ports to itself."""
 FLAGS = ("head", "block", "no-monitor", "disable-usage-stats")
-STARTS_WITHIN_S = 180.0
-"""The liveness probe: a head whose dashboard does not listen by then is started again."""
+STARTS_WITHIN_S = 240.0
+"""The liveness probe: a node whose dashboard (head) or agent (worker) does not listen by then is started
+again.
+"""
 _UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -202,14 +204,15 @@ class Kubelet:
             self._drop(name)
 
     def _needs_start(self, pod: Json) -> bool:
-        """Whether the container was never started, has ended, or is a head that does not get ready."""
+        """Whether the container was never started, has ended, or does not get ready."""
         name = pod["metadata"]["name"]
         sandbox = self._sandboxes.get(name)
         if sandbox is None or sandbox.has_ended():
             return True
-        if _labels(pod)["ray.io/node-type"] != "head" or name in self._ready:
+        if name in self._ready:
             return False
-        if _listens(sandbox.address, sandbox.ports.dashboard):
+        is_head = _labels(pod)["ray.io/node-type"] == "head"
+        if _listens(sandbox.address, sandbox.ports.dashboard if is_head else sandbox.ports.agent):
             self._ready.add(name)
             return False
         return time.monotonic() - self._started[name] > STARTS_WITHIN_S
