@@ -252,8 +252,8 @@ class Kubelet:
             return
         is_head = _labels(pod)["ray.io/node-type"] == "head"
         head = None if is_head else self.address(cluster["metadata"]["name"])
-        if not is_head and (head is None or not _listens(head[0], head[1].gcs)):
-            self._waits(name, "PodInitializing", "waiting for the head's GCS")
+        if not is_head and (head is None or not _listens(head[0], head[1].dashboard)):
+            self._waits(name, "PodInitializing", "waiting for the head")
             return
         sandbox = self._sandboxes.get(name) or self._sandbox(name)
         self._sandboxes[name] = sandbox
