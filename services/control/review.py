@@ -246,12 +246,12 @@ class JobReview:
             why = StageFailure(message=message, code="driver_died")
             if status.is_final:
                 return self.update.fail(why)
-            self._restart(why)
+            self._restart(why, counts=not status.is_evicted)
 
-    def _restart(self, why: StageFailure, *, at_once: bool = False) -> None:
+    def _restart(self, why: StageFailure, *, at_once: bool = False, counts: bool = True) -> None:
         """Begin a new attempt once the old one has surely ended, or fail the job after ``max_attempts``.
 
-        An attempt counts unless it brought the stage further or was stopped on request.
+        An attempt counts unless it brought the stage further, was stopped on request or was evicted.
         """
         job = self.job
         since = job.ended_at or self.now
@@ -260,7 +260,7 @@ class JobReview:
             return
         step = self.attempt.newest_step()
         restarts = 0 if step > job.restart_step else job.restarts
-        if not self.attempt.was_stopped_on_request():
+        if counts and not self.attempt.was_stopped_on_request():
             restarts += 1
         is_last = restarts >= self.settings.max_attempts
         if not at_once:
@@ -276,7 +276,7 @@ class JobReview:
 
     def _log_driver_output(self, level: Level) -> None:
         try:
-            output = self.launcher.log_tail(self.attempt.submission)
+            output = self.attempt.log_tail()
         except Unavailable as error:
             self.update.log(f"the driver's log is unavailable: {error}", "warning")
         else:

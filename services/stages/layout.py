@@ -7,6 +7,8 @@ projects/{project}/ in it for any other.
 
     {root}/jobs/{job}/{stage}/a{attempt}/                    the prefix of one attempt
         spec.json                   written by the control plane, read by the stage
+        started.json                the process that runs the attempt; only one may
+        driver.log                  the end of its output
         journal/{number}.json       append-only events and metrics, written by the stage
         done.json                   marker: the stage's result
         failed.json                 marker: why it failed
@@ -103,6 +105,16 @@ def _attempt_name(attempt: int) -> str:
 def spec_uri(prefix: str) -> str:
     """The spec of an attempt."""
     return files.join(prefix, "spec.json")
+
+
+def started_uri(prefix: str) -> str:
+    """Names the process that runs an attempt. It is created once, before the stage works."""
+    return files.join(prefix, "started.json")
+
+
+def driver_log_uri(prefix: str) -> str:
+    """The end of the output of an attempt's driver."""
+    return files.join(prefix, "driver.log")
 
 
 def journal_folder(prefix: str) -> str:

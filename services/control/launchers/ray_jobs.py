@@ -17,17 +17,22 @@ TAIL_LINES = 40
 
 
 class RayJobsLauncher:
-    """Ray's Jobs API. Connects at first use, and again after the connection was lost."""
+    """Ray's Jobs API. Connects at first use, and again after the connection was lost.
 
-    def __init__(self, url: str) -> None:
+    Ray reserves ``driver_cpus`` and ``driver_memory`` bytes for each driver; 0 reserves none.
+    """
+
+    def __init__(self, url: str, driver_cpus: float = 0.0, driver_memory: int = 0) -> None:
         self._url = url
+        self._reserved = {"entrypoint_num_cpus": driver_cpus, "entrypoint_memory": driver_memory}
         self._lock = threading.Lock()
         self._client: Any = None
 
     def submit(self, run: Run) -> None:
         job = {"entrypoint": run.command, "submission_id": run.id, "metadata": dict(run.metadata)}
+        reserved = {name: amount for name, amount in self._reserved.items() if amount}
         try:
-            self._call("submit_job", **job)
+            self._call("submit_job", **job, **reserved)
         except (RuntimeError, Unavailable) as error:
             # Ray answers a repeated submit with a server error, too: only the state tells them apart.
             if self.status(run.id).state == "unknown":
@@ -37,7 +42,7 @@ class RayJobsLauncher:
         details = self._unless_missing("get_job_info", run_id)
         if details is None:
             return RunStatus("unknown")
-        return RunStatus(details.status.value.lower(), message=details.message)
+        return RunStatus(details.status.value.lower(), details.error_type, details.message)
 
     def stop(self, run_id: str) -> None:
         self._unless_missing("stop_job", run_id)
