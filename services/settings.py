@@ -60,6 +60,12 @@ class Settings(BaseSettings):
     """The RayJob (YAML) that those of stages are made from. Without it no job can have its own cluster."""
     rayjob_namespace: str | None = None
     """Where RayJobs are created; by default the namespace of the control plane's pod."""
+    rayjob_image: str | None = None
+    """The image of their head and workers, by digest in production: the nodes of one job then run the same
+    one. By default what the template names.
+    """
+    kubeconfig: Path | None = None
+    """How to reach the Kubernetes API outside of a pod; in a pod, by its service account."""
     rayjob_queue: str | None = None
     """The Kueue LocalQueue that admits RayJobs; none: they start as soon as Kubernetes has room."""
     rayjob_priority: str | None = None

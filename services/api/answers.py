@@ -30,7 +30,7 @@ from services.api.records import (
     TrainResult,
     Validated,
 )
-from services.api.requests import Resize, Scope
+from services.api.requests import Cluster, Resize, Scope
 
 
 class Answer(BaseModel):
@@ -242,6 +242,7 @@ class JobView(RunView):
     objective: dict[str, Any]
     training: dict[str, Any]
     workers: int | list[int]
+    cluster: Cluster = "shared"
     evaluation: dict[str, Any]
     validation: dict[str, Any] | None
     promote_if: dict[str, Any] | None = None
@@ -279,6 +280,7 @@ class EvaluationView(RunView):
     scorers: list[str]
     sample: dict[str, Any]
     compare: dict[str, Any] = {}
+    cluster: Cluster = "shared"
     result: EvaluateResult | None
 
 

@@ -28,8 +28,8 @@ from services.api.requests import (
 from services.control import image_files as images_by_url
 from services.control import inference, problems
 from services.control.database import Database
+from services.control.launchers.clusters import Clusters
 from services.control.launchers.contract import Launcher
-from services.control.launchers.ray_jobs import RayJobsLauncher
 from services.control.middleware import Observed
 from services.control.reconciler import Reconciler
 from services.control.routers import (
@@ -72,7 +72,8 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     app = FastAPI(title="dde", version="1", lifespan=_lifespan, docs_url=None, redoc_url=None)
     settings = settings.model_copy(update={"storage_uri": files.as_uri(settings.storage_uri)})
     app.state.settings = settings
-    app.state.launcher = launcher or RayJobsLauncher(settings.ray_url)
+    app.state.clusters = Clusters(launcher) if launcher else Clusters.of(settings)
+    app.state.launcher = app.state.clusters.shared
     app.state.database = Database(settings.database_url)
     app.state.reconcile = reconcile
     app.state.telemetry = Telemetry(app.state.database)
@@ -90,7 +91,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state = app.state
     sources.hold_to(source_rules(state.settings, DEFAULT_PROJECT))
     await run_in_threadpool(state.database.migrate)
-    reconciler = Reconciler(state.database, state.settings, state.launcher)
+    reconciler = Reconciler(state.database, state.settings, state.clusters)
     if state.reconcile:
         reconciler.start()
     sweeping = asyncio.create_task(images_by_url.sweep_forever(state.settings, state.database))

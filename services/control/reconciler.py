@@ -34,7 +34,8 @@ from services.control import making, promotion, stages
 from services.control.database import Database, update_one
 from services.control.job_update import MAX_DELAY_S, PARKED_S, JobUpdate, StaleToken
 from services.control.journal import printable, record
-from services.control.launchers.contract import Launcher
+from services.control.launchers.clusters import Clusters
+from services.control.launchers.sweeper import Sweeper
 from services.control.review import JobReview
 from services.control.studies import StudyReview
 from services.control.tables import Job, Model
@@ -57,17 +58,21 @@ class Reconciler:
         self,
         database: Database,
         settings: Settings,
-        launcher: Launcher,
+        clusters: Clusters,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._settings = settings
-        self._launcher = launcher
+        self._clusters = clusters
         self._clock = clock
         self._stopping = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, name=f"reconciler-{i}", daemon=True) for i in range(THREADS)
         ]
+        if clusters.own is not None:
+            sweep = Sweeper(database, clusters.own, clock).sweep_until
+            args = (self._stopping,)
+            self._threads.append(threading.Thread(target=sweep, args=args, name="sweeper", daemon=True))
 
     def start(self) -> None:
         """Start the threads."""
@@ -114,7 +119,7 @@ class Reconciler:
     def _review(self, job: Job, now: float) -> JobUpdate:
         if job.kind == "study":
             return StudyReview(job, self._database, self._settings, now).decide()
-        return JobReview(job, self._settings, self._launcher, now).decide()
+        return JobReview(job, self._settings, self._clusters.launcher(job), now).decide()
 
     def take(self) -> Job | None:
         """Lock a due job by writing a new token into its row. None if there is none."""

@@ -1,4 +1,4 @@
-"""The end of a driver's output in storage: the cluster that has all of it may be gone before anybody reads."""
+"""The end of a driver's output in storage: the cluster that has all of it may be gone before one reads it."""
 
 from __future__ import annotations
 

@@ -35,7 +35,17 @@ def pod_account() -> Any:
     from kubernetes import client, config
 
     configuration = client.Configuration()
-    config.load_incluster_config(client_configuration=configuration)
+    config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+    return configuration
+
+
+def kubeconfig_account(path: Path) -> Any:
+    """The configuration of the client outside of a pod, by the current context of a kubeconfig."""
+    from kubernetes import client, config
+
+    configuration = client.Configuration()
+    load: Any = config.load_kube_config
+    load(config_file=str(path), client_configuration=configuration)
     return configuration
 
 

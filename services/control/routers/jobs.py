@@ -29,6 +29,7 @@ from services.control.dependencies import (
 )
 from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
+from services.control.launchers.clusters import placed
 from services.control.reading import READ_S, reads_sources
 
 router = APIRouter(tags=["alignment"])
@@ -46,10 +47,12 @@ def create_job(
     request: Annotated[AlignmentJobCreate, Depends(body(AlignmentJobCreate))],
     db: Db,
     root: Root,
+    settings: Config,
     key: Key = None,
 ) -> JobView:
     """Start a job: encode the pairs, train, evaluate. The aligned model is then served under its name."""
-    return jobs.create_alignment(db, root, IdempotentRequest.of(key, PATH, request), request)
+    idempotent = IdempotentRequest.of(key, PATH, request)
+    return jobs.create_alignment(db, root, idempotent, placed(settings, request))
 
 
 @router.get(PATH, response_model=ListView[JobView], openapi_extra=FILTERS, dependencies=[READ])
