@@ -224,11 +224,12 @@ class Operator:
         spec = job["spec"]["rayClusterSpec"]
         secret = (spec.get("authOptions") or {}).get("secretName")
         if secret and self.store.find("secrets", self.namespace, secret) is None:
-            data = {"auth_token": base64.b64encode(b"a token of Ray's").decode()}
+            data = {"auth_token": base64.b64encode(secrets.token_hex(32).encode()).decode()}
             self.store.create("secrets", self.namespace, {"metadata": {"name": secret}, "data": data})
         labels = {**(job["metadata"].get("labels") or {}), "ray.io/originated-from-cr-name": name}
         labels["ray.io/originated-from-crd"] = "RayJob"
         meta = {"name": cluster, "labels": labels, "ownerReferences": [_owner(job)]}
+        meta["annotations"] = job["metadata"].get("annotations") or {}
         body = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": meta, "spec": spec}
         made = self.store.create("rayclusters", self.namespace, body)
         self.event(name, "CreatedRayCluster", f"Created RayCluster {self.namespace}/{cluster}", "Normal")
@@ -246,6 +247,16 @@ class Operator:
             }
             body = {"metadata": meta, "spec": template["spec"], "status": {"phase": "Pending"}}
             self.store.create("pods", self.namespace, body)
+
+    def _recreate(self, pod: Json) -> None:
+        """A new pod in place of one that has failed."""
+        old = pod["metadata"]
+        meta = {name: old[name] for name in ("labels", "annotations", "ownerReferences") if name in old}
+        meta["name"] = f"{old['name'].rpartition('-')[0]}-{_suffix()}"
+        spec = {name: value for name, value in pod["spec"].items() if name != "nodeName"}
+        self.store.create(
+            "pods", self.namespace, {"metadata": meta, "spec": spec, "status": {"phase": "Pending"}}
+        )
 
     def _delete_cluster(self, name: str) -> None:
         pods = self.pods(name)

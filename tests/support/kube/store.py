@@ -113,7 +113,7 @@ class Store:
     namespaces: set[str] = field(default_factory=lambda: {"default"})
     quotas: dict[str, int] = field(default_factory=dict)
     holds_garbage: bool = False
-    version: int = 0
+    version: int = 1
     compacted: int = 0
     """Watches that start before this version are too old."""
 
