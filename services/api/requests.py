@@ -151,7 +151,8 @@ class DatasetCreate(Strict):
     """Register preference pairs under a name. The answer has the dataset's id, which a job refers to.
 
     Give one of ``uri`` (pairs that exist, as in DatasetSource), ``generate`` and ``relabel``. The last two
-    make the pairs on the cluster, or on their ``own`` with ``cluster``, as in an alignment job; the dataset is "generating" until they are ready.
+    make the pairs on the cluster, whose ``cluster`` is as in an alignment job; the dataset is "generating"
+    until they are ready.
     """
 
     name: Name

@@ -111,7 +111,7 @@ class FakeLauncher:
 
     def log_tail(self, run_id: str) -> str:
         self._answer()
-        return f"last words of {run_id}"
+        return f"last words of {run_id}" if run_id in self.states else ""
 
     def _answer(self) -> None:
         if self.down:
