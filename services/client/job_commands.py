@@ -53,6 +53,9 @@ def create_job(
             help="Number of workers; 1-4: elastic, as many as the cluster has room for.",
         ),
     ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Where it runs: shared, or own, a Ray cluster for each stage.")
+    ] = None,
     reference: Annotated[
         str | None, typer.Option(help="Source of the reference errors: auto, ledger or online.")
     ] = None,

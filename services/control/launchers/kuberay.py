@@ -176,9 +176,9 @@ class KubeRayLauncher:
 
     def _explain(self, found: Object) -> str | None:
         pods = self._pods(found["metadata"]["name"])
-        waiting = [(pod["metadata"]["name"], *_why_not_running(pod)) for pod in pods if not _runs(pod)]
+        waiting = [_why_not_running(pod) for pod in pods if not _runs(pod)]
         texts = [f"{len(pods) - len(waiting)} of {len(pods)} pods run"] if pods else []
-        texts += [f"{pod}: {reason}: {message}" for pod, reason, message in waiting[:1]]
+        texts += sorted({f"{reason}: {message}" for reason, message in waiting})
         return "; ".join(filter(None, [*texts, self._warnings(found)])) or None
 
     def _warnings(self, found: Object) -> str | None:

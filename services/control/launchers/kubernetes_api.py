@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from services.errors import Conflict, NotFound, Refused, Unavailable
+from services.errors import BadRequest, Conflict, NotFound, Refused, Unavailable
 
 Object = dict[str, Any]
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -22,12 +22,12 @@ later, and an operator can grant a right.
 
 
 def pod_namespace() -> str:
-    """The namespace of this pod. Raises ValueError outside of a pod."""
+    """The namespace of this pod. Raises BadRequest outside of a pod."""
     try:
         return (ACCOUNT / "namespace").read_text().strip()
     except OSError as error:
         message = "rayjob_namespace must be set outside of a pod, and in a pod that mounts no account"
-        raise ValueError(f"{message}: {error}") from error
+        raise BadRequest(f"{message}: {error}", param="rayjob_namespace") from error
 
 
 def pod_account() -> Any:

@@ -178,7 +178,7 @@ class RayWorld(World):
 
 
 class KubeWorld(World):
-    """The stand-in API server, with an operator that acts when it is told to, and a dashboard that answers."""
+    """The stand-in API server, an operator that acts when it is told to, and a dashboard that answers."""
 
     def __init__(self, folder: Path, server: KubeServer, dashboard: str, jobs: dict[str, str]) -> None:
         super().__init__(folder)
@@ -199,8 +199,8 @@ class KubeWorld(World):
             return kubernetes_api.kubeconfig_account(path)
 
         template = rayjob.Template.load(TEMPLATE)
-        options = rayjob.Options(**{"installation": "here", **options})
-        return KubeRayLauncher(KubernetesApi("default", account), template, options, clock)
+        made = rayjob.Options(**{"installation": "here", **options})
+        return KubeRayLauncher(KubernetesApi("default", account), template, made, clock)
 
     def command(self, id: str, prefix: str) -> str:
         return f"python -m services.ingest encode --spec {prefix}/spec.json"
