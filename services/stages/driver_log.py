@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import selectors
 import sys
+import termios
 import threading
+import time
+from array import array
 from contextlib import suppress
 from types import TracebackType
 
@@ -30,6 +34,7 @@ class DriverLog:
         self._is_new = False
         self._ending = threading.Event()
         self._outputs: dict[int, int] = {}
+        self._readable: list[int] = []
 
     def __enter__(self) -> DriverLog:
         selector = selectors.DefaultSelector()
@@ -40,6 +45,7 @@ class DriverLog:
             os.dup2(writing, output)
             os.close(writing)
             self._outputs[output] = original
+            self._readable.append(reading)
             selector.register(reading, selectors.EVENT_READ, original)
         self._reader = threading.Thread(target=self._read, args=(selector,), daemon=True, name="driver-log")
         self._reader.start()
@@ -61,11 +67,13 @@ class DriverLog:
 
     def add(self, text: str) -> None:
         """Text that the process will print only after this ends, such as its traceback."""
-        self._append(text.encode(errors="replace"))
+        with self._lock:
+            self._append(text.encode(errors="replace"))
 
     def store(self) -> None:
         """Store what there is now."""
         _flush()
+        self._wait_for_reader()
         with self._lock:
             data = bytes(self._tail)
             self._is_new = False
@@ -78,25 +86,42 @@ class DriverLog:
         """Copy until all writers have closed their ends."""
         while selector.get_map():
             for key, _ in selector.select():
-                data = os.read(key.fd, 1 << 16)
-                if not data:
-                    selector.unregister(key.fileobj)
-                    os.close(key.fd)
-                    continue
-                self._append(data)
+                with self._lock:
+                    data = os.read(key.fd, 1 << 16)
+                    self._append(data)
+                    if not data:
+                        selector.unregister(key.fileobj)
+                        self._readable.remove(key.fd)
+                        os.close(key.fd)
+                        continue
                 with suppress(OSError):  # nobody may read the original output any more
                     _write(key.data, data)
 
     def _append(self, data: bytes) -> None:
-        with self._lock:
-            self._tail += data
-            del self._tail[:-KEPT_BYTES]
-            self._is_new = True
+        """Requires the lock."""
+        self._tail += data
+        del self._tail[:-KEPT_BYTES]
+        self._is_new = True
+
+    def _wait_for_reader(self) -> None:
+        """Until it has read what was written so far: some milliseconds, at most a second."""
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            with self._lock:
+                if not any(_has_bytes(reading) for reading in self._readable):
+                    return
+            time.sleep(0.005)
 
     def _store_forever(self) -> None:
         while not self._ending.wait(self._every_s):
             if self._is_new:
                 self.store()
+
+
+def _has_bytes(pipe: int) -> bool:
+    waiting = array("i", [0])
+    fcntl.ioctl(pipe, termios.FIONREAD, waiting)
+    return waiting[0] > 0
 
 
 def _flush() -> None:

@@ -244,12 +244,12 @@ class _Check:
         groups = cluster.get("workerGroupSpecs")
         if not isinstance(groups, list):
             self.fail(f"{where}.workerGroupSpecs", f"must be a list of groups, got {groups!r}")
-        for index, group in enumerate(groups):
-            self.worker_group(f"{where}.workerGroupSpecs[{index}]", group, with_gpus)
-        names = [group["groupName"] for group in groups]
+        names = [self.group_name(f"{where}.workerGroupSpecs[{i}]", group) for i, group in enumerate(groups)]
         if names.count(SCALED) != 1 or len(set(names)) < len(names):
             why = f"must have one group named {SCALED!r}, and others of different names, got {names}"
             self.fail(f"{where}.workerGroupSpecs", why)
+        for index, group in enumerate(groups):
+            self.worker_group(f"{where}.workerGroupSpecs[{index}]", group, with_gpus)
 
     def ray_version(self, given: Any) -> None:
         numbers = re.match(r"(\d+)\.(\d+)", given) if isinstance(given, str) else None
@@ -257,13 +257,16 @@ class _Check:
             least = ".".join(map(str, LEAST_RAY))
             self.fail("spec.rayClusterSpec.rayVersion", f"must be a text from {least} on, got {given!r}")
 
-    def worker_group(self, where: str, group: Any, with_gpus: bool) -> None:
+    def group_name(self, where: str, group: Any) -> str:
         name = self.mapping(where, group).get("groupName")
         if not isinstance(name, str):
             self.fail(f"{where}.groupName", f"must be a name, got {name!r}")
+        return name
+
+    def worker_group(self, where: str, group: Object, with_gpus: bool) -> None:
         self.group(where, group)
         sizes = [field for field in _SIZE if field in group]
-        if name != SCALED:
+        if group["groupName"] != SCALED:
             for field in _SIZE:
                 if not _is_count(group.get(field)):
                     self.fail(f"{where}.{field}", f"must be a number of pods, got {group.get(field)!r}")
