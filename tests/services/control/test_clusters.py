@@ -1,4 +1,4 @@
-"""Where a job runs: as its request says, else as the settings do; and what is deleted when no job needs it."""
+"""Where a job runs: as its request says, else as the settings do; and what is deleted once none needs it."""
 
 from __future__ import annotations
 
