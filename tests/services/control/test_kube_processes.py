@@ -14,7 +14,7 @@ from tests.support.kube.processes import ProcessOperator
 from tests.support.kube.samples import ray_job
 from tests.support.namespaces import network_or_skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 NAME = "ajob-a"
 
 
@@ -42,7 +42,7 @@ def small(entrypoint: str, **spec) -> dict:
     return job
 
 
-def wait(operator: ProcessOperator, ready: Callable[[dict], bool], timeout_s: float = 300.0) -> dict:
+def wait(operator: ProcessOperator, ready: Callable[[dict], bool], timeout_s: float = 600.0) -> dict:
     """The status of the RayJob, once it is ready."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -54,7 +54,7 @@ def wait(operator: ProcessOperator, ready: Callable[[dict], bool], timeout_s: fl
         time.sleep(0.5)
 
 
-def wait_for_no(operator: ProcessOperator, plural: str, timeout_s: float = 60.0) -> None:
+def wait_for_no(operator: ProcessOperator, plural: str, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while operator.store.list(plural, None, lambda item: True):
         assert time.monotonic() < deadline, f"{plural} are left"
@@ -112,7 +112,7 @@ def test_a_head_that_is_lost_comes_back_and_gets_the_job_again(operator, tmp_pat
     wait(operator, lambda status: status.get("jobStatus") == "RUNNING" and starts.exists())
     head = operator.pods(NAME)[0]
     operator.kubelet.kill(head)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while starts.read_text() != "xx":
         assert time.monotonic() < deadline, operator.errors
         time.sleep(0.5)

@@ -45,6 +45,8 @@ PORTS = RayPorts(
 )
 """KubeRay's, for a pod that has all ports to itself."""
 FLAGS = ("head", "block", "no-monitor", "disable-usage-stats")
+STARTS_WITHIN_S = 180.0
+"""The liveness probe: a head whose dashboard does not listen by then is started again."""
 _UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -173,6 +175,8 @@ class Kubelet:
         self._sandboxes: dict[str, Sandbox] = {}
         self._ending: dict[str, threading.Thread] = {}
         self._numbers: dict[str, int] = {}
+        self._started: dict[str, float] = {}
+        self._ready: set[str] = set()
 
     def close(self) -> None:
         """Kill all processes and remove all sandboxes and folders."""
@@ -192,10 +196,23 @@ class Kubelet:
                 self._end(pod)
             elif (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded"):
                 self._drop(meta["name"])
-            elif meta["name"] not in self._sandboxes or self._sandboxes[meta["name"]].has_ended():
+            elif self._needs_start(pod):
                 self._start(pod)
         for name in set(self._sandboxes) - {pod["metadata"]["name"] for pod in pods} - set(self._ending):
             self._drop(name)
+
+    def _needs_start(self, pod: Json) -> bool:
+        """Whether the container was never started, has ended, or is a head that does not get ready."""
+        name = pod["metadata"]["name"]
+        sandbox = self._sandboxes.get(name)
+        if sandbox is None or sandbox.has_ended():
+            return True
+        if _labels(pod)["ray.io/node-type"] != "head" or name in self._ready:
+            return False
+        if _listens(sandbox.address, sandbox.ports.dashboard):
+            self._ready.add(name)
+            return False
+        return time.monotonic() - self._started[name] > STARTS_WITHIN_S
 
     def address(self, cluster: str) -> tuple[str, RayPorts] | None:
         """Where the head of a cluster listens, once it was started."""
@@ -244,6 +261,8 @@ class Kubelet:
             self._waits(name, "CreateContainerConfigError", str(error))
             return
         sandbox.start(command, self._log(name), environment(self._mark, env))
+        self._started[name] = time.monotonic()
+        self._ready.discard(name)
         restarts = self._numbers.get(name, -1) + 1
         self._numbers[name] = restarts
         container = {"name": pod["spec"]["containers"][0]["name"], "ready": True, "restartCount": restarts}
@@ -326,14 +345,15 @@ class Kubelet:
 
     def secret(self, name: str, key: str) -> str:
         """A key of a Secret. Raises ValueError if either is missing."""
-        found = self._store.find("secrets", self._namespace, name)
-        if found is None or key not in (found.get("data") or {}):
+        found = self._store.find("secrets", self._namespace, name) or {}
+        data = found.get("data") or {}
+        if key not in data:
             raise ValueError(f'secret "{name}" with key {key} not found')
-        return base64.b64decode(found["data"][key]).decode()
+        return _decoded(data[key])
 
     def _all_of(self, source: Json) -> dict[str, str]:
-        reference = source.get("secretRef") or source.get("configMapRef")
         plural = "secrets" if "secretRef" in source else "configmaps"
+        reference = source["secretRef"] if plural == "secrets" else source["configMapRef"]
         found = self._store.find(plural, self._namespace, reference["name"])
         if found is None and not reference.get("optional"):
             raise ValueError(f'{plural.removesuffix("s")} "{reference["name"]}" not found')
@@ -431,6 +451,6 @@ def _listens(address: str, port: int) -> bool:
 
 def _is_zombie(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return True

@@ -74,7 +74,7 @@ class Operator:
         for index, pod in enumerate(self.pods(name)):
             patch = {"spec": {"nodeName": NODE}}
             self.store.patch("pods", self.namespace, pod, patch)
-            status = {"phase": "Running", "podIP": f"10.0.0.{index + 1}", "startTime": now()}
+            status: Json = {"phase": "Running", "podIP": f"10.0.0.{index + 1}", "startTime": now()}
             status["conditions"] = [{"type": "Ready", "status": "True", "lastTransitionTime": now()}]
             self.store.patch("pods", self.namespace, pod, {"status": status}, part="status")
         ready = {"state": "ready", "lastUpdateTime": now(), "desiredWorkerReplicas": len(self.pods(name)) - 1}

@@ -246,17 +246,20 @@ class _Handler(BaseHTTPRequestHandler):
         if call.verb == "get":
             return 200, store.get(*place), []
         if call.verb == "delete":
-            query = {name: call.query[name] for name in ("propagationPolicy",) if name in call.query}
+            query: Json = {name: call.query[name] for name in ("propagationPolicy",) if name in call.query}
             if "gracePeriodSeconds" in call.query:
                 query["gracePeriodSeconds"] = int(call.query["gracePeriodSeconds"])
             return 200, self._deleted(call, *store.delete(*place, query | content)), []
-        part = "status" if call.part else "main"
         if call.verb == "patch" and "merge-patch" not in self.headers.get("Content-Type", ""):
             raise ApiError(
                 415, "UnsupportedMediaType", "this server takes application/merge-patch+json alone"
             )
         change = store.patch if call.verb == "patch" else store.replace
-        return 200, change(*place, content, part=part, strict=call.is_strict), self._warnings(call, content)
+        return (
+            200,
+            change(*place, content, part="status" if call.part else "main", strict=call.is_strict),
+            self._warnings(call, content),
+        )
 
     @staticmethod
     def _json(body: bytes) -> Json:

@@ -23,6 +23,11 @@ _LABEL_VALUE = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?")
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _PART = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")
 _MAX_ANNOTATION_BYTES = 256 * 1024
+_FIXED = (
+    *("name", "namespace", "uid", "creationTimestamp", "generation", "resourceVersion"),
+    *("deletionTimestamp", "deletionGracePeriodSeconds"),
+)
+"""Metadata that a change of an object does not reach."""
 FOREGROUND = "foregroundDeletion"
 ORPHAN = "orphan"
 
@@ -66,6 +71,11 @@ class Resource:
     @property
     def api_version(self) -> str:
         return f"{self.group}/{self.version}".lstrip("/")
+
+    @property
+    def has_status(self) -> bool:
+        """Whether the status has a subresource of its own."""
+        return bool(self.group) or self.plural == "pods"
 
     @property
     def full_name(self) -> str:
@@ -132,7 +142,7 @@ class Store:
             meta = new["metadata"]
             if not meta.get("name") and meta.get("generateName"):
                 meta["name"] = meta["generateName"] + _random_suffix()
-            if kind.schema:
+            if kind.group:
                 new.pop("status", None)
             self._check(kind, new)
             key = (plural, namespace, meta["name"])
@@ -190,7 +200,7 @@ class Store:
         with self.changed:
             old = self._stored(plural, namespace, name)
             version = (body.get("metadata") or {}).get("resourceVersion")
-            if kind.schema and not version:
+            if kind.group and not version:
                 raise invalid(
                     kind,
                     name,
@@ -315,7 +325,8 @@ class Store:
                 f'{kind.kind} in version "{kind.version}" cannot be handled as a {kind.kind}: '
                 f"strict decoding error: {listed}",
             )
-        return with_defaults(kind.schema, pruned(kind.schema, new))
+        accepted: Json = with_defaults(kind.schema, pruned(kind.schema, new))
+        return accepted
 
     def _check(self, kind: Resource, new: Json, old: Json | None = None) -> None:
         """Raise Invalid for metadata, fields or rules that are violated."""
@@ -341,17 +352,15 @@ class Store:
     def _update(self, kind: Resource, key: Key, old: Json, body: Json, part: str, strict: bool) -> Json:
         """Store the part of the body that the request may change."""
         new = self._accepted(kind, key[1], body, strict)
-        fixed = ("name", "namespace", "uid", "creationTimestamp", "generation", "resourceVersion")
-        fixed += ("deletionTimestamp", "deletionGracePeriodSeconds")
-        meta = {name: value for name, value in new["metadata"].items() if name not in fixed}
-        meta |= {name: old["metadata"][name] for name in fixed if name in old["metadata"]}
+        meta = {name: value for name, value in new["metadata"].items() if name not in _FIXED}
+        meta |= {name: old["metadata"][name] for name in _FIXED if name in old["metadata"]}
         if part == "status":
             new = copy.deepcopy(old) | {"status": new.get("status", {})}
         else:
             new["metadata"] = meta
-            has_status_part = bool(kind.schema) or kind.plural == "pods"
-            new.pop("status", None) if has_status_part else None
-            if has_status_part and "status" in old:
+            if kind.has_status:
+                new.pop("status", None)
+            if kind.has_status and "status" in old:
                 new["status"] = copy.deepcopy(old["status"])
         self._check(kind, new, old)
         if _without(new, "metadata", "status") != _without(old, "metadata", "status"):
