@@ -32,9 +32,10 @@ state that a launcher reports after it.
 
 from tests.support.kube.cycles import LIFE_CYCLES, LifeCycle, Step
 from tests.support.kube.faults import Fault
+from tests.support.kube.objects import ApiError
 from tests.support.kube.operator import FINALIZER, Operator
 from tests.support.kube.server import ALL, KubeServer, serve_kube
-from tests.support.kube.store import ApiError, Store
+from tests.support.kube.store import Store
 
 __all__ = [
     "ALL",

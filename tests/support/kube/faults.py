@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from tests.support.kube.store import ApiError
+from tests.support.kube.objects import ApiError
 from tests.support.s3_server import Choice, always
 
 _REASONS = {

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.support.kube import rules
+from tests.support.kube.objects import now
 from tests.support.kube.schema import Json
 from tests.support.kube.server import KubeServer
-from tests.support.kube.store import now
 
 FINALIZER = "ray.io/rayjob-finalizer"
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")

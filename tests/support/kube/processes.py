@@ -15,10 +15,10 @@ import httpx
 import yaml
 
 from tests.support.kube.kubelet import Kubelet
+from tests.support.kube.objects import ApiError, now
 from tests.support.kube.operator import TERMINAL, Operator
 from tests.support.kube.schema import Json
 from tests.support.kube.server import KubeServer
-from tests.support.kube.store import ApiError, now
 from tests.support.namespaces import PodNetwork
 
 
@@ -195,7 +195,7 @@ class ProcessOperator(Operator):
         if auth.get("mode") == "token":
             with suppress(ValueError):
                 secret = auth.get("secretName") or job["status"]["rayClusterName"]
-                headers = {"Authorization": f"Bearer {self.kubelet.secret(secret, 'auth_token')}"}
+                headers = {"Authorization": f"Bearer {self.kubelet.sources.secret(secret, 'auth_token')}"}
         try:
             return self._http.request(method, f"http://{url}{path}", headers=headers, **options)
         except httpx.HTTPError:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from tests.support.kube.objects import ApiError, Resource
 from tests.support.kube.schema import Json
-from tests.support.kube.store import ApiError, Resource
 
 Matches = Callable[[Json], bool]
 _SET = re.compile(r"^(?P<key>\S+)\s+(?P<not>not)?in\s*\((?P<values>[^)]*)\)$")

@@ -18,9 +18,10 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 
 from tests.support.kube.faults import Fault
+from tests.support.kube.objects import ApiError, resources
 from tests.support.kube.schema import Json, unknown_fields
-from tests.support.kube.selectors import Matches, selected
-from tests.support.kube.store import ApiError, Change, Resource, Store, resources
+from tests.support.kube.store import Store
+from tests.support.kube.watches import Call, expired, watched
 
 _PATH = re.compile(
     r"^/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+)/(?P<version>[^/]+))"
@@ -50,27 +51,6 @@ class User:
 
 def _covers(allowed: Sequence[str], value: str) -> bool:
     return "*" in allowed or value in allowed
-
-
-@dataclass(frozen=True)
-class Call:
-    """A request, parsed."""
-
-    kind: Resource
-    verb: str
-    namespace: str | None
-    name: str | None
-    part: str | None
-    query: dict[str, str]
-
-    @property
-    def is_strict(self) -> bool:
-        return self.query.get("fieldValidation") == "Strict"
-
-    @property
-    def matches(self) -> Matches:
-        labels = self.query.get("labelSelector", "")
-        return selected(self.kind, labels, self.query.get("fieldSelector", ""))
 
 
 class KubeServer(ThreadingHTTPServer):
@@ -297,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         after = json.loads(call.query["continue"]) if "continue" in call.query else None
         if after:
             if after["version"] < compacted:
-                raise _expired(after["version"], compacted)
+                raise expired(after["version"], compacted)
             items = [each for each in items if _place(each) > after["place"]]
         limit = int(call.query.get("limit", 0)) or len(items)
         if limit < len(items):
@@ -310,52 +290,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _watch(self, call: Call, fault: Fault | None) -> None:
         """Stream changes until the client goes, ``timeoutSeconds`` are over or a fault closes it."""
         timeout_s = float(call.query.get("timeoutSeconds", 3600))
-        matches = call.matches
         ends = time.monotonic() + (fault.seconds if fault else timeout_s)
         self.send_response_only(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for event in self._events(call, matches, ends):
+        for event in watched(self.server.store, call, ends, self.server.closed):
             line = json.dumps(event).encode() + b"\n"
             self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
         if fault:
             self.close_connection = True
         else:
             self.wfile.write(b"0\r\n\r\n")
-
-    def _events(self, call: Call, matches: Matches, ends: float) -> Iterator[Json]:
-        store = self.server.store
-        asked = call.query.get("resourceVersion", "")
-        with store.changed:
-            seen = int(asked) if asked not in ("", "0") else store.version
-            first = [] if asked not in ("", "0") else store.list(call.kind.plural, call.namespace, matches)
-            too_old = seen < store.compacted
-            compacted = store.compacted
-        if too_old:
-            yield {"type": "ERROR", "object": _expired(seen, compacted).status()}
-            return
-        yield from ({"type": "ADDED", "object": item} for item in first)
-        while not self.server.closed.is_set():
-            with store.changed:
-                if seen < store.compacted:
-                    yield {"type": "ERROR", "object": _expired(seen, store.compacted).status()}
-                    return
-                left = ends - time.monotonic()
-                changes = [each for each in store.history if each.version > seen]
-                if not changes and left > 0:
-                    store.changed.wait(min(left, 1.0))
-                seen = max([seen, *(each.version for each in changes)])
-            for change in changes:
-                event = _event(change, call, matches)
-                if event:
-                    yield event
-            if left <= 0:
-                break
-        if call.query.get("allowWatchBookmarks") in ("true", "True"):
-            meta = {"resourceVersion": str(seen)}
-            bookmark = {"apiVersion": call.kind.api_version, "kind": call.kind.kind, "metadata": meta}
-            yield {"type": "BOOKMARK", "object": bookmark}
 
     def _respond(self, code: int, answer: Json, headers: dict[str, str]) -> None:
         content = json.dumps(answer).encode()
@@ -368,22 +314,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-def _event(change: Change, call: Call, matches: Matches) -> Json | None:
-    """The event of a change for a watch: what begins to match its selectors is ADDED, what ceases DELETED."""
-    meta = change.new["metadata"]
-    if change.plural != call.kind.plural or call.namespace not in (None, meta["namespace"]):
-        return None
-    was = change.old is not None and matches(change.old)
-    matches_now = change.type != "DELETED" and matches(change.new)
-    if not was and not matches_now:
-        return None
-    type = "MODIFIED" if was and matches_now else "ADDED" if matches_now else "DELETED"
-    return {"type": type, "object": change.new}
-
-
 def _place(item: Json) -> list[str]:
     return [item["metadata"]["namespace"], item["metadata"]["name"]]
-
-
-def _expired(version: int, oldest: int) -> ApiError:
-    return ApiError(410, "Expired", f"too old resource version: {version} ({oldest})")
