@@ -188,6 +188,17 @@ class Client:
         request = Promote.model_validate({"alias": alias})
         return self._post(ModelView, f"/v1/models/{model}/promote", request)
 
+    def delete_dataset(self, dataset_id: str) -> DeletedView:
+        """Forget a dataset that no unfinished job uses; its files stay unless scorers made it. Tries once."""
+        return parse(DeletedView, self._send("DELETE", f"/v1/datasets/{dataset_id}", once=True))
+
+    def delete_model(self, model: str) -> DeletedView:
+        """Delete a model that no unfinished job uses, named by its id, name or alias. Tries once.
+
+        An aligned model's weights are deleted; a base model's files stay.
+        """
+        return parse(DeletedView, self._send("DELETE", f"/v1/models/{model}", once=True))
+
     # ---- scorers
 
     def create_scorer(self, request: ScorerCreate) -> ScorerView:
@@ -233,6 +244,10 @@ class Client:
 
     def cancel_job(self, job_id: str) -> JobView:
         return self._post(JobView, f"/v1/alignment/jobs/{job_id}/cancel")
+
+    def delete_job(self, job_id: str) -> DeletedView:
+        """Delete a job that has ended and whose model is deleted. Tries once."""
+        return parse(DeletedView, self._send("DELETE", f"/v1/alignment/jobs/{job_id}", once=True))
 
     def pause_job(self, job_id: str) -> JobView:
         """Request a pause: the job stores its state, frees its resources, and is then "paused"."""

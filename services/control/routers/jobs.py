@@ -7,10 +7,18 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 
-from services.api.answers import CheckpointView, EventView, JobView, ListView, MetricView, RunView
+from services.api.answers import (
+    CheckpointView,
+    DeletedView,
+    EventView,
+    JobView,
+    ListView,
+    MetricView,
+    RunView,
+)
 from services.api.records import CreditRecord, JobStatus, Stage
 from services.api.requests import AlignmentJobCreate
-from services.control import jobs, journal, reports, stopping
+from services.control import job_deletion, jobs, journal, reports, stopping
 from services.control.dependencies import (
     FILTERS,
     READ,
@@ -67,6 +75,15 @@ def list_jobs(
 @router.get(PATH + "/{job_id}", response_model=JobView, dependencies=[READ])
 def get_job(job_id: str, db: Db) -> RunView:
     return jobs.get(db, "alignment", job_id)
+
+
+@router.delete(PATH + "/{job_id}", dependencies=[SUBMIT])
+def delete_job(job_id: str, db: Db, root: Root) -> DeletedView:
+    """Delete a job that has ended and whose model is deleted.
+
+    Its events, metrics, checkpoints and reports are deleted with it.
+    """
+    return job_deletion.delete(db, root, job_id)
 
 
 @router.post(PATH + "/{job_id}/cancel", response_model=JobView, dependencies=[SUBMIT])
