@@ -38,6 +38,7 @@ from services.api.answers import (
     ListView,
     MetricView,
     ModelView,
+    ReadyView,
     RunView,
     ScorerView,
     StudyView,
@@ -353,6 +354,19 @@ class Client:
         rows: list[dict[str, float]] = self._send("POST", "/v1/scores", request)["data"]
         return rows
 
+    def readiness(self) -> ReadyView:
+        """What the control plane reports on its parts, also if it is not ready. Tries once.
+
+        Raises Unavailable if nothing answers, ApiError for an answer that is not a control plane's.
+        """
+        try:
+            response = self._http.get("/readyz")
+            return parse(ReadyView, response.json())
+        except httpx.TransportError as error:
+            raise self._no_answer(error) from error
+        except ValueError as error:
+            raise ApiError.of(response) from error
+
     def ready(self) -> bool:
         """Whether the control plane reports that it is ready. Tries once and does not raise."""
         try:
@@ -419,9 +433,10 @@ class Client:
         try:
             return retrying(self._try_once, request)
         except httpx.TransportError as error:
-            raise Unavailable(
-                f"{self.base_url} does not answer: {error or type(error).__name__}", param="url"
-            ) from error
+            raise self._no_answer(error) from error
+
+    def _no_answer(self, error: httpx.TransportError) -> Unavailable:
+        return Unavailable(f"{self.base_url} does not answer: {error or type(error).__name__}", param="url")
 
     def _try_once(self, request: httpx.Request) -> httpx.Response:
         response = self._http.send(request)
