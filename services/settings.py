@@ -28,17 +28,31 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
 
     api_key: Annotated[SecretStr, Field(min_length=1)]
+    """The admin key of the default project. Image URLs are signed with a key that is made from it."""
     storage_uri: str
+    """Where everything is stored but the database: a path, ``file://`` or ``s3://bucket/prefix``, the same
+    for the control plane, Ray and Serve.
+    """
     database_url: str = "sqlite:///dde.db"
+    """SQLite for one replica, ``postgresql+psycopg://USER:PASSWORD@HOST/NAME`` for several."""
     ray_url: str = "http://127.0.0.1:8265"
+    """The dashboard of the Ray cluster that runs jobs."""
     serve_url: str = "http://127.0.0.1:8000"
+    """Ray Serve's HTTP address, to which requests for images and scores are sent on."""
     host: str = "127.0.0.1"
+    """The address that the API listens on; ``0.0.0.0`` in a container."""
     port: int = 8080
+    """The port that the API listens on."""
     use_gpu: bool = False
+    """Give each training worker and each actor of the other stages one GPU. Serve has its own ``use_gpu``."""
     encode_actors: int = 1
+    """Replicas of the model in the stages encode and ledger."""
     evaluate_actors: int = 1
+    """Replicas of the model in the stages evaluate, generate and relabel."""
     poll_interval_s: float = 0.5
+    """How long to wait between two reviews of a job."""
     lock_s: float = 60.0
+    """How long a replica keeps a job that it reviews. If it dies, another one takes the job after that."""
     allowed_sources: Sources = []
     """The folders (paths or file:// URIs) and buckets (s3://bucket/prefix) from which pairs, prompts and base
     models may be read, by the control plane and by the stages of its jobs; a JSON list. What the package
@@ -111,8 +125,11 @@ class ClientSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
 
     url: str | None = None
+    """The control plane's address; by default that of ``dde up`` in ``home``, else http://127.0.0.1:8080."""
     api_key: SecretStr | None = None
+    """A key of ``dde keys create``, or the control plane's; by default that of ``dde up`` in ``home``."""
     home: Path = Path(".dde")
+    """The state folder of ``dde up``."""
 
     @property
     def base_url(self) -> str:
@@ -159,10 +176,15 @@ class TrackerSettings(BaseSettings):
     model_config = SettingsConfigDict(extra="ignore")
 
     mlflow_tracking_uri: str | None = None
+    """Where MLflow's server is. Training logs to it if this is set; needs the extra ``mlflow``."""
     mlflow_experiment_name: Annotated[str, Field(min_length=1)] = "dde"
+    """The experiment of all runs."""
     wandb_api_key: SecretStr | None = None
-    wandb_mode: Annotated[str, Field(pattern="^(online|offline|disabled)$")] | None = None
+    """Training logs to Weights & Biases if this is set; needs the extra ``wandb``."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """``offline`` writes files to the run's folder, without a key; ``disabled`` logs nothing."""
     wandb_project: Annotated[str, Field(min_length=1)] = "dde"
+    """The project of all runs."""
 
     @property
     def mlflow(self) -> bool:
