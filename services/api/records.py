@@ -22,6 +22,10 @@ FINAL_STATUSES: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancel
 """Only a request changes these: a failed job may be resumed."""
 
 
+CHECKPOINT_SECONDS = "checkpoint_s"
+"""Among the metrics of a training step: how long it took to store the checkpoint of that step."""
+
+
 class PairCounts(Strict):
     """Decided pairs: all; with a soft label (the winner's share is below 1); repetitions of an earlier pair;
     pairs that another pair contradicts; and those whose caption CLIP's tokenizer cuts at 77 tokens for sure.

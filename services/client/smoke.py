@@ -34,6 +34,9 @@ from services.errors import ServiceError
 POLL_S = 1.0
 CLEAN_UP_S = 180.0
 """How long the end of a canceled job and the deletions may take."""
+SETTLE_S = 5.0
+"""How long the server has for what it was asked to make when the run was interrupted, before the clean-up."""
+CLEAN_UP_TRIES = 5
 SAMPLE = SampleConfig(steps=20, guidance_scale=3.0)
 SIZE_PX = 32
 PROMPT = "a medium orange square on a white background"
@@ -67,6 +70,7 @@ class Smoke:
     def run(self, timeout_s: float) -> None:
         """All steps within ``timeout_s`` seconds, then the clean-up. Raises ServiceError."""
         problem: str | None = None
+        was_interrupted = True
         try:
             with limit(timeout_s):
                 self._do("health", self._check_health)
@@ -77,11 +81,13 @@ class Smoke:
                 job = self._follow(dataset)
                 self._do("report", lambda: self._check_report(job))
                 self._do("image", lambda: self._check_image(job))
+            was_interrupted = False
         except (ServiceError, DdeError, ValidationError, OSError) as error:
+            was_interrupted = isinstance(error, OutOfTime)
             problem = f"{self.step}: {_line(error)}"
             self._print("FAILED", self.step, _line(error))
         finally:
-            left = self._clean_up() if self._has_made else []
+            left = self._clean_up(was_interrupted) if self._has_made else []
         if problem or left:
             raise ServiceError("; ".join(filter(None, [problem, *left])))
         self._console.print(f"{self._client.base_url} works", highlight=False, markup=False, soft_wrap=True)
@@ -174,10 +180,7 @@ class Smoke:
         if answer.model_id != job.aligned_model:
             raise ServiceError(f"{answer.model_id} drew it, the job made {job.aligned_model}")
         content = answer.data[0].content
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-        if image.size != (SIZE_PX, SIZE_PX):
-            raise ServiceError(f"is {image.width}x{image.height} px, must be {SIZE_PX}x{SIZE_PX}")
+        check_size(content)
         drawn, noise = self._client.scores(
             ScoreRequest(images=[_base64(content), _base64(_noise())], prompts=[PROMPT, PROMPT])
         )
@@ -185,48 +188,81 @@ class Smoke:
             raise ServiceError(
                 f"is like noise: match {drawn['match']:.3f}, that of noise {noise['match']:.3f}"
             )
-        return f"{image.width}x{image.height} px, match {drawn['match']:.3f}, of noise {noise['match']:.3f}"
+        return f"{SIZE_PX}x{SIZE_PX} px, match {drawn['match']:.3f}, of noise {noise['match']:.3f}"
 
     # ---- clean-up
 
-    def _clean_up(self) -> list[str]:
-        """Delete what has the run's name. Returns a sentence for each thing that is left."""
+    def _clean_up(self, was_interrupted: bool) -> list[str]:
+        """Delete what has the run's name. Returns a sentence for each thing that is left.
+
+        Tries again while something cannot be deleted: the job that uses it may only have been created now.
+        """
         self.step = "clean-up"
         self._since = time.monotonic()
+        deleted: list[str] = []
         left: list[str] = []
-        deletions = (self._delete_job, self._delete_dataset, self._delete_base)
         try:
             with limit(CLEAN_UP_S):
-                deleted = [each for delete in deletions for each in _tried(delete, left)]
+                if was_interrupted:
+                    time.sleep(SETTLE_S)
+                left = self._delete_all(deleted)
+                for _ in range(CLEAN_UP_TRIES - 1):
+                    if not left:
+                        break
+                    time.sleep(POLL_S)
+                    left = self._delete_all(deleted)
         except OutOfTime as error:
-            left.append(f"clean-up: {error}")
+            left.append(str(error))
         if left:
-            left.append(f"delete what is called {self.name} by hand")
+            left = [*(f"clean-up: {each}" for each in left), f"delete what is called {self.name} by hand"]
             self._print("FAILED", self.step, "; ".join(left))
         else:
             self._print("ok", self.step, f"deleted {', '.join(deleted) or 'nothing: nothing was made'}")
         return left
 
-    def _delete_job(self) -> Iterator[str]:
-        """End the jobs of this name; then delete the model that one made, and the job."""
+    def _delete_all(self, deleted: list[str]) -> list[str]:
+        """Try each deletion; adds what was deleted. Returns the errors."""
+        left = []
+        for delete in (self._delete_jobs, self._delete_datasets, self._delete_base):
+            try:
+                for each in delete():
+                    deleted.append(each)
+            except OutOfTime:
+                raise
+            except (ServiceError, ValidationError, OSError) as error:
+                left.append(_line(error))
+        return left
+
+    def _delete_jobs(self) -> Iterator[str]:
+        """End the job of this name; then delete the model that it made, and the job."""
         for job in islice(self._client.jobs(), PAGE_SIZE):
             if job.name != self.name:
                 continue
             if not job.finished:
                 self._client.cancel_job(job.id)
-                self._client.wait(job.id, poll_s=POLL_S)
-            if _exists(lambda: self._client.model(self.name)):
-                yield self._client.delete_model(self.name).id
+                job = self._client.wait(job.id, poll_s=POLL_S)
+            model = job.aligned_model
+            if model and self._exists(model):
+                yield self._client.delete_model(model).id
             yield self._client.delete_job(job.id).id
 
-    def _delete_dataset(self) -> Iterator[str]:
+    def _delete_datasets(self) -> Iterator[str]:
         for dataset in islice(self._client.datasets(), PAGE_SIZE):
             if dataset.name == self.name:
                 yield self._client.delete_dataset(dataset.id).id
 
     def _delete_base(self) -> Iterator[str]:
-        if _exists(lambda: self._client.model(self.base)):
+        if self._exists(self.base):
             yield self._client.delete_model(self.base).id
+
+    def _exists(self, model: str) -> bool:
+        try:
+            self._client.model(model)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return False
+        return True
 
     # ---- lines
 
@@ -244,6 +280,14 @@ class Smoke:
         text = f"{outcome:<7} {step:<9} {line}  [{now - self._since:.1f} s]"
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         self._since = now
+
+
+def check_size(content: bytes) -> None:
+    """Raises OSError for a file that is no image or is cut off, ServiceError for another size."""
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+    if image.size != (SIZE_PX, SIZE_PX):
+        raise ServiceError(f"is {image.width}x{image.height} px, must be {SIZE_PX}x{SIZE_PX}")
 
 
 @contextmanager
@@ -268,34 +312,12 @@ def limit(seconds: float) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, max(0.001, earlier_s - (time.monotonic() - began)))
 
 
-def _tried(delete: Callable[[], Iterator[str]], left: list[str]) -> list[str]:
-    """What was deleted. An error becomes a sentence of ``left``; the other deletions go on."""
-    deleted: list[str] = []
-    try:
-        deleted.extend(delete())
-    except OutOfTime:
-        raise
-    except (ServiceError, ValidationError, OSError) as error:
-        left.append(f"clean-up: {_line(error)}")
-    return deleted
-
-
 def _may(request: Callable[[], object]) -> bool:
     """Whether the key has the scope of a request."""
     try:
         request()
     except ApiError as error:
         if error.code != "missing_scope":
-            raise
-        return False
-    return True
-
-
-def _exists(read: Callable[[], object]) -> bool:
-    try:
-        read()
-    except ApiError as error:
-        if error.status != 404:
             raise
         return False
     return True

@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 
 from services.control.database import Database
 from services.control.tables import Job
+from services.control.training_metrics import RunningTraining
 
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -40,6 +41,7 @@ class Telemetry:
     def __init__(self, database: Database) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(JobCounts(database))
+        self._registry.register(RunningTraining(database))
         labels = ("method", "route")
         self._requests = Counter(
             "dde_http_requests", "Requests answered.", (*labels, "status"), registry=self._registry

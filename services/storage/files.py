@@ -27,6 +27,8 @@ from dde_core import shapes
 from services.errors import BadRequest, NotFound
 from services.storage import s3
 
+SCHEMES = ("file", "s3", "shapes")
+"""What a URI may begin with."""
 PART = ".part"
 SHIPPED = os.path.realpath(Path(shapes.__file__).parent)
 """The folder of what the package ships: the shapes world's model, pairs and prompts."""

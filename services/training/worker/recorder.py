@@ -33,6 +33,7 @@ from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
 from dde_core.step_metrics import format_metrics, logit_deviation, step_metrics
 from dde_core.train_step import PairErrors, StepTerms
+from services.api.records import CHECKPOINT_SECONDS
 from services.artifacts import checkpoints
 from services.artifacts.checkpoints import CheckpointRecord, ReaderPosition
 from services.errors import Unavailable
@@ -210,7 +211,9 @@ class Recorder:
         """Journal and pair log go first: a run that resumes here does not write these steps again."""
         self._with_retries(self._journal.flush)
         self._with_retries(self._pair_log.flush)
+        began = time.monotonic()
         self._with_retries(partial(self._commit, state, self._record(state.progress, workers)))
+        self._journal.metrics(state.progress.step, {CHECKPOINT_SECONDS: time.monotonic() - began})
         self._is_idle.set()
 
     def _commit(self, state: Snapshot, record: CheckpointRecord) -> None:
