@@ -35,11 +35,9 @@ DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "dashboard
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 RUNBOOK = ROOT / "docs" / "runbook.md"
 
-FUNCTIONS = frozenset(
-    ["absent", "and", "by", "histogram_quantile", "increase", "max", "min", "offset", "or"]
-    + ["rate", "sum", "time", "vector"]
-)
-"""Words of PromQL in our expressions that are no metrics."""
+FUNCTIONS = {"absent", "histogram_quantile", "increase", "max", "min", "rate", "sum", "time", "vector"}
+OPERATORS = {"and", "by", "offset", "or"}
+"""The words of PromQL in our expressions; others are metrics."""
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 """What Prometheus reads of a metric of each type, after the metric's name."""
 
@@ -166,7 +164,7 @@ def metrics_of(expression: str) -> set[str]:
     """The metrics that an expression reads."""
     bare = re.sub(r'"[^"]*"', "", expression)
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\b(?:by|on) \([^)]*\)|\boffset \w+", " ", bare)
-    return set(re.findall(r"\b[a-zA-Z_]\w*", bare)) - FUNCTIONS
+    return set(re.findall(r"\b[a-zA-Z_]\w*", bare)) - FUNCTIONS - OPERATORS
 
 
 def control_metrics(folder: Path) -> set[str]:
