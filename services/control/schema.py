@@ -78,17 +78,17 @@ def prepare(database: Database, *, may_migrate: bool, wait_s: float = WAIT_S) ->
     """Migrate at the start if the app may. Without that, raises Conflict on an older schema; always
     Unavailable if the database does not answer within ``wait_s``.
     """
-    if may_migrate:
-        log.info("%s", migrate(database, wait_s))
-        return
     found = _wait(database, wait_s)
-    if found.is_ahead == "code":
+    if found.is_ahead == "code" and may_migrate:
+        database.migrate()
+        log.info("migrated the schema from %s to %s", found.revision or "an empty database", found.known)
+    elif found.is_ahead == "code":
         raise Conflict(
             f"the database has the schema {found.revision or 'of nothing: it is empty'}, this version needs "
             f"{found.known}, and DDE_MIGRATE is false: run `python -m services.control migrate` first",
             code="schema_too_old",
         )
-    if found.is_ahead == "database":
+    elif found.is_ahead == "database":
         log.warning("%s; serving on it, for migrations only expand", remark(found))
 
 

@@ -18,7 +18,7 @@ from services.control.database import Database
 from services.control.health import Parts
 from services.control.reconciler import Reconciler
 from services.control.tables import Job
-from services.errors import Unavailable
+from services.errors import Conflict, Unavailable
 
 log = logging.getLogger("dde")
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -95,8 +95,12 @@ class Telemetry:
         self._seconds.labels(method, route).observe(seconds)
 
     def listen(self, host: str, port: int) -> WSGIServer:
-        """Answer scrapes on a port of their own, from threads of their own. Raises OSError if it is taken."""
-        server, _ = start_http_server(port, addr=host, registry=self._registry)
+        """Answer scrapes on a port and threads of their own. Raises Conflict if the port is taken."""
+        try:
+            server, _ = start_http_server(port, addr=host, registry=self._registry)
+        except OSError as error:
+            message = f"metrics_port: cannot be listened on, got {port}: {error}"
+            raise Conflict(message, param="metrics_port") from error
         return server
 
     def text(self) -> bytes:
