@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -133,7 +134,7 @@ class RoundRobin(ThreadingHTTPServer):
         self.replicas: list[str] = []
         self.failures: list[str] = []
         self.served: Counter[str] = Counter()
-        self._ready: list[str] = []
+        self.ready: list[str] = []
         self._turn = itertools.count()
         self._poll_s = poll_s
         self._closing = threading.Event()
@@ -153,24 +154,28 @@ class RoundRobin(ThreadingHTTPServer):
         self.server_close()
 
     def next_replica(self) -> str:
-        """Waits for one, as a client's connection to a Service without endpoints does not: that fails."""
-        ready = self._ready
+        """Fails if none is ready, as a connection to a Service without endpoints does."""
+        ready = self.ready
         return ready[next(self._turn) % len(ready)]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        self.failures.append(f"{sys.exc_info()[1]!r}")
+        self.failures.append("".join(traceback.format_exc(limit=3)))
 
     def _watch(self) -> None:
         while not self._closing.is_set():
-            self._ready = [url for url in self.replicas if _is_ready(url)]
+            self.ready = [url for url in self.replicas if _is_ready(url)]
             self._closing.wait(self._poll_s)
 
 
 def _is_ready(url: str) -> bool:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=2)
     try:
-        return httpx.get(f"{url}/readyz", timeout=2.0, trust_env=False).is_success
-    except httpx.TransportError:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except OSError:
         return False
+    finally:
+        connection.close()
 
 
 class _Pass(BaseHTTPRequestHandler):
