@@ -354,13 +354,13 @@ class Client:
         rows: list[dict[str, float]] = self._send("POST", "/v1/scores", request)["data"]
         return rows
 
-    def readiness(self) -> ReadyView:
-        """What the control plane reports on its parts, also if it is not ready. Tries once.
+    def parts(self) -> ReadyView:
+        """What the control plane reports on its parts, also if it cannot answer requests. Tries once.
 
         Raises Unavailable if nothing answers, ApiError for an answer that is not a control plane's.
         """
         try:
-            response = self._http.get("/readyz")
+            response = self._http.get("/readyz", timeout=5.0)
             return parse(ReadyView, response.json())
         except httpx.TransportError as error:
             raise self._no_answer(error) from error
@@ -368,11 +368,21 @@ class Client:
             raise ApiError.of(response) from error
 
     def ready(self) -> bool:
-        """Whether the control plane reports that it is ready. Tries once and does not raise."""
+        """Whether the control plane can answer. Tries once and does not raise."""
+        return self.readiness() is not None
+
+    def complete(self) -> bool:
+        """Whether the control plane can answer and reaches all parts. Tries once and does not raise."""
+        report = self.readiness()
+        return report is not None and not report.away
+
+    def readiness(self) -> ReadyView | None:
+        """The report of a control plane that can answer, else None. Tries once and does not raise."""
         try:
-            return self._http.get("/readyz", timeout=5.0).is_success
-        except httpx.TransportError:
-            return False
+            report = self.parts()
+        except (ApiError, Unavailable):
+            return None
+        return report if report.status == "ready" else None
 
     # ---- one request
 

@@ -95,11 +95,11 @@ class Smoke:
     # ---- steps: each returns what its line says, or that and a result
 
     def _check_health(self) -> str:
-        ready = self._client.readiness()
-        away = [f"{part} ({check.detail})" for part, check in ready.checks.items() if not check.ok]
-        if away or ready.status != "ready":
-            raise ServiceError(f"{ready.status}: {', '.join(away) or 'no part says why'}")
-        return ", ".join(ready.checks)
+        report = self._client.parts()
+        away = ", ".join(f"{part} ({why})" for part, why in report.away.items())
+        if away or report.status != "ready":
+            raise ServiceError(f"away: {away}" if away else f"the control plane is {report.status}")
+        return ", ".join(report.checks)
 
     def _check_key(self) -> str:
         """Every scope is tried on a request that makes nothing."""
