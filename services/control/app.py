@@ -46,6 +46,7 @@ from services.control.routers import (
 )
 from services.control.stages import source_rules
 from services.control.telemetry import Telemetry
+from services.control.waiting_metrics import WaitingJobs
 from services.settings import Settings
 from services.storage import files, sources
 
@@ -76,6 +77,7 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     app.state.database = Database(settings.database_url)
     app.state.reconcile = reconcile
     app.state.telemetry = Telemetry(app.state.database)
+    app.state.telemetry.register(WaitingJobs(app.state.database, settings))
     app.add_middleware(Observed, telemetry=app.state.telemetry)
     problems.install(app)
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorView} for status in ("4XX", "5XX")}

@@ -52,6 +52,10 @@ class Telemetry:
             registry=self._registry,
         )
 
+    def register(self, collector: Collector) -> None:
+        """Add what ``collector`` finds at each scrape."""
+        self._registry.register(collector)
+
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a request and its duration."""
         self._requests.labels(method, route, str(status)).inc()
