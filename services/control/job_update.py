@@ -64,7 +64,7 @@ class JobUpdate:
         self.log(f"{self.job.status} -> {status}: {why}", level)
 
     def wait(self, reason: WaitReason, message: str, since: float | None = None) -> None:
-        """Record what the job waits for, since ``since`` (None: now) or before. Only a new reason is logged."""
+        """Record what the job waits for, since ``since`` (None: now) or before; log a new reason."""
         if self.value("waiting_reason") != reason:
             self.log(f"waiting ({reason}): {message}")
         self.values["waiting_reason"] = reason

@@ -24,6 +24,5 @@ def upgrade() -> None:
 def downgrade() -> None:
     for index in ("project_started_at", "status_waiting_since", "status_project_seq"):
         op.drop_index(f"ix_jobs_{index}", "jobs")
-    with op.batch_alter_table("jobs") as jobs:
-        for column in ("waited_s", "waiting_message", "waiting_reason", "waiting_since"):
-            jobs.drop_column(column)
+    for column in ("waited_s", "waiting_message", "waiting_reason", "waiting_since"):
+        op.drop_column("jobs", column)
