@@ -157,6 +157,10 @@ class TrainingSettings(BaseSettings):
     """
     max_start_failures: Annotated[int, Field(ge=0)] = 30
     """How often they may die while they start, in a row. To wait for room is no failure."""
+    storage_retry_s: Annotated[float, Field(gt=0)] = 1800.0
+    """How long training goes on while storage accepts none of its writes. Half an hour: an outage of a store
+    seldom lasts longer, and the steps since the last checkpoint would be lost.
+    """
     stop_ack_s: Annotated[float, Field(gt=0)] = 90.0
     """How long workers may take to acknowledge a request to stop; then the stage ends at its last checkpoint.
     Running workers do so within seconds, unless storage hangs: it gives up on a request after a minute.
