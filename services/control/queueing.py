@@ -80,7 +80,7 @@ def read(session: Session, settings: Settings) -> Queue:
     """The queue of all projects: the session must not be of one."""
     active = _active(session)
     count = select(Job.project, func.count()).where(Job.status == "queued").group_by(Job.project)
-    queued = dict(session.execute(count).tuples().all())
+    queued = dict(session.execute(count).all())
     started = _last_starts(session, queued)
     shares = {
         project: ProjectShare(project, active.get(project, 0), number, started[project])
@@ -140,7 +140,7 @@ def _active(session: Session) -> dict[str, int]:
     """The number of jobs of each project that may have a run on the cluster."""
     has_runs = Job.status.in_(ACTIVE) & (Job.kind != "study")
     count = select(Job.project, func.count()).where(has_runs).group_by(Job.project)
-    return dict(session.execute(count).tuples().all())
+    return dict(session.execute(count).all())
 
 
 def _queued_projects(session: Session) -> list[str]:

@@ -44,11 +44,10 @@ def too_long(update: JobUpdate, settings: Settings) -> StageFailure:
 
 
 def follow_journal(update: JobUpdate, entries: Iterable[JournalEvent]) -> None:
-    """Take over what the driver reports of room for its workers."""
+    """Take over what the driver reports of room for its workers. Its clock may differ: it is not used."""
     for entry in entries:
         if entry.waiting_for:
-            since = max(entry.at, update.job.submitted_at or 0.0)
-            update.wait("cluster_room", entry.waiting_for, min(since, update.now))
+            update.wait("cluster_room", entry.waiting_for)
         elif entry.waiting_for is not None:
             update.stop_waiting()
 

@@ -1,8 +1,8 @@
 """Everything that rank 0 writes, in order, on a thread of its own: events, metrics, pair log, checkpoints.
 
 Training does not wait for a write. If storage fails (an outage, a full disk), the write is retried for
-``storage_retry_s`` while training continues. A checkpoint that falls due while the previous one is being stored is
-skipped, unless it is needed: then it waits.
+``storage_retry_s`` while training continues. A checkpoint that falls due while the previous one is being
+stored is skipped, unless it is needed: then it waits.
 """
 
 from __future__ import annotations
