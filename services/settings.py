@@ -89,11 +89,13 @@ class Settings(BaseSettings):
     driver_memory: Annotated[int, Field(ge=0)] = 0
     """The bytes that Ray reserves for such a driver."""
     max_active_jobs: int = 8
-    """The most jobs that run at once. The others wait as queued."""
+    """The most jobs that run at once. The others wait as queued; the order is fair between projects."""
     max_active_jobs_per_project: Annotated[int, Field(ge=1)] | None = None
     """The most of them of one project; None: no limit."""
     max_wait_s: Annotated[float, Field(gt=0)] = 7 * 86_400.0
-    """How long a job may wait for room in all, unless it says so itself. A week: a queue may be long."""
+    """How long a job may wait for room in all, for a slot and for machines, unless it says so itself; then it
+    fails. A week: a queue may be long.
+    """
     max_attempts: Annotated[int, Field(ge=1)] = 5
     """The most attempts without progress after a driver died or could not reach something; then the job
     fails.
@@ -110,9 +112,12 @@ class Settings(BaseSettings):
     """How much of that it still accepts new ones, although it is no longer ready: load balancers need some
     seconds to notice.
     """
-    unreachable_s: float = 300.0
+    unreachable_s: Annotated[float, Field(gt=0)] = 3600.0
     """How long Ray may be unreachable, with nothing new in the run's journal, before its job fails; also how
     long to wait until Ray confirms the end of a run that was stopped.
+
+    An hour: after the loss of a head's node, Kubernetes takes minutes to notice it, to move the pod, to add a
+    machine and to pull the image.
     """
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     """How long a request for images or scores may take, unless it says so itself; at most Serve's
@@ -170,6 +175,20 @@ class TrainingSettings(BaseSettings):
 
     To add some, the current workers restart from a checkpoint that they store just before, if a step and an
     upload are short compared with this.
+    """
+    max_worker_failures: Annotated[int, Field(ge=0)] = 30
+    """How often workers of one attempt may die while they train, such as with their nodes: spot machines are
+    lost often. An error that would only come again ends the attempt at once.
+    """
+    max_start_failures: Annotated[int, Field(ge=0)] = 30
+    """How often they may die while they start, in a row. To wait for room is no failure."""
+    storage_retry_s: Annotated[float, Field(gt=0)] = 1800.0
+    """How long training goes on while storage accepts none of its writes. Half an hour: an outage of a store
+    seldom lasts longer, and the steps since the last checkpoint would be lost.
+    """
+    stop_ack_s: Annotated[float, Field(gt=0)] = 90.0
+    """How long workers may take to acknowledge a request to stop; then the stage ends at its last checkpoint.
+    Running workers do so within seconds, unless storage hangs: it gives up on a request after a minute.
     """
 
 

@@ -29,6 +29,7 @@ from services.api.records import (
     StudyReport,
     TrainResult,
     Validated,
+    WaitReason,
 )
 from services.api.requests import Resize, Scope
 
@@ -221,10 +222,34 @@ class ResultView(Answer):
     gate: GateResult | None = None
 
 
+class WaitingView(Answer):
+    """What a job waits for.
+
+    - ``slots``: ``max_active_jobs`` jobs are active.
+    - ``project_limit``: ``max_active_jobs_per_project`` jobs of its project are.
+    - ``cluster_room``: it has a slot, and its stage waits for machines.
+    - ``cluster_unreachable``: its stage cannot be started, or not be observed.
+
+    ``position`` is its place among all queued jobs, from 1; null once it has a slot. It waits ``since`` then
+    (Unix time), whatever the reasons were in between.
+    """
+
+    position: int | None
+    reason: WaitReason
+    since: int
+    message: str | None
+
+    def __str__(self) -> str:
+        """``place 3: 8 of 8 jobs are active``."""
+        place = None if self.position is None else f"place {self.position}"
+        return ": ".join(part for part in (place, self.message or self.reason) if part)
+
+
 class RunView(Answer):
     """The fields that alignment jobs and evaluations share.
 
-    ``stage`` is the current stage, or the one that failed.
+    ``stage`` is the current stage, or the one that failed. ``waiting`` is null while the job does not wait
+    for room, and in the answers of requests that change it.
     """
 
     id: str
@@ -235,6 +260,7 @@ class RunView(Answer):
     created_at: int
     started_at: int | None
     finished_at: int | None
+    waiting: WaitingView | None = None
 
     @property
     def finished(self) -> bool:
@@ -257,6 +283,7 @@ class JobView(RunView):
     objective: dict[str, Any]
     training: dict[str, Any]
     workers: int | list[int]
+    max_wait_s: float | None = None
     evaluation: dict[str, Any]
     validation: dict[str, Any] | None
     promote_if: dict[str, Any] | None = None
@@ -294,6 +321,7 @@ class EvaluationView(RunView):
     scorers: list[str]
     sample: dict[str, Any]
     compare: dict[str, Any] = {}
+    max_wait_s: float | None = None
     result: EvaluateResult | None
 
 

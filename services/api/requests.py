@@ -242,6 +242,8 @@ class EvaluationConfig(Strict):
     compare: CompareSettings = CompareSettings()
 
 
+MaxWait = Annotated[float, Field(gt=0, le=366 * 86_400)]
+"""Seconds that a job may wait for room in all, at most a year."""
 MAX_WORKERS = 1024
 WorkerCount = Annotated[int, Field(gt=0, le=MAX_WORKERS)]
 
@@ -320,8 +322,9 @@ class AlignmentJobCreate(Strict):
     Required: ``model``, the name or id of a registered model; ``dataset``, the id of a registered dataset;
     and ``evaluation.prompts_uri``. ``name`` is the name under which the aligned model is served; by default
     it combines the base's name, the method and the job's id. ``workers`` is a number of training workers, or
-    ``[least, most]`` to use as many as the cluster has room for. ``metadata`` is yours: up to 16 strings that
-    lists can filter by.
+    ``[least, most]`` to use as many as the cluster has room for. ``max_wait_s``: a job that has waited longer
+    for room, in all, fails; by default the control plane's setting. ``metadata`` is yours: up to 16 strings
+    that lists can filter by.
     """
 
     model: str
@@ -331,6 +334,7 @@ class AlignmentJobCreate(Strict):
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainConfig = TrainConfig()
     workers: Workers = 1
+    max_wait_s: MaxWait | None = None
     evaluation: EvaluationConfig
     validation: ValidationConfig | None = None
     promote_if: PromoteIf | None = None
@@ -375,7 +379,7 @@ class EvaluationCreate(EvaluationConfig):
 
     ``models`` are names or ids of registered models, at least one, and folders of images that were drawn
     elsewhere. Their names differ: ``{"name": "before", "model": ID}`` compares a model under another one.
-    ``base`` is the first one by default.
+    ``base`` is the first one by default. ``max_wait_s`` is as in an alignment job.
     """
 
     models: Annotated[
@@ -383,6 +387,7 @@ class EvaluationCreate(EvaluationConfig):
         Field(min_length=2, max_length=MAX_COMPARED, json_schema_extra={"uniqueItems": True}),
     ]
     base: str | None = None
+    max_wait_s: MaxWait | None = None
 
 
 MAX_CELLS = 200

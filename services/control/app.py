@@ -48,6 +48,7 @@ from services.control.routers import (
 )
 from services.control.stages import source_rules
 from services.control.telemetry import Telemetry
+from services.control.waiting_metrics import WaitingJobs
 from services.settings import Settings
 from services.storage import files, sources
 
@@ -81,6 +82,7 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     app.state.parts = Parts(app.state.database, settings, app.state.launcher)
     app.state.drain = Drain()
     app.state.telemetry = Telemetry(app.state.database, app.state.parts, app.state.reconciler)
+    app.state.telemetry.register(WaitingJobs(app.state.database, settings))
     app.add_middleware(Observed, telemetry=app.state.telemetry, drain=app.state.drain)
     problems.install(app)
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorView} for status in ("4XX", "5XX")}

@@ -26,11 +26,10 @@ BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class JobCounts(Collector):
-    """The number of jobs of each kind and status; none while the database is away."""
+    """The number of jobs of each kind and status."""
 
-    def __init__(self, database: Database, parts: Parts) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._parts = parts
 
     def describe(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("dde_jobs", "Jobs by kind and status.", labels=["kind", "status"])
@@ -38,14 +37,29 @@ class JobCounts(Collector):
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily("dde_jobs", "Jobs by kind and status.", labels=["kind", "status"])
         counts = select(Job.kind, Job.status, func.count()).group_by(Job.kind, Job.status)
+        with self._database.read() as session:
+            for kind, status, count in session.execute(counts):
+                family.add_metric([kind, status], count)
+        yield family
+
+
+class WhileDatabase(Collector):
+    """A collector that reads the database: while that is away its metrics have no values, and others do."""
+
+    def __init__(self, collector: Collector, parts: Parts) -> None:
+        self._collector = collector
+        self._parts = parts
+
+    def describe(self) -> Iterator[Metric]:
+        yield from self._collector.describe()  # type: ignore[attr-defined]
+
+    def collect(self) -> Iterator[Metric]:
         try:
             self._parts.require("database")
-            with self._database.read() as session:
-                for kind, status, count in session.execute(counts):
-                    family.add_metric([kind, status], count)
+            yield from list(self._collector.collect())
         except (Unavailable, SQLAlchemyError) as error:  # what else there is to measure is wanted then
-            log.warning("jobs cannot be counted: %s", str(error).splitlines()[0])
-        yield family
+            log.warning("the database cannot be measured: %s", str(error).splitlines()[0])
+            yield from self.describe()
 
 
 class Health(Collector):
@@ -76,9 +90,10 @@ class Telemetry:
 
     def __init__(self, database: Database, parts: Parts, reconciler: Reconciler) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(JobCounts(database, parts))
+        self._parts = parts
+        self.register(JobCounts(database))
+        self.register(RunningTraining(database))
         self._registry.register(Health(parts, reconciler))
-        self._registry.register(RunningTraining(database, parts))
         labels = ("method", "route")
         self._requests = Counter(
             "dde_http_requests", "Requests answered.", (*labels, "status"), registry=self._registry
@@ -90,6 +105,10 @@ class Telemetry:
             buckets=BUCKETS_S,
             registry=self._registry,
         )
+
+    def register(self, collector: Collector) -> None:
+        """Add what ``collector`` finds at each scrape."""
+        self._registry.register(WhileDatabase(collector, self._parts))
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a request and its duration."""

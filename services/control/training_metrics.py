@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import Select, select
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from services.api.records import CHECKPOINT_SECONDS
 from services.control import tables
 from services.control.database import Database
-from services.control.health import Parts
-from services.errors import Unavailable
-
-log = logging.getLogger("dde")
 
 
 class RunningTraining(Collector):
@@ -27,30 +21,26 @@ class RunningTraining(Collector):
     run would cost.
     """
 
-    def __init__(self, database: Database, parts: Parts) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._parts = parts
 
     def describe(self) -> Iterator[Metric]:
         yield from _families()
 
     def collect(self) -> Iterator[Metric]:
         steps, stored = _families()
-        try:
-            self._parts.require("database")
-            with self._database.read() as session:
-                for job_id, last, since in _times(session):
-                    steps.add_metric([job_id], last)
-                    stored.add_metric([job_id], since)
-        except (Unavailable, SQLAlchemyError) as error:  # what else there is to measure is wanted then
-            log.warning("running trainings cannot be measured: %s", str(error).splitlines()[0])
+        with self._database.read() as session:
+            for job_id, last, since in _times(session):
+                steps.add_metric([job_id], last)
+                stored.add_metric([job_id], since)
         yield from (steps, stored)
 
 
 def _times(session: Session) -> Iterator[tuple[str, float, float]]:
-    """Id, newest step and newest checkpoint of each running training that has made a step."""
-    trains = (tables.Job.stage == "train") & (tables.Job.status == "running")
-    for job_id in session.scalars(select(tables.Job.id).where(trains)).all():
+    """Id, newest step and newest checkpoint of each training that has made a step and waits for no room."""
+    job = tables.Job
+    trains = (job.stage == "train") & (job.status == "running") & job.waiting_since.is_(None)
+    for job_id in session.scalars(select(job.id).where(trains)).all():
         last = _last_step(session, job_id)
         since = _newest_checkpoint(session, job_id)
         if last is not None and since is not None:

@@ -98,6 +98,7 @@ def job_view(row: Job) -> JobView:
             "data": row.request.get("data", DEFAULT_DATA),  # jobs of earlier versions have none
             **{name: row.request[name] for name in settings},
             "validation": row.request.get("validation"),
+            "max_wait_s": row.request.get("max_wait_s"),
             "promote_if": row.request.get("promote_if"),
             "pause_requested_at": _seconds(row.pause_requested_at),
             "aligned_model": row.output_model if "train" in row.results else None,
@@ -124,6 +125,7 @@ def evaluation_view(row: Job) -> EvaluationView:
             **_run(row),
             **{name: row.request[name] for name in settings},
             "compare": row.request.get("compare", {}),  # evaluations of earlier versions have none
+            "max_wait_s": row.request.get("max_wait_s"),
             "result": row.results.get("evaluate"),
         },
     )

@@ -63,18 +63,19 @@ def create_job(
 @router.get(PATH, response_model=ListView[JobView], openapi_extra=FILTERS, dependencies=[READ])
 def list_jobs(
     db: Db,
+    settings: Config,
     metadata: Annotated[dict[str, str], Depends(metadata_filter)],
     after: After = None,
     limit: Limit = 20,
     status: JobStatus | None = None,
 ) -> ListView[RunView]:
     """Jobs, newest first. The query parameter ``metadata[key]=value`` selects jobs with that metadata."""
-    return jobs.page(db, "alignment", after, limit, status, metadata)
+    return jobs.page(db, settings, "alignment", after, limit, status, metadata)
 
 
 @router.get(PATH + "/{job_id}", response_model=JobView, dependencies=[READ])
-def get_job(job_id: str, db: Db) -> RunView:
-    return jobs.get(db, "alignment", job_id)
+def get_job(job_id: str, db: Db, settings: Config) -> RunView:
+    return jobs.get(db, settings, "alignment", job_id)
 
 
 @router.delete(PATH + "/{job_id}", dependencies=[SUBMIT])
