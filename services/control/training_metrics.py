@@ -69,6 +69,6 @@ def _newest_checkpoint(session: Session, job_id: str) -> float | None:
     return session.scalar(first) if found is None else found
 
 
-def _of_training(job_id: str) -> Select[tuple[float]]:
+def _of_training(job_id: str) -> Select[float]:
     """The times of the job's training steps."""
     return select(tables.Metric.at).where(tables.Metric.job == job_id, tables.Metric.stage == "train")
