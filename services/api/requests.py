@@ -247,6 +247,8 @@ class EvaluationConfig(Strict):
     compare: CompareSettings = CompareSettings()
 
 
+MaxWait = Annotated[float, Field(gt=0, le=366 * 86_400)]
+"""Seconds that a job may wait for room in all, at most a year."""
 MAX_WORKERS = 1024
 WorkerCount = Annotated[int, Field(gt=0, le=MAX_WORKERS)]
 
@@ -326,8 +328,9 @@ class AlignmentJobCreate(Strict):
     and ``evaluation.prompts_uri``. ``name`` is the name under which the aligned model is served; by default
     it combines the base's name, the method and the job's id. ``workers`` is a number of training workers, or
     ``[least, most]`` to use as many as the cluster has room for. ``cluster`` is where its stages run: on the
-    Ray cluster that jobs share, or each on its ``own``, which ends with it. ``metadata`` is yours: up to 16
-    strings that lists can filter by.
+    Ray cluster that jobs share, or each on its ``own``, which ends with it. ``max_wait_s``: a job that has
+    waited longer for room, in all, fails; by default the control plane's setting. ``metadata`` is yours: up
+    to 16 strings that lists can filter by.
     """
 
     model: str
@@ -338,6 +341,7 @@ class AlignmentJobCreate(Strict):
     training: TrainConfig = TrainConfig()
     workers: Workers = 1
     cluster: Cluster | None = None
+    max_wait_s: MaxWait | None = None
     evaluation: EvaluationConfig
     validation: ValidationConfig | None = None
     promote_if: PromoteIf | None = None
@@ -382,7 +386,7 @@ class EvaluationCreate(EvaluationConfig):
 
     ``models`` are names or ids of registered models, at least one, and folders of images that were drawn
     elsewhere. Their names differ: ``{"name": "before", "model": ID}`` compares a model under another one.
-    ``base`` is the first one by default. ``cluster`` is as in an alignment job.
+    ``base`` is the first one by default. ``cluster`` and ``max_wait_s`` are as in an alignment job.
     """
 
     models: Annotated[
@@ -391,6 +395,7 @@ class EvaluationCreate(EvaluationConfig):
     ]
     base: str | None = None
     cluster: Cluster | None = None
+    max_wait_s: MaxWait | None = None
 
 
 MAX_CELLS = 200

@@ -113,10 +113,10 @@ def list_jobs(status: Annotated[str | None, typer.Option(help="Only jobs with th
     """List all jobs."""
     with connect() as client:
         rows = [
-            (j.id, j.state, j.stage or "", j.name, tables.local_time(j.created_at))
+            (j.id, j.state, j.stage or "", j.name, tables.local_time(j.created_at), tables.wait(j.waiting))
             for j in client.jobs(status)
         ]
-    tables.print_list(Console(), ("id", "status", "stage", "name", "created"), rows)
+    tables.print_list(Console(), ("id", "status", "stage", "name", "created", "waits for room"), rows)
 
 
 @jobs.command("watch")

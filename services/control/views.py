@@ -100,6 +100,7 @@ def job_view(row: Job) -> JobView:
             **{name: row.request[name] for name in settings},
             "validation": row.request.get("validation"),
             "cluster": clusters.of_job(row),
+            "max_wait_s": row.request.get("max_wait_s"),
             "promote_if": row.request.get("promote_if"),
             "pause_requested_at": _seconds(row.pause_requested_at),
             "aligned_model": row.output_model if "train" in row.results else None,
@@ -127,6 +128,7 @@ def evaluation_view(row: Job) -> EvaluationView:
             **{name: row.request[name] for name in settings},
             "cluster": clusters.of_job(row),
             "compare": row.request.get("compare", {}),  # evaluations of earlier versions have none
+            "max_wait_s": row.request.get("max_wait_s"),
             "result": row.results.get("evaluate"),
         },
     )

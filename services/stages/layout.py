@@ -79,9 +79,14 @@ def others_root(storage: str, project: str) -> tuple[str, str | None]:
     return storage, project_root(storage, project)
 
 
+def job_folder(root: str, job: str) -> str:
+    """The folder of everything that a job wrote, but its model and what jobs share."""
+    return files.join(root, "jobs", job)
+
+
 def attempt_prefix(root: str, job: str, stage: str, attempt: int) -> str:
     """The folder of one attempt of a job's stage."""
-    return files.join(root, "jobs", job, stage, _attempt_name(attempt))
+    return files.join(job_folder(root, job), stage, _attempt_name(attempt))
 
 
 def attempts_up_to(prefix: str, attempt: int) -> list[str]:

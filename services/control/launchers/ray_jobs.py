@@ -66,7 +66,12 @@ class RayJobsLauncher:
         from ray.exceptions import AuthenticationError
 
         try:
-            return getattr(self._connected(), method)(*args, **kwargs)
+            try:
+                return getattr(self._connected(), method)(*args, **kwargs)
+            except AuthenticationError:
+                self._client = None
+                _forget_token()
+                return getattr(self._connected(), method)(*args, **kwargs)
         except (ConnectionError, requests.RequestException, AuthenticationError) as error:
             self._client = None
             raise Unavailable(f"Ray at {self._url} does not answer: {error}") from error
@@ -84,6 +89,13 @@ def keep_modules() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def _forget_token() -> None:
+    """Let the next client read the token again: Ray keeps the first one that RAY_AUTH_TOKEN_PATH had."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _client_class() -> type:

@@ -49,14 +49,14 @@ def create_evaluation(
 
 @router.get(PATH, response_model=ListView[EvaluationView], dependencies=[READ])
 def list_evaluations(
-    db: Db, after: After = None, limit: Limit = 20, status: JobStatus | None = None
+    db: Db, settings: Config, after: After = None, limit: Limit = 20, status: JobStatus | None = None
 ) -> ListView[RunView]:
-    return jobs.page(db, "evaluation", after, limit, status, {})
+    return jobs.page(db, settings, "evaluation", after, limit, status, {})
 
 
 @router.get(PATH + "/{evaluation_id}", response_model=EvaluationView, dependencies=[READ])
-def get_evaluation(evaluation_id: str, db: Db) -> RunView:
-    return jobs.get(db, "evaluation", evaluation_id)
+def get_evaluation(evaluation_id: str, db: Db, settings: Config) -> RunView:
+    return jobs.get(db, settings, "evaluation", evaluation_id)
 
 
 @router.get(PATH + "/{evaluation_id}/events", dependencies=[READ])

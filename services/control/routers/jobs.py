@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 
-from services.api.answers import CheckpointView, EventView, JobView, ListView, MetricView, RunView
+from services.api.answers import (
+    CheckpointView,
+    DeletedView,
+    EventView,
+    JobView,
+    ListView,
+    MetricView,
+    RunView,
+)
 from services.api.records import CreditRecord, JobStatus, Stage
 from services.api.requests import AlignmentJobCreate
-from services.control import jobs, journal, reports, stopping
+from services.control import job_deletion, jobs, journal, reports, stopping
 from services.control.dependencies import (
     FILTERS,
     READ,
@@ -58,18 +66,28 @@ def create_job(
 @router.get(PATH, response_model=ListView[JobView], openapi_extra=FILTERS, dependencies=[READ])
 def list_jobs(
     db: Db,
+    settings: Config,
     metadata: Annotated[dict[str, str], Depends(metadata_filter)],
     after: After = None,
     limit: Limit = 20,
     status: JobStatus | None = None,
 ) -> ListView[RunView]:
     """Jobs, newest first. The query parameter ``metadata[key]=value`` selects jobs with that metadata."""
-    return jobs.page(db, "alignment", after, limit, status, metadata)
+    return jobs.page(db, settings, "alignment", after, limit, status, metadata)
 
 
 @router.get(PATH + "/{job_id}", response_model=JobView, dependencies=[READ])
-def get_job(job_id: str, db: Db) -> RunView:
-    return jobs.get(db, "alignment", job_id)
+def get_job(job_id: str, db: Db, settings: Config) -> RunView:
+    return jobs.get(db, settings, "alignment", job_id)
+
+
+@router.delete(PATH + "/{job_id}", dependencies=[SUBMIT])
+def delete_job(job_id: str, db: Db, root: Root) -> DeletedView:
+    """Delete a job that has ended and whose model is deleted.
+
+    Its events, metrics, checkpoints and reports are deleted with it.
+    """
+    return job_deletion.delete(db, root, job_id)
 
 
 @router.post(PATH + "/{job_id}/cancel", response_model=JobView, dependencies=[SUBMIT])
@@ -104,6 +122,7 @@ def resume_job(job_id: str, db: Db) -> JobView:
 )
 def list_events(
     job_id: str,
+    request: Request,
     db: Db,
     caller: CallerOf,
     settings: Config,
@@ -120,7 +139,8 @@ def list_events(
     after = last_event_id or after
     if journal.is_read_to_the_end(db, job_id, after):
         return Response(status_code=204)  # tells browsers not to reconnect
-    stream = journal.stream_events(db, caller, job_id, after, settings.poll_interval_s)
+    drain = request.app.state.drain
+    stream = journal.stream_events(db, caller, job_id, after, settings.poll_interval_s, drain)
     return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 

@@ -47,14 +47,14 @@ def create_study(
 
 @router.get(PATH, response_model=ListView[StudyView], dependencies=[READ])
 def list_studies(
-    db: Db, after: After = None, limit: Limit = 20, status: JobStatus | None = None
+    db: Db, settings: Config, after: After = None, limit: Limit = 20, status: JobStatus | None = None
 ) -> ListView[RunView]:
-    return jobs.page(db, "study", after, limit, status, {})
+    return jobs.page(db, settings, "study", after, limit, status, {})
 
 
 @router.get(PATH + "/{study_id}", response_model=StudyView, dependencies=[READ])
-def get_study(study_id: str, db: Db) -> RunView:
-    return jobs.get(db, "study", study_id)
+def get_study(study_id: str, db: Db, settings: Config) -> RunView:
+    return jobs.get(db, settings, "study", study_id)
 
 
 @router.get(PATH + "/{study_id}/events", dependencies=[READ])
