@@ -356,3 +356,19 @@ def test_a_run_is_evicted_only_if_its_driver_had_started(world):
     assert world.launcher.status(run.id).is_evicted
     files.delete_file(f"{run.prefix}/started.json")
     assert world.launcher.status(run.id).state == "pending"
+
+
+def test_a_deleted_rayjob_whose_cluster_may_still_make_pods_goes_on(world):
+    run = world.run()
+    name = world.name(run)
+    world.launcher.submit(run)
+    world.operator.see(name)
+    store = world.server.store
+    for pod in world.operator.pods(name):
+        store.delete("pods", "default", pod)
+    store.delete("rayjobs", "default", name, {"propagationPolicy": "Background"})
+    assert world.operator.pods(name) == []
+    status = world.launcher.status(run.id)
+    assert (status.state, status.reason) == ("running", "Terminating")
+    store.delete("rayclusters", "default", world.operator.job(name)["status"]["rayClusterName"])
+    assert world.launcher.status(run.id).state == "stopped"
