@@ -6,9 +6,18 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 
-def jobs_api(jobs: dict[str, str], submitted: list[dict] | None = None) -> FastAPI:
-    """The app. ``jobs`` is what it knows: submission id -> status; ``submitted`` gets the bodies."""
+def jobs_api(jobs: dict[str, str], submitted: list[dict] | None = None, head: dict | None = None) -> FastAPI:
+    """The app. ``jobs`` is what it knows: submission id -> status; ``submitted`` gets the bodies. ``head`` has
+    the head's node id, and counts the submits of jobs that it has already.
+    """
     app = FastAPI()
+    head = {"id": "second", "submits": 0} if head is None else head
+
+    @app.get("/api/v0/nodes")
+    def nodes(filter_keys: str, filter_values: str):
+        assert (filter_keys, filter_values) == ("is_head_node", "true")
+        dead = {"node_id": "first", "state": "DEAD"}
+        return {"data": {"result": {"result": [dead, {"node_id": head["id"], "state": "ALIVE"}]}}}
 
     @app.get("/api/version")
     def version():
@@ -20,6 +29,7 @@ def jobs_api(jobs: dict[str, str], submitted: list[dict] | None = None) -> FastA
         if submitted is not None:
             submitted.append(body)
         if body["submission_id"] in jobs:
+            head["submits"] += 1
             return PlainTextResponse("ValueError: Job with submission_id already exists.", 500)
         if body["entrypoint"] == "refuse":
             return PlainTextResponse("no", 400)

@@ -25,11 +25,17 @@ def submitted():
 
 
 @pytest.fixture
-def ray_url(jobs, submitted, monkeypatch):
+def head():
+    """The head's node id, and how often a run was submitted to it that it has already."""
+    return {"id": "second", "submits": 0}
+
+
+@pytest.fixture
+def ray_url(jobs, submitted, head, monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with listening(jobs_api(jobs, submitted)) as url:
+    with listening(jobs_api(jobs, submitted, head)) as url:
         yield url
 
 
@@ -43,6 +49,23 @@ def test_a_run_is_submitted_watched_and_stopped(ray_url, jobs):
     ray.stop("j-encode-a1")
     assert ray.status("j-encode-a1").state == "stopped"
     assert ray.log_tail("j-encode-a1").splitlines() == [f"line {i}" for i in range(60, 100)]
+
+
+def test_a_restarted_head_is_made_to_look_after_its_runs_once(ray_url, jobs, head, monkeypatch):
+    monkeypatch.setattr(ray_jobs, "HEAD_CHECK_EVERY_S", 0.0)
+    ray = RayJobsLauncher(ray_url)
+    jobs["j"] = "RUNNING"
+    for _ in range(3):
+        assert ray.status("j").state == "running"
+    assert head["submits"] == 1
+    head["id"] = "third"
+    for _ in range(3):
+        assert ray.status("j").state == "running"
+    assert head["submits"] == 2
+    jobs["j"] = "FAILED"
+    head["id"] = "fourth"
+    assert ray.status("j").state == "failed"
+    assert (head["submits"], jobs) == (2, {"j": "FAILED"})
 
 
 def test_a_second_submit_of_the_same_id_does_nothing(ray_url, jobs):
