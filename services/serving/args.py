@@ -10,25 +10,30 @@ from services.serving.admission import Limits
 
 
 class ServeArgs(BaseModel):
-    """``args`` of the application in a Serve config.
-
-    ``max_bytes``: memory for models and scorers; None is half of what there is. ``preload``: models that are
-    loaded before a replica is ready, NAME or PROJECT/NAME. With ``max_replicas`` above ``min_replicas``,
-    replicas start and stop to bring the time in their queues to ``target_queue_s``.
-    """
+    """``args`` of the application in a Serve config (`deploy/serve.yaml`)."""
 
     model_config = ConfigDict(extra="forbid")
 
     storage_uri: str
+    """The control plane's DDE_STORAGE_URI."""
     max_bytes: Annotated[int, Field(gt=0)] | None = None
+    """Memory for models and scorers; by default half of the GPU's, or of the container's on a CPU."""
     preload: list[str] = []
+    """Models that are loaded before a replica is ready: NAME, or PROJECT/NAME."""
     use_gpu: bool = False
+    """Give each replica one GPU."""
     limits: Limits = Limits()
+    """What a replica accepts: see below."""
     min_replicas: Annotated[int, Field(ge=1)] = 1
+    """The fewest replicas."""
     max_replicas: Annotated[int, Field(ge=1)] = 1
+    """The most replicas. Above ``min_replicas``, they start and stop to reach ``target_queue_s``."""
     target_queue_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds of work to have queued at each replica."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
+    """How long the queues must ask for more replicas."""
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
+    """How long the queues must ask for fewer."""
 
     @model_validator(mode="after")
     def _check_replicas(self) -> Self:

@@ -177,13 +177,17 @@ Level = Literal["info", "warning", "error"]
 
 
 class JournalEvent(Strict):
-    """One line of a stage's journal: a message for people, or metrics of a step for programs (or both)."""
+    """One line of a stage's journal: a message for people, or metrics of a step for programs (or both).
+
+    ``waiting_for``: the room on the cluster that the stage waits for from now on; "" ends the wait.
+    """
 
     at: float
     level: Level = "info"
     message: str | None = None
     step: int | None = None
     metrics: dict[str, float] | None = None
+    waiting_for: str | None = None
 
 
 RESULTS: dict[Stage, type[Strict]] = {

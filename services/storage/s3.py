@@ -2,8 +2,9 @@
 
 Nothing here writes through pyarrow: its output streams complete an upload even if an error ends them. The
 server verifies boto3's uploads, and boto3 aborts those that fail. Both libraries retry for some seconds.
-Credentials, endpoint and region come from the environment and the configuration files of the cloud SDKs. URIs
-are ``s3://bucket/key`` with percent-encoded names.
+Credentials, endpoint and region come from the environment and the configuration files of the cloud SDKs.
+boto3 looks refused credentials up again (s3_credentials.py), pyarrow reads the files every five minutes.
+URIs are ``s3://bucket/key`` with percent-encoded names.
 
 Raises FileNotFoundError if the object does not exist, BadRequest for an unusable URI, bucket or credentials,
 and Unavailable if the store does not answer or keeps failing. All three name the URI.
@@ -17,7 +18,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import unquote
@@ -50,6 +51,7 @@ from tenacity import (
 )
 
 from services.errors import BadRequest, ServiceError, Unavailable
+from services.storage import s3_credentials
 
 SCHEME = "s3://"
 ATTEMPTS = 7
@@ -85,7 +87,11 @@ def client() -> Any:
     """This process's boto3 client, shared by its threads. Any: boto3 has no types."""
     retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
     config = Config(retries=retries, connect_timeout=CONNECT_TIMEOUT_S, read_timeout=READ_TIMEOUT_S)
-    return boto3.Session().client("s3", config=config)
+    session = s3_credentials.session()
+    made = boto3.Session(botocore_session=session).client("s3", config=config)
+    retry_refused = partial(s3_credentials.retry_refused, session.get_credentials())
+    made.meta.events.register_first("needs-retry.s3", retry_refused)
+    return made
 
 
 class S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no types
@@ -313,6 +319,7 @@ def _translated_errors(uri: str) -> Iterator[None]:
         message = f"uri {uri!r}: the credential provider does not answer: {error}"
         raise Unavailable(message, param="uri") from error
     except NoCredentialsError as error:
+        client.cache_clear()  # the next call looks for them again
         message = (
             f"uri {uri!r} cannot be opened: no credentials; "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"

@@ -20,10 +20,14 @@ _HEADS = "/api/v0/nodes?filter_keys=is_head_node&filter_predicates=%3D&filter_va
 
 
 class RayJobsLauncher:
-    """Ray's Jobs API. Connects at first use, and again after the connection was lost."""
+    """Ray's Jobs API. Connects at first use, and again after the connection was lost.
 
-    def __init__(self, url: str) -> None:
+    Ray reserves ``driver_cpus`` and ``driver_memory`` bytes for each driver; 0 reserves none.
+    """
+
+    def __init__(self, url: str, driver_cpus: float = 0.0, driver_memory: int = 0) -> None:
         self._url = url
+        self._reserved = {"entrypoint_num_cpus": driver_cpus, "entrypoint_memory": driver_memory}
         self._lock = threading.Lock()
         self._client: Any = None
         self._head: str | None = None
@@ -31,8 +35,9 @@ class RayJobsLauncher:
 
     def submit(self, run: Run) -> None:
         job = {"entrypoint": run.command, "submission_id": run.id, "metadata": dict(run.metadata)}
+        reserved = {name: amount for name, amount in self._reserved.items() if amount}
         try:
-            self._call("submit_job", **job)
+            self._call("submit_job", **job, **reserved)
         except (RuntimeError, Unavailable) as error:
             # Ray answers a repeated submit with a server error, too: only the state tells them apart.
             if self.status(run.id).state == "unknown":
@@ -42,7 +47,7 @@ class RayJobsLauncher:
         details = self._unless_missing("get_job_info", run_id)
         if details is None:
             return RunStatus("unknown")
-        status = RunStatus(details.status.value.lower(), message=details.message)
+        status = RunStatus(details.status.value.lower(), details.error_type, details.message)
         if status.state in ("pending", "running"):
             self._watch_head(run_id)
         return status
@@ -96,7 +101,12 @@ class RayJobsLauncher:
         from ray.exceptions import AuthenticationError
 
         try:
-            return getattr(self._connected(), method)(*args, **kwargs)
+            try:
+                return getattr(self._connected(), method)(*args, **kwargs)
+            except AuthenticationError:
+                self._client = None
+                _forget_token()
+                return getattr(self._connected(), method)(*args, **kwargs)
         except (ConnectionError, requests.RequestException, AuthenticationError) as error:
             self._client = None
             raise Unavailable(f"Ray at {self._url} does not answer: {error}") from error
@@ -114,6 +124,13 @@ def keep_modules() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def _forget_token() -> None:
+    """Let the next client read the token again: Ray keeps the first one that RAY_AUTH_TOKEN_PATH had."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _client_class() -> type:

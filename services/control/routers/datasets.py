@@ -14,6 +14,7 @@ from services.control.dependencies import (
     READ,
     SUBMIT,
     After,
+    Config,
     Db,
     Key,
     Limit,
@@ -34,13 +35,15 @@ def create_dataset(
     request: Annotated[DatasetCreate, Depends(body(DatasetCreate))],
     db: Db,
     root: Root,
+    settings: Config,
     key: Key = None,
 ) -> DatasetView:
     """Register preference pairs. Every row is read, checked, counted and digested; images are not.
 
     With ``generate`` or ``relabel``, scorers make the pairs: the answer has the status "generating".
     """
-    return datasets.create(db, root, IdempotentRequest.of(key, "/v1/datasets", request), request)
+    idempotent = IdempotentRequest.of(key, "/v1/datasets", request)
+    return datasets.create(db, root, settings, idempotent, request)
 
 
 @router.post("/v1/datasets/validate", openapi_extra=takes(DatasetSource), dependencies=[SUBMIT])

@@ -15,6 +15,7 @@ from services.control.dependencies import (
     READ,
     SUBMIT,
     After,
+    Config,
     Db,
     Key,
     Limit,
@@ -25,6 +26,7 @@ from services.control.dependencies import (
 )
 from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
+from services.control.launchers.clusters import placed
 from services.control.reading import READ_S, reads_sources
 
 router = APIRouter(tags=["evaluations"])
@@ -37,22 +39,24 @@ def create_evaluation(
     request: Annotated[EvaluationCreate, Depends(body(EvaluationCreate))],
     db: Db,
     root: Root,
+    settings: Config,
     key: Key = None,
 ) -> EvaluationView:
     """Start a comparison of two registered models on held-out prompts."""
-    return jobs.create_evaluation(db, root, IdempotentRequest.of(key, PATH, request), request)
+    idempotent = IdempotentRequest.of(key, PATH, request)
+    return jobs.create_evaluation(db, root, idempotent, placed(settings, request))
 
 
 @router.get(PATH, response_model=ListView[EvaluationView], dependencies=[READ])
 def list_evaluations(
-    db: Db, after: After = None, limit: Limit = 20, status: JobStatus | None = None
+    db: Db, settings: Config, after: After = None, limit: Limit = 20, status: JobStatus | None = None
 ) -> ListView[RunView]:
-    return jobs.page(db, "evaluation", after, limit, status, {})
+    return jobs.page(db, settings, "evaluation", after, limit, status, {})
 
 
 @router.get(PATH + "/{evaluation_id}", response_model=EvaluationView, dependencies=[READ])
-def get_evaluation(evaluation_id: str, db: Db) -> RunView:
-    return jobs.get(db, "evaluation", evaluation_id)
+def get_evaluation(evaluation_id: str, db: Db, settings: Config) -> RunView:
+    return jobs.get(db, settings, "evaluation", evaluation_id)
 
 
 @router.get(PATH + "/{evaluation_id}/events", dependencies=[READ])

@@ -113,6 +113,11 @@ ROWS = {
     "metrics": {"job": "ajob_1", "stage": "train", "step": 1, "at": 1.0, "values": "{}"},
     "idempotency_keys": {"key": "once", "fingerprint": "f", "answer": "{}", "created_at": 1.0},
 }  # fmt: skip
+ADDED = {
+    "datasets": {"job": None},
+    "jobs": {"waiting_since": None, "waiting_reason": None, "waiting_message": None, "waited_s": 0.0},
+}
+"""Columns that later versions add to these rows."""
 OWNED = ("datasets", "models", "jobs", "idempotency_keys")
 
 
@@ -156,8 +161,7 @@ def test_the_rows_of_the_version_before_are_in_the_default_project_after_the_mig
     after = rows_of(filled)
     for table, (row,) in before.items():
         project = {"project": "default"} if table in OWNED else {}
-        added = {"job": None} if table == "datasets" else {}
-        assert [dict(each) for each in after[table]] == [{**row, **project, **added}]
+        assert [dict(each) for each in after[table]] == [{**row, **project, **ADDED.get(table, {})}]
     with filled.read("default") as session:
         assert session.scalar(select(Job.id)) == "ajob_1"
         assert session.get(IdempotencyKey, ("default", "once")) is not None

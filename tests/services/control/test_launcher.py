@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
 
 from services.control.launchers import ray_jobs
 from services.control.launchers.contract import Run
 from services.control.launchers.ray_jobs import RayJobsLauncher
 from services.errors import Unavailable
 from tests.services.control.test_streams import listening
+from tests.support.jobs_api import jobs_api
 
 
 @pytest.fixture
@@ -20,59 +19,23 @@ def jobs():
 
 
 @pytest.fixture
+def submitted():
+    """The bodies that it was sent."""
+    return []
+
+
+@pytest.fixture
 def head():
     """The head's node id, and how often a run was submitted to it that it has already."""
     return {"id": "second", "submits": 0}
 
 
 @pytest.fixture
-def ray_url(jobs, head, monkeypatch):
+def ray_url(jobs, submitted, head, monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    app = FastAPI()
-
-    @app.get("/api/version")
-    def version():
-        return {"version": "4", "ray_version": "2.60.0", "ray_commit": "x"}
-
-    @app.post("/api/jobs/")
-    async def submit(request: Request):
-        body = await request.json()
-        if body["submission_id"] in jobs:
-            head["submits"] += 1
-            return PlainTextResponse("ValueError: Job with submission_id already exists.", 500)
-        if body["entrypoint"] == "refuse":
-            return PlainTextResponse("no", 400)
-        jobs[body["submission_id"]] = "PENDING"
-        return {"job_id": body["submission_id"], "submission_id": body["submission_id"]}
-
-    @app.get("/api/jobs/{name}")
-    def info(name: str):
-        if name == "broken":
-            return PlainTextResponse("the head is gone", 500)
-        if name not in jobs:
-            return PlainTextResponse(f"Job {name} does not exist", 404)
-        return {"type": "SUBMISSION", "submission_id": name, "status": jobs[name], "entrypoint": "x"}
-
-    @app.post("/api/jobs/{name}/stop")
-    def stop(name: str):
-        if name not in jobs:
-            return JSONResponse("no", 404)
-        jobs[name] = "STOPPED"
-        return {"stopped": True}
-
-    @app.get("/api/v0/nodes")
-    def nodes(filter_keys: str, filter_values: str):
-        assert (filter_keys, filter_values) == ("is_head_node", "true")
-        dead = {"node_id": "first", "state": "DEAD"}
-        return {"data": {"result": {"result": [dead, {"node_id": head["id"], "state": "ALIVE"}]}}}
-
-    @app.get("/api/jobs/{name}/logs")
-    def logs(name: str):
-        return {"logs": "\n".join(f"line {i}" for i in range(100))}
-
-    with listening(app) as url:
+    with listening(jobs_api(jobs, submitted, head)) as url:
         yield url
 
 
@@ -143,3 +106,11 @@ def test_a_silent_or_absent_ray_is_unavailable_and_tried_again_afresh(ray_url, m
     monkeypatch.setattr(ray_jobs, "TIMEOUT_S", 0.001)
     with pytest.raises(Unavailable):
         RayJobsLauncher("http://10.255.255.1:8265").status("j")
+
+
+def test_ray_reserves_for_a_driver_what_the_settings_say_and_else_nothing(ray_url, submitted):
+    RayJobsLauncher(ray_url).submit(Run("j", "x", "file:///a"))
+    RayJobsLauncher(ray_url, driver_cpus=0.5, driver_memory=1 << 30).submit(Run("k", "x", "file:///a"))
+    reserved = ("entrypoint_num_cpus", "entrypoint_memory")
+    assert [submitted[0].get(name) for name in reserved] == [None, None]
+    assert [submitted[1].get(name) for name in reserved] == [0.5, 1 << 30]
