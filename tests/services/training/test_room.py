@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,15 +47,19 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 def test_a_wait_of_a_day_is_reported_when_it_begins_then_ever_more_seldom_and_when_it_ends(tmp_path, clock):
     prefix = files.as_uri(tmp_path)
-    report = WaitReport(Journal(prefix))
-    began = clock.now
     at: list[float] = []
+    began = clock.now
+
+    class Timed(Journal):
+        def waiting(self, what: str) -> None:
+            super().waiting(what)
+            at.append(clock.now - began)
+
+    report = WaitReport(Timed(prefix))
     while clock.now < began + DAY_S:
         report.update(SHORTAGE)
-        while len(at) < len(reported(prefix)):
-            at.append(clock.now - began)
         clock.now += 10.0
-    pauses = [later - earlier for earlier, later in zip(at, at[1:], strict=False)]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(at)]
     assert at[0] <= 10.0
     assert pauses[:7] == [60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 3600.0]
     assert set(pauses[6:]) == {3600.0}
