@@ -63,10 +63,10 @@ def test_a_wait_of_a_day_is_reported_when_it_begins_then_ever_more_seldom_and_wh
     assert at[0] <= 10.0
     assert pauses[:7] == [60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 3600.0]
     assert set(pauses[6:]) == {3600.0}
-    assert len(at) == 30
+    assert len(at) == 29
     report.update(None)
     report.update(None)
-    assert reported(prefix) == [SHORTAGE] * 30 + [""]
+    assert reported(prefix) == [SHORTAGE] * 29 + [""]
 
 
 def test_resources_that_are_taken_for_a_moment_are_no_wait(tmp_path, clock):
