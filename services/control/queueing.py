@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, aliased
@@ -90,15 +89,14 @@ def read(session: Session, settings: Settings) -> Queue:
 
 
 def ranks(session: Session, project: str, seqs: Iterable[int]) -> dict[int, int]:
-    """The place of each of these queued jobs (``Job.seq``) among those of its project, from 1."""
-    ordered = sorted(seqs)
-    count = select(func.count()).where(Job.status == "queued", Job.project == project)
-    found: dict[int, int] = {}
-    rank = 0
-    for after, seq in pairwise((0, *ordered)):
-        rank += session.scalar(count.where(Job.seq > after, Job.seq <= seq)) or 0
-        found[seq] = rank
-    return found
+    """The place, from 1, of each of these jobs (``Job.seq``; at least one) among the queued ones of its
+    project. One that has started meanwhile is left out.
+    """
+    wanted = set(seqs)
+    own = (Job.status == "queued", Job.project == project)
+    older = session.scalar(select(func.count()).where(*own, Job.seq < min(wanted))) or 0
+    rest = select(Job.seq).where(*own, Job.seq.between(min(wanted), max(wanted))).order_by(Job.seq)
+    return {seq: rank for rank, seq in enumerate(session.scalars(rest), older + 1) if seq in wanted}
 
 
 def starting(session: Session, settings: Settings) -> list[str]:

@@ -150,6 +150,8 @@ class Reconciler:
     def _next_to_start(self, session: Session, now: float) -> list[str]:
         """The queued jobs for which there is a free slot, parked ones too."""
         ids = queueing.starting(session, self._settings)
+        if not ids:
+            return []
         startable = set(session.scalars(select(Job.id).where(Job.id.in_(ids), *_free(now), _may_start(now))))
         return [job_id for job_id in ids if job_id in startable]
 

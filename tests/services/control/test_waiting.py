@@ -38,7 +38,7 @@ def review_all(plane: Plane) -> None:
     ends_at = plane.clock.now + POLL_S
     while plane.clock.now < ends_at:
         if not reconciler.once():
-            plane.clock.now += POLL_S / 6
+            plane.clock.now += POLL_S / 2
 
 
 def waiting(plane: Plane, job: str) -> dict | None:
