@@ -59,7 +59,7 @@ ATTEMPTS = 7
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
 BRIEF_ATTEMPTS = 2
-BRIEF_TIMEOUT_S = 5
+BRIEF_TIMEOUT_S = 3
 MAX_DELETED_PER_REQUEST = 1000
 """S3's limit."""
 _brief: ContextVar[bool] = ContextVar("brief", default=False)
@@ -88,7 +88,7 @@ def with_retries(condition: retry_base) -> Callable[[Call], Call]:
 
 @contextmanager
 def briefly() -> Iterator[None]:
-    """Within the block, a store that does not answer is given up after ten seconds, not minutes."""
+    """Within the block, a store that does not answer is given up after seven seconds, not minutes."""
     token = _brief.set(True)
     try:
         yield

@@ -204,6 +204,7 @@ def _problem(answer: httpx.Response) -> str | None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_no_request_fails_while_two_replicas_on_postgresql_are_replaced_one_by_one(tmp_path, postgres, serve):
     name = f"t{uuid.uuid4().hex}"
     with psycopg.connect(f"{postgres}/postgres", autocommit=True) as connection:
