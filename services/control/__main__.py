@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
 def _with_settings(command: Callable[[Settings], None]) -> None:
     """Run a command. What is expected to fail ends it with a message, without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # the access log has what is forwarded
     try:
         command(Settings())  # type: ignore[call-arg]
     except ServiceError as error:

@@ -26,6 +26,7 @@ from sqlalchemy.orm import ORMExecuteState, Session, sessionmaker, with_loader_c
 from services.control.tables import Owned
 from services.errors import BadRequest
 from services.settings import Settings
+from services.storage import s3
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_MS = 30_000
@@ -75,8 +76,9 @@ class Database:
 
         With ``alone``, no other such transaction runs at the same time on any replica: what was checked is
         still true when it is acted on. On SQLite, which has one writer, this process's threads take turns.
+        Others wait for a transaction, so an object store that it writes to must answer soon.
         """
-        with self._turn, self._writes(info={PROJECT: project}) as session, session.begin():
+        with self._turn, s3.briefly(), self._writes(info={PROJECT: project}) as session, session.begin():
             if alone:
                 _lock(session.connection())
             yield session

@@ -22,7 +22,7 @@ from services.errors import Unavailable
 from services.settings import Settings
 from services.storage import files
 
-EVERY_S = {"database": 2.0, "storage": 30.0, "ray": 10.0, "serve": 10.0}
+EVERY_S = {"database": 2.0, "storage": 15.0, "ray": 10.0, "serve": 10.0}
 """How often a part is checked that answered the last time. A check of storage writes: some cost money."""
 AWAY_EVERY_S = 1.0
 """How often, while it is away."""

@@ -12,8 +12,8 @@ from functools import cache
 from typing import Literal
 
 from alembic.config import Config
-from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import inspect, text
 from sqlalchemy.exc import OperationalError
 
 from services.control.database import MIGRATIONS, Database
@@ -23,6 +23,8 @@ log = logging.getLogger("dde")
 WAIT_S = 60.0
 """How long a start or a migration waits for the database: it may start at the same time."""
 POLL_S = 1.0
+VERSIONS = "alembic_version"
+"""Alembic's table. Its own way to read it writes to the log, and this is read every two seconds."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ def _revisions() -> tuple[str, ...]:
 def state(database: Database) -> SchemaState:
     """Read the revision. Raises OperationalError if the database does not answer."""
     with database.engine.connect() as connection:
-        revision = MigrationContext.configure(connection).get_current_revision()
+        revision = None
+        if inspect(connection).has_table(VERSIONS):
+            revision = connection.scalar(text(f"SELECT version_num FROM {VERSIONS}"))
     known = _revisions()
     if revision == known[0]:
         return SchemaState(revision, known[0], "neither")

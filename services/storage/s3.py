@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -57,8 +58,11 @@ SCHEME = "s3://"
 ATTEMPTS = 7
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
+BRIEF_ATTEMPTS = 2
+BRIEF_TIMEOUT_S = 3
 MAX_DELETED_PER_REQUEST = 1000
 """S3's limit."""
+_brief: ContextVar[bool] = ContextVar("brief", default=False)
 Call = TypeVar("Call", bound=Callable[..., Any])
 TRANSIENT = (
     "SlowDown",
@@ -82,16 +86,40 @@ def with_retries(condition: retry_base) -> Callable[[Call], Call]:
     return cast("Callable[[Call], Call]", retry(retry=condition, stop=stop, wait=wait, reraise=True))
 
 
-@cache
+@contextmanager
+def briefly() -> Iterator[None]:
+    """Within the block, a store that does not answer is given up after seven seconds, not minutes."""
+    token = _brief.set(True)
+    try:
+        yield
+    finally:
+        _brief.reset(token)
+
+
 def client() -> Any:
     """This process's boto3 client, shared by its threads. Any: boto3 has no types."""
-    retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
-    config = Config(retries=retries, connect_timeout=CONNECT_TIMEOUT_S, read_timeout=READ_TIMEOUT_S)
+    return _client(_brief.get())
+
+
+@cache
+def _client(is_brief: bool) -> Any:
+    retries = {"mode": "standard", "total_max_attempts": BRIEF_ATTEMPTS if is_brief else ATTEMPTS}
+    config = Config(
+        retries=retries,
+        connect_timeout=BRIEF_TIMEOUT_S if is_brief else CONNECT_TIMEOUT_S,
+        read_timeout=BRIEF_TIMEOUT_S if is_brief else READ_TIMEOUT_S,
+    )
     session = s3_credentials.session()
     made = boto3.Session(botocore_session=session).client("s3", config=config)
     retry_refused = partial(s3_credentials.retry_refused, session.get_credentials())
     made.meta.events.register_first("needs-retry.s3", retry_refused)
     return made
+
+
+def forget_clients() -> None:
+    """Let the next calls make clients from the environment as it is then."""
+    _client.cache_clear()
+    filesystem.cache_clear()
 
 
 class S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no types
@@ -319,7 +347,7 @@ def _translated_errors(uri: str) -> Iterator[None]:
         message = f"uri {uri!r}: the credential provider does not answer: {error}"
         raise Unavailable(message, param="uri") from error
     except NoCredentialsError as error:
-        client.cache_clear()  # the next call looks for them again
+        forget_clients()  # the next call looks for them again
         message = (
             f"uri {uri!r} cannot be opened: no credentials; "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"

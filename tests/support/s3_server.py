@@ -275,12 +275,7 @@ def _environment(env: Mapping[str, str]) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in env.items():
                 patch.setenv(name, value)
-            _clear_client_caches()
+            s3.forget_clients()
             yield
     finally:
-        _clear_client_caches()
-
-
-def _clear_client_caches() -> None:
-    s3.client.cache_clear()
-    s3.filesystem.cache_clear()
+        s3.forget_clients()

@@ -12,6 +12,7 @@ from services.api.requests import DatasetCreate, DatasetSource
 from services.control import datasets, making
 from services.control.dependencies import (
     READ,
+    STORED,
     SUBMIT,
     After,
     Config,
@@ -24,7 +25,7 @@ from services.control.dependencies import (
     takes,
 )
 from services.control.idempotency import IdempotentRequest
-from services.control.reading import READ_S, REGISTER_S, reads_sources
+from services.control.reading import READ_S, REGISTER_S, reads_sources, reads_storage
 
 router = APIRouter(tags=["datasets"])
 
@@ -63,7 +64,8 @@ def get_dataset(dataset_id: str, db: Db) -> DatasetView:
     return datasets.get(db, dataset_id)
 
 
-@router.delete("/v1/datasets/{dataset_id}", dependencies=[SUBMIT])
+@router.delete("/v1/datasets/{dataset_id}", dependencies=[SUBMIT, STORED])
+@reads_storage
 def delete_dataset(dataset_id: str, db: Db, root: Root) -> DeletedView:
     """Delete the registration of a dataset that no unfinished job uses, and the files of one that scorers
     made; others stay.

@@ -13,6 +13,7 @@ from services.api.requests import EvaluationCreate
 from services.control import jobs, journal, reports, stopping
 from services.control.dependencies import (
     READ,
+    STORED,
     SUBMIT,
     After,
     Config,
@@ -27,7 +28,7 @@ from services.control.dependencies import (
 from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
 from services.control.launchers.clusters import placed
-from services.control.reading import READ_S, reads_sources
+from services.control.reading import READ_S, reads_sources, reads_storage
 
 router = APIRouter(tags=["evaluations"])
 PATH = "/v1/evaluations"
@@ -72,13 +73,15 @@ def cancel_evaluation(evaluation_id: str, db: Db) -> RunView:
     return stopping.cancel(db, "evaluation", evaluation_id)
 
 
-@router.get(PATH + "/{evaluation_id}/report", response_class=HTMLResponse, dependencies=[READ])
+@router.get(PATH + "/{evaluation_id}/report", response_class=HTMLResponse, dependencies=[READ, STORED])
+@reads_storage
 def get_evaluation_page(evaluation_id: str, db: Db) -> Response:
     """The evaluation's report as one page of HTML, without scripts."""
     return HTMLResponse(reports.read(db, "evaluation", evaluation_id, "page"), headers=reports.PAGE_HEADERS)
 
 
-@router.get(PATH + "/{evaluation_id}/report.json", response_model=dict[str, Any], dependencies=[READ])
+@router.get(PATH + "/{evaluation_id}/report.json", response_model=dict[str, Any], dependencies=[READ, STORED])
+@reads_storage
 def get_evaluation_report(evaluation_id: str, db: Db) -> Response:
     """The evaluation's report as JSON."""
     return Response(reports.read(db, "evaluation", evaluation_id, "report"), media_type="application/json")

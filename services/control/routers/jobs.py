@@ -22,6 +22,7 @@ from services.control import job_deletion, jobs, journal, reports, stopping
 from services.control.dependencies import (
     FILTERS,
     READ,
+    STORED,
     SUBMIT,
     After,
     CallerOf,
@@ -38,7 +39,7 @@ from services.control.dependencies import (
 from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
 from services.control.launchers.clusters import placed
-from services.control.reading import READ_S, reads_sources
+from services.control.reading import READ_S, reads_sources, reads_storage
 
 router = APIRouter(tags=["alignment"])
 PATH = "/v1/alignment/jobs"
@@ -156,7 +157,8 @@ def list_metrics(
     return journal.list_metrics(db, job_id, stage, after, limit)
 
 
-@router.get(PATH + "/{job_id}/checkpoints", dependencies=[READ])
+@router.get(PATH + "/{job_id}/checkpoints", dependencies=[READ, STORED])
+@reads_storage
 def list_checkpoints(
     job_id: str, db: Db, root: Root, after: AfterStep = None, limit: Limit = 20
 ) -> ListView[CheckpointView]:
@@ -164,7 +166,8 @@ def list_checkpoints(
     return jobs.list_checkpoints(db, root, job_id, after, limit)
 
 
-@router.get(PATH + "/{job_id}/credit", response_model=CreditRecord, dependencies=[READ])
+@router.get(PATH + "/{job_id}/credit", response_model=CreditRecord, dependencies=[READ, STORED])
+@reads_storage
 def get_credit(job_id: str, db: Db) -> Response:
     """Where training put its credit: gradient weights by tenths of the timesteps, logged and predicted from
     margins.
@@ -172,13 +175,15 @@ def get_credit(job_id: str, db: Db) -> Response:
     return Response(jobs.credit(db, job_id), media_type="application/json")
 
 
-@router.get(PATH + "/{job_id}/report", response_class=HTMLResponse, dependencies=[READ])
+@router.get(PATH + "/{job_id}/report", response_class=HTMLResponse, dependencies=[READ, STORED])
+@reads_storage
 def get_job_page(job_id: str, db: Db) -> Response:
     """The report of the job's own evaluation as one page of HTML, without scripts."""
     return HTMLResponse(reports.read(db, "alignment", job_id, "page"), headers=reports.PAGE_HEADERS)
 
 
-@router.get(PATH + "/{job_id}/report.json", response_model=dict[str, Any], dependencies=[READ])
+@router.get(PATH + "/{job_id}/report.json", response_model=dict[str, Any], dependencies=[READ, STORED])
+@reads_storage
 def get_job_report(job_id: str, db: Db) -> Response:
     """The report of the job's own evaluation as JSON."""
     return Response(reports.read(db, "alignment", job_id, "report"), media_type="application/json")

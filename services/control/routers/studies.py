@@ -13,6 +13,7 @@ from services.api.requests import StudyCreate
 from services.control import jobs, journal, reports, stopping, studies
 from services.control.dependencies import (
     READ,
+    STORED,
     SUBMIT,
     After,
     Config,
@@ -26,7 +27,7 @@ from services.control.dependencies import (
 )
 from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
-from services.control.reading import READ_S, reads_sources
+from services.control.reading import READ_S, reads_sources, reads_storage
 
 router = APIRouter(tags=["studies"])
 PATH = "/v1/studies"
@@ -80,13 +81,15 @@ def resume_study(study_id: str, db: Db) -> StudyView:
     return studies.resume(db, study_id)
 
 
-@router.get(PATH + "/{study_id}/report", response_class=HTMLResponse, dependencies=[READ])
+@router.get(PATH + "/{study_id}/report", response_class=HTMLResponse, dependencies=[READ, STORED])
+@reads_storage
 def get_study_page(study_id: str, db: Db) -> Response:
     """The study's report as one page of HTML, without scripts."""
     return HTMLResponse(reports.read(db, "study", study_id, "page"), headers=reports.PAGE_HEADERS)
 
 
-@router.get(PATH + "/{study_id}/report.json", response_model=dict[str, Any], dependencies=[READ])
+@router.get(PATH + "/{study_id}/report.json", response_model=dict[str, Any], dependencies=[READ, STORED])
+@reads_storage
 def get_study_report(study_id: str, db: Db) -> Response:
     """The study's report as JSON."""
     return Response(reports.read(db, "study", study_id, "report"), media_type="application/json")

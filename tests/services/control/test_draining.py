@@ -25,26 +25,41 @@ IMAGES = "/v1/images/generations"
 EVENT = b'event: image_generation.partial_image\ndata: {"n": %d}\n\n'
 
 
-async def draws(scope, receive, send) -> None:
+class Draws:
     """In Serve's place: takes as many seconds as the seed says, or streams ten events in them."""
-    body = await Request(scope, receive).json() if scope["method"] == "POST" else {}
-    seconds = body.get("seed", 0)
-    kind = b"text/event-stream" if body.get("stream") else b"application/json"
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
-    if body.get("stream"):
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.url = ""
+
+    async def __call__(self, scope, receive, send) -> None:
+        body = await Request(scope, receive).json() if scope["method"] == "POST" else {}
+        self.begun += bool(body)
+        seconds = body.get("seed", 0)
+        kind = b"text/event-stream" if body.get("stream") else b"application/json"
+        if not body.get("stream"):
+            await asyncio.sleep(seconds)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        if not body.get("stream"):
+            answer = json.dumps({"data": [], "seed": seconds}).encode()
+            await send({"type": "http.response.body", "body": answer})
+            return
         for number in range(10):
             await asyncio.sleep(seconds / 10)
             await send({"type": "http.response.body", "body": EVENT % number, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-        return
-    await asyncio.sleep(seconds)
-    await send({"type": "http.response.body", "body": json.dumps({"data": [], "seed": seconds}).encode()})
+
+    def wait_for(self, number: int) -> None:
+        """Wait until as many requests have come."""
+        while self.begun < number:
+            time.sleep(0.01)
 
 
 @pytest.fixture
 def serve():
-    with listening(draws, lifespan="off") as url:
-        yield url
+    draws = Draws()
+    with listening(draws, lifespan="off") as draws.url:
+        yield draws
 
 
 def client(url: str) -> httpx.Client:
@@ -71,31 +86,31 @@ def image(seconds: float, **fields) -> dict:
 def test_a_replica_that_ends_finishes_its_requests_hands_its_streams_on_and_exits_with_0(
     tmp_path, sqlite_url, serve
 ):
-    options = {"SERVE_URL": serve, "DRAIN_NOTICE_S": "2", "DRAIN_S": "60"}
+    options = {"SERVE_URL": serve.url, "DRAIN_NOTICE_S": "6", "DRAIN_S": "60"}
     with ControlProcess(tmp_path, sqlite_url, **options) as control, ThreadPoolExecutor(4) as pool:
         job = register(control.url, tmp_path)
         with client(control.url) as http:
             run = http.post(JOBS, json=job).raise_for_status().json()["id"]
             accept = {"accept": "text/event-stream"}
             generation = pool.submit(
-                httpx.post, control.url + IMAGES, json=image(4), headers=HEADERS, timeout=60
+                httpx.post, control.url + IMAGES, json=image(8), headers=HEADERS, timeout=60
             )
             drawing = pool.submit(
-                httpx.post, control.url + IMAGES, json=image(4, stream=True), headers=HEADERS, timeout=60
+                httpx.post, control.url + IMAGES, json=image(8, stream=True), headers=HEADERS, timeout=60
             )
             with http.stream("GET", f"{JOBS}/{run}/events", headers=accept) as events:
                 seen = events.iter_text()
                 first = next(seen)
-                time.sleep(0.5)
+                serve.wait_for(2)
                 control.terminate()
-                told = control.wait_for(lambda report: report["draining"], 1.5)
+                told = control.wait_for(lambda report: report["draining"], 5)
                 assert told["status"] == "not ready"
                 assert control.readiness()[0] == 503
                 late = httpx.get(f"{control.url}/v1/models", headers=HEADERS)
                 assert (late.status_code, late.headers["connection"]) == (200, "close")
                 last = first + "".join(seen)
         assert last.endswith("retry: 500\n\n"), "a browser reconnects by itself then"
-        assert generation.result().json() == {"data": [], "seed": 4}
+        assert generation.result().json() == {"data": [], "seed": 8}
         assert drawing.result().content == b"".join(EVENT % number for number in range(10))
         assert control.process.wait(30) == 0
         with pytest.raises(httpx.ConnectError):
@@ -106,17 +121,21 @@ def test_a_replica_that_ends_finishes_its_requests_hands_its_streams_on_and_exit
         later = {"accept": "text/event-stream", "last-event-id": number}
         with http.stream("GET", f"{JOBS}/{run}/events", headers=later) as events:
             http.post(f"{JOBS}/{run}/cancel").raise_for_status()
-            rest = next(events.iter_text())
+            rest = ""
+            for text in events.iter_text():
+                rest += text
+                if "cancel requested" in rest:
+                    break
     assert "cancel requested" in rest
     assert "created: " not in rest, "it goes on after the last event that the client has"
 
 
 def test_what_does_not_end_within_the_drain_is_told_to_be_sent_again(tmp_path, sqlite_url, serve):
-    with ControlProcess(tmp_path, sqlite_url, SERVE_URL=serve, DRAIN_S="1") as control:
+    with ControlProcess(tmp_path, sqlite_url, SERVE_URL=serve.url, DRAIN_S="1") as control:
         register(control.url, tmp_path)
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(httpx.post, control.url + IMAGES, json=image(50), headers=HEADERS, timeout=60)
-            time.sleep(1.0)
+            serve.wait_for(1)
             began_s = time.monotonic()
             control.terminate()
             answer = asked.result()
@@ -185,13 +204,14 @@ def _problem(answer: httpx.Response) -> str | None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_no_request_fails_while_two_replicas_on_postgresql_are_replaced_one_by_one(tmp_path, postgres, serve):
     name = f"t{uuid.uuid4().hex}"
     with psycopg.connect(f"{postgres}/postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     url = f"{postgres}/{name}"
     assert command(tmp_path, url, "migrate").returncode == 0
-    options = {"SERVE_URL": serve, "MIGRATE": "false", "DRAIN_NOTICE_S": "5", "DRAIN_S": "60"}
+    options = {"SERVE_URL": serve.url, "MIGRATE": "false", "DRAIN_NOTICE_S": "5", "DRAIN_S": "60"}
     with ExitStack() as undo:
         start = lambda: undo.enter_context(ControlProcess(tmp_path, url, **options))  # noqa: E731
         proxy = undo.enter_context(RoundRobin())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse
 
-from services.control.launchers.ray_jobs import RayJobsLauncher
-from services.errors import Unavailable
 from tests.services.control.test_streams import listening
 
+ROOT = Path(__file__).parents[3]
 FIRST = "first" * 8
 SECOND = "second" * 8
 
@@ -40,26 +44,42 @@ def head():
         yield app.state
 
 
-def test_a_token_that_was_replaced_is_read_again_once_the_old_one_is_refused(head, tmp_path, monkeypatch):
-    from ray._raylet import AuthenticationTokenLoader
+SCRIPT = """
+import os, sys
+from services.control.launchers.ray_jobs import RayJobsLauncher
+from services.errors import Unavailable
 
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+ray = RayJobsLauncher(sys.argv[1])
+for line in sys.stdin:
+    try:
+        print(ray.status("j").state, flush=True)
+    except Unavailable as error:
+        print(str(error).splitlines()[0], flush=True)
+"""
+
+
+def test_a_token_that_was_replaced_is_read_again_once_the_old_one_is_refused(head, tmp_path):
+    """In a process of its own: Ray reads its mode when it is imported."""
     file = tmp_path / "auth_token"
     file.write_text(FIRST)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
-    AuthenticationTokenLoader.instance().reset_cache()
-    try:
-        ray = RayJobsLauncher(head.url)
-        assert ray.status("j").state == "running"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT, head.url]
+    with subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def status() -> str:
+            process.stdin.write("again\n")
+            process.stdin.flush()
+            return process.stdout.readline().strip()
+
+        assert status() == "running"
         file.write_text(SECOND)
-        assert ray.status("j").state == "running", "the old token is still good"
+        assert status() == "running", "the old token is still good"
         head.token = SECOND
-        assert ray.status("j").state == "running"
+        assert status() == "running"
         assert head.refused == 1, "the old token, once"
         head.token = "third" * 8
-        with pytest.raises(Unavailable, match="Authentication failed"):
-            ray.status("j")
-    finally:
-        AuthenticationTokenLoader.instance().reset_cache()
+        assert "Authentication failed" in status()
+        process.stdin.close()

@@ -26,12 +26,10 @@ def key_file(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     write_key(tmp_path / "credentials", "old")
-    s3.client.cache_clear()
-    s3.filesystem.cache_clear()
+    s3.forget_clients()
     yield tmp_path / "credentials"
     s3_server.proxy.refused_keys = set()
-    s3.client.cache_clear()
-    s3.filesystem.cache_clear()
+    s3.forget_clients()
 
 
 def test_a_rotated_key_is_read_again_for_every_kind_of_request(
