@@ -2,9 +2,9 @@
 
     python docker/lock.py [--torch-wheels PAGE_OR_FOLDER]
 
-The versions are those of constraints.txt; run it again whenever that file or a list in pyproject.toml changes.
-It needs `uv`. The locks hold the wheels of x86-64 Linux and Python 3.11, without source archives, so that a build
-of an image compiles and resolves nothing.
+The versions are those of constraints.txt; run it again whenever that file or a list in pyproject.toml
+changes. It needs `uv`. The locks hold the wheels of x86-64 Linux and Python 3.11, without source archives, so
+that a build of an image compiles and resolves nothing.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python sbom.py NAME VERSION > sbom.cdx.json
 
 ``cyclonedx-py`` finds the Python packages; it is in a folder of its own, named by TOOLS, so that it does not
-list itself. The Debian packages are those of dpkg's database. The document is checked against CycloneDX's schema.
+list itself. The Debian packages are those of dpkg's database. The document is checked against CycloneDX's
+schema.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def python_packages() -> dict:
     """The document of the packages of this interpreter, without those in TOOLS."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "python.json"
-        run = f"import sys; sys.path.append({str(TOOLS)!r}); from cyclonedx_py._internal.cli import run; run()"
+        run = (
+            f"import sys; sys.path.append({str(TOOLS)!r}); from cyclonedx_py._internal.cli import run; run()"
+        )
         command = [sys.executable, "-c", run, "environment", "--output-reproducible", "--of", "JSON",
                    "--output-file", str(found), sys.executable]  # fmt: skip
         subprocess.run(command, check=True)
@@ -40,14 +43,21 @@ def debian_packages() -> list[dict]:
         name = name.partition(":")[0]
         distro = f"{release['ID']}-{release['VERSION_ID']}"
         purl = f"pkg:deb/debian/{name}@{quote(version, safe='')}?arch={architecture}&distro={distro}"
-        components.append({"type": "library", "name": name, "version": version, "purl": purl, "bom-ref": purl})
+        components.append(
+            {"type": "library", "name": name, "version": version, "purl": purl, "bom-ref": purl}
+        )
     return components
 
 
 def main(name: str, version: str) -> None:
     document = python_packages()
     document["components"] += debian_packages()
-    document["metadata"]["component"] = {"type": "container", "name": name, "version": version, "bom-ref": name}
+    document["metadata"]["component"] = {
+        "type": "container",
+        "name": name,
+        "version": version,
+        "bom-ref": name,
+    }
 
     sys.path.append(str(TOOLS))
     from cyclonedx.schema import SchemaVersion
