@@ -45,7 +45,7 @@ ARG VERSION=0.1.0
 RUN --mount=type=bind,source=docker,target=/docker \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     --mount=type=secret,id=pip,target=/etc/pip.conf \
-    pip install --no-cache-dir --no-deps --require-hashes --target /opt/sbom -r /docker/locks/sbom.txt \
+    pip install --no-cache-dir --no-compile --no-deps --require-hashes --target /opt/sbom -r /docker/locks/sbom.txt \
     && python /docker/sbom.py dde-ray "${VERSION}" > sbom.cdx.json && rm -r /opt/sbom
 
 ARG BASE

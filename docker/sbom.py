@@ -3,8 +3,7 @@
     python sbom.py NAME VERSION > sbom.cdx.json
 
 ``cyclonedx-py`` finds the Python packages; it is in a folder of its own, named by TOOLS, so that it does not
-list itself. The Debian packages are those of dpkg's database. The document is checked against CycloneDX's
-schema.
+list itself. The Debian packages are those of dpkg's database.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def python_packages() -> dict:
         run = (
             f"import sys; sys.path.append({str(TOOLS)!r}); from cyclonedx_py._internal.cli import run; run()"
         )
-        command = [sys.executable, "-c", run, "environment", "--output-reproducible", "--of", "JSON",
-                   "--output-file", str(found), sys.executable]  # fmt: skip
+        command = [sys.executable, "-c", run, "environment", "--no-validate", "--output-reproducible",
+                   "--of", "JSON", "--output-file", str(found), sys.executable]  # fmt: skip
         subprocess.run(command, check=True)
         return json.loads(found.read_text())
 
@@ -58,16 +57,7 @@ def main(name: str, version: str) -> None:
         "version": version,
         "bom-ref": name,
     }
-
-    sys.path.append(str(TOOLS))
-    from cyclonedx.schema import SchemaVersion
-    from cyclonedx.validation.json import JsonStrictValidator
-
-    text = json.dumps(document, indent=1)
-    error = JsonStrictValidator(SchemaVersion.from_version(document["specVersion"])).validate_str(text)
-    if error is not None:
-        raise SystemExit(f"the document is not valid CycloneDX {document['specVersion']}: {error}")
-    print(text)
+    print(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

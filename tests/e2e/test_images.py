@@ -15,6 +15,8 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 from services.api.records import EncodeResult
 from services.client.processes import Child, free_ports, wait_until
@@ -102,7 +104,10 @@ def test_an_image_contains_its_locks_an_sbom_of_all_packages_and_no_leftovers(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     image: Image = request.getfixturevalue(name)
-    document = json.loads(image.read("/usr/local/share/dde/sbom.cdx.json"))
+    text = image.read("/usr/local/share/dde/sbom.cdx.json")
+    document = json.loads(text)
+    schema = SchemaVersion.from_version(document["specVersion"])
+    assert JsonStrictValidator(schema).validate_str(text) is None
     listed = {(each["name"].lower(), each["version"]) for each in document["components"]}
     script = (
         "import importlib.metadata as m, json;"
@@ -153,13 +158,13 @@ def test_the_control_image_migrates_a_database_and_serves_on_it(
     serving = start(control, "control", **given)
     address = f"http://127.0.0.1:{port}"
     wait_until(lambda: answers(f"{address}/healthz"), "/healthz does not answer", [serving], 240)
-    jobs = httpx.get(f"{address}/v1/alignment/jobs", headers={"Authorization": "Bearer key"})
+    jobs = httpx.get(f"{address}/v1/alignment/jobs", headers={"Authorization": "Bearer key"}, timeout=60)
     assert (jobs.status_code, jobs.json()["data"]) == (200, [])
 
 
-def answers(url: str, token: str = "") -> bool:
+def answers(url: str, headers: dict[str, str] | None = None) -> bool:
     try:
-        return httpx.get(url, timeout=5.0, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        return httpx.get(url, timeout=5.0, headers=headers).status_code == 200
     except httpx.TransportError:
         return False
 
@@ -212,7 +217,8 @@ def test_a_job_of_the_ray_image_encodes_pairs_on_a_worker_that_joined_its_head(
 
     head = start(ray, "head", *ray_start(others[:2], "--head", f"--port={gcs}", "--num-cpus=0",
                  f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"), **given)  # fmt: skip
-    wait_until(lambda: answers(f"{address}/api/version", TOKEN), "the head does not answer", [head], 240)
+    key = {"Authorization": f"Bearer {TOKEN}"}
+    wait_until(lambda: answers(f"{address}/api/version", key), "the head does not answer", [head], 240)
     start(ray, "worker", *ray_start(others[2:], f"--address=127.0.0.1:{gcs}", "--num-cpus=2"), **given)
 
     spec_uri, done_uri = encode_spec(ray, shared)
