@@ -30,6 +30,10 @@ class Settings(BaseSettings):
     api_key: Annotated[SecretStr, Field(min_length=1)]
     storage_uri: str
     database_url: str = "sqlite:///dde.db"
+    database_password_file: Path | None = None
+    """A file with PostgreSQL's password, read for each new connection: a rotated one is used at once. None:
+    the password is in ``database_url``.
+    """
     ray_url: str = "http://127.0.0.1:8265"
     serve_url: str = "http://127.0.0.1:8000"
     host: str = "127.0.0.1"
@@ -88,6 +92,10 @@ class Settings(BaseSettings):
     """A port of its own for /metrics, without a key; None: the port of the API answers it."""
     drain_s: Annotated[float, Field(ge=0)] = 300.0
     """How long a replica that is asked to end (SIGTERM) finishes the requests that it has."""
+    drain_notice_s: Annotated[float, Field(ge=0)] = 5.0
+    """How much of that it still accepts new ones, although it is no longer ready: load balancers need some
+    seconds to notice.
+    """
     unreachable_s: float = 300.0
     """How long Ray may be unreachable, with nothing new in the run's journal, before its job fails; also how
     long to wait until Ray confirms the end of a run that was stopped.

@@ -77,17 +77,32 @@ class ErrorView(Answer):
 
 
 class CheckView(Answer):
-    """Whether a part is reachable; ``detail`` is its error."""
+    """Whether a part was reachable ``age_s`` seconds ago; None before its first check has ended.
+
+    ``detail`` is its error, or what is unusual about a part that is reachable.
+    """
 
     ok: bool
     detail: str | None
+    age_s: float | None = None
 
 
 class ReadyView(Answer):
-    """Whether database, storage and Ray are reachable. "not ready" has the HTTP status 503."""
+    """Whether this replica can answer: the database is reachable, and the replica is not ``draining``. "not
+    ready" has the HTTP status 503.
+
+    ``checks`` are of database, storage, Ray and Serve. The last three do not decide: without them the API
+    still answers.
+    """
 
     status: Literal["ready", "not ready"]
+    draining: bool = False
     checks: dict[str, CheckView]
+
+    @property
+    def away(self) -> dict[str, str]:
+        """The parts that are not reachable, with their errors."""
+        return {name: str(check.detail) for name, check in self.checks.items() if not check.ok}
 
 
 class ReasonView(Answer):

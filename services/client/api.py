@@ -38,6 +38,7 @@ from services.api.answers import (
     ListView,
     MetricView,
     ModelView,
+    ReadyView,
     RunView,
     ScorerView,
     StudyView,
@@ -339,11 +340,21 @@ class Client:
         return rows
 
     def ready(self) -> bool:
-        """Whether the control plane reports that it is ready. Tries once and does not raise."""
+        """Whether the control plane can answer. Tries once and does not raise."""
+        return self.readiness() is not None
+
+    def complete(self) -> bool:
+        """Whether the control plane can answer and reaches all parts. Tries once and does not raise."""
+        report = self.readiness()
+        return report is not None and not report.away
+
+    def readiness(self) -> ReadyView | None:
+        """The report of a control plane that can answer, else None. Tries once and does not raise."""
         try:
-            return self._http.get("/readyz", timeout=5.0).is_success
+            answer = self._http.get("/readyz", timeout=5.0)
         except httpx.TransportError:
-            return False
+            return None
+        return parse(ReadyView, answer.json()) if answer.is_success else None
 
     # ---- one request
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
+import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,8 +26,10 @@ from services.api.requests import (
     StudyCreate,
 )
 from services.control import image_files as images_by_url
-from services.control import inference, problems
+from services.control import inference, problems, schema
 from services.control.database import Database
+from services.control.draining import Drain
+from services.control.health import Parts
 from services.control.launchers.contract import Launcher
 from services.control.launchers.ray_jobs import RayJobsLauncher
 from services.control.middleware import Observed
@@ -73,14 +75,19 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
     settings = settings.model_copy(update={"storage_uri": files.as_uri(settings.storage_uri)})
     app.state.settings = settings
     app.state.launcher = launcher or RayJobsLauncher(settings.ray_url)
-    app.state.database = Database(settings.database_url)
+    app.state.database = Database.of(settings)
     app.state.reconcile = reconcile
-    app.state.telemetry = Telemetry(app.state.database)
-    app.add_middleware(Observed, telemetry=app.state.telemetry)
+    app.state.reconciler = Reconciler(app.state.database, settings, app.state.launcher)
+    app.state.parts = Parts(app.state.database, settings, app.state.launcher)
+    app.state.drain = Drain()
+    app.state.telemetry = Telemetry(app.state.database, app.state.parts, app.state.reconciler)
+    app.add_middleware(Observed, telemetry=app.state.telemetry, drain=app.state.drain)
     problems.install(app)
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorView} for status in ("4XX", "5XX")}
     for each in (health, datasets, models, scorers, jobs, evaluations, studies, images, image_files, keys):
         app.include_router(each.router, responses=errors)
+    if settings.metrics_port is None:
+        app.include_router(health.metrics_router, responses=errors)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -89,19 +96,26 @@ def build_app(settings: Settings, launcher: Launcher | None = None, *, reconcile
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state = app.state
     sources.hold_to(source_rules(state.settings, DEFAULT_PROJECT))
-    await run_in_threadpool(state.database.migrate)
-    reconciler = Reconciler(state.database, state.settings, state.launcher)
-    if state.reconcile:
-        reconciler.start()
-    sweeping = asyncio.create_task(images_by_url.sweep_forever(state.settings, state.database))
-    try:
-        async with inference.make_client(state.settings.serve_url) as state.serve:
-            yield
-    finally:
-        sweeping.cancel()
-        await asyncio.gather(sweeping, return_exceptions=True)
-        await run_in_threadpool(reconciler.stop)
-        state.database.close()
+    await run_in_threadpool(schema.prepare, state.database, may_migrate=state.settings.migrate)
+    with ExitStack() as undo:
+        undo.callback(state.database.close)
+        if state.settings.metrics_port is not None:
+            metrics = state.telemetry.listen(state.settings.host, state.settings.metrics_port)
+            undo.callback(metrics.server_close)
+            undo.callback(metrics.shutdown)
+        state.parts.start()
+        undo.callback(state.parts.stop)
+        if state.reconcile:
+            state.reconciler.start()
+        stopping = threading.Event()
+        sweeping = (stopping, state.settings, state.database)
+        threading.Thread(target=images_by_url.sweep_until, args=sweeping, name="sweep", daemon=True).start()
+        undo.callback(stopping.set)
+        try:
+            async with inference.make_client(state.settings.serve_url) as state.serve:
+                yield
+        finally:
+            await run_in_threadpool(state.reconciler.stop)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

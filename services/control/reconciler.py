@@ -43,6 +43,7 @@ from services.settings import Settings
 
 log = logging.getLogger("dde")
 THREADS = 4
+STOP_S = 15.0
 CANDIDATES = 8
 MAX_BACKOFF_EXPONENT = 20
 
@@ -65,26 +66,38 @@ class Reconciler:
         self._launcher = launcher
         self._clock = clock
         self._stopping = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"reconciler-{i}", daemon=True) for i in range(THREADS)
-        ]
+        self._threads: list[threading.Thread] = []
+        self.last_review_at: float | None = None
+        """When a thread last reviewed a job or found none due (Unix time)."""
 
     def start(self) -> None:
         """Start the threads."""
+        self._stopping.clear()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"reconciler-{i}", daemon=True) for i in range(THREADS)
+        ]
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Stop the threads after the reviews in progress."""
+    def request_stop(self) -> None:
+        """Take no further job."""
         self._stopping.set()
+
+    def stop(self) -> None:
+        """Stop the threads after the reviews in progress, but wait no longer than ``STOP_S`` for them.
+
+        A review that hangs changes nothing any more once its lock has expired.
+        """
+        self.request_stop()
+        deadline_s = time.monotonic() + STOP_S
         for thread in self._threads:
-            if thread.is_alive():
-                thread.join(timeout=30)
+            thread.join(timeout=max(0.0, deadline_s - time.monotonic()))
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
                 busy = self.once()
+                self.last_review_at = time.time()
             except Exception:  # the database is unreachable, so the error cannot be stored there
                 log.exception("the reconciler could not take or update a job")
                 busy = False

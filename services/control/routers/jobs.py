@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 
 from services.api.answers import CheckpointView, EventView, JobView, ListView, MetricView, RunView
@@ -101,6 +101,7 @@ def resume_job(job_id: str, db: Db) -> JobView:
 )
 def list_events(
     job_id: str,
+    request: Request,
     db: Db,
     caller: CallerOf,
     settings: Config,
@@ -117,7 +118,8 @@ def list_events(
     after = last_event_id or after
     if journal.is_read_to_the_end(db, job_id, after):
         return Response(status_code=204)  # tells browsers not to reconnect
-    stream = journal.stream_events(db, caller, job_id, after, settings.poll_interval_s)
+    drain = request.app.state.drain
+    stream = journal.stream_events(db, caller, job_id, after, settings.poll_interval_s, drain)
     return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 
