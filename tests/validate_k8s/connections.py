@@ -51,7 +51,11 @@ def _services(overlay: Overlay) -> Iterator[str]:
         given = {}
         for port in at(service, "spec", "ports", default=[]):
             given[port.get("name")] = port.get("port")
-            if pods[0].ports.get(port.get("targetPort")) != port.get("port") or set(port) != {"name", "port", "targetPort"}:
+            if pods[0].ports.get(port.get("targetPort")) != port.get("port") or set(port) != {
+                "name",
+                "port",
+                "targetPort",
+            }:
                 yield f"{title(service)}: port {port} is not one of its pods: {pods[0].ports}"
         if given != SERVICES.get(name):
             yield f"{title(service)}: its ports are {given}, not {SERVICES.get(name)}"
@@ -72,12 +76,17 @@ def _services(overlay: Overlay) -> Iterator[str]:
 def _addresses(overlay: Overlay) -> Iterator[str]:
     """Each address of something in the cluster leads to a Service, ours or one that KubeRay makes."""
     script = facts.secrets_script()
-    given = {"DDE_RAY_URL": overlay.config.get("DDE_RAY_URL"), "DDE_SERVE_URL": overlay.config.get("DDE_SERVE_URL")}
+    given = {
+        "DDE_RAY_URL": overlay.config.get("DDE_RAY_URL"),
+        "DDE_SERVE_URL": overlay.config.get("DDE_SERVE_URL"),
+    }
     if overlay.name == "local":
         given |= {"database_url": f"//{script.LOCAL_DATABASE}", "AWS_ENDPOINT_URL": script.LOCAL_ENDPOINT}
     for document in overlay.ray:
         if document["kind"] != "RayJob":
-            cluster = document["spec"] if document["kind"] == "RayCluster" else document["spec"]["rayClusterConfig"]
+            cluster = (
+                document["spec"] if document["kind"] == "RayCluster" else document["spec"]["rayClusterConfig"]
+            )
             options = at(cluster, "gcsFaultToleranceOptions")
             given[title(document)] = f"//{options.get('redisAddress')}"
             key = at(options, "redisPassword", "valueFrom", "secretKeyRef")
@@ -89,7 +98,11 @@ def _addresses(overlay: Overlay) -> Iterator[str]:
     known = _known(overlay)
     for name, url in given.items():
         parts = urlsplit(url or "")
-        if known.get(name) != parts.netloc or (name.startswith("DDE_") and parts.scheme != "http") or parts.path:
+        if (
+            known.get(name) != parts.netloc
+            or (name.startswith("DDE_") and parts.scheme != "http")
+            or parts.path
+        ):
             yield f"{name}: {url!r} does not lead to {known.get(name)}"
 
 
@@ -109,13 +122,17 @@ def _known(overlay: Overlay) -> dict[str, str]:
 def _policies(overlay: Overlay) -> Iterator[str]:
     parts = {pod.part for pod in overlay.pods()}
     policies = overlay.of("NetworkPolicy")
-    selected = [at(policy, "spec", "podSelector", "matchLabels", "dde-part", default="") for policy in policies]
+    selected = [
+        at(policy, "spec", "podSelector", "matchLabels", "dde-part", default="") for policy in policies
+    ]
     if sorted(selected) != sorted(parts - CLIENTS_ONLY):
         yield f"NetworkPolicies select {sorted(selected)}, but the pods are {sorted(parts - CLIENTS_ONLY)}"
     for policy in policies:
         spec = at(policy, "spec")
         part = at(spec, "podSelector", "matchLabels", "dde-part", default="")
-        if spec.get("policyTypes") != ["Ingress"] or spec.get("podSelector") != {"matchLabels": {"dde-part": part}}:
+        if spec.get("policyTypes") != ["Ingress"] or spec.get("podSelector") != {
+            "matchLabels": {"dde-part": part}
+        }:
             yield f"{title(policy)}: podSelector or policyTypes is wrong"
         if at(policy, "metadata", "name", default="") != f"dde-{part}":
             yield f"{title(policy)}: it is not called after its part {part!r}"
@@ -170,7 +187,9 @@ def _monitors(overlay: Overlay) -> Iterator[str]:
         if release != overlay.config.get("PROMETHEUS_RELEASE"):
             yield f"{title(monitor)}: label release {release!r} is not PROMETHEUS_RELEASE"
         selector = at(monitor, "spec", "selector")
-        endpoints = at(monitor, "spec", "endpoints", default=[]) or at(monitor, "spec", "podMetricsEndpoints", default=[])
+        endpoints = at(monitor, "spec", "endpoints", default=[]) or at(
+            monitor, "spec", "podMetricsEndpoints", default=[]
+        )
         targets = _targets(overlay, monitor["kind"], selector)
         if not targets:
             yield f"{title(monitor)}: it selects nothing: {selector}"
@@ -202,7 +221,9 @@ def _targets(overlay: Overlay, kind: str, selector: dict) -> dict[str, set[str]]
                 found[part] = {port.get("name", "") for port in at(service, "spec", "ports", default=[])}
         return found
     for pod in overlay.pods():
-        accepts = [e["operator"] == "In" and pod.labels.get(e["key"]) in e.get("values", []) for e in expressions]
+        accepts = [
+            e["operator"] == "In" and pod.labels.get(e["key"]) in e.get("values", []) for e in expressions
+        ]
         if labels.items() <= pod.labels.items() and accepts and all(accepts):
             found[pod.part] = set(pod.ports)
     values = {value for e in expressions for value in e.get("values", [])}
@@ -214,12 +235,17 @@ def _routes(overlay: Overlay) -> Iterator[str]:
         host = urlsplit(overlay.config.get("DDE_PUBLIC_URL", "")).hostname
         if at(route, "spec", "hostnames", default=[]) != [host]:
             yield f"{title(route)}: hostnames are not [{host}], that of DDE_PUBLIC_URL"
-        parent = {"name": overlay.config.get("GATEWAY_NAME"), "namespace": overlay.config.get("GATEWAY_NAMESPACE")}
+        parent = {
+            "name": overlay.config.get("GATEWAY_NAME"),
+            "namespace": overlay.config.get("GATEWAY_NAMESPACE"),
+        }
         if at(route, "spec", "parentRefs", default=[]) != [parent]:
             yield f"{title(route)}: parentRefs are not the Gateway of settings.env"
         for rule in at(route, "spec", "rules", default=[]):
             backends = [(b.get("name"), b.get("port")) for b in rule.get("backendRefs", [])]
-            if backends != [("dde-control", SERVICES["dde-control"]["http"])] or not overlay.named("Service", "dde-control"):
+            if backends != [("dde-control", SERVICES["dde-control"]["http"])] or not overlay.named(
+                "Service", "dde-control"
+            ):
                 yield f"{title(route)}: it leads to {backends}, not to the API of dde-control"
             if any(set(b) != {"name", "port"} for b in rule.get("backendRefs", [])):
                 yield f"{title(route)}: backendRefs have more than a name and a port"

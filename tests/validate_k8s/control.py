@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -32,16 +34,30 @@ NEEDED_RULES = {
 }
 """The permissions of each Role: these, and no more."""
 SUBJECTS = {"dde-autoscaler": "dde", "dde-control": "dde-control"}
-INPUTS = {"CONTROL_IMAGE", "TRAIN_MAX_PODS", "TRAIN_POD_GPUS", "TRAIN_POD_CPUS", "TRAIN_POD_MEMORY",
+INPUTS = {"CONTROL_IMAGE", "DDE_RAYJOB_IMAGE", "TRAIN_MAX_PODS", "TRAIN_POD_GPUS", "TRAIN_POD_CPUS", "TRAIN_POD_MEMORY",
           "TRAIN_MAX_SPOT_PODS", "SERVE_MAX_PODS", "GATEWAY_NAME", "GATEWAY_NAMESPACE", "PROMETHEUS_RELEASE",
           "JOB_GPUS", "JOB_CPUS", "JOB_MEMORY", "JOB_SPOT_GPUS", "NAMESPACE_GPUS"}  # fmt: skip
-"""Values of settings.env that only manifests read. Each is checked against what it fills in."""
-ONLY_LOCAL = {"CONTROL_IMAGE"}
+"""Values of settings.env that fill in manifests. Each is checked against what it fills in."""
+ONLY_LOCAL = {"CONTROL_IMAGE", "DDE_RAYJOB_IMAGE"}
 ONLY_GPU = {name for name in INPUTS if name.startswith(("TRAIN_", "SERVE_"))} | ONLY_LOCAL
 
 
+APPLICATION = {"name", "route_prefix", "import_path", "args"}
+
+
 def findings(overlay: Overlay) -> Iterator[str]:
-    for check in (_settings, _accounts, _lifecycle, _disruption, _scaling, _sizes, _queue, _quota, _serve, _jobs):
+    for check in (
+        _settings,
+        _accounts,
+        _lifecycle,
+        _disruption,
+        _scaling,
+        _sizes,
+        _queue,
+        _quota,
+        _serve,
+        _jobs,
+    ):
         yield from check(overlay)
 
 
@@ -50,12 +66,15 @@ def _settings(overlay: Overlay) -> Iterator[str]:
     for document in overlay.of("ConfigMap"):
         if set(document) != {"apiVersion", "kind", "metadata", "data"}:
             yield f"{title(document)}: it has {sorted(document)}"
-        if document["metadata"]["name"].startswith("dde-rayjob") and list(at(document, "data")) != ["rayjob.yaml"]:
+        if document["metadata"]["name"].startswith("dde-rayjob") and list(at(document, "data")) != [
+            "rayjob.yaml"
+        ]:
             yield f"{title(document)}: its key is not rayjob.yaml"
     known = facts.dde_variables(Settings)
     inputs = {"local": ONLY_LOCAL, "gpu": ONLY_GPU}.get(overlay.name, INPUTS)
-    if set(config) - known != inputs:
-        yield f"dde-config: nothing reads {sorted(set(config) - known - inputs)}, or it lacks {sorted(inputs - set(config))}"
+    if set(config) - known != inputs - known or not inputs <= set(config):
+        unread = sorted(set(config) - known - inputs)
+        yield f"dde-config: nothing reads {unread}, or it lacks {sorted(inputs - set(config))}"
     values = {name.removeprefix("DDE_").lower(): value for name, value in config.items() if name in known}
     try:
         settings = _parsed(tuple(sorted(values.items())))
@@ -75,11 +94,13 @@ def _settings(overlay: Overlay) -> Iterator[str]:
     for name, value in expected.items():
         if getattr(settings, name) != value:
             yield f"dde-config: {name} is {getattr(settings, name)!r}, not {value!r}"
-    if not settings.storage_uri.startswith("s3://") or not all(s.startswith("s3://") for s in settings.allowed_sources):
+    if not settings.storage_uri.startswith("s3://") or not all(
+        s.startswith("s3://") for s in settings.allowed_sources
+    ):
         yield "dde-config: pods share only an object store: storage and sources must be s3:// URIs"
     if not settings.allowed_sources or settings.driver_cpus <= 0 or settings.driver_memory < 500_000_000:
         yield "dde-config: there must be allowed sources, and drivers that reserve CPUs and memory"
-    for name in inputs - {"CONTROL_IMAGE", "GATEWAY_NAME", "GATEWAY_NAMESPACE", "PROMETHEUS_RELEASE"}:
+    for name in sorted(n for n in inputs if n.endswith(("GPUS", "CPUS", "MEMORY", "PODS"))):
         try:
             quantity(config[name])
         except (KeyError, ValueError) as error:
@@ -90,6 +111,7 @@ def _settings(overlay: Overlay) -> Iterator[str]:
             yield f"dde-config: {name} {value!r} is no {kind}"
 
 
+@cache
 def _parsed(values: tuple[tuple[str, str], ...]) -> Settings:
     with mock.patch.dict(os.environ, clear=True):
         given: dict[str, Any] = {"api_key": "k", "database_url": "postgresql+psycopg://h/d", **dict(values)}
@@ -120,7 +142,9 @@ def _accounts(overlay: Overlay) -> Iterator[str]:
         subject = {"kind": "ServiceAccount", "name": SUBJECTS.get(name), "namespace": "dde"}
         if binding.get("roleRef") != role or name not in roles:
             yield f"RoleBinding/{name}: roleRef is not Role {name}"
-        if binding.get("subjects") != [subject] or not overlay.named("ServiceAccount", SUBJECTS.get(name, "")):
+        if binding.get("subjects") != [subject] or not overlay.named(
+            "ServiceAccount", SUBJECTS.get(name, "")
+        ):
             yield f"RoleBinding/{name}: its subject is not {subject}"
 
 
@@ -141,7 +165,7 @@ def _lifecycle(overlay: Overlay) -> Iterator[str]:
             yield f"{title(owner)}: it is one server; replicas must be 1"
         for claim in at(owner, "spec", "volumeClaimTemplates", default=[]):
             storage = at(claim, "spec", "resources", "requests")
-            if set(storage) != {"storage"} or not 1e9 <= quantity(storage["storage"]) <= 1e12:
+            if storage not in ({"storage": "4Gi"}, {"storage": "20Gi"}):
                 yield f"{title(owner)}: its claim requests {storage}"
             if at(claim, "spec", "accessModes", default=[]) != ["ReadWriteOnce"] or len(claim["spec"]) != 2:
                 yield f"{title(owner)}: accessModes is not ReadWriteOnce, or the claim names a class of its own"
@@ -166,7 +190,9 @@ def _disruption(overlay: Overlay) -> Iterator[str]:
     if overlay.name == "production":
         labels = {"dde-part": "serve", "ray.io/node-type": "worker"}
         expected["dde-serve"] = (labels, {"minAvailable": 1})
-    budgets = {at(b, "metadata", "name", default=""): at(b, "spec") for b in overlay.of("PodDisruptionBudget")}
+    budgets = {
+        at(b, "metadata", "name", default=""): at(b, "spec") for b in overlay.of("PodDisruptionBudget")
+    }
     if set(budgets) != set(expected):
         yield f"PodDisruptionBudgets are {sorted(budgets)}, not {sorted(expected)}"
     for name, spec in budgets.items():
@@ -183,7 +209,11 @@ def _scaling(overlay: Overlay) -> Iterator[str]:
         spec = at(scaler, "spec")
         target = at(spec, "scaleTargetRef")
         owner = overlay.named(target.get("kind", ""), target.get("name", ""))
-        if not owner or owner["apiVersion"] != target.get("apiVersion") or target.get("name") != "dde-control":
+        if (
+            not owner
+            or owner["apiVersion"] != target.get("apiVersion")
+            or target.get("name") != "dde-control"
+        ):
             yield f"{title(scaler)}: there is no {target}"
         if "replicas" in at(owner or {}, "spec"):
             yield f"{title(scaler)}: each `kubectl apply` resets the number, as its target has replicas"
@@ -205,15 +235,26 @@ def _sizes(overlay: Overlay) -> Iterator[str]:
         for group in at(cluster_of(document), "workerGroupSpecs", default=[]):
             name = group.get("groupName", "")
             size = at(group, "template", "spec", "containers", 0, "resources", "limits")
-            most = {"gpu": "TRAIN_MAX_PODS", "gpu-spot": "TRAIN_MAX_SPOT_PODS", "serve": "SERVE_MAX_PODS"}.get(name)
+            most = {
+                "gpu": "TRAIN_MAX_PODS",
+                "gpu-spot": "TRAIN_MAX_SPOT_PODS",
+                "serve": "SERVE_MAX_PODS",
+            }.get(name)
             if most and str(group.get("maxReplicas")) != config.get(most):
                 yield f"{title(document)}/{name}: maxReplicas is not {most}"
             if name in ("gpu", "gpu-spot"):
-                given = {resource: str(size.get(resource)) for resource in ("nvidia.com/gpu", "cpu", "memory")}
+                given = {
+                    resource: str(size.get(resource)) for resource in ("nvidia.com/gpu", "cpu", "memory")
+                }
                 wanted = [config.get(f"TRAIN_POD_{what}") for what in ("GPUS", "CPUS", "MEMORY")]
                 if list(given.values()) != wanted:
                     yield f"{title(document)}/{name}: {given} is not TRAIN_POD_*"
-    groups = {g.get("groupName") for g in at(cluster_of(overlay.named("RayCluster", "dde-train") or {}), "workerGroupSpecs", default=[])}
+    groups = {
+        g.get("groupName")
+        for g in at(
+            cluster_of(overlay.named("RayCluster", "dde-train") or {}), "workerGroupSpecs", default=[]
+        )
+    }
     if groups != {"cpu", "gpu", "gpu-spot"}:
         yield f"RayCluster/dde-train: its groups are {sorted(map(str, groups))}"
 
@@ -222,7 +263,10 @@ def _queue(overlay: Overlay) -> Iterator[str]:
     queues = overlay.of("ClusterQueue")
     if len(queues) != (overlay.name == "production"):
         yield "ClusterQueue: production has one, no other overlay has"
-    flavors = {at(flavor, "metadata", "name", default=""): at(flavor, "spec") for flavor in overlay.of("ResourceFlavor")}
+    flavors = {
+        at(flavor, "metadata", "name", default=""): at(flavor, "spec")
+        for flavor in overlay.of("ResourceFlavor")
+    }
     toleration = {"key": "dde-capacity", "operator": "Equal", "value": "spot", "effect": "NoSchedule"}
     expected = {"dde-on-demand": {}, "dde-spot": {"nodeLabels": SPOT, "tolerations": [toleration]}}
     if queues and flavors != expected:
@@ -254,7 +298,9 @@ def _quotas(overlay: Overlay, where: str, group: dict) -> Iterator[str]:
     if set(covered) != requested:
         yield f"{where}: it covers {sorted(covered)}, but RayJobs request {sorted(requested)}"
     names = [flavor.get("name") for flavor in group.get("flavors", [])]
-    if names != ["dde-on-demand", "dde-spot"] or not all(overlay.named("ResourceFlavor", str(n)) for n in names):
+    if names != ["dde-on-demand", "dde-spot"] or not all(
+        overlay.named("ResourceFlavor", str(n)) for n in names
+    ):
         yield f"{where}: its flavors are {names}"
     config = overlay.config
     for flavor in group.get("flavors", []):
@@ -277,14 +323,18 @@ def _quota(overlay: Overlay) -> Iterator[str]:
     config = overlay.config
     for quota in quotas:
         hard = at(quota, "spec", "hard")
-        if set(hard) != {"requests.nvidia.com/gpu", "count/rayjobs.ray.io", "pods"} or set(quota["spec"]) != {"hard"}:
+        if set(hard) != {"requests.nvidia.com/gpu", "count/rayjobs.ray.io", "pods"} or set(quota["spec"]) != {
+            "hard"
+        }:
             yield f"{title(quota)}: it limits {sorted(hard)}"
             continue
         if hard["requests.nvidia.com/gpu"] != config.get("NAMESPACE_GPUS"):
             yield f"{title(quota)}: requests.nvidia.com/gpu is not NAMESPACE_GPUS"
         if not all(100 <= quantity(hard[name]) <= 10_000 for name in ("count/rayjobs.ray.io", "pods")):
             yield f"{title(quota)}: RayJobs or pods are not between 100 and 10000"
-        numbers = {name: int(quantity(config.get(name, "0"))) for name in INPUTS if name.endswith(("GPUS", "PODS"))}
+        numbers = {
+            name: int(quantity(config.get(name, "0"))) for name in INPUTS if name.endswith(("GPUS", "PODS"))
+        }
         shared = (numbers["TRAIN_MAX_PODS"] + numbers["TRAIN_MAX_SPOT_PODS"]) * numbers["TRAIN_POD_GPUS"]
         needed = numbers["JOB_GPUS"] + numbers["JOB_SPOT_GPUS"] + shared + 2 * numbers["SERVE_MAX_PODS"]
         if numbers["NAMESPACE_GPUS"] < needed:
@@ -292,23 +342,33 @@ def _quota(overlay: Overlay) -> Iterator[str]:
 
 
 def _serve(overlay: Overlay) -> Iterator[str]:
-    from ray.serve.schema import ServeDeploySchema
-
     for config in overlay.of("ServeConfig"):
         inside = {name: value for name, value in config.items() if name != "kind"}
-        try:
-            schema = ServeDeploySchema.model_validate(inside)
-            if set(inside) != {"applications"} or (schema.http_options.host, schema.http_options.port) != ("0.0.0.0", 8000):
-                yield "serveConfigV2: it has more than applications, or another port than DDE_SERVE_URL"
-        except ValidationError as error:
-            yield f"serveConfigV2: {error}".replace("\n", "; ")
+        if problem := _serve_problem(json.dumps(inside)):
+            yield f"serveConfigV2: {problem}"
             continue
         for application in inside["applications"]:
             yield from (f"serveConfigV2: {message}" for message in _application(overlay, application))
 
 
+@cache
+def _serve_problem(text: str) -> str:
+    """What Ray Serve's own schema refuses, and whether it listens where the control plane calls it."""
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        options = ServeDeploySchema.model_validate_json(text).http_options
+    except ValidationError as error:
+        return str(error).replace("\n", "; ")
+    if set(json.loads(text)) != {"applications"} or (options.host, options.port) != ("0.0.0.0", 8000):
+        return "it has more than applications, or another port than DDE_SERVE_URL"
+    return ""
+
+
 def _application(overlay: Overlay, application: dict) -> Iterator[str]:
-    if (application.get("name"), application.get("route_prefix")) != ("dde", "/") or len(application) != 4:
+    if (application.get("name"), application.get("route_prefix")) != ("dde", "/") or set(
+        application
+    ) != APPLICATION:
         yield f"the application is not dde at /: {application}"
     module, _, function = application.get("import_path", "").partition(":")
     if not facts.has_function(module, function) or function != "build_app":
@@ -317,7 +377,9 @@ def _application(overlay: Overlay, application: dict) -> Iterator[str]:
     if "storage_uri" in arguments:
         yield "args.storage_uri would be a second place for DDE_STORAGE_URI"
     try:
-        args = ServeArgs.model_validate({**arguments, "storage_uri": overlay.config.get("DDE_STORAGE_URI", "")})
+        args = ServeArgs.model_validate(
+            {**arguments, "storage_uri": overlay.config.get("DDE_STORAGE_URI", "")}
+        )
     except ValidationError as error:
         yield f"args: {error}".replace("\n", "; ")
         return

@@ -134,7 +134,9 @@ def words_of(module: str) -> frozenset[str]:
     """The string constants in a module's ``__main__``: its subcommands are among them."""
     tree = ast.parse(ROOT.joinpath(*module.split("."), "__main__.py").read_text())
     return frozenset(
-        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
 
 

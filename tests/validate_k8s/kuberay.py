@@ -57,7 +57,9 @@ def _tolerates_loss(document: dict) -> Iterator[str]:
         return
     if set(redis) != {"redisAddress", "redisPassword"}:
         yield "gcsFaultToleranceOptions must name Redis and its password: the loss of the head would end the cluster"
-    names = {e["name"] for group in _all_groups(document) for c in _containers(group) for e in c.get("env", [])}
+    names = {
+        e["name"] for group in _all_groups(document) for c in _containers(group) for e in c.get("env", [])
+    }
     if names & {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD"}:
         yield "gcsFaultToleranceOptions excludes the variables RAY_REDIS_ADDRESS and REDIS_PASSWORD"
 
@@ -103,7 +105,11 @@ def _groups(document: dict) -> Iterator[str]:
     names = [group.get("groupName", "head") for group in groups]
     if len(set(names)) < len(names) or "" in names:
         yield f"groups need names of their own: {names}"
-    known = {"RayCluster": {"cpu", "gpu", "gpu-spot"}, "RayService": {"serve"}, "RayJob": {"decode", "workers"}}
+    known = {
+        "RayCluster": {"cpu", "gpu", "gpu-spot"},
+        "RayService": {"serve"},
+        "RayJob": {"decode", "workers"},
+    }
     if set(names) - known[document["kind"]] - {"head"}:
         yield f"groups {sorted(set(names) - {'head'})} are not among {sorted(known[document['kind']])}"
     for group in groups:
@@ -145,7 +151,13 @@ def _job(document: dict) -> Iterator[str]:
         yield "submissionMode is not HTTPMode: others kill a live job when its log stream drops"
     if spec.get("backoffLimit") != 0:
         yield "backoffLimit is not 0: attempts are the control plane's"
-    if set(spec) & {"clusterSelector", "deletionStrategy", "submitterPodTemplate", "suspend", "activeDeadlineSeconds"}:
+    if set(spec) & {
+        "clusterSelector",
+        "deletionStrategy",
+        "submitterPodTemplate",
+        "suspend",
+        "activeDeadlineSeconds",
+    }:
         yield "fields that are not ours to set"
     parts = shlex.split(spec.get("entrypoint", ""))
     if parts[:2] != ["python", "-m"] or len(parts) < 3 or not facts.runs_as_module(parts[2]):
@@ -168,14 +180,14 @@ def _ports(pod: Pod) -> Iterator[str]:
     needed |= {"serve"} if pod.kind == "RayService" else set()
     if pod.ports != {name: PORTS[name] for name in needed}:
         yield f"its ports are {pod.ports}, not {sorted(needed)} as Ray opens them"
-    (container,) = at(pod.spec, "containers", default=[{}])
+    container = at(pod.spec, "containers", 0)
     if container.get("name") != ("ray-head" if pod.group == "head" else "ray-worker"):
         yield f"its container is called {container.get('name')!r}"
 
 
 def _variables(pod: Pod) -> Iterator[str]:
     starts_drivers = pod.kind != "RayService" and (pod.group in ("head", "cpu"))
-    (container,) = at(pod.spec, "containers", default=[{}])
+    container = at(pod.spec, "containers", 0)
     given = {entry["name"]: entry.get("value") for entry in container.get("env", [])}
     stop = {name: value for name, value in given.items() if name.startswith("RAY_JOB_STOP")}
     if stop != (JOB_STOP if starts_drivers else {}):
@@ -184,7 +196,7 @@ def _variables(pod: Pod) -> Iterator[str]:
 
 def _leaves(pod: Pod) -> Iterator[str]:
     """How the pod ends: where work can run, it drains its node first, and waits only while there is work."""
-    (container,) = at(pod.spec, "containers", default=[{}])
+    container = at(pod.spec, "containers", 0)
     command = at(container, "lifecycle", "preStop", "exec", "command", default=[])
     grace = at(pod.spec, "terminationGracePeriodSeconds", default=30)
     script = command[2] if command[:2] == ["sh", "-c"] and len(command) == 3 else shlex.join(command)
@@ -203,7 +215,9 @@ def _leaves(pod: Pod) -> Iterator[str]:
         if not 30 <= grace <= 60:
             yield f"terminationGracePeriodSeconds {grace} is not between 30 and 60"
         return
-    drain = re.search(r"ray drain-node .*?--deadline-remaining-seconds=\d+", script.replace("\\\n", " "), re.DOTALL)
+    drain = re.search(
+        r"ray drain-node .*?--deadline-remaining-seconds=\d+", script.replace("\\\n", " "), re.DOTALL
+    )
     if not drain:
         yield "preStop does not drain its Ray node"
         return

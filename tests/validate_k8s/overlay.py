@@ -173,7 +173,11 @@ def filled_in(template: dict) -> dict:
         "shutdownAfterJobFinishes": True,
     }
     name = f"ajob-{'0' * 24}-evaluate-a99"
-    document = {**template, "metadata": {"name": name, "namespace": "dde"}, "spec": {**run, **template["spec"]}}
+    document = {
+        **template,
+        "metadata": {"name": name, "namespace": "dde"},
+        "spec": {**run, **template["spec"]},
+    }
     for group in at(document, "spec", "rayClusterSpec", "workerGroupSpecs", default=[]):
         for number in ("replicas", "minReplicas", "maxReplicas"):
             group.setdefault(number, 1)

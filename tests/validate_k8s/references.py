@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -15,6 +17,50 @@ NEEDED_LABELS = {"dde-part", "release", "dde-capacity", "app.kubernetes.io/name"
 PROVIDED_CONFIG = {"kube-root-ca.crt": ["ca.crt"]}
 """ConfigMaps that Kubernetes puts into every namespace."""
 PROBES = {"startupProbe": "/healthz", "livenessProbe": "/healthz", "readinessProbe": "/readyz"}
+
+
+LABELED = {
+    ("Job", "dde-migrate"): "migrate",
+    ("Deployment", "dde-control"): "control",
+    ("Service", "dde-control"): "control",
+}
+_PARTS = "control train align serve redis"
+DOCUMENTS = {
+    "Namespace/dde",
+    "ConfigMap/dde-config",
+    "ConfigMap/dde-rayjob",
+    "Deployment/dde-control",
+    "Job/dde-migrate",
+    "PodDisruptionBudget/dde-control",
+    "RayCluster/dde-train",
+    "RayService/dde-serve",
+    "StatefulSet/dde-redis",
+    *(f"Service/dde-{name}" for name in ("control", "redis")),
+    *(f"ServiceAccount/{name}" for name in ("dde", "dde-control")),
+    *(f"{kind}/dde-{name}" for kind in ("Role", "RoleBinding") for name in ("autoscaler", "control")),
+    *(f"NetworkPolicy/dde-{part}" for part in _PARTS.split()),
+}
+MORE_DOCUMENTS = {
+    "local": {
+        "Job/dde-bucket",
+        *(
+            f"{kind}/dde-{part}"
+            for kind in ("Service", "StatefulSet", "NetworkPolicy")
+            for part in ("postgres", "s3")
+        ),
+    },
+    "production": {
+        "ClusterQueue/dde",
+        "HTTPRoute/dde-control",
+        "HorizontalPodAutoscaler/dde-control",
+        "PodDisruptionBudget/dde-serve",
+        "PodMonitor/dde-ray",
+        "ResourceFlavor/dde-on-demand",
+        "ResourceFlavor/dde-spot",
+        "ResourceQuota/dde",
+        "ServiceMonitor/dde-control",
+    },
+}
 
 
 def findings(overlay: Overlay) -> Iterator[str]:
@@ -58,15 +104,14 @@ def _documents(overlay: Overlay) -> Iterator[str]:
             yield f"{title(document)}: metadata has {sorted(document['metadata'])}"
         if at(document, "metadata", "annotations"):
             yield f"{title(document)}: nothing reads its annotations"
-    for kind, name in (("Deployment", "dde-control"), ("Job", "dde-migrate"), ("RayCluster", "dde-train"),
-                       ("RayService", "dde-serve"), ("Service", "dde-control"), ("Service", "dde-redis"),
-                       ("PodDisruptionBudget", "dde-control")):  # fmt: skip
-        if not overlay.named(kind, name):
-            yield f"there is no {kind}/{name}"
-    job = overlay.named("Job", "dde-migrate")
-    for document, part in ((job, "migrate"), (overlay.named("Deployment", "dde-control"), "control")):
-        if at(document, "metadata", "labels", "dde-part", default="") != part:
-            yield f"{title(document or {})}: apply.sh selects it by dde-part={part}"
+    hashed = {re.sub(r"^(ConfigMap/dde-\w+)-\w+$", r"\1", t) for t in titles}
+    expected = DOCUMENTS | MORE_DOCUMENTS.get(overlay.name, set())
+    chosen = {"LocalQueue", "WorkloadPriorityClass", "RayJob"}  # settings.env and the control plane name them
+    if {t for t in hashed if t.split("/")[0] not in chosen} != expected:
+        yield f"the documents are not those that the runbook names: {sorted(hashed ^ expected)}"
+    for (kind, name), part in LABELED.items():
+        if at(overlay.named(kind, name), "metadata", "labels", "dde-part", default="") != part:
+            yield f"{kind}/{name}: apply.sh and monitors select it by dde-part={part}"
 
 
 def _pod(overlay: Overlay, pod: Pod) -> Iterator[str]:
@@ -82,7 +127,10 @@ def _pod(overlay: Overlay, pod: Pod) -> Iterator[str]:
     if pod.kind == "Deployment" or pod.kind == "StatefulSet":
         if at(pod.owner, "spec", "selector") != {"matchLabels": at(pod.template, "metadata", "labels")}:
             yield "spec.selector is not the labels of its pods"
-    claims = {at(c, "metadata", "name", default="") for c in at(pod.owner, "spec", "volumeClaimTemplates", default=[])}
+    claims = {
+        at(c, "metadata", "name", default="")
+        for c in at(pod.owner, "spec", "volumeClaimTemplates", default=[])
+    }
     names = [at(volume, "name", default="") for volume in at(pod.spec, "volumes", default=[])]
     mounted = {m.get("name") for c in pod.containers for m in at(c, "volumeMounts", default=[])}
     if mounted != set(names) | claims or len(set(names)) < len(names):
@@ -106,7 +154,7 @@ def _volume(overlay: Overlay, volume: dict) -> Iterator[str]:
             named = at(source, "secret")
             keys = facts.secret_keys(overlay.name)
             yield from _keys(where, "Secret", named.get("secretName", ""), named, keys)
-            if named.get("optional") or named.get("defaultMode", 0o440) != 0o440:
+            if named.get("optional") or named.get("defaultMode") != 0o440:
                 yield f"{where}: it is optional, or others may read it"
 
 
@@ -135,7 +183,11 @@ def _image(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
         yield f"image {reference!r} is not one that is known, with its version"
     elif pod.part in ours and reference != ours[pod.part]:
         yield f"image {reference!r} is not that of settings.env, {ours[pod.part]!r}"
-    elif pod.kind == "RayJob" and reference.rsplit("/", 1)[-1] != config.get("DDE_RAYJOB_IMAGE", "").rsplit("/", 1)[-1].split("@")[0]:
+    elif (
+        pod.kind == "RayJob"
+        and reference.rsplit("/", 1)[-1]
+        != config.get("DDE_RAYJOB_IMAGE", "").rsplit("/", 1)[-1].split("@")[0]
+    ):
         yield f"image {reference!r} has another version than DDE_RAYJOB_IMAGE"
     if container.get("imagePullPolicy"):
         yield "imagePullPolicy is set"
@@ -152,7 +204,9 @@ def _environment(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
         source = at(entry, "valueFrom", "secretKeyRef")
         if ("valueFrom" in entry) == ("value" in entry) or ("valueFrom" in entry and not source):
             yield f"{entry['name']} needs a value, or a Secret's"
-        if source and (source.get("key") not in known.get(source.get("name", ""), []) or source.get("optional")):
+        if source and (
+            source.get("key") not in known.get(source.get("name", ""), []) or source.get("optional")
+        ):
             yield f"{entry['name']}: make-secrets.py makes no key {source.get('key')!r} in {source.get('name')!r}"
         if _is_secret(entry["name"]) and source != _secret_of(entry["name"]):
             yield f"{entry['name']}: it is {_secret_of(entry['name'])}"
@@ -182,7 +236,10 @@ def _secret_of(name: str) -> dict:
 
 def _env_from(overlay: Overlay, source: dict) -> Iterator[str]:
     if set(source) == {"configMapRef"}:
-        if at(source, "configMapRef", "name", default="") not in config_maps(overlay) or len(source["configMapRef"]) > 1:
+        if (
+            at(source, "configMapRef", "name", default="") not in config_maps(overlay)
+            or len(source["configMapRef"]) > 1
+        ):
             yield f"envFrom: there is no ConfigMap {source['configMapRef']}"
         return
     name = at(source, "secretRef", "name", default="")
@@ -236,16 +293,17 @@ def _values(overlay: Overlay, pod: Pod, values: dict[str, Any]) -> Iterator[str]
     }
     if overlay.name == "local":
         database = urlsplit(_local_database())
-        expected |= {"POSTGRES_USER": unquote(database.username or ""), "POSTGRES_DB": database.path.strip("/")}
+        expected |= {
+            "POSTGRES_USER": unquote(database.username or ""),
+            "POSTGRES_DB": database.path.strip("/"),
+        }
+        expected["PGDATA"] = "/var/lib/postgresql/data/pgdata"  # not the volume itself, which has lost+found
     for name in set(values) & set(expected):
         if values[name] != expected[name]:
             yield f"{name} is {values[name]!r}, not {expected[name]!r}"
-    mounts = [m.get("mountPath", "") for c in pod.own_containers for m in at(c, "volumeMounts", default=[])]
-    data = values.get("PGDATA")
-    if data and not any(data.startswith(f"{mount}/") for mount in mounts):
-        yield f"PGDATA {data!r} is not inside of the volume"
 
 
+@cache
 def _local_database() -> str:
     arguments = type("Arguments", (), {"local": True, "object_store": False, "database_url": None})()
     return facts.secrets_script().wanted(arguments)["dde-control"]["database_url"]
@@ -268,6 +326,8 @@ def _command(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
     for run in [words, *filter(None, hooks)]:
         if run and image and run[0] not in image.executables:
             yield f"its image has no {run[0]!r}"
+    if pod.kind in ("Deployment", "StatefulSet", "Job") and container.get("name") != pod.part:
+        yield f"it is not called after its part, {pod.part!r}"
     if pod.part in COMMANDS and " ".join(words) != COMMANDS[pod.part]:
         yield f"it runs {' '.join(words)!r}, not {COMMANDS[pod.part]!r}"
     if cluster_of(pod.owner) and words:
@@ -275,8 +335,11 @@ def _command(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
     if words[:2] == ["python", "-m"]:
         if not facts.runs_as_module(words[2]) or not set(words[3:]) <= facts.words_of(words[2]):
             yield f"`{shlex.join(words)}` runs nothing of this repository"
-    elif words[:2] == ["python", "-c"]:
-        yield from _script(words[2] if len(words) == 3 else "", container)
+    elif pod.part == "bucket":
+        if words[:2] != ["python", "-c"] or len(words) != 3:
+            yield "it runs no script"
+        else:
+            yield from _script(words[2], container)
     for name in re.findall(r"\$\((\w+)\)", " ".join(words)):
         if name not in [entry["name"] for entry in container.get("env", [])]:
             yield f"$({name}) is no variable of the container"
@@ -287,15 +350,15 @@ def _command(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
 
 
 def _script(text: str, container: dict) -> Iterator[str]:
-    import importlib
-
     try:
-        compile(text, "script", "exec")
-        modules = re.findall(r"^import (\w+)$", text, re.MULTILINE)
-        [importlib.import_module(module) for module in modules]
-    except (SyntaxError, ImportError) as error:
+        statements = ast.parse(text).body
+    except SyntaxError as error:
         yield f"its script: {error}"
         return
+    calls = [s for s in statements if isinstance(s, ast.Expr) and isinstance(s.value, ast.Call)]
+    modules = [alias.name for s in statements if isinstance(s, ast.Import) for alias in s.names]
+    if len(calls) != 1 or modules != ["os", "boto3"] or len(statements) != 3:
+        yield "its script is not two imports and a call"
     names = re.findall(r"os\.environ\[\"(\w+)\"\]", text)
     if not set(names) <= {e["name"] for e in container.get("env", [])} or "create_bucket(Bucket=" not in text:
         yield "its script does not create the bucket of its variable"
@@ -321,8 +384,12 @@ def _mounts(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
     if pod.part == "control":
         token = f"{given.get('ray-token')}/auth_token"
         paths = {f"{given.get('rayjob')}/rayjob.yaml": overlay.config.get("DDE_RAYJOB_TEMPLATE")}
-        paths |= {token: {e["name"]: e.get("value") for e in container.get("env", [])}.get("RAY_AUTH_TOKEN_PATH")}
-        yield from (f"{there} is not where it is read, {read}" for there, read in paths.items() if there != read)
+        paths |= {
+            token: {e["name"]: e.get("value") for e in container.get("env", [])}.get("RAY_AUTH_TOKEN_PATH")
+        }
+        yield from (
+            f"{there} is not where it is read, {read}" for there, read in paths.items() if there != read
+        )
 
 
 def _probes(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
@@ -341,7 +408,9 @@ def _probes(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
                 yield f"{probe}: there is no port {what.get('port')!r}"
             if action == "exec" and not what.get("command"):
                 yield f"{probe}: there is no command"
-            if action == "httpGet" and (what.get("path") != PROBES[probe] or what["path"] not in facts.routes()):
+            if action == "httpGet" and (
+                what.get("path") != PROBES[probe] or what["path"] not in facts.routes()
+            ):
                 yield f"{probe}: its path is {what.get('path')!r}, not {PROBES[probe]!r}"
             if action == "httpGet" and set(what) != {"path", "port"}:
                 yield f"{probe}: {sorted(what)}"
@@ -352,5 +421,3 @@ def _probes(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
         for probe in ("livenessProbe", "readinessProbe"):
             if not 2 <= at(container, probe, "timeoutSeconds", default=1) <= 10:
                 yield f"{probe}: timeoutSeconds are not between 2 and 10"
-
-

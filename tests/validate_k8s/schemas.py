@@ -14,7 +14,7 @@ import jsonschema_rs
 import yaml
 
 from tests.validate_k8s import third_party
-from tests.validate_k8s.overlay import LOADER, RAY_KINDS
+from tests.validate_k8s.overlay import LOADER, RAY_KINDS, at
 
 KUBERNETES = "v1.37.0-local-strict"
 
@@ -38,6 +38,8 @@ def source_of(kind: str) -> str:
 
 def refusals(document: dict) -> list[str]:
     """What the schema of the document's kind refuses. Kinds without a schema (no KUBERAY_CRDS) are accepted."""
+    if not _is_named(document):
+        return ["metadata.name is missing"]
     validator = _validator(document.get("kind", ""), document.get("apiVersion", ""))
     if validator is None:
         return []
@@ -46,8 +48,15 @@ def refusals(document: dict) -> list[str]:
 
 def is_accepted(document: dict) -> bool:
     """The fast form of ``not refusals(document)``."""
+    if not _is_named(document):
+        return False
     validator = _validator(document.get("kind", ""), document.get("apiVersion", ""))
     return validator is None or validator.is_valid(document)
+
+
+def _is_named(document: dict) -> bool:
+    """Kubernetes' schemas do not require what its server does."""
+    return document.get("kind") == "ServeConfig" or bool(at(document, "metadata", "name", default=""))
 
 
 def _path(error: Any) -> str:
@@ -85,7 +94,9 @@ def closed(schema: Any) -> Any:
     """The same schema, but refusing unknown fields. KubeRay's CRDs accept them."""
     if not isinstance(schema, dict):
         return schema
-    found = {key: closed(value) for key, value in schema.items() if key not in ("properties", "enum", "default")}
+    found = {
+        key: closed(value) for key, value in schema.items() if key not in ("properties", "enum", "default")
+    }
     found |= {key: schema[key] for key in ("enum", "default") if key in schema}
     if "properties" in schema:
         found["properties"] = {name: closed(value) for name, value in schema["properties"].items()}

@@ -68,10 +68,15 @@ def _pod(pod: Pod) -> Iterator[str]:
     reads = any("projected" in volume or "secret" in volume for volume in at(pod.spec, "volumes", default=[]))
     if (writes or reads) and "fsGroup" not in context:
         yield "fsGroup is missing: the mounted files could not be read"
+    if len(pod.own_containers) != 1:
+        yield f"it has {len(pod.own_containers)} containers, not one"
     yield from (f"{name} is set" for name in ("hostNetwork", "hostPID", "hostIPC") if pod.spec.get(name))
     for volume in at(pod.spec, "volumes", default=[]):
-        if set(volume) - {"name"} - VOLUMES:
-            yield f"volume {volume.get('name')} is of a type that restricted refuses"
+        sources = set(volume) - {"name"}
+        if len(sources) != 1 or sources - VOLUMES:
+            yield f"volume {volume.get('name')} is {sorted(sources)}, not one of the types of restricted"
+        if "emptyDir" in volume and "sizeLimit" not in at(volume, "emptyDir"):
+            yield f"volume {volume.get('name')} may fill the node's disk: sizeLimit is missing"
     if pod.kind not in RAY_KINDS and pod.spec.get("enableServiceLinks") is not False:
         yield "enableServiceLinks is not false: Kubernetes would add variables that begin with DDE_"
     account = at(pod.spec, "serviceAccountName", default="")
@@ -90,7 +95,10 @@ def _container(pod: Pod, container: dict) -> Iterator[str]:
         yield "allowPrivilegeEscalation is not false"
     if context.get("capabilities") != {"drop": ["ALL"]}:
         yield "capabilities are not dropped"
-    if pod.part in ("control", "migrate", "redis", "bucket") and context.get("readOnlyRootFilesystem") is not True:
+    if (
+        pod.part in ("control", "migrate", "redis", "bucket")
+        and context.get("readOnlyRootFilesystem") is not True
+    ):
         yield "readOnlyRootFilesystem is not true"
     if any("hostPort" in port or "hostIP" in port for port in container.get("ports", [])):
         yield "it takes a port of the node"
