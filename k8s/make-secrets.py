@@ -4,9 +4,9 @@
     ./make-secrets.py --database-url postgresql+psycopg://USER:PASSWORD@HOST/dde
     ./make-secrets.py --local          for overlays/local: also those of its PostgreSQL and S3 server
 
-The API key, the token of the Ray clusters and the passwords are random. The database URL comes from --database-url or
-the variable DDE_DATABASE_URL. Access keys of an object store, where no cloud identity gives access, come from
-AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and AWS_REGION with --object-store.
+The API key, the token of the Ray clusters and the passwords are random. The database URL comes from
+--database-url or the variable DDE_DATABASE_URL. Access keys of an object store, where no cloud identity gives
+access, come from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION with --object-store.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ def checked(url: str) -> str:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise ValueError("host or port cannot be read; percent-encode special characters of the password") from error
+        raise ValueError(
+            "host or port cannot be read: percent-encode what is special in the password"
+        ) from error
     if parts.scheme != "postgresql+psycopg":
-        raise ValueError(f"scheme must be postgresql+psycopg (several replicas need PostgreSQL), not {parts.scheme!r}")
+        raise ValueError(f"scheme must be postgresql+psycopg, not {parts.scheme!r}")
     if not parts.hostname or parts.hostname in ("HOST", "localhost", "127.0.0.1"):
         raise ValueError(f"host must be one that pods can reach, not {parts.hostname!r}")
     if port == 0:
@@ -51,7 +53,7 @@ def checked(url: str) -> str:
     if not parts.path.strip("/") or "/" in parts.path.strip("/"):
         raise ValueError(f"database must be one name after the host, not {parts.path!r}")
     if parts.fragment:
-        raise ValueError("'#' ends the URL: percent-encode special characters of the password")
+        raise ValueError("'#' ends the URL: percent-encode what is special in the password")
     return url
 
 
@@ -105,7 +107,8 @@ def manifest(made: dict[str, dict[str, str]]) -> dict:
 
 
 def kubectl(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["kubectl", "-n", NAMESPACE, *arguments], input=stdin, text=True, capture_output=True)
+    command = ["kubectl", "-n", NAMESPACE, *arguments]
+    return subprocess.run(command, input=stdin, text=True, capture_output=True)
 
 
 def existing(names: list[str]) -> list[str]:
@@ -117,11 +120,12 @@ def existing(names: list[str]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
     parser.add_argument("--database-url", default=os.environ.get("DDE_DATABASE_URL"))
     parser.add_argument("--object-store", action="store_true", help="make dde-object-store from AWS_*")
     parser.add_argument("--local", action="store_true", help="everything for overlays/local")
-    parser.add_argument("--print", action="store_true", help="print the manifest; ask no cluster, make nothing")
+    parser.add_argument("--print", action="store_true", help="print the manifest, make nothing")
     arguments = parser.parse_args()
     try:
         made = wanted(arguments)
@@ -131,7 +135,7 @@ def main() -> int:
             return 0
         there = existing(list(made))
         if there:
-            raise ValueError(f"exist already, nothing was made: {', '.join(there)}. Rotate them as docs/runbook.md says.")
+            raise ValueError(f"nothing was made: {', '.join(there)} exist already and may be in use")
         created = kubectl("create", "-f", "-", stdin=text)
         if created.returncode:
             raise ValueError(created.stderr.strip())

@@ -57,9 +57,8 @@ def report_mutations(overlay: Overlay) -> bool:
     for what, words in mutate.WORDS.items():
         print(f"  {words}: {result.caught.get(what, 0)} of {result.made.get(what, 0)} caught")
     made, caught = sum(result.made.values()), sum(result.caught.values())
-    print(
-        f"  together {caught} of {made} ({caught / made:.1%}) in {time.monotonic() - start:.0f} s; not caught:"
-    )
+    seconds = time.monotonic() - start
+    print(f"  together {caught} of {made} ({caught / made:.1%}) in {seconds:.0f} s; not caught:")
     for name in result.uncaught:
         print(f"    {name}")
     return caught / made >= GOAL and result.caught["reference"] == result.made["reference"]

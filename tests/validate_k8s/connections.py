@@ -46,7 +46,8 @@ def _services(overlay: Overlay) -> Iterator[str]:
         selector = at(service, "spec", "selector")
         pods = pods_with(overlay, selector)
         if len(pods) != 1 or set(at(service, "spec")) != {"selector", "ports"}:
-            yield f"{title(service)}: it selects {[pod.title for pod in pods]}, or has more than a selector and ports"
+            selected = [pod.title for pod in pods]
+            yield f"{title(service)}: it selects {selected}, or has more than a selector and ports"
             continue
         given = {}
         for port in at(service, "spec", "ports", default=[]):

@@ -34,12 +34,26 @@ NEEDED_RULES = {
 }
 """The permissions of each Role: these, and no more."""
 SUBJECTS = {"dde-autoscaler": "dde", "dde-control": "dde-control"}
-INPUTS = {"CONTROL_IMAGE", "DDE_RAYJOB_IMAGE", "TRAIN_MAX_PODS", "TRAIN_POD_GPUS", "TRAIN_POD_CPUS", "TRAIN_POD_MEMORY",
-          "TRAIN_MAX_SPOT_PODS", "SERVE_MAX_PODS", "GATEWAY_NAME", "GATEWAY_NAMESPACE", "PROMETHEUS_RELEASE",
-          "JOB_GPUS", "JOB_CPUS", "JOB_MEMORY", "JOB_SPOT_GPUS", "NAMESPACE_GPUS"}  # fmt: skip
-"""Values of settings.env that fill in manifests. Each is checked against what it fills in."""
 ONLY_LOCAL = {"CONTROL_IMAGE", "DDE_RAYJOB_IMAGE"}
-ONLY_GPU = {name for name in INPUTS if name.startswith(("TRAIN_", "SERVE_"))} | ONLY_LOCAL
+ONLY_GPU = ONLY_LOCAL | {
+    "TRAIN_MAX_PODS",
+    "TRAIN_MAX_SPOT_PODS",
+    "TRAIN_POD_GPUS",
+    "TRAIN_POD_CPUS",
+    "TRAIN_POD_MEMORY",
+    "SERVE_MAX_PODS",
+}
+INPUTS = ONLY_GPU | {
+    "GATEWAY_NAME",
+    "GATEWAY_NAMESPACE",
+    "PROMETHEUS_RELEASE",
+    "JOB_GPUS",
+    "JOB_CPUS",
+    "JOB_MEMORY",
+    "JOB_SPOT_GPUS",
+    "NAMESPACE_GPUS",
+}
+"""Values of settings.env that fill in manifests. Each is checked against what it fills in."""
 
 
 APPLICATION = {"name", "route_prefix", "import_path", "args"}
@@ -154,7 +168,7 @@ def _lifecycle(overlay: Overlay) -> Iterator[str]:
     grace = at(spec, "template", "spec", "terminationGracePeriodSeconds", default=30)
     drain = float(overlay.config.get("DDE_DRAIN_S", "300"))
     if grace != drain + 30:
-        yield f"Deployment/dde-control: terminationGracePeriodSeconds {grace} is not DDE_DRAIN_S ({drain:g}) and 30"
+        yield f"Deployment/dde-control: terminationGracePeriodSeconds {grace} is not DDE_DRAIN_S + 30"
     if spec.get("strategy") != {"rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}:
         yield "Deployment/dde-control: an update takes replicas away before there are new ones"
     replicas = spec.get("replicas")
@@ -168,7 +182,7 @@ def _lifecycle(overlay: Overlay) -> Iterator[str]:
             if storage not in ({"storage": "4Gi"}, {"storage": "20Gi"}):
                 yield f"{title(owner)}: its claim requests {storage}"
             if at(claim, "spec", "accessModes", default=[]) != ["ReadWriteOnce"] or len(claim["spec"]) != 2:
-                yield f"{title(owner)}: accessModes is not ReadWriteOnce, or the claim names a class of its own"
+                yield f"{title(owner)}: accessModes is not ReadWriteOnce, or it names a storage class"
 
 
 def _jobs(overlay: Overlay) -> Iterator[str]:
@@ -218,7 +232,7 @@ def _scaling(overlay: Overlay) -> Iterator[str]:
         if "replicas" in at(owner or {}, "spec"):
             yield f"{title(scaler)}: each `kubectl apply` resets the number, as its target has replicas"
         if not 2 <= spec.get("minReplicas", 1) < spec.get("maxReplicas", 0) <= 20:
-            yield f"{title(scaler)}: minReplicas and maxReplicas are {spec.get('minReplicas')}, {spec.get('maxReplicas')}"
+            yield f"{title(scaler)}: not 2 <= minReplicas < maxReplicas <= 20"
         metric = {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 70}}
         if spec.get("metrics") != [{"type": "Resource", "resource": metric}]:
             yield f"{title(scaler)}: it does not scale by CPU"
@@ -313,7 +327,7 @@ def _quotas(overlay: Overlay, where: str, group: dict) -> Iterator[str]:
             "nvidia.com/gpu": config.get(gpus),
         }
         if given != wanted or list(given) != covered:
-            yield f"{where}: flavor {flavor.get('name')} has {given}, not {wanted} in the order of coveredResources"
+            yield f"{where}: flavor {flavor.get('name')} has {given}, not {wanted} as coveredResources"
 
 
 def _quota(overlay: Overlay) -> Iterator[str]:
@@ -391,7 +405,7 @@ def _application(overlay: Overlay, application: dict) -> Iterator[str]:
         yield f"use_gpu is {args.use_gpu}, but a pod has {gpus} GPUs"
     per_pod = int(gpus / args.gpus_per_replica) if args.use_gpu else int(quantity(pod.get("cpu", 1)))
     if args.max_replicas > per_pod * group.get("maxReplicas", 0):
-        yield f"max_replicas {args.max_replicas} do not fit: {group.get('maxReplicas')} pods of {per_pod} each"
+        yield f"max_replicas {args.max_replicas} are more than maxReplicas pods with {per_pod} each"
     if not args.use_gpu and args.gpus_per_replica != 1:
         yield "gpus_per_replica means nothing without use_gpu"
     least = {"production": 2}.get(overlay.name, 1)

@@ -1,4 +1,4 @@
-"""What the manifests refer to outside of themselves: settings, images, commands, Secrets, what KubeRay adds."""
+"""What the manifests refer to outside of themselves: settings, images, commands, Secrets."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def _cluster(document: dict) -> Iterator[str]:
         yield f"rayVersion {cluster.get('rayVersion')!r} is not the images' {facts.ray_version()}"
     upgrade = cluster if document["kind"] == "RayCluster" else at(document, "spec")
     if at(upgrade, "upgradeStrategy") != UPGRADE.get(document["kind"], {}):
-        yield f"upgradeStrategy is not {UPGRADE.get(document['kind'])}: a new image would change no running pod"
+        yield f"upgradeStrategy is not {UPGRADE.get(document['kind'])}: a new image would change no pod"
 
 
 def _tolerates_loss(document: dict) -> Iterator[str]:
@@ -56,7 +56,7 @@ def _tolerates_loss(document: dict) -> Iterator[str]:
             yield "a RayJob's cluster is not recovered: its next attempt has a new one"
         return
     if set(redis) != {"redisAddress", "redisPassword"}:
-        yield "gcsFaultToleranceOptions must name Redis and its password: the loss of the head would end the cluster"
+        yield "gcsFaultToleranceOptions must name Redis and its password: else a lost head ends the cluster"
     names = {
         e["name"] for group in _all_groups(document) for c in _containers(group) for e in c.get("env", [])
     }
@@ -82,7 +82,7 @@ def _autoscaler(document: dict) -> Iterator[str]:
     head = at(cluster, "headGroupSpec", "template", "spec")
     tokens = [v for v in at(head, "volumes", default=[]) if _is_api_token(v)]
     if [v["name"] for v in tokens] != [m.get("name") for m in mounts]:
-        yield "the head has no volume with the account's token and the cluster's certificate for the autoscaler"
+        yield "the head has no volume with the token and the certificate for the autoscaler"
 
 
 def _is_api_token(volume: dict) -> bool:
@@ -243,7 +243,7 @@ def _drain(command: list[str], waits: list[int], grace: int) -> Iterator[str]:
         yield "preStop: Ray may reject a drain that is no preemption"
     deadline = given["deadline_remaining_seconds"]
     if not waits or not waits[-1] <= deadline <= grace:
-        yield f"preStop waits {waits} s for a drain with a deadline of {deadline} s in a pod that ends after {grace} s"
+        yield f"not: preStop's wait {waits} <= the drain's deadline {deadline} <= the pod's {grace} s"
 
 
 def _all_groups(document: dict) -> list[dict]:

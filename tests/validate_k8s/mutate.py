@@ -1,4 +1,7 @@
-"""Does the validator notice a mistake? Every field misspelt, every field removed, every value changed, one at a time."""
+"""Does the validator notice a mistake?
+
+Every field misspelt, every field removed, every value changed, one at a time.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,14 @@ REFERENCES = re.compile(
     r"""
     (^|\.)image$ | [pP]orts?\.\d+\.(name|containerPort|port|targetPort)$ | \.port$ | \.targetPort$
     | (^|\.)(command|args)(\.|$) | \.env\.\d+\.(name|value)$ | Ref\.(name|key|kind|apiGroup|apiVersion)$
-    | (configMap|secret)\.(name|secretName)$ | items\.\d+\.(key|path)$ | secretName$ | [sS]erviceAccountName$
-    | matchLabels\. | matchExpressions\. | ^spec\.selector\. | \.labels\. | ^metadata\.(name|labels|namespace)
-    | ^data\. | ^subjects\. | ^roleRef\. | ^rules\. | \.volumes\.\d+\.name$ | volumeClaimTemplates\.\d+\.metadata
-    | volumeMounts\.\d+\.(name|mountPath)$ | priorityClassName$ | clusterQueue$ | serviceName$ | ^imagePullSecrets
-    | nodeSelector\. | nodeLabels\. | tolerations\.\d+\.(key|value)$ | topologyKey$ | backendRefs | parentRefs
-    | hostnames | scaleTargetRef | flavors\.\d+\.name$ | resources\.\d+\.name$ | coveredResources | redisAddress
-    | rayVersion$ | httpGet\.path$ | ^applications\. | ^spec\.hard\. | sourceLabels | rayStartParams\. | groupName$
+    | (configMap|secret)\.(name|secretName)$ | items\.\d+\.(key|path)$ | secretName$
+    | serviceAccountName$ | matchLabels\. | matchExpressions\. | ^spec\.selector\. | \.labels\.
+    | ^metadata\.(name|labels|namespace) | ^data\. | ^subjects\. | ^roleRef\. | ^rules\.
+    | \.volumes\.\d+\.name$ | volumeClaimTemplates\.\d+\.metadata | volumeMounts\.\d+\.(name|mountPath)$
+    | clusterQueue$ | serviceName$ | ^imagePullSecrets | nodeSelector\. | nodeLabels\.
+    | tolerations\.\d+\.(key|value)$ | topologyKey$ | backendRefs | parentRefs | hostnames | scaleTargetRef
+    | flavors\.\d+\.name$ | resources\.\d+\.name$ | coveredResources | redisAddress | rayVersion$
+    | httpGet\.path$ | ^applications\. | ^spec\.hard\. | sourceLabels | rayStartParams\. | groupName$
     """,
     re.VERBOSE,
 )

@@ -23,12 +23,11 @@ def at(value: Any, *path: str | int, default: Any = None) -> Any:
     """What lies at the path, or the default (an empty dict) where a part of it is missing."""
     default = {} if default is None else default
     for step in path:
-        if isinstance(value, dict) and step in value:
-            value = value[step]
-        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
-            value = value[step]
-        else:
+        is_key = isinstance(value, dict) and step in value
+        is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if not is_key and not is_index:
             return default
+        value = value[step]
     return default if value is None else value
 
 
@@ -108,8 +107,8 @@ def cluster_of(document: dict) -> dict:
 
 @dataclass
 class Overlay:
-    """``documents`` include the RayJob inside of ConfigMap ``dde-rayjob`` and the Serve config of the RayService,
-    as documents of their own (kinds RayJob and ServeConfig).
+    """``documents`` include the RayJob inside of ConfigMap ``dde-rayjob`` and the Serve config of the
+    RayService, as documents of their own (kinds RayJob and ServeConfig).
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Every name in a document that stands for something else is resolved: in the overlay, the code or the script."""
+"""Every name that stands for something else is resolved: in the overlay, the code or the script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ PROBES = {"startupProbe": "/healthz", "livenessProbe": "/healthz", "readinessPro
 
 
 LABELED = {
-    ("Job", "dde-migrate"): "migrate",
     ("Deployment", "dde-control"): "control",
     ("Service", "dde-control"): "control",
 }
@@ -124,9 +123,9 @@ def _pod(overlay: Overlay, pod: Pod) -> Iterator[str]:
     wanted = kept if (pod.kind, pod.group) == ("RayCluster", "head") else {}
     if at(pod.template, "metadata", "annotations") != wanted:
         yield f"its annotations are not {wanted}"
-    if pod.kind == "Deployment" or pod.kind == "StatefulSet":
-        if at(pod.owner, "spec", "selector") != {"matchLabels": at(pod.template, "metadata", "labels")}:
-            yield "spec.selector is not the labels of its pods"
+    selector = {"matchLabels": at(pod.template, "metadata", "labels")}
+    if pod.kind in ("Deployment", "StatefulSet") and at(pod.owner, "spec", "selector") != selector:
+        yield "spec.selector is not the labels of its pods"
     claims = {
         at(c, "metadata", "name", default="")
         for c in at(pod.owner, "spec", "volumeClaimTemplates", default=[])
@@ -134,7 +133,8 @@ def _pod(overlay: Overlay, pod: Pod) -> Iterator[str]:
     names = [at(volume, "name", default="") for volume in at(pod.spec, "volumes", default=[])]
     mounted = {m.get("name") for c in pod.containers for m in at(c, "volumeMounts", default=[])}
     if mounted != set(names) | claims or len(set(names)) < len(names):
-        yield f"volumes {sorted(set(names) | claims)} are not those that are mounted: {sorted(map(str, mounted))}"
+        there = sorted(set(names) | claims)
+        yield f"volumes {there} are not those that are mounted: {sorted(map(str, mounted))}"
     for volume in at(pod.spec, "volumes", default=[]):
         yield from _volume(overlay, volume)
     for container in pod.containers:
@@ -207,7 +207,7 @@ def _environment(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
         if source and (
             source.get("key") not in known.get(source.get("name", ""), []) or source.get("optional")
         ):
-            yield f"{entry['name']}: make-secrets.py makes no key {source.get('key')!r} in {source.get('name')!r}"
+            yield f"{entry['name']}: make-secrets.py makes no {source}"
         if _is_secret(entry["name"]) and source != _secret_of(entry["name"]):
             yield f"{entry['name']}: it is {_secret_of(entry['name'])}"
     for source in container.get("envFrom", []):
@@ -312,7 +312,8 @@ def _local_database() -> str:
 COMMANDS = {
     "control": "python -m services.control",
     "migrate": "python -m services.control migrate",
-    "redis": "redis-server --dir /data --appendonly yes --maxmemory-policy noeviction --requirepass $(REDIS_PASSWORD)",
+    "redis": "redis-server --dir /data --appendonly yes --maxmemory-policy noeviction "
+    "--requirepass $(REDIS_PASSWORD)",
     "s3": "weed -logtostderr server -dir=/data -ip.bind=0.0.0.0 -s3 -s3.port=8333",
 }
 """What runs in a container, by part, where the image's own command does not."""
@@ -392,9 +393,16 @@ def _mounts(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
         )
 
 
+NEEDED_PROBES = {
+    "control": set(PROBES),
+    "redis": {"livenessProbe", "readinessProbe"},
+    "postgres": {"readinessProbe"},
+    "s3": {"readinessProbe"},
+}
+
+
 def _probes(overlay: Overlay, pod: Pod, container: dict) -> Iterator[str]:
-    needed = {"control": set(PROBES), "redis": {"livenessProbe", "readinessProbe"}, "postgres": {"readinessProbe"},
-              "s3": {"readinessProbe"}}.get(pod.part, set())  # fmt: skip
+    needed = NEEDED_PROBES.get(pod.part, set())
     given = {probe for probe in PROBES if probe in container}
     if given != needed:
         yield f"it has the probes {sorted(given)}, not {sorted(needed)}"

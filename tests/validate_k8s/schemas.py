@@ -1,4 +1,4 @@
-"""Schemas: Kubernetes' own (strict), KubeRay's CRDs with unknown fields refused, and tables for third parties."""
+"""Schemas: Kubernetes' own, KubeRay's CRDs with unknown fields refused, and tables for third parties."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def source_of(kind: str) -> str:
 
 
 def refusals(document: dict) -> list[str]:
-    """What the schema of the document's kind refuses. Kinds without a schema (no KUBERAY_CRDS) are accepted."""
+    """What the schema of the document's kind refuses. Without KUBERAY_CRDS, KubeRay's kinds have none."""
     if not _is_named(document):
         return ["metadata.name is missing"]
     validator = _validator(document.get("kind", ""), document.get("apiVersion", ""))

@@ -1,7 +1,7 @@
 """The fields that k8s/ uses of kinds whose CRDs come from nowhere that a test can reach, closed and typed.
 
-Read in the public API references of Kueue (v1beta2), the Gateway API (v1) and the Prometheus operator (v1). They
-prove that a field is spelled as in the reference, not that a controller accepts the document.
+Read in the public API references of Kueue (v1beta2), the Gateway API (v1) and the Prometheus operator (v1).
+They prove that a field is spelled as in the reference, not that a controller accepts the document.
 """
 
 from __future__ import annotations
