@@ -17,7 +17,7 @@ helm upgrade --install kuberay-operator kuberay/kuberay-operator --version 1.7.0
 
 docker build -f "$here/../docker/control.Dockerfile" -t "$control" "$here/.."
 docker build -f "$here/../docker/ray.Dockerfile" -t "$ray" \
-  --build-arg PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" "$here/.."
+  --build-arg TORCH=cpu --build-arg TORCH_WHEELS=https://download.pytorch.org/whl/cpu/torch/ "$here/.."
 for image in "$control" "$ray"; do
   case $cluster in
     kind) kind load docker-image --name dde "$image" ;;

@@ -42,7 +42,7 @@ def checked(url: str) -> str:
         ) from error
     if parts.scheme != "postgresql+psycopg":
         raise ValueError(f"scheme must be postgresql+psycopg, not {parts.scheme!r}")
-    if not parts.hostname or parts.hostname in ("HOST", "localhost", "127.0.0.1"):
+    if not parts.hostname or parts.hostname in ("host", "localhost", "127.0.0.1"):
         raise ValueError(f"host must be one that pods can reach, not {parts.hostname!r}")
     if port == 0:
         raise ValueError("port must not be 0")

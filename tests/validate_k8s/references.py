@@ -310,7 +310,7 @@ def _local_database() -> str:
 
 
 COMMANDS = {
-    "control": "python -m services.control",
+    "control": "",  # the image's own
     "migrate": "python -m services.control migrate",
     "redis": "redis-server --dir /data --appendonly yes --maxmemory-policy noeviction "
     "--requirepass $(REDIS_PASSWORD)",
