@@ -119,6 +119,17 @@ def existing(names: list[str]) -> list[str]:
     return [line.removeprefix("secret/") for line in answer.stdout.split()]
 
 
+def create(text: str) -> list[str]:
+    """Create what the manifest lists. Raises ValueError, with nothing left, if a part is refused."""
+    answer = kubectl("create", "-f", "-", "-o", "name", "--validate=false", stdin=text)
+    made = answer.stdout.split()
+    if answer.returncode:
+        if made:
+            kubectl("delete", *made)
+        raise ValueError(f"nothing was made: {answer.stderr.strip()}")
+    return made
+
+
 def main() -> int:
     keep_lines = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
@@ -136,13 +147,11 @@ def main() -> int:
         there = existing(list(made))
         if there:
             raise ValueError(f"nothing was made: {', '.join(there)} exist already and may be in use")
-        created = kubectl("create", "-f", "-", stdin=text)
-        if created.returncode:
-            raise ValueError(created.stderr.strip())
+        created = create(text)
     except ValueError as error:
         print(f"make-secrets: {error}", file=sys.stderr)
         return 1
-    print(created.stdout.strip())
+    print("made", *created)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""k8s/: every overlay passes the validator, the validator notices mistakes, the scripts refuse what is wrong.
+"""k8s/: every overlay passes the validator, and the validator notices mistakes.
 
 ``KUBERAY_CRDS`` names a folder with KubeRay's CRDs (ray.io_*.yaml); without it, Ray documents are checked by
 rules alone and the tests of mutations are skipped.
@@ -8,14 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +16,7 @@ import pytest
 import ray
 
 from tests.validate_k8s import check, facts, kuberay, mutate, schemas
-from tests.validate_k8s.overlay import K8S, OVERLAYS, Overlay, at, build, cluster_of
+from tests.validate_k8s.overlay import OVERLAYS, Overlay, build, cluster_of
 
 needs_crds = pytest.mark.skipif(
     schemas.crds() is None, reason="KUBERAY_CRDS names no folder of KubeRay's CRDs"
@@ -221,162 +214,3 @@ def test_the_actors_that_a_pod_waits_for_are_rays() -> None:
 def test_the_variables_of_ray_are_read_by_ray() -> None:
     text = sources_of_ray("dashboard/modules/job", "_private/authentication", "_private/runtime_env")
     assert [name for name in facts.JOB_STOP | facts.TOKEN if name not in text] == []
-
-
-# ---- how a pod ends ------------------------------------------------------------------------------
-
-
-def script_of(overlay: Overlay, part: str, group: str, process: subprocess.Popen[bytes]) -> str:
-    """The script, on a pod whose only process is the one given."""
-    (pod,) = [
-        pod for pod in overlay.pods() if (pod.part, pod.group) == (part, group) and pod.kind != "RayJob"
-    ]
-    script = at(pod.own_containers[0], "lifecycle", "preStop", "exec", "command", 2, default="")
-    assert "/proc/[0-9]*/" in script
-    return script.replace("/proc/[0-9]*/", f"/proc/{process.pid}/")
-
-
-@pytest.fixture
-def ray_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a script in place of `ray` writes its calls: the real one would stop this machine's nodes."""
-    (tmp_path / "ray").write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/calls\n')
-    (tmp_path / "ray").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return tmp_path / "calls"
-
-
-@pytest.fixture
-def worker(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with the title that Ray gives to such an actor."""
-    process = subprocess.Popen(["bash", "-c", f"exec -a '{request.param}' sleep 60"])
-    yield process
-    process.kill()
-    process.wait()
-
-
-ENDS = [("train", "gpu", "ray::TrainWorkerOfNobody"), ("serve", "serve", "ray::IDLE")]
-
-
-@pytest.mark.parametrize(("part", "group", "worker"), ENDS, indirect=["worker"])
-def test_an_idle_pod_ends_at_once(
-    production: Overlay, ray_calls: Path, part: str, group: str, worker: Any
-) -> None:
-    start = time.monotonic()
-    subprocess.run(["sh", "-c", script_of(production, part, group, worker)], check=True, timeout=20)
-    assert ray_calls.read_text().split() == ["stop"]
-    assert time.monotonic() - start < 5
-
-
-BUSY = [
-    ("train", "gpu", "ray::RayTrainWorker.execute"),
-    ("train", "gpu-spot", "ray::RayTrainWorker"),
-    ("serve", "serve", "ray::ServeReplica:dde:ImageServer"),
-]
-
-
-@pytest.mark.parametrize(("part", "group", "worker"), BUSY, indirect=["worker"])
-def test_a_busy_pod_drains_its_node_and_ends_when_the_work_has_left(
-    production: Overlay, ray_calls: Path, part: str, group: str, worker: subprocess.Popen[bytes]
-) -> None:
-    with subprocess.Popen(["sh", "-c", script_of(production, part, group, worker)]) as ending:
-        time.sleep(1.5)
-        assert ray_calls.read_text().split() == ["drain-node"]
-        assert ending.poll() is None
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
-        assert ending.wait(timeout=10) == 0
-    assert ray_calls.read_text().split() == ["drain-node", "stop"]
-
-
-# ---- the scripts ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("sqlite:///dde.db", "scheme must be postgresql+psycopg"),
-        ("postgresql://u:p@db/dde", "scheme must be postgresql+psycopg"),
-        ("postgresql+psycopg://u:p@localhost/dde", "host must be one that pods can reach"),
-        ("postgresql+psycopg://USER:PASSWORD@HOST/dde", "host must be one that pods can reach"),
-        ("postgresql+psycopg://u@db/dde", "password is missing"),
-        ("postgresql+psycopg://:p@db/dde", "user is missing"),
-        ("postgresql+psycopg://u:p@db", "database must be one name"),
-        ("postgresql+psycopg://u:p@db:port/dde", "host or port cannot be read"),
-        ("postgresql+psycopg://u:p#w@db/dde", "host or port cannot be read"),
-        ("postgresql+psycopg://u:p@db/dde#x", "'#' ends the URL"),
-    ],
-)
-def test_a_wrong_database_url_is_refused_without_its_password(url: str, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        facts.secrets_script().checked(url)
-
-
-def test_a_right_database_url_is_kept_with_its_options() -> None:
-    url = "postgresql+psycopg://dde:p%23w@db.internal:6432/dde?sslmode=verify-full"
-    assert facts.secrets_script().checked(url) == url
-
-
-def make_secrets(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(K8S / "make-secrets.py"), *arguments]
-    clean = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.run(command, capture_output=True, text=True, env=clean | environment)
-
-
-def test_the_secrets_of_a_machine_are_complete_and_differ_each_time() -> None:
-    first, second = (json.loads(make_secrets("--local", "--print").stdout)["items"] for _ in range(2))
-    made = {item["metadata"]["name"]: sorted(item["stringData"]) for item in first}
-    assert made == {name: sorted(keys) for name, keys in facts.secret_keys("local").items()}
-    values = [{item["metadata"]["name"]: item["stringData"] for item in items} for items in (first, second)]
-    assert values[0]["dde-control"]["api_key"] != values[1]["dde-control"]["api_key"]
-    assert len(values[0]["dde-ray-token"]["auth_token"]) == 64
-    assert values[0]["dde-control"]["postgres_password"] in values[0]["dde-control"]["database_url"]
-
-
-def test_missing_arguments_of_the_script_are_named() -> None:
-    without = make_secrets("--print")
-    assert (without.returncode, without.stdout) == (1, "")
-    assert "--database-url: give it, or set DDE_DATABASE_URL" in without.stderr
-    store = make_secrets("--print", "--object-store", AWS_ACCESS_KEY_ID="k")
-    assert "AWS_SECRET_ACCESS_KEY is not set" in store.stderr
-
-
-def test_a_cluster_that_does_not_answer_gets_no_secret() -> None:
-    answer = make_secrets("--local", KUBECONFIG="/nowhere")
-    assert answer.returncode == 1
-    assert "make-secrets: " in answer.stderr
-
-
-def test_an_overlay_with_blanks_is_not_applied(tmp_path: Path) -> None:
-    answer = subprocess.run(["sh", str(K8S / "apply.sh"), "production"], capture_output=True, text=True)
-    assert answer.returncode == 1
-    assert "fill in the lines above" in answer.stderr
-    assert "DDE_STORAGE_URI=s3://change-me/dde" in answer.stdout
-
-
-@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
-def test_redis_starts_with_the_arguments_of_its_pod(production: Overlay, tmp_path: Path) -> None:
-    (pod,) = [pod for pod in production.pods() if pod.part == "redis"]
-    container = pod.own_containers[0]
-    arguments = [
-        a.replace("/data", str(tmp_path)).replace("$(REDIS_PASSWORD)", "secret") for a in container["args"]
-    ]
-    socket = tmp_path / "redis.sock"
-    server = subprocess.Popen(
-        [*container["command"], *arguments, "--port", "0", "--unixsocket", str(socket)],
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 20
-        while not socket.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        ask = ["redis-cli", "-s", str(socket), "--no-auth-warning"]
-        refused = subprocess.run([*ask, "ping"], capture_output=True, text=True).stdout
-        assert "NOAUTH" in refused
-        policy = subprocess.run(
-            [*ask, "-a", "secret", "config", "get", "*"], capture_output=True, text=True
-        ).stdout
-        settings = dict(zip(policy.split("\n")[::2], policy.split("\n")[1::2], strict=False))
-        assert (settings["maxmemory-policy"], settings["appendonly"]) == ("noeviction", "yes")
-    finally:
-        server.terminate()
-        server.wait()

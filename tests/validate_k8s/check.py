@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.validate_k8s import connections, control, kuberay, references, schemas, security
+from tests.validate_k8s import (
+    capacity,
+    connections,
+    containers,
+    control,
+    kuberay,
+    references,
+    schemas,
+    security,
+    serve,
+)
 from tests.validate_k8s.overlay import Overlay, title
 
 RULES = {
     "Pod Security and resources": security.findings,
     "KubeRay's rules": kuberay.findings,
     "references": references.findings,
+    "containers": containers.findings,
     "connections": connections.findings,
-    "settings, permissions, queue, Serve": control.findings,
+    "the control plane": control.findings,
+    "sizes, queue, quotas": capacity.findings,
+    "Serve": serve.findings,
 }
 
 

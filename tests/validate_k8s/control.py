@@ -1,8 +1,7 @@
-"""The control plane's settings, permissions, scaling and queue, and the Serve application's arguments."""
+"""The control plane: its settings, permissions, life cycle and scaling."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -11,13 +10,11 @@ from unittest import mock
 
 from pydantic import ValidationError
 
-from services.serving.admission import Limits
-from services.serving.args import ServeArgs
 from services.settings import Settings
 from tests.validate_k8s import facts
-from tests.validate_k8s.overlay import Overlay, at, cluster_of, title
+from tests.validate_k8s.overlay import Overlay, at, title
 from tests.validate_k8s.references import pods_with
-from tests.validate_k8s.security import SPOT, quantity
+from tests.validate_k8s.security import quantity
 
 NEEDED_RULES = {
     "dde-autoscaler": {
@@ -54,9 +51,6 @@ INPUTS = ONLY_GPU | {
     "NAMESPACE_GPUS",
 }
 """Values of settings.env that fill in manifests. Each is checked against what it fills in."""
-
-
-APPLICATION = {"name", "route_prefix", "import_path", "args"}
 
 
 def findings(overlay: Overlay) -> Iterator[str]:
@@ -238,178 +232,3 @@ def _scaling(overlay: Overlay) -> Iterator[str]:
             yield f"{title(scaler)}: it does not scale by CPU"
         if spec.get("behavior") != {"scaleDown": {"stabilizationWindowSeconds": 600}}:
             yield f"{title(scaler)}: it shrinks at once"
-
-
-def _sizes(overlay: Overlay) -> Iterator[str]:
-    """Sizes of settings.env reach the groups that they are for."""
-    config = overlay.config
-    if overlay.name == "local":
-        return
-    for document in overlay.of("RayCluster", "RayService"):
-        for group in at(cluster_of(document), "workerGroupSpecs", default=[]):
-            name = group.get("groupName", "")
-            size = at(group, "template", "spec", "containers", 0, "resources", "limits")
-            most = {
-                "gpu": "TRAIN_MAX_PODS",
-                "gpu-spot": "TRAIN_MAX_SPOT_PODS",
-                "serve": "SERVE_MAX_PODS",
-            }.get(name)
-            if most and str(group.get("maxReplicas")) != config.get(most):
-                yield f"{title(document)}/{name}: maxReplicas is not {most}"
-            if name in ("gpu", "gpu-spot"):
-                given = {
-                    resource: str(size.get(resource)) for resource in ("nvidia.com/gpu", "cpu", "memory")
-                }
-                wanted = [config.get(f"TRAIN_POD_{what}") for what in ("GPUS", "CPUS", "MEMORY")]
-                if list(given.values()) != wanted:
-                    yield f"{title(document)}/{name}: {given} is not TRAIN_POD_*"
-    groups = {
-        g.get("groupName")
-        for g in at(
-            cluster_of(overlay.named("RayCluster", "dde-train") or {}), "workerGroupSpecs", default=[]
-        )
-    }
-    if groups != {"cpu", "gpu", "gpu-spot"}:
-        yield f"RayCluster/dde-train: its groups are {sorted(map(str, groups))}"
-
-
-def _queue(overlay: Overlay) -> Iterator[str]:
-    queues = overlay.of("ClusterQueue")
-    if len(queues) != (overlay.name == "production"):
-        yield "ClusterQueue: production has one, no other overlay has"
-    flavors = {
-        at(flavor, "metadata", "name", default=""): at(flavor, "spec")
-        for flavor in overlay.of("ResourceFlavor")
-    }
-    toleration = {"key": "dde-capacity", "operator": "Equal", "value": "spot", "effect": "NoSchedule"}
-    expected = {"dde-on-demand": {}, "dde-spot": {"nodeLabels": SPOT, "tolerations": [toleration]}}
-    if queues and flavors != expected:
-        yield f"ResourceFlavors are {flavors}, not {expected}"
-    for local in overlay.of("LocalQueue"):
-        if not overlay.named("ClusterQueue", at(local, "spec", "clusterQueue", default="")):
-            yield f"{title(local)}: there is no ClusterQueue {at(local, 'spec', 'clusterQueue')}"
-    for queue in queues:
-        spec = at(queue, "spec")
-        selector = {"matchLabels": {"kubernetes.io/metadata.name": "dde"}}
-        if spec.get("namespaceSelector") != selector or spec.get("queueingStrategy") != "StrictFIFO":
-            yield f"{title(queue)}: it does not admit namespace dde alone, in order"
-        for group in at(spec, "resourceGroups", default=[]):
-            yield from _quotas(overlay, title(queue), group)
-    for priority in overlay.of("WorkloadPriorityClass"):
-        if not 0 < priority.get("value", 0) <= 10_000 or not priority.get("description"):
-            yield f"{title(priority)}: it has no value between 1 and 10000, or no description"
-
-
-def _quotas(overlay: Overlay, where: str, group: dict) -> Iterator[str]:
-    covered = at(group, "coveredResources", default=[])
-    requested = {
-        resource
-        for pod in overlay.pods()
-        if pod.kind == "RayJob"
-        for container in pod.containers
-        for resource in at(container, "resources", "requests")
-    }
-    if set(covered) != requested:
-        yield f"{where}: it covers {sorted(covered)}, but RayJobs request {sorted(requested)}"
-    names = [flavor.get("name") for flavor in group.get("flavors", [])]
-    if names != ["dde-on-demand", "dde-spot"] or not all(
-        overlay.named("ResourceFlavor", str(n)) for n in names
-    ):
-        yield f"{where}: its flavors are {names}"
-    config = overlay.config
-    for flavor in group.get("flavors", []):
-        given = {r.get("name"): str(r.get("nominalQuota")) for r in flavor.get("resources", [])}
-        gpus = "JOB_SPOT_GPUS" if flavor.get("name") == "dde-spot" else "JOB_GPUS"
-        wanted = {
-            "cpu": config.get("JOB_CPUS"),
-            "memory": config.get("JOB_MEMORY"),
-            "ephemeral-storage": "100Ti",
-            "nvidia.com/gpu": config.get(gpus),
-        }
-        if given != wanted or list(given) != covered:
-            yield f"{where}: flavor {flavor.get('name')} has {given}, not {wanted} as coveredResources"
-
-
-def _quota(overlay: Overlay) -> Iterator[str]:
-    quotas = overlay.of("ResourceQuota")
-    if len(quotas) != (overlay.name == "production"):
-        yield "ResourceQuota: production has one, no other overlay has"
-    config = overlay.config
-    for quota in quotas:
-        hard = at(quota, "spec", "hard")
-        if set(hard) != {"requests.nvidia.com/gpu", "count/rayjobs.ray.io", "pods"} or set(quota["spec"]) != {
-            "hard"
-        }:
-            yield f"{title(quota)}: it limits {sorted(hard)}"
-            continue
-        if hard["requests.nvidia.com/gpu"] != config.get("NAMESPACE_GPUS"):
-            yield f"{title(quota)}: requests.nvidia.com/gpu is not NAMESPACE_GPUS"
-        if not all(100 <= quantity(hard[name]) <= 10_000 for name in ("count/rayjobs.ray.io", "pods")):
-            yield f"{title(quota)}: RayJobs or pods are not between 100 and 10000"
-        numbers = {
-            name: int(quantity(config.get(name, "0"))) for name in INPUTS if name.endswith(("GPUS", "PODS"))
-        }
-        shared = (numbers["TRAIN_MAX_PODS"] + numbers["TRAIN_MAX_SPOT_PODS"]) * numbers["TRAIN_POD_GPUS"]
-        needed = numbers["JOB_GPUS"] + numbers["JOB_SPOT_GPUS"] + shared + 2 * numbers["SERVE_MAX_PODS"]
-        if numbers["NAMESPACE_GPUS"] < needed:
-            yield f"{title(quota)}: NAMESPACE_GPUS {numbers['NAMESPACE_GPUS']} are fewer than {needed}"
-
-
-def _serve(overlay: Overlay) -> Iterator[str]:
-    for config in overlay.of("ServeConfig"):
-        inside = {name: value for name, value in config.items() if name != "kind"}
-        if problem := _serve_problem(json.dumps(inside)):
-            yield f"serveConfigV2: {problem}"
-            continue
-        for application in inside["applications"]:
-            yield from (f"serveConfigV2: {message}" for message in _application(overlay, application))
-
-
-@cache
-def _serve_problem(text: str) -> str:
-    """What Ray Serve's own schema refuses, and whether it listens where the control plane calls it."""
-    from ray.serve.schema import ServeDeploySchema
-
-    try:
-        options = ServeDeploySchema.model_validate_json(text).http_options
-    except ValidationError as error:
-        return str(error).replace("\n", "; ")
-    if set(json.loads(text)) != {"applications"} or (options.host, options.port) != ("0.0.0.0", 8000):
-        return "it has more than applications, or another port than DDE_SERVE_URL"
-    return ""
-
-
-def _application(overlay: Overlay, application: dict) -> Iterator[str]:
-    if (application.get("name"), application.get("route_prefix")) != ("dde", "/") or set(
-        application
-    ) != APPLICATION:
-        yield f"the application is not dde at /: {application}"
-    module, _, function = application.get("import_path", "").partition(":")
-    if not facts.has_function(module, function) or function != "build_app":
-        yield f"import_path {module}:{function} is not in the repository"
-    arguments = application.get("args", {})
-    if "storage_uri" in arguments:
-        yield "args.storage_uri would be a second place for DDE_STORAGE_URI"
-    try:
-        args = ServeArgs.model_validate(
-            {**arguments, "storage_uri": overlay.config.get("DDE_STORAGE_URI", "")}
-        )
-    except ValidationError as error:
-        yield f"args: {error}".replace("\n", "; ")
-        return
-    service = overlay.named("RayService", "dde-serve") or {}
-    group = at(cluster_of(service), "workerGroupSpecs", 0)
-    pod = at(group, "template", "spec", "containers", 0, "resources", "limits")
-    gpus = int(pod.get("nvidia.com/gpu", 0))
-    if args.use_gpu != bool(gpus) or args.use_gpu != (overlay.name != "local"):
-        yield f"use_gpu is {args.use_gpu}, but a pod has {gpus} GPUs"
-    per_pod = int(gpus / args.gpus_per_replica) if args.use_gpu else int(quantity(pod.get("cpu", 1)))
-    if args.max_replicas > per_pod * group.get("maxReplicas", 0):
-        yield f"max_replicas {args.max_replicas} are more than maxReplicas pods with {per_pod} each"
-    if not args.use_gpu and args.gpus_per_replica != 1:
-        yield "gpus_per_replica means nothing without use_gpu"
-    least = {"production": 2}.get(overlay.name, 1)
-    if args.min_replicas != least or group.get("minReplicas") != least:
-        yield f"min_replicas {args.min_replicas} and minReplicas {group.get('minReplicas')} are not {least}"
-    if args.limits != Limits():
-        yield "limits: the route's timeout and the preStop of serve are made for the defaults"
