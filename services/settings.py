@@ -198,6 +198,15 @@ class TrainingSettings(BaseSettings):
     """
 
 
+class ServingSettings(BaseSettings):
+    """What the Serve application reads on the machines on which Ray runs."""
+
+    model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
+
+    storage_uri: str | None = None
+    """The storage of an application whose ``args`` name none, so that one manifest value serves both."""
+
+
 class TrackerSettings(BaseSettings):
     """Where training logs its metrics, besides the journal and TensorBoard files.
 

@@ -548,8 +548,8 @@ def test_a_check_passes_what_exists(check: Any, text: str):
 
 
 def test_a_path_may_start_at_the_pages_own_folder():
-    assert list(wrong_paths(made_up("`base/config.yaml`", "k8s"))) == []
-    assert list(wrong_paths(made_up("`base/config.yaml`"))) != []
+    assert list(wrong_paths(made_up("`base/control.yaml`", "k8s"))) == []
+    assert list(wrong_paths(made_up("`base/control.yaml`"))) != []
 
 
 def test_the_form_checks_catch_long_lines_and_other_versions():
