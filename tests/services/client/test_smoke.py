@@ -29,6 +29,7 @@ from services.artifacts import models
 from services.client import smoke
 from services.client.cli import app as cli
 from services.client.processes import free_ports
+from services.control import health
 from services.control.app import build_app
 from services.errors import NotFound, ServiceError
 from services.settings import Settings
@@ -108,6 +109,15 @@ class Installation:
         answers = {path: self.http.get(path, headers=headers).json() for path in EMPTY}
         return {path: [each["name"] for each in answer["data"]] for path, answer in answers.items()}
 
+    def await_parts(self, away: set[str]) -> None:
+        """Wait until the control plane has noticed which parts are away."""
+        while {name for name, check in self._checks().items() if not check["ok"]} != away:
+            time.sleep(0.02)
+
+    def _checks(self) -> dict[str, Any]:
+        checks: dict[str, Any] = self.http.get("/readyz").json()["checks"]
+        return checks
+
     def left(self) -> list[str]:
         """Files in storage but for what jobs share: encoded pairs, and the probe of readiness."""
         names = files.list_files(self.storage, recursive=True)
@@ -129,6 +139,7 @@ def installed(tmp_path, monkeypatch) -> Iterator[Installation]:
     monkeypatch.setattr(smoke, "POLL_S", 0.05)
     monkeypatch.setattr(smoke, "SETTLE_S", 0.5)
     monkeypatch.setattr("services.client.api.LONGEST_PAUSE_S", 0.0)
+    monkeypatch.setattr(health, "EVERY_S", dict.fromkeys(health.EVERY_S, 0.1))
     storage = files.as_uri(tmp_path / "store")
     serve = ServeStandIn(storage)
     launcher = fakes.FakeLauncher(evaluate=evaluate)
@@ -144,7 +155,9 @@ def installed(tmp_path, monkeypatch) -> Iterator[Installation]:
         url = stack.enter_context(listening(build_app(settings, launcher)))
         headers = {"authorization": f"Bearer {KEY}"}
         http = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False))
-        yield Installation(url, storage, launcher, serve, http)
+        installation = Installation(url, storage, launcher, serve, http)
+        installation.await_parts(away=set())
+        yield installation
 
 
 def steps(result: Result) -> list[tuple[str, str]]:
@@ -189,9 +202,11 @@ def test_a_wrong_key_and_an_address_where_nothing_is_are_told_apart(installed) -
 
 def test_a_part_that_is_away_is_named(installed) -> None:
     installed.launcher.down = True
+    installed.await_parts(away={"ray"})
     result = installed.smoke()
     assert (result.exit_code, steps(result)) == (1, [("FAILED", "health")])
-    assert "ray (Unavailable: Ray at http://nowhere does not answer" in result.stderr
+    assert result.stderr.startswith("error: health: away: ray (")
+    assert "Ray at http://nowhere does not answer" in result.stderr
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
