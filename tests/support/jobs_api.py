@@ -7,8 +7,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 
 def jobs_api(jobs: dict[str, str], submitted: list[dict] | None = None, head: dict | None = None) -> FastAPI:
-    """The app. ``jobs`` is what it knows: submission id -> status; ``submitted`` gets the bodies. ``head`` has
-    the head's node id, and counts the submits of jobs that it has already.
+    """The app. ``jobs`` is what it knows: submission id -> status; ``submitted`` gets the bodies.
+
+    ``head`` has the head's node id, and counts the submits of jobs that it has already.
     """
     app = FastAPI()
     head = {"id": "second", "submits": 0} if head is None else head
