@@ -26,6 +26,9 @@ Retry-After, 500, 503, 504); ``Fault(None, first(1), "POST")``: carried out, and
 ``server.store.quotas["rayjobs.ray.io"] = 2``: 403 above. ``server.store.compact()``: watches get 410.
 ``server.store.holds_garbage``: no garbage collector.
 
+``processes.ProcessOperator(server, folder, network)`` plays by itself what ``Operator`` plays step by step,
+with real Ray nodes as pods; GPUs are counts alone where the machine has none.
+
 ``LIFE_CYCLES`` lists the operator's steps for every line of the table of a RayJob's states, each with the
 state that a launcher reports after it.
 """

@@ -69,10 +69,6 @@ class ProcessOperator(Operator):
     def end_pods(self, *names: str) -> None:
         """The kubelet does it, once the containers have stopped."""
 
-    def evict(self, name: str, pod: int = 0) -> None:
-        """The kubelet evicts a pod: its processes end, and the cluster gets a new one."""
-        super().evict(name, pod)
-
     def _run(self) -> None:
         while not self._closed.wait(self._period_s):
             try:
