@@ -96,8 +96,9 @@ def test_a_restored_backup_has_all_rows_and_unfinished_jobs_go_on_without_a_seco
         before = everything(plane, finished)
         save()
 
-        fakes.train(plane.launcher.specs[f"{running}-train-a1"])
-        plane.launcher.states[f"{running}-train-a1"] = "succeeded"
+        for job in (running, waiting):
+            fakes.train(plane.launcher.specs[f"{job}-train-a1"])
+            plane.launcher.states[f"{job}-train-a1"] = "succeeded"
         plane.launcher.plays["train"] = fakes.train
         plane.settle(60)
         assert plane.get(f"{JOBS}/{running}")["status"] == "succeeded"
@@ -109,7 +110,7 @@ def test_a_restored_backup_has_all_rows_and_unfinished_jobs_go_on_without_a_seco
     for restored in restored_plane(plane, restore(), launcher):
         assert everything(restored, finished) == before
         assert restored.get("/v1/models", headers={"authorization": f"Bearer {key}"})["data"]
-        assert restored.get(f"{JOBS}/{late}", 404)["error"]["code"] == "job_not_found"
+        assert restored.get(f"{JOBS}/{late}", 404)["error"]["type"] == "invalid_request_error"
         restored.settle(60)
         for job in (running, waiting):
             done = restored.get(f"{JOBS}/{job}")
