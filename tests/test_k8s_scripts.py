@@ -145,7 +145,7 @@ def test_missing_arguments_of_the_script_are_named() -> None:
 
 
 class SecretsServer(ThreadingHTTPServer):
-    """The part of a Kubernetes API server that kubectl needs to make Secrets. ``refused``: names it forbids."""
+    """The part of an API server that kubectl needs to make Secrets. ``refused``: names that it forbids."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

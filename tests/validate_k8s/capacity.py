@@ -1,4 +1,4 @@
-"""Sizes, the queue and quotas: what settings.env says reaches the documents, and the parts fit in together."""
+"""Sizes, the queue and quotas: settings.env reaches the documents, and the parts fit in together."""
 
 from __future__ import annotations
 

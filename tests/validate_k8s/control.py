@@ -60,10 +60,6 @@ def findings(overlay: Overlay) -> Iterator[str]:
         _lifecycle,
         _disruption,
         _scaling,
-        _sizes,
-        _queue,
-        _quota,
-        _serve,
         _jobs,
     ):
         yield from check(overlay)
