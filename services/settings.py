@@ -129,6 +129,10 @@ class Settings(BaseSettings):
     """How long a request for images or scores may take, unless it says so itself; at most Serve's
     ``limits.max_timeout_s``.
     """
+    pause_ack_s: Annotated[float, Field(gt=0)] = 300.0
+    """How long training that runs may take to acknowledge a pause. Then it hangs, and is killed: workers poll
+    for it every few seconds, between steps.
+    """
     stopping_s: float = 3600.0
     """How long training may take, after it acknowledged a pause, to finish the step and store its checkpoint,
     including outages of storage."""

@@ -78,12 +78,20 @@ BUSY = [
 ]
 
 
+def calls_of(log: Path, count: int) -> None:
+    """Wait for so many calls of ray."""
+    ends = time.monotonic() + 30
+    while not log.exists() or len(log.read_text().split()) < count:
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(("part", "group", "worker"), BUSY, indirect=["worker"])
 def test_a_busy_pod_drains_its_node_and_ends_when_the_work_has_left(
     production: Overlay, ray_calls: Path, part: str, group: str, worker: subprocess.Popen[bytes]
 ) -> None:
     with subprocess.Popen(["sh", "-c", script_of(production, part, group, worker)]) as ending:
-        time.sleep(1.5)
+        calls_of(ray_calls, 1)
         assert ray_calls.read_text().split() == ["drain-node"]
         assert ending.poll() is None
         worker.send_signal(signal.SIGKILL)

@@ -190,12 +190,12 @@ def _request_stop(run: StageRun, state: RunState | None) -> None:
 
 def _time_is_up(run: StageRun) -> bool:
     """Whether the run had long enough to stop by itself: ``stopping_s`` if it acknowledged, else
-    ``unreachable_s``.
+    ``pause_ack_s``.
 
     Counts from the request to the run, not to the API: the control plane may have been down in between.
     """
     since = run.job.stop_asked_at
-    if since is None or run.now - since < run.settings.unreachable_s:
+    if since is None or run.now - since < run.settings.pause_ack_s:
         return False
     return run.now - since >= run.settings.stopping_s or not run.attempt.stop_acknowledged()
 

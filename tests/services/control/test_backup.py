@@ -92,13 +92,12 @@ def test_a_restored_backup_has_all_rows_and_unfinished_jobs_go_on_without_a_seco
         waiting = plane.job(name="third")["id"]
         key = plane.post("/v1/keys", {"name": "k", "project": "default"})["key"]
         evaluation = plane.post("/v1/evaluations", plane.evaluation_body())["id"]
-        assert plane.get(f"{JOBS}/{running}")["status"] == "training"
+        assert plane.get(f"{JOBS}/{running}")["status"] == "running"
         before = everything(plane, finished)
         save()
 
-        for job in (running, waiting):
-            fakes.train(plane.launcher.specs[f"{job}-train-a1"])
-            plane.launcher.states[f"{job}-train-a1"] = "succeeded"
+        fakes.train(plane.launcher.specs[f"{running}-train-a1"])
+        plane.launcher.states[f"{running}-train-a1"] = "succeeded"
         plane.launcher.plays["train"] = fakes.train
         plane.settle(60)
         assert plane.get(f"{JOBS}/{running}")["status"] == "succeeded"

@@ -171,11 +171,6 @@ def test_a_reader_stops_before_a_partial_file_and_refuses_other_contents(prefix:
 
 
 def test_fields_of_a_later_version_are_ignored(prefix: str):
-    journal = Journal(prefix)
-    journal.event("known")
-    journal.flush()
-    [name] = files.list_files(files.join(prefix, "journal"))
-    uri = files.join(prefix, f"journal/{name}")
-    line = files.read_bytes(uri).decode().strip()
-    files.write_bytes(uri, (line[:-1] + ', "mood": "good"}\n').encode())
+    later = [{"at": 1.0, "message": "known", "mood": "good"}]
+    files.write_json(f"{prefix}/journal/00000000.json", later)
     assert messages_in(prefix) == ["known"]
