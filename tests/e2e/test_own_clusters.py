@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from dde_core.config import ObjectiveConfig, SampleConfig, TrainConfig
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
 from services.api.images import ImageRequest
+from services.api.records import FINAL_STATUSES
 from services.api.requests import AlignmentJobCreate, EvaluationConfig
 from services.client.api import Client
 from services.client.local import LocalSystem
@@ -110,12 +112,18 @@ def test_a_posted_job_runs_each_stage_as_a_rayjob_and_its_model_is_served(instal
             ),
         )
     )
-    finished = client.wait(job.id, timeout_s=3000)
+    last_seen: dict[str, str] = {}  # RayJobs that have ended are deleted while later stages run
+    ends = time.monotonic() + 3000
+    while (finished := client.job(job.id)).status not in FINAL_STATUSES:
+        assert time.monotonic() < ends
+        for each in operator.store.list("rayjobs", None, lambda item: True):
+            stage = each["metadata"]["labels"]["dde-stage"]
+            last_seen[stage] = each.get("status", {}).get("jobDeploymentStatus", "")
+        time.sleep(0.5)
     assert finished.status == "succeeded", finished.reason
-    jobs = operator.store.list("rayjobs", None, lambda item: True)
-    stages = [each["metadata"]["labels"]["dde-stage"] for each in jobs]
-    assert sorted(stages) == ["encode", "evaluate", "train"]
-    assert {each["status"]["jobDeploymentStatus"] for each in jobs} == {"Complete"}
+    print(f"\n{finished.name}: RayJobs {last_seen}")
+    assert list(last_seen) == ["encode", "train", "evaluate"]
+    assert {last_seen["encode"], last_seen["train"]} == {"Complete"}
     answer = client.generate(ImageRequest(model="aligned", prompt="a red circle", steps=2, seed=1))
     image = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
     assert image.size[0] > 0

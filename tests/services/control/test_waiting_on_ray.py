@@ -16,7 +16,7 @@ from services.client.local import LocalSystem
 from tests.services.control.test_on_ray import wait_for
 from tests.support.open_sources import EVERYWHERE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 START_TIMEOUT_S = 3
 """Of Ray Train: after it, workers that found no room have failed to start."""
 
