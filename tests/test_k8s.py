@@ -212,5 +212,5 @@ def test_the_actors_that_a_pod_waits_for_are_rays() -> None:
 
 
 def test_the_variables_of_ray_are_read_by_ray() -> None:
-    text = sources_of_ray("dashboard/modules/job", "_private/authentication", "_private/runtime_env")
-    assert [name for name in facts.JOB_STOP | facts.TOKEN if name not in text] == []
+    text = sources_of_ray("dashboard", "_private/authentication", "_private/runtime_env")
+    assert [name for name in facts.OF_JOBS | facts.TOKEN if name not in text] == []

@@ -45,7 +45,7 @@ def dde_variables(*settings: type) -> frozenset[str]:
 
 AWS = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION"})
 TOKEN = frozenset({"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"})
-JOB_STOP = frozenset({"RAY_JOB_STOP_SIGNAL", "RAY_JOB_STOP_WAIT_TIME_S"})
+OF_JOBS = frozenset({"RAY_JOB_STOP_SIGNAL", "RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_START_TIMEOUT_SECONDS"})
 """Read by Ray: tests/test_k8s.py finds each name in its sources."""
 
 
@@ -65,7 +65,7 @@ def images() -> dict[str, Image]:
             rf"(\S+/)?dde-ray:{re.escape(version())}-ray{re.escape(ray_version())}{digest}",
             shell | {"python", "ray"},
             _user("ray"),
-            dde_variables(TrainingSettings, ServingSettings, TrackerSettings) | JOB_STOP | AWS,
+            dde_variables(TrainingSettings, ServingSettings, TrackerSettings) | OF_JOBS | AWS,
         ),
     }
     others = {

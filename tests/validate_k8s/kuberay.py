@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from services.settings import Settings
 from tests.validate_k8s import facts
 from tests.validate_k8s.overlay import Overlay, Pod, at, cluster_of, title
 
@@ -16,6 +17,8 @@ API_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount"
 UPGRADE = {"RayCluster": {"type": "Recreate"}, "RayService": {"type": "NewCluster"}}
 JOB_STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "10"}
 """A stopped job has 10 s to leave its marker. Whatever starts drivers needs it."""
+JOB_START = {"RAY_JOB_START_TIMEOUT_SECONDS": f"{Settings.model_fields['max_wait_s'].default:.0f}"}
+"""A driver on the shared cluster waits for room as long as its job may."""
 BUSY = {"serve": "ServeReplica", "train": "RayTrainWorker"}
 """The actors whose processes a pod waits for before it ends."""
 
@@ -192,6 +195,10 @@ def _variables(pod: Pod) -> Iterator[str]:
     stop = {name: value for name, value in given.items() if name.startswith("RAY_JOB_STOP")}
     if stop != (JOB_STOP if starts_drivers else {}):
         yield f"a job's stop is {stop}, not {JOB_STOP if starts_drivers else 'unset'}"
+    waits = {name: value for name, value in given.items() if name.startswith("RAY_JOB_START")}
+    places_drivers = pod.kind == "RayCluster" and pod.group == "head"
+    if waits != (JOB_START if places_drivers else {}):
+        yield f"a driver's wait is {waits}, not {JOB_START if places_drivers else 'unset'}"
 
 
 def _leaves(pod: Pod) -> Iterator[str]:
