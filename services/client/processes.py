@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -37,17 +38,36 @@ class Child:
     def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
         self.name = name
         self.log = log
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                cwd=log.parent,
-                env=env,
+        self._command = command
+        self._env = env
+        self._process = self._start("wb")
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    def _start(self, mode: Literal["wb", "ab"]) -> subprocess.Popen[bytes]:
+        with self.log.open(mode) as output:
+            return subprocess.Popen(
+                self._command,
+                cwd=self.log.parent,
+                env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
-        self.pid = self._process.pid
+
+    def restart(self) -> None:
+        """Run the command again, once all of the last run has ended. Its output is appended."""
+        self.stop(0.0)
+        self._process = self._start("ab")
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has ended."""
+        return self._process.poll() is not None
 
     def check(self) -> None:
         """Raise StartFailed if the process has ended."""

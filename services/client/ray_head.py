@@ -26,6 +26,10 @@ TEMPORARY = "/tmp"
 OBJECT_STORE_BYTES = 500_000_000
 STOP_TIMEOUT_S = 20.0
 APPLICATIONS = "/api/serve/applications/"
+START_TIMED_OUT = "The current node timed out during startup"
+"""Ray's message where its node took more than 30 s to start, which nothing can lengthen."""
+RESTARTS = 2
+"""A machine on which Ray starts too slowly twice has its files in memory by the third time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ class RayHead:
         self._logs = logs
         self._mark = mark
         self._num_cpus = num_cpus
+        self._restarts_left = RESTARTS
         headers = {"Authorization": f"Bearer {self.token}"}
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=60.0, trust_env=False)
 
@@ -89,7 +94,10 @@ class RayHead:
         return self._folder / "ray" / "session_latest" / "logs"
 
     def is_ready(self) -> bool:
-        """Whether the cluster accepts requests."""
+        """Whether the cluster accepts requests. Starts Ray again if it gave up on its own start."""
+        if self._restarts_left and self.child.has_ended and START_TIMED_OUT in self.child.tail():
+            self._restarts_left -= 1
+            self.child.restart()
         try:
             return self._http.get(APPLICATIONS, timeout=10.0).is_success
         except httpx.TransportError:
