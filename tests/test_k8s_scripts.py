@@ -53,6 +53,9 @@ def ray_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def worker(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
     """A process with the title that Ray gives to such an actor."""
     process = subprocess.Popen(["bash", "-c", f"exec -a '{request.param}' sleep 60"])
+    title = Path(f"/proc/{process.pid}/cmdline")
+    while not title.read_text().startswith(request.param):
+        time.sleep(0.01)
     yield process
     process.kill()
     process.wait()

@@ -52,6 +52,9 @@ from services.control.waiting_metrics import WaitingJobs
 from services.settings import Settings
 from services.storage import files, sources
 
+SWEEP_STOP_S = 2.0
+"""How long the end waits for a sweep of images: its connection goes back before the database is closed."""
+
 BODIES = (
     DatasetCreate,
     DatasetSource,
@@ -112,7 +115,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             state.reconciler.start()
         stopping = threading.Event()
         sweeping = (stopping, state.settings, state.database)
-        threading.Thread(target=images_by_url.sweep_until, args=sweeping, name="sweep", daemon=True).start()
+        sweep = threading.Thread(target=images_by_url.sweep_until, args=sweeping, name="sweep", daemon=True)
+        sweep.start()
+        undo.callback(sweep.join, SWEEP_STOP_S)
         undo.callback(stopping.set)
         try:
             async with inference.make_client(state.settings.serve_url) as state.serve:

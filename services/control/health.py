@@ -29,6 +29,8 @@ AWAY_EVERY_S = 1.0
 PATIENCE_S = 10.0
 """A part whose check takes longer is away, whatever the check finds in the end."""
 SERVE_S = 5.0
+STOP_S = 2.0
+"""How long the end waits for a check of the database."""
 MAX_DETAIL = 300
 
 Check = Callable[[], str | None]
@@ -103,16 +105,25 @@ class Parts:
         }
         self.parts: Mapping[str, Part] = {name: Part(name, check) for name, check in checks.items()}
         self._stopping = threading.Event()
+        self._threads: dict[str, threading.Thread] = {}
 
     def start(self) -> None:
         """Check each part now and from then on."""
         self._stopping.clear()
-        for part in self.parts.values():
-            threading.Thread(target=self._run, args=(part,), name=f"check-{part.name}", daemon=True).start()
+        self._threads = {
+            name: threading.Thread(target=self._run, args=(part,), name=f"check-{name}", daemon=True)
+            for name, part in self.parts.items()
+        }
+        for thread in self._threads.values():
+            thread.start()
 
     def stop(self) -> None:
-        """End the threads after the checks in progress, without waiting for them."""
+        """End the threads after the checks in progress, without waiting for them, but for the one of the
+        database: its connection goes back before the database is closed.
+        """
         self._stopping.set()
+        if "database" in self._threads:
+            self._threads["database"].join(STOP_S)
 
     def views(self) -> dict[str, CheckView]:
         """Each part by its name."""
