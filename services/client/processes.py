@@ -35,11 +35,21 @@ class StartFailed(Unavailable):
 class Child:
     """One process, leader of its own session, whose output goes to a file."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        env: Mapping[str, str],
+        retry_on: str = "",
+        retries: int = 0,
+    ) -> None:
         self.name = name
         self.log = log
         self._command = command
         self._env = env
+        self._retry_on = retry_on
+        self._retries = retries
         self._process = self._start("wb")
 
     @property
@@ -59,20 +69,22 @@ class Child:
                 start_new_session=True,
             )
 
-    def restart(self) -> None:
+    def _restart(self) -> None:
         """Run the command again, once all of the last run has ended. Its output is appended."""
         self.stop(0.0)
         self._process = self._start("ab")
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether the process has ended."""
-        return self._process.poll() is not None
-
     def check(self) -> None:
-        """Raise StartFailed if the process has ended."""
+        """Raise StartFailed if the process has ended. If its output ends with ``retry_on``, run it again, at
+        most ``retries`` times.
+        """
         code = self._process.poll()
-        if code is not None:
+        if code is None:
+            return
+        if self._retries and self._retry_on in self.tail():
+            self._retries -= 1
+            self._restart()
+        else:
             raise StartFailed(f"{self.name} ended with exit code {code}{self.tail()}")
 
     def tail(self, lines: int = 20) -> str:

@@ -65,7 +65,6 @@ class RayHead:
         self._logs = logs
         self._mark = mark
         self._num_cpus = num_cpus
-        self._restarts_left = RESTARTS
         headers = {"Authorization": f"Bearer {self.token}"}
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=60.0, trust_env=False)
 
@@ -80,7 +79,8 @@ class RayHead:
             self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
             env = environment(self._mark, {**ray_environment(self.ports), **self.auth})
             command = start_command(self.ports, self._num_cpus, self._folder / "ray")
-            self.child = Child("ray", command, self._logs / "ray.log", env)
+            log = self._logs / "ray.log"
+            self.child = Child("ray", command, log, env, START_TIMED_OUT, RESTARTS)
             undo.callback(self.child.stop, STOP_TIMEOUT_S)
             self._undo = undo.pop_all()
         return self
@@ -94,10 +94,7 @@ class RayHead:
         return self._folder / "ray" / "session_latest" / "logs"
 
     def is_ready(self) -> bool:
-        """Whether the cluster accepts requests. Starts Ray again if it gave up on its own start."""
-        if self._restarts_left and self.child.has_ended and START_TIMED_OUT in self.child.tail():
-            self._restarts_left -= 1
-            self.child.restart()
+        """Whether the cluster accepts requests."""
         try:
             return self._http.get(APPLICATIONS, timeout=10.0).is_success
         except httpx.TransportError:
