@@ -251,6 +251,7 @@ def test_a_file_that_is_no_image_of_the_size_is_refused(content: Callable[[], by
 
 def test_a_run_that_takes_too_long_is_canceled_and_says_at_which_step(installed) -> None:
     def takes_long(spec) -> fakes.RunState:
+        time.sleep(2 * smoke.POLL_S)  # so that the client has seen a stage
         os.kill(os.getpid(), signal.SIGALRM)  # the alarm of the time limit
         return fakes.runs(spec)
 
