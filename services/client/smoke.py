@@ -1,6 +1,6 @@
 """`dde smoke`: a tiny job against any installation, from a shipped model to a served image, all over HTTP.
 
-Everything that it makes has one fresh name, by which it is found and deleted again, however the run ends.
+Everything that it makes has one new name, by which it is found and deleted again, however the run ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ POLL_S = 1.0
 CLEAN_UP_S = 180.0
 """How long the end of a canceled job and the deletions may take."""
 SETTLE_S = 5.0
-"""How long the server has for what it was asked to make when the run was interrupted, before the clean-up."""
+"""How long the server has for the requests that it had when the run was interrupted, before the clean-up."""
 CLEAN_UP_TRIES = 5
 SAMPLE = SampleConfig(steps=20, guidance_scale=3.0)
 SIZE_PX = 32

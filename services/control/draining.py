@@ -46,7 +46,7 @@ class Drain:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which on SIGTERM drains as said above; on SIGINT, without the time to notice.
+    """uvicorn's server, which on SIGTERM drains as above; on SIGINT, without the time to notice.
 
     ``on_drain`` is called once, when draining begins.
     """

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import get_args
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from services.api.records import WaitReason
 from services.control import queueing
 from services.control.database import Database
 from services.control.tables import Job
@@ -38,7 +40,7 @@ class WaitingJobs(Collector):
 
     def _by_reason(self, session: Session) -> Counter[str]:
         queue = queueing.read(session, self._settings)
-        counts = Counter(dict.fromkeys(("slots", "project_limit", "cluster_room", "cluster_unreachable"), 0))
+        counts = Counter(dict.fromkeys(get_args(WaitReason), 0))
         for share in queue.shares.values():
             counts[queue.reason(share.name)[0]] += share.queued
         columns = select(Job.unreachable_at, Job.waiting_since).where(Job.status.in_(ACTIVE))

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,14 @@ import psutil
 from services.client.api import Client
 from services.client.local import SERVE_CONFIG, fill_serve_config, read_serve_config
 from services.client.processes import environment, executables
-from services.client.ray_head import APPLICATIONS, RayPorts, ray_environment
+from services.client.ray_head import APPLICATIONS, ray_environment
+from tests.support.kube.sandboxes import PORTS as KUBERAY_PORTS
 from tests.support.namespaces import Container, Pod, PodNetwork, network_or_skip
 from tests.support.open_sources import EVERYWHERE
 from tests.support.s3_server import BUCKET
 
-PORTS = RayPorts(
-    gcs=6379,
-    dashboard=8265,
-    client=10001,
-    agent=52365,
-    autoscaler_metrics=44217,
-    dashboard_metrics=44227,
-    metrics=8090,
-)
-"""Ray's own, for every pod has all ports to itself."""
+PORTS = replace(KUBERAY_PORTS, metrics=8090)
+"""As in pods of KubeRay, but for the metrics."""
 OBJECT_STORE_BYTES = 100_000_000
 STORAGE_URI = f"s3://{BUCKET}/dde"
 SERVE_PORT = 8000
@@ -216,7 +209,7 @@ class PodCluster:
         self.network.pods[name].heal()
 
     def lose(self, name: str) -> None:
-        """The pod's machine loses its power: nobody is told. ``recover`` or ``replace`` it."""
+        """The pod's machine loses its power, without a signal. ``recover`` or ``replace`` it."""
         with self._lock:
             self._containers.pop(name)
             self.network.pods[name].cut()

@@ -130,7 +130,7 @@ class KubeRayLauncher:
             try:
                 dashboard.stop(found["spec"]["jobId"])
             except Unavailable as error:  # the operator stops the job, too, before it removes the cluster
-                log.info("run %s: its dashboard cannot be told to stop: %s", run_id, error)
+                log.info("run %s: its dashboard does not accept a stop: %s", run_id, error)
         self._delete(found)
 
     def log_tail(self, run_id: str) -> str:

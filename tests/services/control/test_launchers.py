@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -55,7 +56,7 @@ def crds() -> Path | None:
     return Path(os.environ["KUBERAY_CRDS"]) if "KUBERAY_CRDS" in os.environ else None
 
 
-class World:
+class World(ABC):
     """A launcher, and what runs the runs that it submits. ``cannot`` names the cases that have no meaning."""
 
     cannot: frozenset[str] = frozenset()
@@ -71,27 +72,29 @@ class World:
         metadata = {"job": id.partition("-")[0], "stage": "encode", "attempt": "1", "project": "default"}
         return Run(id, self.command(id, prefix), prefix, metadata, **fields)
 
+    @abstractmethod
     def command(self, id: str, prefix: str) -> str:
-        raise NotImplementedError
+        """What its driver runs."""
 
+    @abstractmethod
     def goes_on(self, run: Run) -> None:
         """Its driver works."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ends(self, run: Run, code: int) -> None:
         """Its driver exits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self) -> int:
         """The runs that were ever started."""
-        raise NotImplementedError
 
+    @abstractmethod
     def carries_out_stops(self, run: Run) -> None:
         """What the outside does after a stop."""
 
+    @abstractmethod
     def disconnected(self) -> Launcher:
         """The same launcher, of something that does not answer."""
-        raise NotImplementedError
 
     def awaited(self, run: Run, *states: str, timeout_s: float = 60.0) -> RunStatus:
         """The first status in one of these states."""
@@ -126,6 +129,9 @@ class FakeWorld(World):
 
     def count(self) -> int:
         return len(self.fake.submitted)
+
+    def carries_out_stops(self, run: Run) -> None:
+        """Nothing: it stops by itself."""
 
     def disconnected(self) -> Launcher:
         away = fakes.FakeLauncher()
@@ -169,6 +175,9 @@ class RayWorld(World):
         from ray.job_submission import JobSubmissionClient
 
         return len([each for each in JobSubmissionClient(self.url).list_jobs() if each.submission_id])
+
+    def carries_out_stops(self, run: Run) -> None:
+        """Nothing: it stops by itself."""
 
     def disconnected(self) -> Launcher:
         return RayJobsLauncher("http://127.0.0.1:1")

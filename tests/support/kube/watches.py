@@ -1,4 +1,4 @@
-"""Requests to the stand-in API server, and what a watch is told."""
+"""Requests to the stand-in API server, and the events of a watch."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Call:
 def watched(store: Store, call: Call, ends: float, closed: threading.Event) -> Iterator[Json]:
     """The events of a watch until the time ``ends`` (of ``time.monotonic``) or until the server is closed."""
     matches = call.matches
-    asked = call.query.get("resourceVersion", "")
+    requested = call.query.get("resourceVersion", "")
     with store.changed:
-        seen = int(asked) if asked not in ("", "0") else store.version
-        first = [] if asked not in ("", "0") else store.list(call.kind.plural, call.namespace, matches)
+        seen = int(requested) if requested not in ("", "0") else store.version
+        first = [] if requested not in ("", "0") else store.list(call.kind.plural, call.namespace, matches)
         too_old = seen < store.compacted
         compacted = store.compacted
     if too_old:
