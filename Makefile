@@ -7,7 +7,7 @@ export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export RAY_AUTH_MODE := disabled
 
-.PHONY: demo up test test-slow bench golden check format clean
+.PHONY: demo up test test-slow bench golden settings check validate-k8s format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -33,10 +33,16 @@ bench: .venv/installed  ## ratios measured in one run, into tests/bench/results.
 golden: .venv/installed ## rewrite the golden loss curve
 	DDE_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/e2e/test_training.py -k golden
 
+settings: .venv/installed ## rewrite docs/settings.md from the code
+	$(BIN)/python -m tests.support.settings_page
+
 check: .venv/installed  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+validate-k8s: .venv/installed   ## every overlay of k8s/; ARGS=--mutate also tries every single mistake
+	$(BIN)/python -m tests.validate_k8s $(ARGS)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

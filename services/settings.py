@@ -28,17 +28,35 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
 
     api_key: Annotated[SecretStr, Field(min_length=1)]
+    """The admin key of the default project. Image URLs are signed with a key that is made from it."""
     storage_uri: str
+    """Where everything is stored but the database: a path, ``file://`` or ``s3://bucket/prefix``, the same
+    for the control plane, Ray and Serve.
+    """
     database_url: str = "sqlite:///dde.db"
+    """SQLite for one replica, ``postgresql+psycopg://USER:PASSWORD@HOST/NAME`` for several."""
+    database_password_file: Path | None = None
+    """A file with PostgreSQL's password, read for each new connection: a rotated one is used at once. None:
+    the password is in ``database_url``.
+    """
     ray_url: str = "http://127.0.0.1:8265"
+    """The dashboard of the Ray cluster that runs jobs."""
     serve_url: str = "http://127.0.0.1:8000"
+    """Ray Serve's HTTP address, to which requests for images and scores are sent on."""
     host: str = "127.0.0.1"
+    """The address that the API listens on; ``0.0.0.0`` in a container."""
     port: int = 8080
+    """The port that the API listens on."""
     use_gpu: bool = False
+    """Give each training worker and each actor of the other stages one GPU. Serve has its own ``use_gpu``."""
     encode_actors: int = 1
+    """Replicas of the model in the stages encode and ledger."""
     evaluate_actors: int = 1
+    """Replicas of the model in the stages evaluate, generate and relabel."""
     poll_interval_s: float = 0.5
+    """How long to wait between two reviews of a job."""
     lock_s: float = 60.0
+    """How long a replica keeps a job that it reviews. If it dies, another one takes the job after that."""
     allowed_sources: Sources = []
     """The folders (paths or file:// URIs) and buckets (s3://bucket/prefix) from which pairs, prompts and base
     models may be read, by the control plane and by the stages of its jobs; a JSON list. What the package
@@ -60,6 +78,12 @@ class Settings(BaseSettings):
     """The RayJob (YAML) that those of stages are made from. Without it no job can have its own cluster."""
     rayjob_namespace: str | None = None
     """Where RayJobs are created; by default the namespace of the control plane's pod."""
+    rayjob_image: str | None = None
+    """The image of their head and workers, by digest in production: the nodes of one job then run the same
+    one. By default what the template names.
+    """
+    kubeconfig: Path | None = None
+    """How to reach the Kubernetes API outside of a pod; in a pod, by its service account."""
     rayjob_queue: str | None = None
     """The Kueue LocalQueue that admits RayJobs; none: they start as soon as Kubernetes has room."""
     rayjob_priority: str | None = None
@@ -71,11 +95,13 @@ class Settings(BaseSettings):
     driver_memory: Annotated[int, Field(ge=0)] = 0
     """The bytes that Ray reserves for such a driver."""
     max_active_jobs: int = 8
-    """The most jobs that run at once. The others wait as queued."""
+    """The most jobs that run at once. The others wait as queued; the order is fair between projects."""
     max_active_jobs_per_project: Annotated[int, Field(ge=1)] | None = None
     """The most of them of one project; None: no limit."""
     max_wait_s: Annotated[float, Field(gt=0)] = 7 * 86_400.0
-    """How long a job may wait for room in all, unless it says so itself. A week: a queue may be long."""
+    """How long a job may wait for room in all, for a slot and for machines, unless it says so itself; then it
+    fails. A week: a queue may be long.
+    """
     max_attempts: Annotated[int, Field(ge=1)] = 5
     """The most attempts without progress after a driver died or could not reach something; then the job
     fails.
@@ -88,13 +114,24 @@ class Settings(BaseSettings):
     """A port of its own for /metrics, without a key; None: the port of the API answers it."""
     drain_s: Annotated[float, Field(ge=0)] = 300.0
     """How long a replica that is asked to end (SIGTERM) finishes the requests that it has."""
-    unreachable_s: float = 300.0
+    drain_notice_s: Annotated[float, Field(ge=0)] = 5.0
+    """How much of that it still accepts new ones, although it is no longer ready: load balancers need some
+    seconds to notice.
+    """
+    unreachable_s: Annotated[float, Field(gt=0)] = 3600.0
     """How long Ray may be unreachable, with nothing new in the run's journal, before its job fails; also how
     long to wait until Ray confirms the end of a run that was stopped.
+
+    An hour: after the loss of a head's node, Kubernetes takes minutes to notice it, to move the pod, to add a
+    machine and to pull the image.
     """
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     """How long a request for images or scores may take, unless it says so itself; at most Serve's
     ``limits.max_timeout_s``.
+    """
+    pause_ack_s: Annotated[float, Field(gt=0)] = 300.0
+    """How long training that runs may take to acknowledge a pause. Then it hangs, and is killed: workers poll
+    for it every few seconds, between steps.
     """
     stopping_s: float = 3600.0
     """How long training may take, after it acknowledged a pause, to finish the step and store its checkpoint,
@@ -111,8 +148,11 @@ class ClientSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
 
     url: str | None = None
+    """The control plane's address; by default that of ``dde up`` in ``home``, else http://127.0.0.1:8080."""
     api_key: SecretStr | None = None
+    """A key of ``dde keys create``, or the control plane's; by default that of ``dde up`` in ``home``."""
     home: Path = Path(".dde")
+    """The state folder of ``dde up``."""
 
     @property
     def base_url(self) -> str:
@@ -146,6 +186,29 @@ class TrainingSettings(BaseSettings):
     To add some, the current workers restart from a checkpoint that they store just before, if a step and an
     upload are short compared with this.
     """
+    max_worker_failures: Annotated[int, Field(ge=0)] = 30
+    """How often workers of one attempt may die while they train, such as with their nodes: spot machines are
+    lost often. An error that would only come again ends the attempt at once.
+    """
+    max_start_failures: Annotated[int, Field(ge=0)] = 30
+    """How often they may die while they start, in a row. To wait for room is no failure."""
+    storage_retry_s: Annotated[float, Field(gt=0)] = 1800.0
+    """How long training goes on while storage accepts none of its writes. Half an hour: an outage of a store
+    seldom lasts longer, and the steps since the last checkpoint would be lost.
+    """
+    stop_ack_s: Annotated[float, Field(gt=0)] = 90.0
+    """How long workers may take to acknowledge a request to stop; then the stage ends at its last checkpoint.
+    Running workers do so within seconds, unless storage hangs: it gives up on a request after a minute.
+    """
+
+
+class ServingSettings(BaseSettings):
+    """What the Serve application reads on the machines on which Ray runs."""
+
+    model_config = SettingsConfigDict(env_prefix="DDE_", extra="ignore")
+
+    storage_uri: str | None = None
+    """The storage of an application whose ``args`` name none, so that one manifest value serves both."""
 
 
 class TrackerSettings(BaseSettings):
@@ -159,10 +222,15 @@ class TrackerSettings(BaseSettings):
     model_config = SettingsConfigDict(extra="ignore")
 
     mlflow_tracking_uri: str | None = None
+    """Where MLflow's server is. Training logs to it if this is set; needs the extra ``mlflow``."""
     mlflow_experiment_name: Annotated[str, Field(min_length=1)] = "dde"
+    """The experiment of all runs."""
     wandb_api_key: SecretStr | None = None
-    wandb_mode: Annotated[str, Field(pattern="^(online|offline|disabled)$")] | None = None
+    """Training logs to Weights & Biases if this is set; needs the extra ``wandb``."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """``offline`` writes files to the run's folder, without a key; ``disabled`` logs nothing."""
     wandb_project: Annotated[str, Field(min_length=1)] = "dde"
+    """The project of all runs."""
 
     @property
     def mlflow(self) -> bool:

@@ -96,7 +96,7 @@ def bucket(s3_server: S3Server) -> Iterator[str]:
     The test gets a client of its own: boto3's allows fewer retries after many failures, those of earlier
     tests too.
     """
-    s3.client.cache_clear()
+    s3.forget_clients()
     s3_server.inject()
     yield f"s3://{BUCKET}/{uuid.uuid4().hex}"
     s3_server.inject()

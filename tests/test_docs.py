@@ -9,12 +9,15 @@ import ast
 import json
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +230,37 @@ def misuse(command: Any, rest: list[str], is_whole: bool) -> Iterator[str]:
 @each_page
 def test_every_dde_command_is_one_that_the_command_line_interface_takes(page: Page):
     assert list(wrong_dde_commands(page)) == []
+
+
+def wrong_kubectl_commands(page: Page) -> Iterator[str]:
+    """`kubectl` commands whose words or options its own parser refuses; files to apply that do not exist."""
+    for words, _ in commands(page):
+        if words[0] == "kubectl" and len(words) > 1:
+            yield from (f"`{' '.join(words)}`: {why}" for why in wrong_kubectl(tuple(words[1:])))
+
+
+@cache
+def wrong_kubectl(words: tuple[str, ...]) -> tuple[str, ...]:
+    """With --help kubectl reads its options, does nothing, and prints the usage of the command it knows."""
+    program = Path(sys.executable).parent / "kubectl"
+    done = subprocess.run([program, *words, "--help"], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        return (done.stderr.splitlines()[0],)
+    rest = list(words[2:]) if words[0] in ("-n", "--namespace") else list(words)
+    usage = re.search(r"^Usage:\n  kubectl ([a-z -]*)(SUBCOMMAND)?", done.stdout, re.MULTILINE)
+    if usage is None:
+        return ("no such command",)
+    understood = usage[1].split()
+    is_group = usage[2] is not None and rest != understood
+    if is_group or rest[: len(understood)] != understood:
+        return (f"understood as kubectl {usage[1].strip() or 'alone'}",)
+    places = [place for option, place in pairwise(rest) if option in ("-f", "-k") and not place.isupper()]
+    return tuple(f"{place}: no such file or folder" for place in places if not (ROOT / place).exists())
+
+
+@each_page
+def test_every_kubectl_command_is_one_that_kubectl_takes(page: Page):
+    assert list(wrong_kubectl_commands(page)) == []
 
 
 def wrong_make_targets(page: Page) -> Iterator[str]:
@@ -460,6 +494,11 @@ def made_up(text: str, folder: str = ".") -> Page:
         (wrong_dde_commands, "run `dde recipes sd15_dde`", "takes no argument 'sd15_dde'"),
         (wrong_dde_commands, "so:\n\n    .venv/bin/dde datasets create my-pairs\n", "lacks uri"),
         (wrong_dde_commands, "so:\n\n    KEY=1 dde plan --gpus many  # how many\n", "gpus"),
+        (wrong_kubectl_commands, "run `kubectl -n dde rollout statuss deployment/x`", "kubectl rollout"),
+        (wrong_kubectl_commands, "run `kubectl explode`", "unknown command"),
+        (wrong_kubectl_commands, "run `kubectl drain NODE --ignore-demonsets`", "--ignore-demonsets"),
+        (wrong_kubectl_commands, "so:\n\n    kubectl get pods --since\n", "--since"),
+        (wrong_kubectl_commands, "run `kubectl apply -k k8s/bass`", "k8s/bass: no such file"),
         (wrong_make_targets, "```\nmake no-such-target\n```", "no such target"),
         (wrong_modules, "`python -m services.no_such --spec URI`", "no such module"),
         (wrong_modules, "`services.serving.app:no_such`", "no such module or function"),
@@ -469,7 +508,7 @@ def made_up(text: str, folder: str = ".") -> Page:
         (wrong_bodies, "so:\n\n    training:\n      steps: 0\n", "greater than 0"),
         (wrong_variables, "set DDE_NO_SUCH_THING", "nothing reads"),
         (wrong_routes, "`POST /v1/alignment/job`", "no such route"),
-        (wrong_routes, "`DELETE /v1/alignment/jobs/{id}`", "no such route"),
+        (wrong_routes, "`DELETE /v1/evaluations/{id}`", "no such route"),
         (wrong_links, "[here](no_such.md)", "no such file"),
         (wrong_links, "[here](README.md#no-such-heading)", "no such heading"),
         (wrong_links, "# One\n[here](#two)", "no such heading"),
@@ -490,6 +529,10 @@ def test_a_check_catches_its_fault(check: Any, text: str, says: str):
             wrong_dde_commands,
             "`dde jobs`, `dde jobs create --recipe NAME`, and\n\n    dde generate shapes 'a b' -n 2\n",
         ),
+        (
+            wrong_kubectl_commands,
+            "`kubectl -n dde logs deployment/x --since 15m`, `kubectl apply -k OVERLAY`",
+        ),
         (wrong_make_targets, "```\nmake test ARGS='-x'\n```"),
         (wrong_modules, "`python -m services.training --spec URI`, `services.serving.app:build_app`"),
         (wrong_settings, "`training.lora.rank`, `data.resolution`, `evaluation.sample.steps`"),
@@ -505,8 +548,8 @@ def test_a_check_passes_what_exists(check: Any, text: str):
 
 
 def test_a_path_may_start_at_the_pages_own_folder():
-    assert list(wrong_paths(made_up("`base/config.yaml`", "k8s"))) == []
-    assert list(wrong_paths(made_up("`base/config.yaml`"))) != []
+    assert list(wrong_paths(made_up("`base/control.yaml`", "k8s"))) == []
+    assert list(wrong_paths(made_up("`base/control.yaml`"))) != []
 
 
 def test_the_form_checks_catch_long_lines_and_other_versions():

@@ -30,6 +30,7 @@ from dde_core.shapes.scenes import all_scenes, caption, omit_attributes
 from dde_core.shapes.scorers import score
 
 IMAGES_EACH = 4
+FEW = 64
 OMIT_PROBABILITY = 0.6
 BRADLEY_TERRY_SCALE = 20.0
 TIE_BELOW = 0.02
@@ -118,12 +119,9 @@ def main() -> None:
     repeated = [text for text in captions for _ in range(IMAGES_EACH)]
     images = sample(TextToImage(ModelFolder(options.model)), repeated, seeds, SAMPLE)
     options.out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(
-        label_pairs(captions, images, rng),
-        options.out / "pairs.parquet",
-        compression="zstd",
-        row_group_size=250,
-    )
+    pairs = label_pairs(captions, images, rng)
+    for name, rows in (("pairs.parquet", pairs), ("few_pairs.parquet", pairs.slice(0, FEW))):
+        pq.write_table(rows, options.out / name, compression="zstd", row_group_size=250)
     (options.out / "prompts.txt").write_text("\n".join(held_out) + "\n")
 
 

@@ -29,8 +29,9 @@ from services.api.records import (
     StudyReport,
     TrainResult,
     Validated,
+    WaitReason,
 )
-from services.api.requests import Resize, Scope
+from services.api.requests import Cluster, Resize, Scope
 
 
 class Answer(BaseModel):
@@ -77,17 +78,32 @@ class ErrorView(Answer):
 
 
 class CheckView(Answer):
-    """Whether a part is reachable; ``detail`` is its error."""
+    """Whether a part was reachable ``age_s`` seconds ago; None before its first check has ended.
+
+    ``detail`` is its error, or what is unusual about a part that is reachable.
+    """
 
     ok: bool
     detail: str | None
+    age_s: float | None = None
 
 
 class ReadyView(Answer):
-    """Whether database, storage and Ray are reachable. "not ready" has the HTTP status 503."""
+    """Whether this replica can answer: the database is reachable, and the replica is not ``draining``. "not
+    ready" has the HTTP status 503.
+
+    ``checks`` are of database, storage, Ray and Serve. The last three do not decide: without them the API
+    still answers.
+    """
 
     status: Literal["ready", "not ready"]
+    draining: bool = False
     checks: dict[str, CheckView]
+
+    @property
+    def away(self) -> dict[str, str]:
+        """The parts that are not reachable, with their errors."""
+        return {name: str(check.detail) for name, check in self.checks.items() if not check.ok}
 
 
 class ReasonView(Answer):
@@ -206,10 +222,34 @@ class ResultView(Answer):
     gate: GateResult | None = None
 
 
+class WaitingView(Answer):
+    """What a job waits for.
+
+    - ``slots``: ``max_active_jobs`` jobs are active.
+    - ``project_limit``: ``max_active_jobs_per_project`` jobs of its project are.
+    - ``cluster_room``: it has a slot, and its stage waits for machines.
+    - ``cluster_unreachable``: its stage cannot be started, or not be observed.
+
+    ``position`` is its place among all queued jobs, from 1; null once it has a slot. It waits ``since`` then
+    (Unix time), whatever the reasons were in between.
+    """
+
+    position: int | None
+    reason: WaitReason
+    since: int
+    message: str | None
+
+    def __str__(self) -> str:
+        """``place 3: 8 of 8 jobs are active``."""
+        place = None if self.position is None else f"place {self.position}"
+        return ": ".join(part for part in (place, self.message or self.reason) if part)
+
+
 class RunView(Answer):
     """The fields that alignment jobs and evaluations share.
 
-    ``stage`` is the current stage, or the one that failed.
+    ``stage`` is the current stage, or the one that failed. ``waiting`` is null while the job does not wait
+    for room, and in the answers of requests that change it.
     """
 
     id: str
@@ -220,6 +260,7 @@ class RunView(Answer):
     created_at: int
     started_at: int | None
     finished_at: int | None
+    waiting: WaitingView | None = None
 
     @property
     def finished(self) -> bool:
@@ -242,6 +283,8 @@ class JobView(RunView):
     objective: dict[str, Any]
     training: dict[str, Any]
     workers: int | list[int]
+    cluster: Cluster = "shared"
+    max_wait_s: float | None = None
     evaluation: dict[str, Any]
     validation: dict[str, Any] | None
     promote_if: dict[str, Any] | None = None
@@ -279,6 +322,8 @@ class EvaluationView(RunView):
     scorers: list[str]
     sample: dict[str, Any]
     compare: dict[str, Any] = {}
+    cluster: Cluster = "shared"
+    max_wait_s: float | None = None
     result: EvaluateResult | None
 
 

@@ -17,9 +17,14 @@ Stage = Literal["encode", "ledger", "train", "evaluate", "generate", "relabel"]
 JobStatus = Literal[
     "validating", "queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled", "paused"
 ]
+WaitReason = Literal["slots", "project_limit", "cluster_room", "cluster_unreachable"]
 DatasetStatus = Literal["generating", "ready", "failed"]
 FINAL_STATUSES: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 """Only a request changes these: a failed job may be resumed."""
+
+
+CHECKPOINT_SECONDS = "checkpoint_s"
+"""Among the metrics of a training step: how long it took to store the checkpoint of that step."""
 
 
 class PairCounts(Strict):

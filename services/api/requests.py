@@ -101,6 +101,8 @@ class DatasetSource(Strict):
     split: Split | None = None
 
 
+Cluster = Literal["shared", "own"]
+"""Where the stages of a job run: on the Ray cluster that all jobs share, or each on one of its own."""
 Weight = Annotated[float, Field(gt=0, le=1e6)]
 Margin = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -128,6 +130,7 @@ class GeneratePairs(Strict):
     margin: Margin = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     sample: SampleConfig = SampleConfig()
+    cluster: Cluster | None = None
 
 
 class Relabel(Strict):
@@ -141,13 +144,15 @@ class Relabel(Strict):
     scorer: Name
     margin: Margin = 0.0
     background: Background = "white"
+    cluster: Cluster | None = None
 
 
 class DatasetCreate(Strict):
     """Register preference pairs under a name. The answer has the dataset's id, which a job refers to.
 
     Give one of ``uri`` (pairs that exist, as in DatasetSource), ``generate`` and ``relabel``. The last two
-    make the pairs on the cluster; the dataset is "generating" until they are ready.
+    make the pairs on the cluster, whose ``cluster`` is as in an alignment job; the dataset is "generating"
+    until they are ready.
     """
 
     name: Name
@@ -242,6 +247,8 @@ class EvaluationConfig(Strict):
     compare: CompareSettings = CompareSettings()
 
 
+MaxWait = Annotated[float, Field(gt=0, le=366 * 86_400)]
+"""Seconds that a job may wait for room in all, at most a year."""
 MAX_WORKERS = 1024
 WorkerCount = Annotated[int, Field(gt=0, le=MAX_WORKERS)]
 
@@ -320,8 +327,10 @@ class AlignmentJobCreate(Strict):
     Required: ``model``, the name or id of a registered model; ``dataset``, the id of a registered dataset;
     and ``evaluation.prompts_uri``. ``name`` is the name under which the aligned model is served; by default
     it combines the base's name, the method and the job's id. ``workers`` is a number of training workers, or
-    ``[least, most]`` to use as many as the cluster has room for. ``metadata`` is yours: up to 16 strings that
-    lists can filter by.
+    ``[least, most]`` to use as many as the cluster has room for. ``cluster`` is where its stages run: on the
+    Ray cluster that jobs share, or each on its ``own``, which ends with it. ``max_wait_s``: a job that has
+    waited longer for room, in all, fails; by default the control plane's setting. ``metadata`` is yours: up
+    to 16 strings that lists can filter by.
     """
 
     model: str
@@ -331,6 +340,8 @@ class AlignmentJobCreate(Strict):
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainConfig = TrainConfig()
     workers: Workers = 1
+    cluster: Cluster | None = None
+    max_wait_s: MaxWait | None = None
     evaluation: EvaluationConfig
     validation: ValidationConfig | None = None
     promote_if: PromoteIf | None = None
@@ -375,7 +386,7 @@ class EvaluationCreate(EvaluationConfig):
 
     ``models`` are names or ids of registered models, at least one, and folders of images that were drawn
     elsewhere. Their names differ: ``{"name": "before", "model": ID}`` compares a model under another one.
-    ``base`` is the first one by default.
+    ``base`` is the first one by default. ``cluster`` and ``max_wait_s`` are as in an alignment job.
     """
 
     models: Annotated[
@@ -383,6 +394,8 @@ class EvaluationCreate(EvaluationConfig):
         Field(min_length=2, max_length=MAX_COMPARED, json_schema_extra={"uniqueItems": True}),
     ]
     base: str | None = None
+    cluster: Cluster | None = None
+    max_wait_s: MaxWait | None = None
 
 
 MAX_CELLS = 200

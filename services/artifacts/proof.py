@@ -81,7 +81,7 @@ def _check_place(uri: str) -> None:
     scheme = uri.partition("://")[0] if "://" in uri else ""
     if re.search(r"\.(safetensors|ckpt|pt|pth|bin|gguf)$", uri):
         reason = f"is a single file: {_CONVERT}"
-    elif scheme not in ("", "file", "s3"):
+    elif scheme not in ("", *files.SCHEMES):
         reason = f"is not a local folder or one in S3: {_DOWNLOAD}"
     if reason:
         raise _no_folder(uri, reason)

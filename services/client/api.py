@@ -38,6 +38,7 @@ from services.api.answers import (
     ListView,
     MetricView,
     ModelView,
+    ReadyView,
     RunView,
     ScorerView,
     StudyView,
@@ -188,6 +189,17 @@ class Client:
         request = Promote.model_validate({"alias": alias})
         return self._post(ModelView, f"/v1/models/{model}/promote", request)
 
+    def delete_dataset(self, dataset_id: str) -> DeletedView:
+        """Forget a dataset that no unfinished job uses; its files stay unless scorers made it. Tries once."""
+        return parse(DeletedView, self._send("DELETE", f"/v1/datasets/{dataset_id}", once=True))
+
+    def delete_model(self, model: str) -> DeletedView:
+        """Delete a model that no unfinished job uses, named by its id, name or alias. Tries once.
+
+        An aligned model's weights are deleted; a base model's files stay.
+        """
+        return parse(DeletedView, self._send("DELETE", f"/v1/models/{model}", once=True))
+
     # ---- scorers
 
     def create_scorer(self, request: ScorerCreate) -> ScorerView:
@@ -233,6 +245,10 @@ class Client:
 
     def cancel_job(self, job_id: str) -> JobView:
         return self._post(JobView, f"/v1/alignment/jobs/{job_id}/cancel")
+
+    def delete_job(self, job_id: str) -> DeletedView:
+        """Delete a job that has ended and whose model is deleted. Tries once."""
+        return parse(DeletedView, self._send("DELETE", f"/v1/alignment/jobs/{job_id}", once=True))
 
     def pause_job(self, job_id: str) -> JobView:
         """Request a pause: the job stores its state, frees its resources, and is then "paused"."""
@@ -338,12 +354,35 @@ class Client:
         rows: list[dict[str, float]] = self._send("POST", "/v1/scores", request)["data"]
         return rows
 
-    def ready(self) -> bool:
-        """Whether the control plane reports that it is ready. Tries once and does not raise."""
+    def parts(self) -> ReadyView:
+        """What the control plane reports on its parts, also if it cannot answer requests. Tries once.
+
+        Raises Unavailable if nothing answers, ApiError for an answer that is not a control plane's.
+        """
         try:
-            return self._http.get("/readyz", timeout=5.0).is_success
-        except httpx.TransportError:
-            return False
+            response = self._http.get("/readyz", timeout=5.0)
+            return parse(ReadyView, response.json())
+        except httpx.TransportError as error:
+            raise self._no_answer(error) from error
+        except ValueError as error:
+            raise ApiError.of(response) from error
+
+    def ready(self) -> bool:
+        """Whether the control plane can answer. Tries once and does not raise."""
+        return self.readiness() is not None
+
+    def complete(self) -> bool:
+        """Whether the control plane can answer and reaches all parts. Tries once and does not raise."""
+        report = self.readiness()
+        return report is not None and not report.away
+
+    def readiness(self) -> ReadyView | None:
+        """The report of a control plane that can answer, else None. Tries once and does not raise."""
+        try:
+            report = self.parts()
+        except (ApiError, Unavailable):
+            return None
+        return report if report.status == "ready" else None
 
     # ---- one request
 
@@ -404,9 +443,10 @@ class Client:
         try:
             return retrying(self._try_once, request)
         except httpx.TransportError as error:
-            raise Unavailable(
-                f"{self.base_url} does not answer: {error or type(error).__name__}", param="url"
-            ) from error
+            raise self._no_answer(error) from error
+
+    def _no_answer(self, error: httpx.TransportError) -> Unavailable:
+        return Unavailable(f"{self.base_url} does not answer: {error or type(error).__name__}", param="url")
 
     def _try_once(self, request: httpx.Request) -> httpx.Response:
         response = self._http.send(request)

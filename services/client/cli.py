@@ -128,6 +128,26 @@ def demo(
     run_demo(Console(), state or ClientSettings().home / "demo", job_file=job, num_cpus=num_cpus, keep=keep)
 
 
+@app.command()
+def smoke(
+    base_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Address of the installation. Default: DDE_URL.")
+    ] = None,
+    timeout_s: Annotated[
+        float,
+        typer.Option(min=1.0, help="Seconds for everything but the clean-up, waiting for room included."),
+    ] = 1800.0,
+) -> None:
+    """Run a tiny job on an installation, check what it made, and delete it. Exit code 1 names what failed.
+
+    The key (DDE_API_KEY) needs the scopes read, submit and generate.
+    """
+    from services.client.smoke import run_smoke
+
+    settings = ClientSettings()
+    run_smoke(Console(), base_url or settings.base_url, settings.key, timeout_s)
+
+
 # ---- recipes, plans, credit
 
 

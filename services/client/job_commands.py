@@ -53,6 +53,9 @@ def create_job(
             help="Number of workers; 1-4: elastic, as many as the cluster has room for.",
         ),
     ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Where it runs: shared, or own, a Ray cluster for each stage.")
+    ] = None,
     reference: Annotated[
         str | None, typer.Option(help="Source of the reference errors: auto, ledger or online.")
     ] = None,
@@ -110,10 +113,10 @@ def list_jobs(status: Annotated[str | None, typer.Option(help="Only jobs with th
     """List all jobs."""
     with connect() as client:
         rows = [
-            (j.id, j.state, j.stage or "", j.name, tables.local_time(j.created_at))
+            (j.id, j.state, j.stage or "", j.name, tables.local_time(j.created_at), tables.wait(j.waiting))
             for j in client.jobs(status)
         ]
-    tables.print_list(Console(), ("id", "status", "stage", "name", "created"), rows)
+    tables.print_list(Console(), ("id", "status", "stage", "name", "created", "waits for room"), rows)
 
 
 @jobs.command("watch")

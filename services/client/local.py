@@ -37,6 +37,7 @@ from services.client.ray_head import RayHead, clear_folders
 
 SERVE_CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
 CONTROL_STOP_TIMEOUT_S = 10.0
+DRAIN_S = 5.0
 PRIVATE = ("key", "dde.db", "dde.db-wal", "dde.db-shm", "logs")
 """What of the state folder no request may read."""
 
@@ -99,7 +100,7 @@ class LocalSystem:
             self._start_serve()
             self._report("waiting for the control plane")
             with self.client() as client:
-                self._wait(client.ready, "the control plane is not ready", self.control)
+                self._wait(client.complete, "the control plane does not reach all parts", self.control)
             write_private(self.state / "url", self.url)
             undo.callback((self.state / "url").unlink, missing_ok=True)
             self._undo = undo.pop_all()
@@ -148,6 +149,8 @@ class LocalSystem:
             "DDE_HOST": "127.0.0.1",
             "DDE_PORT": str(self.port),
             "DDE_USE_GPU": str(self._use_gpu).lower(),
+            "DDE_DRAIN_NOTICE_S": "0",
+            "DDE_DRAIN_S": str(DRAIN_S),
             **source_settings(self.state, self._allow),
         }
         env = environment(str(self.state), {**settings, **self.ray.auth})

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -34,25 +35,56 @@ class StartFailed(Unavailable):
 class Child:
     """One process, leader of its own session, whose output goes to a file."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        env: Mapping[str, str],
+        retry_on: str = "",
+        retries: int = 0,
+    ) -> None:
         self.name = name
         self.log = log
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                cwd=log.parent,
-                env=env,
+        self._command = command
+        self._env = env
+        self._retry_on = retry_on
+        self._retries = retries
+        self._process = self._start("wb")
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    def _start(self, mode: Literal["wb", "ab"]) -> subprocess.Popen[bytes]:
+        with self.log.open(mode) as output:
+            return subprocess.Popen(
+                self._command,
+                cwd=self.log.parent,
+                env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
-        self.pid = self._process.pid
+
+    def _restart(self) -> None:
+        """Run the command again, once all of the last run has ended. Its output is appended."""
+        self.stop(0.0)
+        self._process = self._start("ab")
 
     def check(self) -> None:
-        """Raise StartFailed if the process has ended."""
+        """Raise StartFailed if the process has ended. If its output ends with ``retry_on``, run it again, at
+        most ``retries`` times.
+        """
         code = self._process.poll()
-        if code is not None:
+        if code is None:
+            return
+        if self._retries and self._retry_on in self.tail():
+            self._retries -= 1
+            self._restart()
+        else:
             raise StartFailed(f"{self.name} ended with exit code {code}{self.tail()}")
 
     def tail(self, lines: int = 20) -> str:

@@ -26,6 +26,10 @@ TEMPORARY = "/tmp"
 OBJECT_STORE_BYTES = 500_000_000
 STOP_TIMEOUT_S = 20.0
 APPLICATIONS = "/api/serve/applications/"
+START_TIMED_OUT = "The current node timed out during startup"
+"""Ray's message where its node took more than 30 s to start, which nothing can lengthen."""
+RESTARTS = 2
+"""A machine on which Ray starts too slowly twice has its files in memory by the third time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,8 @@ class RayHead:
             self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
             env = environment(self._mark, {**ray_environment(self.ports), **self.auth})
             command = start_command(self.ports, self._num_cpus, self._folder / "ray")
-            self.child = Child("ray", command, self._logs / "ray.log", env)
+            log = self._logs / "ray.log"
+            self.child = Child("ray", command, log, env, START_TIMED_OUT, RESTARTS)
             undo.callback(self.child.stop, STOP_TIMEOUT_S)
             self._undo = undo.pop_all()
         return self

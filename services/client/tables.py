@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dde_core.planning.estimate import Estimate
-from services.api.answers import CheckpointView, RunView, StudyView
+from services.api.answers import CheckpointView, RunView, StudyView, WaitingView
 from services.api.records import (
     DatasetCounts,
     DatasetReport,
@@ -72,6 +72,13 @@ def print_list(console: Console, columns: Sequence[str], rows: Iterable[Sequence
 def local_time(created_at: float) -> str:
     """A Unix time as local date and time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created_at))
+
+
+def wait(waiting: WaitingView | None) -> str:
+    """``12 min, place 3: 8 of 8 jobs are active``; empty where a job does not wait."""
+    if waiting is None:
+        return ""
+    return f"{(time.time() - waiting.since) / 60:.0f} min, {waiting}"
 
 
 def outcome_line(run: RunView) -> str:

@@ -8,7 +8,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from services.api.answers import EventView, JobView
+from services.api.answers import EventView, JobView, WaitingView
 from services.client.api import Client
 from services.client.progress import JobProgress, describe, numbers, pace
 
@@ -76,6 +76,8 @@ class Lines:
                 self._ended.add(name)
         reason = f": {job.reason}" if job.reason else ""
         self._print_if_changed("status", f"{job.id} is {job.state}{reason}")
+        if job.waiting:
+            self._print_if_changed("waiting", waiting_line(job, job.waiting))
         if is_due:
             self._next_at = time.monotonic() + self._every_s
 
@@ -101,6 +103,7 @@ class Bars:
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._last_wait = ""
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -114,6 +117,10 @@ class Bars:
         self._progress.console.print(event_line(event), style=style, markup=False, highlight=False)
 
     def show(self, job: JobView, progress: JobProgress) -> None:
+        wait = waiting_line(job, job.waiting) if job.waiting else ""
+        if wait and wait != self._last_wait:
+            self._progress.console.print(wait, style="yellow", markup=False, highlight=False)
+        self._last_wait = wait
         for name, stage in progress.stages.items():
             if name not in self._tasks:
                 self._tasks[name] = self._progress.add_task(
@@ -129,6 +136,12 @@ class Bars:
                 pace=", ".join(pace(stage)),
                 numbers="  ".join(numbers(stage)),
             )
+
+
+def waiting_line(job: JobView, waiting: WaitingView) -> str:
+    """``ajob_1 waits for room since 12:30:05 (slots), place 3: 8 of 8 jobs are active``."""
+    since = time.strftime("%H:%M:%S", time.localtime(waiting.since))
+    return f"{job.id} waits for room since {since} ({waiting.reason}), {waiting}"
 
 
 def event_line(event: EventView) -> str:

@@ -18,6 +18,7 @@ from services.stages.specs import JournalEvent, StageFailure, StageStopped, Stop
 from services.storage import files
 
 RUNNING: tuple[RunState, ...] = ("pending", "running")
+TAIL_LINES = 40
 JOURNAL_FILES = 200
 """The most journal files that one review reads: it must end before its lock expires."""
 
@@ -95,6 +96,24 @@ class Attempt:
         return stopped is not None and stopped.why == "signal"
 
     # ---- Ray
+
+    def log_tail(self) -> str:
+        """The last lines of the driver's output: from the cluster, else as far as the driver stored them.
+
+        Raises Unavailable if neither has any and the cluster does not answer.
+        """
+        unavailable: Unavailable | None = None
+        text = ""
+        try:
+            text = self.launcher.log_tail(self.submission)
+        except Unavailable as error:
+            unavailable = error
+        stored = None if text else _read(layout.driver_log_uri(self.prefix))
+        if stored:
+            return "\n".join(stored.decode(errors="replace").splitlines()[-TAIL_LINES:])
+        if unavailable is not None:
+            raise unavailable
+        return text
 
     def status(self) -> RunStatus | None:
         """The run's status; None while Ray is unreachable."""

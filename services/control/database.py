@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,9 @@ from sqlalchemy import Connection, CursorResult, Engine, Update, create_engine, 
 from sqlalchemy.orm import ORMExecuteState, Session, sessionmaker, with_loader_criteria
 
 from services.control.tables import Owned
+from services.errors import BadRequest
+from services.settings import Settings
+from services.storage import s3
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_MS = 30_000
@@ -30,20 +34,35 @@ PROJECT = "project"
 """Where a session keeps the name of its project."""
 CONNECTIONS = 50
 """To SQLite that are kept open: one for each thread that answers requests or reviews jobs."""
+PATIENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+"""libpq's limits, in seconds and the last in milliseconds. Without them a lost PostgreSQL is waited for for
+minutes, by every thread that answers requests.
+"""
 ADVISORY_LOCK = 0x6464655F  # "dde_"; on PostgreSQL only: SQLite has a single writer anyway
 
 
 class Database:
     """Sessions on one database. Rows stay readable after their session is closed."""
 
-    def __init__(self, url: str) -> None:
-        self.engine = _engine(url)
+    def __init__(self, url: str, password_file: Path | None = None) -> None:
+        self.engine = _engine(url, password_file)
         self._turn = FairLock() if self.engine.dialect.name == "sqlite" else nullcontext()
         self._reads = sessionmaker(self.engine, expire_on_commit=False)
         self._writes = sessionmaker(self.engine.execution_options(dde_write=True), expire_on_commit=False)
         for sessions in (self._reads, self._writes):
             event.listen(sessions, "do_orm_execute", _find_own_rows)
             event.listen(sessions, "before_flush", _add_own_rows)
+
+    @classmethod
+    def of(cls, settings: Settings) -> Database:
+        """The database of these settings."""
+        return cls(settings.database_url, settings.database_password_file)
 
     @contextmanager
     def read(self, project: str | None = None) -> Iterator[Session]:
@@ -57,8 +76,9 @@ class Database:
 
         With ``alone``, no other such transaction runs at the same time on any replica: what was checked is
         still true when it is acted on. On SQLite, which has one writer, this process's threads take turns.
+        Others wait for a transaction, so an object store that it writes to must answer soon.
         """
-        with self._turn, self._writes(info={PROJECT: project}) as session, session.begin():
+        with self._turn, s3.briefly(), self._writes(info={PROJECT: project}) as session, session.begin():
             if alone:
                 _lock(session.connection())
             yield session
@@ -167,19 +187,34 @@ def _lock(connection: Connection) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
 
 
-def _engine(url: str) -> Engine:
+def _engine(url: str, password_file: Path | None) -> Engine:
     if url.startswith("postgres"):
-        return create_engine(
+        engine = create_engine(
             "postgresql+psycopg://" + url.partition("://")[2],
             pool_size=10,
             max_overflow=10,
             pool_pre_ping=True,
+            connect_args=PATIENCE,
             json_deserializer=from_json,
         )
+        if password_file is not None:
+            event.listen(engine, "do_connect", partial(_read_password, password_file))
+        return engine
     engine = create_engine(url, pool_size=CONNECTIONS, max_overflow=CONNECTIONS, json_deserializer=from_json)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _read_password(
+    file: Path, _dialect: object, _record: object, _arguments: object, parameters: dict[str, Any]
+) -> None:
+    """Give a new connection the password of the file. Raises BadRequest if it cannot be read."""
+    try:
+        parameters["password"] = file.read_text().strip()
+    except OSError as error:
+        message = f"database_password_file: cannot be read: {error}"
+        raise BadRequest(message, param="database_password_file") from error
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:

@@ -24,6 +24,7 @@ from services.errors import BadRequest, Conflict
 from services.pairs.columnar import unreadable
 from services.pairs.source import Source, open_source
 from services.pairs.validation import Inspection, inspect, validate
+from services.settings import Settings
 from services.stages import layout
 from services.storage import files
 
@@ -34,7 +35,11 @@ WAYS = ("uri", "generate", "relabel")
 
 
 def create(
-    database: ProjectDatabase, root: str, idempotent: IdempotentRequest, request: DatasetCreate
+    database: ProjectDatabase,
+    root: str,
+    settings: Settings,
+    idempotent: IdempotentRequest,
+    request: DatasetCreate,
 ) -> DatasetView:
     """Register pairs that exist, or start a run that makes some.
 
@@ -52,7 +57,7 @@ def create(
         if getattr(request, field):
             message = f"{field}: is not read beside {given[0]}, got {getattr(request, field)!r}"
             raise BadRequest(message, param=field)
-    return making.create(database, root, idempotent, request)
+    return making.create(database, root, settings, idempotent, request)
 
 
 def _refuse_made(root: str, uri: str) -> None:

@@ -78,6 +78,15 @@ ADMIN = Security(require_key, scopes=["admin"])
 """A route's first dependency: the scope that its caller's key must have. Without one there is no caller."""
 
 
+async def needs_storage(request: Request) -> None:
+    """Raises Unavailable while storage is away, so that nobody waits for it and nothing is held meanwhile."""
+    request.app.state.parts.require("storage")
+
+
+STORED = Depends(needs_storage)
+"""A route's second dependency, if it reads or writes our own storage."""
+
+
 # These only look up, so they run at once: FastAPI sends functions that are not async to another thread.
 
 

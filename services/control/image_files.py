@@ -5,16 +5,15 @@ The control plane signs before Serve draws, so that Serve needs no secret. What 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import logging
 import secrets
+import threading
 import time
 from functools import cache
 
 from sqlalchemy import select
-from starlette.concurrency import run_in_threadpool
 
 from services.api.image_urls import ImageUrls, set_of
 from services.api.requests import DEFAULT_PROJECT
@@ -96,11 +95,14 @@ def sweep(settings: Settings, database: Database) -> int:
     return deleted
 
 
-async def sweep_forever(settings: Settings, database: Database) -> None:
-    """``sweep`` every ``SWEEP_S`` seconds, on every replica: to delete a file twice does no harm."""
-    while True:
+def sweep_until(stopping: threading.Event, settings: Settings, database: Database) -> None:
+    """``sweep`` every ``SWEEP_S`` seconds, on every replica: to delete a file twice does no harm.
+
+    For a daemon thread: storage that hangs does not delay the end of the process.
+    """
+    while not stopping.is_set():
         try:
-            await run_in_threadpool(sweep, settings, database)
+            sweep(settings, database)
         except Exception:
             log.exception("expired images could not be deleted; this is tried again in %g s", SWEEP_S)
-        await asyncio.sleep(SWEEP_S)
+        stopping.wait(SWEEP_S)

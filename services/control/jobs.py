@@ -15,7 +15,7 @@ from services.api.answers import CheckpointView, EvaluationView, JobView, ListVi
 from services.api.records import JobStatus, ModelRecord, Validated
 from services.api.requests import AlignmentJobCreate, EvaluationCreate, ImageFolder, NamedModel
 from services.artifacts import checkpoints
-from services.control import checks, journal, making, models, scorers
+from services.control import checks, journal, making, models, scorers, waiting
 from services.control.database import ProjectDatabase
 from services.control.held_out import HeldOut, is_held_out
 from services.control.idempotency import IdempotentRequest, create_once
@@ -24,8 +24,9 @@ from services.control.listing import by_id, is_id, list_view, newest
 from services.control.problems import show
 from services.control.tables import Dataset, Job, JobMetadata, Model, new_id
 from services.control.transitions import writes_ledger
-from services.control.views import JOB_VIEWS, checkpoint_view, evaluation_view, job_view
+from services.control.views import checkpoint_view, evaluation_view, job_view
 from services.errors import BadRequest, NotFound
+from services.settings import Settings
 from services.stages import layout
 from services.storage import files
 
@@ -188,14 +189,16 @@ def _compared(
     return compared, base or compared[0]
 
 
-def get(database: ProjectDatabase, kind: str, job_id: str) -> RunView:
+def get(database: ProjectDatabase, settings: Settings, kind: str, job_id: str) -> RunView:
     """Raises NotFound."""
     with database.read() as session:
-        return JOB_VIEWS[kind](by_id(session, Job, job_id, kind))
+        row = by_id(session, Job, job_id, kind)
+    return waiting.run_views(database, settings, kind, [row])[0]
 
 
 def page(
     database: ProjectDatabase,
+    settings: Settings,
     kind: str,
     after: str | None,
     limit: int,
@@ -213,7 +216,7 @@ def page(
         order = row.job_seq  # equals Job.seq, but is read from the index on metadata
     with database.read() as session:
         rows = newest(session, Job, query, after, limit, order)
-        return list_view([JOB_VIEWS[kind](row) for row in rows], limit)
+    return list_view(waiting.run_views(database, settings, kind, rows), limit)
 
 
 def credit(database: ProjectDatabase, job_id: str) -> bytes:

@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from services.api.answers import EventView, ListView, MetricView
 from services.api.records import FINAL_STATUSES, Stage
 from services.control.database import ProjectDatabase
+from services.control.draining import Drain
 from services.control.keys import Caller, check_not_revoked
 from services.control.listing import by_id, list_view
 from services.control.tables import Event, Job, Metric
@@ -25,6 +26,7 @@ from services.stages.specs import JournalEvent, Level
 PAGE = 500
 MAX_MESSAGE = 20_000
 KEEP_ALIVE_S = 15.0
+RECONNECT_MS = 500
 
 
 def record(session: Session, job: Job, entries: Sequence[JournalEvent]) -> None:
@@ -111,15 +113,19 @@ def is_read_to_the_end(database: ProjectDatabase, job_id: str, after: str | None
 
 
 async def stream_events(
-    database: ProjectDatabase, caller: Caller, job_id: str, after: str | None, poll_s: float
+    database: ProjectDatabase, caller: Caller, job_id: str, after: str | None, poll_s: float, drain: Drain
 ) -> AsyncIterator[str]:
-    """The job's events as server-sent events, oldest first, until the job has ended.
+    """The job's events as server-sent events, oldest first, until the job has ended or the replica drains.
 
-    A revoked key ends the stream at the next poll: the last event is ``error``, with the body of a 401.
+    In the second case clients connect again by themselves, after ``RECONNECT_MS``. A revoked key ends the
+    stream at the next poll: the last event is ``error``, with the body of a 401.
     """
     number = _event_number(after)
     quiet_since = time.monotonic()
     while True:
+        if drain.is_draining:
+            yield f": this replica ends; connect again\nretry: {RECONNECT_MS}\n\n"
+            return
         try:
             rows, finished = await run_in_threadpool(_next_events, database, caller, job_id, number)
         except Unauthorized as error:

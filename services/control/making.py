@@ -22,6 +22,7 @@ from services.control import checks, journal, models, scorers, stopping
 from services.control.database import ProjectDatabase
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.job_update import new_job
+from services.control.launchers.clusters import placed
 from services.control.listing import by_id, is_id, list_view
 from services.control.problems import show
 from services.control.tables import Dataset, Job, new_id
@@ -30,6 +31,7 @@ from services.errors import BadRequest, Conflict, NotFound, ServiceError
 from services.pairs.images import BadImage, decode_whole
 from services.pairs.row import MAX_CAPTION_CHARS
 from services.pairs.source import Source, open_source
+from services.settings import Settings
 from services.stages import layout
 from services.storage import files
 
@@ -47,7 +49,11 @@ class Order:
 
 
 def create(
-    database: ProjectDatabase, root: str, idempotent: IdempotentRequest, request: DatasetCreate
+    database: ProjectDatabase,
+    root: str,
+    settings: Settings,
+    idempotent: IdempotentRequest,
+    request: DatasetCreate,
 ) -> DatasetView:
     """Start a run that makes the dataset.
 
@@ -56,9 +62,9 @@ def create(
 
     def prepare() -> Order:
         if request.generate is not None:
-            return _order_images(database, request.generate)
+            return _order_images(database, placed(settings, request.generate, "generate.cluster"))
         assert request.relabel is not None
-        return _order_labels(database, request.relabel)
+        return _order_labels(database, placed(settings, request.relabel, "relabel.cluster"))
 
     def insert(session: Session, order: Order) -> DatasetView:
         if order.model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -12,9 +13,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.control.draining import Drain
 from services.control.problems import METHODS
 from services.control.telemetry import Telemetry
-from services.errors import ServiceError
+from services.errors import ServiceError, Unavailable
 
 log = logging.getLogger("dde.http")
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -23,12 +25,14 @@ _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class Observed:
     """Adds ``x-request-id`` to every answer, and answers unexpected errors with 500.
 
-    The id is the one that the caller sent, if it is valid.
+    The id is the one that the caller sent, if it is valid. While the replica drains, every answer closes its
+    connection, and a request that takes longer than the drain is answered with a 503.
     """
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, drain: Drain) -> None:
         self._app = app
         self._telemetry = telemetry
+        self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,13 +47,21 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if self._drain.is_draining:
+                    headers["connection"] = "close"
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             log.info("%s %s: the client disconnected (%s)", scope["method"], scope["path"], request_id)
+        except asyncio.CancelledError:
+            if status != 0 or not self._drain.is_draining:
+                raise
+            gone = Unavailable("this replica ended before it answered; send the request again", code="retry")
+            await JSONResponse(gone.body(), gone.status, gone.headers())(scope, receive, send_with_id)
         except Exception:  # nothing above would answer the request
             log.exception("%s %s failed (%s)", scope["method"], scope["path"], request_id)
             has_begun = status != 0

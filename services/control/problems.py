@@ -6,18 +6,22 @@ Invalid input is a 400.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from dde_core.errors import ConfigError
-from services.errors import BadRequest, ServiceError
+from services.errors import BadRequest, ServiceError, Unavailable
 
+log = logging.getLogger("dde")
 MAX_SHOWN = 200
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _CODES = {
@@ -64,6 +68,8 @@ def show(value: Any) -> str:
 def install(app: FastAPI) -> None:
     """Register the handlers of expected errors. The middleware answers all others."""
     app.add_exception_handler(ServiceError, _service_error)
+    for away in (OperationalError, InterfaceError, PoolTimeoutError):
+        app.add_exception_handler(away, _database_away)
     app.add_exception_handler(RequestValidationError, _parameters)
     app.add_exception_handler(HTTPException, _http_error)
 
@@ -76,6 +82,12 @@ def _service_error(_: Request, error: Exception) -> JSONResponse:
     if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not read
     return JSONResponse(error.body(), error.status, headers)
+
+
+def _database_away(request: Request, error: Exception) -> JSONResponse:
+    """The database does not answer, or all connections to it are in use."""
+    log.error("the database is away: %s", " ".join(str(error).split())[:500])
+    return _service_error(request, Unavailable("the database does not answer; try again later"))
 
 
 def _parameters(request: Request, error: Exception) -> JSONResponse:

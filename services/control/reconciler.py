@@ -20,7 +20,6 @@ from sqlalchemy import (
     Select,
     bindparam,
     case,
-    func,
     or_,
     select,
     union_all,
@@ -30,19 +29,21 @@ from sqlalchemy.orm import Session
 
 from services.api.records import ModelRecord
 from services.artifacts import models
-from services.control import making, promotion, stages
+from services.control import making, promotion, queueing, stages, waiting
 from services.control.database import Database, update_one
-from services.control.job_update import MAX_DELAY_S, PARKED_S, JobUpdate, StaleToken
+from services.control.job_update import MAX_DELAY_S, JobUpdate, StaleToken
 from services.control.journal import printable, record
-from services.control.launchers.contract import Launcher
+from services.control.launchers.clusters import Clusters
+from services.control.launchers.sweeper import Sweeper
 from services.control.review import JobReview
 from services.control.studies import StudyReview
 from services.control.tables import Job, Model
-from services.control.transitions import ACTIVE, UNFINISHED
+from services.control.transitions import UNFINISHED
 from services.settings import Settings
 
 log = logging.getLogger("dde")
 THREADS = 4
+STOP_S = 15.0
 CANDIDATES = 8
 MAX_BACKOFF_EXPONENT = 20
 
@@ -57,34 +58,52 @@ class Reconciler:
         self,
         database: Database,
         settings: Settings,
-        launcher: Launcher,
+        clusters: Clusters,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._settings = settings
-        self._launcher = launcher
+        self._clusters = clusters
         self._clock = clock
         self._stopping = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"reconciler-{i}", daemon=True) for i in range(THREADS)
-        ]
+        self._threads: list[threading.Thread] = []
+        self.last_review_at: float | None = None
+        """When a thread last reviewed a job or found none due (Unix time)."""
 
     def start(self) -> None:
         """Start the threads."""
+        self._stopping.clear()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"reconciler-{i}", daemon=True) for i in range(THREADS)
+        ]
+        if self._clusters.own is not None:
+            sweeper = Sweeper(self._database, self._clusters.own, self._clock)
+            args = (self._stopping,)
+            self._threads.append(
+                threading.Thread(target=sweeper.sweep_until, args=args, name="sweeper", daemon=True)
+            )
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Stop the threads after the reviews in progress."""
+    def request_stop(self) -> None:
+        """Take no further job."""
         self._stopping.set()
+
+    def stop(self) -> None:
+        """Stop the threads after the reviews in progress, but wait no longer than ``STOP_S`` for them.
+
+        A review that hangs changes nothing any more once its lock has expired.
+        """
+        self.request_stop()
+        deadline_s = time.monotonic() + STOP_S
         for thread in self._threads:
-            if thread.is_alive():
-                thread.join(timeout=30)
+            thread.join(timeout=max(0.0, deadline_s - time.monotonic()))
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
                 busy = self.once()
+                self.last_review_at = time.time()
             except Exception:  # the database is unreachable, so the error cannot be stored there
                 log.exception("the reconciler could not take or update a job")
                 busy = False
@@ -98,10 +117,8 @@ class Reconciler:
             return False
         now = self._clock()
         try:
-            if job.status == "queued" and not _is_stopping(job) and self._must_wait(job):
-                waiting = JobUpdate(job, now)
-                waiting.park()
-                self.apply(waiting)
+            if job.status == "queued" and not _is_stopping(job) and not self._has_slot(job):
+                self.apply(self._wait_for_slot(job, now))
             else:
                 self.apply(self._review(job, now))
         except StaleToken:
@@ -114,7 +131,7 @@ class Reconciler:
     def _review(self, job: Job, now: float) -> JobUpdate:
         if job.kind == "study":
             return StudyReview(job, self._database, self._settings, now).decide()
-        return JobReview(job, self._settings, self._launcher, now).decide()
+        return JobReview(job, self._settings, self._clusters.launcher(job), now).decide()
 
     def take(self) -> Job | None:
         """Lock a due job by writing a new token into its row. None if there is none."""
@@ -132,24 +149,28 @@ class Reconciler:
 
     def _next_to_start(self, session: Session, now: float) -> list[str]:
         """The queued jobs for which there is a free slot, parked ones too."""
-        oldest = self._oldest_queued(session, select(Job.id, _may_start(now)))
-        return [job_id for job_id, may_start in oldest if may_start]
+        ids = queueing.starting(session, self._settings)
+        if not ids:
+            return []
+        startable = set(session.scalars(select(Job.id).where(Job.id.in_(ids), *_free(now), _may_start(now))))
+        return [job_id for job_id in ids if job_id in startable]
 
-    def _oldest_queued(self, session: Session, query: Select[Any, Any] | Select[Any]) -> list[Any]:
-        """As many of the oldest queued jobs as there are free slots.
-
-        Two replicas asking at once may exceed the limit by one.
-        """
-        has_runs = Job.status.in_(ACTIVE) & (Job.kind != "study")
-        active = session.scalar(select(func.count()).where(has_runs)) or 0
-        free_slots = max(0, self._settings.max_active_jobs - active)
-        queued = query.where(Job.status == "queued", _not_stopping()).order_by(Job.seq)
-        return list(session.execute(queued.limit(free_slots)))
-
-    def _must_wait(self, job: Job) -> bool:
-        """Whether older queued jobs take all free slots."""
+    def _has_slot(self, job: Job) -> bool:
+        """Whether the queued job may start: no other one takes the free slots."""
         with self._database.read() as session:
-            return job.id not in {job_id for (job_id,) in self._oldest_queued(session, select(Job.id))}
+            return job.id in queueing.starting(session, self._settings)
+
+    def _wait_for_slot(self, job: Job, now: float) -> JobUpdate:
+        """Park the job, or fail it if it has waited too long."""
+        update = JobUpdate(job, now)
+        with self._database.read() as session:
+            update.wait(*queueing.reason(session, self._settings, job.project))
+        left_s = waiting.left_s(update, self._settings)
+        if left_s <= 0:
+            update.fail(waiting.too_long(update, self._settings))
+        else:
+            update.park(left_s)
+        return update
 
     def apply(self, job_update: JobUpdate) -> None:
         """Write the update and release the job. Raises StaleToken if another replica has taken the job."""
@@ -171,7 +192,7 @@ class Reconciler:
         if job_update.review_again:
             return now
         next_at = now + (job_update.delay_s or self._settings.poll_interval_s)
-        return next_at if job_update.delay_s != PARKED_S else case((_not_stopping(), next_at), else_=now)
+        return case((_not_stopping(), next_at), else_=now) if job_update.is_parked else next_at
 
     def _write_columns(self, session: Session, job: Job, values: dict[str, Any]) -> None:
         mine = update(Job).where(Job.id == job.id, Job.lock_token == job.lock_token)
@@ -234,8 +255,11 @@ def _free(now: float | BindParameter[float]) -> tuple[ColumnElement[bool], ...]:
 
 
 def _may_start(now: float) -> ColumnElement[bool]:
-    """Whether a job is due, or parked: it waits for a free slot then, and no other delay is that long."""
-    return or_(Job.next_at <= now, Job.next_at > now + MAX_DELAY_S)
+    """Whether a job is due, or parked: it waits for a free slot then, and no other delay is that long. A
+    queued job without a run and without a failed review only waits for a slot, too.
+    """
+    only_waits = (Job.status == "queued") & (Job.failures == 0) & Job.submitted_at.is_(None)
+    return or_(Job.next_at <= now, Job.next_at > now + MAX_DELAY_S, only_waits)
 
 
 NOW = bindparam("now", type_=Double)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from services.api.records import EvaluateResult, PairsResult, Stage, TrainResult
 from services.api.requests import PromoteIf, Strict
 from services.artifacts import models
-from services.control import gates, stages, stopping, transitions
+from services.control import gates, stages, stopping, transitions, waiting
 from services.control.attempt import Attempt
 from services.control.job_update import MAX_DELAY_S, JobUpdate, new_attempt_columns
 from services.control.launchers.contract import Launcher
@@ -93,7 +93,6 @@ class JobReview:
             gone = StageFailure(message=message, code="dataset_not_found", param="dataset")
             return self.update.fail(gone)
         self.update.move("queued", "the job is valid")
-        self.update.park()
 
     def _enter(self, stage: Stage | None) -> None:
         """Begin a stage; after the last one, end the job."""
@@ -106,6 +105,7 @@ class JobReview:
             return
         status = transitions.STAGE_STATUS[stage]
         if status == self.job.status:
+            update.stop_waiting()
             update.log(f"stage {stage}")
         else:
             update.move(status, f"stage {stage}")
@@ -201,6 +201,8 @@ class JobReview:
             self._complete_stage(done)
         elif failure is not None and failure.code not in TRANSIENT:
             self.update.fail(failure)
+        elif waiting.left_s(self.update, self.settings) <= 0:
+            self._give_up_waiting()
         elif self.job.pause_requested_at is not None:
             has_ended = failure is not None or stopped is not None
             stopping.continue_pause(self.run, has_ended=has_ended)
@@ -218,7 +220,8 @@ class JobReview:
         except ValidationError as error:
             message = f"done.json of stage {self.stage} cannot be read: {error}"
             return self.update.fail(StageFailure(message=message, code="bad_result"))
-        seconds = round(self.now - (self.job.stage_started_at or self.now), 3)
+        self.update.stop_waiting()
+        seconds = round(self.now - (self.update.value("stage_started_at") or self.now), 3)
         published = self._published(result)
         self.update.values |= {
             "results": {**self.job.results, self.stage: published.model_dump(mode="json")},
@@ -241,17 +244,25 @@ class JobReview:
     def _check_driver(self) -> None:
         """Restart a stage whose driver died without writing a marker."""
         status = self.run.observe_status()
+        self.run.record_pending(status)
         if status is not None and self.run.confirm_death(status.state):
             message = f"the driver of stage {self.stage} ended without a result; Ray says {status}"
             why = StageFailure(message=message, code="driver_died")
             if status.is_final:
                 return self.update.fail(why)
-            self._restart(why)
+            self._restart(why, counts=not status.is_evicted)
 
-    def _restart(self, why: StageFailure, *, at_once: bool = False) -> None:
+    def _give_up_waiting(self) -> None:
+        """End the run, then the job: it has waited for room for as long as it may."""
+        since = self.job.ended_at or self.now
+        self.update.values["ended_at"] = since
+        if self.run.stop_and_confirm(since):
+            self.update.fail(waiting.too_long(self.update, self.settings))
+
+    def _restart(self, why: StageFailure, *, at_once: bool = False, counts: bool = True) -> None:
         """Begin a new attempt once the old one has surely ended, or fail the job after ``max_attempts``.
 
-        An attempt counts unless it brought the stage further or was stopped on request.
+        An attempt counts unless it brought the stage further, was stopped on request or was evicted.
         """
         job = self.job
         since = job.ended_at or self.now
@@ -260,7 +271,7 @@ class JobReview:
             return
         step = self.attempt.newest_step()
         restarts = 0 if step > job.restart_step else job.restarts
-        if not self.attempt.was_stopped_on_request():
+        if counts and not self.attempt.was_stopped_on_request():
             restarts += 1
         is_last = restarts >= self.settings.max_attempts
         if not at_once:
@@ -268,6 +279,7 @@ class JobReview:
         if is_last:
             return self.update.fail(why)
         number = job.attempt + 1
+        self.update.stop_waiting()
         self.update.log(f"stage {job.stage} restarts as attempt {number}: {why.message}", "warning")
         self.update.values |= new_attempt_columns(number)
         self.update.values |= {"restarts": restarts, "restart_step": max(step, job.restart_step)}
@@ -276,7 +288,7 @@ class JobReview:
 
     def _log_driver_output(self, level: Level) -> None:
         try:
-            output = self.launcher.log_tail(self.attempt.submission)
+            output = self.attempt.log_tail()
         except Unavailable as error:
             self.update.log(f"the driver's log is unavailable: {error}", "warning")
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from services.control import attempt, stages, transitions
+from services.control import attempt, stages, transitions, waiting
 from services.control.attempt import Attempt
 from services.control.job_update import JobUpdate
 from services.control.launchers.contract import Launcher, RunState, RunStatus
@@ -51,6 +51,10 @@ class StageRun:
         if self.update.entries and self.job.unreachable_at is not None:
             # A growing journal proves that the run is alive: the time without Ray starts anew.
             self.update.values["unreachable_at"] = self.now
+        if journal_files and self.job.journal_cursor == 0:
+            self.update.stop_waiting()  # it was for the driver, which has started
+        for _, entries in journal_files:
+            waiting.follow_journal(self.update, entries)
         self.update.review_again = len(journal_files) == attempt.JOURNAL_FILES
 
     def observe_status(self) -> RunStatus | None:
@@ -62,6 +66,17 @@ class StageRun:
             return None
         self.update.values["unreachable_at"] = None
         return status
+
+    def record_pending(self, status: RunStatus | None) -> None:
+        """Record whether the driver waits for room: it has no journal yet. Later, its journal reports it."""
+        if status is None or self.update.value("journal_cursor") > 0:
+            return
+        submitted_at = self.job.submitted_at or self.now
+        if status.state != "pending":
+            self.update.stop_waiting()
+        elif self.now - submitted_at >= waiting.STARTS_WITHIN_S:
+            why = ": ".join(part for part in (status.reason, status.message) if part)
+            self.update.wait("cluster_room", why or "the run is pending", submitted_at)
 
     def record_unreachable(self, error: Unavailable) -> None:
         """Fail the job if neither Ray answered nor the journal grew for ``unreachable_s``.

@@ -66,6 +66,7 @@ def run(job: Job, root: str, settings: Settings) -> Run:
         prefix=prefix(job, root),
         metadata=metadata,
         needs=_needs(job, settings),
+        starts_within_s=job.request.get("max_wait_s") or settings.max_wait_s,
     )
 
 

@@ -75,6 +75,7 @@ def resume(database: ProjectDatabase, job_id: str) -> JobView:
             _refuse_missing_inputs(session, row)
             # Its run may still be alive: a job with submitted_at stops it before it starts another.
             row.submitted_at = row.submitted_at or now
+            row.waited_s = 0.0
             _queue_again(session, row, now - float(row.finished_at or now))
         elif row.pause_requested_at is None or row.cancel_requested_at is not None:
             raise conflict(row, f"is neither paused nor failed: it is {row.status}")
@@ -99,6 +100,8 @@ def _queue_again(session: Session, row: Job, idle_s: float) -> None:
     row.cancel_requested_at = None
     row.ended_at = None
     row.unreachable_at = None
+    row.waiting_since = time.time()
+    row.waiting_reason = None
     if row.stage_started_at is not None:
         row.stage_started_at += idle_s
 
@@ -187,12 +190,12 @@ def _request_stop(run: StageRun, state: RunState | None) -> None:
 
 def _time_is_up(run: StageRun) -> bool:
     """Whether the run had long enough to stop by itself: ``stopping_s`` if it acknowledged, else
-    ``unreachable_s``.
+    ``pause_ack_s``.
 
     Counts from the request to the run, not to the API: the control plane may have been down in between.
     """
     since = run.job.stop_asked_at
-    if since is None or run.now - since < run.settings.unreachable_s:
+    if since is None or run.now - since < run.settings.pause_ack_s:
         return False
     return run.now - since >= run.settings.stopping_s or not run.attempt.stop_acknowledged()
 

@@ -45,6 +45,7 @@ from services.control.database import Database, ProjectDatabase
 from services.control.held_out import HeldOut, is_held_out
 from services.control.idempotency import IdempotentRequest, create_once
 from services.control.job_update import JobUpdate, StaleToken, new_job
+from services.control.launchers.clusters import placed
 from services.control.listing import is_id
 from services.control.problems import from_validation
 from services.control.tables import Job, Model, new_id
@@ -72,7 +73,11 @@ class _Checked:
 
 
 def create(
-    database: ProjectDatabase, root: str, idempotent: IdempotentRequest, request: StudyCreate
+    database: ProjectDatabase,
+    root: str,
+    settings: Settings,
+    idempotent: IdempotentRequest,
+    request: StudyCreate,
 ) -> StudyView:
     """Check every cell as if it were sent as a job, and start the study.
 
@@ -86,6 +91,7 @@ def create(
         warnings: dict[str, list[str]] = {}
         for cell in given:
             with _errors_of(cell.label):
+                placed(settings, cell.request)
                 if cell.setting not in warnings:  # no check depends on seeds
                     found, warnings[cell.setting] = jobs.check_alignment(database, held_out, cell.request)
                 else:
@@ -336,7 +342,7 @@ class StudyReview:
             if self._may_add(session, number):
                 try:
                     warnings = self.study.inputs["warnings"][cell.setting]
-                    jobs.insert_alignment(session, number, request, warnings)
+                    jobs.insert_alignment(session, number, placed(self.settings, request), warnings)
                 except (BadRequest, NotFound, Conflict) as error:
                     self._refuse(cell, error)
 
@@ -401,7 +407,7 @@ class StudyReview:
         try:
             with self.own.write(alone=True) as session:
                 if self._may_add(session, number):
-                    jobs.insert_evaluation(session, number, request, [])
+                    jobs.insert_evaluation(session, number, placed(self.settings, request), [])
         except (BadRequest, NotFound) as error:
             self.update.review_again = False
             message = f"the models cannot be compared: {error.message}"

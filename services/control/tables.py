@@ -166,6 +166,9 @@ class Job(Owned):
     stop_asked_at         when the attempt was asked to stop
     ended_at              when its driver was first seen to have ended, or was stopped
     unreachable_at        since when Ray is unreachable and the journal silent
+    waiting_since         since when it waits for room (waiting.py); null while it does not
+    waiting_reason        why, as the last review found; waiting_message explains it
+    waited_s              how long it has waited before
     next_at               when the next review is due
     failures, last_error  of reviews, in a row
     lock_token            of the replica that reviews the job, valid until lock_expires_at
@@ -201,6 +204,11 @@ class Job(Owned):
     ended_at: Mapped[float | None]
     unreachable_at: Mapped[float | None]
 
+    waiting_since: Mapped[float | None]
+    waiting_reason: Mapped[str | None] = mapped_column(String(32))
+    waiting_message: Mapped[str | None] = mapped_column(Text)
+    waited_s: Mapped[float] = mapped_column(server_default=text("0"))
+
     next_at: Mapped[float]
     failures: Mapped[int] = mapped_column(Integer)
     last_error: Mapped[str | None] = mapped_column(Text)
@@ -212,6 +220,9 @@ class Job(Owned):
         Index(None, "project", "kind", "status", "seq"),
         Index(None, "status", "next_at"),
         Index(None, "status", "seq"),
+        Index(None, "status", "project", "seq"),
+        Index(None, "status", "waiting_since"),
+        Index(None, "project", "started_at"),
     )
 
 

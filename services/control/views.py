@@ -24,6 +24,7 @@ from services.api.answers import (
 )
 from services.api.records import FINAL_STATUSES, ScorerRecord, Validated
 from services.artifacts.checkpoints import CheckpointRecord
+from services.control.launchers import clusters
 from services.control.tables import ApiKey, Dataset, Event, Job, Metric, Model
 
 DEFAULT_DATA = asdict(DataConfig())
@@ -98,6 +99,8 @@ def job_view(row: Job) -> JobView:
             "data": row.request.get("data", DEFAULT_DATA),  # jobs of earlier versions have none
             **{name: row.request[name] for name in settings},
             "validation": row.request.get("validation"),
+            "cluster": clusters.of_job(row),
+            "max_wait_s": row.request.get("max_wait_s"),
             "promote_if": row.request.get("promote_if"),
             "pause_requested_at": _seconds(row.pause_requested_at),
             "aligned_model": row.output_model if "train" in row.results else None,
@@ -123,7 +126,9 @@ def evaluation_view(row: Job) -> EvaluationView:
             "object": "evaluation",
             **_run(row),
             **{name: row.request[name] for name in settings},
+            "cluster": clusters.of_job(row),
             "compare": row.request.get("compare", {}),  # evaluations of earlier versions have none
+            "max_wait_s": row.request.get("max_wait_s"),
             "result": row.results.get("evaluate"),
         },
     )

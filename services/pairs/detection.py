@@ -78,7 +78,7 @@ def detect(uri: str, split: str | None) -> Detected:
 def _check_scheme(uri: str) -> None:
     """Refuse a dataset that must be downloaded first."""
     scheme, separator, rest = uri.partition("://")
-    if separator and scheme not in ("file", "s3"):
+    if separator and scheme not in files.SCHEMES:
         is_hub = scheme == "hf" or rest.startswith("huggingface.co/datasets/")
         name = "/".join(rest.removeprefix("huggingface.co/").removeprefix("datasets/").split("/")[:2])
         remedy = f"download it with {_download(name)}" if is_hub else "copy it there first"

@@ -27,29 +27,29 @@ UNKNOWN_RATE_RETRY_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one replica accepts. Work is in pixel-steps.
-
-    - ``max_work_per_request``: more is refused for good. The default: 16 guided images of 1024 px, 60 steps.
-    - ``max_work_per_key``: what one API key may have queued and running.
-    - ``max_pixels``: of an image; 0 allows ``max_native_ratio`` times the pixels that its model was made for.
-    - ``max_queued_s``: the time that the replica may need, at the rate it works at, for what it has accepted.
-      While it is more, or more than the time that a request has, a key that has something here is refused.
-    - ``max_requests``: accepted requests, queued and running. The only bound until a rate is known.
-    - ``key_share``: the part of both bounds that one key may take, so that others find room. A key always
-      finds room for one request within ``max_requests``, so a huge request of one shuts no other out.
-    - ``max_timeout_s``: the longest time a request may ask for, and what one without a wish gets.
-
-    Raises ConfigError, naming the field.
-    """
+    """What one replica accepts. Work is in pixel-steps. Raises ConfigError, naming the field."""
 
     max_work_per_request: float = 2e9
+    """More is refused for good. The default: 16 guided images of 1024 px, 60 steps."""
     max_work_per_key: float = 8e9
+    """What one API key may have queued and running."""
     max_native_ratio: float = 4.0
+    """How many times the pixels that its model was made for an image may have, if ``max_pixels`` is 0."""
     max_pixels: int = 0
+    """The most pixels of an image; 0: ``max_native_ratio`` decides."""
     max_queued_s: float = 60.0
+    """The time that the replica may need, at the rate it works at, for what it has accepted. While it is
+    more, or more than the time that a request has, a key that has something here is refused.
+    """
     max_requests: int = 256
+    """Accepted requests, queued and running. The only bound until a rate is known."""
     key_share: float = 0.5
+    """The part of ``max_queued_s`` and ``max_requests`` that one key may take, so that others find room. A
+    key always finds room for one request within ``max_requests``, so a huge request of one shuts no other
+    out.
+    """
     max_timeout_s: float = 600.0
+    """The longest time a request may ask for, and what one without a wish gets."""
 
     def __post_init__(self) -> None:
         for name in ("max_work_per_request", "max_queued_s", "max_requests", "max_timeout_s"):

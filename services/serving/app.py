@@ -53,7 +53,7 @@ def deployment_options(args: ServeArgs) -> dict[str, Any]:
     A replica that stops gets no new requests, and has the time of its longest one to finish what it has.
     """
     options: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": 1, "num_gpus": int(args.use_gpu)},
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": args.num_gpus},
         "max_ongoing_requests": 2 * args.limits.max_requests,
         "max_queued_requests": args.limits.max_requests,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),

@@ -23,6 +23,7 @@ from services.artifacts import models, proof
 from services.errors import ServiceError, Unavailable
 from services.serving.contract import Adapter, Base
 from services.serving.memory import LoadFailed, Memory, Wanted
+from services.serving.names import Names
 from services.stages import layout
 from services.storage import files
 
@@ -102,11 +103,12 @@ class LoadedModels:
         self._value_bytes = value_bytes
         self._loads = itertools.count()
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._names = Names()
 
     async def native_size(self, project: str, name: str) -> tuple[int, int]:
         """See ``services.serving.contract.LoadedModels``."""
         root = layout.project_root(self._storage, project)
-        record = await asyncio.to_thread(models.find, root, name)
+        record = await self._names.find(root, name)
         key = _key(record)
         if key not in self._sizes:
             height, width = await asyncio.to_thread(models.drawn_size, record, SampleConfig())
@@ -118,13 +120,14 @@ class LoadedModels:
         """The model that a name, id or ``name@alias`` refers to now, in memory while the block runs.
 
         A running lease keeps its model, whatever becomes of the name and the files. One that waits for a load
-        that fails is looked up again, and takes the model that the name refers to by then.
+        that fails is looked up again, and takes the model that the name refers to by then. While storage does
+        not answer, a name refers to what it did before, and what is in memory is used.
 
         Raises NotFound for a name that the project does not have, Unavailable where storage does not answer
         or no room can be made, ServiceError (model_unusable) for a model that cannot be loaded.
         """
         root = layout.project_root(self._storage, project)
-        record = await asyncio.to_thread(models.find, root, name)
+        record = await self._names.find(root, name)
         async with AsyncExitStack() as stack:
             while True:
                 try:
@@ -133,7 +136,7 @@ class LoadedModels:
                 except LoadFailed as failure:
                     if isinstance(failure.error, Unavailable):
                         raise _unavailable(record, failure.error) from failure
-                    current = await asyncio.to_thread(models.find, root, name)
+                    current = await self._names.find(root, name)
                     if current == record:
                         raise _unusable(record, failure.error) from failure
                     record = current

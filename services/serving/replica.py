@@ -31,7 +31,7 @@ class Replica:
         self._args = args
         self._dtype = torch.bfloat16 if args.use_gpu else torch.float32
         self._engine = StepEngine(on_turn=metrics.turn)
-        self._memory = Memory(args.max_bytes or memory_of(args.device) // 2, observer=metrics)
+        self._memory = Memory(args.max_bytes or _half_of_its_memory(args), observer=metrics)
         self._models = LoadedModels(
             args.storage_uri, self._memory, self._load, value_bytes=self._dtype.itemsize
         )
@@ -72,3 +72,9 @@ class Replica:
         base = BaseModel(ModelFolder(folder), self._args.device, self._dtype)
         self._engine.prepare(base)
         return base
+
+
+def _half_of_its_memory(args: ServeArgs) -> int:
+    """Half of the device's bytes, or of its part of a GPU that it shares."""
+    part = args.num_gpus or 1.0
+    return int(memory_of(args.device) * part / 2)

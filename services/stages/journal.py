@@ -48,6 +48,11 @@ class Journal:
         """Record the metrics of one step."""
         self._add(JournalEvent(at=time.time(), step=step, metrics=values))
 
+    def waiting(self, what: str) -> None:
+        """Record the room on the cluster that the stage waits for; "" ends the wait."""
+        log.info("waiting for room: %s", what or "there is some")
+        self._add(JournalEvent(at=time.time(), waiting_for=what))
+
     def _add(self, entry: JournalEvent) -> None:
         self._pending.append(entry)
         if time.monotonic() - self._flushed_at >= self._flush_every_s:

@@ -7,6 +7,8 @@ projects/{project}/ in it for any other.
 
     {root}/jobs/{job}/{stage}/a{attempt}/                    the prefix of one attempt
         spec.json                   written by the control plane, read by the stage
+        started.json                the process that runs the attempt; only one may
+        driver.log                  the end of its output
         journal/{number}.json       append-only events and metrics, written by the stage
         done.json                   marker: the stage's result
         failed.json                 marker: why it failed
@@ -77,9 +79,14 @@ def others_root(storage: str, project: str) -> tuple[str, str | None]:
     return storage, project_root(storage, project)
 
 
+def job_folder(root: str, job: str) -> str:
+    """The folder of everything that a job wrote, but its model and what jobs share."""
+    return files.join(root, "jobs", job)
+
+
 def attempt_prefix(root: str, job: str, stage: str, attempt: int) -> str:
     """The folder of one attempt of a job's stage."""
-    return files.join(root, "jobs", job, stage, _attempt_name(attempt))
+    return files.join(job_folder(root, job), stage, _attempt_name(attempt))
 
 
 def attempts_up_to(prefix: str, attempt: int) -> list[str]:
@@ -103,6 +110,16 @@ def _attempt_name(attempt: int) -> str:
 def spec_uri(prefix: str) -> str:
     """The spec of an attempt."""
     return files.join(prefix, "spec.json")
+
+
+def started_uri(prefix: str) -> str:
+    """Names the process that runs an attempt. It is created once, before the stage works."""
+    return files.join(prefix, "started.json")
+
+
+def driver_log_uri(prefix: str) -> str:
+    """The end of the output of an attempt's driver."""
+    return files.join(prefix, "driver.log")
 
 
 def journal_folder(prefix: str) -> str:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
+import os
 import re
 import signal
+import socket
 import time
+import traceback
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -14,6 +19,7 @@ from dde_core.errors import ConfigError, DdeError
 from services.api.requests import Strict
 from services.errors import Overtaken, ServiceError, Stopped, Unavailable
 from services.stages import layout
+from services.stages.driver_log import DriverLog
 from services.stages.journal import Journal
 from services.stages.specs import Level, StageFailure, StageSpec, StageStopped
 from services.storage import files, sources
@@ -38,16 +44,21 @@ def run_stage(
     """Run ``work`` on the spec at ``--spec URI`` and write its result to done.json.
 
     If work raises Stopped, it stopped on request: write stopped.json. For any other error, write failed.json
-    and raise it again.
+    and raise it again. An attempt runs once: where another process has started it, it ends as unavailable.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True, metavar="URI")
     spec = spec_type.model_validate_json(files.read_bytes(parser.parse_args(argv).spec))
     # A shell starts background processes with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    journal = Journal(spec.prefix)
+    with DriverLog(layout.driver_log_uri(spec.prefix)) as log:
+        _run(spec, work, Journal(spec.prefix), log)
+
+
+def _run(spec: Spec, work: Callable[[Spec, Journal], Strict], journal: Journal, log: DriverLog) -> None:
     began = time.monotonic()
     try:
+        _claim(spec)
         sources.hold_to(spec.sources)
         for model in spec.base_models():
             sources.check_folder(model.uri)
@@ -58,12 +69,30 @@ def run_stage(
         cause = root_cause(error)
         if isinstance(cause, Stopped):
             stopped = StageStopped(why=cause.why, step=cause.step)
+            log.store()
             _finish(journal, layout.stopped_uri(spec.prefix), stopped, cause.message)
             return
         failure = failure_of(error)
+        log.add(traceback.format_exc())
+        log.store()
         _finish(journal, layout.failed_uri(spec.prefix), failure, f"failed: {failure.message}", "error")
         raise
+    log.store()
     _finish(journal, layout.done_uri(spec.prefix), result, f"done in {time.monotonic() - began:.1f} s")
+
+
+def _claim(spec: StageSpec) -> None:
+    """Become the process that runs this attempt. Raises Unavailable if there was another one.
+
+    KubeRay submits a job again under the same id when the head has lost it, such as after a restart: that
+    must not run beside, or after, what the first process has done.
+    """
+    process = {"at": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+    uri = layout.started_uri(spec.prefix)
+    if not files.create_bytes(uri, json.dumps(process).encode()):
+        first = files.read_bytes(uri).decode(errors="replace")
+        message = f"attempt {spec.attempt} of this stage was started before, as {uri} says: {first}"
+        raise Unavailable(f"{message}; only a new attempt can go on")
 
 
 def _finish(journal: Journal, uri: str, marker: Strict, message: str, level: Level = "info") -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from pydantic import ConfigDict
+
 from dde_core.config import DataConfig, ObjectiveConfig, TrainConfig
 from services.api.records import (
     EncodeResult,
@@ -177,13 +179,20 @@ Level = Literal["info", "warning", "error"]
 
 
 class JournalEvent(Strict):
-    """One line of a stage's journal: a message for people, or metrics of a step for programs (or both)."""
+    """One line of a stage's journal: a message for people, or metrics of a step for programs (or both).
+
+    ``waiting_for``: the room on the cluster that the stage waits for from now on; "" ends the wait. Fields of
+    later versions are ignored: a stage of a new image may report to a control plane that is older.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
     at: float
     level: Level = "info"
     message: str | None = None
     step: int | None = None
     metrics: dict[str, float] | None = None
+    waiting_for: str | None = None
 
 
 RESULTS: dict[Stage, type[Strict]] = {

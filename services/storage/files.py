@@ -1,4 +1,5 @@
-"""Files by URI: ``file:///...`` or a plain path, and ``s3://bucket/...`` (services/storage/s3.py).
+"""Files by URI: ``file:///...`` or a plain path, ``s3://bucket/...`` (services/storage/s3.py), and
+``shapes://...`` for the files of the shapes world that this process's installation ships.
 
 Names are percent-encoded in URIs. Readers never see a partial file: a local file is written under a temporary
 name, synced to disk and renamed; an object becomes visible when its upload is complete.
@@ -18,26 +19,33 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from pyarrow import fs
 
+from dde_core import shapes
 from services.errors import BadRequest, NotFound
 from services.storage import s3
 
+SCHEMES = ("file", "s3", "shapes")
+"""What a URI may begin with."""
 PART = ".part"
+SHIPPED = os.path.realpath(Path(shapes.__file__).parent)
+"""The folder of what the package ships: the shapes world's model, pairs and prompts."""
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """A picklable filesystem and the path on it, for Ray Train and for reading ranges of files.
 
-    Use the functions below for whole files. Raises BadRequest for schemes other than file and s3.
+    Use the functions below for whole files. Raises BadRequest for schemes other than file, s3 and shapes.
     """
     if "://" not in uri:
         return fs.LocalFileSystem(), str(_absolute(uri))
     if _is_object(uri):
         return s3.resolve(uri)
+    if uri.startswith(shapes.SCHEME):
+        return fs.LocalFileSystem(), _shipped(uri)
     if not uri.startswith("file://"):
         raise BadRequest(f"uri {uri!r} cannot be opened: use a path, file:// or s3://", param="uri")
     try:
@@ -193,6 +201,15 @@ def _absolute(path: Path | str) -> Path:
         return expanded.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL character
         raise BadRequest(f"uri {str(path)!r} cannot be opened: {error}", param="uri") from error
+
+
+def _shipped(uri: str) -> str:
+    """The path of a shipped file in this process's installation. Raises BadRequest for a path out of it."""
+    path = str(_absolute(f"{SHIPPED}/{unquote(uri.removeprefix(shapes.SCHEME))}"))
+    if path != SHIPPED and not path.startswith(f"{SHIPPED}/"):
+        message = f"uri {uri!r} cannot be opened: it leads out of the files that are shipped"
+        raise BadRequest(message, param="uri")
+    return path
 
 
 def _is_object(uri: str) -> bool:

@@ -2,8 +2,9 @@
 
 Nothing here writes through pyarrow: its output streams complete an upload even if an error ends them. The
 server verifies boto3's uploads, and boto3 aborts those that fail. Both libraries retry for some seconds.
-Credentials, endpoint and region come from the environment and the configuration files of the cloud SDKs. URIs
-are ``s3://bucket/key`` with percent-encoded names.
+Credentials, endpoint and region come from the environment and the configuration files of the cloud SDKs.
+boto3 looks refused credentials up again (s3_credentials.py), pyarrow reads the files every five minutes.
+URIs are ``s3://bucket/key`` with percent-encoded names.
 
 Raises FileNotFoundError if the object does not exist, BadRequest for an unusable URI, bucket or credentials,
 and Unavailable if the store does not answer or keeps failing. All three name the URI.
@@ -17,7 +18,8 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from contextvars import ContextVar
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import unquote
@@ -50,13 +52,17 @@ from tenacity import (
 )
 
 from services.errors import BadRequest, ServiceError, Unavailable
+from services.storage import s3_credentials
 
 SCHEME = "s3://"
 ATTEMPTS = 7
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
+BRIEF_ATTEMPTS = 2
+BRIEF_TIMEOUT_S = 3
 MAX_DELETED_PER_REQUEST = 1000
 """S3's limit."""
+_brief: ContextVar[bool] = ContextVar("brief", default=False)
 Call = TypeVar("Call", bound=Callable[..., Any])
 TRANSIENT = (
     "SlowDown",
@@ -80,12 +86,40 @@ def with_retries(condition: retry_base) -> Callable[[Call], Call]:
     return cast("Callable[[Call], Call]", retry(retry=condition, stop=stop, wait=wait, reraise=True))
 
 
-@cache
+@contextmanager
+def briefly() -> Iterator[None]:
+    """Within the block, a store that does not answer is given up after seven seconds, not minutes."""
+    token = _brief.set(True)
+    try:
+        yield
+    finally:
+        _brief.reset(token)
+
+
 def client() -> Any:
     """This process's boto3 client, shared by its threads. Any: boto3 has no types."""
-    retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
-    config = Config(retries=retries, connect_timeout=CONNECT_TIMEOUT_S, read_timeout=READ_TIMEOUT_S)
-    return boto3.Session().client("s3", config=config)
+    return _client(_brief.get())
+
+
+@cache
+def _client(is_brief: bool) -> Any:
+    retries = {"mode": "standard", "total_max_attempts": BRIEF_ATTEMPTS if is_brief else ATTEMPTS}
+    config = Config(
+        retries=retries,
+        connect_timeout=BRIEF_TIMEOUT_S if is_brief else CONNECT_TIMEOUT_S,
+        read_timeout=BRIEF_TIMEOUT_S if is_brief else READ_TIMEOUT_S,
+    )
+    session = s3_credentials.session()
+    made = boto3.Session(botocore_session=session).client("s3", config=config)
+    retry_refused = partial(s3_credentials.retry_refused, session.get_credentials())
+    made.meta.events.register_first("needs-retry.s3", retry_refused)
+    return made
+
+
+def forget_clients() -> None:
+    """Let the next calls make clients from the environment as it is then."""
+    _client.cache_clear()
+    filesystem.cache_clear()
 
 
 class S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no types
@@ -313,6 +347,7 @@ def _translated_errors(uri: str) -> Iterator[None]:
         message = f"uri {uri!r}: the credential provider does not answer: {error}"
         raise Unavailable(message, param="uri") from error
     except NoCredentialsError as error:
+        forget_clients()  # the next call looks for them again
         message = (
             f"uri {uri!r} cannot be opened: no credentials; "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"

@@ -22,13 +22,11 @@ from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
-from dde_core import shapes
 from services.errors import BadRequest, Forbidden, NotFound
 from services.storage import files, s3
 
@@ -44,8 +42,6 @@ OTHER_PROJECT = "other_project"
 Entry = TypeVar("Entry")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-BUILT_IN = os.path.realpath(Path(shapes.__file__).parent)
-"""The shipped model, pairs and prompts are always allowed."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +303,7 @@ def _check_regular(uri: str, path: str) -> None:
 def _roots(rules: SourceRules) -> SourceRules:
     """The rules as canonical paths."""
     return SourceRules(
-        (BUILT_IN, *map(_canonical, rules.allowed)),
+        (files.SHIPPED, *map(_canonical, rules.allowed)),
         tuple(map(_canonical, rules.denied)),
         _canonical(rules.of_others) if rules.of_others else None,
         _canonical(rules.own) if rules.own else None,

@@ -36,15 +36,11 @@ from services.stages.specs import TrainSpec
 from services.storage import files
 from services.training import pair_log, selection
 from services.training.driver import capacity, reference
+from services.training.driver.starts import StartFailures
 from services.training.driver.supervision import supervise
 from services.training.fence import Fence
 from services.training.tracking.outbox import check_trackers
 from services.training.worker.loop import train_loop
-
-MAX_WORKER_FAILURES = 30
-"""Of one attempt. An error that would only come again ends the attempt at once."""
-MAX_START_FAILURES = 30
-"""Each is a minute of waiting for resources that other jobs hold."""
 
 
 def train(spec: TrainSpec, journal: Journal) -> TrainResult:
@@ -110,21 +106,28 @@ def _run_workers(spec: TrainSpec, journal: Journal) -> None:
     summary = f"{training.steps} steps of {training.batch_size} pairs with {spec.objective.method}"
     journal.event(f"{summary} on {workers} workers")
     journal.flush()
+    settings = TrainingSettings()
     scaling = ray.train.ScalingConfig(
         num_workers=spec.workers,
         use_gpu=spec.use_gpu,
         resources_per_worker=capacity.needed(spec),
-        elastic_resize_monitor_interval_s=TrainingSettings().resize_every_s,
+        elastic_resize_monitor_interval_s=settings.resize_every_s,
     )
     failures = ray.train.FailureConfig(
-        max_failures=MAX_WORKER_FAILURES, controller_failure_limit=MAX_START_FAILURES
+        max_failures=settings.max_worker_failures,
+        controller_failure_limit=-1,  # of these, a wait for room is most
     )
     with tempfile.TemporaryDirectory(prefix="dde-ray-train-", ignore_cleanup_errors=True) as scratch:
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"spec": spec.model_dump_json()},
             scaling_config=scaling,
-            run_config=ray.train.RunConfig(name="run", storage_path=scratch, failure_config=failures),
+            run_config=ray.train.RunConfig(
+                name="run",
+                storage_path=scratch,
+                failure_config=failures,
+                callbacks=[StartFailures(settings.max_start_failures)],
+            ),
         )
         try:
             supervise(trainer, spec, journal)
@@ -132,7 +135,9 @@ def _run_workers(spec: TrainSpec, journal: Journal) -> None:
             message = f"workers = {workers} could not be started: {describe(error)}"
             raise Unavailable(message, param="workers") from error
         except ray.train.WorkerGroupError as error:
-            message = f"workers failed {MAX_WORKER_FAILURES} times; the last error: {describe(error)}"
+            message = (
+                f"workers failed {settings.max_worker_failures} times; the last error: {describe(error)}"
+            )
             raise Unavailable(message) from error
         except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as error:
             raise Unavailable(f"Ray Train's controller or Ray itself died: {describe(error)}") from error

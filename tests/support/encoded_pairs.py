@@ -124,4 +124,5 @@ def train_here(
         ).fit()
     finally:
         torch.use_deterministic_algorithms(False)
-    return [entry.metrics for _, some in read_journal(spec.prefix, 0) for entry in some if entry.metrics]
+    entries = [entry for _, some in read_journal(spec.prefix, 0) for entry in some]
+    return [entry.metrics for entry in entries if entry.metrics and "loss" in entry.metrics]

@@ -109,6 +109,7 @@ class Proxy(ThreadingHTTPServer):
         self.upstream = upstream
         self.faults: list[Fault] = []
         self.counts: Counter[str] = Counter()
+        self.refused_keys: set[str] = set()
         self._lock = threading.Lock()
 
     def take_fault(self, method: str, target: str) -> Fault | None:
@@ -132,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
     def forward(self) -> None:
         """Send the request upstream and respond, or inject a fault."""
         fault = self.server.take_fault(self.command, self.path)
+        if self._key() in self.server.refused_keys:
+            fault = Fault("expired")
         kind = fault.kind if fault else None
         at = fault.at if fault else 1.0
         time.sleep(fault.seconds if fault else 0.0)
@@ -149,6 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or kind in CLOSING
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
+
+    def _key(self) -> str:
+        """The access key that signed the request."""
+        return self.headers.get("Authorization", "").partition("Credential=")[2].partition("/")[0]
 
     def _read(self, at: float) -> bytes:
         """The first ``at`` of the body. Of a chunked body (pyarrow's), the first chunk if ``at`` < 1."""
@@ -268,12 +275,7 @@ def _environment(env: Mapping[str, str]) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in env.items():
                 patch.setenv(name, value)
-            _clear_client_caches()
+            s3.forget_clients()
             yield
     finally:
-        _clear_client_caches()
-
-
-def _clear_client_caches() -> None:
-    s3.client.cache_clear()
-    s3.filesystem.cache_clear()
+        s3.forget_clients()

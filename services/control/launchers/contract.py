@@ -14,13 +14,15 @@ class RunStatus:
     """What a launcher reports of a run.
 
     ``reason`` is one word of what runs it, such as "Suspended"; ``message`` explains it. ``is_final``: the
-    run failed, and another attempt would fail in the same way.
+    run failed, and another attempt would fail in the same way. ``is_evicted``: the cluster took the run's
+    machines for others, which is no failure of the run.
     """
 
     state: RunState
     reason: str | None = None
     message: str | None = None
     is_final: bool = False
+    is_evicted: bool = False
 
     def __str__(self) -> str:
         """``failed (AppFailed: exit code 1)``."""
@@ -55,7 +57,10 @@ class Run:
 
 
 class Launcher(Protocol):
-    """Runs commands under ids that the caller chooses. Every method raises Unavailable without an answer."""
+    """Runs commands under ids that the caller chooses. Every method raises Unavailable without an answer.
+
+    A run is over only when nothing of it can run any more: until then its state is "pending" or "running".
+    """
 
     def submit(self, run: Run) -> None:
         """Start the run. A second submit with the same id does nothing.
@@ -70,4 +75,4 @@ class Launcher(Protocol):
         """Request the run's end without waiting for it. Does nothing for an unknown run."""
 
     def log_tail(self, run_id: str) -> str:
-        """The last lines of the driver's output."""
+        """The last lines of the driver's output, as far as the cluster still has it; else ""."""

@@ -26,5 +26,5 @@ if connection is not None:
     run(connection)
 else:
     settings = Settings()  # type: ignore[call-arg]
-    with Database(settings.database_url).engine.begin() as new_connection:
+    with Database.of(settings).engine.begin() as new_connection:
         run(new_connection)

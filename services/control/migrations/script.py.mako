@@ -1,5 +1,8 @@
 """${message}
 
+The version before must go on working on the new schema: add tables, and columns that are nullable or have a
+server default. Remove what nobody uses any more in a later version.
+
 Revision ID: ${up_revision}
 Revises: ${down_revision | comma,n}
 """

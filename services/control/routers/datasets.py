@@ -12,8 +12,10 @@ from services.api.requests import DatasetCreate, DatasetSource
 from services.control import datasets, making
 from services.control.dependencies import (
     READ,
+    STORED,
     SUBMIT,
     After,
+    Config,
     Db,
     Key,
     Limit,
@@ -23,7 +25,7 @@ from services.control.dependencies import (
     takes,
 )
 from services.control.idempotency import IdempotentRequest
-from services.control.reading import READ_S, REGISTER_S, reads_sources
+from services.control.reading import READ_S, REGISTER_S, reads_sources, reads_storage
 
 router = APIRouter(tags=["datasets"])
 
@@ -34,13 +36,15 @@ def create_dataset(
     request: Annotated[DatasetCreate, Depends(body(DatasetCreate))],
     db: Db,
     root: Root,
+    settings: Config,
     key: Key = None,
 ) -> DatasetView:
     """Register preference pairs. Every row is read, checked, counted and digested; images are not.
 
     With ``generate`` or ``relabel``, scorers make the pairs: the answer has the status "generating".
     """
-    return datasets.create(db, root, IdempotentRequest.of(key, "/v1/datasets", request), request)
+    idempotent = IdempotentRequest.of(key, "/v1/datasets", request)
+    return datasets.create(db, root, settings, idempotent, request)
 
 
 @router.post("/v1/datasets/validate", openapi_extra=takes(DatasetSource), dependencies=[SUBMIT])
@@ -60,7 +64,8 @@ def get_dataset(dataset_id: str, db: Db) -> DatasetView:
     return datasets.get(db, dataset_id)
 
 
-@router.delete("/v1/datasets/{dataset_id}", dependencies=[SUBMIT])
+@router.delete("/v1/datasets/{dataset_id}", dependencies=[SUBMIT, STORED])
+@reads_storage
 def delete_dataset(dataset_id: str, db: Db, root: Root) -> DeletedView:
     """Delete the registration of a dataset that no unfinished job uses, and the files of one that scorers
     made; others stay.

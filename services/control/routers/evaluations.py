@@ -13,8 +13,10 @@ from services.api.requests import EvaluationCreate
 from services.control import jobs, journal, reports, stopping
 from services.control.dependencies import (
     READ,
+    STORED,
     SUBMIT,
     After,
+    Config,
     Db,
     Key,
     Limit,
@@ -25,7 +27,8 @@ from services.control.dependencies import (
 )
 from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
-from services.control.reading import READ_S, reads_sources
+from services.control.launchers.clusters import placed
+from services.control.reading import READ_S, reads_sources, reads_storage
 
 router = APIRouter(tags=["evaluations"])
 PATH = "/v1/evaluations"
@@ -37,22 +40,24 @@ def create_evaluation(
     request: Annotated[EvaluationCreate, Depends(body(EvaluationCreate))],
     db: Db,
     root: Root,
+    settings: Config,
     key: Key = None,
 ) -> EvaluationView:
     """Start a comparison of two registered models on held-out prompts."""
-    return jobs.create_evaluation(db, root, IdempotentRequest.of(key, PATH, request), request)
+    idempotent = IdempotentRequest.of(key, PATH, request)
+    return jobs.create_evaluation(db, root, idempotent, placed(settings, request))
 
 
 @router.get(PATH, response_model=ListView[EvaluationView], dependencies=[READ])
 def list_evaluations(
-    db: Db, after: After = None, limit: Limit = 20, status: JobStatus | None = None
+    db: Db, settings: Config, after: After = None, limit: Limit = 20, status: JobStatus | None = None
 ) -> ListView[RunView]:
-    return jobs.page(db, "evaluation", after, limit, status, {})
+    return jobs.page(db, settings, "evaluation", after, limit, status, {})
 
 
 @router.get(PATH + "/{evaluation_id}", response_model=EvaluationView, dependencies=[READ])
-def get_evaluation(evaluation_id: str, db: Db) -> RunView:
-    return jobs.get(db, "evaluation", evaluation_id)
+def get_evaluation(evaluation_id: str, db: Db, settings: Config) -> RunView:
+    return jobs.get(db, settings, "evaluation", evaluation_id)
 
 
 @router.get(PATH + "/{evaluation_id}/events", dependencies=[READ])
@@ -68,13 +73,15 @@ def cancel_evaluation(evaluation_id: str, db: Db) -> RunView:
     return stopping.cancel(db, "evaluation", evaluation_id)
 
 
-@router.get(PATH + "/{evaluation_id}/report", response_class=HTMLResponse, dependencies=[READ])
+@router.get(PATH + "/{evaluation_id}/report", response_class=HTMLResponse, dependencies=[READ, STORED])
+@reads_storage
 def get_evaluation_page(evaluation_id: str, db: Db) -> Response:
     """The evaluation's report as one page of HTML, without scripts."""
     return HTMLResponse(reports.read(db, "evaluation", evaluation_id, "page"), headers=reports.PAGE_HEADERS)
 
 
-@router.get(PATH + "/{evaluation_id}/report.json", response_model=dict[str, Any], dependencies=[READ])
+@router.get(PATH + "/{evaluation_id}/report.json", response_model=dict[str, Any], dependencies=[READ, STORED])
+@reads_storage
 def get_evaluation_report(evaluation_id: str, db: Db) -> Response:
     """The evaluation's report as JSON."""
     return Response(reports.read(db, "evaluation", evaluation_id, "report"), media_type="application/json")

@@ -9,10 +9,11 @@ from fastapi.responses import JSONResponse
 
 from services.api.answers import ReadyView
 from services.control import health
-from services.control.dependencies import AllProjects, Config
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 router = APIRouter(tags=["health"])
+metrics_router = APIRouter(tags=["health"])
+"""Left out where the metrics have a port of their own."""
 
 
 @router.get("/healthz")
@@ -22,13 +23,14 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", response_model=ReadyView, responses={503: {"model": ReadyView}})
-def readyz(request: Request, db: AllProjects, settings: Config) -> JSONResponse:
-    """Readiness: database, storage and Ray answer. 503 names the one that does not."""
-    report = health.readiness(db, settings.storage_uri, request.app.state.launcher)
+async def readyz(request: Request) -> JSONResponse:
+    """Readiness: 200 while this replica can answer. The body says which parts are away."""
+    state = request.app.state
+    report = health.readiness(state.parts, state.drain)
     return JSONResponse(report.model_dump(), 200 if report.status == "ready" else 503)
 
 
-@router.get("/metrics", response_class=Response, responses=TEXT)
+@metrics_router.get("/metrics", response_class=Response, responses=TEXT)
 def metrics(request: Request) -> Response:
     """Metrics in the Prometheus text format."""
     return Response(request.app.state.telemetry.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -6,12 +6,12 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
-from starlette.concurrency import run_in_threadpool
 
 from services.api.image_urls import PATH, media_type
 from services.api.requests import PROJECT_PATTERN
 from services.control import image_files
-from services.control.dependencies import Config
+from services.control.dependencies import STORED, Config
+from services.control.reading import reads_storage
 
 router = APIRouter(tags=["inference"])
 CONTENT: dict[int | str, dict[str, Any]] = {
@@ -19,8 +19,9 @@ CONTENT: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get(f"{PATH}{{file_name}}", response_class=Response, responses=CONTENT)
-async def get_image(
+@router.get(f"{PATH}{{file_name}}", response_class=Response, responses=CONTENT, dependencies=[STORED])
+@reads_storage
+def get_image(
     file_name: str,
     project: Annotated[str, Query(pattern=PROJECT_PATTERN)],
     expires: Annotated[int, Query(ge=0, lt=10**12)],
@@ -28,7 +29,7 @@ async def get_image(
     settings: Config,
 ) -> Response:
     """Fetch an image from the URL in the answer to a request with ``response_format`` "url"."""
-    content = await run_in_threadpool(image_files.read, settings, file_name, project, expires, signature)
+    content = image_files.read(settings, file_name, project, expires, signature)
     headers = {
         "cache-control": f"private, max-age={max(0, expires - int(time.time()))}",
         "x-content-type-options": "nosniff",

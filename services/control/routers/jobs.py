@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 
-from services.api.answers import CheckpointView, EventView, JobView, ListView, MetricView, RunView
+from services.api.answers import (
+    CheckpointView,
+    DeletedView,
+    EventView,
+    JobView,
+    ListView,
+    MetricView,
+    RunView,
+)
 from services.api.records import CreditRecord, JobStatus, Stage
 from services.api.requests import AlignmentJobCreate
-from services.control import jobs, journal, reports, stopping
+from services.control import job_deletion, jobs, journal, reports, stopping
 from services.control.dependencies import (
     FILTERS,
     READ,
+    STORED,
     SUBMIT,
     After,
     CallerOf,
@@ -29,7 +38,8 @@ from services.control.dependencies import (
 )
 from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
-from services.control.reading import READ_S, reads_sources
+from services.control.launchers.clusters import placed
+from services.control.reading import READ_S, reads_sources, reads_storage
 
 router = APIRouter(tags=["alignment"])
 PATH = "/v1/alignment/jobs"
@@ -46,27 +56,39 @@ def create_job(
     request: Annotated[AlignmentJobCreate, Depends(body(AlignmentJobCreate))],
     db: Db,
     root: Root,
+    settings: Config,
     key: Key = None,
 ) -> JobView:
     """Start a job: encode the pairs, train, evaluate. The aligned model is then served under its name."""
-    return jobs.create_alignment(db, root, IdempotentRequest.of(key, PATH, request), request)
+    idempotent = IdempotentRequest.of(key, PATH, request)
+    return jobs.create_alignment(db, root, idempotent, placed(settings, request))
 
 
 @router.get(PATH, response_model=ListView[JobView], openapi_extra=FILTERS, dependencies=[READ])
 def list_jobs(
     db: Db,
+    settings: Config,
     metadata: Annotated[dict[str, str], Depends(metadata_filter)],
     after: After = None,
     limit: Limit = 20,
     status: JobStatus | None = None,
 ) -> ListView[RunView]:
     """Jobs, newest first. The query parameter ``metadata[key]=value`` selects jobs with that metadata."""
-    return jobs.page(db, "alignment", after, limit, status, metadata)
+    return jobs.page(db, settings, "alignment", after, limit, status, metadata)
 
 
 @router.get(PATH + "/{job_id}", response_model=JobView, dependencies=[READ])
-def get_job(job_id: str, db: Db) -> RunView:
-    return jobs.get(db, "alignment", job_id)
+def get_job(job_id: str, db: Db, settings: Config) -> RunView:
+    return jobs.get(db, settings, "alignment", job_id)
+
+
+@router.delete(PATH + "/{job_id}", dependencies=[SUBMIT])
+def delete_job(job_id: str, db: Db, root: Root) -> DeletedView:
+    """Delete a job that has ended and whose model is deleted.
+
+    Its events, metrics, checkpoints and reports are deleted with it.
+    """
+    return job_deletion.delete(db, root, job_id)
 
 
 @router.post(PATH + "/{job_id}/cancel", response_model=JobView, dependencies=[SUBMIT])
@@ -101,6 +123,7 @@ def resume_job(job_id: str, db: Db) -> JobView:
 )
 def list_events(
     job_id: str,
+    request: Request,
     db: Db,
     caller: CallerOf,
     settings: Config,
@@ -117,7 +140,8 @@ def list_events(
     after = last_event_id or after
     if journal.is_read_to_the_end(db, job_id, after):
         return Response(status_code=204)  # tells browsers not to reconnect
-    stream = journal.stream_events(db, caller, job_id, after, settings.poll_interval_s)
+    drain = request.app.state.drain
+    stream = journal.stream_events(db, caller, job_id, after, settings.poll_interval_s, drain)
     return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 
@@ -133,7 +157,8 @@ def list_metrics(
     return journal.list_metrics(db, job_id, stage, after, limit)
 
 
-@router.get(PATH + "/{job_id}/checkpoints", dependencies=[READ])
+@router.get(PATH + "/{job_id}/checkpoints", dependencies=[READ, STORED])
+@reads_storage
 def list_checkpoints(
     job_id: str, db: Db, root: Root, after: AfterStep = None, limit: Limit = 20
 ) -> ListView[CheckpointView]:
@@ -141,7 +166,8 @@ def list_checkpoints(
     return jobs.list_checkpoints(db, root, job_id, after, limit)
 
 
-@router.get(PATH + "/{job_id}/credit", response_model=CreditRecord, dependencies=[READ])
+@router.get(PATH + "/{job_id}/credit", response_model=CreditRecord, dependencies=[READ, STORED])
+@reads_storage
 def get_credit(job_id: str, db: Db) -> Response:
     """Where training put its credit: gradient weights by tenths of the timesteps, logged and predicted from
     margins.
@@ -149,13 +175,15 @@ def get_credit(job_id: str, db: Db) -> Response:
     return Response(jobs.credit(db, job_id), media_type="application/json")
 
 
-@router.get(PATH + "/{job_id}/report", response_class=HTMLResponse, dependencies=[READ])
+@router.get(PATH + "/{job_id}/report", response_class=HTMLResponse, dependencies=[READ, STORED])
+@reads_storage
 def get_job_page(job_id: str, db: Db) -> Response:
     """The report of the job's own evaluation as one page of HTML, without scripts."""
     return HTMLResponse(reports.read(db, "alignment", job_id, "page"), headers=reports.PAGE_HEADERS)
 
 
-@router.get(PATH + "/{job_id}/report.json", response_model=dict[str, Any], dependencies=[READ])
+@router.get(PATH + "/{job_id}/report.json", response_model=dict[str, Any], dependencies=[READ, STORED])
+@reads_storage
 def get_job_report(job_id: str, db: Db) -> Response:
     """The report of the job's own evaluation as JSON."""
     return Response(reports.read(db, "alignment", job_id, "report"), media_type="application/json")

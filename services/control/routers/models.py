@@ -11,6 +11,7 @@ from services.api.requests import ModelCreate, Promote
 from services.control import models, promotion
 from services.control.dependencies import (
     READ,
+    STORED,
     SUBMIT,
     After,
     Db,
@@ -21,12 +22,12 @@ from services.control.dependencies import (
     takes,
 )
 from services.control.idempotency import IdempotentRequest
-from services.control.reading import REGISTER_S, reads_sources
+from services.control.reading import REGISTER_S, reads_sources, reads_storage
 
 router = APIRouter(tags=["models"])
 
 
-@router.post("/v1/models", openapi_extra=takes(ModelCreate), dependencies=[SUBMIT])
+@router.post("/v1/models", openapi_extra=takes(ModelCreate), dependencies=[SUBMIT, STORED])
 @reads_sources(REGISTER_S)
 def create_model(
     request: Annotated[ModelCreate, Depends(body(ModelCreate))],
@@ -49,7 +50,8 @@ def get_model(model_id: str, db: Db) -> ModelView:
     return models.get(db, model_id)
 
 
-@router.post("/v1/models/{model_id}/promote", openapi_extra=takes(Promote), dependencies=[SUBMIT])
+@router.post("/v1/models/{model_id}/promote", openapi_extra=takes(Promote), dependencies=[SUBMIT, STORED])
+@reads_storage
 def promote_model(
     model_id: str, request: Annotated[Promote, Depends(body(Promote))], db: Db, root: Root
 ) -> ModelView:
@@ -60,7 +62,8 @@ def promote_model(
     return promotion.promote(db, root, model_id, request)
 
 
-@router.delete("/v1/models/{model_id}", dependencies=[SUBMIT])
+@router.delete("/v1/models/{model_id}", dependencies=[SUBMIT, STORED])
+@reads_storage
 def delete_model(model_id: str, db: Db, root: Root) -> DeletedView:
     """Delete a model that no unfinished job uses.
 

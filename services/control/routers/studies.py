@@ -11,10 +11,23 @@ from services.api.answers import EventView, ListView, RunView, StudyView
 from services.api.records import JobStatus
 from services.api.requests import StudyCreate
 from services.control import jobs, journal, reports, stopping, studies
-from services.control.dependencies import READ, SUBMIT, After, Db, Key, Limit, LongLimit, Root, body, takes
+from services.control.dependencies import (
+    READ,
+    STORED,
+    SUBMIT,
+    After,
+    Config,
+    Db,
+    Key,
+    Limit,
+    LongLimit,
+    Root,
+    body,
+    takes,
+)
 from services.control.held_out import reads_a_dataset
 from services.control.idempotency import IdempotentRequest
-from services.control.reading import READ_S, reads_sources
+from services.control.reading import READ_S, reads_sources, reads_storage
 
 router = APIRouter(tags=["studies"])
 PATH = "/v1/studies"
@@ -26,22 +39,23 @@ def create_study(
     request: Annotated[StudyCreate, Depends(body(StudyCreate))],
     db: Db,
     root: Root,
+    settings: Config,
     key: Key = None,
 ) -> StudyView:
     """Start a study: a grid of alignment jobs, then a comparison of all of their models."""
-    return studies.create(db, root, IdempotentRequest.of(key, PATH, request), request)
+    return studies.create(db, root, settings, IdempotentRequest.of(key, PATH, request), request)
 
 
 @router.get(PATH, response_model=ListView[StudyView], dependencies=[READ])
 def list_studies(
-    db: Db, after: After = None, limit: Limit = 20, status: JobStatus | None = None
+    db: Db, settings: Config, after: After = None, limit: Limit = 20, status: JobStatus | None = None
 ) -> ListView[RunView]:
-    return jobs.page(db, "study", after, limit, status, {})
+    return jobs.page(db, settings, "study", after, limit, status, {})
 
 
 @router.get(PATH + "/{study_id}", response_model=StudyView, dependencies=[READ])
-def get_study(study_id: str, db: Db) -> RunView:
-    return jobs.get(db, "study", study_id)
+def get_study(study_id: str, db: Db, settings: Config) -> RunView:
+    return jobs.get(db, settings, "study", study_id)
 
 
 @router.get(PATH + "/{study_id}/events", dependencies=[READ])
@@ -67,13 +81,15 @@ def resume_study(study_id: str, db: Db) -> StudyView:
     return studies.resume(db, study_id)
 
 
-@router.get(PATH + "/{study_id}/report", response_class=HTMLResponse, dependencies=[READ])
+@router.get(PATH + "/{study_id}/report", response_class=HTMLResponse, dependencies=[READ, STORED])
+@reads_storage
 def get_study_page(study_id: str, db: Db) -> Response:
     """The study's report as one page of HTML, without scripts."""
     return HTMLResponse(reports.read(db, "study", study_id, "page"), headers=reports.PAGE_HEADERS)
 
 
-@router.get(PATH + "/{study_id}/report.json", response_model=dict[str, Any], dependencies=[READ])
+@router.get(PATH + "/{study_id}/report.json", response_model=dict[str, Any], dependencies=[READ, STORED])
+@reads_storage
 def get_study_report(study_id: str, db: Db) -> Response:
     """The study's report as JSON."""
     return Response(reports.read(db, "study", study_id, "report"), media_type="application/json")

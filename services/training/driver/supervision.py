@@ -1,8 +1,8 @@
 """The driver of the train stage while its workers train: validates checkpoints, and ends the run early.
 
 Ray Train restarts workers that die, and changes their number as nodes come and go. The driver decides what
-Ray Train cannot know: that an error would only come again, that too few workers can ever start, that somebody
-wants the run to stop.
+Ray Train cannot know: that an error would only come again, that somebody wants the run to stop. It
+reports that the run waits for room.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import ray
 from ray.train.torch import TorchTrainer
 
 from services.api.records import Validated
-from services.api.requests import least_workers, most_workers
+from services.api.requests import most_workers
 from services.artifacts import checkpoints
 from services.errors import ServiceError, Stopped, Unavailable
+from services.settings import TrainingSettings
 from services.stages import layout
 from services.stages.journal import Journal
 from services.stages.runner import describe, recurs
@@ -30,24 +31,23 @@ from services.stages.specs import StageFailure, StopRequest, TrainSpec
 from services.storage import files
 from services.training import selection
 from services.training.driver import capacity
+from services.training.driver.room import WaitReport, WorkersRoom, validation_shortage
 from services.training.fence import Fence
 from services.training.tracking.feed import Tracking
 from services.training.validation.validate import validate
 
 log = logging.getLogger("dde")
 POLL_EVERY_S = 2.0
-CLUSTER_GROWS_WITHIN_S = 300.0
-"""How long the cluster may be too small for the least that a run needs."""
-STOP_ACK_WITHIN_S = 90.0
-"""Running workers acknowledge a request to stop within seconds, unless storage hangs."""
+"""How soon a request is noticed. A poll is a few reads of storage and of Ray's state: cheap enough."""
 VALIDATION_TRIES = 3
+"""A lost node costs one, and no more than one is lost in most validations; the run does not depend on it."""
 
 
 def supervise(trainer: TorchTrainer, spec: TrainSpec, journal: Journal) -> None:
     """Run the trainer to its end, and validate its checkpoints.
 
-    Raises Stopped after a request to stop, Unavailable if workers cannot start, and a worker's error if a
-    restart would end in the same one.
+    Raises Stopped after a request to stop, and a worker's error if a restart would end in the same one. Waits
+    for room without an end.
     """
     tracking = Tracking(spec, journal)
     try:
@@ -62,26 +62,27 @@ def supervise(trainer: TorchTrainer, spec: TrainSpec, journal: Journal) -> None:
 
 
 def _train_and_validate(fit: Fit, spec: TrainSpec, journal: Journal) -> None:
-    least = least_workers(spec.workers)
-    workers_fit = CapacityCheck(f"workers = {least} need", capacity.needed(spec, least), journal)
-    validation_fits = CapacityCheck("validation needs", capacity.needed(spec), journal)
+    room = WorkersRoom(spec)
+    report = WaitReport(journal)
     validator = Validator(spec, journal)
     stop = StopRequests(spec)
     with stop.on_sigterm():
         while not fit.wait(POLL_EVERY_S):
-            workers_fit.check()
+            shortage = room.look()
             with _storage_outages_tolerated():
                 _raise_final_error(spec)
-                stop.check()
+                stop.check(has_workers=room.has_machines)
+                report.update(shortage)
                 validator.poll()
         _raise_final_error(spec)
         fit.raise_error()
         stop.raise_if_stopped_early()
         validator.training_has_ended()
         while not validator.is_done:
-            validation_fits.check()
+            shortage = validation_shortage(spec)
             with _storage_outages_tolerated():
-                stop.check()
+                stop.check(has_workers=False)
+                report.update(shortage)
                 validator.poll()
             if not validator.is_done:
                 time.sleep(POLL_EVERY_S)
@@ -129,47 +130,16 @@ class Fit:
             raise self._error
 
 
-class CapacityCheck:
-    """Ray waits forever for resources that the cluster does not have; this gives up.
-
-    It counts the whole cluster. Ray Train itself gives up on resources that others hold
-    (train.MAX_START_FAILURES).
-    """
-
-    def __init__(self, who_needs: str, needs: dict[str, float], journal: Journal) -> None:
-        self._who_needs = who_needs
-        self._needs = needs
-        self._journal = journal
-        self._too_small_since: float | None = None
-
-    def check(self) -> None:
-        """Raises Unavailable if the cluster has been too small for CLUSTER_GROWS_WITHIN_S."""
-        available = ray.cluster_resources()
-        name = capacity.missing(self._needs, available)
-        if name is None:
-            self._too_small_since = None
-            return
-        message = (
-            f"{self._who_needs} {self._needs[name]:g} {name}, but the cluster has {available.get(name, 0):g}"
-        )
-        if self._too_small_since is None:
-            self._too_small_since = time.monotonic()
-            with _storage_outages_tolerated():
-                wait = f"waiting up to {CLUSTER_GROWS_WITHIN_S:.0f} s for the cluster to grow"
-                self._journal.event(f"{message}: {wait}", "warning")
-        elif time.monotonic() - self._too_small_since >= CLUSTER_GROWS_WITHIN_S:
-            raise Unavailable(message, param="workers")
-
-
 class StopRequests:
     """Requests to stop: a file from the control plane, and SIGTERM, which is forwarded as that file.
 
-    Workers acknowledge a request, store a checkpoint and end. If none acknowledges it, because none could
-    start, the stage ends here.
+    Workers acknowledge a request, store a checkpoint and end. If there are none, or none acknowledges it, the
+    stage ends here.
     """
 
     def __init__(self, spec: TrainSpec) -> None:
         self._spec = spec
+        self._ack_within_s = TrainingSettings().stop_ack_s
         self._sigterm = threading.Event()
         self._requested_since: float | None = None
 
@@ -182,8 +152,8 @@ class StopRequests:
         finally:
             signal.signal(signal.SIGTERM, previous)
 
-    def check(self) -> None:
-        """Forward a signal. Raises Stopped if no worker acknowledges a request, or none is left to do so."""
+    def check(self, *, has_workers: bool) -> None:
+        """Forward a signal. Raises Stopped if no worker acknowledges a request, or none is there to do so."""
         if self._sigterm.is_set():
             request = StopRequest(why="signal").model_dump_json()
             files.create_bytes(layout.stop_uri(self._spec.prefix), request.encode())
@@ -195,7 +165,7 @@ class StopRequests:
         is_acknowledged = files.exists(layout.stop_ack_uri(self._spec.prefix))
         if is_acknowledged and self._steps_done() < self._spec.training.steps:
             return
-        if time.monotonic() - self._requested_since >= STOP_ACK_WITHIN_S:
+        if not has_workers or time.monotonic() - self._requested_since >= self._ack_within_s:
             raise Stopped(why, self._steps_done())
 
     def raise_if_stopped_early(self) -> None:

@@ -1,8 +1,8 @@
 """Everything that rank 0 writes, in order, on a thread of its own: events, metrics, pair log, checkpoints.
 
 Training does not wait for a write. If storage fails (an outage, a full disk), the write is retried for
-RETRY_FOR_S while training continues. A checkpoint that falls due while the previous one is being stored is
-skipped, unless it is needed: then it waits.
+``storage_retry_s`` while training continues. A checkpoint that falls due while the previous one is being
+stored is skipped, unless it is needed: then it waits.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
 from dde_core.step_metrics import format_metrics, logit_deviation, step_metrics
 from dde_core.train_step import PairErrors, StepTerms
+from services.api.records import CHECKPOINT_SECONDS
 from services.artifacts import checkpoints
 from services.artifacts.checkpoints import CheckpointRecord, ReaderPosition
 from services.errors import Unavailable
+from services.settings import TrainingSettings
 from services.stages.journal import Journal
 from services.stages.specs import Level, TrainSpec
 from services.training import selection
@@ -43,9 +45,9 @@ from services.training.fence import Fence
 from services.training.pair_log import PairLog
 from services.training.worker.collectives import any_worker
 
-RETRY_FOR_S = 1800.0
 FLUSH_EVERY_S = 1.0
 ABANDON_AFTER_S = 10.0
+"""After an error of the loop the worker is to end soon: others wait for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,7 @@ class Recorder:
         self._num_pairs = num_pairs
         self._journal = Journal(spec.prefix, flush_every_s=math.inf)  # flushed by the thread, with retries
         self._pair_log = PairLog(spec.run)
+        self._retry_for_s = TrainingSettings().storage_retry_s
         self._alarms = Alarms(spec.objective)
         if progress.step:
             self._alarms.load_state_dict(checkpoints.read(spec.run, progress.step).alarms)
@@ -158,7 +161,7 @@ class Recorder:
             self._with_retries(self._pair_log.flush)
             self._with_retries(self._journal.flush)
         except (OSError, Unavailable) as error:
-            minutes = f"{RETRY_FOR_S / 60:.0f} minutes"
+            minutes = f"{self._retry_for_s / 60:g} minutes"
             self._failure = Unavailable(f"storage has accepted no write of training for {minutes}: {error}")
         except BaseException as error:  # raised in the training loop
             self._failure = error
@@ -180,7 +183,7 @@ class Recorder:
         retrying = Retrying(
             retry=retry_if_exception_type((OSError, Unavailable)),
             wait=wait_exponential_jitter(multiplier=0.5, max=30),
-            stop=stop_after_delay(RETRY_FOR_S),
+            stop=stop_after_delay(self._retry_for_s),
             before_sleep=self._log_first_retry,
             reraise=True,
         )
@@ -210,7 +213,9 @@ class Recorder:
         """Journal and pair log go first: a run that resumes here does not write these steps again."""
         self._with_retries(self._journal.flush)
         self._with_retries(self._pair_log.flush)
+        began = time.monotonic()
         self._with_retries(partial(self._commit, state, self._record(state.progress, workers)))
+        self._journal.metrics(state.progress.step, {CHECKPOINT_SECONDS: time.monotonic() - began})
         self._is_idle.set()
 
     def _commit(self, state: Snapshot, record: CheckpointRecord) -> None:

@@ -222,9 +222,13 @@ def test_scorers_are_registered_once_and_found_by_name(server, client) -> None:
 def test_ready_tries_once_and_does_not_raise(server, client) -> None:
     server.fail(503, "starting")
     assert not client.ready()
-    server.single["/readyz"] = deque([{"status": "ok"}])
+    checks = {"database": {"ok": True, "detail": None}, "ray": {"ok": False, "detail": "refused"}}
+    report = {"status": "ready", "draining": False, "checks": checks}
+    server.single["/readyz"] = deque([report, report, {**report, "checks": {"ray": checks["database"]}}])
     assert client.ready()
-    assert len(server.requests) == 2
+    assert not client.complete(), "Ray is away"
+    assert client.complete()
+    assert len(server.requests) == 4
 
 
 def server_jobs(*statuses: str) -> deque[dict]:

@@ -164,13 +164,15 @@ def test_a_file_that_holds_no_job_is_named(dde, tmp_path, text, message) -> None
 
 
 def test_lists_are_tab_separated_where_stdout_is_no_terminal(server, dde) -> None:
-    server.items[JOBS] = [job("succeeded"), job("failed", stage="train")]
+    waiting = {"position": 3, "reason": "slots", "since": 0, "message": "8 of 8 jobs are active"}
+    server.items[JOBS] = [job("succeeded", waiting=waiting), job("failed", stage="train")]
     result = dde("jobs", "list", "--status", "failed")
     lines = [line.split("\t") for line in result.stdout.splitlines()]
     assert [line[:4] for line in lines[1:]] == [
         ["ajob_1", "succeeded", "", "better"],
         ["ajob_1", "failed", "train", "better"],
     ]
+    assert lines[1][5].endswith(" min, place 3: 8 of 8 jobs are active")
     assert server.sent("GET", JOBS)[0][1]["status"] == "failed"
 
 

@@ -31,7 +31,7 @@ from services.client.local import (
     write_private,
 )
 from services.client.processes import MARK, StartFailed, free_ports, kill_marked, wait_until
-from services.client.ray_head import RayHead
+from services.client.ray_head import START_TIMED_OUT, RayHead
 from services.control.stages import source_rules
 from services.errors import Forbidden
 from services.settings import ClientSettings, Settings
@@ -185,6 +185,21 @@ def test_the_client_reads_address_and_key_from_the_state_folder(tmp_path, monkey
     monkeypatch.setenv("DDE_URL", "http://other")
     monkeypatch.setenv("DDE_API_KEY", "from-env")
     assert (ClientSettings().base_url, ClientSettings().key) == ("http://other", "from-env")
+
+
+def test_a_ray_that_took_too_long_to_start_is_started_again_and_one_that_fails_is_not(tmp_path, monkeypatch):
+    """The commands stand for ``ray start``: what is tested is what follows their end."""
+    starts = tmp_path / "starts"
+    slow = f"echo x >> {starts}; echo 'Exception: {START_TIMED_OUT}. This could happen'; exit 1"
+    broken = f"echo x >> {starts}; echo 'the port is in use'; exit 1"
+    for script, expected in ((slow, 3), (broken, 1)):
+        starts.unlink(missing_ok=True)
+        monkeypatch.setattr(
+            "services.client.ray_head.start_command", lambda *_, script=script: ["sh", "-c", script]
+        )
+        with RayHead(tmp_path, mark=str(tmp_path)) as ray, pytest.raises(StartFailed, match="exit code 1"):
+            wait_ready(ray)
+        assert len(starts.read_text().split()) == expected
 
 
 # ---- a real Ray

@@ -176,3 +176,24 @@ def test_a_failed_job_ends_with_its_reason(server, client) -> None:
     out = io.StringIO()
     watch(client, "ajob_1", Console(file=out, width=60), poll_s=0.01)
     assert out.getvalue().splitlines()[-1] == "ajob_1 is failed: dataset: no decided pairs"
+
+
+WAITING = {"position": 3, "reason": "slots", "since": 0, "message": "8 of 8 jobs are active"}
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_job_that_waits_shows_its_place_and_reason_whenever_they_change(
+    client, server, is_terminal
+) -> None:
+    nearer = {**WAITING, "position": 2}
+    room = {"position": None, "reason": "cluster_room", "since": 0, "message": "2 GPU; 0 free of 8"}
+    states = [job(waiting=WAITING), job(waiting=WAITING), job(waiting=nearer), job("running", waiting=room)]
+    server.single[PATH] = deque([*states, job("running"), job("succeeded")])
+    server.items |= {f"{PATH}/events": [], f"{PATH}/metrics": []}
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=is_terminal, width=200, color_system=None)
+    watch(client, "ajob_1", console, poll_s=0.01)
+    shown = out.getvalue()
+    assert shown.count("(slots), place 3: 8 of 8 jobs are active") == 1
+    assert shown.count("(slots), place 2: 8 of 8 jobs are active") == 1
+    assert shown.count("(cluster_room), 2 GPU; 0 free of 8") == 1

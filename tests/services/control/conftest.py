@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from services.control.app import build_app
+from services.control.launchers.clusters import Clusters
 from services.control.reconciler import Reconciler
 from services.settings import Settings
 from services.storage import files
@@ -118,7 +119,7 @@ class Plane:
         return self.http.app.state.settings
 
     def reconciler(self) -> Reconciler:
-        return Reconciler(self.database, self.settings, self.launcher, self.clock)
+        return Reconciler(self.database, self.settings, Clusters(self.launcher), self.clock)
 
     def settle(self, looks: int = 30) -> None:
         """Look at every job until nothing is due any more; each look moves the clock by one poll."""

@@ -58,7 +58,8 @@ SPECS: dict[Stage, type[StageSpec]] = {
 class FakeLauncher:
     """Records what was submitted and stopped.
 
-    ``plays`` maps each stage to its behavior. ``down`` makes Ray unreachable. Runs in ``deaf`` ignore a
+    ``plays`` maps each stage to its behavior; ``statuses`` is what it reports instead of a run's state.
+    ``down`` makes Ray unreachable. Runs in ``deaf`` ignore a
     stop; others then write the marker that every stage writes.
     """
 
@@ -73,6 +74,7 @@ class FakeLauncher:
             **plays,
         }
         self.states: dict[str, RunState] = {}
+        self.statuses: dict[str, RunStatus] = {}
         self.submitted: list[str] = []
         self.stopped: list[str] = []
         self.specs: dict[str, StageSpec] = {}
@@ -94,7 +96,7 @@ class FakeLauncher:
 
     def status(self, run_id: str) -> RunStatus:
         self._answer()
-        return RunStatus(self.states.get(run_id, "unknown"))
+        return self.statuses.get(run_id, RunStatus(self.states.get(run_id, "unknown")))
 
     def stop(self, run_id: str) -> None:
         self._answer()
@@ -111,7 +113,7 @@ class FakeLauncher:
 
     def log_tail(self, run_id: str) -> str:
         self._answer()
-        return f"last words of {run_id}"
+        return f"last words of {run_id}" if run_id in self.states else ""
 
     def _answer(self) -> None:
         if self.down:

@@ -9,13 +9,14 @@ import threading
 import time
 from pathlib import Path
 
+import psycopg
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import delete, func, inspect, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import aliased
 
 from services.control.database import MIGRATIONS, Database, FairLock, update_one
@@ -29,6 +30,7 @@ from services.control.transitions import (
     check,
     next_stage,
 )
+from services.errors import BadRequest
 
 
 @pytest.fixture
@@ -61,6 +63,35 @@ def test_alembic_from_the_command_line_finds_nothing_to_add(tmp_path, sqlite_url
     assert text.startswith('"""nothing new')
     assert text.count("    pass") == 2
     command.downgrade(config, "base")
+
+
+def test_a_new_connection_reads_the_password_that_the_file_has_by_then(tmp_path, postgres):
+    admin = f"{postgres}/postgres"
+    port = postgres.rpartition(":")[2]
+    file = tmp_path / "password"
+    with psycopg.connect(admin, autocommit=True) as connection:
+        [hba] = connection.execute("SHOW hba_file").fetchone()
+        rules = Path(hba).read_text()
+        Path(hba).write_text(f"host all rotating 127.0.0.1/32 scram-sha-256\n{rules}")
+        connection.execute("SELECT pg_reload_conf()")
+        connection.execute("CREATE ROLE rotating LOGIN PASSWORD 'one'")
+        database = Database(f"postgresql://rotating@127.0.0.1:{port}/postgres", file)
+        with pytest.raises(BadRequest, match="database_password_file: cannot be read"):
+            database.engine.connect()
+        file.write_text("one\n")
+        with database.engine.connect() as open_before:
+            open_before.execute(text("SELECT 1"))
+            connection.execute("ALTER ROLE rotating PASSWORD 'two'")
+            with pytest.raises(OperationalError, match="password authentication failed"):
+                database.engine.connect()
+            file.write_text("two\n")
+            with database.engine.connect() as new:
+                assert new.scalar(text("SELECT 2")) == 2
+            assert open_before.scalar(text("SELECT 1")) == 1, "open connections go on"
+        database.close()
+        connection.execute("DROP ROLE rotating")
+        Path(hba).write_text(rules)
+        connection.execute("SELECT pg_reload_conf()")
 
 
 def test_replicas_that_start_at_once_migrate_once(database_url):
@@ -113,6 +144,11 @@ ROWS = {
     "metrics": {"job": "ajob_1", "stage": "train", "step": 1, "at": 1.0, "values": "{}"},
     "idempotency_keys": {"key": "once", "fingerprint": "f", "answer": "{}", "created_at": 1.0},
 }  # fmt: skip
+ADDED = {
+    "datasets": {"job": None},
+    "jobs": {"waiting_since": None, "waiting_reason": None, "waiting_message": None, "waited_s": 0.0},
+}
+"""Columns that later versions add to these rows."""
 OWNED = ("datasets", "models", "jobs", "idempotency_keys")
 
 
@@ -156,8 +192,7 @@ def test_the_rows_of_the_version_before_are_in_the_default_project_after_the_mig
     after = rows_of(filled)
     for table, (row,) in before.items():
         project = {"project": "default"} if table in OWNED else {}
-        added = {"job": None} if table == "datasets" else {}
-        assert [dict(each) for each in after[table]] == [{**row, **project, **added}]
+        assert [dict(each) for each in after[table]] == [{**row, **project, **ADDED.get(table, {})}]
     with filled.read("default") as session:
         assert session.scalar(select(Job.id)) == "ajob_1"
         assert session.get(IdempotencyKey, ("default", "once")) is not None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
 
 from services.control.launchers import ray_jobs
 from services.control.launchers.contract import Run
 from services.control.launchers.ray_jobs import RayJobsLauncher
 from services.errors import Unavailable
 from tests.services.control.test_streams import listening
+from tests.support.jobs_api import jobs_api
 
 
 @pytest.fixture
@@ -20,46 +19,23 @@ def jobs():
 
 
 @pytest.fixture
-def ray_url(jobs, monkeypatch):
+def submitted():
+    """The bodies that it was sent."""
+    return []
+
+
+@pytest.fixture
+def head():
+    """The head's node id, and how often a run was submitted to it that it has already."""
+    return {"id": "second", "submits": 0}
+
+
+@pytest.fixture
+def ray_url(jobs, submitted, head, monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    app = FastAPI()
-
-    @app.get("/api/version")
-    def version():
-        return {"version": "4", "ray_version": "2.60.0", "ray_commit": "x"}
-
-    @app.post("/api/jobs/")
-    async def submit(request: Request):
-        body = await request.json()
-        if body["submission_id"] in jobs:
-            return PlainTextResponse("ValueError: Job with submission_id already exists.", 500)
-        if body["entrypoint"] == "refuse":
-            return PlainTextResponse("no", 400)
-        jobs[body["submission_id"]] = "PENDING"
-        return {"job_id": body["submission_id"], "submission_id": body["submission_id"]}
-
-    @app.get("/api/jobs/{name}")
-    def info(name: str):
-        if name == "broken":
-            return PlainTextResponse("the head is gone", 500)
-        if name not in jobs:
-            return PlainTextResponse(f"Job {name} does not exist", 404)
-        return {"type": "SUBMISSION", "submission_id": name, "status": jobs[name], "entrypoint": "x"}
-
-    @app.post("/api/jobs/{name}/stop")
-    def stop(name: str):
-        if name not in jobs:
-            return JSONResponse("no", 404)
-        jobs[name] = "STOPPED"
-        return {"stopped": True}
-
-    @app.get("/api/jobs/{name}/logs")
-    def logs(name: str):
-        return {"logs": "\n".join(f"line {i}" for i in range(100))}
-
-    with listening(app) as url:
+    with listening(jobs_api(jobs, submitted, head)) as url:
         yield url
 
 
@@ -73,6 +49,23 @@ def test_a_run_is_submitted_watched_and_stopped(ray_url, jobs):
     ray.stop("j-encode-a1")
     assert ray.status("j-encode-a1").state == "stopped"
     assert ray.log_tail("j-encode-a1").splitlines() == [f"line {i}" for i in range(60, 100)]
+
+
+def test_a_restarted_head_is_made_to_look_after_its_runs_once(ray_url, jobs, head, monkeypatch):
+    monkeypatch.setattr(ray_jobs, "HEAD_CHECK_EVERY_S", 0.0)
+    ray = RayJobsLauncher(ray_url)
+    jobs["j"] = "RUNNING"
+    for _ in range(3):
+        assert ray.status("j").state == "running"
+    assert head["submits"] == 1
+    head["id"] = "third"
+    for _ in range(3):
+        assert ray.status("j").state == "running"
+    assert head["submits"] == 2
+    jobs["j"] = "FAILED"
+    head["id"] = "fourth"
+    assert ray.status("j").state == "failed"
+    assert (head["submits"], jobs) == (2, {"j": "FAILED"})
 
 
 def test_a_second_submit_of_the_same_id_does_nothing(ray_url, jobs):
@@ -113,3 +106,11 @@ def test_a_silent_or_absent_ray_is_unavailable_and_tried_again_afresh(ray_url, m
     monkeypatch.setattr(ray_jobs, "TIMEOUT_S", 0.001)
     with pytest.raises(Unavailable):
         RayJobsLauncher("http://10.255.255.1:8265").status("j")
+
+
+def test_ray_reserves_for_a_driver_what_the_settings_say_and_else_nothing(ray_url, submitted):
+    RayJobsLauncher(ray_url).submit(Run("j", "x", "file:///a"))
+    RayJobsLauncher(ray_url, driver_cpus=0.5, driver_memory=1 << 30).submit(Run("k", "x", "file:///a"))
+    reserved = ("entrypoint_num_cpus", "entrypoint_memory")
+    assert [submitted[0].get(name) for name in reserved] == [None, None]
+    assert [submitted[1].get(name) for name in reserved] == [0.5, 1 << 30]

@@ -198,7 +198,7 @@ def test_training_that_hangs_is_ended_after_a_while_and_its_end_is_waited_for(pl
     plane.settle(5)
     if deaf:
         plane.launcher.deaf.add(f"{job}-train-a1")
-    plane.clock.now += plane.settings.unreachable_s
+    plane.clock.now += plane.settings.pause_ack_s
     plane.settle(8)
     assert f"{job}-train-a1" in plane.launcher.stopped
     assert status(plane, job) == ("running" if deaf else "paused")
@@ -225,7 +225,7 @@ def test_training_that_acknowledged_a_stop_gets_the_time_of_its_step_and_its_che
     request(plane, "pause", job)
     plane.settle(5)
     files.write_json(layout.stop_ack_uri(plane.launcher.specs[f"{job}-train-a1"].prefix), {})
-    plane.clock.now += 2 * plane.settings.unreachable_s
+    plane.clock.now += 2 * plane.settings.pause_ack_s
     plane.settle(8)
     assert (status(plane, job), plane.launcher.stopped) == ("running", [])
     plane.clock.now += plane.settings.stopping_s

@@ -254,17 +254,3 @@ def test_a_scorer_that_the_project_does_not_have_is_a_404_that_names_it(plane):
     error = plane.error("/v1/scores", body, 404)
     assert (error["param"], error["code"]) == ("scorers.1", "scorer_not_found")
     assert error["message"] == 'scorers.1: scorer "clip" does not exist'
-
-
-def test_readiness_names_which_part_is_missing(plane):
-    assert plane.get("/readyz") == {
-        "status": "ready",
-        "checks": {name: {"ok": True, "detail": None} for name in ("database", "storage", "ray")},
-    }
-    plane.launcher.down = True
-    (plane.root / "store" / ".writable").unlink()
-    (plane.root / "store" / ".writable").mkdir()
-    answer = plane.get("/readyz", 503)
-    assert [name for name, check in answer["checks"].items() if not check["ok"]] == ["storage", "ray"]
-    assert "connection refused" in answer["checks"]["ray"]["detail"]
-    assert plane.get("/healthz") == {"status": "ok"}

@@ -115,7 +115,7 @@ def test_requests_that_are_refused_together_return_one_after_the_other():
             gate.enter("ab"[number % 2], work(10))
         waits.append(error.value.retry_after_s)
     assert waits[:4] == pytest.approx([5.0, 6.0, 7.0, 8.0], abs=0.2), "one request takes a second"
-    assert max(waits) <= 60.0, "nobody is told to wait longer than the queue may be"
+    assert max(waits) <= 60.0, "no Retry-After is longer than the queue may be"
 
 
 def test_retry_after_is_at_least_one_whole_second():

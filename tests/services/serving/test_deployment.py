@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from dde_core.engine.contract import Turn
-from services.serving import metrics
+from services.serving import metrics, replica
 from services.serving.app import ImageServer, ServeArgs, build_app, deployment_options
 from services.serving.autoscaling import QueueTime
 from services.serving.metrics import Metrics, RayMetrics
@@ -63,9 +63,32 @@ def test_a_fixed_number_of_replicas_does_not_scale():
     assert deployment._deployment_config.autoscaling_config is None
 
 
+def test_replicas_may_share_a_gpu_and_need_none_without_use_gpu():
+    assert options(use_gpu=True).ray_actor_options["num_gpus"] == 1.0
+    assert options(use_gpu=True, gpus_per_replica=0.25).ray_actor_options["num_gpus"] == 0.25
+    assert options(gpus_per_replica=0.25).ray_actor_options["num_gpus"] == 0.0
+
+
+def test_replicas_that_share_a_gpu_share_its_memory(monkeypatch):
+    monkeypatch.setattr(replica, "memory_of", lambda device: 80_000)
+    halves = [{"gpus_per_replica": part, "use_gpu": True} for part in (1, 0.5)]
+    sizes = [replica._half_of_its_memory(ServeArgs(**STORAGE, **args)) for args in [*halves, {}]]
+    assert sizes == [40_000, 20_000, 40_000]
+
+
+def test_storage_is_that_of_the_environment_unless_the_args_name_another(monkeypatch):
+    monkeypatch.delenv("DDE_STORAGE_URI", raising=False)
+    with pytest.raises(ValidationError, match="storage_uri"):
+        ServeArgs.model_validate({})
+    monkeypatch.setenv("DDE_STORAGE_URI", "s3://bucket/dde")
+    assert ServeArgs.model_validate({}).storage_uri == "s3://bucket/dde"
+    assert ServeArgs.model_validate(STORAGE).storage_uri == STORAGE["storage_uri"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        ({"gpus_per_replica": 2}, "gpus_per_replica"),
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas: must be at least min_replicas"),
         ({"limits": {"max_queued_s": -1}}, "max_queued_s must be positive, got -1"),
         ({"limits": {"max_queue_s": 1}}, "max_queue_s"),

@@ -21,6 +21,7 @@ from dde_core.shapes import MODEL_DIR
 from services.api.records import ModelRecord
 from services.artifacts import models
 from services.errors import NotFound, ServiceError, Unavailable
+from services.serving import names
 from services.serving.loaded import LoadedModels, adapter_bytes, weight_bytes
 from services.serving.memory import Memory
 from services.stages import layout
@@ -427,3 +428,37 @@ def test_names_change_while_many_lease_models_and_adapters_with_little_room(root
     assert recorder.loads == recorder.evictions
     assert len(bases.all) > 3, "bases were evicted and loaded again"
     assert all(base.is_closed and not base.adapters for base in bases.all)
+
+
+def test_while_storage_hangs_or_fails_names_refer_to_what_they_did_before(root, bases, tmp_path, monkeypatch):
+    async def main() -> None:
+        monkeypatch.setattr(names, "PATIENCE_S", 0.05)
+        record = publish(root, "m", MODEL_DIR)
+        loaded = LoadedModels(root, Memory(AMPLE), bases)
+        assert await lease_once(loaded, "m") == record
+        find = models.find
+        back = threading.Event()
+        looks: list[str] = []
+
+        def hanging(root: str, name: str) -> ModelRecord:
+            looks.append(name)
+            assert back.wait(30)
+            raise Unavailable("storage is away", param="uri")
+
+        monkeypatch.setattr(models, "find", hanging)
+        for _ in range(5):
+            assert await lease_once(loaded, "m") == record
+        assert looks == ["m"], "later requests do not wait for a look-up that hangs"
+        back.set()
+        assert await lease_once(loaded, "m") == record
+        with pytest.raises(Unavailable, match="storage is away"):
+            await lease_once(loaded, "other")
+        monkeypatch.setattr(models, "find", find)
+        other = publish(root, "m", MODEL_DIR, id="id-newer")
+        await until(lambda: not loaded._names._late)
+        assert await lease_once(loaded, "m") == other
+        models.retract(root, other)
+        with pytest.raises(NotFound):
+            await lease_once(loaded, "m")
+
+    asyncio.run(main())

@@ -168,3 +168,9 @@ def test_a_reader_stops_before_a_partial_file_and_refuses_other_contents(prefix:
     files.write_bytes(uri, b'[{"at": "noon"}]')
     with pytest.raises(ValueError, match="at"):
         read_journal(prefix, 0)
+
+
+def test_fields_of_a_later_version_are_ignored(prefix: str):
+    later = [{"at": 1.0, "message": "known", "mood": "good"}]
+    files.write_json(f"{prefix}/journal/00000000.json", later)
+    assert messages_in(prefix) == ["known"]

@@ -6,12 +6,14 @@ import json
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
 from dde_core.errors import ConfigError
-from dde_core.shapes import MODEL_DIR
+from dde_core.shapes import FEW_PAIRS_FILE, FEW_PAIRS_URI, MODEL_DIR, MODEL_URI, PAIRS_FILE
+from dde_core.shapes.pairs import FEW
 from services.api.records import EncodeResult, ModelRecord
 from services.api.requests import DatasetSource
 from services.artifacts import models
@@ -256,3 +258,26 @@ def test_a_failure_is_one_line_and_a_stop_is_not_an_error_of_the_work():
     assert failure_of(refused) == StageFailure(
         message="uri 'x' does not exist", code="not_found", param="uri"
     )
+
+
+# ---- what the package ships
+
+
+def test_a_shipped_file_is_found_by_a_uri_that_names_no_installation():
+    assert files.local_path(MODEL_URI) == MODEL_DIR.resolve()
+    assert files.read_bytes(FEW_PAIRS_URI) == FEW_PAIRS_FILE.read_bytes()
+    assert files.as_uri(FEW_PAIRS_URI) == FEW_PAIRS_URI
+    assert files.exists(files.join(MODEL_URI, "unet", "config.json"))
+
+
+@pytest.mark.parametrize("uri", ["shapes://../config.py", "shapes://data/%2e%2e/%2e%2e/config.py"])
+def test_a_shipped_uri_does_not_lead_out_of_what_is_shipped(uri: str):
+    with pytest.raises(BadRequest, match="leads out of the files that are shipped") as caught:
+        files.read_bytes(uri)
+    assert caught.value.param == "uri"
+
+
+def test_the_few_shipped_pairs_are_the_first_of_the_shipped_pairs():
+    few = pq.read_table(FEW_PAIRS_FILE)
+    assert few.num_rows == FEW
+    assert few.equals(pq.read_table(PAIRS_FILE).slice(0, FEW))

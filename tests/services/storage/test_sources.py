@@ -41,7 +41,8 @@ def test_a_process_that_is_held_to_nothing_opens_what_the_package_ships_and_noth
     sources.hold_to(SourceRules())
     (tmp_path / "a.txt").write_text("x")
     assert isinstance(refusal(tmp_path / "a.txt"), Forbidden)
-    assert sources.list_files(sources.BUILT_IN)
+    assert sources.list_files(files.SHIPPED)
+    assert sources.list_files("shapes://model")
 
 
 def test_a_file_inside_is_read_by_path_and_by_uri(allowed: Path):

@@ -1,0 +1,184 @@
+"""The two images, built by buildah without a registry and run as a container runtime would run them.
+
+The stand-in for the base image is a Debian bookworm with its Python 3.11, made by debootstrap. It is kept in
+build/images. A container here is a process in mount and process namespaces of its own: the image's files
+read-only, /tmp and /dev/shm in memory, the image's user without capabilities and without a way to new ones,
+its variables and its folder. It shares the machine's network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.client.processes import Child
+
+ROOT = Path(__file__).parents[2]
+BASE = "localhost/dde-base:bookworm"
+BASE_ARCHIVE = ROOT / "build" / "images" / "bookworm.tar"
+BASE_PACKAGES = "python3.11,python3-pip,ca-certificates,netbase,tzdata"
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu/torch/"
+NEEDED = ("buildah", "debootstrap", "unshare")
+
+
+def missing() -> list[str]:
+    """What this machine lacks to build and run images; empty where it lacks nothing."""
+    return [
+        *(() if os.getuid() == 0 else ("root",)),
+        *(name for name in NEEDED if shutil.which(name) is None),
+    ]
+
+
+@dataclass(frozen=True)
+class Image:
+    """A built image: its files, its configuration (OCI), how long its build took."""
+
+    name: str
+    root: Path
+    config: dict[str, Any]
+    seconds: float
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return dict(entry.split("=", 1) for entry in self.config["Env"])
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all files, each hard link once."""
+        listed = subprocess.run(["du", "-s", "-B1", self.root], check=True, capture_output=True, text=True)
+        return int(listed.stdout.split()[0])
+
+    def read(self, path: str) -> str:
+        return (self.root / path.lstrip("/")).read_text()
+
+    def command(
+        self,
+        argv: Sequence[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        mounts: Mapping[Path, str] | None = None,
+    ) -> list[str]:
+        """The command that runs ``argv`` (by default the image's) in a container.
+
+        ``mounts`` are writable: a folder of this machine -> its place in the container. When the command is
+        killed, everything in the container ends, and its mounts are gone.
+        """
+        root = shlex.quote(str(self.root))
+        places = {"/etc/hosts": "/etc/hosts", "/etc/resolv.conf": "/etc/resolv.conf"}
+        places |= {str(folder.resolve()): place for folder, place in (mounts or {}).items()}
+        for source, place in places.items():
+            self._make_place(Path(source), place)
+        user, group = self.config["User"].split(":")
+        variables = [f"{name}={value}" for name, value in (self.environment | dict(env or {})).items()]
+        steps = [
+            f"mount --bind {root} {root}",
+            f"mount -o remount,bind,ro {root}",
+            f"mount -t proc proc {root}/proc",
+            f"mount --rbind /sys {root}/sys",
+            f"mount --rbind /dev {root}/dev",
+            f"mount -t tmpfs -o mode=1777 tmpfs {root}/dev/shm",
+            f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp",
+            *(f"mount --bind {shlex.quote(source)} {root}{place}" for source, place in places.items()),
+            f"exec env -i /usr/sbin/chroot --userspec={user}:{group} --groups= {root}"
+            f" /usr/bin/setpriv --no-new-privs /usr/bin/env -C {shlex.quote(self.config['WorkingDir'])} "
+            + shlex.join([*variables, *(argv or self.config["Cmd"])]),
+        ]
+        return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private",
+                "sh", "-ec", "\n".join(steps)]  # fmt: skip
+
+    def run(self, argv: Sequence[str], timeout_s: float = 300.0, **given: Any) -> str:
+        """The output of a command in a container. Raises AssertionError with it if the command fails."""
+        ended = subprocess.run(
+            self.command(argv, **given), capture_output=True, text=True, timeout=timeout_s, cwd="/"
+        )
+        assert ended.returncode == 0, f"{shlex.join(argv)}: {ended.returncode}\n{ended.stdout}{ended.stderr}"
+        return ended.stdout
+
+    def start(self, name: str, log: Path, argv: Sequence[str] | None = None, **given: Any) -> Child:
+        """A container that goes on running; its output goes to ``log``."""
+        return Child(name, self.command(argv, **given), log, dict(os.environ))
+
+    def _make_place(self, source: Path, place: str) -> None:
+        """What container runtimes do: make the place at which something is mounted."""
+        target = self.root / place.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            target.touch()
+
+
+class ImageStore:
+    """Images below ``folder``, and nowhere else on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._buildah("from", "--name", "base", "scratch")
+        if not BASE_ARCHIVE.exists():
+            make_base(BASE_ARCHIVE)
+        self._buildah("add", "--quiet", "base", str(BASE_ARCHIVE), "/")
+        self._buildah("config", "--env", "PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin", "base")
+        self._buildah("commit", "--quiet", "--rm", "base", BASE)
+
+    def build(self, name: str, **arguments: str) -> Image:
+        """Build docker/{name}.Dockerfile with these build arguments, on the stand-in base."""
+        wheels = os.environ.get("PIP_FIND_LINKS", CPU_WHEELS)
+        given = {"BASE": BASE, "TORCH": "cpu", "TORCH_WHEELS": wheels, **arguments}
+        if "PIP_INDEX_URL" in os.environ:
+            given["PIP_INDEX_URL"] = os.environ["PIP_INDEX_URL"]
+        options = [word for item in given.items() for word in ("--build-arg", "=".join(item))]
+        if Path(wheels).is_dir():
+            options += ["--volume", f"{wheels}:{wheels}:ro"]
+        if bundle := os.environ.get("SSL_CERT_FILE", ssl.get_default_verify_paths().cafile):
+            options += ["--secret", f"id=ca,src={bundle}"]
+        began = time.monotonic()
+        dockerfile = ROOT / "docker" / f"{name}.Dockerfile"
+        self._buildah("bud", "--isolation", "chroot", "--network", "host", "--pull-never", *options,
+                      "--file", str(dockerfile), "--tag", name, str(ROOT))  # fmt: skip
+        seconds = time.monotonic() - began
+        described = json.loads(self._buildah("inspect", "--type", "image", name))
+        return Image(name, self._files(described["FromImageID"]), described["OCIv1"]["config"], seconds)
+
+    def _files(self, image: str) -> Path:
+        """The folder with the files of an image: that of its last layer, for the vfs driver copies layers."""
+        images = json.loads((self._folder / "store" / "vfs-images" / "images.json").read_text())
+        (layer,) = [each["layer"] for each in images if each["id"] == image]
+        return self._folder / "store" / "vfs" / "dir" / layer
+
+    def _buildah(self, *words: str) -> str:
+        command = ["nice", "buildah", "--storage-driver", "vfs", "--root", str(self._folder / "store"),
+                   "--runroot", str(self._folder / "run"), *words]  # fmt: skip
+        temporary = self._folder / "tmp"
+        temporary.mkdir(exist_ok=True)
+        ended = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(temporary)}
+        )
+        assert ended.returncode == 0, f"{shlex.join(words)}:\n{ended.stdout[-4000:]}{ended.stderr[-4000:]}"
+        return ended.stdout
+
+
+def make_base(archive: Path) -> None:
+    """Write the files of the stand-in base to a tar archive: about 200 MB, in a few minutes."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    folder = archive.with_suffix(".root")
+    subprocess.run(["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", folder],
+                   check=True, capture_output=True)  # fmt: skip
+    try:
+        (folder / "usr/bin/python").symlink_to("python3.11")
+        (folder / "usr/lib/python3.11/EXTERNALLY-MANAGED").unlink()
+        for cache in (folder / "var/cache/apt/archives").glob("*.deb"):
+            cache.unlink()
+        unfinished = archive.with_suffix(".part")
+        subprocess.run(["tar", "-C", folder, "-cf", unfinished, "."], check=True)
+        unfinished.rename(archive)
+    finally:
+        shutil.rmtree(folder)
