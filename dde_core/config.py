@@ -28,6 +28,9 @@ MAX_SIZE_PX = 2048
 MAX_DRAWS = 1000
 """Most draws of a pair in a ledger."""
 
+MAX_TRANSITION_BETA = 1000.0
+"""Greatest beta of on-policy methods: a pair of one denoising step has a logit near beta / 10, not beta / 1e4."""
+
 Module = Annotated[str, MinLen(1)]
 Constraint = tuple[str, Callable[[Any, Any], bool], str]
 
@@ -66,6 +69,13 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
+ON_POLICY_FIELDS = (
+    *("transitions", "eta", "guidance_scale", "candidates", "lookahead", "min_gap"),
+    *("continue_from", "temperature", "anchor"),
+)
+"""Fields of an objective that only on-policy methods read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """The loss, and every convention that changes the meaning of its numbers.
@@ -95,6 +105,17 @@ class ObjectiveConfig:
     `discounted`: ``gamma`` is the discount of each of 50 DDIM steps. ``t_sampling`` "method" draws t from the
     method's distribution. "uniform" draws t uniformly and multiplies each pair's loss by the ratio of the two
     distributions; the expectation is the same.
+
+    On-policy methods (`tailorpo`, `tailorpo_g`): the policy draws images in ``transitions`` steps of DDIM
+    with noise ``eta`` and ``guidance_scale``, in rollouts and in training alike. Transitions that start at t
+    in ``t_min`` .. ``t_max`` are trained. In each, ``candidates`` are drawn from one x_t and ranked by the
+    reward of the clean samples that ``lookahead`` passes of deterministic DDIM estimate; 0 means 4 passes
+    above t = 500 and 1 below. The best and the worst become a pair if their rewards differ by more than
+    ``min_gap``. The trajectory goes on from a random candidate, or from the winner. ``label`` "soft": the
+    winner's share is sigmoid(gap / ``temperature``). ``anchor``: the policy is compared with the base, or
+    with the weights that drew the round. `tailorpo_g` moves the winner's noise along the reward's gradient by
+    ``guidance_strength`` times its own length. ``beta`` must be given: 10 is what SPO, the nearest published
+    method, uses.
     """
 
     method: MethodName = "dde"
@@ -113,9 +134,25 @@ class ObjectiveConfig:
     calibration_bins: Annotated[int, Ge(0)] = 0
     gamma: Annotated[float, Gt(0), Le(1)] = 0.9
     t_sampling: Literal["method", "uniform"] = "method"
+    transitions: Annotated[int, Ge(2), Le(1000)] = 20
+    eta: Annotated[float, Gt(0), Le(1)] = 1.0
+    guidance_scale: Annotated[float, Ge(0)] = 5.0
+    candidates: Annotated[int, Ge(2), Le(16)] = 2
+    lookahead: Annotated[int, Ge(0), Le(50)] = 0
+    min_gap: Annotated[float, Ge(0)] = 0.0
+    continue_from: Literal["random", "winner"] = "random"
+    temperature: Annotated[float, Gt(0)] = 1.0
+    anchor: Literal["base", "round"] = "base"
+    guidance_strength: Annotated[float, Gt(0)] = 0.5
 
     def __post_init__(self) -> None:
         check(self)
+        if METHODS[self.method].on_policy and self.beta > MAX_TRANSITION_BETA:
+            reason = (
+                f"must be at most {MAX_TRANSITION_BETA:g} for method {self.method!r}, whose pairs are of one "
+                f"denoising step: 10 is usual (the other methods' default is 5000)"
+            )
+            raise ConfigError("beta", self.beta, reason)
         if self.t_max and self.t_max < self.t_min:
             raise ConfigError("t_max", self.t_max, f"must be 0 or at least t_min = {self.t_min}")
         if self.error == "velocity" and METHODS[self.method].noise_errors_only:
@@ -143,6 +180,12 @@ class ObjectiveConfig:
             unread += ["gamma", "t_sampling"]
         if not method.has_loser:
             unread += ["beta", "noise", "max_weight", "label"]
+        if method.on_policy:
+            unread += ["noise", "max_weight", "time_ids"]
+        else:
+            unread += ON_POLICY_FIELDS
+        if not method.reward_gradient:
+            unread += ["guidance_strength"]
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)

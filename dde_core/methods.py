@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MethodName = Literal["dde", "dde_single", "dde_step", "uniform", "discounted", "sft"]
+MethodName = Literal[
+    "dde", "dde_single", "dde_step", "uniform", "discounted", "sft", "tailorpo", "tailorpo_g"
+]
 NoiseMode = Literal["independent", "shared"]
 ErrorKind = Literal["noise", "velocity"]
 
@@ -21,6 +23,10 @@ class Method:
     methods add the calibrated correction C(t) to the logit, ``discounted`` ones draw t in proportion to
     powers of gamma. The formulas of ``noise_errors_only`` methods hold for errors of the noise. Without
     a reference and a loser, the loss is the policy's error on winners.
+
+    ``on_policy`` methods need no dataset: the policy draws its own pairs, which scorers rank, and a pair is
+    two samples of one denoising step (`dde_core/transitions.py`). ``reward_gradient``: winners are moved
+    along the gradient of the reward.
     """
 
     noise: NoiseMode
@@ -29,6 +35,8 @@ class Method:
     noise_errors_only: bool = False
     has_reference: bool = True
     has_loser: bool = True
+    on_policy: bool = False
+    reward_gradient: bool = False
 
 
 METHODS: dict[MethodName, Method] = {
@@ -38,6 +46,8 @@ METHODS: dict[MethodName, Method] = {
     "uniform": Method(noise="shared"),
     "discounted": Method(noise="shared", discounted=True),
     "sft": Method(noise="independent", has_reference=False, has_loser=False),
+    "tailorpo": Method(noise="independent", noise_errors_only=True, on_policy=True),
+    "tailorpo_g": Method(noise="independent", noise_errors_only=True, on_policy=True, reward_gradient=True),
 }
 """Default noise follows each method's source: DDE draws two noises (Algorithm 1 line 3); Diffusion-DPO, of
 which `discounted` is a variant, draws one for both sides."""

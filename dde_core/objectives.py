@@ -12,6 +12,9 @@ Eq. 15 drops 1 / (2 sigma_t^2), so its single-shot term and C have different uni
 printed. In both p = 1. With soft labels p is the winner's share of the preference, of each pair its own: the
 loss of conservative DPO (Mitchell, "A note on DPO with noisy preferences", 2023). `sft` uses no preference:
 its loss is e_theta on winners.
+
+On-policy methods compare two samples of one denoising step: there e is the projection of the model's noise on
+z_w - z_l, margin = e_ref - e_theta, and w(t) = a(t, t').
 """
 
 from __future__ import annotations
@@ -29,24 +32,33 @@ from dde_core.errors import ConfigError
 from dde_core.methods import METHODS, MethodName
 from dde_core.models.scheduler_config import check_error, check_terminal_weight
 from dde_core.schedule import Schedule
+from dde_core.transitions import ranked_transitions
 
 DISCOUNT_STEPS = 50
 """`discounted`: gamma is the discount of one of so many DDIM steps."""
 
 
-def single_shot(schedule: Schedule) -> Float[Tensor, " times"]:
+def single_shot(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """w(t) = 1 / SNR(t): the error of x0 estimated in one shot (DDE Eq. 9)."""
     return 1 / schedule.snr
 
 
-def one_half(schedule: Schedule) -> Float[Tensor, " times"]:
+def one_half(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """w(t) = 1/2: -logsigmoid(-0.5 beta (model_diff - ref_diff)), as in Diffusion-DPO's published code."""
     return torch.full_like(schedule.snr, 0.5)
 
 
-def one(schedule: Schedule) -> Float[Tensor, " times"]:
+def one(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
     """w(t) = 1: the error itself."""
     return torch.ones_like(schedule.snr)
+
+
+def transition(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
+    """w(t) = a(t, t') where a transition starts that is ranked, else 0 (`dde_core/transitions.py`)."""
+    weight = torch.zeros_like(schedule.snr)
+    ranked = ranked_transitions(config, schedule)
+    weight[ranked.t] = ranked.a.to(weight)
+    return weight
 
 
 def uniform_density(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " times"]:
@@ -74,10 +86,12 @@ class Objective:
     ``source`` cites where the weight comes from.
     """
 
-    weight: Callable[[Schedule], Tensor]
+    weight: Callable[[ObjectiveConfig, Schedule], Tensor]
     source: str
     density: Callable[[ObjectiveConfig, Schedule], Tensor] = uniform_density
 
+
+TAILORPO = "TailorPO (arXiv 2502.01667) as we read it; the loss is our derivation"
 
 OBJECTIVES: dict[MethodName, Objective] = {
     "dde": Objective(single_shot, "w = 1/SNR(t): DDE v3 Eq. 10, Algorithm 1"),
@@ -91,6 +105,10 @@ OBJECTIVES: dict[MethodName, Objective] = {
         density=discounted_density,
     ),
     "sft": Objective(one, "the error on winners: named by DDE v3 without a definition; the usual one"),
+    "tailorpo": Objective(transition, f"w = a(t, t'): {TAILORPO}"),
+    "tailorpo_g": Objective(
+        transition, f"w = a(t, t'), winners moved along the reward's gradient: {TAILORPO}"
+    ),
 }
 
 
@@ -101,7 +119,7 @@ def weights(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " time
     the velocity of a model that predicts the noise.
     """
     check_error(config, schedule.prediction_type)
-    w = OBJECTIVES[config.method].weight(schedule)
+    w = OBJECTIVES[config.method].weight(config, schedule)
     if schedule.has_zero_terminal_snr:
         check_terminal_weight(config, schedule.T)
         w = torch.where(w.isposinf(), config.max_weight, w)
@@ -195,6 +213,8 @@ def conventions(config: ObjectiveConfig, schedule: Schedule) -> dict[str, Any]:
         "the U-Net is called with t - 1",
         "prediction_type": schedule.prediction_type,
     }
+    if method.on_policy:
+        return resolved | _rollout_conventions(config)
     if method.has_loser:
         resolved["noise"] = f"{config.noise_mode}; winner and loser share t"
     if method.corrected:
@@ -208,4 +228,25 @@ def conventions(config: ObjectiveConfig, schedule: Schedule) -> dict[str, Any]:
         if config.t_sampling == "uniform":
             drawn = "drawn uniformly, losses weighted by p(t)/u(t)"
         resolved["t_distribution"] = f"p(t) ~ {gamma:.6g}^(T-t), {drawn}"
+    return resolved
+
+
+def _rollout_conventions(config: ObjectiveConfig) -> dict[str, Any]:
+    """How an on-policy run drew and ranked its pairs."""
+    passes = f"{config.lookahead}" if config.lookahead else "4 above t = 500, 1 below"
+    resolved = {
+        "error": "mean(dz e) over latent elements, dz = z_w - z_l, e the guided noise, reduced in float32",
+        "sampler": f"DDIM, {config.transitions} steps, eta {config.eta:g}, guidance {config.guidance_scale:g} "
+        "in rollouts and in training (as SPO's code)",
+        "candidates": f"{config.candidates} from one x_t (our reading), best against worst, kept if their "
+        f"rewards differ by more than {config.min_gap:g}",
+        "reward": f"of the clean sample that deterministic DDIM estimates in {passes} passes (1: our reading of "
+        "the paper; more are ours)",
+        "continue_from": f"{config.continue_from} candidate (random: as SPO's code)",
+        "anchor": "the base" if config.anchor == "base" else "the weights that drew the round (ours)",
+    }
+    if METHODS[config.method].reward_gradient:
+        resolved["guidance_of_winners"] = (
+            f"z_w + {config.guidance_strength:g} sqrt(D) g, g the reward's unit gradient by x_t' (our reading)"
+        )
     return resolved

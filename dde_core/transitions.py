@@ -26,13 +26,14 @@ when the policy has moved on since. At eta = 1, a = sqrt(2 kappa) with kappa = 1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
 from dde_core.schedule import Schedule
 
@@ -80,6 +81,11 @@ class Transitions:
     def __len__(self) -> int:
         return len(self.t)
 
+    def of_range(self, first_t: int, last_t: int) -> Transitions:
+        """Those that start at t in ``first_t`` .. ``last_t``."""
+        inside = (self.t >= first_t) & (self.t <= last_t)
+        return Transitions(*(getattr(self, field.name)[inside] for field in fields(self)))
+
     def mean(
         self, number: Int[Tensor, " b"], x_t: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"]
     ) -> Float[Tensor, "b c h w"]:
@@ -99,6 +105,30 @@ class Transitions:
 
     def _of_rows(self, table: Float64[Tensor, " n"], number: Int[Tensor, " b"], like: Tensor) -> Tensor:
         return table.to(like.device)[number].view(-1, 1, 1, 1).to(like.dtype)
+
+
+def all_transitions(config: ObjectiveConfig, schedule: Schedule) -> Transitions:
+    """The transitions of a rollout: DDIM's with "leading" spacing and an offset of 1, as Stable Diffusion's.
+
+    The last step of that sampler, to the clean sample, has no noise and is none of them. Raises ConfigError
+    for more steps than half the schedule's timesteps.
+    """
+    stride = schedule.T // config.transitions
+    if stride < 2:
+        reason = f"must be at most half of the schedule's {schedule.T} timesteps"
+        raise ConfigError("transitions", config.transitions, reason)
+    timesteps = [2 + stride * step for step in reversed(range(config.transitions))]
+    return Transitions.of(schedule, timesteps, config.eta)
+
+
+def ranked_transitions(config: ObjectiveConfig, schedule: Schedule) -> Transitions:
+    """The transitions that are ranked and trained. Raises ConfigError if none starts in t_min..t_max."""
+    every = all_transitions(config, schedule)
+    ranked = every.of_range(config.t_min, config.t_max or schedule.T)
+    if not len(ranked):
+        reason = f"and t_max = {config.t_max} hold none of the transitions, which start at {every.t.tolist()}"
+        raise ConfigError("t_min", config.t_min, reason)
+    return ranked
 
 
 @dataclass(frozen=True, eq=False)

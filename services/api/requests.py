@@ -321,11 +321,46 @@ class PromoteIf(Promote):
     not_worse: Scorers = []
 
 
+class Rollouts(Strict):
+    """Where an on-policy method gets its pairs: the policy draws them in rounds, and scorers rank them.
+
+    ``prompts_uri`` is a file of prompts, as of evaluations; the first ``num_prompts`` are used, in an order
+    that the run's seed determines. The reward is the sum of ``scorers``' scores, each in its own unit, times
+    its weight. A round draws ``prompts_per_round`` trajectories with the weights that the policy has at that
+    moment, and again as many, up to ``max_blocks`` times, until it has the pairs of ``updates_per_round``
+    batches. ``actors`` draw, ``prompts_per_call`` trajectories in one call of the U-Net; ``reward_actors``
+    decode and score, or with 0 the actors that draw do. A round fails if more than ``max_bad_fraction`` of
+    its rewards are not finite.
+
+    ``guard``: the largest fall of a validation scorer's mean below the base's. When validation finds a larger
+    one while the reward's scorers have risen, training ends, and the best checkpoint before that becomes the
+    model.
+    """
+
+    prompts_uri: Uri
+    num_prompts: Annotated[int, Field(ge=1, le=1_000_000)]
+    scorers: Annotated[
+        dict[Name, Weight],
+        Field(min_length=1, max_length=8, json_schema_extra={"additionalProperties": False}),
+    ]
+    prompts_per_round: Annotated[int, Field(ge=1, le=65_536)] = 32
+    updates_per_round: Annotated[int, Field(ge=1, le=1000)] = 1
+    max_blocks: Annotated[int, Field(ge=1, le=100)] = 8
+    prompts_per_call: Annotated[int, Field(ge=1, le=256)] = 8
+    actors: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 1
+    reward_actors: Annotated[int, Field(ge=0, le=MAX_WORKERS)] = 0
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    guard: Annotated[
+        dict[Name, NonNegative],
+        Field(max_length=8, json_schema_extra={"additionalProperties": False}),
+    ] = {}
+
+
 class AlignmentJobCreate(Strict):
     """Align a base model with preference pairs: one POST runs encoding, training, evaluation and serving.
 
-    Required: ``model``, the name or id of a registered model; ``dataset``, the id of a registered dataset;
-    and ``evaluation.prompts_uri``. ``name`` is the name under which the aligned model is served; by default
+    Required: ``model``, the name or id of a registered model; ``dataset``, the id of a registered dataset,
+    or, for an on-policy method, ``rollouts`` in its place; and ``evaluation.prompts_uri``. ``name`` is the name under which the aligned model is served; by default
     it combines the base's name, the method and the job's id. ``workers`` is a number of training workers, or
     ``[least, most]`` to use as many as the cluster has room for. ``cluster`` is where its stages run: on the
     Ray cluster that jobs share, or each on its ``own``, which ends with it. ``max_wait_s``: a job that has
@@ -334,7 +369,8 @@ class AlignmentJobCreate(Strict):
     """
 
     model: str
-    dataset: str
+    dataset: str | None = None
+    rollouts: Rollouts | None = None
     name: Name | None = None
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -24,6 +24,7 @@ from services.api.requests import (
     GeneratePairs,
     ImageFolder,
     Relabel,
+    Rollouts,
     Strict,
     Uri,
     ValidationConfig,
@@ -53,7 +54,7 @@ class StageSpec(Strict):
 
     def scorer_files(self) -> Iterator[str]:
         """The checkpoints and processors of the registered scorers among the spec's fields."""
-        for scorer in getattr(self, "scorers", ()):
+        for scorer in (*getattr(self, "scorers", ()), *getattr(self, "rewards", ())):
             yield from filter(None, (scorer.uri, scorer.processor))
 
 
@@ -84,14 +85,21 @@ class LedgerSpec(StageSpec):
 
 
 class TrainSpec(StageSpec):
-    """Fine-tune ``model`` on the shards at ``dataset``: checkpoints go to ``run``, the weights to ``output``.
+    """Fine-tune ``model`` on the shards at ``dataset``, or on pairs of ``rollouts``: checkpoints go to
+    ``run``, the weights to ``output``.
+
+    ``rewards`` are the records of the rollouts' scorers, in the order of their names, and ``prompts_digest``
+    is of the prompts that were checked.
 
     ``ledger`` is the record of the reference errors, if the job has written or found one. Validation
     generates images with the settings of ``evaluation`` and scores them with ``scorers``, the records of its
     scorers.
     """
 
-    dataset: Uri
+    dataset: Uri | None = None
+    rollouts: Rollouts | None = None
+    rewards: list[ScorerRecord] = []
+    prompts_digest: str = ""
     model: ModelRecord
     model_id: str
     name: str
