@@ -82,7 +82,7 @@ def snapshot(
 
     Raises NonFiniteError, on every worker, for infinite or NaN values: no run could continue from them.
     """
-    weights = _copy_to_host(policy.weights(), rank)
+    weights = weights_on_host(policy, rank)
     average = None
     if policy.ema:
         with policy.averaged():
@@ -91,6 +91,11 @@ def snapshot(
     if rank != 0:
         return None
     return Snapshot(weights, average, moments, calibration.state_dict(), progress)
+
+
+def weights_on_host(policy: Policy, rank: int) -> dict[str, Tensor]:
+    """A copy of the policy's full weights for rank 0; others get none. A collective, as ``snapshot`` is."""
+    return _copy_to_host(policy.weights(), rank)
 
 
 def _copy_to_host(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
+from dde_core.schedule import Schedule, epsilon_from
+
 Conditioning = dict[str, Tensor]
 
 ADDED = ("text_embeds", "time_ids")
@@ -25,6 +27,28 @@ def predict(
 ) -> Float[Tensor, "b c h w"]:
     """The U-Net's output at the paper's timesteps t = 1..T. The U-Net is called with t - 1."""
     return call(unet, x_t, t - 1, conditioning)
+
+
+def guided_noise(
+    unet: Callable[..., Any],
+    schedule: Schedule,
+    x_t: Float[Tensor, "b c h w"],
+    t: Int[Tensor, " b"],
+    conditioning: Conditioning,
+    no_caption: Conditioning,
+    scale: float,
+) -> Float[Tensor, "b c h w"]:
+    """e_u + scale (e_c - e_u) (Ho and Salimans 2022, Eq. 6) in float32 or wider, from one call of the U-Net.
+
+    Without guidance, at a scale of at most 1, ``no_caption`` is not used.
+    """
+    wide = torch.promote_types(x_t.dtype, torch.float32)
+    if scale <= 1:
+        return epsilon_from(schedule, predict(unet, x_t, t, conditioning).to(wide), x_t, t)
+    inputs = concatenated(conditioning, no_caption)
+    output = predict(unet, torch.cat([x_t, x_t]), torch.cat([t, t]), inputs).to(wide)
+    with_caption, without = output.chunk(2)
+    return epsilon_from(schedule, without + scale * (with_caption - without), x_t, t)
 
 
 def call(

@@ -29,7 +29,7 @@ MAX_DRAWS = 1000
 """Most draws of a pair in a ledger."""
 
 MAX_TRANSITION_BETA = 1000.0
-"""Greatest beta of on-policy methods: a pair of one denoising step has a logit near beta / 10, not beta / 1e4."""
+"""Greatest beta of on-policy methods, whose pairs differ by the noise of one denoising step."""
 
 Module = Annotated[str, MinLen(1)]
 Constraint = tuple[str, Callable[[Any, Any], bool], str]

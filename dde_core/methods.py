@@ -38,6 +38,11 @@ class Method:
     on_policy: bool = False
     reward_gradient: bool = False
 
+    @property
+    def samples(self) -> int:
+        """The samples of a pair that go through the U-Net."""
+        return 2 if self.has_loser and not self.on_policy else 1
+
 
 METHODS: dict[MethodName, Method] = {
     "dde": Method(noise="independent", corrected=True, noise_errors_only=True),

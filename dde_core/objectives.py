@@ -236,17 +236,17 @@ def _rollout_conventions(config: ObjectiveConfig) -> dict[str, Any]:
     passes = f"{config.lookahead}" if config.lookahead else "4 above t = 500, 1 below"
     resolved = {
         "error": "mean(dz e) over latent elements, dz = z_w - z_l, e the guided noise, reduced in float32",
-        "sampler": f"DDIM, {config.transitions} steps, eta {config.eta:g}, guidance {config.guidance_scale:g} "
-        "in rollouts and in training (as SPO's code)",
+        "sampler": f"DDIM, {config.transitions} steps, eta {config.eta:g}, guidance "
+        f"{config.guidance_scale:g}, in rollouts and in training (as SPO's code)",
         "candidates": f"{config.candidates} from one x_t (our reading), best against worst, kept if their "
         f"rewards differ by more than {config.min_gap:g}",
-        "reward": f"of the clean sample that deterministic DDIM estimates in {passes} passes (1: our reading of "
-        "the paper; more are ours)",
+        "reward": f"of the clean sample that deterministic DDIM estimates in {passes} passes (1: our reading "
+        "of the paper; more are ours)",
         "continue_from": f"{config.continue_from} candidate (random: as SPO's code)",
         "anchor": "the base" if config.anchor == "base" else "the weights that drew the round (ours)",
     }
     if METHODS[config.method].reward_gradient:
         resolved["guidance_of_winners"] = (
-            f"z_w + {config.guidance_strength:g} sqrt(D) g, g the reward's unit gradient by x_t' (our reading)"
+            f"z_w + {config.guidance_strength:g} sqrt(D) g, g the reward's unit gradient by x_t' (ours)"
         )
     return resolved

@@ -27,17 +27,22 @@ def step_metrics(
     A tenth is named by its last timestep: of 1000, ``margin_t0100`` is the mean over t = 1..100. A tenth
     without pairs has no metrics. Without a reference (`sft`) there are no metrics that compare with it.
     ``implicit_accuracy`` is the fraction of pairs with a positive margin; a margin of 0 counts half. Gradient
-    weights count by their size: with soft labels those of surer pairs are negative.
+    weights count by their size: with soft labels those of surer pairs are negative. A pair of an on-policy
+    method has one number, ``projection``, in place of the errors of two sides.
     """
     values = {
         "loss": _array(terms.loss),
         "gradient_weight": np.abs(_array(terms.gradient_weight)),
         "gradient_weight_at_zero": _array(terms.gradient_weight_at_zero),
-        "winner_error": _array(theta.w),
     }
+    if theta.l is None and ref is not None:
+        values["projection"] = _array(theta.w)
+    else:
+        values["winner_error"] = _array(theta.w)
     if ref is not None:
         values["margin"] = _array(terms.margin)
         values["implicit_accuracy"] = (np.sign(values["margin"]) + 1) / 2
+    if ref is not None and theta.l is not None:
         values["loser_error"] = _array(theta.l)
         values["winner_error_diff"] = values["winner_error"] - _array(ref.w)
         values["loser_error_diff"] = values["loser_error"] - _array(ref.l)

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from dde_core.conditioning import Conditioning, concatenated, predict
+from dde_core.conditioning import Conditioning, concatenated, guided_noise, predict
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError, NonFiniteError
 from dde_core.methods import METHODS, ErrorKind
@@ -34,6 +35,7 @@ from dde_core.objectives import (
     weights,
 )
 from dde_core.schedule import Schedule, add_noise, epsilon_from, velocity
+from dde_core.transitions import projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ class PairBatch:
 @dataclass(frozen=True, eq=False)
 class PairErrors:
     """For each pair a model's mean squared error of the noise, or of the velocity, on the winner and (not for
-    `sft`) on the loser.
+    `sft`) on the loser. Of an on-policy pair ``w`` is the projection of the model's noise on z_w - z_l.
 
     ``z_w`` and ``z_l`` are mean(z (eps_m - eps)), which `sampled` calibration needs as well.
     """
@@ -115,6 +117,44 @@ class StepTerms:
     share: Float[Tensor, " b"] | None = None
 
 
+def errors_of(
+    objective: ObjectiveConfig,
+) -> Callable[[Callable[..., Any], Schedule, Any], PairErrors]:
+    """How a model's errors on one of the objective's batches are measured: (unet, schedule, batch)."""
+    if METHODS[objective.method].on_policy:
+        return partial(ranked_errors, guidance_scale=objective.guidance_scale)
+    return partial(pair_errors, error=objective.error)
+
+
+@dataclass(frozen=True, eq=False)
+class RankedBatch:
+    """b pairs of an on-policy method, ready for the U-Net: two samples of one denoising step from ``x_t``.
+
+    ``dz`` is z_w - z_l. ``share`` is the winner's share of the preference.
+    """
+
+    pair_ids: tuple[str, ...]
+    t: Int[Tensor, " b"]
+    share: Float[Tensor, " b"]
+    x_t: Float[Tensor, "b c h w"]
+    dz: Float[Tensor, "b c h w"]
+    conditioning: Conditioning
+    no_caption: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.pair_ids)
+
+
+def ranked_errors(
+    unet: Callable[..., Any], schedule: Schedule, batch: RankedBatch, guidance_scale: float
+) -> PairErrors:
+    """mean(dz e) of each pair, e the model's guided noise at x_t, from ONE call of the U-Net."""
+    noise = guided_noise(
+        unet, schedule, batch.x_t, batch.t, batch.conditioning, batch.no_caption, guidance_scale
+    )
+    return PairErrors(projection(batch.dz, noise))
+
+
 def pair_errors(
     unet: Callable[..., Any], schedule: Schedule, batch: PairBatch, error: ErrorKind = "noise"
 ) -> PairErrors:
@@ -152,8 +192,11 @@ def preference_margin(theta: PairErrors, ref: PairErrors) -> Float64[Tensor, " b
     """(e_ref^w - e_theta^w) - (e_ref^l - e_theta^l) of each pair, in float64.
 
     This is the repository's only sign convention for differences of errors. The margin is positive when the
-    policy has improved on the winner more than on the loser, each compared with the reference.
+    policy has improved on the winner more than on the loser, each compared with the reference. Of an
+    on-policy pair there is one number for both sides: e_ref - e_theta of its projections.
     """
+    if theta.l is None and ref.l is None:
+        return ref.w.double() - theta.w.double()
     if theta.l is None or ref.l is None:
         raise ValueError("a margin needs the errors of losers, got those of winners only")
     return (ref.w.double() - theta.w.double()) - (ref.l.double() - theta.l.double())
@@ -183,7 +226,8 @@ def step_losses(
             gradient_weight=scale * weight,
             gradient_weight_at_zero=scale * weight,
         )
-    if ref is None or ref.l is None or theta.l is None:
+    has_losers = ref is not None and ref.l is not None and theta.l is not None
+    if ref is None or not (has_losers or method.on_policy):
         raise ConfigError("reference and loser", None, f"are needed by method {config.method!r}")
     margin = preference_margin(theta, ref)
     if not method.corrected:

@@ -17,6 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"api", "storage", "stages"}),
     frozenset({"pairs"}),
     frozenset({"artifacts"}),
+    frozenset({"rollout"}),
     frozenset({"ingest", "training", "evaluation", "serving", "control", "client"}),
 )
 """Packages of services/, lowest layer first. A package imports from its own layer and from those below."""

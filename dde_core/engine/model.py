@@ -21,7 +21,7 @@ from dde_core.engine.samplers import make_scheduler
 from dde_core.errors import ConfigError, NonFiniteError
 from dde_core.models.folder import ModelFolder, copy_weights, image_batch_size
 from dde_core.models.text import TextEncoders
-from dde_core.models.tokens import count_tokens, tokenize
+from dde_core.models.tokens import count_tokens
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class BaseModel:
         self.pixels_per_latent = folder.vae_factor
         self.has_safety_checker = (folder.path / "safety_checker").is_dir()
         self._scheduler_config = folder.sampling_config()
-        self._tokenizers = folder.tokenizers()
         self._text_encoders = TextEncoders(folder, self.device, dtype)
         drawing: Any = unet or folder.unet()
         self._unet = drawing.requires_grad_(False).to(self.device, dtype)
@@ -75,7 +74,7 @@ class BaseModel:
 
     def count_tokens(self, prompt: str) -> tuple[int, int]:
         """A prompt's tokens, and how many of them the text encoders read at most. In any thread."""
-        return count_tokens(self._tokenizers, prompt)
+        return count_tokens(self._text_encoders.tokenizers, prompt)
 
     @property
     def model(self) -> Model:
@@ -138,14 +137,10 @@ class BaseModel:
         """A new scheduler for one image. Raises ConfigError for settings that the schedule does not allow."""
         return make_scheduler(self._scheduler_config, sample.sampler, sample.steps)
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str | None], height_px: int, width_px: int) -> Conditioning:
         """Conditioning as in the diffusers pipelines: SDXL's sizes are those of an uncropped image of this
         size. None is no caption; "" is a caption, which is encoded."""
-        token_ids = tokenize(self._tokenizers, [caption or "" for caption in captions])
-        text = self._text_encoders(token_ids, np.array([caption is None for caption in captions]))
-        sizes = np.tile([[height_px, width_px]], (len(captions), 1))
-        return self._text_encoders.with_sizes(text, sizes, np.zeros_like(sizes), (height_px, width_px))
+        return self._text_encoders.of_captions(captions, height_px, width_px)
 
     @torch.no_grad()
     def predict(
@@ -186,10 +181,16 @@ class BaseModel:
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        """The VAE's output in about [-1, 1] for clean latents, on the device. Slices have a fixed size."""
-        size = image_batch_size(*(side * self.pixels_per_latent for side in latents.shape[2:]))
-        scaled = (latents / self._vae.config.scaling_factor).to(self._vae.dtype)
-        return torch.cat([self._vae.decode(part).sample.float() for part in scaled.split(size)])
+        """The VAE's output in about [-1, 1] for clean latents, on the device."""
+        return decode(self._vae, latents)
+
+
+def decode(vae: Any, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+    """The VAE's output in about [-1, 1] for clean latents on its device. Slices have a fixed size."""
+    factor = 1 << (len(vae.config.block_out_channels) - 1)
+    size = image_batch_size(*(side * factor for side in latents.shape[2:]))
+    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+    return torch.cat([vae.decode(part).sample.float() for part in scaled.split(size)])
 
 
 def to_pixels(images: Float[Tensor, "b 3 height width"]) -> UInt8[np.ndarray, "b height width 3"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +29,8 @@ class TextEncoders:
         self._device = device
         self._is_sdxl = folder.family == "sdxl"
         self._zeros = folder.no_caption_is_zeros
-        self.empty_ids = tokenize(folder.tokenizers(), [""])
+        self.tokenizers = folder.tokenizers()
+        self.empty_ids = tokenize(self.tokenizers, [""])
 
     @torch.no_grad()
     def __call__(
@@ -51,6 +54,14 @@ class TextEncoders:
             for name, rows in text.items():
                 text[name] = rows.masked_fill(is_empty.view(-1, *[1] * (rows.ndim - 1)), 0.0)
         return text
+
+    def of_captions(self, captions: Sequence[str | None], height_px: int, width_px: int) -> Conditioning:
+        """The conditioning of uncropped images of this size, as in the diffusers pipelines. None is no
+        caption; "" is a caption, which is encoded."""
+        token_ids = tokenize(self.tokenizers, [caption or "" for caption in captions])
+        text = self(token_ids, np.array([caption is None for caption in captions]))
+        sizes = np.tile([[height_px, width_px]], (len(captions), 1))
+        return self.with_sizes(text, sizes, np.zeros_like(sizes), (height_px, width_px))
 
     def with_sizes(
         self,

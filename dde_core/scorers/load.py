@@ -77,6 +77,18 @@ class ModelScorer:
         text = self._plan.prompts(prompts) if self._plan.prompts else {}
         return pixels, {name: ids.to(self._device) for name, ids in text.items()}
 
+    def differentiable(
+        self, images: Float[Tensor, "n 3 height width"], prompts: Sequence[str]
+    ) -> Float[Tensor, " n"]:
+        """Scores of images with values in 0..1, with their gradient by the pixels.
+
+        Images are resized as tensors and not rounded to 8 bits, so scores differ slightly from a call's.
+        """
+        text = self._plan.prompts(prompts) if self._plan.prompts else {}
+        on_device = {name: ids.to(self._device) for name, ids in text.items()}
+        scores: Tensor = self.model(self._plan.pixels.differentiable(images.to(self._device)), on_device)
+        return scores
+
     def check(self, prompts: Sequence[str], height: int, width: int) -> None:
         """Raises DataError for a size in pixels that it cannot score; 0 is the model's own. Any prompt is
         fine."""

@@ -75,6 +75,17 @@ class Crop:
         pixels = torch.from_numpy(np.ascontiguousarray(cut)).to(device)
         return _normalize(pixels.float() / 255, self.mean, self.std)
 
+    def differentiable(self, images: Float32[Tensor, "n 3 height width"]) -> Float32[Tensor, "n 3 side side"]:
+        """The same for a tensor with values in 0..1: resized in float, with gradients."""
+        height, width = images.shape[2:]
+        scale = self.shortest / min(height, width)
+        size = [
+            self.shortest if side == min(height, width) else int(side * scale) for side in (height, width)
+        ]
+        pixels = _interpolated(images, size, antialias=True)
+        top, left = (self._margin(length) for length in size)
+        return _normalize(pixels[:, :, top : top + self.side, left : left + self.side], self.mean, self.std)
+
     def _resized(self, images: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n 3 height width"]:
         """Scaled by PIL, which leaves the interpreter to other threads meanwhile."""
         processor = CLIPImageProcessorPil(
@@ -113,17 +124,13 @@ class Pad:
         self, images: UInt8[np.ndarray, "n h w 3"], device: Device = "cpu"
     ) -> Float32[Tensor, "n 3 side side"]:
         """Pixels on a device, which resizes, pads and normalizes them."""
-        pixels = torch.tensor(images, device=device).permute(0, 3, 1, 2).float() / 255
-        scale = self.side / max(images.shape[1:3])
-        height, width = (round(length * scale) for length in images.shape[1:3])
-        if scale != 1:
-            pixels = torch.nn.functional.interpolate(
-                pixels,
-                size=(height, width),
-                mode="bicubic",
-                align_corners=False,
-                antialias=self.resize == "antialiased",
-            )
+        return self.differentiable(torch.tensor(images, device=device).permute(0, 3, 1, 2).float() / 255)
+
+    def differentiable(self, images: Float32[Tensor, "n 3 height width"]) -> Float32[Tensor, "n 3 side side"]:
+        """The same for a tensor with values in 0..1, with gradients."""
+        scale = self.side / max(images.shape[2:])
+        height, width = (round(length * scale) for length in images.shape[2:])
+        pixels = _interpolated(images, [height, width], antialias=self.resize == "antialiased")
         top = (self.side - height) // 2
         left = (self.side - width) // 2
         around = (left, self.side - width - left, top, self.side - height - top)
@@ -132,6 +139,17 @@ class Pad:
     def describe(self) -> dict[str, Any]:
         """What distinguishes this preprocessing, as JSON values."""
         return {"mode": "pad", "interpolation": "bicubic", **_values(self)}
+
+
+def _interpolated(
+    pixels: Float32[Tensor, "n 3 h w"], size: list[int], antialias: bool
+) -> Float32[Tensor, "n 3 height width"]:
+    """Bicubic; unchanged if it has the size (height, width) already."""
+    if list(pixels.shape[2:]) == size:
+        return pixels
+    return torch.nn.functional.interpolate(
+        pixels, size=size, mode="bicubic", align_corners=False, antialias=antialias
+    )
 
 
 def _normalize(pixels: Float32[Tensor, "n 3 h w"], mean: Numbers, std: Numbers) -> Float32[Tensor, "n 3 h w"]:

@@ -68,8 +68,8 @@ def score(images: np.ndarray, captions: Sequence[str]) -> dict[str, Float64[np.n
     probability = np.exp(-(mse - nearest[:, None]) / SOFTMAX_MSE)
     probability /= probability.sum(axis=1, keepdims=True)
     wanted = [parse(text) for text in captions]
-    match = [p @ _match_of_scenes(scene) for p, scene in zip(probability, wanted, strict=True)]
-    taste = [p @ _taste_of_scenes(scene) for p, scene in zip(probability, wanted, strict=True)]
+    match = [p @ match_of_scenes(scene) for p, scene in zip(probability, wanted, strict=True)]
+    taste = [p @ taste_of_scenes(scene) for p, scene in zip(probability, wanted, strict=True)]
     return {"match": np.array(match), "taste": np.array(taste), "fidelity": np.exp(-nearest / FIDELITY_MSE)}
 
 
@@ -89,6 +89,12 @@ class ShapesScorer:
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         return score(images, prompts)[self.kind.name]
 
+    def differentiable(self, images: Any, prompts: Sequence[str]) -> Any:
+        """Scores float64 [n], with gradients, of a tensor of images [n, 3, 32, 32] with values in 0..1."""
+        from dde_core.shapes.gradients import differentiable  # only here: it loads torch
+
+        return differentiable(self.kind.name, images, prompts)
+
     def check(self, prompts: Sequence[str], height: int, width: int) -> None:
         check(prompts, height, width)
 
@@ -99,14 +105,14 @@ class ShapesScorer:
 def _distances(images: UInt8[np.ndarray, "n 32 32 3"]) -> Float64[np.ndarray, "n scenes"]:
     """Mean squared error of each image to every scene, with pixels in 0..1."""
     flat = images.reshape(len(images), -1).astype(np.float64) / 255
-    scenes, norms = _rendered_scenes()
+    scenes, norms = rendered_scenes()
     squared: np.ndarray = (flat**2).sum(1, keepdims=True) - 2 * flat @ scenes.T + norms
     distances: Float64[np.ndarray, "n scenes"] = np.maximum(squared, 0) / flat.shape[1]
     return distances
 
 
 @cache
-def _rendered_scenes() -> tuple[Float64[np.ndarray, "scenes pixels"], Float64[np.ndarray, " scenes"]]:
+def rendered_scenes() -> tuple[Float64[np.ndarray, "scenes pixels"], Float64[np.ndarray, " scenes"]]:
     """All scenes with pixels in 0..1, and their squared norms."""
     images = np.stack([render(scene) for scene in all_scenes()])
     scenes = images.reshape(len(images), -1).astype(np.float64) / 255
@@ -119,14 +125,14 @@ def _values() -> dict[str, np.ndarray]:
 
 
 @cache
-def _match_of_scenes(wanted: Scene) -> np.ndarray:
+def match_of_scenes(wanted: Scene) -> np.ndarray:
     """The fraction of the stated attributes that each of the 1,800 scenes has."""
     matches = [_values()[name] == value for name, value in wanted.stated().items()]
     return np.asarray(np.mean(matches, axis=0))
 
 
 @cache
-def _taste_of_scenes(wanted: Scene) -> np.ndarray:
+def taste_of_scenes(wanted: Scene) -> np.ndarray:
     """The annotator's utility of each of the 1,800 scenes for a caption."""
     stated = wanted.stated()
     utilities = [_values()[n] == stated[n] if n in stated else _liking()[n] for n in ATTRIBUTES]

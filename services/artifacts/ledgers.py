@@ -49,6 +49,7 @@ def requirements_of(spec: LedgerSpec | TrainSpec) -> Requirements:
 
     If the objective sets no noise mode, the method's own comes first and the other one second.
     """
+    assert spec.dataset
     with LatentReader(*files.resolve(spec.dataset), spec.training.held_out_pairs) as reader:
         manifest = reader.manifest
         num_pairs = len(reader)

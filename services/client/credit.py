@@ -93,7 +93,7 @@ def compute(
     schedule = Schedule.from_config(job.scheduler if job else scheduler)
     configs = [
         dataclasses.replace(objective, method=name)  # type: ignore[arg-type]  # refuses other names
-        for name in methods or METHODS
+        for name in methods or _comparable(job)
     ]
     return Credit(
         objective=objective,
@@ -104,6 +104,12 @@ def compute(
         job=job,
         job_correction=_job_correction(job, schedule) if job else None,
     )
+
+
+def _comparable(job: CreditRecord | None) -> list[MethodName]:
+    """All methods but on-policy ones, whose beta is another; a job's own is among them."""
+    own = job.objective.method if job else None
+    return [name for name, method in METHODS.items() if name == own or not method.on_policy]
 
 
 def _job_correction(job: CreditRecord, schedule: Schedule) -> Tensor:
@@ -225,7 +231,9 @@ def _draw_terms(axes: Axes, credit: Credit) -> None:
     """DDE's Fig. 5(a): C(t) saturates the loss near t = 0, 1/SNR(t) saturates it near T."""
     corrected = [curve for method, curve in credit.methods.items() if METHODS[method].corrected]
     weight_axes = axes.twinx()
-    lines = weight_axes.plot(credit.t, single_shot(credit.schedule)[1:], color="C1", label="1/SNR(t)")
+    lines = weight_axes.plot(
+        credit.t, single_shot(ObjectiveConfig(), credit.schedule)[1:], color="C1", label="1/SNR(t)"
+    )
     weight_axes.set(yscale="log", ylabel="1/SNR(t)")
     if corrected:
         lines += axes.plot(credit.t, corrected[0].correction, color="C0", label="C(t)")

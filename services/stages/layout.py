@@ -25,6 +25,7 @@ projects/{project}/ in it for any other.
         pairs/*.parquet             t, margin and gradient weight of every pair of every step
         fence.json                  the attempt and the group of workers that may write
         reference.json              the ledger that the run started with
+        rounds/{round}/             the pairs that an on-policy run has drawn, committed by round.json
     {root}/studies/{study}/report.json, report.html          the report of a study
     {root}/datasets/{key}/                                   one encoded dataset
         manifest.json               commits the dataset: names the latent shards, written last
@@ -227,6 +228,32 @@ def checkpoint_step(name: str) -> int | None:
     """The step of a checkpoint, from its record's path in ``checkpoints_folder``; None for any other file."""
     folder, _, file = name.partition("/")
     return _step_of(folder) if file == CHECKPOINT_RECORD else None
+
+
+def rounds_folder(run: str) -> str:
+    """The folder of all rounds of a run."""
+    return files.join(run, "rounds")
+
+
+def round_folder(run: str, round: int) -> str:
+    """The folder of one round, counted from 0."""
+    return files.join(rounds_folder(run), f"{round:08d}")
+
+
+def round_file_uri(run: str, round: int, name: str) -> str:
+    """A file of a round's pairs."""
+    return files.join(round_folder(run, round), name)
+
+
+def round_record_uri(run: str, round: int) -> str:
+    """The record that commits a round."""
+    return files.join(round_folder(run, round), "round.json")
+
+
+def round_number(name: str) -> int | None:
+    """The round of a file, from its name relative to ``rounds_folder``; None for any other file."""
+    folder = name.partition("/")[0]
+    return int(folder) if re.fullmatch(r"\d{8}", folder) else None
 
 
 def validation_folder(run: str) -> str:

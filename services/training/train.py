@@ -23,11 +23,13 @@ from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import check_optimizer
 from dde_core.models.saving import save_adapters, save_aligned
 from dde_core.objectives import conventions
+from dde_core.transitions import ranked_transitions
 from services.api.records import ModelRecord, TrainResult
 from services.api.requests import most_workers
 from services.artifacts import checkpoints, models
 from services.artifacts.checkpoints import BrokenCheckpoint
 from services.errors import Unavailable
+from services.rollout.maker import read_round_prompts
 from services.settings import TrackerSettings, TrainingSettings
 from services.stages import layout
 from services.stages.journal import Journal
@@ -50,9 +52,13 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     succeed; Stopped on request; Overtaken if a newer attempt has taken over the run.
     """
     began = time.monotonic()
-    manifest = Manifest.from_json(files.read_bytes(layout.manifest_uri(spec.dataset)))
-    _check(spec, manifest)
-    log_soft_labels(spec, manifest, journal)
+    manifest = None
+    if spec.dataset:
+        manifest = Manifest.from_json(files.read_bytes(layout.manifest_uri(spec.dataset)))
+    _check(spec)
+    if manifest:
+        _check_dataset(spec, manifest)
+        log_soft_labels(spec, manifest, journal)
     spec = reference.resolve(spec, journal)
     fence = Fence(spec.run, spec.attempt)
     fence.take()
@@ -67,15 +73,16 @@ def train(spec: TrainSpec, journal: Journal) -> TrainResult:
     return TrainResult(model=record, step=step, metrics=metrics, seconds=time.monotonic() - began)
 
 
-def _check(spec: TrainSpec, manifest: Manifest) -> None:
+def _check(spec: TrainSpec) -> None:
     """Raises ConfigError, or another error, for what cannot work."""
     models.check_digests(spec.model)
     training = spec.training
-    pairs = manifest.counts["pairs"]
-    if training.batch_size + training.held_out_pairs > pairs:
-        field = "training.held_out_pairs" if training.batch_size <= pairs else "training.batch_size"
-        message = f"and training.batch_size must be at most the dataset's {pairs} pairs together"
-        raise ConfigError(field, [training.held_out_pairs, training.batch_size], message)
+    if METHODS[spec.objective.method].on_policy:
+        _check_rollouts(spec)
+    elif spec.rollouts or not spec.dataset:
+        raise ConfigError(
+            "rollouts", spec.rollouts, f"method {spec.objective.method!r} needs a dataset instead"
+        )
     workers = most_workers(spec.workers)
     if workers > training.batch_size:
         raise ConfigError("workers", workers, f"must be at most training.batch_size = {training.batch_size}")
@@ -84,6 +91,33 @@ def _check(spec: TrainSpec, manifest: Manifest) -> None:
         raise ConfigError("training.lora", spec.model.name, message)
     check_optimizer(training)
     check_trackers(TrackerSettings())
+
+
+def _check_dataset(spec: TrainSpec, manifest: Manifest) -> None:
+    training = spec.training
+    pairs = manifest.counts["pairs"]
+    if training.batch_size + training.held_out_pairs > pairs:
+        field = "training.held_out_pairs" if training.batch_size <= pairs else "training.batch_size"
+        message = f"and training.batch_size must be at most the dataset's {pairs} pairs together"
+        raise ConfigError(field, [training.held_out_pairs, training.batch_size], message)
+
+
+def _check_rollouts(spec: TrainSpec) -> None:
+    """Raises ConfigError for settings that an on-policy run does not have."""
+    method = METHODS[spec.objective.method]
+    if spec.rollouts is None or spec.dataset:
+        raise ConfigError("dataset", spec.dataset, f"method {spec.objective.method!r} needs rollouts instead")
+    if spec.training.held_out_pairs:
+        message = "must be 0: an on-policy run has no pairs to hold out"
+        raise ConfigError("training.held_out_pairs", spec.training.held_out_pairs, message)
+    if spec.training.caption_dropout:
+        message = "must be 0: pairs are trained with the guidance that drew them"
+        raise ConfigError("training.caption_dropout", spec.training.caption_dropout, message)
+    if method.reward_gradient and spec.rollouts.reward_actors:
+        message = "must be 0: the reward's gradient needs decoder, scorer and U-Net in one process"
+        raise ConfigError("rollouts.reward_actors", spec.rollouts.reward_actors, message)
+    ranked_transitions(spec.objective, ModelFolder(*models.fetch(spec.model)).schedule())
+    read_round_prompts(spec)
 
 
 def log_soft_labels(spec: TrainSpec, manifest: Manifest, journal: Journal) -> None:
@@ -168,7 +202,7 @@ def _select_step(spec: TrainSpec, journal: Journal) -> tuple[int, dict[str, floa
     return step, metrics
 
 
-def _write_model(spec: TrainSpec, manifest: Manifest, step: int, journal: Journal) -> ModelRecord:
+def _write_model(spec: TrainSpec, manifest: Manifest | None, step: int, journal: Journal) -> ModelRecord:
     """Write the model's files. They become a model when the control plane stores the returned record."""
     base = ModelFolder(*models.fetch(spec.model))
     record = _model_record(spec, manifest, base, step)
@@ -187,11 +221,12 @@ def _write_model(spec: TrainSpec, manifest: Manifest, step: int, journal: Journa
     return record.model_copy(update={"digest": models.folder_digest(spec.output)})
 
 
-def _model_record(spec: TrainSpec, manifest: Manifest, base: ModelFolder, step: int) -> ModelRecord:
+def _model_record(spec: TrainSpec, manifest: Manifest | None, base: ModelFolder, step: int) -> ModelRecord:
     settings = spec.model_dump(mode="json")
     lineage: dict[str, Any] = {
         "job": spec.job,
-        "dataset_digest": manifest.digest,
+        "dataset_digest": manifest.digest if manifest else None,
+        **_rollout_lineage(spec),
         "base": spec.model.id,
         "base_digest": spec.model.digest,
         "objective": settings["objective"] | {"noise": spec.objective.noise_mode},
@@ -218,9 +253,23 @@ def _model_record(spec: TrainSpec, manifest: Manifest, base: ModelFolder, step: 
     )
 
 
+def _rollout_lineage(spec: TrainSpec) -> dict[str, Any]:
+    """Where an on-policy run got its pairs."""
+    if not spec.rollouts:
+        return {}
+    return {
+        "rollouts": spec.rollouts.model_dump(mode="json"),
+        "prompts_digest": spec.prompts_digest,
+        "rewards": {record.name: record.digest for record in spec.rewards},
+    }
+
+
 def _model_card(record: ModelRecord) -> str:
     title = f"# {record.name}"
-    summary = f"{record.base} aligned with preference pairs. How it was made:"
+    source = "preference pairs"
+    if "rollouts" in record.lineage:
+        source = "pairs that it drew itself, ranked by scorers"
+    summary = f"{record.base} aligned with {source}. How it was made:"
     lines = [f"- {name}: `{json.dumps(value, sort_keys=True)}`" for name, value in record.lineage.items()]
     return "\n".join([title, "", summary, "", *lines, ""])
 

@@ -20,7 +20,8 @@ def resolve(spec: TrainSpec, journal: Journal) -> TrainSpec:
     The choice is stored: a resumed run keeps it, even if a ledger has been written since. Raises ConfigError
     if the given ledger does not fit, or if ``training.reference`` is "ledger" and none fits.
     """
-    if not METHODS[spec.objective.method].has_reference:
+    method = METHODS[spec.objective.method]
+    if method.on_policy or not method.has_reference:
         return spec.model_copy(update={"ledger": None})
     if spec.training.reference == "online":
         return _online(spec, journal)
@@ -70,7 +71,9 @@ def _on_ledger(spec: TrainSpec, found: ledgers.FittingLedger, draws: int, journa
 
 
 def lineage(spec: TrainSpec) -> dict[str, Any]:
-    """The lineage entry of a resolved spec: "none", "online", or the ledger with its key and its noise."""
+    """The lineage entry of a resolved spec: "none", "online", "rounds", or the ledger with its key."""
+    if METHODS[spec.objective.method].on_policy:
+        return {"from": "rounds"}
     if spec.ledger is None:
         return {"from": "online" if METHODS[spec.objective.method].has_reference else "none"}
     record = ledgers.read(spec.ledger)

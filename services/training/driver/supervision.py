@@ -200,7 +200,9 @@ class Validator:
         self._running: tuple[int, ray.ObjectRef] | None = None
         self._tries: Counter[int] = Counter()
         self._needs = capacity.needed(spec)
-        self._needs_with_workers = capacity.needed(spec, most_workers(spec.workers) + 1)
+        self._needs_with_workers = capacity.needed(
+            spec, most_workers(spec.workers) + capacity.rollout_actors(spec) + 1
+        )
         self._is_training = True
         self._has_warned = False
         self.is_done = False

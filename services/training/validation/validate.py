@@ -57,6 +57,7 @@ def validate(spec: TrainSpec, step: int) -> Validated:
 
 
 def _held_out(spec: TrainSpec, policy: Policy, folder: ModelFolder, device: torch.device) -> dict[str, float]:
+    assert spec.dataset
     schedule = folder.schedule()
     with LatentReader(*files.resolve(spec.dataset), spec.training.held_out_pairs) as reader:
         batches = BatchMaker(reader, folder, schedule, spec.objective, spec.training, device)

@@ -8,25 +8,23 @@ import ray.train
 import ray.train.torch
 
 from dde_core import checkpoint
-from dde_core.batches import BatchMaker, micro_batches
+from dde_core.batches import micro_batches
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
-from dde_core.latents.ledger import Ledger
-from dde_core.latents.reader import LatentReader
 from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
 from dde_core.models.parallel import synchronized
 from dde_core.models.policy import Policy, learning_rate, make_optimizer, use_deterministic_kernels
 from dde_core.parallelism import max_micro_batch, num_micro_batches
-from dde_core.train_step import check_finite, pair_errors, step_losses
+from dde_core.train_step import check_finite, errors_of, step_losses
 from services.api.requests import most_workers
 from services.artifacts import models
 from services.stages.journal import Journal
 from services.stages.specs import TrainSpec
-from services.storage import files
 from services.training.fence import Fence
 from services.training.worker import errors
 from services.training.worker.collectives import gather_errors
+from services.training.worker.pairs import PairSource, RoundPairs, ShardPairs
 from services.training.worker.preemption import Preemption
 from services.training.worker.recorder import PairValues, Recorder, is_storing
 from services.training.worker.resume import TrainState, resume, run_identity
@@ -55,13 +53,17 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
     if rank == 0:
         fence.take()
 
-    # Set up data, policy with its frozen reference, optimizer, calibration.
+    # Set up policy with its frozen reference, pairs, optimizer, calibration.
     folder = ModelFolder(*models.fetch(spec.model))
     schedule = folder.schedule()
-    reader = LatentReader(*files.resolve(spec.dataset), training.held_out_pairs)
-    batches = BatchMaker(reader, folder, schedule, objective, training, device)
-    ledger = Ledger(*files.resolve(spec.ledger), device) if spec.ledger else None
     policy = Policy(folder, training, device, world_size, objective.method)
+    preemption = Preemption(spec, rank, world_size, device)
+    pairs: PairSource
+    if method.on_policy:
+        pairs = RoundPairs(spec, folder, policy, device, rank, world_size, preemption, fence)
+    else:
+        pairs = ShardPairs(spec, folder, schedule, device, rank, world_size)
+    errors_of_model = errors_of(objective)
     optimizer = make_optimizer(policy.parameters(), training)
     calibration = Calibration(schedule, objective)
     # What fits in memory with all workers must still fit when some are missing.
@@ -69,36 +71,51 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
     num_parts = num_micro_batches(training.batch_size, world_size, max_pairs)
 
     # Resume.
-    identity = run_identity(spec, reader.manifest, ledger)
+    identity = run_identity(spec, pairs.identity())
     state = TrainState(policy, optimizer, calibration)
     progress = resume(spec.run, identity, state, rank, Journal(spec.prefix))
-    recorder = Recorder(spec, fence, identity, policy, schedule, len(reader), progress) if rank == 0 else None
+    recorder = None
+    if rank == 0:
+        recorder = Recorder(spec, fence, identity, policy, schedule, pairs.num_pairs, progress)
+        pairs.report_to(recorder)
     if recorder:
         parallelism = f" ({policy.parallelism})" if world_size > 1 else ""
         recorder.event(f"training on {world_size} workers{parallelism} from step {progress.step}")
     timer = StepTimer(training.batch_size, training.steps)
-    preemption = Preemption(spec, rank, world_size, device)
+    stored_step = progress.step
 
-    with closing(reader), closing(preemption), recorder or nullcontext():
+    with closing(preemption), recorder or nullcontext(), pairs:
         for step in range(progress.step, training.steps):
             if preemption.stop_requested:
                 break
             timer.begin()
 
+            # Get this worker's pairs of the global batch.
+            with timer.data_wait():
+                is_ready = pairs.ready(step)
+            if not is_ready:
+                if recorder:
+                    recorder.wait()
+                if stored_step < progress.step:
+                    snapshot = checkpoint.snapshot(policy, optimizer, calibration, progress, rank)
+                    if recorder and snapshot:
+                        recorder.store(snapshot, world_size)
+                break
+            with timer.data_wait():
+                rows = pairs.rows(step)
+
             # Forward and backward, one micro-batch after the other.
             optimizer.zero_grad(set_to_none=True)
-            with timer.data_wait():
-                rows = batches.rows(step, rank, world_size)
             parts = []
             for part, is_last_part in micro_batches(rows, num_parts):
                 with timer.data_wait():
-                    batch = batches.make(part)
+                    batch = pairs.make(part)
                 with synchronized(policy.trained, is_last_part):
                     with policy.autocast():
-                        ref = ledger.errors(part) if ledger else None
+                        ref = pairs.stored_errors(part)
                         if ref is None and method.has_reference:
-                            ref = pair_errors(policy.reference, schedule, batch, objective.error)
-                        theta = pair_errors(policy.trained, schedule, batch, objective.error)
+                            ref = errors_of_model(policy.reference, schedule, batch)
+                        theta = errors_of_model(policy.trained, schedule, batch)
                     correction = calibration.correction(batch.t)
                     terms = step_losses(theta, ref, batch.t, objective, schedule, correction, batch.share)
                     check_finite("loss", terms.loss)
@@ -126,7 +143,7 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
             progress = Progress(
                 step=step + 1,
                 pairs_seen=progress.pairs_seen + training.batch_size,
-                images_seen=progress.images_seen + training.batch_size * (2 if method.has_loser else 1),
+                images_seen=progress.images_seen + training.batch_size * method.samples,
             )
             preemption.poll()
             is_needed = preemption.checkpoint_needed or progress.step == training.steps
@@ -137,13 +154,14 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
                     if recorder:
                         recorder.wait()
                     snapshot = checkpoint.snapshot(policy, optimizer, calibration, progress, rank)
+                    stored_step = progress.step
             elif is_due and recorder:
                 recorder.skip_checkpoint(progress.step)
 
             # Record.
             if recorder:
                 extra = {"grad_norm": float(grad_norm), "learning_rate": lr}
-                extra |= timer.metrics(progress.step, device)
+                extra |= timer.metrics(progress.step, device) | pairs.metrics(step)
                 recorder.log_step(progress, PairValues(t, theta, ref, terms), extra)
                 if snapshot:
                     recorder.store(snapshot, world_size)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dde_core.alarms import Alarms
 from dde_core.checkpoint import Progress, Snapshot
+from dde_core.methods import METHODS
 from dde_core.models.policy import Policy
 from dde_core.schedule import Schedule
 from dde_core.step_metrics import format_metrics, logit_deviation, step_metrics
@@ -37,6 +38,7 @@ from services.api.records import CHECKPOINT_SECONDS
 from services.artifacts import checkpoints
 from services.artifacts.checkpoints import CheckpointRecord, ReaderPosition
 from services.errors import Unavailable
+from services.rollout import store as rounds
 from services.settings import TrainingSettings
 from services.stages.journal import Journal
 from services.stages.specs import Level, TrainSpec
@@ -103,6 +105,10 @@ class Recorder:
     def event(self, message: str, level: Level = "info") -> None:
         """Log a message for people. The thread writes it."""
         self._journal.event(message, level)
+
+    def waiting(self, what: str) -> None:
+        """Log the room on the cluster that the run waits for; "" ends the wait."""
+        self._journal.waiting(what)
 
     def log_step(self, progress: Progress, pairs: PairValues, extra: dict[str, float]) -> None:
         """Log the metrics of a step: of its global batch, and ``extra``. Neither may change afterwards."""
@@ -199,7 +205,8 @@ class Recorder:
         terms = pairs.terms
         timesteps = self._schedule.T
         self._metrics = {**step_metrics(pairs.t, pairs.theta, pairs.ref, terms, timesteps), **extra}
-        if step == 1 and terms.margin is not None:  # the policy still equals its reference
+        is_on_policy = METHODS[self._spec.objective.method].on_policy
+        if step == 1 and terms.margin is not None and not is_on_policy:  # the policy equals its reference
             snr = self._schedule.snr[pairs.t]
             noise = logit_deviation(pairs.t, terms.margin, snr, self._spec.objective.beta, timesteps)
             self._metrics |= noise
@@ -225,6 +232,9 @@ class Recorder:
     def _prune(self) -> None:
         for step in selection.prunable(self._spec):
             checkpoints.delete(self._spec.run, step)
+        if self._spec.rollouts:
+            kept = checkpoints.steps(self._spec.run)[-self._spec.training.keep_checkpoints :]
+            rounds.prune(self._spec.run, min(kept, default=0) // self._spec.rollouts.updates_per_round)
 
     def _record(self, progress: Progress, workers: int) -> CheckpointRecord:
         epoch, pair = divmod(progress.pairs_seen, self._num_pairs)

@@ -12,8 +12,6 @@ from dde_core import checkpoint
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
 from dde_core.errors import ConfigError
-from dde_core.latents.ledger import Ledger
-from dde_core.latents.schema import Manifest
 from dde_core.models.policy import Policy
 from services.artifacts import checkpoints, ledgers
 from services.artifacts.checkpoints import BrokenCheckpoint, CheckpointRecord
@@ -33,13 +31,15 @@ MAY_DIFFER = (
 START = Progress(step=0, pairs_seen=0, images_seen=0)
 
 
-def run_identity(spec: TrainSpec, manifest: Manifest, ledger: Ledger | None) -> dict[str, Any]:
-    """All that the weights after a step depend on, except the order of additions, as JSON values by field."""
+def run_identity(spec: TrainSpec, pairs: dict[str, Any]) -> dict[str, Any]:
+    """All that the weights after a step depend on, except the order of additions, as JSON values by field.
+
+    ``pairs`` is the identity of the source of pairs.
+    """
     training = {name: value for name, value in asdict(spec.training).items() if name not in MAY_DIFFER}
     fields = {
-        "dataset": manifest.digest,
+        **pairs,
         "model": ledgers.reference_digest(spec.model),
-        "ledger": ledger.record.key.name if ledger else None,
         **{f"objective.{name}": value for name, value in asdict(spec.objective).items()},
         **{f"training.{name}": value for name, value in training.items()},
     }
