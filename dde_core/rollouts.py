@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,14 +35,15 @@ from dde_core.transitions import (
 
 FAR = 500
 """By default candidates that start above this t are rewarded by FAR_PASSES of DDIM, because one pass says
-little about the image there. Measured on the shapes world, as the correlation of two candidates' gap with that
-of their final rewards at t = 752: 1 pass .28, 2 .59, 4 .79, 8 .80; at t = 552: .32, .32, .59, .63."""
+little about the image there. Measured on the shapes world, as the correlation of two candidates' gap with
+that of their final rewards at t = 752: 1 pass .28, 2 .59, 4 .79, 8 .80; at t = 552: .32, .32, .59, .63."""
 FAR_PASSES = 4
 
 Noises = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """A model's guided noise of samples [b c h w] at timesteps [b]; the third are the rows' slots, by place."""
 
 
+@runtime_checkable
 class Reward(Protocol):
     """What `dde_core.reward.Reward` is here; a service may keep it in another process."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -52,6 +52,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """A loaded scorer: called with images and their prompts.
 

@@ -170,10 +170,10 @@ class StageFailure(Strict):
 class StopRequest(Strict):
     """``stop.json``: training finishes its current step, writes a checkpoint and ends.
 
-    Other stages do not read it.
+    Other stages do not read it. "guard": the run's own driver ends training, and goes on with its result.
     """
 
-    why: Literal["pause", "signal"]
+    why: Literal["pause", "signal", "guard"]
 
 
 class StageStopped(Strict):

@@ -42,13 +42,66 @@ def best_step(validated: dict[int, Validated], metric: str) -> int | None:
     return max(values, key=lambda step: (values[step], -step)) if values else None
 
 
+def violation(spec: TrainSpec, validated: dict[int, Validated]) -> tuple[int, str] | None:
+    """The first step at which a guarded scorer has fallen too far while the reward has risen, and in words.
+
+    ``validated`` has the base as step 0; without it nothing can be compared. A reward's scorer that validation
+    does not measure counts as risen: training follows it.
+    """
+    base = validated.get(0)
+    if not spec.rollouts or base is None:
+        return None
+    for step in sorted(validated.keys() - {0}):
+        found = validated[step].metrics
+        risen = [
+            name
+            for name in spec.rollouts.scorers
+            if name not in found or found[name] > base.metrics.get(name, found[name])
+        ]
+        for name, limit in spec.rollouts.guard.items():
+            fall = base.metrics.get(name, 0.0) - found.get(name, float("inf"))
+            if risen and fall > limit:
+                message = (
+                    f"{name} is {fall:.3g} below the base's, more than rollouts.guard allows ({limit:g})"
+                )
+                return step, f"{message}, while the reward has risen ({', '.join(risen)})"
+    return None
+
+
+def with_base(run: str) -> dict[int, Validated]:
+    """``outcomes``, and that of the base as step 0 if validation has measured it."""
+    found = outcomes(run)
+    if 0 in validated_steps(run):
+        found[0] = Validated.model_validate_json(files.read_bytes(layout.outcome_uri(run, 0)))
+    return found
+
+
+def chosen(spec: TrainSpec, validated: dict[int, Validated]) -> int | None:
+    """The step that validation chooses, or None if it does not choose: then the last one becomes the model.
+
+    After a violation of the guard no later step is chosen, and without ``best_metric`` the last one before.
+    """
+    ended = violation(spec, validated)
+    allowed = {step: each for step, each in validated.items() if 0 < step and (not ended or step < ended[0])}
+    if spec.validation and spec.validation.best_metric:
+        return best_step(allowed, spec.validation.best_metric)
+    return max(allowed, default=None) if ended else None
+
+
+def _last_allowed(spec: TrainSpec, validated: dict[int, Validated]) -> int | None:
+    """The last validated step, which a violation of the guard may make the model."""
+    if not (spec.rollouts and spec.rollouts.guard):
+        return None
+    ended = violation(spec, validated)
+    return max((step for step in validated if 0 < step and (not ended or step < ended[0])), default=None)
+
+
 def prunable(spec: TrainSpec) -> list[int]:
     """Steps whose checkpoints can be deleted: all but the last, the best, and those that await validation."""
     steps = checkpoints.steps(spec.run)
     validated = validated_steps(spec.run)
     kept = set(steps[-spec.training.keep_checkpoints :])
     kept |= {step for step in steps if is_due(spec, step) and step not in validated}
-    if spec.validation and spec.validation.best_metric:
-        best = best_step(outcomes(spec.run), spec.validation.best_metric)
-        kept |= {best} if best is not None else set()
+    found = with_base(spec.run)
+    kept |= {step for step in (chosen(spec, found), _last_allowed(spec, found)) if step is not None}
     return [step for step in steps if step not in kept]

@@ -186,16 +186,21 @@ def _workers_summary(spec: TrainSpec) -> str:
 
 def _select_step(spec: TrainSpec, journal: Journal) -> tuple[int, dict[str, float]]:
     """The step whose weights become the model, and its metrics: the best one by validation, or the last."""
-    outcomes = selection.outcomes(spec.run)
-    step = spec.training.steps
+    outcomes = selection.with_base(spec.run)
+    step = max(checkpoints.steps(spec.run))
     metric = spec.validation.best_metric if spec.validation else None
-    if metric:
-        best = selection.best_step(outcomes, metric)
-        if best is None:
-            journal.event(f"{metric} was never measured: selected the last step, {step}", "warning")
-        else:
-            step = best
-            journal.event(f"selected step {step}: it has the best {metric}")
+    best = selection.chosen(spec, outcomes)
+    ended = selection.violation(spec, outcomes)
+    if best is None and ended:
+        message = f"no checkpoint can become the model: after step {ended[0]} {ended[1]}"
+        reason = f"{message}. Lower training.learning_rate, or validate more often (validation.every)"
+        raise DataError(reason)
+    if best is not None:
+        step = best
+        why = f"it has the best {metric}" if metric else "it is the last one that the guard allows"
+        journal.event(f"selected step {step}: {why}")
+    elif metric:
+        journal.event(f"{metric} was never measured: selected the last step, {step}", "warning")
     metrics = checkpoints.read(spec.run, step).metrics
     if step in outcomes:
         metrics = metrics | outcomes[step].metrics
@@ -214,7 +219,8 @@ def _write_model(spec: TrainSpec, manifest: Manifest | None, step: int, journal:
             else:
                 save_aligned(base.path, checkpoint.model_weights(state), folder)
         (folder / "README.md").write_text(_model_card(record))
-        with checkpoints.opened(spec.run, checkpoints.read(spec.run, spec.training.steps)) as last:
+        newest = checkpoints.read(spec.run, max(checkpoints.steps(spec.run)))
+        with checkpoints.opened(spec.run, newest) as last:
             _write_credit(spec, base, last, folder, journal)
         (folder / "lineage.json").write_text(json.dumps(record.lineage, indent=1, sort_keys=True))
         files.copy_folder(files.as_uri(folder), spec.output)

@@ -74,6 +74,7 @@ def _train_and_validate(fit: Fit, spec: TrainSpec, journal: Journal) -> None:
                 stop.check(has_workers=room.has_machines)
                 report.update(shortage)
                 validator.poll()
+                stop.on_violation(journal)
         _raise_final_error(spec)
         fit.raise_error()
         stop.raise_if_stopped_early()
@@ -158,7 +159,7 @@ class StopRequests:
             request = StopRequest(why="signal").model_dump_json()
             files.create_bytes(layout.stop_uri(self._spec.prefix), request.encode())
         why = self._why()
-        if why is None:
+        if why is None or why == "guard":
             return
         if self._requested_since is None:
             self._requested_since = time.monotonic()
@@ -168,14 +169,25 @@ class StopRequests:
         if not has_workers or time.monotonic() - self._requested_since >= self._ack_within_s:
             raise Stopped(why, self._steps_done())
 
+    def on_violation(self, journal: Journal) -> None:
+        """End training if validation has found a violation of the guard."""
+        if not (self._spec.rollouts and self._spec.rollouts.guard) or self._why():
+            return
+        found = selection.violation(self._spec, selection.with_base(self._spec.run))
+        if found:
+            step, message = found
+            request = StopRequest(why="guard").model_dump_json()
+            files.create_bytes(layout.stop_uri(self._spec.prefix), request.encode())
+            journal.event(f"training ends: after step {step} {message}", "warning")
+
     def raise_if_stopped_early(self) -> None:
         """Raises Stopped if the workers have ended before the last step, on request."""
         if self._steps_done() < self._spec.training.steps:
             why = self._why()
-            if why:
+            if why and why != "guard":
                 raise Stopped(why, self._steps_done())
 
-    def _why(self) -> Literal["pause", "signal"] | None:
+    def _why(self) -> Literal["pause", "signal", "guard"] | None:
         """Who wants the run to stop, or None."""
         with suppress(FileNotFoundError):
             request = files.read_bytes(layout.stop_uri(self._spec.prefix))

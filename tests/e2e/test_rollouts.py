@@ -1,0 +1,216 @@
+"""On-policy runs on a real Ray cluster: the same weights on any number of actors, and whatever is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from dde_core.config import ObjectiveConfig, TrainConfig
+from dde_core.shapes import PROMPTS_FILE
+from services.api.requests import Rollouts
+from services.artifacts import checkpoints
+from services.artifacts.scorers import BUILT_IN
+from services.client.processes import environment, wait_until
+from services.client.ray_head import RayHead
+from services.rollout import store
+from services.stages import layout
+from services.stages.specs import StageStopped, StopRequest, TrainSpec
+from services.storage import files
+from tests.support.stage_runs import Running, StageRuns, shapes_record
+from tests.support.weights import base_weights, same_bits, weights_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+OBJECTIVE = ObjectiveConfig(
+    method="tailorpo",
+    beta=100.0,
+    guidance_scale=3.0,
+    candidates=2,
+    lookahead=1,
+    t_min=802,
+    t_max=902,
+)
+TRAINING = TrainConfig(steps=4, batch_size=16, learning_rate=1e-4, checkpoint_every=3)
+ROLLOUTS = Rollouts(
+    prompts_uri=PROMPTS_FILE.as_uri(),
+    num_prompts=40,
+    scorers={"taste": 1.0},
+    prompts_per_round=12,
+    prompts_per_call=3,
+    updates_per_round=2,
+)
+
+
+class Trial(StageRuns):
+    """Runs one after another, each with its own name. A killed driver is restarted as the next attempt."""
+
+    def __init__(self, head: RayHead, folder: Path, mark: str) -> None:
+        address = f"127.0.0.1:{head.ports.gcs}"
+        env = environment(mark, {"RAY_ADDRESS": address, "RAY_TRAIN_V2_ENABLED": "1", **head.auth})
+        super().__init__(folder, env)
+        self.head = head
+
+    def spec(self, name: str, attempt: int = 1, workers: int = 1, **more: Any) -> TrainSpec:
+        folder = files.join(self.root, name)
+        rollouts = more.pop("rollouts", ROLLOUTS)
+        given: dict[str, Any] = {
+            "objective": OBJECTIVE,
+            "training": TRAINING,
+            "rollouts": rollouts,
+            "rewards": [BUILT_IN[each] for each in sorted(rollouts.scorers)],
+            "workers": workers,
+        }
+        return TrainSpec(
+            **{**self.frame(name), **given, **more},
+            attempt=attempt,
+            prefix=files.join(folder, f"a{attempt}"),
+            model=shapes_record(),
+            model_id=name,
+            name=name,
+            run=files.join(folder, "run"),
+            output=files.join(folder, "model"),
+        )
+
+    def run(self, spec: TrainSpec, disturb: Callable[[Running], None] = lambda running: None) -> list[str]:
+        """Run to the end, whatever ``disturb`` does to the run; return all events."""
+        events: list[str] = []
+        for attempt in range(1, 30):
+            prefix = spec.prefix.rsplit("/", 1)[0] + f"/a{attempt}"
+            running = self.start("train", spec.model_copy(update={"attempt": attempt, "prefix": prefix}))
+            disturb(running)
+            code = running.process.wait(1800)
+            events += running.events()
+            if code == 0:
+                return events
+            assert code == -signal.SIGKILL, running.failure() + "\n".join(events)
+        raise AssertionError(f"{spec.name} has not ended")
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Ray's processes whose title has this name."""
+        found = []
+        for process in psutil.Process(self.head.child.pid).children(recursive=True):
+            try:
+                if name in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
+    folder = tmp_path_factory.mktemp("rollouts")
+    cluster = folder / "cluster"
+    cluster.mkdir()
+    with RayHead(cluster, str(cluster), num_cpus=6) as head:
+        wait_until(head.is_ready, "Ray's dashboard does not answer", [head.child], 120)
+        yield Trial(head, folder / "runs", str(cluster))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trial: Trial) -> dict[str, np.ndarray]:
+    spec = trial.spec("undisturbed")
+    for event in trial.run(spec):
+        print(event)
+    weights = weights_of(spec)
+    assert not same_bits(weights, base_weights())
+    return weights
+
+
+def with_actors(actors: int, reward_actors: int) -> Rollouts:
+    return ROLLOUTS.model_copy(update={"actors": actors, "reward_actors": reward_actors})
+
+
+@pytest.mark.parametrize(("actors", "reward_actors"), [(3, 0), (2, 2)])
+def test_the_number_of_actors_changes_no_bit(
+    trial: Trial, undisturbed: dict[str, np.ndarray], actors: int, reward_actors: int
+):
+    spec = trial.spec(f"actors-{actors}-{reward_actors}", rollouts=with_actors(actors, reward_actors))
+    trial.run(spec)
+    assert same_bits(weights_of(spec), undisturbed)
+
+
+def test_only_the_rounds_of_the_kept_checkpoints_are_left(trial: Trial, undisturbed: dict[str, np.ndarray]):
+    run = trial.spec("undisturbed").run
+    assert checkpoints.steps(run) == [3, 4]
+    assert [number for number in range(3) if store.read(run, number)] == [1]
+
+
+class Killer:
+    """Kills one process of a kind, ``times`` times, each at a random moment of the run."""
+
+    KINDS = ("RolloutActor", "RewardActor", "RayTrainWorker", "driver")
+
+    def __init__(self, trial: Trial, times: int, seed: int, kinds: tuple[str, ...] = KINDS) -> None:
+        self._trial = trial
+        self._left = times
+        self._random = random.Random(seed)
+        self._kinds = kinds
+        self.kills: list[str] = []
+
+    def __call__(self, running: Running) -> None:
+        while self._left and running.process.poll() is None:
+            time.sleep(self._random.uniform(2.0, 12.0))
+            kind = self._random.choice(self._kinds)
+            if kind == "driver":
+                if running.process.poll() is not None:
+                    return
+                os.kill(running.process.pid, signal.SIGKILL)
+                self._count(kind)
+                return
+            victims = self._trial.processes(kind)
+            if victims:
+                self._random.choice(victims).kill()
+                self._count(kind)
+
+    def _count(self, kind: str) -> None:
+        self._left -= 1
+        self.kills.append(kind)
+        print(f"kill {len(self.kills)}: {kind}", flush=True)
+
+
+def test_a_killed_rollout_actor_changes_no_bit(trial: Trial, undisturbed: dict[str, np.ndarray]):
+    spec = trial.spec("killed-actor", rollouts=with_actors(2, 0))
+    killer = Killer(trial, 1, 0, ("RolloutActor",))
+    trial.run(spec, killer)
+    assert killer.kills == ["RolloutActor"]
+    assert same_bits(weights_of(spec), undisturbed)
+
+
+def test_ten_random_kills_of_drivers_workers_and_actors_change_no_bit(
+    trial: Trial, undisturbed: dict[str, np.ndarray]
+):
+    spec = trial.spec("killed", rollouts=with_actors(2, 1))
+    killer = Killer(trial, 10, 17)
+    trial.run(spec, killer)
+    print(killer.kills)
+    assert len(killer.kills) == 10, "the run ended before all kills"
+    assert same_bits(weights_of(spec), undisturbed)
+
+
+def test_a_pause_within_a_round_stops_at_once_and_changes_no_bit(
+    trial: Trial, undisturbed: dict[str, np.ndarray]
+):
+    spec = trial.spec("paused")
+    running = trial.start("train", spec)
+    wait_until(lambda: bool(trial.processes("RolloutActor")), "no actor draws", [], 240)
+    wait_until(lambda: drawn_files(spec) > 0, "no chunk is drawn", [], 240)
+    files.write_json(layout.stop_uri(spec.prefix), StopRequest(why="pause").model_dump())
+    assert running.process.wait(120) == 0, running.failure()
+    stopped = StageStopped.model_validate_json(files.read_bytes(layout.stopped_uri(spec.prefix)))
+    assert stopped.step < TRAINING.steps
+    again = trial.spec("paused", attempt=2)
+    assert trial.start("train", again).process.wait(900) == 0
+    assert same_bits(weights_of(again), undisturbed)
+
+
+def drawn_files(spec: TrainSpec) -> int:
+    return len(files.list_files(layout.round_folder(spec.run, 0)))
