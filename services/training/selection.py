@@ -43,10 +43,10 @@ def best_step(validated: dict[int, Validated], metric: str) -> int | None:
 
 
 def violation(spec: TrainSpec, validated: dict[int, Validated]) -> tuple[int, str] | None:
-    """The first step at which a guarded scorer has fallen too far while the reward has risen, and in words.
+    """The first step where a guarded scorer has fallen too far while the reward rose, and this in words.
 
-    ``validated`` has the base as step 0; without it nothing can be compared. A reward's scorer that validation
-    does not measure counts as risen: training follows it.
+    ``validated`` has the base as step 0; without it nothing can be compared. A scorer of the reward that
+    validation does not measure counts as risen: training follows it.
     """
     base = validated.get(0)
     if not spec.rollouts or base is None:

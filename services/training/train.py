@@ -187,7 +187,7 @@ def _workers_summary(spec: TrainSpec) -> str:
 def _select_step(spec: TrainSpec, journal: Journal) -> tuple[int, dict[str, float]]:
     """The step whose weights become the model, and its metrics: the best one by validation, or the last."""
     outcomes = selection.with_base(spec.run)
-    step = max(checkpoints.steps(spec.run))
+    step = _last_step(spec)
     metric = spec.validation.best_metric if spec.validation else None
     best = selection.chosen(spec, outcomes)
     ended = selection.violation(spec, outcomes)
@@ -207,6 +207,11 @@ def _select_step(spec: TrainSpec, journal: Journal) -> tuple[int, dict[str, floa
     return step, metrics
 
 
+def _last_step(spec: TrainSpec) -> int:
+    """The run's last step. It is an earlier one than the spec's if the guard has ended training."""
+    return max(step for step in checkpoints.steps(spec.run) if step <= spec.training.steps)
+
+
 def _write_model(spec: TrainSpec, manifest: Manifest | None, step: int, journal: Journal) -> ModelRecord:
     """Write the model's files. They become a model when the control plane stores the returned record."""
     base = ModelFolder(*models.fetch(spec.model))
@@ -219,7 +224,7 @@ def _write_model(spec: TrainSpec, manifest: Manifest | None, step: int, journal:
             else:
                 save_aligned(base.path, checkpoint.model_weights(state), folder)
         (folder / "README.md").write_text(_model_card(record))
-        newest = checkpoints.read(spec.run, max(checkpoints.steps(spec.run)))
+        newest = checkpoints.read(spec.run, _last_step(spec))
         with checkpoints.opened(spec.run, newest) as last:
             _write_credit(spec, base, last, folder, journal)
         (folder / "lineage.json").write_text(json.dumps(record.lineage, indent=1, sort_keys=True))
