@@ -81,6 +81,8 @@ class Ranking:
 class Roller:
     """A policy on a device that draws and ranks. ``load`` gives it the weights of a round.
 
+    ``transitions`` are all of its sampler, ``ranked`` the numbers of those that are trained.
+
     Raises ConfigError for an objective without transitions, or LoRA targets that the U-Net does not have.
     """
 
@@ -91,18 +93,18 @@ class Roller:
         training: TrainConfig,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._objective = objective
-        self._device = torch.device(device)
-        self._schedule = folder.schedule()
-        self._transitions = all_transitions(objective, self._schedule)
-        ranked = ranked_transitions(objective, self._schedule)
-        self._ranked = [int((self._transitions.t == t).nonzero()) for t in ranked.t]
-        self._size_px = folder.image_size()
-        side = [length // folder.vae_factor for length in self._size_px]
-        self._policy = Policy(folder, replace(training, ema_decay=0.0, compile=False), device)
-        self._policy.unet.requires_grad_(False)
-        self.shape = (int(self._policy.unet.config.in_channels), *side)
-        self._text_encoders = TextEncoders(folder, self._device)
+        self.objective = objective
+        self.device = torch.device(device)
+        self.schedule = folder.schedule()
+        self.transitions = all_transitions(objective, self.schedule)
+        ranked = ranked_transitions(objective, self.schedule)
+        self.ranked = [int((self.transitions.t == t).nonzero()) for t in ranked.t]
+        self.size_px = folder.image_size()
+        side = [length // folder.vae_factor for length in self.size_px]
+        self.policy = Policy(folder, replace(training, ema_decay=0.0, compile=False), device)
+        self.policy.unet.requires_grad_(False)
+        self.shape = (int(self.policy.unet.config.in_channels), *side)
+        self.text_encoders = TextEncoders(folder, self.device)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -110,7 +112,7 @@ class Roller:
 
         Raises DataError before a change if names or shapes are of another policy.
         """
-        own = self._policy.weights()
+        own = self.policy.weights()
         expected = {name: tuple(value.shape) for name, value in own.items()}
         if expected != {name: tuple(value.shape) for name, value in weights.items()}:
             raise DataError("the weights of the round belong to another U-Net, or to other adapters")
@@ -125,12 +127,12 @@ class Roller:
 
         ``key`` is (seed, round).
         """
-        call = _Call(self, key, slots, captions, reward)
-        x = torch.stack([draw_start(*key, slot, self.shape) for slot in slots]).to(self._device)
-        noise = call.noises(x, self._transitions.t[0].expand(len(slots)), call.places)
+        call = Trajectories(self, key, slots, captions, reward)
+        x = torch.stack([draw_start(*key, slot, self.shape) for slot in slots]).to(self.device)
+        noise = call.noises(x, self.transitions.t[0].expand(len(slots)), call.places)
         found = []
-        for number in range(self._ranked[-1] + 1):
-            if number in self._ranked:
+        for number in range(self.ranked[-1] + 1):
+            if number in self.ranked:
                 ranking, x, noise = call.ranked(number, x, noise)
                 found.append(ranking)
             else:
@@ -138,8 +140,11 @@ class Roller:
         return found
 
 
-class _Call:
-    """One call of a roller: its slots with their captions, and what a transition does with them."""
+class Trajectories:
+    """The trajectories of one call, one for each slot: what a transition does with them.
+
+    ``places`` are the slots' places in the call.
+    """
 
     def __init__(
         self,
@@ -150,20 +155,20 @@ class _Call:
         reward: Reward,
     ) -> None:
         self._roller = roller
-        self._objective = roller._objective
-        self._steps = roller._transitions
+        self._objective = roller.objective
+        self._steps = roller.transitions
         self._key = key
         self._slots = slots
         self._captions = captions
         self._reward = reward
-        encoders = roller._text_encoders
-        self._conditioning = encoders.of_captions(captions, *roller._size_px)
-        self._no_caption = encoders.of_captions([None], *roller._size_px)
+        encoders = roller.text_encoders
+        self._conditioning = encoders.of_captions(captions, *roller.size_px)
+        self._no_caption = encoders.of_captions([None], *roller.size_px)
         self.places = list(range(len(slots)))
 
     def noises(self, x: Tensor, t: Tensor, places: Sequence[int]) -> Tensor:
         """The policy's guided noise."""
-        return self._noises(self._roller._policy.unet, x, t, places)
+        return self._noises(self._roller.policy.unet, x, t, places)
 
     def moved(self, number: int, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The sample after a transition that is not ranked, and the policy's noise there."""
@@ -192,7 +197,7 @@ class _Call:
         t_next = int(self._steps.t_next[number])
         noises = self.noises(drawn, torch.full((len(drawn),), t_next), spread)
         clean = look_ahead(
-            self._roller._schedule, self.noises, drawn, noises, t_next, self._passes(number), spread
+            self._roller.schedule, self.noises, drawn, noises, t_next, self._passes(number), spread
         )
         rewards = np.asarray(self._reward(clean, captions)).reshape(len(x), count)
         finite = np.isfinite(rewards).all(axis=1)
@@ -229,14 +234,14 @@ class _Call:
         if self._objective.anchor == "round":
             return noise
         t = self._steps.t[number].expand(len(x))
-        return self._noises(self._roller._policy.reference, x, t, self.places)
+        return self._noises(self._roller.policy.reference, x, t, self.places)
 
     def _gradient(self, x: Tensor, t: int) -> Tensor:
         """The reward's gradient by samples at t, through the clean samples that one pass estimates."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             noise = self.noises(x, torch.full((len(x),), t), self.places)
-            clean = look_ahead(self._roller._schedule, self.noises, x, noise, t, 1, self.places)
+            clean = look_ahead(self._roller.schedule, self.noises, x, noise, t, 1, self.places)
             reward = self._reward.differentiable(clean, self._captions).sum()
             return torch.autograd.grad(reward, x)[0].nan_to_num(0.0, 0.0, 0.0)
 
@@ -246,9 +251,9 @@ class _Call:
             name: row.expand(len(places), *row.shape[1:]) for name, row in self._no_caption.items()
         }
         scale = self._objective.guidance_scale
-        with self._roller._policy.autocast():
+        with self._roller.policy.autocast():
             return guided_noise(
-                unet, self._roller._schedule, x, t.to(x.device), conditioning, no_caption, scale
+                unet, self._roller.schedule, x, t.to(x.device), conditioning, no_caption, scale
             )
 
 

@@ -275,6 +275,41 @@ def credit(
         raise ServiceError(f"dde credit needs {missing}: pip install 'dde-align[credit]'") from error
 
 
+@app.command("rollout-check")
+def rollout_check(
+    scorer: Annotated[str, typer.Option(help="KIND of a built-in scorer, or KIND=CHECKPOINT.")],
+    model: Annotated[
+        Path | None, typer.Option(exists=True, help="A diffusers folder. Default: shapes.")
+    ] = None,
+    processor: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="The scorer's tokenizer and image settings, if elsewhere."),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(exists=True, help="Prompts, one a line.")] = None,
+    num_prompts: Annotated[int, typer.Option(min=3, help="Prompts to use.")] = 48,
+    completions: Annotated[int, typer.Option(min=1, help="Images that each candidate is completed to.")] = 6,
+    t_min: Annotated[int, typer.Option(help="Least t of the transitions.")] = 500,
+    t_max: Annotated[int, typer.Option(help="Greatest t of the transitions; 0: T.")] = 0,
+    every: Annotated[int, typer.Option(min=1, help="Measure every n-th transition.")] = 2,
+    guidance_scale: GuidanceScale = 5.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure how far ahead tailorpo must look with a scorer: the value of objective.lookahead."""
+    from dde_core.config import ObjectiveConfig
+    from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
+    from services.artifacts.prompts import read_prompts
+    from services.client import rollout_check as checking
+
+    objective = ObjectiveConfig(
+        method="tailorpo", beta=10.0, guidance_scale=guidance_scale, t_min=t_min, t_max=t_max
+    )
+    read = read_prompts(as_uri(str(prompts or PROMPTS_FILE)), num_prompts)
+    loaded = checking.make_scorer(scorer, processor, device)
+    captions = [prompt.text for prompt in read]
+    folder = model or MODEL_DIR
+    checking.check(folder, loaded, captions, objective, every, completions, device, Console())
+
+
 def _credit_record(job_id: str) -> CreditRecord:
     with connect() as client:
         return client.credit(job_id)

@@ -251,7 +251,7 @@ def test_one_pass_estimates_the_clean_sample_and_more_approach_the_sampler(sched
     noise = noises(x, torch.full((2,), t), [0, 1])
     errors = [
         float((look_ahead(schedule, noises, x, noise, t, passes, [0, 1]) - exact).abs().max())
-        for passes in (1, 4, 50)
+        for passes in (1, 4, 351)
     ]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.02
@@ -302,13 +302,14 @@ def test_lora_adapters_are_the_weights_of_a_round(sd15: ModelFolder):
     from dde_core.config import LoraConfig
 
     training = replace(TRAINING, lora=LoraConfig(rank=2))
-    roller = Roller(sd15, OBJECTIVE, training)
+    from_start = replace(OBJECTIVE, t_max=952)
+    roller = Roller(sd15, from_start, training)
     before = roller(KEY, SLOTS, CAPTIONS, Brightness())
-    assert same(before, roll(sd15)), "adapters begin as zero"
+    assert same(before, roll(sd15, from_start)), "adapters begin as zero"
     roller.load(moved(sd15, training))
     after = roller(KEY, SLOTS, CAPTIONS, Brightness())
     assert not torch.equal(after[1].x_t, before[1].x_t)
-    assert torch.allclose(after[0].ref, roll(sd15)[0].ref, atol=1e-5), (
+    assert torch.allclose(after[0].ref, before[0].ref, atol=1e-6), (
         "the reference is the base without adapters"
     )
     with pytest.raises(DataError, match="belong to another U-Net"):
@@ -389,8 +390,9 @@ def test_the_differentiable_score_of_shapes_is_the_score(name: str):
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255).requires_grad_()
     found = ShapesScorer(name).differentiable(pixels, captions)
     np.testing.assert_allclose(found.detach().numpy(), score(images, captions)[name], atol=1e-9)
+    inside = pixels[:1].detach() * 0.8 + 0.1  # at 0 and 1, where values are clamped, there is no gradient
     assert torch.autograd.gradcheck(
-        lambda x: ShapesScorer(name).differentiable(x, captions[:1]), (pixels[:1].detach().requires_grad_(),),
+        lambda x: ShapesScorer(name).differentiable(x, captions[:1]), (inside.requires_grad_(),),
         atol=1e-4, fast_mode=True,
     )  # fmt: skip
 
