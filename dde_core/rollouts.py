@@ -206,7 +206,7 @@ class Trajectories:
         z_w = z[here, order.winner]
         if METHODS[self._objective.method].reward_gradient:
             x_w = drawn.view(len(x), count, *shape)[here, order.winner]
-            z_w = guided(z_w, self._gradient(x_w, t_next), self._objective.guidance_strength)
+            z_w = guided(z_w, self.gradient(x_w, t_next), self._objective.guidance_strength)
         dz = z_w - z[here, order.loser]
         ranking = Ranking(
             transition=number,
@@ -236,7 +236,7 @@ class Trajectories:
         t = self._steps.t[number].expand(len(x))
         return self._noises(self._roller.policy.reference, x, t, self.places)
 
-    def _gradient(self, x: Tensor, t: int) -> Tensor:
+    def gradient(self, x: Tensor, t: int) -> Tensor:
         """The reward's gradient by samples at t, through the clean samples that one pass estimates."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()

@@ -26,6 +26,7 @@ from tests.bench.ingest_memory import ingest_memory
 from tests.bench.ingest_speed import ingest_speed
 from tests.bench.ledger_speed import ledger_speed
 from tests.bench.measure import Result
+from tests.bench.rollout_speed import rollout_speed, transition_training
 from tests.bench.scorer_speed import scorer_speed
 from tests.bench.serve_speed import serve_in_process, serve_over_http
 from tests.bench.train_memory import train_memory
@@ -47,6 +48,9 @@ BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
     "two_workers_vs_one": two_workers,
     "checkpoint_stall": checkpoint_stall,
     "scorer_vs_bare": scorer_speed,
+    "rollout_vs_bare": rollout_speed,
+    "rollout_reward_share": rollout_speed,
+    "transition_vs_four_forwards": transition_training,
     "serve_vs_sequential": serve_in_process,
     "serve_vs_request_batching": serve_in_process,
     "serve_lonely_overhead": serve_in_process,

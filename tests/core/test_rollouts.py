@@ -15,7 +15,7 @@ from dde_core.errors import ConfigError, DataError
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy
 from dde_core.reward import Reward
-from dde_core.rollouts import Ranking, Roller, look_ahead
+from dde_core.rollouts import Ranking, Roller, Trajectories, look_ahead
 from dde_core.rounds import RoundBatches, RoundRows, Tally, kept_pairs
 from dde_core.schedule import Schedule
 from dde_core.shapes.scorers import NAMES, ShapesScorer, score
@@ -293,9 +293,27 @@ def test_guided_winners_have_moved_along_the_rewards_gradient(sd15: ModelFolder)
     torch.testing.assert_close(
         difference.norm(dim=1), torch.full((4,), 0.5 * plain.dz[0].numel() ** 0.5), rtol=1e-4, atol=0
     )
-    # The gradient by finite differences: brightness rises along the direction as its norm says.
+
+
+def test_the_gradient_is_that_of_the_reward_through_u_net_and_sampler(sd15: ModelFolder):
     roller = Roller(sd15, OBJECTIVE, TRAINING)
-    assert roller.shape[0] == plain.dz.shape[1]
+    reward = Brightness()
+    with torch.no_grad():
+        call = Trajectories(roller, KEY, SLOTS, CAPTIONS, reward)
+        t = 702
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(len(SLOTS), *roller.shape, generator=generator)
+        direction = torch.randn(x.shape, generator=generator)
+
+        def value(amount: float) -> torch.Tensor:
+            x_moved = x + amount * direction
+            noise = call.noises(x_moved, torch.full((len(x),), t), call.places)
+            clean = look_ahead(roller.schedule, call.noises, x_moved, noise, t, 1, call.places)
+            return torch.from_numpy(reward(clean, CAPTIONS))
+
+        slope = (value(1e-2) - value(-1e-2)) / 2e-2
+        found = (call.gradient(x, t) * direction).sum(dim=(1, 2, 3)).double()
+    torch.testing.assert_close(found, slope, rtol=0.02, atol=1e-3)
 
 
 def test_lora_adapters_are_the_weights_of_a_round(sd15: ModelFolder):
