@@ -20,6 +20,7 @@ from dde_core.methods import METHODS, ErrorKind, MethodName, NoiseMode
 
 CalibrationPoint = Literal["expected", "sampled", "mode"]
 Background = Literal["white", "gray", "black"]
+Posterior = Literal["mean", "sampled"]
 SamplerName = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "lcm"]
 
 MAX_SIZE_PX = 2048
@@ -286,11 +287,16 @@ class DataConfig:
     Every image is cropped to its center square and scaled to ``resolution`` pixels; 0 means the model's own
     size. ``flip`` "all" mirrors every image. Transparent pixels show the ``background``. A job fails if more
     than ``max_bad_fraction`` of the dataset's rows are bad.
+
+    ``posterior``: the latents of an image are the "mean" of the VAE's posterior, or one "sampled" from it, as
+    Diffusion-DPO's trainer takes. The sample is keyed by the image's file: it is the same in every pair, run
+    and epoch, where that trainer draws another one in each epoch.
     """
 
     resolution: Annotated[int, Ge(0), Le(MAX_SIZE_PX), MultipleOf(8)] = 0
     flip: Literal["none", "all"] = "none"
     background: Background = "white"
+    posterior: Posterior = "mean"
     max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.01
 
     def __post_init__(self) -> None:
