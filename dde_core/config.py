@@ -235,6 +235,12 @@ class TrainConfig:
     from training, whole captions at a time; implicit accuracy is measured on them at the end. ``seed``
     determines the order of pairs and the initial adapters.
 
+    ``optimizer``: "adamw"; "adamw_8bit", whose moments take a byte each; or "adafactor" (arXiv 1804.04235) at
+    ``learning_rate``, without relative steps and scaled parameters, as Diffusion-DPO's trainer runs it for
+    SDXL: it keeps averages of squared gradients by row and column, has no first moment, and limits the root
+    mean square of an update to the learning rate. ``weight_decay`` is decoupled in all three: a step first
+    subtracts ``weight_decay`` times the learning rate of it from a weight.
+
     ``parallelism``: with "ddp" every worker holds the whole model. With "fsdp" (FSDP2) each holds a shard of
     weights, gradients, moments and reference. "auto" is "fsdp" if the whole model does not fit on a worker's
     device. ``compile`` compiles the U-Net with torch.compile; with our deterministic kernels a step was then
@@ -252,7 +258,7 @@ class TrainConfig:
     micro_batch_size: Annotated[int, Ge(0)] = 0
     learning_rate: Annotated[float, Gt(0), Lt(1)] = 2.05e-5
     warmup_steps: Annotated[int, Ge(0)] = 0
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     weight_decay: Annotated[float, Ge(0)] = 0.01
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     lora: LoraConfig | None = None

@@ -27,6 +27,7 @@ from dde_core.parallelism import (
     FLOAT32,
     Parameters,
     StateTerm,
+    adafactor_averages,
     micro_batch_counts,
     runs_reference,
     state_terms,
@@ -120,13 +121,20 @@ def memory_terms(
     yield _activations(facts, objective, training, workers)
 
 
+_OPTIMIZER_STATE = {
+    "adamw": ("trained parameters", "adamw moments"),
+    "adamw_8bit": ("trained parameters", "adamw_8bit moments"),
+    "adafactor": ("averages by row and column", "float32, adafactor"),
+}
+
+
 def _state(name: str, held: StateTerm, training: TrainConfig) -> Term:
     rank = training.lora.rank if training.lora else 0
     what, kind = {
         "weights": ("U-Net parameters", "float32"),
         "adapters": ("LoRA parameters", f"float32, rank {rank}"),
         "gradients": ("trained parameters", "float32"),
-        "optimizer": ("trained parameters", f"{training.optimizer} moments"),
+        "optimizer": _OPTIMIZER_STATE[training.optimizer],
         "reference": ("frozen parameters", "float32"),
         "average": ("trained parameters", "float32"),
         "casts": ("U-Net parameters", "bf16, autocast"),
@@ -174,10 +182,16 @@ def sides_text(sides: int) -> str:
 
 
 def parameters_of(facts: Facts, training: TrainConfig) -> Parameters:
-    """Those of the U-Net, and those that are trained: the same, or its adapters'."""
+    """Those of the U-Net, those that are trained (the same, or its adapters'), and Adafactor's averages of
+    these."""
     if training.lora is None:
-        return Parameters(facts.parameters, facts.parameters)
-    return Parameters(facts.parameters, lora_parameters(facts.blocks, facts.text_shape[1], training.lora))
+        return Parameters(facts.parameters, facts.parameters, facts.averages)
+    text_width = facts.text_shape[1]
+    averages = sum(
+        count * adafactor_averages(shape)
+        for count, shape in _lora_shapes(facts.blocks, text_width, training.lora)
+    )
+    return Parameters(facts.parameters, lora_parameters(facts.blocks, text_width, training.lora), averages)
 
 
 def lora_parameters(blocks: dict[int, int], text_width: int, lora: LoraConfig) -> int:
@@ -186,15 +200,21 @@ def lora_parameters(blocks: dict[int, int], text_width: int, lora: LoraConfig) -
 
     Raises ConfigError for a target outside of transformer blocks, whose layers are not counted here.
     """
+    return sum(count * math.prod(shape) for count, shape in _lora_shapes(blocks, text_width, lora))
+
+
+def _lora_shapes(
+    blocks: dict[int, int], text_width: int, lora: LoraConfig
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """How many adapter matrices have which shape: two for each targeted layer."""
     if unknown := lora.unmatched(linear_layers(1, text_width)):
         reason = "must name linear layers of transformer blocks to be estimated"
         raise ConfigError("training.lora.targets", unknown[0], reason)
-    total = 0
     for width, count in blocks.items():
         for name, (inputs, outputs) in linear_layers(width, text_width).items():
             if lora.matches(name):
-                total += count * lora.rank * (inputs + outputs)
-    return total
+                yield count, (lora.rank, inputs)
+                yield count, (outputs, lora.rank)
 
 
 def linear_layers(width: int, text_width: int) -> dict[str, tuple[int, int]]:

@@ -52,9 +52,13 @@ PROCESS_GB = 4.0
 """A worker's host memory without checkpoints: torch, CUDA, Ray, prefetched rows. Our figure for planning.
 Weights are read from memory-mapped files, which the workers of a node share."""
 
-ADAMW_BYTES = {"adamw": 28, "adamw_8bit": 16}
-"""Bytes that AdamW reads and writes for each trained parameter, in one pass. It reads weight, gradient and
-two moments and writes all but the gradient; each takes 4 bytes, a moment of 8-bit Adam 1."""
+OPTIMIZER_BYTES = {"adamw": 28, "adamw_8bit": 16, "adafactor": 92}
+"""Bytes that the optimizer reads and writes for each trained parameter. AdamW, in one pass, reads weight,
+gradient and two moments and writes all but the gradient; each takes 4 bytes, a moment of 8-bit Adam 1.
+transformers' Adafactor makes a pass for each operation: gradient squared (8), eps added (8), mean by row and by
+column (8), their product (4), times the gradient (12), its root mean square (4), clipped (8), times the rate
+(8), the weight's root mean square (4), weight decay (12: the weight is read twice), subtracted (12), and the
+averages (about 4)."""
 CLIPPING_BYTES = 12
 """The same for gradient clipping: the norm reads gradients, scaling reads and writes them."""
 AVERAGE_BYTES = 32
@@ -99,7 +103,8 @@ class Facts:
     FLOPs are two for each multiply-add of one forward of one sample: an image for the VAE's encoder, a
     caption for the text encoders. ``activation_bytes`` is the peak beyond weights and gradients in forward
     and backward of one sample, by (precision, gradient checkpointing). ``blocks`` maps each width of the
-    U-Net to its number of transformer blocks.
+    U-Net to its number of transformer blocks. ``averages`` are the numbers that Adafactor keeps for all of
+    its parameters.
 
     FSDP2 gathers resnets and transformer blocks one by one (`dde_core/models/parallel.py`): ``largest_block``
     is the parameters of the largest, ``outside_blocks`` those outside of all blocks, which stay gathered
@@ -108,6 +113,7 @@ class Facts:
 
     title: str
     parameters: int
+    averages: int
     largest_block: int
     outside_blocks: int
     text_encoder_parameters: int
@@ -126,6 +132,7 @@ FACTS: dict[str, Facts] = {
     "sd15": Facts(
         title="Stable Diffusion 1.5 at 512 px",
         parameters=859_520_964,
+        averages=457_589_700,
         largest_block=49_164_800,
         outside_blocks=79_441_924,
         text_encoder_parameters=123_060_480,  # CLIP ViT-L/14
@@ -147,6 +154,7 @@ FACTS: dict[str, Facts] = {
     "sdxl": Facts(
         title="SDXL at 1024 px",
         parameters=2_567_463_684,
+        averages=244_330_500,
         largest_block=49_164_800,
         outside_blocks=54_163_204,
         text_encoder_parameters=123_060_480 + 694_659_840,  # CLIP ViT-L/14 and OpenCLIP ViT-bigG/14

@@ -29,9 +29,9 @@ from dde_core.errors import ConfigError
 from dde_core.methods import METHODS
 from dde_core.parallelism import (
     FLOAT32,
-    MOMENT_BYTES,
     Parallelism,
     micro_batch_counts,
+    optimizer_state,
     pairs_of_a_worker,
     runs_reference,
 )
@@ -48,11 +48,11 @@ from dde_core.planning.estimate import (
     sides_of,
 )
 from dde_core.planning.facts import (
-    ADAMW_BYTES,
     AVERAGE_BYTES,
     CLIPPING_BYTES,
     FACTS,
     FLOAT16,
+    OPTIMIZER_BYTES,
     PAGEABLE_GB_S,
     PROCESS_GB,
     STORAGE_GB_S,
@@ -258,10 +258,10 @@ def _last_backward_fraction(run: Run) -> float:
 
 
 def _optimizer(run: Run, parallelism: Parallelism) -> Term:
-    """Once a step: clipping, AdamW and the running average, of a GPU's shard under FSDP2."""
+    """Once a step: clipping, the optimizer and the running average, of a GPU's shard under FSDP2."""
     training = run.training
     trained = parameters_of(run.facts, training).trained
-    moved = {"clipping": CLIPPING_BYTES, training.optimizer: ADAMW_BYTES[training.optimizer]}
+    moved = {"clipping": CLIPPING_BYTES, training.optimizer: OPTIMIZER_BYTES[training.optimizer]}
     if training.ema_decay:
         moved["average"] = AVERAGE_BYTES
     shards = run.cluster.gpus if parallelism == "fsdp" else 1
@@ -281,13 +281,14 @@ def checkpoint_terms(run: Run, parallelism: Parallelism) -> Iterator[Term]:
     """Size of the stored state, for how long training stalls, and what the host of rank 0 needs."""
     training = run.training
     cluster = run.cluster
-    trained = parameters_of(run.facts, training).trained
-    moments = MOMENT_BYTES[training.optimizer]
+    parameters = parameters_of(run.facts, training)
+    moments = optimizer_state(training, parameters)
     copies = FLOAT32 * (2 if training.ema_decay else 1)
-    size = trained * (copies + moments) / 1e9
+    size = (parameters.trained * copies + moments.bytes) / 1e9
     what = "weights, average" if training.ema_decay else "weights"
-    formula = f"{trained / 1e6:,.1f}M trained parameters x ({copies} {what} + {moments} moments) bytes"
-    yield Term("size", formula, size)
+    held = f"{parameters.trained / 1e6:,.1f}M trained parameters x {copies} bytes ({what})"
+    state = f"{moments.numbers / 1e6:,.1f}M x {moments.bytes_each} bytes ({training.optimizer})"
+    yield Term("size", f"{held} + {state}", size)
 
     gather_s = cluster.seconds(size) if parallelism == "fsdp" else 0.0
     gather = f" + {gather_s:.3g} s to gather it" if gather_s else ""
