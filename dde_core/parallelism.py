@@ -55,8 +55,9 @@ class StateTerm(NamedTuple):
 
 
 def runs_reference(method: MethodName, training: TrainConfig) -> bool:
-    """Whether the frozen reference runs in every step."""
-    return METHODS[method].has_reference and training.reference != "ledger"
+    """Whether the frozen reference runs in every step. Pairs of on-policy methods come with its value."""
+    described = METHODS[method]
+    return described.has_reference and not described.on_policy and training.reference != "ledger"
 
 
 def holds_reference(method: MethodName, training: TrainConfig) -> bool:

@@ -222,15 +222,17 @@ def make_optimizer(parameters: list[nn.Parameter], training: TrainConfig) -> tor
     settings: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     if training.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
+    optimizer: torch.optim.Optimizer
     if training.optimizer == "adafactor":
-        return Adafactor(
+        optimizer = Adafactor(
             parameters, scale_parameter=False, relative_step=False, warmup_init=False, **settings
         )
+        return optimizer
     check_optimizer(training)
     import bitsandbytes
 
     make_8bit: Any = bitsandbytes.optim.AdamW8bit  # type: ignore[attr-defined]  # the library has no types
-    optimizer: torch.optim.Optimizer = make_8bit(parameters, **settings)
+    optimizer = make_8bit(parameters, **settings)
     return optimizer
 
 

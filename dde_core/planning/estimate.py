@@ -163,13 +163,22 @@ def _activations(facts: Facts, objective: ObjectiveConfig, training: TrainConfig
     sides = sides_of(objective)
     each = facts.activation_bytes[training.precision, training.gradient_checkpointing]
     how = "checkpointed" if training.gradient_checkpointing else "all kept"
-    formula = f"{pairs} pairs x {sides_text(sides)} x {each / 1e9:.3f} GB ({training.precision}, {how})"
+    formula = f"{pairs} pairs x {sides_text(objective)} x {each / 1e9:.3f} GB ({training.precision}, {how})"
     return Term("activations", formula, pairs * sides * each / 1e9)
 
 
 def sides_of(objective: ObjectiveConfig) -> int:
-    """U-Net samples of a pair: winner and loser, or the winner alone."""
-    return 2 if METHODS[objective.method].has_loser else 1
+    """U-Net samples of a pair: winner and loser, or the winner alone. A pair of an on-policy method has one
+    sample, which guidance runs with its caption and without."""
+    method = METHODS[objective.method]
+    if method.on_policy:
+        return guided_rows(objective)
+    return 2 if method.has_loser else 1
+
+
+def guided_rows(objective: ObjectiveConfig) -> int:
+    """U-Net samples of one pass of an on-policy method."""
+    return 2 if objective.guidance_scale > 1 else 1
 
 
 def draws_evaluation_points(objective: ObjectiveConfig) -> bool:
@@ -177,7 +186,10 @@ def draws_evaluation_points(objective: ObjectiveConfig) -> bool:
     return METHODS[objective.method].corrected and objective.calibration_point == "sampled"
 
 
-def sides_text(sides: int) -> str:
+def sides_text(objective: ObjectiveConfig) -> str:
+    sides = sides_of(objective)
+    if METHODS[objective.method].on_policy:
+        return "1 sample" if sides == 1 else f"{sides} samples (guidance)"
     return "1 side" if sides == 1 else f"{sides} sides"
 
 
@@ -248,7 +260,7 @@ def time_terms(
     flops = pair_flops(facts, objective, training)
     forward = f"{facts.forward_flops / 1e12:.3f} TFLOP of one forward"
     text = f"{facts.text_flops / 1e12:.3f} of its text"
-    arithmetic = f"passes x {sides_text(sides_of(objective))} x {forward} + {text}"
+    arithmetic = f"passes x {sides_text(objective)} x {forward} + {text}"
     yield Term("arithmetic", arithmetic, flops / 1e12, "TFLOP a pair")
 
     mfu = published_mfu(facts)
@@ -278,7 +290,8 @@ def passes(objective: ObjectiveConfig, training: TrainConfig) -> dict[str, int]:
 
 def reads_ledger(objective: ObjectiveConfig, training: TrainConfig) -> bool:
     """Whether the reference's errors are read from a ledger."""
-    return METHODS[objective.method].has_reference and training.reference == "ledger"
+    method = METHODS[objective.method]
+    return method.has_reference and not method.on_policy and training.reference == "ledger"
 
 
 def pair_flops(facts: Facts, objective: ObjectiveConfig, training: TrainConfig) -> float:

@@ -31,15 +31,28 @@ OPTION_PATHS = {
 PLACEHOLDERS = {"model": "MODEL", "dataset": "DATASET", "evaluation": {"prompts_uri": "PROMPTS"}}
 """Values for a dry run, which needs no model, dataset or prompts."""
 
+ROLLOUT_PLACEHOLDERS = {"prompts_uri": "PROMPTS", "num_prompts": 1, "scorers": {"SCORER": 1.0}}
+"""The same of a job's rollouts, for what it leaves out."""
+
 
 def job_body(
-    file: Path | None, options: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
+    file: Path | None,
+    options: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None = None,
+    is_dry: bool = False,
 ) -> AlignmentJobCreate:
-    """The body of a job. Options that are not None override the file, and the file overrides the recipe."""
+    """The body of a job. Options that are not None override the file, and the file overrides the recipe.
+
+    ``is_dry`` fills in what rollouts lack to be read.
+    """
     body = merged(recipe or {}, read_body(file) if file else {})
     for option, value in options.items():
         if value is not None:
             body = merged(body, _nested(OPTION_PATHS.get(option, (option,)), value))
+    if is_dry and isinstance(body.get("rollouts"), dict):
+        body["rollouts"] = ROLLOUT_PLACEHOLDERS | body["rollouts"]
+        if body.get("dataset") == PLACEHOLDERS.get("dataset"):
+            body.pop("dataset", None)
     for section in (body.get("evaluation"), body.get("validation")):
         if isinstance(section, dict) and isinstance(section.get("prompts_uri"), str):
             section["prompts_uri"] = as_uri(section["prompts_uri"])
