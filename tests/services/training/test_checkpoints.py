@@ -267,8 +267,8 @@ def test_a_setting_that_a_checkpoint_does_not_know_yet_had_its_default(model, en
         ("training.optimizer", {}, {"optimizer": "adafactor"}, "adamw"),
     ]
     for field, objective, training, default in changes:
+        changed = replace(OBJECTIVE, **objective)
         with pytest.raises(ConfigError) as refused:
-            changed = replace(OBJECTIVE, **objective)
             train_here(tmp_path, model, encoded, changed, steps=8, **TRAINING | training)
         assert refused.value.field == field
         assert f"which has {default!r}, because it is older than the setting" in str(refused.value)
