@@ -14,6 +14,9 @@ from services.api.requests import HELD_OUT, AlignmentJobCreate, StudyCreate
 from services.client.recipes import merged
 from services.errors import BadRequest
 
+ROLLOUT_PLACEHOLDERS = {"prompts_uri": "PROMPTS", "num_prompts": 1, "scorers": {"SCORER": 1.0}}
+"""Values for a dry run of what a job's rollouts leave out."""
+
 OPTION_PATHS = {
     "method": ("objective", "method"),
     "beta": ("objective", "beta"),
@@ -31,9 +34,6 @@ OPTION_PATHS = {
 PLACEHOLDERS = {"model": "MODEL", "dataset": "DATASET", "evaluation": {"prompts_uri": "PROMPTS"}}
 """Values for a dry run, which needs no model, dataset or prompts."""
 
-ROLLOUT_PLACEHOLDERS = {"prompts_uri": "PROMPTS", "num_prompts": 1, "scorers": {"SCORER": 1.0}}
-"""The same of a job's rollouts, for what it leaves out."""
-
 
 def job_body(
     file: Path | None,
@@ -49,13 +49,13 @@ def job_body(
     for option, value in options.items():
         if value is not None:
             body = merged(body, _nested(OPTION_PATHS.get(option, (option,)), value))
+    for section in (body.get("evaluation"), body.get("validation")):
+        if isinstance(section, dict) and isinstance(section.get("prompts_uri"), str):
+            section["prompts_uri"] = as_uri(section["prompts_uri"])
     if is_dry and isinstance(body.get("rollouts"), dict):
         body["rollouts"] = ROLLOUT_PLACEHOLDERS | body["rollouts"]
         if body.get("dataset") == PLACEHOLDERS.get("dataset"):
             body.pop("dataset", None)
-    for section in (body.get("evaluation"), body.get("validation")):
-        if isinstance(section, dict) and isinstance(section.get("prompts_uri"), str):
-            section["prompts_uri"] = as_uri(section["prompts_uri"])
     return AlignmentJobCreate.model_validate_json(json.dumps(body))
 
 
