@@ -20,6 +20,7 @@ from dde_core.methods import METHODS, ErrorKind, MethodName, NoiseMode
 
 CalibrationPoint = Literal["expected", "sampled", "mode"]
 Background = Literal["white", "gray", "black"]
+Posterior = Literal["mean", "sampled"]
 SamplerName = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "lcm"]
 
 MAX_SIZE_PX = 2048
@@ -30,6 +31,10 @@ MAX_DRAWS = 1000
 
 MAX_TRANSITION_BETA = 1000.0
 """Greatest beta of on-policy methods, whose pairs differ by the noise of one denoising step."""
+
+FAR_T = 500
+FAR_PASSES = 4
+"""By default candidates above FAR_T are rewarded for the clean samples that so many passes estimate."""
 
 Module = Annotated[str, MinLen(1)]
 Constraint = tuple[str, Callable[[Any, Any], bool], str]
@@ -170,6 +175,23 @@ class ObjectiveConfig:
             return method.noise
         return self.noise or method.noise
 
+    def ranked_starts(self, timesteps: int) -> list[int]:
+        """Where the transitions start that an on-policy method ranks and trains, in falling order.
+
+        A base has so many ``timesteps``. Raises ConfigError if there are more ``transitions`` than half of
+        them, or if none starts in t_min..t_max. (`dde_core/transitions.py` has their tables.)
+        """
+        stride = timesteps // self.transitions
+        if stride < 2:
+            reason = f"must be at most half of the schedule's {timesteps} timesteps"
+            raise ConfigError("transitions", self.transitions, reason)
+        starts = [2 + stride * step for step in range(self.transitions - 1, 0, -1)]
+        ranked = [t for t in starts if self.t_min <= t <= (self.t_max or timesteps)]
+        if not ranked:
+            reason = f"and t_max = {self.t_max} hold none of the transitions, which start at {starts}"
+            raise ConfigError("t_min", self.t_min, reason)
+        return ranked
+
     def ignored(self) -> dict[str, Any]:
         """Settings that differ from their defaults although the method ignores them, with their values."""
         method = METHODS[self.method]
@@ -191,6 +213,12 @@ class ObjectiveConfig:
             for f in fields(self)
             if f.name in unread and getattr(self, f.name) != f.default
         }
+
+    def lookahead_passes(self, t: int) -> int:
+        """Passes of DDIM that estimate the clean samples of a transition that starts at t."""
+        if self.lookahead:
+            return self.lookahead
+        return FAR_PASSES if t > FAR_T else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +262,12 @@ class TrainConfig:
     from training, whole captions at a time; implicit accuracy is measured on them at the end. ``seed``
     determines the order of pairs and the initial adapters.
 
+    ``optimizer``: "adamw"; "adamw_8bit", whose moments take a byte each; or "adafactor" (arXiv 1804.04235) at
+    ``learning_rate``, without relative steps and scaled parameters, as Diffusion-DPO's trainer runs it for
+    SDXL: it keeps averages of squared gradients by row and column, has no first moment, and limits the root
+    mean square of an update to the learning rate. ``weight_decay`` is decoupled in all three: a step first
+    subtracts ``weight_decay`` times the learning rate of it from a weight.
+
     ``parallelism``: with "ddp" every worker holds the whole model. With "fsdp" (FSDP2) each holds a shard of
     weights, gradients, moments and reference. "auto" is "fsdp" if the whole model does not fit on a worker's
     device. ``compile`` compiles the U-Net with torch.compile; with our deterministic kernels a step was then
@@ -251,7 +285,7 @@ class TrainConfig:
     micro_batch_size: Annotated[int, Ge(0)] = 0
     learning_rate: Annotated[float, Gt(0), Lt(1)] = 2.05e-5
     warmup_steps: Annotated[int, Ge(0)] = 0
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     weight_decay: Annotated[float, Ge(0)] = 0.01
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     lora: LoraConfig | None = None
@@ -286,11 +320,16 @@ class DataConfig:
     Every image is cropped to its center square and scaled to ``resolution`` pixels; 0 means the model's own
     size. ``flip`` "all" mirrors every image. Transparent pixels show the ``background``. A job fails if more
     than ``max_bad_fraction`` of the dataset's rows are bad.
+
+    ``posterior``: the latents of an image are the "mean" of the VAE's posterior, or one "sampled" from it, as
+    Diffusion-DPO's trainer takes. The sample is keyed by the image's file: it is the same in every pair, run
+    and epoch, where that trainer draws another one in each epoch.
     """
 
     resolution: Annotated[int, Ge(0), Le(MAX_SIZE_PX), MultipleOf(8)] = 0
     flip: Literal["none", "all"] = "none"
     background: Background = "white"
+    posterior: Posterior = "mean"
     max_bad_fraction: Annotated[float, Ge(0), Le(1)] = 0.01
 
     def __post_init__(self) -> None:

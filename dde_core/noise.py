@@ -61,6 +61,13 @@ def initial_latents(seed: int, shape: tuple[int, ...]) -> Float32[Tensor, "*shap
     return _normal(shape, seed, "initial_latents")
 
 
+def draw_posterior(image: str, shape: tuple[int, ...]) -> Float32[Tensor, "*shape"]:
+    """Standard normal noise of an image's sample of the posterior.
+
+    It depends on the digest of the image's file alone, so a dataset that is encoded again is the same."""
+    return _normal(shape, "posterior", image)
+
+
 def draw_start(seed: int, round: int, slot: int, shape: tuple[int, ...]) -> Float32[Tensor, "*shape"]:
     """Standard normal latents from which a rollout's trajectory starts."""
     return _normal(shape, seed, "rollout_start", round, slot)

@@ -7,6 +7,8 @@ it does not.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from dde_core.config import TrainConfig
@@ -22,6 +24,9 @@ BFLOAT16 = 2
 MOMENT_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2}
 """Bytes of both AdamW moments of one parameter."""
 
+UNSHARDED_OPTIMIZERS = ("adamw_8bit", "adafactor")
+"""Optimizers whose state FSDP2 cannot split by rows: quantization tables, and averages of whole columns."""
+
 AUTO_ROOM = 0.7
 """Fraction of a GPU's memory that a whole model's state may take under "auto"; activations need the rest."""
 
@@ -30,10 +35,12 @@ AUTO_ROOM = 0.7
 
 
 class Parameters(NamedTuple):
-    """Counts: ``base`` of the U-Net without adapters; ``trained`` of the whole U-Net, or of its adapters."""
+    """Counts: ``base`` of the U-Net without adapters; ``trained`` of the whole U-Net, or of its adapters, for
+    which Adafactor keeps ``averages`` numbers."""
 
     base: int
     trained: int
+    averages: int
 
 
 class StateTerm(NamedTuple):
@@ -48,8 +55,9 @@ class StateTerm(NamedTuple):
 
 
 def runs_reference(method: MethodName, training: TrainConfig) -> bool:
-    """Whether the frozen reference runs in every step."""
-    return METHODS[method].has_reference and training.reference != "ledger"
+    """Whether the frozen reference runs in every step. Pairs of on-policy methods come with its value."""
+    described = METHODS[method]
+    return described.has_reference and not described.on_policy and training.reference != "ledger"
 
 
 def holds_reference(method: MethodName, training: TrainConfig) -> bool:
@@ -59,12 +67,13 @@ def holds_reference(method: MethodName, training: TrainConfig) -> bool:
 
 def state_terms(method: MethodName, training: TrainConfig, parameters: Parameters) -> dict[str, StateTerm]:
     """The state of a whole model on one worker, by name. Activations and the batch come on top."""
-    base, trained = parameters
+    base = parameters.base
+    trained = parameters.trained
     terms = {"weights": StateTerm(base, FLOAT32)}
     if training.lora:
         terms["adapters"] = StateTerm(trained, FLOAT32)
     terms["gradients"] = StateTerm(trained, FLOAT32)
-    terms["optimizer"] = StateTerm(trained, MOMENT_BYTES[training.optimizer])
+    terms["optimizer"] = optimizer_state(training, parameters)
     if holds_reference(method, training):
         terms["reference"] = StateTerm(base, FLOAT32)
     if training.ema_decay:
@@ -72,6 +81,23 @@ def state_terms(method: MethodName, training: TrainConfig, parameters: Parameter
     if training.precision == "bf16":
         terms["casts"] = StateTerm(base, BFLOAT16)
     return terms
+
+
+def optimizer_state(training: TrainConfig, parameters: Parameters) -> StateTerm:
+    """What the optimizer keeps: AdamW's two moments of each parameter, or Adafactor's averages."""
+    if training.optimizer == "adafactor":
+        return StateTerm(parameters.averages, FLOAT32)
+    return StateTerm(parameters.trained, MOMENT_BYTES[training.optimizer])
+
+
+def adafactor_averages(shape: Sequence[int]) -> int:
+    """Numbers that Adafactor keeps for a parameter: one for each row along the last dimension and one for
+    each column along the last but one, or all of a vector's. So a 3x3 convolution has 2/3 of its parameters,
+    a 1x1 convolution twice as many."""
+    if len(shape) < 2:
+        return math.prod(shape)
+    size = math.prod(shape)
+    return size // shape[-1] + size // shape[-2]
 
 
 # ---- the rule
@@ -82,7 +108,7 @@ def choose_parallelism(
 ) -> Parallelism:
     """Resolve ``training.parallelism`` on workers whose smallest GPU has ``gpu_bytes``. One worker: "none".
 
-    Raises ConfigError for FSDP2 with 8-bit moments: their quantization tables cannot be split by rows.
+    Raises ConfigError for FSDP2 with one of UNSHARDED_OPTIMIZERS.
     """
     if num_workers == 1:
         return "none"
@@ -90,7 +116,7 @@ def choose_parallelism(
     if parallelism == "auto":
         state = sum(term.bytes for term in state_terms(method, training, parameters).values())
         parallelism = "ddp" if state <= AUTO_ROOM * gpu_bytes else "fsdp"
-    if parallelism == "fsdp" and training.optimizer == "adamw_8bit":
+    if parallelism == "fsdp" and training.optimizer in UNSHARDED_OPTIMIZERS:
         reason = 'does not go with training.parallelism "fsdp"'
         raise ConfigError("training.optimizer", training.optimizer, reason)
     return parallelism

@@ -14,6 +14,8 @@ from dde_core.errors import DataError
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+LATER = {"posterior": "mean"}
+"""Settings that earlier versions did not have, with what they did: such datasets keep keys and digests."""
 
 
 def token_columns(num_tokenizers: int) -> list[str]:
@@ -22,7 +24,8 @@ def token_columns(num_tokenizers: int) -> list[str]:
 
 
 def shard_schema(latent_shape: tuple[int, int, int], num_tokenizers: int, num_tokens: int) -> pa.Schema:
-    """Columns of a shard. Latents [c h w] are float16 posterior means times scaling_factor, flat in C order.
+    """Columns of a shard. Latents [c h w] are float16, of the VAE's posterior (its mean, or one sample of it)
+    times scaling_factor, flat in C order.
 
     ``size_*`` is the original (height, width) of a side's image in pixels, ``crop_*`` the crop's (top, left).
     """
@@ -72,6 +75,13 @@ class Manifest:
     bad: dict[str, int] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def latents(self) -> str:
+        """Which latents the shards hold, for people."""
+        if self.settings.get("posterior", LATER["posterior"]) == "sampled":
+            return "one sample of the VAE's posterior for each image file, keyed by its digest"
+        return "mean of the VAE's posterior"
+
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
 
@@ -98,10 +108,15 @@ def pair_digest(pair_id: str, sha256_w: bytes, sha256_l: bytes, label: float, ca
 def dataset_digest(settings: Mapping[str, Any], encoder_digest: str, pairs: Iterable[bytes]) -> str:
     """sha256 over settings, encoder and the sorted ``pair_digest`` of every pair, so independent of
     shards."""
-    digest = hashlib.sha256(json.dumps([dict(settings), encoder_digest], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([identifying(settings), encoder_digest], sort_keys=True).encode())
     for pair in sorted(pairs):
         digest.update(pair)
     return digest.hexdigest()
+
+
+def identifying(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are part of a dataset's identity: LATER ones only where they differ from what was."""
+    return {name: value for name, value in settings.items() if value != LATER.get(name)}
 
 
 def pair_id(uid_0: str, uid_1: str, caption: str, row_key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dde_core.models.json_files import parse_object
 from dde_core.models.lora_file import read_lora
 from dde_core.models.tokens import load_tokenizers
 from dde_core.models.weight_files import find_weights
+from dde_core.noise import draw_posterior
 from dde_core.schedule import Schedule
 
 WEIGHTS = {"dtype": torch.float32, "use_safetensors": True}
@@ -164,9 +166,14 @@ def copy_weights(module: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def encode_images(
-    vae: AutoencoderKL, images: UInt8[np.ndarray, "b height width 3"]
+    vae: AutoencoderKL,
+    images: UInt8[np.ndarray, "b height width 3"],
+    sampled: Sequence[str] | None = None,
 ) -> Float16[np.ndarray, "b c h w"]:
     """Latents of images: the posterior's mean times scaling_factor.
+
+    With the digests of the images' files in ``sampled``, a sample of the posterior instead: mean + std times
+    the digest's own noise.
 
     Slices have a fixed size, so an image's place alone decides which images are encoded together with it.
     """
@@ -175,7 +182,13 @@ def encode_images(
     for start in range(0, len(images), size):
         part = torch.from_numpy(images[start : start + size].copy()).to(vae.device)
         pixels = part.permute(0, 3, 1, 2).float() / 127.5 - 1
-        scaled = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+        posterior = vae.encode(pixels).latent_dist
+        chosen = posterior.mean
+        if sampled is not None:
+            shape = tuple(chosen.shape[1:])
+            noise = torch.stack([draw_posterior(digest, shape) for digest in sampled[start : start + size]])
+            chosen = chosen + posterior.std * noise.to(chosen.device)
+        scaled = chosen * vae.config.scaling_factor
         latents.append(scaled.to(torch.float16).cpu().numpy())
     return np.concatenate(latents)
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dde_core.config import TrainConfig
 from dde_core.methods import MethodName
-from dde_core.parallelism import Parallelism, Parameters, choose_parallelism
+from dde_core.parallelism import Parallelism, Parameters, adafactor_averages, choose_parallelism
 
 
 def choose(
@@ -34,8 +34,8 @@ def choose(
 ) -> Parallelism:
     """Resolve ``training.parallelism`` for this U-Net, with its adapters, on the smallest GPU of all workers.
 
-    "auto" is a collective on GPUs: every worker must call it. Raises ConfigError for FSDP2 with 8-bit
-    moments.
+    "auto" is a collective on GPUs: every worker must call it. Raises ConfigError for FSDP2 with an optimizer
+    that cannot be sharded.
     """
     gpu_bytes = float("inf")
     if world_size > 1 and training.parallelism == "auto":
@@ -44,11 +44,15 @@ def choose(
 
 
 def count_parameters(unet: UNet2DConditionModel, training: TrainConfig) -> Parameters:
-    """Those of the U-Net without its adapters, and those that are trained."""
+    """Those of the U-Net without its adapters, those that are trained, and Adafactor's averages of these."""
     total = sum(parameter.numel() for parameter in unet.parameters())
-    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
-    base = total - trained if training.lora else total
-    return Parameters(base, trained)
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    num_trained = sum(parameter.numel() for parameter in trained)
+    return Parameters(
+        base=total - num_trained if training.lora else total,
+        trained=num_trained,
+        averages=sum(adafactor_averages(parameter.shape) for parameter in trained),
+    )
 
 
 def smallest_memory(device: torch.device) -> float:

@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.optimization import Adafactor
 
 from dde_core.config import LoraConfig, TrainConfig
 from dde_core.errors import ConfigError, DataError
@@ -214,16 +215,24 @@ def check_targets(unet: nn.Module, lora: LoraConfig) -> None:
 
 
 def make_optimizer(parameters: list[nn.Parameter], training: TrainConfig) -> torch.optim.Optimizer:
-    """Fused AdamW, or AdamW with 8-bit moments. Raises ConfigError if that needs bitsandbytes and it is
-    missing."""
+    """Fused AdamW, AdamW with 8-bit moments, or Adafactor at the learning rate that is configured.
+
+    Raises ConfigError if 8-bit moments need bitsandbytes and it is missing.
+    """
     settings: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     if training.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
+    optimizer: torch.optim.Optimizer
+    if training.optimizer == "adafactor":
+        optimizer = Adafactor(
+            parameters, scale_parameter=False, relative_step=False, warmup_init=False, **settings
+        )
+        return optimizer
     check_optimizer(training)
     import bitsandbytes
 
     make_8bit: Any = bitsandbytes.optim.AdamW8bit  # type: ignore[attr-defined]  # the library has no types
-    optimizer: torch.optim.Optimizer = make_8bit(parameters, **settings)
+    optimizer = make_8bit(parameters, **settings)
     return optimizer
 
 

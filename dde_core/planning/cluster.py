@@ -119,7 +119,9 @@ def _ddp_terms(facts: Facts, training: TrainConfig) -> Iterator[Term]:
 
 
 def _fsdp_terms(facts: Facts, objective: ObjectiveConfig, training: TrainConfig, gpus: int) -> Iterator[Term]:
-    base, trained = parameters_of(facts, training)
+    parameters = parameters_of(facts, training)
+    base = parameters.base
+    trained = parameters.trained
     numbers = base + trained if training.lora else base
     outside = facts.outside_blocks
     count, _ = micro_batch_counts(training, gpus)
@@ -174,8 +176,8 @@ def _sharded_terms(
 def parallelism_on(
     cluster: Cluster, facts: Facts, objective: ObjectiveConfig, training: TrainConfig
 ) -> Parallelism:
-    """What ``training.parallelism`` resolves to on this cluster. Raises ConfigError for FSDP2 with 8-bit
-    moments."""
+    """What ``training.parallelism`` resolves to on this cluster. Raises ConfigError for FSDP2 with an
+    optimizer that cannot be sharded."""
     parameters = parameters_of(facts, training)
     gpu_bytes = cluster.kind.cuda_gb * 1e9
     return choose_parallelism(objective.method, training, parameters, gpu_bytes, cluster.gpus)

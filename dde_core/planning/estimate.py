@@ -27,6 +27,7 @@ from dde_core.parallelism import (
     FLOAT32,
     Parameters,
     StateTerm,
+    adafactor_averages,
     micro_batch_counts,
     runs_reference,
     state_terms,
@@ -120,13 +121,20 @@ def memory_terms(
     yield _activations(facts, objective, training, workers)
 
 
+_OPTIMIZER_STATE = {
+    "adamw": ("trained parameters", "adamw moments"),
+    "adamw_8bit": ("trained parameters", "adamw_8bit moments"),
+    "adafactor": ("averages by row and column", "float32, adafactor"),
+}
+
+
 def _state(name: str, held: StateTerm, training: TrainConfig) -> Term:
     rank = training.lora.rank if training.lora else 0
     what, kind = {
         "weights": ("U-Net parameters", "float32"),
         "adapters": ("LoRA parameters", f"float32, rank {rank}"),
         "gradients": ("trained parameters", "float32"),
-        "optimizer": ("trained parameters", f"{training.optimizer} moments"),
+        "optimizer": _OPTIMIZER_STATE[training.optimizer],
         "reference": ("frozen parameters", "float32"),
         "average": ("trained parameters", "float32"),
         "casts": ("U-Net parameters", "bf16, autocast"),
@@ -155,13 +163,22 @@ def _activations(facts: Facts, objective: ObjectiveConfig, training: TrainConfig
     sides = sides_of(objective)
     each = facts.activation_bytes[training.precision, training.gradient_checkpointing]
     how = "checkpointed" if training.gradient_checkpointing else "all kept"
-    formula = f"{pairs} pairs x {sides_text(sides)} x {each / 1e9:.3f} GB ({training.precision}, {how})"
+    formula = f"{pairs} pairs x {sides_text(objective)} x {each / 1e9:.3f} GB ({training.precision}, {how})"
     return Term("activations", formula, pairs * sides * each / 1e9)
 
 
 def sides_of(objective: ObjectiveConfig) -> int:
-    """U-Net samples of a pair: winner and loser, or the winner alone."""
-    return 2 if METHODS[objective.method].has_loser else 1
+    """U-Net samples of a pair: winner and loser, or the winner alone. A pair of an on-policy method has one
+    sample, which guidance runs with its caption and without."""
+    method = METHODS[objective.method]
+    if method.on_policy:
+        return guided_rows(objective)
+    return 2 if method.has_loser else 1
+
+
+def guided_rows(objective: ObjectiveConfig) -> int:
+    """U-Net samples of one pass of an on-policy method."""
+    return 2 if objective.guidance_scale > 1 else 1
 
 
 def draws_evaluation_points(objective: ObjectiveConfig) -> bool:
@@ -169,15 +186,24 @@ def draws_evaluation_points(objective: ObjectiveConfig) -> bool:
     return METHODS[objective.method].corrected and objective.calibration_point == "sampled"
 
 
-def sides_text(sides: int) -> str:
+def sides_text(objective: ObjectiveConfig) -> str:
+    sides = sides_of(objective)
+    if METHODS[objective.method].on_policy:
+        return "1 sample" if sides == 1 else f"{sides} samples (guidance)"
     return "1 side" if sides == 1 else f"{sides} sides"
 
 
 def parameters_of(facts: Facts, training: TrainConfig) -> Parameters:
-    """Those of the U-Net, and those that are trained: the same, or its adapters'."""
+    """Those of the U-Net, those that are trained (the same, or its adapters'), and Adafactor's averages of
+    these."""
     if training.lora is None:
-        return Parameters(facts.parameters, facts.parameters)
-    return Parameters(facts.parameters, lora_parameters(facts.blocks, facts.text_shape[1], training.lora))
+        return Parameters(facts.parameters, facts.parameters, facts.averages)
+    text_width = facts.text_shape[1]
+    averages = sum(
+        count * adafactor_averages(shape)
+        for count, shape in _lora_shapes(facts.blocks, text_width, training.lora)
+    )
+    return Parameters(facts.parameters, lora_parameters(facts.blocks, text_width, training.lora), averages)
 
 
 def lora_parameters(blocks: dict[int, int], text_width: int, lora: LoraConfig) -> int:
@@ -186,15 +212,21 @@ def lora_parameters(blocks: dict[int, int], text_width: int, lora: LoraConfig) -
 
     Raises ConfigError for a target outside of transformer blocks, whose layers are not counted here.
     """
+    return sum(count * math.prod(shape) for count, shape in _lora_shapes(blocks, text_width, lora))
+
+
+def _lora_shapes(
+    blocks: dict[int, int], text_width: int, lora: LoraConfig
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """How many adapter matrices have which shape: two for each targeted layer."""
     if unknown := lora.unmatched(linear_layers(1, text_width)):
         reason = "must name linear layers of transformer blocks to be estimated"
         raise ConfigError("training.lora.targets", unknown[0], reason)
-    total = 0
     for width, count in blocks.items():
         for name, (inputs, outputs) in linear_layers(width, text_width).items():
             if lora.matches(name):
-                total += count * lora.rank * (inputs + outputs)
-    return total
+                yield count, (lora.rank, inputs)
+                yield count, (outputs, lora.rank)
 
 
 def linear_layers(width: int, text_width: int) -> dict[str, tuple[int, int]]:
@@ -228,7 +260,7 @@ def time_terms(
     flops = pair_flops(facts, objective, training)
     forward = f"{facts.forward_flops / 1e12:.3f} TFLOP of one forward"
     text = f"{facts.text_flops / 1e12:.3f} of its text"
-    arithmetic = f"passes x {sides_text(sides_of(objective))} x {forward} + {text}"
+    arithmetic = f"passes x {sides_text(objective)} x {forward} + {text}"
     yield Term("arithmetic", arithmetic, flops / 1e12, "TFLOP a pair")
 
     mfu = published_mfu(facts)
@@ -258,7 +290,8 @@ def passes(objective: ObjectiveConfig, training: TrainConfig) -> dict[str, int]:
 
 def reads_ledger(objective: ObjectiveConfig, training: TrainConfig) -> bool:
     """Whether the reference's errors are read from a ledger."""
-    return METHODS[objective.method].has_reference and training.reference == "ledger"
+    method = METHODS[objective.method]
+    return method.has_reference and not method.on_policy and training.reference == "ledger"
 
 
 def pair_flops(facts: Facts, objective: ObjectiveConfig, training: TrainConfig) -> float:

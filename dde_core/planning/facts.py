@@ -52,14 +52,35 @@ PROCESS_GB = 4.0
 """A worker's host memory without checkpoints: torch, CUDA, Ray, prefetched rows. Our figure for planning.
 Weights are read from memory-mapped files, which the workers of a node share."""
 
-ADAMW_BYTES = {"adamw": 28, "adamw_8bit": 16}
-"""Bytes that AdamW reads and writes for each trained parameter, in one pass. It reads weight, gradient and
-two moments and writes all but the gradient; each takes 4 bytes, a moment of 8-bit Adam 1."""
+OPTIMIZER_BYTES = {"adamw": 28, "adamw_8bit": 16, "adafactor": 92}
+"""Bytes that the optimizer reads and writes for each trained parameter. AdamW, in one pass, reads weight,
+gradient and two moments and writes all but the gradient; each takes 4 bytes, a moment of 8-bit Adam 1.
+transformers' Adafactor makes a pass for each operation: gradient squared (8), eps added (8), mean by row and
+by column (8), their product (4), times the gradient (12), its root mean square (4), clipped (8), times the
+rate (8), the weight's root mean square (4), weight decay (12: the weight is read twice), subtracted (12), and
+the averages (about 4)."""
 CLIPPING_BYTES = 12
 """The same for gradient clipping: the norm reads gradients, scaling reads and writes them."""
 AVERAGE_BYTES = 32
 """The same for the running average, which diffusers computes in three passes: difference (8 read, 4 written),
 times the rate (4, 4), subtracted from the average (8, 4)."""
+
+
+VAE_PARAMETERS = 83_653_863
+"""Of the VAE of both families."""
+
+
+@dataclass(frozen=True)
+class ScorerFacts:
+    """A scorer, counted as Facts are: FLOPs of one image with its caption."""
+
+    title: str
+    parameters: int
+    flops: float
+
+
+SCORER = ScorerFacts("a scorer on CLIP ViT-H/14, as PickScore's", 986_109_441, 381.7e9)
+"""What a reward is taken for in plans: the largest of the usual scorers."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +117,11 @@ class Precompute:
 class Facts:
     """One model at its own resolution. `tests/core/test_estimate.py` recounts every number on meta tensors.
 
-    FLOPs are two for each multiply-add of one forward of one sample: an image for the VAE's encoder, a
-    caption for the text encoders. ``activation_bytes`` is the peak beyond weights and gradients in forward
-    and backward of one sample, by (precision, gradient checkpointing). ``blocks`` maps each width of the
-    U-Net to its number of transformer blocks.
+    FLOPs are two for each multiply-add of one forward of one sample: an image for the VAE's encoder and
+    decoder, a caption for the text encoders. ``activation_bytes`` is the peak beyond weights and gradients in
+    forward and backward of one sample, by (precision, gradient checkpointing); ``decode_bytes`` is that of
+    the float32 decoder, back to the latents. ``blocks`` maps each width of the U-Net to its number of
+    transformer blocks. ``averages`` are the numbers that Adafactor keeps for all of its parameters.
 
     FSDP2 gathers resnets and transformer blocks one by one (`dde_core/models/parallel.py`): ``largest_block``
     is the parameters of the largest, ``outside_blocks`` those outside of all blocks, which stay gathered
@@ -108,11 +130,14 @@ class Facts:
 
     title: str
     parameters: int
+    averages: int
     largest_block: int
     outside_blocks: int
     text_encoder_parameters: int
     forward_flops: float
     vae_flops: float
+    decode_flops: float
+    decode_bytes: float
     text_flops: float
     activation_bytes: dict[tuple[str, bool], float]
     latent_shape: tuple[int, int, int]
@@ -126,11 +151,14 @@ FACTS: dict[str, Facts] = {
     "sd15": Facts(
         title="Stable Diffusion 1.5 at 512 px",
         parameters=859_520_964,
+        averages=457_589_700,
         largest_block=49_164_800,
         outside_blocks=79_441_924,
         text_encoder_parameters=123_060_480,  # CLIP ViT-L/14
         forward_flops=0.8033e12,
         vae_flops=1.1167e12,
+        decode_flops=2.5145e12,
+        decode_bytes=6.105e9,
         text_flops=13.30e9,
         activation_bytes={
             ("bf16", False): 1.261e9,
@@ -147,11 +175,14 @@ FACTS: dict[str, Facts] = {
     "sdxl": Facts(
         title="SDXL at 1024 px",
         parameters=2_567_463_684,
+        averages=244_330_500,
         largest_block=49_164_800,
         outside_blocks=54_163_204,
         text_encoder_parameters=123_060_480 + 694_659_840,  # CLIP ViT-L/14 and OpenCLIP ViT-bigG/14
         forward_flops=6.761e12,
         vae_flops=4.879e12,
+        decode_flops=10.470e12,
+        decode_bytes=24.42e9,
         text_flops=13.30e9 + 97.86e9,
         activation_bytes={
             ("bf16", False): 8.726e9,

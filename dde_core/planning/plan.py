@@ -20,18 +20,18 @@ validation, evaluation, stragglers, failures and network latency.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
 from dde_core.methods import METHODS
 from dde_core.parallelism import (
     FLOAT32,
-    MOMENT_BYTES,
     Parallelism,
     micro_batch_counts,
+    optimizer_state,
     pairs_of_a_worker,
     runs_reference,
 )
@@ -48,17 +48,18 @@ from dde_core.planning.estimate import (
     sides_of,
 )
 from dde_core.planning.facts import (
-    ADAMW_BYTES,
     AVERAGE_BYTES,
     CLIPPING_BYTES,
     FACTS,
     FLOAT16,
+    OPTIMIZER_BYTES,
     PAGEABLE_GB_S,
     PROCESS_GB,
     STORAGE_GB_S,
     Facts,
 )
 from dde_core.planning.mfu import Mfu
+from dde_core.planning.rounds import Rounds, actor_memory, prompt_terms, round_terms, store_terms
 
 PICK_A_PIC_PAIRS = 851_293
 TOKEN_BYTES = 2
@@ -66,8 +67,11 @@ TOKEN_BYTES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The run to plan: a job on ``num_pairs`` pairs, one GPU per worker. Raises ConfigError with field and
-    value."""
+    """The run to plan: a job on ``num_pairs`` pairs, or on those that it draws in ``rounds``.
+
+    Each worker has one of the cluster's GPUs; the actors of rounds have GPUs beside them. Raises ConfigError
+    with field and value.
+    """
 
     family: str
     objective: ObjectiveConfig
@@ -75,6 +79,7 @@ class Run:
     cluster: Cluster
     mfu: Mfu
     num_pairs: int = PICK_A_PIC_PAIRS
+    rounds: Rounds | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FACTS:
@@ -85,6 +90,9 @@ class Run:
         if self.training.precision != "bf16":
             reason = "must be 'bf16': the MFU is a fraction of bf16's peak"
             raise ConfigError("training.precision", self.training.precision, reason)
+        if METHODS[self.objective.method].on_policy != (self.rounds is not None):
+            needs = "are needed by" if self.rounds is None else "must be left out for"
+            raise ConfigError("rollouts", self.rounds, f"{needs} method {self.objective.method!r}")
         if self.num_pairs < 1:
             raise ConfigError("num_pairs", self.num_pairs, "must be greater than 0")
 
@@ -108,8 +116,12 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """``memory`` of a GPU under each parallelism; ``parallelism`` is the run's. The last term of ``step`` is
-    the pace in pairs/s, that of ``hours`` the price; the terms before lead to it."""
+    """``memory`` of a worker's GPU under each parallelism; ``parallelism`` is the run's. The last term of
+    ``step`` is the pace in pairs/s, that of ``hours`` the price; the terms before lead to it.
+
+    With rounds, ``prompt`` is the arithmetic of a trajectory by part, ``round`` the seconds of a round, and
+    ``actors`` the memory of each kind of actor.
+    """
 
     run: Run
     parallelism: Parallelism
@@ -118,6 +130,9 @@ class Plan:
     checkpoint: tuple[Term, ...]
     data: tuple[Term, ...]
     hours: tuple[Term, ...]
+    prompt: tuple[Term, ...] = ()
+    round: tuple[Term, ...] = ()
+    actors: Mapping[str, tuple[Term, ...]] = field(default_factory=dict)
 
     def memory_gb(self, parallelism: Parallelism) -> float:
         """Of one GPU, in 10^9 bytes."""
@@ -140,6 +155,8 @@ def plan(run: Run) -> Plan:
     checkpoint = tuple(checkpoint_terms(run, parallelism))
     step = tuple(step_terms(run, parallelism, value(checkpoint, "stall")))
     step_s = value(step, "step")
+    if run.rounds:
+        return _with_rounds(run, run.rounds, parallelism, memory, step, checkpoint)
     return Plan(
         run=run,
         parallelism=parallelism,
@@ -148,6 +165,32 @@ def plan(run: Run) -> Plan:
         checkpoint=(*checkpoint, *interval_terms(run, checkpoint, step_s)),
         data=tuple(data_terms(run, value(step, "pace"))),
         hours=tuple(hours_terms(run, step_s)),
+    )
+
+
+def _with_rounds(
+    run: Run,
+    rounds: Rounds,
+    parallelism: Parallelism,
+    memory: dict[Parallelism, tuple[Term, ...]],
+    step: tuple[Term, ...],
+    checkpoint: tuple[Term, ...],
+) -> Plan:
+    settings = (run.facts, run.objective, run.training)
+    step_s = value(step, "step")
+    one_round = tuple(round_terms(*settings, rounds, run.flops_per_s, step_s))
+    an_update_s = value(one_round, "round") / rounds.updates_per_round
+    return Plan(
+        run=run,
+        parallelism=parallelism,
+        memory=memory,
+        step=step,
+        checkpoint=(*checkpoint, *interval_terms(run, checkpoint, an_update_s)),
+        data=tuple(store_terms(run.facts, run.objective, rounds)),
+        hours=tuple(rollout_hours(run, rounds, value(one_round, "round"))),
+        prompt=tuple(prompt_terms(*settings)),
+        round=one_round,
+        actors=actor_memory(*settings, rounds),
     )
 
 
@@ -176,7 +219,7 @@ def _changed_settings(planned: Plan) -> Iterator[tuple[str, TrainConfig]]:
         else:
             yield "ddp", replace(training, parallelism="ddp")
 
-    if METHODS[run.objective.method].has_reference:
+    if METHODS[run.objective.method].has_reference and not run.rounds:
         if runs_reference(run.objective.method, training):
             yield "reference ledger", replace(training, reference="ledger")
         else:
@@ -258,10 +301,10 @@ def _last_backward_fraction(run: Run) -> float:
 
 
 def _optimizer(run: Run, parallelism: Parallelism) -> Term:
-    """Once a step: clipping, AdamW and the running average, of a GPU's shard under FSDP2."""
+    """Once a step: clipping, the optimizer and the running average, of a GPU's shard under FSDP2."""
     training = run.training
     trained = parameters_of(run.facts, training).trained
-    moved = {"clipping": CLIPPING_BYTES, training.optimizer: ADAMW_BYTES[training.optimizer]}
+    moved = {"clipping": CLIPPING_BYTES, training.optimizer: OPTIMIZER_BYTES[training.optimizer]}
     if training.ema_decay:
         moved["average"] = AVERAGE_BYTES
     shards = run.cluster.gpus if parallelism == "fsdp" else 1
@@ -281,13 +324,14 @@ def checkpoint_terms(run: Run, parallelism: Parallelism) -> Iterator[Term]:
     """Size of the stored state, for how long training stalls, and what the host of rank 0 needs."""
     training = run.training
     cluster = run.cluster
-    trained = parameters_of(run.facts, training).trained
-    moments = MOMENT_BYTES[training.optimizer]
+    parameters = parameters_of(run.facts, training)
+    moments = optimizer_state(training, parameters)
     copies = FLOAT32 * (2 if training.ema_decay else 1)
-    size = trained * (copies + moments) / 1e9
+    size = (parameters.trained * copies + moments.bytes) / 1e9
     what = "weights, average" if training.ema_decay else "weights"
-    formula = f"{trained / 1e6:,.1f}M trained parameters x ({copies} {what} + {moments} moments) bytes"
-    yield Term("size", formula, size)
+    held = f"{parameters.trained / 1e6:,.1f}M trained parameters x {copies} bytes ({what})"
+    state = f"{moments.numbers / 1e6:,.1f}M x {moments.bytes_each} bytes ({training.optimizer})"
+    yield Term("size", f"{held} + {state}", size)
 
     gather_s = cluster.seconds(size) if parallelism == "fsdp" else 0.0
     gather = f" + {gather_s:.3g} s to gather it" if gather_s else ""
@@ -366,6 +410,20 @@ def hours_terms(run: Run, step_s: float) -> Iterator[Term]:
         yield Term("total", "encode + training", total_h, "h")
     yield Term("GPU-hours", f"total x {gpus} GPUs", total_h * gpus, "h")
 
+    usd = run.cluster.usd_per_hour
+    source = "" if run.cluster.price_usd else ", a round figure of ours"
+    yield Term("price", f"GPU-hours x {usd:g} USD{source}", total_h * gpus * usd, "USD")
+
+
+def rollout_hours(run: Run, rounds: Rounds, round_s: float) -> Iterator[Term]:
+    """Hours and price of a run that draws its pairs: all GPUs are held all the time."""
+    number = math.ceil(run.training.steps / rounds.updates_per_round)
+    yield Term("rounds", f"{run.training.steps} steps / {rounds.updates_per_round} updates", number, "")
+    total_h = number * round_s / 3600
+    yield Term("total", f"rounds x {round_s:.4g} s", total_h, "h")
+    gpus = run.cluster.gpus + rounds.gpus
+    yield Term("GPUs", f"{run.cluster.gpus} training workers + {rounds.gpus_text}", gpus, "")
+    yield Term("GPU-hours", "total x GPUs", total_h * gpus, "h")
     usd = run.cluster.usd_per_hour
     source = "" if run.cluster.price_usd else ", a round figure of ours"
     yield Term("price", f"GPU-hours x {usd:g} USD{source}", total_h * gpus * usd, "USD")

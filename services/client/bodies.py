@@ -14,6 +14,9 @@ from services.api.requests import HELD_OUT, AlignmentJobCreate, StudyCreate
 from services.client.recipes import merged
 from services.errors import BadRequest
 
+ROLLOUT_PLACEHOLDERS = {"prompts_uri": "PROMPTS", "num_prompts": 1, "scorers": {"SCORER": 1.0}}
+"""Values for a dry run of what a job's rollouts leave out."""
+
 OPTION_PATHS = {
     "method": ("objective", "method"),
     "beta": ("objective", "beta"),
@@ -33,9 +36,15 @@ PLACEHOLDERS = {"model": "MODEL", "dataset": "DATASET", "evaluation": {"prompts_
 
 
 def job_body(
-    file: Path | None, options: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
+    file: Path | None,
+    options: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None = None,
+    is_dry: bool = False,
 ) -> AlignmentJobCreate:
-    """The body of a job. Options that are not None override the file, and the file overrides the recipe."""
+    """The body of a job. Options that are not None override the file, and the file overrides the recipe.
+
+    ``is_dry`` fills in what rollouts lack to be read.
+    """
     body = merged(recipe or {}, read_body(file) if file else {})
     for option, value in options.items():
         if value is not None:
@@ -43,6 +52,10 @@ def job_body(
     for section in (body.get("evaluation"), body.get("validation")):
         if isinstance(section, dict) and isinstance(section.get("prompts_uri"), str):
             section["prompts_uri"] = as_uri(section["prompts_uri"])
+    if is_dry and isinstance(body.get("rollouts"), dict):
+        body["rollouts"] = ROLLOUT_PLACEHOLDERS | body["rollouts"]
+        if body.get("dataset") == PLACEHOLDERS.get("dataset"):
+            body.pop("dataset", None)
     return AlignmentJobCreate.model_validate_json(json.dumps(body))
 
 

@@ -201,7 +201,7 @@ def plan(
     from services.client import plan as planning
 
     base = recipes.load(recipe) if recipe else None
-    body = job_body(file, {}, recipes.merged(PLACEHOLDERS, base.job if base else {}))
+    body = job_body(file, {}, recipes.merged(PLACEHOLDERS, base.job if base else {}), True)
     family = family or (base.family if base else None)
     if not family:
         raise BadRequest("model family required: pass --recipe or --family (sd15 or sdxl)", param="family")

@@ -83,7 +83,8 @@ def create_job(
     options = {key: value for key, value in ctx.params.items() if key not in COMMAND_ONLY}
     options["workers"] = workers_of(workers) if workers else None
     base = recipes.load(recipe) if recipe else None
-    body = job_body(file, options, recipes.merged(PLACEHOLDERS if dry_run else {}, base.job if base else {}))
+    start = recipes.merged(PLACEHOLDERS if dry_run else {}, base.job if base else {})
+    body = job_body(file, options, start, dry_run)
     if dry_run:
         return _dry_run(body, family or (base.family if base else None), gpu or "a100")
     for option, value in (("family", family), ("gpu", gpu)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from rich.console import Console
@@ -11,9 +12,10 @@ from rich.table import Table
 
 from dde_core.planning import mfu
 from dde_core.planning.cluster import Cluster
-from dde_core.planning.estimate import Term
+from dde_core.planning.estimate import Term, fit_in_memory
 from dde_core.planning.mfu import Check, Mfu
 from dde_core.planning.plan import PICK_A_PIC_PAIRS, Plan, Run, alternatives, plan, value
+from dde_core.planning.rounds import Rounds
 from services.api.requests import AlignmentJobCreate
 from services.client.tables import label, new_table, number
 
@@ -44,11 +46,19 @@ def show(
         cluster=cluster,
         mfu=run_mfu,
         num_pairs=num_pairs,
+        rounds=rounds_of(body),
     )
     planned = plan(run)
     console.print(headline(planned), source, "", sep="\n", soft_wrap=True, highlight=False, markup=False)
     for table in tables(planned, results or {}):
         console.print(table, "")
+
+
+def rounds_of(body: AlignmentJobCreate) -> Rounds | None:
+    """How the job draws its pairs, if it does."""
+    if body.rollouts is None:
+        return None
+    return Rounds(**{each.name: getattr(body.rollouts, each.name) for each in fields(Rounds)})
 
 
 def mfu_of(
@@ -71,6 +81,8 @@ def headline(planned: Plan) -> str:
     run = planned.run
     job = f"{run.facts.title}, {run.objective.method}"
     where = f"{run.cluster.gpus} x {run.cluster.kind.title} in {run.cluster.nodes} nodes"
+    if run.rounds:
+        where += f" and {run.rounds.gpus} for {run.rounds.gpus_text}"
     step_s = value(planned.step, "step")
     hours = value(planned.hours, "total")
     usd = value(planned.hours, "price")
@@ -88,12 +100,17 @@ def spread(checks: Iterable[Check]) -> str:
 
 def tables(planned: Plan, results: Mapping[str, Any]) -> Iterable[Table]:
     """The tables below the headline, in order."""
+    if planned.run.rounds:
+        yield terms("a trajectory and the training of its pairs, in U-Net forwards", planned.prompt)
+        yield terms("a round", planned.round)
+        yield from actors(planned)
     yield terms("a step", planned.step)
     yield memory(planned)
-    yield terms("data", planned.data)
+    yield terms("round store" if planned.run.rounds else "data", planned.data)
     yield terms("checkpoints", planned.checkpoint)
     yield terms("hours and price", planned.hours)
-    yield ceilings(planned.run.family)
+    if not planned.run.rounds:
+        yield ceilings(planned.run.family)
     yield checks(planned.run.mfu, results)
     yield changes(planned)
 
@@ -125,6 +142,16 @@ def memory(planned: Plan) -> Table:
     table.caption = f"{this_run} Formulas: the last column's."
     table.caption_justify = "left"
     return table
+
+
+def actors(planned: Plan) -> Iterable[Table]:
+    """Memory of each kind of actor."""
+    gpu = planned.run.cluster.kind
+    for kind, held in planned.actors.items():
+        table = terms(f"memory of one {kind}", held)
+        total = sum(term.value for term in held)
+        table.add_row("total", f"{total:,.2f} GB", f"of {gpu.memory_gb:g} GB: {fit_in_memory(total, gpu)}")
+        yield table
 
 
 def ceilings(family: str) -> Table:

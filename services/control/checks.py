@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from dde_core.errors import ConfigError, DataError, ModelError
 from dde_core.models.scheduler_config import check_error, check_terminal_weight, ends_without_signal
+from dde_core.parallelism import UNSHARDED_OPTIMIZERS
 from dde_core.score_table import Prompt
 from dde_core.scorers.kinds import KINDS, Kind
 from dde_core.shapes import scorers
@@ -56,10 +57,10 @@ def check_alignment(request: AlignmentJobCreate, used: list[ScorerRecord]) -> li
 
 
 def _check_parallelism(request: AlignmentJobCreate) -> None:
-    """Refuse 8-bit moments on sharded parameters. What "auto" chooses is known on the GPUs only."""
+    """Refuse an optimizer that cannot be sharded. What "auto" chooses is known on the GPUs only."""
     training = request.training
     most = most_workers(request.workers)
-    if training.parallelism == "fsdp" and training.optimizer == "adamw_8bit" and most > 1:
+    if training.parallelism == "fsdp" and training.optimizer in UNSHARDED_OPTIMIZERS and most > 1:
         why = f'cannot be combined with training.parallelism "fsdp" on up to {most} workers'
         _refuse("training.optimizer", why, training.optimizer)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dde_core.errors import DataError
 from dde_core.family import COMPONENTS
-from dde_core.latents.schema import SCHEMA_VERSION, Manifest, Shard, dataset_digest
+from dde_core.latents.schema import SCHEMA_VERSION, Manifest, Shard, dataset_digest, identifying
 from dde_core.models.folder import ModelFolder
 from services.api.records import EncodeResult
 from services.artifacts import models
@@ -64,6 +64,7 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
         "crop": "centre",
         "flip": spec.data.flip,
         "background": spec.data.background,
+        "posterior": spec.data.posterior,
     }
     encoder_digest = _encoder_digest(folder)
     key = _dataset_key(spec.source_digest, encoder_digest, settings)
@@ -92,7 +93,7 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
 def _dataset_key(source_digest: str, encoder_digest: str, settings: dict[str, Any]) -> str:
     """Equal for equal content, encoder, settings and blocks."""
     block_images = images_per_block(settings["resolution"])
-    identity = [SCHEMA_VERSION, source_digest, encoder_digest, settings, block_images]
+    identity = [SCHEMA_VERSION, source_digest, encoder_digest, identifying(settings), block_images]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 

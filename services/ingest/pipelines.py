@@ -11,6 +11,7 @@ join: pairs get their latents from the blocks that encoded them
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -63,7 +64,7 @@ def encode_blocks(
     )
     encoded = pixels.map_batches(
         Encoder,
-        fn_constructor_args=(model, size, "cuda" if use_gpu else "cpu"),
+        fn_constructor_args=(model, settings, "cuda" if use_gpu else "cpu"),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.5,
@@ -92,19 +93,26 @@ def segments(plan: Plan, done: set[int], readers: int) -> list[dict[str, Any]]:
 class Encoder:
     """The VAE of one actor. It encodes a block in fixed slices, so results do not depend on scheduling."""
 
-    def __init__(self, model: ModelRecord, size: int, device: str) -> None:
+    def __init__(self, model: ModelRecord, settings: dict[str, Any], device: str) -> None:
         use_deterministic_kernels()
         self._vae = ModelFolder(*fetch(model)).vae().to(device)
-        self._size = size
+        self._size = settings["resolution"]
+        self._is_sampled = settings["posterior"] == "sampled"
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        latents = [self._encode(pixels) for pixels in rows.pop("pixels")]
+        latents = [
+            self._encode(pixels, metadata)
+            for pixels, metadata in zip(rows.pop("pixels"), rows["metadata"], strict=True)
+        ]
         return {**rows, "latents": latents}
 
-    def _encode(self, pixels: bytes) -> bytes:
+    def _encode(self, pixels: bytes, metadata: str) -> bytes:
         """Latents (float16 [n c h w]) of a block's pixels (uint8 [n size size 3])."""
         images = np.frombuffer(pixels, np.uint8).reshape(-1, self._size, self._size, 3)
-        return encode_images(self._vae, images).tobytes() if len(images) else b""
+        if not len(images):
+            return b""
+        digests = [sha256 for _, sha256, *_ in json.loads(metadata)]
+        return encode_images(self._vae, images, digests if self._is_sampled else None).tobytes()
 
 
 def join_shards(work: Iterable[ShardWork], actors: int, **shared: Any) -> Iterator[dict[str, Any]]:

@@ -18,8 +18,8 @@ from dde_core.generation import TextToImage
 from dde_core.latents.ledger import LedgerKey
 from dde_core.latents.reader import LatentReader
 from dde_core.methods import METHODS
-from dde_core.models.folder import ModelFolder
-from dde_core.noise import initial_latents
+from dde_core.models.folder import ModelFolder, encode_images
+from dde_core.noise import draw_posterior, initial_latents
 from dde_core.objectives import conventions, weights
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors
@@ -159,6 +159,42 @@ def test_a_ledger_is_of_one_convention_and_older_ones_are_still_found(folder: Mo
     assert velocity.name != key(method="uniform").name
     stored = {name: value for name, value in vars(default).items() if name not in ("error", "time_ids")}
     assert LedgerKey(**stored) == default, "a record of an earlier version lacks the fields"
+
+
+# ---- latents of an image
+
+
+def test_sampled_latents_are_diffusers_own_sample_with_the_noise_of_the_file(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+):
+    vae = folder.vae()
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    digests = [f"{n:064x}" for n in range(3)]
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    noise = torch.stack([draw_posterior(digest, tuple(posterior.mean.shape[1:])) for digest in digests])
+    monkeypatch.setattr("diffusers.models.autoencoders.vae.randn_tensor", lambda *_, **__: noise)
+    theirs = posterior.sample() * vae.config.scaling_factor
+    ours = torch.from_numpy(encode_images(vae, images, digests)).float()
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+    for wrong in (posterior.logvar, posterior.var):
+        assert not torch.allclose(
+            (posterior.mean + wrong * noise) * vae.config.scaling_factor, ours, atol=0.05
+        )
+    assert 0.9 < noise.std() < 1.1
+
+
+def test_the_sample_of_an_image_depends_on_its_file_alone(folder: ModelFolder):
+    vae = folder.vae()
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    digests = [f"{n:064x}" for n in range(4)]
+    together = encode_images(vae, images, digests)
+    alone = np.concatenate([encode_images(vae, images[n : n + 1], digests[n : n + 1]) for n in range(4)])
+    means = encode_images(vae, images)
+    np.testing.assert_allclose(together.astype(float), alone.astype(float), atol=0.005)
+    assert (np.abs(together - means) > 0.005).mean() > 0.5
+    assert not np.allclose(encode_images(vae, images, digests[::-1]), together, atol=0.05)
 
 
 @pytest.mark.parametrize("prompt", ["", "a red circle"])

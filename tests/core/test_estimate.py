@@ -222,7 +222,9 @@ def test_a_run_on_a_ledger_has_no_reference_in_memory_or_time_but_the_pass_that_
     assert "ledger" not in {each.name for each in (*online.time, *estimate("sd15", SFT, cached, 8).time)}
 
 
-@pytest.mark.parametrize("change", [{"optimizer": "adamw_8bit"}, {"micro_batch_size": 1}])
+@pytest.mark.parametrize(
+    "change", [{"optimizer": "adamw_8bit"}, {"optimizer": "adafactor"}, {"micro_batch_size": 1}]
+)
 def test_small_moments_and_small_micro_batches_save_memory_and_no_time(change):
     before, after = (
         estimate("sdxl", UNIFORM, training, 8) for training in (PAPER, dataclasses.replace(PAPER, **change))

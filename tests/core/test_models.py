@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+from transformers.optimization import Adafactor
 
 from dde_core import checkpoint
 from dde_core.calibration import Calibration
@@ -21,6 +24,7 @@ from dde_core.models.folder import ModelFolder, encode_images, image_batch_size
 from dde_core.models.policy import Policy, make_optimizer
 from dde_core.models.saving import save_aligned
 from dde_core.noise import initial_latents
+from dde_core.parallelism import adafactor_averages
 from dde_core.shapes import MODEL_DIR
 from dde_core.shapes.scenes import all_scenes, render
 from dde_core.train_step import PairErrors
@@ -137,7 +141,9 @@ def train_a_little(policy, optimizer) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
-@pytest.mark.parametrize(("ema_decay", "optimizer"), [(0.0, "adamw"), (0.9, "adamw"), (0.9, "adamw_8bit")])
+@pytest.mark.parametrize(
+    ("ema_decay", "optimizer"), [(0.0, "adamw"), (0.9, "adamw"), (0.9, "adamw_8bit"), (0.9, "adafactor")]
+)
 def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path, lora, ema_decay, optimizer):
     training = TrainConfig(lora=lora, ema_decay=ema_decay, optimizer=optimizer, learning_rate=1e-3)
     policy, optimizer, calibration = stepped(0, training)
@@ -159,6 +165,53 @@ def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path, lora, ema_decay
     t = torch.tensor([1, 150, 999])
     assert torch.equal(calibration.correction(t), other_calibration.correction(t))
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+
+
+def test_a_stored_adafactor_keeps_what_the_plan_counts(tmp_path: Path):
+    policy, optimizer, calibration = stepped(0, TrainConfig(optimizer="adafactor"))
+    written(tmp_path, policy, optimizer, calibration)
+    stored = load_file(tmp_path / checkpoint.OPTIMIZER)
+    assert {name.split("/")[1] for name in stored} == {
+        "step",
+        "RMS",
+        "exp_avg_sq",
+        "exp_avg_sq_row",
+        "exp_avg_sq_col",
+    }
+    averages = sum(value.numel() for name, value in stored.items() if "exp_avg_sq" in name)
+    shapes = [parameter.shape for parameter in policy.parameters()]
+    assert averages == sum(map(adafactor_averages, shapes))
+    assert averages < sum(map(math.prod, shapes))
+
+
+def test_adafactor_takes_the_steps_of_transformers_at_the_configured_rate():
+    """Shazeer and Stern 2018, Algorithm 4, without a first moment: by hand for the first step, whose averages
+    have no past."""
+    training = TrainConfig(optimizer="adafactor", learning_rate=1e-3, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((6, 5), (7,), (3, 2, 3, 3))]
+    gradients = [[torch.randn(p.shape, generator=generator) for p in start] for _ in range(3)]
+    ours, theirs, other = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(3))
+    fixed = {"lr": 1e-3, "weight_decay": 0.1, "relative_step": False}
+    optimizers = [
+        (ours, make_optimizer(ours, training)),
+        (theirs, Adafactor(theirs, scale_parameter=False, **fixed)),
+        (other, Adafactor(other, scale_parameter=True, **fixed)),
+    ]
+    for step, of_step in enumerate(gradients):
+        for parameters, optimizer in optimizers:
+            for parameter, gradient in zip(parameters, of_step, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        if step == 0:
+            g, weight = of_step[0].double(), start[0].double()
+            rows, columns = g.square().mean(1), g.square().mean(0)
+            update = g / (rows[:, None] * columns[None] / rows.mean()).sqrt()
+            update /= max(1.0, update.square().mean().sqrt().item())
+            expected = weight - 1e-3 * 0.1 * weight - 1e-3 * update
+            torch.testing.assert_close(ours[0].detach().double(), expected, rtol=0, atol=1e-6)
+    assert all(map(torch.equal, ours, theirs))
+    assert not any(map(torch.equal, ours, other))
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])

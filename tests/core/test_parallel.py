@@ -243,9 +243,10 @@ def test_a_model_trained_in_shards_loads_as_any_other(folder: Path, tmp_path: Pa
     )
 
 
-def test_fsdp_refuses_eight_bit_moments():
-    training = TrainConfig(parallelism="fsdp", optimizer="adamw_8bit")
-    message = r"training\.optimizer does not go with training\.parallelism \"fsdp\", got 'adamw_8bit'"
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adafactor"])
+def test_fsdp_refuses_state_that_cannot_be_split_by_rows(optimizer):
+    training = TrainConfig(parallelism="fsdp", optimizer=optimizer)
+    message = rf"training\.optimizer does not go with training\.parallelism \"fsdp\", got '{optimizer}'"
     with pytest.raises(ConfigError, match=message):
         parallel.choose("dde", training, tiny_unet(), torch.device("cpu"), 2)
 
@@ -281,7 +282,7 @@ def test_planner_and_trainer_choose_alike(method, family, lora, ema_decay, preci
     training = TrainConfig(lora=lora, ema_decay=ema_decay, precision=precision, reference=reference)
     model = meta_unet(family, lora)
     assert parallel.count_parameters(model, training) == parameters_of(FACTS[family], training)
-    planned = parallelism_on(ON, FACTS[family], ObjectiveConfig(method=method), training)
+    planned = parallelism_on(ON, FACTS[family], ObjectiveConfig(method=method, beta=10.0), training)
     assert parallel.choose(method, training, model, torch.device("cpu"), ON.gpus) == planned
 
 
@@ -309,14 +310,25 @@ def test_a_policy_counts_a_reference_only_where_its_method_has_one(monkeypatch, 
 
 
 def test_a_ledger_and_adapters_leave_no_copy_of_the_reference():
-    counts = Parameters(base=100, trained=100)
-    adapters = Parameters(base=100, trained=5)
+    counts = Parameters(base=100, trained=100, averages=30)
+    adapters = Parameters(base=100, trained=5, averages=3)
     assert "reference" in state_terms("dde", TrainConfig(), counts)
     assert "reference" not in state_terms("sft", TrainConfig(), counts)
     assert "reference" not in state_terms("dde", TrainConfig(reference="ledger"), counts)
     assert "reference" not in state_terms("dde", TrainConfig(lora=LoraConfig()), adapters)
 
 
+def test_adafactor_keeps_its_averages_and_adam_two_moments_of_each_parameter():
+    adapters = Parameters(base=100, trained=5, averages=3)
+    sizes = {
+        optimizer: state_terms("dde", TrainConfig(lora=LoraConfig(), optimizer=optimizer), adapters)[
+            "optimizer"
+        ].bytes
+        for optimizer in ("adamw", "adamw_8bit", "adafactor")
+    }
+    assert sizes == {"adamw": 5 * 8, "adamw_8bit": 5 * 2, "adafactor": 3 * 4}
+
+
 def test_one_worker_needs_no_parallelism_whatever_is_requested():
     training = TrainConfig(parallelism="fsdp", optimizer="adamw_8bit")
-    assert choose_parallelism("dde", training, Parameters(1, 1), 0, num_workers=1) == "none"
+    assert choose_parallelism("dde", training, Parameters(1, 1, 1), 0, num_workers=1) == "none"

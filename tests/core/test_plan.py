@@ -279,7 +279,14 @@ def test_gradients_are_whole_until_the_last_micro_batch_is_scattered():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "change", [{}, {"reference": "ledger"}, {"ema_decay": 0.9}, {"optimizer": "adamw_8bit"}]
+    "change",
+    [
+        {},
+        {"reference": "ledger"},
+        {"ema_decay": 0.9},
+        {"optimizer": "adamw_8bit"},
+        {"optimizer": "adafactor"},
+    ],
 )
 def test_auto_counts_the_state_that_the_plan_shows(family, change):
     training = dataclasses.replace(PAPER, **change)
@@ -339,6 +346,8 @@ def test_a_checkpoint_holds_weights_moments_and_average_of_what_is_trained():
     assert value(averaged, "size") == pytest.approx(4 * parameters)
     assert value(plain, "stall") == pytest.approx(3 * parameters / 3), "pageable memory, not PCIe"
     assert value(planned(dataclasses.replace(PAPER, lora=LoraConfig())).checkpoint, "size") < 0.5
+    adafactor = planned(dataclasses.replace(PAPER, optimizer="adafactor")).checkpoint
+    assert value(adafactor, "size") == pytest.approx(parameters + 4 * 0.2443305)
 
 
 def test_a_sharded_checkpoint_is_gathered_before_it_is_copied():

@@ -37,7 +37,7 @@ def encode_blocks(
     *resources: Any,
 ) -> Iterator[dict[str, Any]]:
     """Replaces the pipeline of this name in `services.ingest.pipelines`."""
-    encoder = Encoder(model, settings["resolution"], "cpu")
+    encoder = Encoder(model, settings, "cpu")
     try:
         for work in segments(plan, done, 2):
             for row in read_images(work, source, settings):

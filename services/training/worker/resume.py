@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch.optim import Optimizer
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from dde_core import checkpoint
 from dde_core.calibration import Calibration
 from dde_core.checkpoint import Progress
+from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
 from dde_core.models.policy import Policy
 from services.artifacts import checkpoints, ledgers
@@ -28,6 +29,12 @@ MAY_DIFFER = (
     "keep_checkpoints",
 )
 """Training settings that a resumed run may change."""
+DEFAULTS: dict[str, Any] = {
+    f"{section}.{field.name}": field.default
+    for section, config in (("objective", ObjectiveConfig), ("training", TrainConfig))
+    for field in fields(config)
+}
+"""Of every setting: what a run did before there was the setting."""
 START = Progress(step=0, pairs_seen=0, images_seen=0)
 
 
@@ -89,8 +96,10 @@ def _load_newest(run: str, identity: dict[str, Any], state: TrainState, journal:
 
 
 def _check_identity(record: CheckpointRecord, identity: dict[str, Any]) -> None:
-    """Raises ConfigError for the first field that differs. Fields that an older record lacks are ignored."""
+    """Raises ConfigError for the first field that differs. One that an older record lacks had its default."""
     for name, value in identity.items():
-        if name in record.identity and record.identity[name] != value:
-            reason = f"differs from the checkpoint of step {record.step}, which has {record.identity[name]!r}"
+        earlier = record.identity.get(name, DEFAULTS.get(name))
+        if earlier != value:
+            older = "" if name in record.identity else ", because it is older than the setting"
+            reason = f"differs from the checkpoint of step {record.step}, which has {earlier!r}{older}"
             raise ConfigError(name, value, reason)

@@ -15,7 +15,7 @@ from dde_core.planning.plan import PICK_A_PIC_PAIRS, Run, plan
 from services.client import recipes
 from services.client.bodies import PLACEHOLDERS, job_body
 from services.client.cli import app
-from services.client.plan import rounded
+from services.client.plan import rounded, rounds_of
 
 CLUSTER = {"gpus": 256, "gpu": "h100"}
 ON = ("--gpus", 256, "--gpu", "h100")
@@ -31,23 +31,39 @@ def dde(*arguments: object, columns: int = 200) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)), env=environment)
 
 
-@pytest.mark.parametrize("name", recipes.names())
-def test_every_recipe_is_planned_term_by_term(name):
-    result = dde("plan", "--recipe", name, *ON)
+PLANNED = [
+    (name, CLUSTER if "tailorpo" not in name else {"gpus": 16, "gpu": "h100"}) for name in recipes.names()
+]
+
+
+@pytest.mark.parametrize(("name", "cluster"), PLANNED)
+def test_every_recipe_is_planned_term_by_term(name, cluster):
+    result = dde("plan", "--recipe", name, "--gpus", cluster["gpus"], "--gpu", "h100")
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     recipe, body = (
         recipes.load(name),
-        job_body(None, {}, recipes.merged(PLACEHOLDERS, recipes.load(name).job)),
+        job_body(None, {}, recipes.merged(PLACEHOLDERS, recipes.load(name).job), is_dry=True),
     )
     run = Run(
         family=recipe.family,
         objective=body.objective,
         training=body.training,
-        cluster=Cluster(**CLUSTER),
+        cluster=Cluster(**cluster),
         mfu=mfu.published(recipe.family),
+        rounds=rounds_of(body),
     )
     planned = plan(run)
-    for term in (*planned.step, *planned.data, *planned.checkpoint, *planned.hours):
+    assert bool(planned.prompt) == METHODS[recipe.method].on_policy
+    held = [term for terms in planned.actors.values() for term in terms]
+    for term in (
+        *planned.prompt,
+        *planned.round,
+        *held,
+        *planned.step,
+        *planned.data,
+        *planned.checkpoint,
+        *planned.hours,
+    ):
         assert term.name in result.stdout
         assert term.formula in result.stdout
         assert f"{rounded(term.value)} {term.unit}".strip() in result.stdout
@@ -56,7 +72,20 @@ def test_every_recipe_is_planned_term_by_term(name):
         assert f"{sum(term.value for term in memory):,.2f}" in result.stdout
     for check in mfu.checks(run.mfu):
         assert check.name in result.stdout
-    assert ("reference ledger" in result.stdout) == METHODS[recipe.method].has_reference
+    method = METHODS[recipe.method]
+    assert ("reference ledger" in result.stdout) == (method.has_reference and not method.on_policy)
+
+
+def test_rollouts_are_planned_with_their_actors(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("rollouts: {actors: 6, reward_actors: 2}\n")
+    shown = dde("plan", file, "--recipe", "sd15_tailorpo", "--gpu", "h100").stdout
+    assert (
+        "on 4 x H100 80 GB in 1 nodes and 8 for 6 rollout actors + 2 reward actors" in shown.splitlines()[0]
+    )
+    assert "memory of one reward actor" in shown
+    assert "4 training workers + 6 rollout actors + 2 reward actors" in shown
+    assert "here, ledger" not in shown, "no public recipe is like it"
 
 
 def test_the_headline_states_the_known_error_of_the_estimate():

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from dde_core.config import LoraConfig
 from dde_core.methods import METHODS, MethodName
 from dde_core.planning.estimate import FACTS, Estimate, estimate
 from services.api.requests import AlignmentJobCreate
@@ -22,10 +23,13 @@ from services.evaluation.published import BEAT_RATIOS
 from tests.services.client.conftest import KEY
 
 ROOT = Path(__file__).parents[3]
-NAMES = [
+ON_POLICY = ["sd15_tailorpo", "sd15_tailorpo_g"]
+PAPER = [
     *(f"sd15_{method}" for method in ("dde", "dde_single", "dde_step", "discounted", "sft", "uniform")),
     *(f"sdxl_{method}" for method in ("dde", "discounted", "uniform")),
 ]
+"""Those of DDE's paper."""
+NAMES = sorted(PAPER + ON_POLICY)
 REST = {"model": "base", "dataset": "ds_1", "prompts": "s3://b/prompts.txt"}
 OPTIONS = [part for name, value in REST.items() for part in (f"--{name}", value)]
 CREATE = ("jobs", "create")
@@ -44,11 +48,12 @@ def dde(*arguments: object, **env: str) -> Result:
 
 
 def body_of(name: str) -> AlignmentJobCreate:
-    return job_body(None, REST, recipes.load(name).job)
+    return job_body(None, REST, recipes.load(name).job, is_dry=True)
 
 
 def needed_for(name: str) -> Estimate:
     body = body_of(name)
+    assert isinstance(body.workers, int)
     return estimate(recipes.load(name).family, body.objective, body.training, body.workers)
 
 
@@ -63,7 +68,7 @@ def test_these_are_shipped():
     assert {recipe.method for recipe in recipes.all_recipes()} == set(get_args(MethodName))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAPER)
 def test_a_recipe_is_a_job_with_the_numbers_of_the_paper(name):
     recipe, body = recipes.load(name), body_of(name)
     objective, training = body.objective, body.training
@@ -81,7 +86,7 @@ def test_a_recipe_is_a_job_with_the_numbers_of_the_paper(name):
     assert objective.ignored() == {}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAPER)
 def test_a_recipe_marks_its_own_choices_and_leaves_out_what_the_user_chooses(name):
     text, recipe = (ROOT / "services" / "client" / "recipes" / f"{name}.yaml").read_text(), recipes.load(name)
     fields = [line.strip() for line in text.split("training:")[1].splitlines() if ":" in line]
@@ -93,14 +98,65 @@ def test_a_recipe_marks_its_own_choices_and_leaves_out_what_the_user_chooses(nam
     assert "prompts_uri" not in recipe.job["evaluation"]
 
 
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_a_recipe_of_tailorpo_has_the_numbers_of_spo_and_marks_its_own(name):
+    recipe, body = recipes.load(name), body_of(name)
+    objective, training, rollouts = body.objective, body.training, body.rollouts
+    assert name == f"{recipe.family}_{objective.method}"
+    assert (objective.transitions, objective.eta, objective.guidance_scale) == (20, 1.0, 5.0)
+    assert (objective.beta, objective.continue_from, objective.label) == (10, "random", "hard")
+    assert (training.learning_rate, training.weight_decay, training.max_grad_norm) == (6e-5, 1e-4, 1.0)
+    assert training.lora == LoraConfig(rank=4)
+    assert rollouts
+    assert rollouts.num_prompts == 4000
+    assert (training.held_out_pairs, training.caption_dropout, training.reference) == (0, 0, "auto")
+    assert training.checkpoint_every % rollouts.updates_per_round == 0
+    ranked = len(objective.ranked_starts(1000))
+    assert ranked == 16
+    in_a_round = training.batch_size * rollouts.updates_per_round
+    assert in_a_round <= rollouts.prompts_per_round * ranked / 2, "one block is enough if half are kept"
+    assert objective.ignored() == {}
+    text = (ROOT / "services" / "client" / "recipes" / f"{name}.yaml").read_text()
+    fields = [line for line in text.split("objective:")[1].split("sample:")[0].splitlines() if ": " in line]
+    unmarked = [line for line in fields if "# SPO" not in line and "# ours" not in line]
+    assert [line.split(":")[0].strip() for line in unmarked] == [
+        "method",
+        "seed",
+        "num_prompts",
+        "images_per_prompt",
+        "seed",
+        "scorers",
+    ]
+    assert not {"prompts_uri", "scorers"} & set(recipe.job["rollouts"]), "the user's own"
+    assert not {"model", "dataset", "name"} & set(recipe.job)
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_a_dry_run_of_rollouts_shows_what_is_the_users_to_choose(name, tmp_path):
+    body = printed_body(dde(*CREATE, "--recipe", name, "--dry-run"))
+    assert "dataset" not in body
+    assert body["rollouts"]["prompts_uri"].endswith("PROMPTS")
+    assert body["rollouts"]["scorers"] == {"SCORER": 1.0}
+    file = tmp_path / "job.yaml"
+    file.write_text("rollouts: {scorers: {taste: 0.5}, prompts_uri: 's3://b/p.txt', num_prompts: 9}")
+    body = printed_body(dde(*CREATE, file, "--recipe", name, "--dry-run"))
+    assert body["rollouts"]["scorers"] == {"taste": 0.5}
+    assert (body["rollouts"]["num_prompts"], body["rollouts"]["prompts_per_round"]) == (9, 32)
+    refused = dde(*CREATE, "--recipe", name, *OPTIONS)
+    assert refused.exit_code == 1
+    assert "rollouts.scorers: Field required" in refused.stderr
+
+
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_recipes_of_a_family_differ_in_the_objective_alone(family):
-    jobs = [dict(recipe.job, objective=None) for recipe in recipes.all_recipes() if recipe.family == family]
+    jobs = [
+        dict(recipe.job, objective=None) for recipe in map(recipes.load, PAPER) if recipe.family == family
+    ]
     assert all(job == jobs[0] for job in jobs)
 
 
 def test_noise_is_that_of_each_methods_own_source():
-    noise = {recipe.method: recipe.job["objective"].get("noise") for recipe in recipes.all_recipes()}
+    noise = {recipe.method: recipe.job["objective"].get("noise") for recipe in map(recipes.load, PAPER)}
     alike, each = "shared", "independent"
     expected = {
         "dde": each,
@@ -156,7 +212,7 @@ def test_a_recipe_is_posted_as_the_dry_run_shows_it(server):
     assert posted == shown
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAPER)
 def test_a_dry_run_prints_every_term(name):
     result = dde(*CREATE, "--recipe", name, *OPTIONS, "--dry-run")
     assert printed_body(result)["objective"]["method"] == recipes.load(name).method
@@ -238,11 +294,11 @@ def test_the_dry_run_in_the_planning_guide_works():
 
 
 def test_a_recipe_fits_the_memory_of_the_papers_gpus():
-    assert all(needed_for(name).memory_gb < 0.9 * 96 for name in NAMES)
+    assert all(needed_for(name).memory_gb < 0.9 * 96 for name in PAPER)
 
 
 def test_the_paper_s_beat_ratios_are_shares_of_the_prompts_that_a_recipe_asks_for():
-    asked = {body_of(name).evaluation.num_prompts for name in NAMES}
+    asked = {body_of(name).evaluation.num_prompts for name in PAPER}
     ratios = [ratio for row in BEAT_RATIOS.values() for ratio in row]
     counts = {n for n in range(2, 1000) if all(round(round(ratio * n) / n, 4) == ratio for ratio in ratios)}
     assert asked == {min(counts)}

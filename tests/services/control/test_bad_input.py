@@ -122,13 +122,14 @@ TABLE = [
     *(
         (
             {
-                "training": {"batch_size": 4, "parallelism": "fsdp", "optimizer": "adamw_8bit"},
+                "training": {"batch_size": 4, "parallelism": "fsdp", "optimizer": optimizer},
                 "workers": workers,
             },
             "training.optimizer",
             'training.optimizer: cannot be combined with training.parallelism "fsdp" on up to 4 workers, '
-            'got "adamw_8bit"',
+            f'got "{optimizer}"',
         )
+        for optimizer in ("adamw_8bit", "adafactor")
         for workers in (4, [1, 4])
     ),
     ({"name": "a b"}, "name", "name: String should match pattern"),

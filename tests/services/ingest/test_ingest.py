@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from dde_core.errors import DataError
 from dde_core.latents.reader import LatentReader
-from dde_core.latents.schema import dataset_digest, pair_digest
+from dde_core.latents.schema import SCHEMA_VERSION, dataset_digest, pair_digest
 from dde_core.models.folder import ModelFolder, encode_images
 from dde_core.shapes import MODEL_DIR
 from services.api.records import EncodeResult
@@ -133,6 +134,42 @@ def test_transparent_images_are_encoded_on_the_background_and_counted(encode: En
         np.testing.assert_allclose(found, expected, atol=0.01)
         digests.add(result.digest)
     assert len(digests) == 2
+
+
+def test_sampled_latents_are_another_dataset_and_the_same_at_every_encoding(
+    encode: EncodeHere, tmp_path: Path
+):
+    rows = pair_rows(8)
+    rows[7]["image_0_uid"], rows[7]["jpg_0"] = "a copy", rows[1]["jpg_0"]
+    path = write_pairs(tmp_path / "pairs.parquet", rows, row_group_size=3)
+    means, samples = encode(path), encode(path, posterior="sampled")
+    assert means.dataset != samples.dataset
+    assert means.digest != samples.digest
+    manifests = [LatentReader(*files.resolve(result.dataset)).manifest for result in (means, samples)]
+    assert [manifest.settings["posterior"] for manifest in manifests] == ["mean", "sampled"]
+    assert len({manifest.latents for manifest in manifests}) == 2
+    found = rows_of(samples)
+    assert all(found[name]["latents_w"] != row["latents_w"] for name, row in rows_of(means).items())
+    by_uid = {row[f"uid_{side}"]: row[f"latents_{side}"] for row in found.values() for side in "wl"}
+    np.testing.assert_allclose(by_uid["a copy"], by_uid[rows[1]["image_0_uid"]], atol=0.01)
+    encode.folder = tmp_path / "elsewhere"
+    again = encode(path, posterior="sampled")
+    assert again.reused is False
+    assert rows_of(again) == found
+
+
+def test_datasets_that_were_encoded_before_the_posterior_was_a_setting_keep_their_keys(
+    encode: EncodeHere, tmp_path: Path
+):
+    result = encode(write_pairs(tmp_path / "pairs.parquet", pair_rows(6)))
+    manifest = LatentReader(*files.resolve(result.dataset)).manifest
+    before = {name: value for name, value in manifest.settings.items() if name != "posterior"}
+    assert before.keys() == {"resolution", "crop", "flip", "background"}
+    source_digest = encode.spec(tmp_path / "pairs.parquet").source_digest
+    identity = [SCHEMA_VERSION, source_digest, manifest.encoder_digest, before, plan.images_per_block(32)]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    assert result.dataset.endswith(f"/{key}")
+    assert replace(manifest, settings=before).latents == manifest.latents
 
 
 def test_the_background_changes_the_digest_only_where_it_is_seen(encode: EncodeHere, tmp_path: Path):

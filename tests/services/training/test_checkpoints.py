@@ -14,6 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 
 from dde_core import checkpoint
 from dde_core.checkpoint import Snapshot
-from dde_core.config import ObjectiveConfig
+from dde_core.config import LoraConfig, ObjectiveConfig
 from dde_core.errors import ConfigError, DataError, NonFiniteError
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy
@@ -148,6 +149,19 @@ def test_a_run_resumes_from_its_checkpoint_to_the_same_bits(model, encoded, tmp_
     assert same(state(tmp_path, 8), undisturbed)
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
+def test_a_run_with_adafactor_resumes_to_the_same_bits(model, encoded, tmp_path, lora):
+    training = TRAINING | {"optimizer": "adafactor", "lora": lora}
+    train_here(tmp_path / "whole", model, encoded, OBJECTIVE, steps=4, **training)
+    for steps in (2, 4):
+        train_here(tmp_path / "parts", model, encoded, OBJECTIVE, steps=steps, **training)
+    assert "training on 1 workers from step 2" in events(tmp_path / "parts")
+    found = state(tmp_path / "parts", 4)
+    assert same(found, state(tmp_path / "whole", 4))
+    assert any(name.endswith("/exp_avg_sq_row") for name in found)
+    assert not any(name.endswith("/exp_avg") for name in found), "no first moment"
+
+
 def test_a_checkpoint_whose_files_have_changed_is_put_aside(model, encoded, tmp_path, undisturbed):
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
     weights = tmp_path / "run/checkpoints/step-00000004/optimizer.safetensors"
@@ -233,6 +247,31 @@ def test_a_setting_that_a_checkpoint_does_not_know_yet_is_no_other_run(model, en
     older = json.loads(record.read_text())
     del older["identity"]["training.draw_seed"]
     record.write_text(json.dumps(older))
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
+    assert "training on 1 workers from step 4" in events(tmp_path)
+    assert same(state(tmp_path, 8), undisturbed)
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_yet_had_its_default(model, encoded, tmp_path, undisturbed):
+    train_here(tmp_path, model, encoded, OBJECTIVE, steps=4, **TRAINING)
+    record = tmp_path / "run/checkpoints/step-00000004/checkpoint.json"
+    older = json.loads(record.read_text())
+    later = ("objective.error", "objective.time_ids", "objective.dropped_caption", "objective.eta")
+    for name in (*later, "training.optimizer", "ledger"):
+        del older["identity"][name]
+    record.write_text(json.dumps(older))
+    changes = [
+        ("objective.time_ids", {"time_ids": "fixed"}, {}, "per_side"),
+        ("objective.dropped_caption", {"dropped_caption": "empty"}, {}, "model"),
+        ("objective.eta", {"eta": 0.5}, {}, 1.0),
+        ("training.optimizer", {}, {"optimizer": "adafactor"}, "adamw"),
+    ]
+    for field, objective, training, default in changes:
+        changed = replace(OBJECTIVE, **objective)
+        with pytest.raises(ConfigError) as refused:
+            train_here(tmp_path, model, encoded, changed, steps=8, **TRAINING | training)
+        assert refused.value.field == field
+        assert f"which has {default!r}, because it is older than the setting" in str(refused.value)
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=8, **TRAINING)
     assert "training on 1 workers from step 4" in events(tmp_path)
     assert same(state(tmp_path, 8), undisturbed)

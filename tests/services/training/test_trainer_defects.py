@@ -225,7 +225,13 @@ def test_ingest_encodes_both_sides_unflipped_and_records_it_in_its_manifest(mode
     path = write_pairs(tmp_path / "pairs.parquet", rows)
     result = EncodeHere(monkeypatch, model, tmp_path / "encoded")(path)
     reader = LatentReader(*files.resolve(result.dataset))
-    settings = {"resolution": SIZE_PX, "crop": "centre", "flip": "none", "background": "white"}
+    settings = {
+        "resolution": SIZE_PX,
+        "crop": "centre",
+        "flip": "none",
+        "background": "white",
+        "posterior": "mean",
+    }
     assert reader.manifest.settings == settings
     batch, vae = reader.batch(seed=0, step=0, batch_size=3), model.vae()
     shades = (
