@@ -33,12 +33,6 @@ from dde_core.transitions import (
     ranked_transitions,
 )
 
-FAR = 500
-"""By default candidates that start above this t are rewarded by FAR_PASSES of DDIM, because one pass says
-little about the image there. Measured on the shapes world, as the correlation of two candidates' gap with
-that of their final rewards at t = 752: 1 pass .28, 2 .59, 4 .79, 8 .80; at t = 552: .32, .32, .59, .63."""
-FAR_PASSES = 4
-
 Noises = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """A model's guided noise of samples [b c h w] at timesteps [b]; the third are the rows' slots, by place."""
 
@@ -96,8 +90,8 @@ class Roller:
         self.objective = objective
         self.device = torch.device(device)
         self.schedule = folder.schedule()
-        self.transitions = all_transitions(objective, self.schedule)
         ranked = ranked_transitions(objective, self.schedule)
+        self.transitions = all_transitions(objective, self.schedule)
         self.ranked = [int((self.transitions.t == t).nonzero()) for t in ranked.t]
         self.size_px = folder.image_size()
         side = [length // folder.vae_factor for length in self.size_px]
@@ -195,10 +189,9 @@ class Trajectories:
         rows = torch.full((len(x),), number)
         drawn = self._steps.candidates(rows, self._steps.mean(rows, x, noise), z).flatten(0, 1)
         t_next = int(self._steps.t_next[number])
+        passes = self._objective.lookahead_passes(int(self._steps.t[number]))
         noises = self.noises(drawn, torch.full((len(drawn),), t_next), spread)
-        clean = look_ahead(
-            self._roller.schedule, self.noises, drawn, noises, t_next, self._passes(number), spread
-        )
+        clean = look_ahead(self._roller.schedule, self.noises, drawn, noises, t_next, passes, spread)
         rewards = np.asarray(self._reward(clean, captions)).reshape(len(x), count)
         finite = np.isfinite(rewards).all(axis=1)
         order = rank(torch.from_numpy(np.where(finite[:, None], rewards, 0.0)))
@@ -223,11 +216,6 @@ class Trajectories:
             chosen = torch.tensor([draw_choice(*self._key, slot, number, count) for slot in self._slots])
         on = here * count + chosen
         return ranking, drawn[on], noises[on]
-
-    def _passes(self, number: int) -> int:
-        if self._objective.lookahead:
-            return self._objective.lookahead
-        return FAR_PASSES if self._steps.t[number] > FAR else 1
 
     def _anchor(self, number: int, x: Tensor, noise: Tensor) -> Tensor:
         """The noise at x_t of what the policy is compared with."""

@@ -110,25 +110,17 @@ class Transitions:
 def all_transitions(config: ObjectiveConfig, schedule: Schedule) -> Transitions:
     """The transitions of a rollout: DDIM's with "leading" spacing and an offset of 1, as Stable Diffusion's.
 
-    The last step of that sampler, to the clean sample, has no noise and is none of them. Raises ConfigError
-    for more steps than half the schedule's timesteps.
+    The last step of that sampler, to the clean sample, has no noise and is none of them.
     """
     stride = schedule.T // config.transitions
-    if stride < 2:
-        reason = f"must be at most half of the schedule's {schedule.T} timesteps"
-        raise ConfigError("transitions", config.transitions, reason)
     timesteps = [2 + stride * step for step in reversed(range(config.transitions))]
     return Transitions.of(schedule, timesteps, config.eta)
 
 
 def ranked_transitions(config: ObjectiveConfig, schedule: Schedule) -> Transitions:
-    """The transitions that are ranked and trained. Raises ConfigError if none starts in t_min..t_max."""
-    every = all_transitions(config, schedule)
-    ranked = every.of_range(config.t_min, config.t_max or schedule.T)
-    if not len(ranked):
-        reason = f"and t_max = {config.t_max} hold none of the transitions, which start at {every.t.tolist()}"
-        raise ConfigError("t_min", config.t_min, reason)
-    return ranked
+    """The transitions that are ranked and trained. Raises ConfigError as ``ranked_starts`` does."""
+    starts = config.ranked_starts(schedule.T)
+    return all_transitions(config, schedule).of_range(starts[-1], starts[0])
 
 
 @dataclass(frozen=True, eq=False)

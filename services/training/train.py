@@ -243,7 +243,7 @@ def _model_record(spec: TrainSpec, manifest: Manifest | None, base: ModelFolder,
         "objective": settings["objective"] | {"noise": spec.objective.noise_mode},
         "conventions": {
             **conventions(spec.objective, base.schedule()),
-            "latents": manifest.latents,
+            **({"latents": manifest.latents} if manifest else {}),
             "no_caption": "zeros" if drops_to_zeros(spec.objective, base) else "the empty caption",
         },
         "training": settings["training"],
