@@ -170,6 +170,23 @@ class ObjectiveConfig:
             return method.noise
         return self.noise or method.noise
 
+    def ranked_starts(self, timesteps: int) -> list[int]:
+        """Where the transitions start that an on-policy method ranks and trains, in falling order.
+
+        A base has so many ``timesteps``. Raises ConfigError if there are more ``transitions`` than half of
+        them, or if none starts in t_min..t_max. (`dde_core/transitions.py` has their tables.)
+        """
+        stride = timesteps // self.transitions
+        if stride < 2:
+            reason = f"must be at most half of the schedule's {timesteps} timesteps"
+            raise ConfigError("transitions", self.transitions, reason)
+        starts = [2 + stride * step for step in range(self.transitions - 1, 0, -1)]
+        ranked = [t for t in starts if self.t_min <= t <= (self.t_max or timesteps)]
+        if not ranked:
+            reason = f"and t_max = {self.t_max} hold none of the transitions, which start at {starts}"
+            raise ConfigError("t_min", self.t_min, reason)
+        return ranked
+
     def ignored(self) -> dict[str, Any]:
         """Settings that differ from their defaults although the method ignores them, with their values."""
         method = METHODS[self.method]

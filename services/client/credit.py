@@ -47,7 +47,8 @@ STYLES = {
     "discounted": ("C4", "-"),
     "sft": ("C7", "--"),
 }
-"""Color and line of a method, the same in every image. `sft` is dashed because `uniform` is flat as well."""
+"""Color and line of every method with a weight at each t, the same in every image. `sft` is dashed because
+`uniform` is flat as well."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ def compute(
     ``options`` are fields of the objective; those that are not None override the job's. Raises ConfigError,
     naming field and value.
     """
+    for name in methods:
+        if name in METHODS.keys() - STYLES:
+            raise ConfigError("method", name, "draws its own pairs: their weights are no curve over all t")
     overrides = {name: value for name, value in options.items() if value is not None}
     objective = dataclasses.replace(job.objective if job else ObjectiveConfig(), **overrides)
     if batch_size is None:
@@ -93,7 +97,7 @@ def compute(
     schedule = Schedule.from_config(job.scheduler if job else scheduler)
     configs = [
         dataclasses.replace(objective, method=name)  # type: ignore[arg-type]  # refuses other names
-        for name in methods or METHODS
+        for name in methods or STYLES
     ]
     return Credit(
         objective=objective,
@@ -225,7 +229,9 @@ def _draw_terms(axes: Axes, credit: Credit) -> None:
     """DDE's Fig. 5(a): C(t) saturates the loss near t = 0, 1/SNR(t) saturates it near T."""
     corrected = [curve for method, curve in credit.methods.items() if METHODS[method].corrected]
     weight_axes = axes.twinx()
-    lines = weight_axes.plot(credit.t, single_shot(credit.schedule)[1:], color="C1", label="1/SNR(t)")
+    lines = weight_axes.plot(
+        credit.t, single_shot(credit.objective, credit.schedule)[1:], color="C1", label="1/SNR(t)"
+    )
     weight_axes.set(yscale="log", ylabel="1/SNR(t)")
     if corrected:
         lines += axes.plot(credit.t, corrected[0].correction, color="C0", label="C(t)")
