@@ -59,9 +59,11 @@ class StageProgress:
         return UNITS[self.stage]
 
     def add(self, row: MetricView) -> None:
-        """Add a row of metrics; ignore one that is not new."""
-        if self.cursor is not None and row.step <= self.cursor:
+        """Add a row of metrics, or the last one again with what was reported since; ignore earlier ones."""
+        if self.cursor is not None and row.step < self.cursor:
             return
+        if row.step == self.cursor:
+            self._recent.pop()
         counter = COUNTERS[self.stage]
         self.cursor = row.step
         self.done = int(row.metrics.get(counter, row.step))
@@ -125,8 +127,16 @@ class JobProgress:
             progress.add(row)
 
     def cursor(self, stage: str) -> int | None:
-        """The last step that was read of a stage; the next request starts after it."""
+        """The last step that was read of a stage."""
         return self.stages[stage].cursor if stage in self.stages else None
+
+    def after(self, stage: str) -> int | None:
+        """After which step the next request starts: the last row is read again, for it may have grown.
+
+        Rollouts, validation and checkpoints of a step are reported later than the step.
+        """
+        cursor = self.cursor(stage)
+        return None if cursor is None else cursor - 1
 
 
 def describe(stage: StageProgress) -> str:

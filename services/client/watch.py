@@ -40,7 +40,7 @@ def watch(
                 screen.event(event)
                 last_event = event.id
             for stage in progress.unread(job):
-                progress.update(job, stage, client.metrics(job_id, stage, progress.cursor(stage)))
+                progress.update(job, stage, client.metrics(job_id, stage, progress.after(stage)))
             screen.show(job, progress)
             if job.finished:
                 return job
