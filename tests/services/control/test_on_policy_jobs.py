@@ -13,7 +13,6 @@ from dde_core.errors import ConfigError
 from dde_core.schedule import Schedule
 from dde_core.scorers.kinds import KINDS
 from dde_core.transitions import ranked_transitions
-from services.artifacts import models
 from services.artifacts.prompts import digest_of, read_prompts
 from services.control.stages import run
 from services.control.tables import Job, Scorer
@@ -37,6 +36,19 @@ def steady(tmp_path_factory):
     """A plane for requests that are refused: they leave nothing behind."""
     folder = tmp_path_factory.mktemp("steady")
     yield from make_plane(folder, f"sqlite:///{folder}/dde.db")
+
+
+@pytest.fixture(autouse=True)
+def base_of_shapes(request):
+    """The base draws images of the size that the built-in scorers read, on whichever plane the test has."""
+    for name in ("plane", "any_plane", "steady"):
+        if name in request.fixturenames:
+            draw(request.getfixturevalue(name).root / "base", 32)
+
+
+def draw(base: Path, size_px: int) -> None:
+    """Let a base draw images of another size, which its VAE divides by 2."""
+    change(base, "unet/config.json", sample_size=size_px // 2)
 
 
 def merged(body: dict, changes: dict) -> dict:
@@ -325,15 +337,14 @@ def test_only_scorers_that_the_project_has_and_that_score_each_image_can_be_the_
         assert error["code"] == "scorer_not_of_images"
 
 
-def test_a_built_in_scorer_is_the_reward_only_of_prompts_and_sizes_that_it_can_score(plane, monkeypatch):
+def test_a_built_in_scorer_is_the_reward_only_of_prompts_and_sizes_that_it_can_score(plane):
     (plane.root / "cats.txt").write_text("a red cross\na photo of a cat\na green square\n")
     changes = {"rollouts": {"prompts_uri": str(plane.root / "cats.txt"), "allow_evaluation_prompts": True}}
     refused(plane, "rollouts.scorers", "taste cannot score: ", **changes)
     insert(plane, "likes", "clip")
     plane.post(JOBS, body(plane, **merged(changes, {"rollouts": {"scorers": {"likes": 1.0, "taste": None}}})))
-    monkeypatch.setattr(models, "drawn_size", lambda record, sample: (512, 512))
-    words = "taste cannot score: height must be 32"
-    refused(plane, "rollouts.scorers", words)
+    draw(plane.root / "base", 64)
+    refused(plane, "rollouts.scorers", "taste cannot score: height must be 32 (or 0) for the scorers")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].level == "image"])
@@ -422,8 +433,9 @@ def test_ranked_starts_are_those_of_the_transitions_tables(timesteps, transition
 def test_a_base_with_zero_terminal_snr_is_refused_only_where_a_transition_starts_at_its_end(plane):
     folder = Path(plane.root / "zero")
     write_base(folder)
+    draw(folder, 32)
     zero = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
-    change(folder / "scheduler" / "scheduler_config.json", **zero)
+    change(folder, "scheduler/scheduler_config.json", **zero)
     plane.post("/v1/models", {"name": "zero", "uri": str(folder)})
     words = "must be less than half of the 1000 timesteps"
     refused(plane, "objective.transitions", words, model="zero", objective={"transitions": 500})
