@@ -16,7 +16,6 @@ from dde_core.transitions import ranked_transitions
 from services.artifacts.prompts import digest_of, read_prompts
 from services.control.stages import run
 from services.control.tables import Job, Scorer
-from services.settings import Settings
 from services.storage import files
 from tests.services.control import fakes
 from tests.services.control.conftest import Plane, make_plane, write_base, write_pairs
@@ -123,7 +122,7 @@ def test_a_job_on_rollouts_trains_at_once_and_is_evaluated(any_plane):
 def test_a_scorer_of_the_reward_may_be_named_by_its_id_and_is_kept_while_the_job_needs_it(plane):
     record = insert(plane, "likes", "clip")
     plane.launcher.plays["train"] = fakes.runs
-    job = plane.post(JOBS, body(plane, rollouts={"scorers": {record.id: 2.0}}))
+    job = plane.post(JOBS, body(plane, rollouts={"scorers": {record.id: 2.0, "taste": None}}))
     assert job["rollouts"]["scorers"] == {"likes": 2.0}
     plane.settle()
     refusal = plane.http.delete("/v1/scorers/likes")
@@ -158,12 +157,12 @@ def test_a_job_whose_prompts_are_gone_before_it_starts_fails_by_name(plane):
     [({}, 2, 2), ({"actors": 3, "reward_actors": 2}, 6, 6), ({"workers": [1, 4], "actors": 2}, 3, 6)],
 )
 def test_a_cluster_of_its_own_has_room_for_workers_and_for_the_actors_of_rollouts(
-    steady, tmp_path, fields, least, most
+    steady, fields, least, most
 ):
-    workers = fields.pop("workers", 1)
-    made = body(steady, rollouts=fields, workers=workers)
+    rollouts = {name: value for name, value in fields.items() if name != "workers"}
+    made = body(steady, rollouts=rollouts, workers=fields.get("workers", 1))
     job = Job(id="ajob_1", kind="alignment", stage="train", attempt=1, project="default", request=made)
-    settings = Settings(storage_uri=files.as_uri(tmp_path), use_gpu=True)
+    settings = steady.settings.model_copy(update={"use_gpu": True})
     needs = run(job, settings.storage_uri, settings).needs
     assert (needs.least, needs.most, needs.gpus) == (least, most, 1)
     job.stage = "evaluate"
