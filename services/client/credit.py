@@ -47,8 +47,7 @@ STYLES = {
     "discounted": ("C4", "-"),
     "sft": ("C7", "--"),
 }
-"""Color and line of every method with a weight at each t, the same in every image. `sft` is dashed because
-`uniform` is flat as well."""
+"""Color and line of a method, the same in every image. `sft` is dashed because `uniform` is flat as well."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,6 @@ def compute(
     ``options`` are fields of the objective; those that are not None override the job's. Raises ConfigError,
     naming field and value.
     """
-    for name in methods:
-        if name in METHODS.keys() - STYLES:
-            raise ConfigError("method", name, "draws its own pairs: their weights are no curve over all t")
     overrides = {name: value for name, value in options.items() if value is not None}
     objective = dataclasses.replace(job.objective if job else ObjectiveConfig(), **overrides)
     if batch_size is None:
@@ -97,7 +93,7 @@ def compute(
     schedule = Schedule.from_config(job.scheduler if job else scheduler)
     configs = [
         dataclasses.replace(objective, method=name)  # type: ignore[arg-type]  # refuses other names
-        for name in methods or STYLES
+        for name in methods or _comparable(job)
     ]
     return Credit(
         objective=objective,
@@ -108,6 +104,12 @@ def compute(
         job=job,
         job_correction=_job_correction(job, schedule) if job else None,
     )
+
+
+def _comparable(job: CreditRecord | None) -> list[MethodName]:
+    """All methods but on-policy ones, whose beta is another; a job's own is among them."""
+    own = job.objective.method if job else None
+    return [name for name, method in METHODS.items() if name == own or not method.on_policy]
 
 
 def _job_correction(job: CreditRecord, schedule: Schedule) -> Tensor:
@@ -230,7 +232,7 @@ def _draw_terms(axes: Axes, credit: Credit) -> None:
     corrected = [curve for method, curve in credit.methods.items() if METHODS[method].corrected]
     weight_axes = axes.twinx()
     lines = weight_axes.plot(
-        credit.t, single_shot(credit.objective, credit.schedule)[1:], color="C1", label="1/SNR(t)"
+        credit.t, single_shot(ObjectiveConfig(), credit.schedule)[1:], color="C1", label="1/SNR(t)"
     )
     weight_axes.set(yscale="log", ylabel="1/SNR(t)")
     if corrected:

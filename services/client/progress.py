@@ -38,7 +38,7 @@ WINDOW_S = 20.0
 class StageProgress:
     """One stage: ``done`` of ``total`` units (0: unknown), the last ``numbers``, ``seconds`` once ended.
 
-    Training of an on-policy method is in ``round`` of ``rounds``, both from 1; 0 of 0 without rounds.
+    Training of an on-policy method is in ``round`` of ``rounds``, counted from 1; 0 of 0 without rounds.
     """
 
     stage: Stage
@@ -68,7 +68,7 @@ class StageProgress:
         self.cursor = row.step
         self.done = int(row.metrics.get(counter, row.step))
         self.total = int(row.metrics.get(f"{counter}_total", self.total))
-        self.round = int(row.metrics.get("round", self.round))
+        self.round = int(row.metrics.get("round", self.round - 1)) + 1  # the metric counts from 0
         self._of_round |= _shown(row, ROUND_NUMBERS)
         self.numbers = _shown(row, NUMBERS) | self._of_round
         self._reported_rate = row.metrics.get(f"{counter}_per_s")

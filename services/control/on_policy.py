@@ -143,7 +143,7 @@ def check_rollouts(
     ``used`` are the records of the evaluation's scorers, ``rewards`` those of the reward.
     """
     _check_gradients(request, rewards)
-    _check_guard(rollouts, request.validation, used, rewards)
+    _check_guard(rollouts, request.validation, used)
     _check_pairs(request, rollouts, base)
     prompts = making.prompts_to_draw(rollouts.prompts_uri, rollouts.num_prompts, "rollouts")
     texts = [prompt.text for prompt in prompts]
@@ -164,12 +164,9 @@ def _check_gradients(request: AlignmentJobCreate, rewards: Sequence[ScorerRecord
 
 
 def _check_guard(
-    rollouts: Rollouts,
-    validation: ValidationConfig | None,
-    used: Sequence[ScorerRecord],
-    rewards: Sequence[ScorerRecord],
+    rollouts: Rollouts, validation: ValidationConfig | None, used: Sequence[ScorerRecord]
 ) -> None:
-    """Refuse a guard on what validation does not measure, and one whose reward it does not."""
+    """Refuse a guard on what validation does not measure."""
     if not rollouts.guard:
         return
     param = "rollouts.guard"
@@ -180,13 +177,9 @@ def _check_guard(
         why = checks.why_validation_cannot(kinds[name])
         if why is not None:
             refuse(param, why, name)
-    names = list(rollouts.guard)
     if validation is None or not validation.num_prompts:
-        refuse(param, "needs validation with num_prompts of 1 or more, which measures the scorers", names)
-    unmeasured = [record.name for record in rewards if record not in used]
-    if unmeasured:
-        why = f"needs {', '.join(unmeasured)} of rollouts.scorers among evaluation.scorers"
-        refuse(param, f"{why}: it ends training only where validation has seen the reward rise", names)
+        why = "needs validation with num_prompts of 1 or more, which measures the scorers"
+        refuse(param, why, list(rollouts.guard))
 
 
 def _check_pairs(request: AlignmentJobCreate, rollouts: Rollouts, base: ModelRecord) -> None:

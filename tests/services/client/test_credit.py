@@ -195,10 +195,6 @@ def test_a_jobs_table_shows_logged_beside_predicted_and_its_image_has_two_rows(s
             ["--method", "dpo"],
             f"method must be one of {', '.join(map(repr, METHODS))}, got 'dpo'",
         ),
-        (
-            ["--method", "tailorpo"],
-            "method draws its own pairs: their weights are no curve over all t, got 'tailorpo'",
-        ),
         (["--t-min", 500, "--t-max", 300], "t_max must be 0 or at least t_min = 500, got 300"),
         (["--t-min", 0], "t_min must be at least 1, got 0"),
         (["--t-max", 1001], "t_max must be at most T = 1000, got 1001"),

@@ -92,7 +92,7 @@ def test_rows_that_are_not_new_change_nothing() -> None:
     assert progress.stages["train"].done == progress.cursor("train") == 10
 
 
-ROUND = {"round": 3.0, "rollout_images": 128.0, "rollout_reward": 0.75, "rollout_gap": 0.05}
+ROUND = {"round": 2.0, "rollout_images": 128.0, "rollout_reward": 0.75, "rollout_gap": 0.05}
 ROUND |= {"rollout_kept_share": 0.5, "rollout_bad": 2.0, "rollout_reward_t0952": 0.25}
 
 

@@ -270,16 +270,6 @@ REFUSED = {
         "needs validation with num_prompts of 1 or more",
         {"rollouts": {"guard": {"fidelity": 0.1}}},
     ),
-    "a guard whose reward is not measured": (
-        "rollouts.guard",
-        "needs taste of rollouts.scorers among evaluation.scorers",
-        {
-            "rollouts": {"guard": {"fidelity": 0.1}},
-            "evaluation": {"scorers": ["fidelity"]},
-            "training": {"checkpoint_every": 1},
-            "validation": {"every": 1, "num_prompts": 1},
-        },
-    ),
     "a negative guard": (
         "rollouts.guard.fidelity", "greater than", {"rollouts": {"guard": {"fidelity": -1}}},
     ),
