@@ -367,11 +367,10 @@ class AlignmentJobCreate(Strict):
     Required: ``model``, the name or id of a registered model; ``dataset``, the id of a registered dataset,
     or, for an on-policy method, ``rollouts`` in its place; and ``evaluation.prompts_uri``. ``name`` is the
     name under which the aligned model is served; by default it combines the base's name, the method and the
-    job's id. ``workers`` is a number of training workers, or
-    ``[least, most]`` to use as many as the cluster has room for. ``cluster`` is where its stages run: on the
-    Ray cluster that jobs share, or each on its ``own``, which ends with it. ``max_wait_s``: a job that has
-    waited longer for room, in all, fails; by default the control plane's setting. ``metadata`` is yours: up
-    to 16 strings that lists can filter by.
+    job's id. ``workers`` is a number of training workers, or ``[least, most]`` to use as many as the cluster
+    has room for. ``cluster`` is where its stages run: on the Ray cluster that jobs share, or each on its
+    ``own``, which ends with it. ``max_wait_s``: a job that has waited longer for room, in all, fails; by
+    default the control plane's setting. ``metadata`` is yours: up to 16 strings that lists can filter by.
     """
 
     model: str
