@@ -14,7 +14,6 @@ from typer.core import TyperGroup
 
 from dde_core.config import SamplerName
 from dde_core.errors import DdeError
-from dde_core.methods import METHODS
 from services.api.images import ImageRequest
 from services.api.records import CreditRecord
 from services.api.requests import (
@@ -206,9 +205,6 @@ def plan(
     family = family or (base.family if base else None)
     if not family:
         raise BadRequest("model family required: pass --recipe or --family (sd15 or sdxl)", param="family")
-    if METHODS[body.objective.method].on_policy:
-        message = f"objective.method: the rollouts of {body.objective.method} cannot be planned"
-        raise BadRequest(message, param="objective.method")
     cluster = Cluster(
         gpus=most_workers(body.workers) if gpus is None else gpus,
         gpu=gpu,

@@ -114,17 +114,13 @@ def create_job(
 def _dry_run(body: AlignmentJobCreate, family: str | None, gpu: str) -> None:
     """Print the job as it would be submitted, and if the family is known, an estimate of memory and time."""
     needed = None
-    is_on_policy = METHODS[body.objective.method].on_policy
-    if family and not is_on_policy:
+    if family:
         needed = estimate(family, body.objective, body.training, most_workers(body.workers), gpu)
-    if not is_on_policy and body.dataset is None:
+    if body.dataset is None and not METHODS[body.objective.method].on_policy:
         body = body.model_copy(update={"dataset": "DATASET"})
     typer.echo(body.model_dump_json(indent=2, exclude_none=True))
     if needed is None:
-        why = "model family required: pass --recipe or --family (sd15 or sdxl)"
-        if is_on_policy:
-            why = f"the rollouts of {body.objective.method} are not estimated"
-        typer.echo(f"no estimate: {why}")
+        typer.echo("no estimate: model family required: pass --recipe or --family (sd15 or sdxl)")
         return
     Console().print("", tables.memory(needed), "", tables.gpu_time(needed), sep="\n")
 

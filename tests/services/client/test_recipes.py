@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from dde_core.methods import METHODS
+from dde_core.methods import METHODS, MethodName
 from dde_core.planning.estimate import FACTS, Estimate, estimate
 from services.api.requests import AlignmentJobCreate
 from services.client import recipes
@@ -59,8 +60,7 @@ def printed_body(result: Result) -> dict:
 
 def test_these_are_shipped():
     assert recipes.names() == NAMES
-    with_pairs = {name for name, method in METHODS.items() if not method.on_policy}
-    assert {recipe.method for recipe in recipes.all_recipes()} == with_pairs
+    assert {recipe.method for recipe in recipes.all_recipes()} == set(get_args(MethodName))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -217,19 +217,18 @@ def test_a_dry_run_needs_no_model_no_dataset_and_no_prompts_and_a_job_does():
     assert refused.stderr == "error: model: Field required; evaluation.prompts_uri: Field required\n"
 
 
-def test_a_job_on_rollouts_needs_no_dataset_and_no_estimate_is_made_of_it(server, tmp_path):
+def test_a_job_on_rollouts_needs_no_dataset(server, tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a cat\n")
     command = (*CREATE, "--model", "base", "--method", "tailorpo", "--beta", "10", "--prompts", "held.txt")
     command += ("--rollout-prompts", str(prompts), "--num-rollout-prompts", "1")
     command += ("--reward", "pick", "--reward", "taste=0.5")
-    result = dde(*command, "--dry-run", "--family", "sd15")
+    result = dde(*command, "--dry-run")
     body = printed_body(result)
     assert "dataset" not in body
     assert body["objective"]["method"] == "tailorpo"
     expected = {"prompts_uri": prompts.as_uri(), "num_prompts": 1, "scorers": {"pick": 1.0, "taste": 0.5}}
     assert {name: body["rollouts"][name] for name in expected} == expected
-    assert "no estimate: the rollouts of tailorpo are not estimated" in result.stdout
     result = dde(*command, DDE_URL=server.url, DDE_API_KEY=KEY)
     assert result.exit_code == 0, result.output
     ((_, _, posted),) = server.sent("POST", "/v1/alignment/jobs")
@@ -246,15 +245,6 @@ def test_a_reward_without_a_name_or_with_a_weight_that_is_no_number_is_refused(r
     result = dde(*CREATE, "--reward", reward, "--dry-run")
     expected = f"error: --reward must be NAME or NAME=WEIGHT, as in taste=0.5, got {reward!r}\n"
     assert (result.exit_code, result.stderr) == (1, expected)
-
-
-def test_rollouts_are_not_planned(tmp_path):
-    file = tmp_path / "job.json"
-    file.write_text(json.dumps({"objective": {"method": "tailorpo", "beta": 10}}))
-    result = dde("plan", str(file), "--family", "sd15")
-    assert (result.exit_code, result.stderr) == (
-        1, "error: objective.method: the rollouts of tailorpo cannot be planned\n",
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("sd15_uniform", 0.9277), ("sdxl_uniform", 0.6555)])
