@@ -13,6 +13,7 @@ import numpy as np
 
 from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
+from dde_core.methods import METHODS
 from dde_core.models.json_files import Fields
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -79,7 +80,14 @@ def check_error(config: ObjectiveConfig, prediction_type: str) -> None:
 
 
 def check_terminal_weight(config: ObjectiveConfig, timesteps: int) -> None:
-    """Raises ConfigError for an objective whose weight is infinite at T: 1/SNR(T) with zero terminal SNR."""
+    """Raises ConfigError for an objective that is not defined at T of a base with zero terminal SNR: 1/SNR(T)
+    is infinite, and no transition starts there."""
+    if METHODS[config.method].on_policy and 2 * config.transitions == timesteps:
+        reason = (
+            f"must be less than half of the {timesteps} timesteps: the base's noise schedule has zero "
+            f"terminal SNR, and the first transition would start at T, where nothing of an image is left"
+        )
+        raise ConfigError("transitions", config.transitions, reason)
     draws_last = config.t_max in (0, timesteps)
     if config.method in SINGLE_SHOT and draws_last and not config.max_weight:
         reason = (

@@ -34,6 +34,25 @@ class Kind:
     scale: str
     is_built_in: bool = False
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether a score has a gradient by the pixels of its image: every score of one image has."""
+        return self.level == "image"
+
+    def why_no_gradient(self, resize: str) -> str | None:
+        """Why `tailorpo_g` cannot move an image along the gradient of a score; None if it can.
+
+        ``resize`` is the scorer's, which only `hps` has a choice of. An aliased shrinking reads a grid of
+        pixels, so its gradient says nothing about the others.
+        """
+        if not self.differentiable:
+            return f"is of kind {self.name}, whose number belongs to several images"
+        if self.name == "hps" and resize == "aliased":
+            return (
+                'has resize "aliased", which reads a grid of an image\'s pixels: register it as "antialiased"'
+            )
+        return None
+
 
 KINDS: dict[str, Kind] = {
     kind.name: kind

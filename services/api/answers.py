@@ -271,13 +271,15 @@ class RunView(Answer):
 class JobView(RunView):
     """An alignment job. All settings are as requested, with every default filled in.
 
-    ``model`` is the base model's id. ``aligned_model`` is the id of the trained model, null until training
+    ``model`` is the base model's id. ``dataset`` is null and ``rollouts`` an object where the method is
+    on-policy. ``aligned_model`` is the id of the trained model, null until training
     finishes. A job with ``pause_requested_at`` is pausing until its status is "paused".
     """
 
     object: Literal["alignment.job"]
     model: str
-    dataset: str
+    dataset: str | None
+    rollouts: dict[str, Any] | None = None
     name: str
     data: dict[str, Any]
     objective: dict[str, Any]

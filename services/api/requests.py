@@ -75,6 +75,8 @@ HELD_OUT_METRICS = ("held_out_accuracy", "held_out_margin")
 """What validation measures on held-out pairs and can choose a checkpoint by."""
 HELD_OUT = "held-out:"
 """How a URI of prompts begins that means held-out captions: ``held-out:`` or ``held-out:DATASET?pairs=N``."""
+CAPTIONS = "captions:"
+"""How a URI of a job's rollouts begins that means all captions of a dataset: ``captions:DATASET``."""
 MAX_IMAGES = 16
 MAX_PROMPTS = 100_000
 MAX_COMPARED = 16
@@ -324,8 +326,10 @@ class PromoteIf(Promote):
 class Rollouts(Strict):
     """Where an on-policy method gets its pairs: the policy draws them in rounds, and scorers rank them.
 
-    ``prompts_uri`` is a file of prompts, as of evaluations; the first ``num_prompts`` are used, in an order
-    that the run's seed determines. The reward is the sum of ``scorers``' scores, each in its own unit, times
+    ``prompts_uri`` is a file of prompts, as of evaluations, or ``captions:DATASET``, the captions of a
+    registered dataset; the first ``num_prompts`` are used, in an order that the run's seed determines. None
+    of them may be a prompt of the evaluation or of validation, unless you ``allow_evaluation_prompts``. The
+    reward is the sum of ``scorers``' scores, each in its own unit, times
     its weight. A round draws ``prompts_per_round`` trajectories with the weights that the policy has at that
     moment, and again as many, up to ``max_blocks`` times, until it has the pairs of ``updates_per_round``
     batches. ``actors`` draw, ``prompts_per_call`` trajectories in one call of the U-Net; ``reward_actors``
@@ -350,6 +354,7 @@ class Rollouts(Strict):
     actors: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 1
     reward_actors: Annotated[int, Field(ge=0, le=MAX_WORKERS)] = 0
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    allow_evaluation_prompts: bool = False
     guard: Annotated[
         dict[Name, NonNegative],
         Field(max_length=8, json_schema_extra={"additionalProperties": False}),

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from services.api.requests import HELD_OUT, AlignmentJobCreate, StudyCreate
+from services.api.requests import CAPTIONS, HELD_OUT, AlignmentJobCreate, StudyCreate
 from services.client.recipes import merged
 from services.errors import BadRequest
 
@@ -28,11 +28,14 @@ OPTION_PATHS = {
     "reference": ("training", "reference"),
     "prompts": ("evaluation", "prompts_uri"),
     "num_prompts": ("evaluation", "num_prompts"),
+    "rollout_prompts": ("rollouts", "prompts_uri"),
+    "num_rollout_prompts": ("rollouts", "num_prompts"),
+    "reward": ("rollouts", "scorers"),
 }
 """Where an option belongs in the body. An option that is not listed sets the top-level field of its name."""
 
-PLACEHOLDERS = {"model": "MODEL", "dataset": "DATASET", "evaluation": {"prompts_uri": "PROMPTS"}}
-"""Values for a dry run, which needs no model, dataset or prompts."""
+PLACEHOLDERS = {"model": "MODEL", "evaluation": {"prompts_uri": "PROMPTS"}}
+"""Values for a dry run, which needs no model and no prompts."""
 
 
 def job_body(
@@ -49,7 +52,7 @@ def job_body(
     for option, value in options.items():
         if value is not None:
             body = merged(body, _nested(OPTION_PATHS.get(option, (option,)), value))
-    for section in (body.get("evaluation"), body.get("validation")):
+    for section in (body.get("evaluation"), body.get("validation"), body.get("rollouts")):
         if isinstance(section, dict) and isinstance(section.get("prompts_uri"), str):
             section["prompts_uri"] = as_uri(section["prompts_uri"])
     if is_dry and isinstance(body.get("rollouts"), dict):
@@ -127,6 +130,23 @@ def columns_of(options: Sequence[str]) -> dict[str, str]:
     return columns
 
 
+def weights_of(options: Sequence[str]) -> dict[str, float]:
+    """``["pick=1", "taste=0.5"]`` as a mapping; a name alone has the weight 1.
+
+    Raises BadRequest for an option without a name, or whose weight is no number.
+    """
+    weights = {}
+    for option in options:
+        name, _, weight = option.partition("=")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            name = ""
+        if not name:
+            raise BadRequest(f"--reward must be NAME or NAME=WEIGHT, as in taste=0.5, got {option!r}")
+    return weights
+
+
 def workers_of(option: str) -> int | list[int]:
     """``"2"`` as 2, ``"1-4"`` as [1, 4]. Raises BadRequest for anything else."""
     numbers = option.split("-")
@@ -137,7 +157,7 @@ def workers_of(option: str) -> int | list[int]:
 
 def as_uri(path_or_uri: str) -> str:
     """A URI as it is, a path as file://."""
-    if "://" in path_or_uri or path_or_uri.startswith(HELD_OUT):
+    if "://" in path_or_uri or path_or_uri.startswith((HELD_OUT, CAPTIONS)):
         return path_or_uri
     return Path(path_or_uri).expanduser().resolve().as_uri()
 

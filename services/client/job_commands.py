@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dde_core.methods import METHODS
 from dde_core.planning.estimate import estimate
 from services.api.answers import JobView
 from services.api.requests import AlignmentJobCreate, most_workers
 from services.client import recipes, tables
 from services.client.api import Client
-from services.client.bodies import PLACEHOLDERS, job_body, workers_of
+from services.client.bodies import PLACEHOLDERS, job_body, weights_of, workers_of
 from services.client.connection import connect
 from services.client.watch import watch
 from services.errors import BadRequest, ServiceError
@@ -38,7 +39,7 @@ def create_job(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="Alignment method: dde, dde_single, dde_step, uniform, discounted or sft."),
+        typer.Option(help=f"Alignment method: {', '.join(list(METHODS)[:-1])} or {list(METHODS)[-1]}."),
     ] = None,
     beta: Annotated[float | None, typer.Option(help="Value of objective.beta.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
@@ -63,6 +64,19 @@ def create_job(
         str | None, typer.Option(help="Held-out prompts, one per line: a path or a URI.")
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Number of held-out prompts.")] = None,
+    rollout_prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts that an on-policy method draws its pairs for: a path or a URI, or captions:DATASET."
+        ),
+    ] = None,
+    num_rollout_prompts: Annotated[int | None, typer.Option(help="Number of such prompts.")] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SCORER[=WEIGHT]", help="A scorer of an on-policy method's reward. Repeatable; weight 1."
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="Recipe to start from; file and options override it. See `dde recipes`."),
@@ -82,6 +96,7 @@ def create_job(
     """Start a job; prints its id. Options override the file, and the file overrides the recipe."""
     options = {key: value for key, value in ctx.params.items() if key not in COMMAND_ONLY}
     options["workers"] = workers_of(workers) if workers else None
+    options["reward"] = weights_of(reward) if reward else None
     base = recipes.load(recipe) if recipe else None
     start = recipes.merged(PLACEHOLDERS if dry_run else {}, base.job if base else {})
     body = job_body(file, options, start, dry_run)
@@ -102,6 +117,8 @@ def _dry_run(body: AlignmentJobCreate, family: str | None, gpu: str) -> None:
     needed = None
     if family:
         needed = estimate(family, body.objective, body.training, most_workers(body.workers), gpu)
+    if body.dataset is None and not METHODS[body.objective.method].on_policy:
+        body = body.model_copy(update={"dataset": "DATASET"})
     typer.echo(body.model_dump_json(indent=2, exclude_none=True))
     if needed is None:
         typer.echo("no estimate: model family required: pass --recipe or --family (sd15 or sdxl)")

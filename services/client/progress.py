@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from services.api.answers import JobView, MetricView
@@ -20,38 +21,56 @@ NUMBERS = {
     "loser_error_diff": "loser error",
 }
 """The training metrics to show, and their labels."""
+ROUND_NUMBERS = {
+    "rollout_reward": "reward",
+    "rollout_gap": "gap",
+    "rollout_kept_share": "pairs kept",
+    "rollout_bad": "bad rewards",
+}
+"""The metrics of a round of rollouts to show, until the next round, and their labels."""
 SIGNED = ("winner error", "loser error")
+COUNTS = ("bad rewards",)
 WINDOW_S = 20.0
 """The rate of a running stage is averaged over this many seconds."""
 
 
 @dataclass
 class StageProgress:
-    """One stage: ``done`` of ``total`` units (0: unknown), the last ``numbers``, ``seconds`` once ended."""
+    """One stage: ``done`` of ``total`` units (0: unknown), the last ``numbers``, ``seconds`` once ended.
+
+    Training of an on-policy method is in ``round`` of ``rounds``, counted from 1; 0 of 0 without rounds.
+    """
 
     stage: Stage
     done: int = 0
     total: int = 0
     seconds: float | None = None
     numbers: dict[str, float] = field(default_factory=dict)
+    round: int = 0
+    rounds: int = 0
     cursor: int | None = None
     _reported_rate: float | None = None
     _first: tuple[float, int] | None = None
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
+    _of_round: dict[str, float] = field(default_factory=dict)
 
     @property
     def unit(self) -> str:
         return UNITS[self.stage]
 
     def add(self, row: MetricView) -> None:
-        """Add a row of metrics; ignore one that is not new."""
-        if self.cursor is not None and row.step <= self.cursor:
+        """Add a row of metrics, or the last one again with what was reported since; ignore earlier ones."""
+        if self.cursor is not None and row.step < self.cursor:
             return
+        if row.step == self.cursor:
+            self._recent.pop()
         counter = COUNTERS[self.stage]
         self.cursor = row.step
         self.done = int(row.metrics.get(counter, row.step))
         self.total = int(row.metrics.get(f"{counter}_total", self.total))
-        self.numbers = {label: row.metrics[name] for name, label in NUMBERS.items() if name in row.metrics}
+        self.round = int(row.metrics.get("round", self.round - 1)) + 1  # the metric counts from 0
+        self._of_round |= _shown(row, ROUND_NUMBERS)
+        self.numbers = _shown(row, NUMBERS) | self._of_round
         self._reported_rate = row.metrics.get(f"{counter}_per_s")
         self._first = self._first or (row.at, self.done)
         self._recent.append((row.at, self.done))
@@ -81,6 +100,10 @@ class StageProgress:
         return (self.total - self.done) / rate
 
 
+def _shown(row: MetricView, labels: Mapping[str, str]) -> dict[str, float]:
+    return {label: row.metrics[name] for name, label in labels.items() if name in row.metrics}
+
+
 class JobProgress:
     """The stages of one job that have started."""
 
@@ -98,19 +121,35 @@ class JobProgress:
         progress.seconds = job.stage_seconds.get(stage)
         if stage == "train":
             progress.total = int(job.training.get("steps", 0))
+            if job.rollouts is not None:
+                progress.rounds = math.ceil(progress.total / job.rollouts["updates_per_round"])
         for row in rows:
             progress.add(row)
 
     def cursor(self, stage: str) -> int | None:
-        """The last step that was read of a stage; the next request starts after it."""
+        """The last step that was read of a stage."""
         return self.stages[stage].cursor if stage in self.stages else None
+
+    def after(self, stage: str) -> int | None:
+        """After which step the next request starts: the last row is read again, for it may have grown.
+
+        Rollouts, validation and checkpoints of a step are reported later than the step.
+        """
+        cursor = self.cursor(stage)
+        return None if cursor is None else cursor - 1
 
 
 def describe(stage: StageProgress) -> str:
     """One plain line: ``train 57/120 steps (48%), 1.3/s, 48 s left, loss 0.6931, ...``."""
     count = f"{stage.done}/{stage.total}" if stage.total else f"{stage.done}"
     percent = f" ({100 * stage.done // stage.total}%)" if stage.total else ""
-    return ", ".join([f"{stage.stage:<8} {count} {stage.unit}{percent}", *pace(stage), *numbers(stage)])
+    parts = [f"{stage.stage:<8} {count} {stage.unit}{percent}", *pace(stage), *rounds(stage), *numbers(stage)]
+    return ", ".join(parts)
+
+
+def rounds(stage: StageProgress) -> list[str]:
+    """``round 3 of 30`` as text, once a round was reported."""
+    return [f"round {stage.round} of {stage.rounds}"] if stage.round else []
 
 
 def pace(stage: StageProgress) -> list[str]:
@@ -126,8 +165,6 @@ def pace(stage: StageProgress) -> list[str]:
 
 
 def numbers(stage: StageProgress) -> list[str]:
-    """The last step's numbers as text; differences carry a sign."""
-    return [
-        f"{label} {value:+.5f}" if label in SIGNED else f"{label} {value:.4f}"
-        for label, value in stage.numbers.items()
-    ]
+    """The last step's numbers as text; differences carry a sign, and counts are whole."""
+    forms = dict.fromkeys(SIGNED, "+.5f") | dict.fromkeys(COUNTS, ".0f")
+    return [f"{label} {value:{forms.get(label, '.4f')}}" for label, value in stage.numbers.items()]

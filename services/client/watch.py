@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from services.api.answers import EventView, JobView, WaitingView
 from services.client.api import Client
-from services.client.progress import JobProgress, describe, numbers, pace
+from services.client.progress import JobProgress, describe, numbers, pace, rounds
 
 
 class Screen(Protocol):
@@ -40,7 +40,7 @@ def watch(
                 screen.event(event)
                 last_event = event.id
             for stage in progress.unread(job):
-                progress.update(job, stage, client.metrics(job_id, stage, progress.cursor(stage)))
+                progress.update(job, stage, client.metrics(job_id, stage, progress.after(stage)))
             screen.show(job, progress)
             if job.finished:
                 return job
@@ -134,7 +134,7 @@ class Bars:
                 completed=total if has_ended else stage.done,
                 count=f"{stage.done}/{stage.total or '?'} {stage.unit}",
                 pace=", ".join(pace(stage)),
-                numbers="  ".join(numbers(stage)),
+                numbers="  ".join([*rounds(stage), *numbers(stage)]),
             )
 
 

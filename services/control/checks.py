@@ -47,7 +47,7 @@ def check_alignment(request: AlignmentJobCreate, used: list[ScorerRecord]) -> li
     prompts = check_evaluation(request.evaluation, used, "evaluation.")
     warnings = long_prompts(prompts, "evaluation.prompts_uri")
     if most_workers(request.workers) > request.training.batch_size:
-        _refuse("workers", "must be at most training.batch_size", request.workers)
+        refuse("workers", "must be at most training.batch_size", request.workers)
     _check_parallelism(request)
     if request.validation is not None:
         warnings += _check_validation(request, request.validation, used)
@@ -62,7 +62,7 @@ def _check_parallelism(request: AlignmentJobCreate) -> None:
     most = most_workers(request.workers)
     if training.parallelism == "fsdp" and training.optimizer in UNSHARDED_OPTIMIZERS and most > 1:
         why = f'cannot be combined with training.parallelism "fsdp" on up to {most} workers'
-        _refuse("training.optimizer", why, training.optimizer)
+        refuse("training.optimizer", why, training.optimizer)
 
 
 def _check_gate(gate: PromoteIf, evaluation: EvaluationConfig, used: list[ScorerRecord]) -> None:
@@ -71,15 +71,15 @@ def _check_gate(gate: PromoteIf, evaluation: EvaluationConfig, used: list[Scorer
     """
     for field, name in [("scorer", gate.scorer), *(("not_worse", name) for name in gate.not_worse)]:
         if name not in evaluation.scorers:
-            _refuse(f"promote_if.{field}", f"must be among evaluation.scorers {evaluation.scorers}", name)
+            refuse(f"promote_if.{field}", f"must be among evaluation.scorers {evaluation.scorers}", name)
     if len(set(gate.not_worse)) < len(gate.not_worse):
-        _refuse("promote_if.not_worse", "must not repeat", gate.not_worse)
+        refuse("promote_if.not_worse", "must not repeat", gate.not_worse)
     kinds = {record.name: KINDS[record.kind] for record in used}
     if kinds[gate.scorer].level == "model":
-        _refuse("promote_if.scorer", "must give numbers of its own to images or prompts", gate.scorer)
+        refuse("promote_if.scorer", "must give numbers of its own to images or prompts", gate.scorer)
     for name in gate.not_worse:
         if kinds[name].level == "model" and name not in evaluation.compare.drift_limits:
-            _refuse("promote_if.not_worse", "needs a limit in evaluation.compare.drift_limits", name)
+            refuse("promote_if.not_worse", "needs a limit in evaluation.compare.drift_limits", name)
 
 
 def check_base(base: ModelRecord, request: AlignmentJobCreate) -> None:
@@ -100,13 +100,15 @@ def _check_base_files(base: ModelRecord, request: AlignmentJobCreate) -> None:
         value = getattr(request.objective, field)
         if value > num_timesteps:
             why = f"must be at most the {num_timesteps} timesteps of {base.name}"
-            _refuse(f"objective.{field}", why, value)
+            refuse(f"objective.{field}", why, value)
     try:
+        if request.rollouts is not None:
+            request.objective.ranked_starts(num_timesteps)
         check_error(request.objective, scheduler.get("prediction_type", "epsilon"))
         if ends_without_signal(scheduler):
             check_terminal_weight(request.objective, num_timesteps)
     except ConfigError as error:
-        _refuse(f"objective.{error.field}", error.reason, error.value)
+        refuse(f"objective.{error.field}", error.reason, error.value)
     lora = request.training.lora
     if lora is None:
         return
@@ -118,7 +120,7 @@ def _check_base_files(base: ModelRecord, request: AlignmentJobCreate) -> None:
     unmatched = lora.unmatched(models.unet_layers(base.uri))
     if unmatched:
         why = f"matches no linear or convolution layer of {base.name}'s U-Net"
-        _refuse("training.lora.targets", why, unmatched[0])
+        refuse("training.lora.targets", why, unmatched[0])
 
 
 def check_folders(model: ModelRecord, param: str) -> None:
@@ -141,10 +143,10 @@ def check_dataset(dataset: Dataset, request: AlignmentJobCreate) -> None:
     pairs = counts["pairs"]
     if pairs < batch_size:
         why = f"must be at most the {pairs} pairs of dataset {dataset.id}"
-        _refuse("training.batch_size", why, batch_size)
+        refuse("training.batch_size", why, batch_size)
     if pairs < batch_size + held_out:
         why = f"must leave training.batch_size = {batch_size} of the {pairs} pairs"
-        _refuse("training.held_out_pairs", why, held_out)
+        refuse("training.held_out_pairs", why, held_out)
     bad = counts.get("bad", {})  # without bad images: those are found when they are encoded
     check_bad(sum(bad.values()), counts["rows"], bad, request.data.max_bad_fraction)
 
@@ -159,7 +161,7 @@ def check_evaluation(config: EvaluationConfig, used: list[ScorerRecord], path: s
         for i, record in enumerate(used):
             if KINDS[record.kind].level == "prompt":
                 why = f"is of kind {record.kind}: {path}images_per_prompt must be at least 2"
-                _refuse(f"{path}scorers.{i}", why, record.name)
+                refuse(f"{path}scorers.{i}", why, record.name)
     _check_compare(config, used, path)
     param = f"{path}prompts_uri"
     prompts = prompts_of(config.prompts_uri, param)
@@ -180,7 +182,7 @@ def _check_compare(config: EvaluationConfig, used: list[ScorerRecord], path: str
         for name in getattr(config.compare, field):
             if name not in known:
                 among = f"must be among the scorers {sorted(known)} of {path}scorers"
-                _refuse(f"{path}compare.{field}", among, name)
+                refuse(f"{path}compare.{field}", among, name)
 
 
 def check_compared(
@@ -202,7 +204,7 @@ def check_compared(
                         sources.check_folder(record.uri)
                 sizes[each.name] = models.drawn_size(each, config.sample)
         except ConfigError as error:
-            _refuse(error.field, error.reason, error.value)
+            refuse(error.field, error.reason, error.value)
         except ServiceError as error:
             param = f"models.{i}"
             raise type(error)(f"{param}: {error}", param=param, code=error.code) from error
@@ -219,15 +221,15 @@ def _check_validation(
     training = request.training
     if config.every % training.checkpoint_every:
         why = f"must be a multiple of training.checkpoint_every = {training.checkpoint_every}"
-        _refuse("validation.every", why, config.every)
+        refuse("validation.every", why, config.every)
     if config.every > training.steps:
-        _refuse("validation.every", f"must be at most training.steps = {training.steps}", config.every)
+        refuse("validation.every", f"must be at most training.steps = {training.steps}", config.every)
     if not config.num_prompts and not training.held_out_pairs:
         why = "must be above 0 where training.held_out_pairs is 0: nothing is measured"
-        _refuse("validation.num_prompts", why, 0)
+        refuse("validation.num_prompts", why, 0)
     not_measured = _why_not_measured(request, config, used)
     if not_measured:
-        _refuse("validation.best_metric", not_measured, config.best_metric)
+        refuse("validation.best_metric", not_measured, config.best_metric)
     return _check_validation_prompts(request.evaluation, config, used) if config.num_prompts else []
 
 
@@ -262,7 +264,18 @@ def why_validation_cannot(kind: Kind) -> str | None:
 def _check_validation_prompts(
     evaluation: EvaluationConfig, config: ValidationConfig, used: list[ScorerRecord]
 ) -> list[str]:
-    """Refuse too few prompts, in validation's own file or after the evaluation's prompts in the same file."""
+    """Refuse too few prompts, and those that the scorers cannot score; return warnings."""
+    read, param = validation_prompts(evaluation, config)
+    _check_scorable(read, evaluation, used, param)
+    return long_prompts(read, param)
+
+
+def validation_prompts(evaluation: EvaluationConfig, config: ValidationConfig) -> tuple[list[Prompt], str]:
+    """Validation's prompts, of its own file or after the evaluation's in the same file, and the field that
+    chooses them.
+
+    Raises BadRequest for too few.
+    """
     if config.prompts_uri:
         uri = config.prompts_uri
         param = "validation.prompts_uri"
@@ -279,9 +292,7 @@ def _check_validation_prompts(
         requirement += f"validation.num_prompts requires {needed}"
         message = f"{param}: {uri!r} has {len(prompts)} prompts, {requirement}"
         raise BadRequest(message, param=param, code="too_few_prompts")
-    read = prompts[num_skipped : num_skipped + needed]
-    _check_scorable(read, evaluation, used, param)
-    return long_prompts(read, param)
+    return prompts[num_skipped : num_skipped + needed], param
 
 
 def long_prompts(prompts: list[Prompt], param: str) -> list[str]:
@@ -316,5 +327,6 @@ def _check_scorable(
         raise BadRequest(f"{param}: {error}", param=param) from error
 
 
-def _refuse(field: str, why: str, value: object) -> NoReturn:
+def refuse(field: str, why: str, value: object) -> NoReturn:
+    """Raises BadRequest: ``objective.t_min: must be at most ..., got 3``."""
     raise BadRequest(f"{field}: {why}, got {show(value)}", param=field)

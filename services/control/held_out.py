@@ -1,4 +1,5 @@
-"""``held-out:`` among the prompts of a request: a dataset's captions that its models are not trained on.
+"""``held-out:`` among the prompts of a request: a dataset's captions that its models are not trained on;
+and ``captions:``, all of its captions, for models to be trained on.
 
 They are written to storage when the request is checked, and the request is stored with the file's URI: jobs
 and their stages read it like any other file of prompts.
@@ -9,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 from sqlalchemy import select
@@ -20,18 +21,21 @@ from sqlalchemy.orm import Session
 from dde_core.errors import ModelError
 from services.api.records import ModelRecord
 from services.api.requests import (
+    CAPTIONS,
     HELD_OUT,
     AlignmentJobCreate,
     DatasetSource,
     EvaluationConfig,
     EvaluationCreate,
+    Rollouts,
     StudyCreate,
     StudyEvaluation,
 )
 from services.artifacts import captions
+from services.artifacts.prompts import all_prompts
 from services.control import making, models
+from services.control.checks import refuse
 from services.control.database import ProjectDatabase
-from services.control.problems import show
 from services.control.tables import Dataset, Job
 from services.errors import BadRequest
 from services.pairs.columnar import unreadable
@@ -78,12 +82,12 @@ class HeldOut:
             return request
         if len(parts) > 1:
             why = "must be null where evaluation.prompts_uri is held out: its captions follow"
-            _refuse("validation.prompts_uri", why, uris["validation"])
+            refuse("validation.prompts_uri", why, uris["validation"])
         [part] = parts
         param = f"{part}.prompts_uri"
         if uris[part] != HELD_OUT:
             why = f"must be {HELD_OUT!r} in a job, the captions that training.held_out_pairs keep out of it"
-            _refuse(param, why, uris[part])
+            refuse(param, why, uris[part])
         found = self.of_training(request, param)
         uses_them = validation is not None and (part == "validation" or validation.prompts_uri is None)
         num_validated = validation.num_prompts if validation and uses_them else 0
@@ -91,8 +95,26 @@ class HeldOut:
         config = getattr(request, part).model_copy(update={"prompts_uri": found.uri})
         return request.model_copy(update={part: config})
 
+    def of_rollouts(self, rollouts: Rollouts) -> Rollouts:
+        """The rollouts with a dataset's captions as a file, if that is what they name.
+
+        Raises BadRequest, NotFound and Conflict for the dataset.
+        """
+        uri = rollouts.prompts_uri
+        if not uri.startswith(CAPTIONS):
+            return rollouts
+        param = "rollouts.prompts_uri"
+        with self.database.read() as session:
+            row = making.ready(session, uri.removeprefix(CAPTIONS), param)
+        found = layout.captions_uri(self.root, row.id)
+        if not files.exists(found):
+            texts = (caption.strip() for caption in _counted(row, param))
+            files.write_bytes(found, "".join(_lines(dict.fromkeys(filter(None, texts)))).encode())
+        return rollouts.model_copy(update={"prompts_uri": found})
+
     def of_training(self, request: AlignmentJobCreate, param: str) -> Prompts:
-        """The captions that a job does not train on."""
+        """The captions of its dataset that a job does not train on."""
+        assert request.dataset is not None
         num_pairs = request.training.held_out_pairs
         if not num_pairs:
             why = "must be above 0: no caption is held out"
@@ -125,11 +147,15 @@ class HeldOut:
         if not is_held_out(evaluation.prompts_uri):
             return evaluation
         if evaluation.prompts_uri == HELD_OUT:
+            for label, cell in cells.items():
+                if cell.dataset is None:
+                    why = f"must be {FORM} or a file of prompts: cell {label} has no dataset"
+                    refuse(param, why, HELD_OUT)
             of_cells = [self.of_training(cell, param) for cell in cells.values()]
             found = {prompts.uri: prompts for prompts in of_cells}
             if len(found) > 1:
                 names = " and ".join(sorted(f"{each.dataset}?pairs={each.pairs}" for each in found.values()))
-                _refuse(param, f"must be {FORM}, as the cells hold out {names}", HELD_OUT)
+                refuse(param, f"must be {FORM}, as the cells hold out {names}", HELD_OUT)
             return _with(evaluation, next(iter(found.values())))
         dataset, num_pairs = _parse(evaluation.prompts_uri, param)
         names_of_models = dict.fromkeys([cell.model for cell in cells.values()] + ([base] if base else []))
@@ -137,10 +163,12 @@ class HeldOut:
             digest = making.ready(session, dataset, param).digest
             records = [models.record_of(models.find(session, name, "model")) for name in names_of_models]
             for label, cell in cells.items():
+                if cell.dataset is None:
+                    continue
                 own = making.ready(session, cell.dataset, f"cells.{label}.dataset").digest
                 if own == digest and cell.training.held_out_pairs < num_pairs:
                     why = f"holds out {num_pairs} pairs, cell {label} {cell.training.held_out_pairs}"
-                    _refuse(param, f"{why}: it would be trained on captions of", evaluation.prompts_uri)
+                    refuse(param, f"{why}: it would be trained on captions of", evaluation.prompts_uri)
         return _with(evaluation, self._prompts(dataset, num_pairs, records, param))
 
     def _prompts(self, dataset: str, num_pairs: int, records: list[ModelRecord], param: str) -> Prompts:
@@ -148,9 +176,15 @@ class HeldOut:
         if key not in self._made:
             with self.database.read() as session:
                 row = making.ready(session, dataset, param)
-                for record in records:
-                    _refuse_trained(session, record, row, num_pairs, param)
-            self._made[key] = self._write(row, num_pairs, records, param)
+                trainings = [(record, job) for record in records for job in _trainings(session, record)]
+            for record, job in trainings:
+                if "dataset" in job.inputs:
+                    _refuse_trained(record, job, row, num_pairs, param)
+            found = self._write(row, num_pairs, records, param)
+            for record, job in trainings:
+                if "dataset" not in job.inputs:
+                    _refuse_drawn(record, job, found, param)
+            self._made[key] = found
         return self._made[key]
 
     def _write(self, row: Dataset, num_pairs: int, records: list[ModelRecord], param: str) -> Prompts:
@@ -178,7 +212,8 @@ def _counted(row: Dataset, param: str) -> Counter[str]:
 
 def reads_a_dataset(request: AlignmentJobCreate | EvaluationCreate | StudyCreate) -> bool:
     """Whether the request may have to read all rows of a dataset."""
-    return HELD_OUT in request.model_dump_json()
+    body = request.model_dump_json()
+    return HELD_OUT in body or CAPTIONS in body
 
 
 def is_held_out(uri: str | None) -> bool:
@@ -186,14 +221,14 @@ def is_held_out(uri: str | None) -> bool:
     return uri is not None and uri.startswith(HELD_OUT)
 
 
-def _lines(found: Sequence[str]) -> Iterator[str]:
+def _lines(found: Iterable[str]) -> Iterator[str]:
     return (json.dumps({"prompt": caption}) + "\n" for caption in found)
 
 
 def _parse(uri: str, param: str) -> tuple[str, int]:
     match = _FORM.fullmatch(uri)
     if match is None:
-        _refuse(param, f"must be {FORM}, with the dataset's id and how many of its pairs are held out", uri)
+        refuse(param, f"must be {FORM}, with the dataset's id and how many of its pairs are held out", uri)
     return match[1], int(match[2])
 
 
@@ -214,24 +249,38 @@ def _check_count(found: Prompts, num_prompts: int, of_validation: int) -> None:
         raise BadRequest(message, param=param, code="too_few_prompts")
 
 
-def _refuse_trained(
-    session: Session, record: ModelRecord, dataset: Dataset, num_pairs: int, param: str
-) -> None:
-    """Raises BadRequest if the model, or one that it was aligned from, was trained on such captions."""
+def _trainings(session: Session, record: ModelRecord) -> Iterator[Job]:
+    """The jobs that trained the model, and those that it was aligned from, as far as they exist."""
     trained: ModelRecord | None = record
     while trained is not None and trained.job is not None:
         job = session.scalar(select(Job).where(Job.id == trained.job))
         if job is None:
             return
-        held_out = job.request["training"]["held_out_pairs"]
-        if job.inputs["dataset"]["digest"] == dataset.digest and held_out < num_pairs:
-            message = (
-                f"{param}: model {record.name} was trained on captions of dataset {dataset.id}: "
-                f"job {job.id} held out {held_out} pairs of it, got {num_pairs}"
-            )
-            raise BadRequest(message, param=param, code="trained_on_prompts")
+        yield job
         trained = ModelRecord(**job.inputs["model"])
 
 
-def _refuse(param: str, why: str, value: str) -> NoReturn:
-    raise BadRequest(f"{param}: {why}, got {show(value)}", param=param)
+def _refuse_trained(record: ModelRecord, job: Job, dataset: Dataset, num_pairs: int, param: str) -> None:
+    """Raises BadRequest if the job trained on captions that these pairs hold out."""
+    held_out = job.request["training"]["held_out_pairs"]
+    if job.inputs["dataset"]["digest"] == dataset.digest and held_out < num_pairs:
+        message = (
+            f"{param}: model {record.name} was trained on captions of dataset {dataset.id}: "
+            f"job {job.id} held out {held_out} pairs of it, got {num_pairs}"
+        )
+        raise BadRequest(message, param=param, code="trained_on_prompts")
+
+
+def _refuse_drawn(record: ModelRecord, job: Job, found: Prompts, param: str) -> None:
+    """Raises BadRequest if the job drew its pairs for one of the captions, or if nobody can tell."""
+    uri = job.request["rollouts"]["prompts_uri"]
+    num_prompts = job.request["rollouts"]["num_prompts"]
+    drawn = making.unchanged_prompts(uri, num_prompts, job.inputs["prompts_digest"])
+    why = f"{uri!r} has changed since"
+    if drawn is not None:
+        shared = {prompt.text for prompt in drawn} & {prompt.text for prompt in all_prompts(found.uri)}
+        if not shared:
+            return
+        why = f"{len(shared)} of them are among the {found.count} captions, such as {min(shared)!r}"
+    message = f"{param}: model {record.name} was trained by job {job.id} on prompts of its rollouts: {why}"
+    raise BadRequest(message, param=param, code="trained_on_prompts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,7 @@ from services.api.answers import CheckpointView, EvaluationView, JobView, ListVi
 from services.api.records import JobStatus, ModelRecord, Validated
 from services.api.requests import AlignmentJobCreate, EvaluationCreate, ImageFolder, NamedModel
 from services.artifacts import checkpoints
-from services.control import checks, journal, making, models, scorers, waiting
+from services.control import checks, journal, making, models, on_policy, scorers, waiting
 from services.control.database import ProjectDatabase
 from services.control.held_out import HeldOut, is_held_out
 from services.control.idempotency import IdempotentRequest, create_once
@@ -31,48 +32,55 @@ from services.stages import layout
 from services.storage import files
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A request with files of all prompts, the digest of those of its rollouts, and warnings."""
+
+    request: AlignmentJobCreate
+    prompts_digest: str | None
+    warnings: list[str]
+
+
 def create_alignment(
     database: ProjectDatabase, root: str, idempotent: IdempotentRequest, request: AlignmentJobCreate
 ) -> JobView:
     """Raises BadRequest, NotFound or Conflict for all that is known to fail before compute is spent."""
 
-    def check() -> tuple[AlignmentJobCreate, list[str]]:
+    def check() -> Checked:
         return check_alignment(database, HeldOut(database, root), request)
 
-    def insert(session: Session, checked: tuple[AlignmentJobCreate, list[str]]) -> JobView:
-        return job_view(insert_alignment(session, new_id("ajob"), *checked))
+    def insert(session: Session, checked: Checked) -> JobView:
+        return job_view(insert_alignment(session, new_id("ajob"), checked))
 
     return create_once(database, idempotent, JobView, check, insert)
 
 
-def check_alignment(
-    database: ProjectDatabase, held_out: HeldOut, request: AlignmentJobCreate
-) -> tuple[AlignmentJobCreate, list[str]]:
-    """The checks that read files. Returns the request with files of all prompts, and warnings.
-
-    Raises BadRequest, NotFound or Conflict.
-    """
+def check_alignment(database: ProjectDatabase, held_out: HeldOut, request: AlignmentJobCreate) -> Checked:
+    """The checks that read files. Raises BadRequest, NotFound or Conflict."""
+    on_policy.check_request(request)
     with database.read() as session:
         used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
-    found = held_out.of_job(request)
-    warnings = checks.check_alignment(found, used)
-    with database.read() as session:
+        rewards = on_policy.rewards_of(session, request)
         base = models.record_of(models.find(session, request.model, "model"))
+    found = held_out.of_job(on_policy.with_rollouts(held_out, request, rewards))
+    warnings = checks.check_alignment(found, used)
     checks.check_base(base, found)
+    if found.rollouts is not None:
+        digest, of_rollouts = on_policy.check_rollouts(found, found.rollouts, base, used, rewards)
+        return Checked(found, digest, warnings + of_rollouts)
     if not is_held_out(request.evaluation.prompts_uri):
         warnings += making.reused_prompts(database, request.dataset, request.evaluation)
-    return found, warnings
+    return Checked(found, None, warnings)
 
 
-def find_inputs(session: Session, request: AlignmentJobCreate) -> tuple[Model, Dataset]:
+def find_inputs(session: Session, request: AlignmentJobCreate) -> tuple[Model, Dataset | None]:
     """The base model and the dataset of a request. Raises BadRequest, NotFound or Conflict."""
     return models.find(session, request.model, "model"), _find_dataset(session, request)
 
 
-def insert_alignment(
-    session: Session, job_id: str, request: AlignmentJobCreate, warnings: Sequence[str]
-) -> Job:
+def insert_alignment(session: Session, job_id: str, checked: Checked) -> Job:
     """Add the row of a job. Raises BadRequest, NotFound or Conflict for what the database knows to fail."""
+    request = checked.request
     base, dataset = find_inputs(session, request)
     name = request.name or f"{base.name[:40]}-{request.objective.method}-{job_id[-6:]}"
     refuse_name(session, name)
@@ -80,26 +88,28 @@ def insert_alignment(
     row = new_job(job_id, "alignment", "validating", stored)
     row.name = name
     row.model = base.id
-    row.dataset = dataset.id
+    row.dataset = dataset.id if dataset else None
     row.output_model = new_id("model")
     row.inputs = {
         "model": models.record_of(base).model_dump(mode="json"),
-        "dataset": {
-            "uri": dataset.uri,
-            "columns": dataset.columns,
-            "split": dataset.split,
-            "digest": dataset.digest,
-        },
         "scorers": scorer_inputs(session, request.evaluation.scorers, "evaluation.scorers"),
     }
+    if dataset is not None:
+        columns = ("uri", "columns", "split", "digest")
+        row.inputs["dataset"] = {name: getattr(dataset, name) for name in columns}
+        pairs = f"dataset {dataset.name}"
+    else:
+        row.inputs["rewards"] = making.records(on_policy.rewards_of(session, request))
+        row.inputs["prompts_digest"] = checked.prompts_digest
+        pairs = f"prompts {stored['rollouts']['prompts_uri']}"
     session.add(row)
     session.flush()
     session.add_all(
         JobMetadata(job_seq=row.seq, key=key, value=value) for key, value in request.metadata.items()
     )
     method = request.objective.method
-    journal.log(session, job_id, f"created: {method} on {base.name} with dataset {dataset.name}")
-    for message in [*_ignored_settings(request, stored, row.inputs["scorers"]), *warnings]:
+    journal.log(session, job_id, f"created: {method} on {base.name} with {pairs}")
+    for message in [*_ignored_settings(request, stored, row.inputs["scorers"]), *checked.warnings]:
         journal.log(session, job_id, message, "warning")
     return row
 
@@ -273,7 +283,7 @@ def scorer_inputs(session: Session, names: list[str], field: str) -> list[dict[s
 def _stored_request(request: AlignmentJobCreate) -> dict[str, Any]:
     """The body as the job keeps it: paths of prompts as URIs."""
     stored = request.model_dump(mode="json")
-    for part in (stored["evaluation"], stored["validation"] or {}):
+    for part in (stored["evaluation"], stored["validation"] or {}, stored["rollouts"] or {}):
         if part.get("prompts_uri"):
             part["prompts_uri"] = files.as_uri(part["prompts_uri"])
     return stored
@@ -288,6 +298,9 @@ def _ignored_settings(
         yield f"method {method!r} ignores objective.{setting} = {value}"
     if request.training.reference == "ledger" and not writes_ledger(stored):
         yield f"method {method!r} ignores training.reference = 'ledger'"
+    if request.rollouts is not None:
+        for setting, value in on_policy.ignored(request).items():
+            yield f"method {method!r} ignores {setting} = {value}"
     validation = request.validation
     if validation and validation.prompts_uri and not validation.num_prompts:
         yield "validation.prompts_uri is ignored: validation.num_prompts is 0"
@@ -298,8 +311,13 @@ def _ignored_settings(
                 yield f"validation does not measure {record['name']}: it {why}"
 
 
-def _find_dataset(session: Session, request: AlignmentJobCreate) -> Dataset:
-    """The dataset of a request, checked against it. Raises NotFound, BadRequest and Conflict."""
+def _find_dataset(session: Session, request: AlignmentJobCreate) -> Dataset | None:
+    """The dataset of a request, checked against it; None where it has rollouts.
+
+    Raises NotFound, BadRequest and Conflict.
+    """
+    if request.dataset is None:
+        return None
     row = making.ready(session, request.dataset, "dataset")
     checks.check_dataset(row, request)
     return row

@@ -97,9 +97,9 @@ def _order_images(database: ProjectDatabase, wanted: GeneratePairs) -> Order:
         model = models.record_of(models.find(session, wanted.model, "generate.model"))
         used = scorers_of(session, wanted.scorers, "generate.scorers")
     checks.check_folders(model, "generate.model")
-    prompts = _prompts(wanted)
+    prompts = prompts_to_draw(wanted.prompts_uri, wanted.num_prompts, "generate")
     texts = [prompt.text for prompt in prompts]
-    _check_scorable(used, texts, wanted.sample.height, wanted.sample.width, "generate.scorers")
+    check_scorable(used, texts, wanted.sample.height, wanted.sample.width, "generate.scorers")
     return Order(
         kind="generate",
         request={
@@ -109,7 +109,7 @@ def _order_images(database: ProjectDatabase, wanted: GeneratePairs) -> Order:
         },
         inputs={
             "model": model.model_dump(mode="json"),
-            "scorers": _records(used),
+            "scorers": records(used),
             "prompts_digest": digest_of(prompts),
         },
         model=model.id,
@@ -130,7 +130,7 @@ def _order_labels(database: ProjectDatabase, wanted: Relabel) -> Order:
         request={**wanted.model_dump(mode="json"), "scorer": used[0].name},
         inputs={
             "dataset": {name: getattr(row, name) for name in columns},
-            "scorers": _records(used),
+            "scorers": records(used),
         },
         model="",
         dataset=row.id,
@@ -159,21 +159,22 @@ def scorers_of(session: Session, names: Iterable[str], param: str) -> list[Score
     return found
 
 
-def _records(used: list[ScorerRecord]) -> list[dict[str, Any]]:
+def records(used: list[ScorerRecord]) -> list[dict[str, Any]]:
+    """Scorers as a job's inputs store them."""
     return [record.model_dump(mode="json") for record in used]
 
 
-def _prompts(wanted: GeneratePairs) -> list[Prompt]:
-    """The prompts to draw. Raises BadRequest for too few, and for one that no row may have as its caption."""
-    uri = wanted.prompts_uri
-    param = "generate.prompts_uri"
-    lines = checks.prompts_of(uri, param)
-    if len(lines) < wanted.num_prompts:
-        message = (
-            f"{param}: {uri!r} has {len(lines)} prompts, generate.num_prompts requires {wanted.num_prompts}"
-        )
+def prompts_to_draw(uri: str, num_prompts: int, part: str) -> list[Prompt]:
+    """The first prompts of a file. ``part`` of the request is what names it.
+
+    Raises BadRequest for too few, and for one that no row may have as its caption.
+    """
+    param = f"{part}.prompts_uri"
+    prompts = checks.prompts_of(uri, param)
+    if len(prompts) < num_prompts:
+        message = f"{param}: {uri!r} has {len(prompts)} prompts, {part}.num_prompts requires {num_prompts}"
         raise BadRequest(message, param=param, code="too_few_prompts")
-    prompts = read_prompts(uri, wanted.num_prompts)
+    prompts = prompts[:num_prompts]
     for number, prompt in enumerate(prompts, 1):
         if len(prompt.text) > MAX_CAPTION_CHARS:
             message = f"{param}: prompt {number} of {uri!r} has {len(prompt.text)} characters, "
@@ -181,9 +182,7 @@ def _prompts(wanted: GeneratePairs) -> list[Prompt]:
     return prompts
 
 
-def _check_scorable(
-    used: list[ScorerRecord], prompts: list[str], height: int, width: int, param: str
-) -> None:
+def check_scorable(used: list[ScorerRecord], prompts: list[str], height: int, width: int, param: str) -> None:
     """Refuse prompts and a size in pixels that a scorer cannot score; only built-in ones have limits."""
     for record in used:
         if not KINDS[record.kind].is_built_in:
@@ -204,7 +203,7 @@ def _check_captions(source: Source, used: list[ScorerRecord]) -> None:
         captions.update(row.caption for row in source.rows(unit) if row.kind == "decided")
         if not height:
             height, width = _first_size(source, unit)
-    _check_scorable(used, sorted(captions), height, width, "relabel.scorer")
+    check_scorable(used, sorted(captions), height, width, "relabel.scorer")
 
 
 def _first_size(source: Source, unit: Any) -> tuple[int, int]:
@@ -277,19 +276,28 @@ def list_events(
     return journal.list_events(database, job.kind, job.id, after, limit) if job else list_view([], limit)
 
 
-def reused_prompts(database: ProjectDatabase, dataset_id: str, evaluation: EvaluationConfig) -> list[str]:
+def unchanged_prompts(uri: str, num_prompts: int, digest: str) -> list[Prompt] | None:
+    """The first prompts of a file, of which a job stored the ``digest``; None if they have changed."""
+    try:
+        prompts = read_prompts(uri, num_prompts)
+    except (ServiceError, OSError):
+        return None
+    return prompts if digest_of(prompts) == digest else None
+
+
+def reused_prompts(
+    database: ProjectDatabase, dataset_id: str | None, evaluation: EvaluationConfig
+) -> list[str]:
     """A warning if an evaluation has prompts whose images are in the dataset: they are not held out."""
     with database.read() as session:
-        row = session.scalar(select(Dataset).where(Dataset.id == dataset_id)) if is_id(dataset_id) else None
+        is_known = dataset_id is not None and is_id(dataset_id)
+        row = session.scalar(select(Dataset).where(Dataset.id == dataset_id)) if is_known else None
         job = job_of(session, row) if row else None
     if job is None or job.kind != "generate":
         return []
     drawn = GeneratePairs.model_validate_json(json.dumps(job.request))
-    try:
-        prompts = read_prompts(drawn.prompts_uri, drawn.num_prompts)
-    except (ServiceError, OSError):
-        prompts = []
-    if digest_of(prompts) != job.inputs["prompts_digest"]:
+    prompts = unchanged_prompts(drawn.prompts_uri, drawn.num_prompts, job.inputs["prompts_digest"])
+    if prompts is None:
         return [
             f"{drawn.prompts_uri!r} has changed since the dataset was made of it: "
             "nobody can tell whether evaluation.prompts_uri holds prompts that are not held out"

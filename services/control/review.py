@@ -87,12 +87,23 @@ class JobReview:
         except NotFound as error:
             missing = StageFailure(message=error.message, code=error.code, param=error.param)
             return self.update.fail(missing)
-        uri = self.job.inputs["dataset"]["uri"]
-        if not files.exists(uri):
-            message = f"the files of dataset {self.job.dataset} no longer exist at {uri}"
-            gone = StageFailure(message=message, code="dataset_not_found", param="dataset")
+        gone = self._missing_source()
+        if gone is not None:
             return self.update.fail(gone)
         self.update.move("queued", "the job is valid")
+
+    def _missing_source(self) -> StageFailure | None:
+        """Why the job has no pairs, or no prompts to draw them for; None if it has."""
+        rollouts = self.job.request.get("rollouts")
+        if rollouts is not None:
+            uri = rollouts["prompts_uri"]
+            message = f"the prompts of the rollouts no longer exist at {uri}"
+            gone = StageFailure(message=message, code="prompts_not_found", param="rollouts.prompts_uri")
+        else:
+            uri = self.job.inputs["dataset"]["uri"]
+            message = f"the files of dataset {self.job.dataset} no longer exist at {uri}"
+            gone = StageFailure(message=message, code="dataset_not_found", param="dataset")
+        return None if files.exists(uri) else gone
 
     def _enter(self, stage: Stage | None) -> None:
         """Begin a stage; after the last one, end the job."""

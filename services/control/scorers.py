@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -165,6 +166,11 @@ def _views(records: list[ScorerRecord]) -> list[ScorerView]:
     return [scorer_view(record) for record in records]
 
 
+def _used(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of the scorers that a job evaluates with, ranks with or is rewarded by."""
+    return [*inputs.get("scorers", ()), *inputs.get("rewards", ())]
+
+
 def delete(database: ProjectDatabase, root: str, name_or_id: str) -> DeletedView:
     """Delete a scorer's registration; its files stay.
 
@@ -177,7 +183,7 @@ def delete(database: ProjectDatabase, root: str, name_or_id: str) -> DeletedView
             raise BadRequest(message, param="id", code="built_in")
         unfinished = session.execute(select(Job.id, Job.inputs).where(Job.status.in_(UNFINISHED)))
         for job, inputs in unfinished:
-            if any(used["id"] == record.id for used in inputs.get("scorers", ())):
+            if any(used["id"] == record.id for used in _used(inputs)):
                 message = f"scorer {record.name!r} is used by the unfinished {job}"
                 raise Conflict(message, param="id", code="in_use")
         session.delete(session.scalars(select(Scorer).where(Scorer.id == record.id)).one())

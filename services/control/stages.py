@@ -71,11 +71,13 @@ def run(job: Job, root: str, settings: Settings) -> Run:
 
 
 def _needs(job: Job, settings: Settings) -> Needs:
-    """The workers of the job's current stage."""
+    """The workers of the job's current stage; those that draw and score rollouts are workers, too."""
     gpus = 1 if settings.use_gpu else 0
     if job.stage == "train":
-        workers = _request(job).workers
-        return Needs(least_workers(workers), most_workers(workers), gpus)
+        request = _request(job)
+        rollouts = request.rollouts
+        others = rollouts.actors + rollouts.reward_actors if rollouts else 0
+        return Needs(least_workers(request.workers) + others, most_workers(request.workers) + others, gpus)
     actors = settings.encode_actors if job.stage in ("encode", "ledger") else settings.evaluate_actors
     return Needs(actors, actors, gpus)
 
@@ -146,7 +148,10 @@ def _train(job: Job, settings: Settings, common: dict[str, Any]) -> TrainSpec:
     request = _request(job)
     return TrainSpec(
         **common,
-        dataset=job.results["encode"]["dataset"],
+        dataset=job.results["encode"]["dataset"] if "encode" in job.results else None,
+        rollouts=request.rollouts,
+        rewards=[ScorerRecord(**record) for record in job.inputs.get("rewards", ())],
+        prompts_digest=job.inputs.get("prompts_digest", ""),
         model=ModelRecord(**job.inputs["model"]),
         model_id=str(job.output_model),
         name=str(job.name),

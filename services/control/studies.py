@@ -36,6 +36,7 @@ from services.control import (
     journal,
     making,
     models,
+    on_policy,
     scorers,
     stopping,
     study_report,
@@ -64,12 +65,13 @@ MODELS_OF_ONE = MAX_COMPARED - 1
 
 @dataclass(frozen=True)
 class _Checked:
-    """A study's cells and request with files of all prompts, and warnings: of each setting, and its own."""
+    """A study's cells and request with files of all prompts, what was checked of each setting, and warnings
+    of the study itself."""
 
     cells: list[Cell]
     request: StudyCreate
-    warnings: dict[str, list[str]]
-    own_warnings: list[str]
+    settings: dict[str, jobs.Checked]
+    warnings: list[str]
 
 
 def create(
@@ -88,21 +90,19 @@ def create(
         given = expand(request, _parse)
         held_out = HeldOut(database, root)
         cells: list[Cell] = []
-        warnings: dict[str, list[str]] = {}
+        checked: dict[str, jobs.Checked] = {}
         for cell in given:
             with _errors_of(cell.label):
                 placed(settings, cell.request)
-                if cell.setting not in warnings:  # no check depends on seeds
-                    found, warnings[cell.setting] = jobs.check_alignment(database, held_out, cell.request)
-                else:
-                    found = held_out.of_job(cell.request)
-            cells.append(replace(cell, request=found))
+                if cell.setting not in checked:  # no check depends on seeds
+                    checked[cell.setting] = jobs.check_alignment(database, held_out, cell.request)
+            cells.append(replace(cell, request=_with_files(cell.request, checked[cell.setting].request)))
         of_cells = {cell.label: cell.request for cell in given}
         evaluation = held_out.of_study(request.evaluation, of_cells, request.evaluation.base)
         found_request = request.model_copy(update={"evaluation": evaluation})
         warns = not is_held_out(request.evaluation.prompts_uri)
         own_warnings = _check_evaluation(database, found_request, cells, warns)
-        return _Checked(cells, found_request, warnings, own_warnings)
+        return _Checked(cells, found_request, checked, own_warnings)
 
     def insert(session: Session, checked: _Checked) -> StudyView:
         cells = checked.cells
@@ -122,7 +122,8 @@ def create(
         row.started_at = row.created_at
         row.inputs = {
             "bodies": {cell.label: cell.request.model_dump(mode="json") for cell in cells},
-            "warnings": checked.warnings,
+            "warnings": {name: each.warnings for name, each in checked.settings.items()},
+            "prompts_digests": {name: each.prompts_digest for name, each in checked.settings.items()},
             "scorers": jobs.scorer_inputs(session, request.evaluation.scorers, "evaluation.scorers"),
         }
         records = [_waiting(cell) for cell in cells]
@@ -130,7 +131,7 @@ def create(
         session.add(row)
         session.flush()
         journal.log(session, study_id, f"created: {len(cells)} cells, at most {request.parallel} at a time")
-        for message in checked.own_warnings:
+        for message in checked.warnings:
             journal.log(session, study_id, message, "warning")
         return study_view(row)
 
@@ -205,6 +206,12 @@ def _errors_of(label: str) -> Iterator[None]:
         raise type(error)(f"cell {label}: {error.message}", param=param, code=error.code) from error
 
 
+def _with_files(request: AlignmentJobCreate, checked: AlignmentJobCreate) -> AlignmentJobCreate:
+    """The request with the files of prompts that were found for another cell of its setting."""
+    parts = ("evaluation", "validation", "rollouts")
+    return request.model_copy(update={part: getattr(checked, part) for part in parts})
+
+
 def _check_evaluation(
     database: ProjectDatabase, request: StudyCreate, cells: list[Cell], warns: bool
 ) -> list[str]:
@@ -221,7 +228,16 @@ def _check_evaluation(
         records = {row.id: models.record_of(row) for row in [base, *found]}
     checks.check_compared(list(records.values()), request.evaluation, prompts)
     datasets = dict.fromkeys(cell.request.dataset for cell in cells) if warns else {}
-    return [each for name in datasets for each in making.reused_prompts(database, name, request.evaluation)]
+    warnings = [
+        each for name in datasets for each in making.reused_prompts(database, name, request.evaluation)
+    ]
+    drawn = {cell.setting: cell for cell in reversed(cells) if cell.request.rollouts}
+    for cell in drawn.values():
+        assert cell.request.rollouts
+        with _errors_of(cell.label):
+            compared = {"the study's evaluation.prompts_uri": prompts}
+            warnings += on_policy.shared_prompts(cell.request.rollouts, compared)
+    return list(dict.fromkeys(warnings))
 
 
 def _refuse_name(session: Session, name: str) -> None:
@@ -341,8 +357,12 @@ class StudyReview:
         with self.own.write(alone=True) as session:
             if self._may_add(session, number):
                 try:
-                    warnings = self.study.inputs["warnings"][cell.setting]
-                    jobs.insert_alignment(session, number, placed(self.settings, request), warnings)
+                    checked = jobs.Checked(
+                        placed(self.settings, request),
+                        self.study.inputs.get("prompts_digests", {}).get(cell.setting),
+                        self.study.inputs["warnings"][cell.setting],
+                    )
+                    jobs.insert_alignment(session, number, checked)
                 except (BadRequest, NotFound, Conflict) as error:
                     self._refuse(cell, error)
 

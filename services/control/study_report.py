@@ -246,10 +246,10 @@ def _shared(
 
 
 def _curves(session: Session, run: CellRun) -> dict[str, list[tuple[int, float]]]:
-    """Loss, held-out accuracy and validation's scores of a cell, by steps of training."""
+    """Loss, held-out accuracy, reward of rollouts and validation's scores of a cell, by steps of training."""
     if run.job is None:
         return {}
-    names = ("loss", "held_out_accuracy", *run.job.request["evaluation"]["scorers"])
+    names = ("loss", "held_out_accuracy", "rollout_reward", *run.job.request["evaluation"]["scorers"])
     query = select(Metric.step, Metric.values).where(Metric.job == run.job.id, Metric.stage == "train")
     rows = session.execute(query.order_by(Metric.step)).all()
     curves = {name: [(step, values[name]) for step, values in rows if name in values] for name in names}

@@ -155,7 +155,8 @@ class Job(Owned):
 
     kind                  "alignment", "evaluation", "study" (studies.py), which has no stages, or how it
                           makes a dataset: "generate" or "relabel"
-    inputs                the records of its models, dataset and scorers when it was created
+    inputs                the records of its models, dataset and scorers when it was created; of an on-policy
+                          job those of its ``rewards`` and the digest of its prompts instead of a dataset's
     model, base           of an evaluation: its first registered model, and its base if that is registered;
                           ``model`` is "" where it needs none: to relabel a dataset
     pause_requested_at    set until the job is resumed or ends

@@ -57,12 +57,17 @@ def check(old: str, new: str) -> None:
 def next_stage(kind: str, stage: Stage | None, request: Mapping[str, Any]) -> Stage | None:
     """The stage that follows ``stage`` (None: the first one), or None after the last.
 
-    Skips a ledger nobody reads.
+    Skips a ledger nobody reads, and the encoding of pairs that the policy draws itself.
     """
     stages = STAGES[kind]
     start = 0 if stage is None else stages.index(stage) + 1
-    needed = (each for each in stages[start:] if each != "ledger" or writes_ledger(request))
-    return next(needed, None)
+    return next((each for each in stages[start:] if _is_needed(each, request)), None)
+
+
+def _is_needed(stage: Stage, request: Mapping[str, Any]) -> bool:
+    if stage == "encode":
+        return request.get("rollouts") is None
+    return stage != "ledger" or writes_ledger(request)
 
 
 def writes_ledger(request: Mapping[str, Any]) -> bool:

@@ -98,6 +98,7 @@ def job_view(row: Job) -> JobView:
             **_columns(row, "model", "dataset", "name"),
             "data": row.request.get("data", DEFAULT_DATA),  # jobs of earlier versions have none
             **{name: row.request[name] for name in settings},
+            "rollouts": row.request.get("rollouts"),
             "validation": row.request.get("validation"),
             "cluster": clusters.of_job(row),
             "max_wait_s": row.request.get("max_wait_s"),

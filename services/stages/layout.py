@@ -37,6 +37,7 @@ projects/{project}/ in it for any other.
         record.json                 commits them: the stage's result
         scored/*.parquet            images with their scores, until they are paired
     {root}/prompts/{dataset}-held-out-{pairs}-{key}.jsonl    captions that so many pairs hold out of training
+    {root}/prompts/{dataset}-captions.jsonl                  all captions, as prompts of rollouts
     {root}/images/{model}/                                   images of a model, by its digest
         {key}.parquet               a chunk of images, by everything that determines them
         {key}-{scorer}.parquet      the scores of that chunk
@@ -412,7 +413,7 @@ def scored_number(name: str) -> int | None:
     return block_number(name) if name.endswith(".parquet") else None
 
 
-# ---- held-out captions
+# ---- captions as prompts
 
 
 def prompts_folder(root: str) -> str:
@@ -423,6 +424,11 @@ def prompts_folder(root: str) -> str:
 def held_out_uri(root: str, dataset: str, num_pairs: int, key: str) -> str:
     """Captions of a dataset that are not trained on if ``num_pairs`` are held out, by a ``key`` of them."""
     return files.join(prompts_folder(root), f"{dataset}-held-out-{num_pairs}-{key[:16]}.jsonl")
+
+
+def captions_uri(root: str, dataset: str) -> str:
+    """All captions of a dataset, each once."""
+    return files.join(prompts_folder(root), f"{dataset}-captions.jsonl")
 
 
 # ---- images of evaluations

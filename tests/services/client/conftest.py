@@ -250,7 +250,9 @@ class ScriptedServer:
         cursor, limit = "id" if items and "id" in items[0] else "step", int(query["limit"])
         if "stage" in query:
             items = [item for item in items if item["stage"] == query["stage"]]
-        if "after" in query:
+        if "after" in query and cursor == "step":
+            items = [item for item in items if item["step"] > int(query["after"])]
+        elif "after" in query:
             keys = [str(item[cursor]) for item in items]
             items = items[keys.index(query["after"]) + 1 :]
         return {"object": "list", "data": items[:limit], "has_more": len(items) > limit}

@@ -270,10 +270,35 @@ def test_a_dry_run_needs_no_model_no_dataset_and_no_prompts_and_a_job_does():
     assert (body["model"], body["dataset"]) == ("MODEL", "DATASET")
     refused = dde(*CREATE, "--recipe", "sd15_dde")
     assert refused.exit_code == 1
-    assert (
-        refused.stderr
-        == "error: model: Field required; dataset: Field required; evaluation.prompts_uri: Field required\n"
-    )
+    assert refused.stderr == "error: model: Field required; evaluation.prompts_uri: Field required\n"
+
+
+def test_a_job_on_rollouts_needs_no_dataset(server, tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat\n")
+    command = (*CREATE, "--model", "base", "--method", "tailorpo", "--beta", "10", "--prompts", "held.txt")
+    command += ("--rollout-prompts", str(prompts), "--num-rollout-prompts", "1")
+    command += ("--reward", "pick", "--reward", "taste=0.5")
+    result = dde(*command, "--dry-run")
+    body = printed_body(result)
+    assert "dataset" not in body
+    assert body["objective"]["method"] == "tailorpo"
+    expected = {"prompts_uri": prompts.as_uri(), "num_prompts": 1, "scorers": {"pick": 1.0, "taste": 0.5}}
+    assert {name: body["rollouts"][name] for name in expected} == expected
+    result = dde(*command, DDE_URL=server.url, DDE_API_KEY=KEY)
+    assert result.exit_code == 0, result.output
+    ((_, _, posted),) = server.sent("POST", "/v1/alignment/jobs")
+    assert posted["rollouts"] == body["rollouts"]
+    assert posted.get("dataset") is None
+    dataset = dde(*command, "--rollout-prompts", "captions:ds_1", "--dry-run")
+    assert printed_body(dataset)["rollouts"]["prompts_uri"] == "captions:ds_1"
+
+
+@pytest.mark.parametrize("reward", ["=1", "taste=much"])
+def test_a_reward_without_a_name_or_with_a_weight_that_is_no_number_is_refused(reward):
+    result = dde(*CREATE, "--reward", reward, "--dry-run")
+    expected = f"error: --reward must be NAME or NAME=WEIGHT, as in taste=0.5, got {reward!r}\n"
+    assert (result.exit_code, result.stderr) == (1, expected)
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("sd15_uniform", 0.9277), ("sdxl_uniform", 0.6555)])

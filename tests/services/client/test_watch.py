@@ -92,6 +92,33 @@ def test_rows_that_are_not_new_change_nothing() -> None:
     assert progress.stages["train"].done == progress.cursor("train") == 10
 
 
+ROUND = {"round": 2.0, "rollout_images": 128.0, "rollout_reward": 0.75, "rollout_gap": 0.05}
+ROUND |= {"rollout_kept_share": 0.5, "rollout_bad": 2.0, "rollout_reward_t0952": 0.25}
+
+
+def test_training_on_rollouts_shows_which_round_it_is_in_and_what_the_round_brought() -> None:
+    rows = train_rows(1, 10)
+    rows[8]["metrics"] |= ROUND
+    rollouts = {"updates_per_round": 4}
+    train = progress_of("running", "train", rows, rollouts=rollouts, dataset=None).stages["train"]
+    assert (train.round, train.rounds) == (3, 10)
+    line = describe(train)
+    assert line.startswith("train    10/40 steps (25%), 2/s, 15 s left, round 3 of 10, loss 0.5000")
+    assert line.endswith("reward 0.7500, gap 0.0500, pairs kept 0.5000, bad rewards 2")
+
+
+def test_what_is_reported_of_the_last_step_later_is_shown_too() -> None:
+    progress = progress_of("running", "train", train_rows(1, 10), rollouts={"updates_per_round": 4})
+    train = progress.stages["train"]
+    assert (train.round, progress.after("train")) == (0, 9)
+    grown = train_rows(10, 10)
+    grown[0]["metrics"] |= ROUND
+    now = parse(JobView, job("running", stage="train", rollouts={"updates_per_round": 4}))
+    for _ in range(3):
+        progress.update(now, "train", read(grown))
+    assert (train.round, train.done, train.rate) == (3, 10, 2.0)
+
+
 def test_a_stage_is_read_once_more_after_it_has_ended_and_then_no_more() -> None:
     progress = progress_of("running", "train", train_rows(1, 10))
     now = parse(JobView, job("evaluating", stage="evaluate", stage_seconds={"encode": 1.0, "train": 20.0}))
