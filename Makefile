@@ -16,7 +16,7 @@ export RAY_AUTH_MODE := disabled
 	@touch $@
 
 demo: .venv/installed   ## the main job, end to end, then everything is shut down
-	$(BIN)/dde demo
+	$(BIN)/dde demo $(ARGS)
 
 up: .venv/installed     ## the same system, left running until Ctrl-C
 	$(BIN)/dde up

@@ -116,16 +116,20 @@ def demo(
     state: Annotated[
         Path | None, typer.Option(help="Folder for the demo, emptied first. Default: DDE_HOME/demo.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="dde, tailorpo or tailorpo_g: deploy/demo-METHOD.json.")
+    ] = "dde",
     job: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Job file. Default: deploy/demo.json.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Job file, in place of a method's.")
     ] = None,
     num_cpus: Cpus = 8,
     keep: Annotated[bool, typer.Option(help="Keep serving until Ctrl-C.")] = False,
 ) -> None:
     """Align, evaluate and serve a small model on this machine, and print the results."""
-    from services.client.demo import run_demo
+    from services.client.demo import job_file_of, run_demo
 
-    run_demo(Console(), state or ClientSettings().home / "demo", job_file=job, num_cpus=num_cpus, keep=keep)
+    file = job or job_file_of(method)
+    run_demo(Console(), state or ClientSettings().home / "demo", job_file=file, num_cpus=num_cpus, keep=keep)
 
 
 @app.command()

@@ -16,10 +16,10 @@ from dde_core.shapes import PAIRS_FILE, PROMPTS_FILE
 from services.api.answers import JobView
 from services.api.images import ImageRequest
 from services.api.records import EvaluateResult
-from services.api.requests import AlignmentJobCreate
+from services.api.requests import CAPTIONS, AlignmentJobCreate
 from services.client import tables
 from services.client.api import Client
-from services.client.bodies import job_body
+from services.client.bodies import job_body, read_body
 from services.client.local import LocalSystem
 from services.client.processes import executables
 from services.client.up import (
@@ -31,12 +31,22 @@ from services.client.up import (
     signals_interrupt,
 )
 from services.client.watch import watch
-from services.errors import ServiceError
+from services.errors import BadRequest, ServiceError
 
-JOB_FILE = Path(__file__).resolve().parents[2] / "deploy" / "demo.json"
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 
-def run_demo(console: Console, state: Path, *, job_file: Path | None, num_cpus: int, keep: bool) -> None:
+def job_file_of(method: str) -> Path:
+    """The demo's job with this method. Raises BadRequest if there is none."""
+    file = DEPLOY / ("demo.json" if method == "dde" else f"demo-{method}.json")
+    if not file.exists():
+        named = [each.stem.removeprefix("demo-") for each in sorted(DEPLOY.glob("demo-*.json"))]
+        message = f"method must be one of {', '.join(['dde', *named])}, or give a job file, got {method!r}"
+        raise BadRequest(message, param="method")
+    return file
+
+
+def run_demo(console: Console, state: Path, *, job_file: Path, num_cpus: int, keep: bool) -> None:
     """Run one job and print its results in a fresh system. Raises ServiceError unless the job succeeds."""
     began = time.monotonic()
     with signals_interrupt(), ExitStack() as stack:
@@ -47,7 +57,7 @@ def run_demo(console: Console, state: Path, *, job_file: Path | None, num_cpus: 
             f"the API is at {system.url}, logs are in {system.logs}", soft_wrap=True, highlight=False
         )
 
-        request = prepare(client, job_file or JOB_FILE)
+        request = prepare(client, job_file)
         job = watch(client, client.create_job(request).id, console)
         result = evaluation_of(job)
         seconds |= {stage: float(value) for stage, value in job.stage_seconds.items() if value is not None}
@@ -67,10 +77,18 @@ def run_demo(console: Console, state: Path, *, job_file: Path | None, num_cpus: 
 
 
 def prepare(client: Client, job_file: Path) -> AlignmentJobCreate:
-    """Register the shipped model and pairs. Returns the file's job with dataset and prompts filled in."""
+    """Register the shipped model and pairs. Returns the file's job with dataset and prompts filled in.
+
+    A job with rollouts gets the captions of the pairs, and none of their images.
+    """
     register_base(client)
     dataset = client.create_dataset(f"{BASE_MODEL}-pairs", PAIRS_FILE.as_uri())
-    return job_body(job_file, {"dataset": dataset.id, "prompts": PROMPTS_FILE.as_uri()})
+    options = {"prompts": PROMPTS_FILE.as_uri()}
+    if "rollouts" in read_body(job_file):
+        options["rollout_prompts"] = f"{CAPTIONS}{dataset.id}"
+    else:
+        options["dataset"] = dataset.id
+    return job_body(job_file, options)
 
 
 def evaluation_of(job: JobView) -> EvaluateResult:

@@ -14,14 +14,14 @@ from services.api.answers import JobView, parse
 from services.api.images import ImageRequest
 from services.api.records import EvaluateResult
 from services.client import tables
-from services.client.demo import JOB_FILE, copy_grid, evaluation_of, prepare, write_summary
+from services.client.demo import copy_grid, evaluation_of, job_file_of, prepare, write_summary
 from services.client.up import first_prompt, generate_command, register_base
 from services.errors import ServiceError
 from tests.services.client.conftest import EVALUATED, job, model
 
 
 def test_the_demo_registers_what_is_shipped_and_fills_in_the_job(server, client) -> None:
-    request = prepare(client, JOB_FILE)
+    request = prepare(client, job_file_of("dde"))
     assert server.sent("POST", "/v1/models")[0][2]["name"] == request.model == "shapes"
     assert server.sent("POST", "/v1/datasets")[0][2]["uri"] == PAIRS_FILE.as_uri()
     assert (request.dataset, request.evaluation.prompts_uri) == ("new_1", PROMPTS_FILE.as_uri())
