@@ -68,10 +68,9 @@ class Trial(StageRuns):
             "rewards": [BUILT_IN[each] for each in sorted(rollouts.scorers)],
             "workers": workers,
         }
+        own = {"attempt": attempt, "prefix": files.join(folder, f"a{attempt}")}
         return TrainSpec(
-            **{**self.frame(name), **given, **more},
-            attempt=attempt,
-            prefix=files.join(folder, f"a{attempt}"),
+            **{**self.frame(name), **given, **more, **own},
             model=shapes_record(),
             model_id=name,
             name=name,
