@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import httpx
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from packaging.utils import canonicalize_name
 
 from services.api.records import EncodeResult
 from services.client.processes import Child, free_ports, wait_until
@@ -114,8 +116,11 @@ def test_an_image_contains_its_locks_an_sbom_of_all_packages_and_no_leftovers(
         "print(json.dumps([(d.metadata['Name'].lower(), d.version) for d in m.distributions()]))"
     )
     installed = {tuple(each) for each in json.loads(image.run(["python", "-c", script]))}
-    assert ("torch", "2.13.0+cpu") in installed
     assert installed <= listed
+    locks = [path.read_text() for path in image.root.glob("usr/local/share/dde/locks/*.txt")]
+    locked = {pin for lock in locks for pin in re.findall(r"^(\S+)==(\S+)", lock, re.MULTILINE)}
+    assert ("torch", "2.13.0+cpu") in locked
+    assert locked <= {(canonicalize_name(name), version) for name, version in installed}
     packages = image.run(["dpkg-query", "-W", "-f", "${Package} ${Version}\n"]).splitlines()
     assert {tuple(line.split()) for line in packages} <= listed
     assert document["metadata"]["component"]["name"] == f"dde-{name}"
