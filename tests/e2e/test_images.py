@@ -9,10 +9,9 @@ import json
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from uuid import uuid4
+from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
@@ -40,9 +39,10 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[ImageStore]:
-    folder = ROOT / "build" / "images" / uuid4().hex[:8]
-    yield ImageStore(folder)
-    shutil.rmtree(folder)
+    place = ROOT / "build" / "images"
+    place.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=place) as folder:
+        yield ImageStore(Path(folder))
 
 
 @pytest.fixture(scope="module")

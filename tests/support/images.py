@@ -71,7 +71,7 @@ class Image:
     ) -> list[str]:
         """The command that runs ``argv`` (by default the image's) in a container.
 
-        ``mounts`` are writable: a folder of this machine -> its place in the container, made if it is missing.
+        ``mounts`` are writable: a folder of this machine -> its place in the container, made if missing.
         When the command is killed, everything in the container ends, and its mounts are gone.
         """
         root = shlex.quote(str(self.root))
@@ -118,7 +118,6 @@ class ImageStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._buildah("from", "--name", "base", "scratch")
         if not BASE_ARCHIVE.exists():
             make_base(BASE_ARCHIVE)
@@ -178,8 +177,9 @@ def make_base(archive: Path) -> None:
         output_of(["debootstrap", "--variant=minbase", include, "bookworm", str(folder)])
         (folder / "usr/bin/python").symlink_to("python3.11")
         (folder / "usr/lib/python3.11/EXTERNALLY-MANAGED").unlink()
-        for cache in (folder / "var/cache/apt/archives").glob("*.deb"):
-            cache.unlink()
+        for package in (folder / "var/cache/apt/archives").glob("*.deb"):
+            package.unlink()
+        shutil.rmtree(folder / "var/lib/apt/lists")
         unfinished = Path(working) / archive.name
         output_of(["tar", "-C", str(folder), "-cf", str(unfinished), "."])
         unfinished.rename(archive)
