@@ -76,8 +76,7 @@ class Image:
         """
         root = shlex.quote(str(self.root))
         folders = {
-            shlex.quote(str(folder.resolve())): root + shlex.quote(place)
-            for folder, place in (mounts or {}).items()
+            shlex.quote(str(folder.resolve())): shlex.quote(place) for folder, place in (mounts or {}).items()
         }
         user, group = self.config["User"].split(":")
         variables = [f"{name}={value}" for name, value in (self.environment | dict(env or {})).items()]
@@ -85,14 +84,17 @@ class Image:
             f"mount --bind {root} {root}",
             f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp",
             *(f"touch {root}{file}" for file in FILES),
-            *(f"mkdir -p {place}" for place in folders.values()),
+            *(f"chroot {root} mkdir -p {place}" for place in folders.values()),
             f"mount -o remount,bind,ro {root}",
             f"mount -t proc proc {root}/proc",
             f"mount --rbind /sys {root}/sys",
             f"mount --rbind /dev {root}/dev",
             f"mount -t tmpfs -o mode=1777 tmpfs {root}/dev/shm",
             *(f"mount --bind {file} {root}{file}" for file in FILES),
-            *(f"mount --bind {folder} {place}" for folder, place in folders.items()),
+            *(
+                f'mount --bind {folder} {root}"$(chroot {root} realpath {place})"'
+                for folder, place in folders.items()
+            ),
             f"exec env -i /usr/sbin/chroot --userspec={user}:{group} --groups= {root}"
             f" /usr/bin/setpriv --no-new-privs /usr/bin/env -C {shlex.quote(self.config['WorkingDir'])} "
             + shlex.join([*variables, *(argv or self.config["Cmd"])]),
@@ -151,7 +153,7 @@ class ImageStore:
         return self._folder / "store" / "vfs" / "dir" / layer
 
     def _buildah(self, *words: str) -> str:
-        command = ["nice", "buildah", "--storage-driver", "vfs", "--root", str(self._folder / "store"),
+        command = ["buildah", "--storage-driver", "vfs", "--root", str(self._folder / "store"),
                    "--runroot", str(self._folder / "run")]  # fmt: skip
         temporary = self._folder / "tmp"
         temporary.mkdir(exist_ok=True)
