@@ -11,7 +11,6 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
@@ -22,7 +21,7 @@ from packaging.utils import canonicalize_name
 from services.api.records import EncodeResult
 from services.client.processes import Child, free_ports, wait_until
 from services.storage import files
-from tests.support.images import ROOT, Image, ImageStore, missing
+from tests.support.images import BASE_ARCHIVE, Image, ImageStore, missing, working_folder
 from tests.support.pairs_file import pair_rows, write_pairs
 from tests.support.stage_runs import StageRuns, shapes_record
 
@@ -39,10 +38,8 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[ImageStore]:
-    place = ROOT / "build" / "images"
-    place.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=place) as folder:
-        yield ImageStore(Path(folder))
+    with working_folder(BASE_ARCHIVE.parent) as folder:
+        yield ImageStore(folder)
 
 
 @pytest.fixture(scope="module")

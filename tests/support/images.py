@@ -15,10 +15,11 @@ import shutil
 import ssl
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 from services.client.processes import Child
@@ -29,6 +30,8 @@ BASE_ARCHIVE = ROOT / "build" / "images" / "bookworm.tar"
 BASE_PACKAGES = "python3.11,python3-pip,ca-certificates,netbase,tzdata"
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu/torch/"
 NEEDED = ("buildah", "debootstrap", "unshare")
+PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")
+"""What runs a command whose mounts nobody else sees and which end with it."""
 FILES = ("/etc/hosts", "/etc/resolv.conf")
 """What a container runtime takes from the machine."""
 
@@ -99,8 +102,7 @@ class Image:
             f" /usr/bin/setpriv --no-new-privs /usr/bin/env -C {shlex.quote(self.config['WorkingDir'])} "
             + shlex.join([*variables, *(argv or self.config["Cmd"])]),
         ]
-        return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private",
-                "sh", "-ec", "\n".join(steps)]  # fmt: skip
+        return [*PRIVATE_MOUNTS, "--pid", "--fork", "--kill-child", "sh", "-ec", "\n".join(steps)]
 
     def run(self, argv: Sequence[str], timeout_s: float = 300.0, **given: Any) -> str:
         """The output of a command in a container. Raises AssertionError with it if the command fails."""
@@ -160,6 +162,21 @@ class ImageStore:
         return output_of([*command, *words], {"TMPDIR": str(temporary)})
 
 
+@contextmanager
+def working_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in ``parent``, removed at the end.
+
+    An image has links to /proc and /sys. TemporaryDirectory of Python 3.11.7 and older may follow them and
+    change the rights of this machine's files (CVE-2023-6597).
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
 def output_of(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     """A command's standard output. Raises AssertionError with the end of what it wrote if it fails."""
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
@@ -172,16 +189,15 @@ def make_base(archive: Path) -> None:
 
     If it fails, nothing is left behind.
     """
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{archive.stem}.", dir=archive.parent) as working:
-        folder = Path(working) / "root"
+    with working_folder(archive.parent) as working:
+        folder = working / "root"
         include = f"--include={BASE_PACKAGES}"
-        output_of(["debootstrap", "--variant=minbase", include, "bookworm", str(folder)])
+        output_of([*PRIVATE_MOUNTS, "debootstrap", "--variant=minbase", include, "bookworm", str(folder)])
         (folder / "usr/bin/python").symlink_to("python3.11")
         (folder / "usr/lib/python3.11/EXTERNALLY-MANAGED").unlink()
         for package in (folder / "var/cache/apt/archives").glob("*.deb"):
             package.unlink()
         shutil.rmtree(folder / "var/lib/apt/lists")
-        unfinished = Path(working) / archive.name
+        unfinished = working / archive.name
         output_of(["tar", "-C", str(folder), "-cf", str(unfinished), "."])
         unfinished.rename(archive)
