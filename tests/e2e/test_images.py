@@ -1,6 +1,6 @@
 """Both images are built from nothing and run: not root, files read-only, as pods run them.
 
-Needs root, buildah, debootstrap, packages from an index, some minutes, and about 12 GB of disk until the end.
+Needs root, buildah, debootstrap, packages from an index, about 20 minutes, and 9 GB of disk until the end.
 """
 
 from __future__ import annotations
