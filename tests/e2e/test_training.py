@@ -116,6 +116,7 @@ def test_two_runs_on_the_same_number_of_workers_are_equal_to_the_bit(runs: Runs)
     assert runs.metrics("two", "loss") == runs.metrics("two-again", "loss")
 
 
+@pytest.mark.timeout(900)
 def test_the_loss_curve_of_100_steps_is_the_golden_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """``make golden`` rewrites the curve after an intended change. Without a cluster: in this process."""
     model = ModelFolder(MODEL_DIR)
