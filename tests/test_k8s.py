@@ -42,9 +42,9 @@ def test_an_overlay_has_nothing_wrong(overlay: Overlay) -> None:
 
 @needs_crds
 def test_a_sample_of_single_mistakes_is_noticed_and_every_reference_of_it(overlay: Overlay) -> None:
-    result = mutate.run(overlay, lambda index: index % 17 == 0)
+    result = mutate.run(overlay, lambda index: index % 41 == 0)
     made, caught = sum(result.made.values()), sum(result.caught.values())
-    assert made > 150
+    assert made > 60
     assert caught >= 0.95 * made, result.uncaught
     assert result.caught["reference"] == result.made["reference"] > 0, result.uncaught
     assert result.caught["misspelt"] == result.made["misspelt"] > 0, result.uncaught
