@@ -95,6 +95,10 @@ MISTAKES: dict[str, tuple[Callable[[Overlay], Any], str]] = {
         lambda o: only(o, "RayCluster", "dde-train")["spec"].pop("gcsFaultToleranceOptions"),
         "a lost head ends the cluster",
     ),
+    "nodes that give up a lost head": (
+        lambda o: group(o, "RayCluster", "gpu")["template"]["spec"]["containers"][0].pop("env"),
+        "the wait for a lost head is {}",
+    ),
     "an image that nobody rolls out": (
         lambda o: only(o, "RayCluster", "dde-train")["spec"].pop("upgradeStrategy"),
         "a new image would change no pod",
@@ -214,3 +218,5 @@ def test_the_actors_that_a_pod_waits_for_are_rays() -> None:
 def test_the_variables_of_ray_are_read_by_ray() -> None:
     text = sources_of_ray("dashboard", "_private/authentication", "_private/runtime_env")
     assert [name for name in facts.OF_JOBS | facts.TOKEN if name not in text] == []
+    raylet = (Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes()
+    assert [name for name in facts.OF_NODES if name.removeprefix("RAY_").encode() not in raylet] == []
