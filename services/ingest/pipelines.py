@@ -19,8 +19,6 @@ import numpy as np
 import ray.data
 from numpy.typing import NDArray
 
-from dde_core.models.folder import ModelFolder, encode_images
-from dde_core.models.policy import use_deterministic_kernels
 from services.api.records import ModelRecord
 from services.artifacts.models import fetch
 from services.ingest.committed import commit
@@ -93,7 +91,11 @@ class Encoder:
     """The VAE of one actor. It encodes a block in fixed slices, so results do not depend on scheduling."""
 
     def __init__(self, model: ModelRecord, size: int, device: str) -> None:
+        from dde_core.models.folder import ModelFolder, encode_images
+        from dde_core.models.policy import use_deterministic_kernels
+
         use_deterministic_kernels()
+        self._encode_images = encode_images
         self._vae = ModelFolder(*fetch(model)).vae().to(device)
         self._size = size
 
@@ -104,7 +106,7 @@ class Encoder:
     def _encode(self, pixels: bytes) -> bytes:
         """Latents (float16 [n c h w]) of a block's pixels (uint8 [n size size 3])."""
         images = np.frombuffer(pixels, np.uint8).reshape(-1, self._size, self._size, 3)
-        return encode_images(self._vae, images).tobytes() if len(images) else b""
+        return self._encode_images(self._vae, images).tobytes() if len(images) else b""
 
 
 def join_shards(work: Iterable[ShardWork], actors: int, **shared: Any) -> Iterator[dict[str, Any]]:
