@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from services.api.records import EncodeResult
 from services.client.processes import Child, free_ports, wait_until
 from services.storage import files
-from tests.support.images import BASE_ARCHIVE, Image, ImageStore, missing, working_folder
+from tests.support.images import BASE_ARCHIVE, ROOT, Image, ImageStore, missing, working_folder
 from tests.support.pairs_file import pair_rows, write_pairs
 from tests.support.stage_runs import StageRuns, shapes_record
 
