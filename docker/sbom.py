@@ -25,10 +25,11 @@ def python_packages() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "python.json"
         run = (
-            f"import sys; sys.path.append({str(TOOLS)!r}); from cyclonedx_py._internal.cli import run; run()"
+            f"import runpy, sys; sys.path.append({str(TOOLS)!r});"
+            " runpy.run_module('cyclonedx_py', run_name='__main__', alter_sys=True)"
         )
         command = [sys.executable, "-c", run, "environment", "--no-validate", "--output-reproducible",
-                   "--of", "JSON", "--output-file", str(found), sys.executable]  # fmt: skip
+                   "--output-format", "JSON", "--output-file", str(found), sys.executable]  # fmt: skip
         subprocess.run(command, check=True)
         return json.loads(found.read_text())
 

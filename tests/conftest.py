@@ -1,29 +1,24 @@
 """Shared fixtures: one system a session (real Ray, Serve, control plane on 127.0.0.1), one S3 server.
 
-In this process jaxtyping checks shapes and types of every call to dde_core. Its hook must be in place before
-dde_core is imported. Left out is ``config``, whose own checks refuse values of a wrong type.
+In this process the types of every call to dde_core are checked, and the shapes where a module names any. The
+hooks must be in place before dde_core is imported.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pkgutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jaxtyping import install_import_hook
 from xdist.scheduler import LoadFileScheduling
 
-import tests.support.typechecker
+from tests.support.typechecker import check_calls
 
-ROOT = Path(__file__).parent.parent
-MODULES = [module.name for module in pkgutil.iter_modules([str(ROOT / "dde_core")])]
-CHECKED = [f"dde_core.{name}" for name in MODULES if name != "config"]
-install_import_hook(CHECKED, f"{tests.support.typechecker.__name__}.typechecker")
+check_calls("dde_core")
 
 # ruff: noqa: E402
 from services.client.api import Client

@@ -15,7 +15,7 @@ import numpy as np
 from dde_core.errors import DataError
 from dde_core.family import COMPONENTS
 from dde_core.latents.schema import SCHEMA_VERSION, Manifest, Shard, dataset_digest, identifying
-from dde_core.models.folder import ModelFolder
+from dde_core.models.folder_files import FolderFiles
 from services.api.records import EncodeResult
 from services.artifacts import models
 from services.errors import BadRequest
@@ -56,7 +56,7 @@ def encode(spec: EncodeSpec, journal: Journal) -> EncodeResult:
     changed or too many rows are bad, DataError where no pair is left.
     """
     started = time.monotonic()
-    folder = ModelFolder(*models.fetch(spec.model))
+    folder = FolderFiles(*models.fetch(spec.model))
     source = open_source(spec.source)
     size = spec.data.resolution or folder.resolution()
     settings: dict[str, Any] = {
@@ -106,7 +106,7 @@ def _encode_and_write(
     spec: EncodeSpec,
     journal: Journal,
     source: Source,
-    folder: ModelFolder,
+    folder: FolderFiles,
     settings: dict[str, Any],
     encoder_digest: str,
     target: str,
@@ -130,7 +130,7 @@ def _encode_new(
     spec: EncodeSpec,
     journal: Journal,
     source: Source,
-    folder: ModelFolder,
+    folder: FolderFiles,
     settings: dict[str, Any],
     encoder_digest: str,
     target: str,
@@ -276,7 +276,7 @@ def _join(
     return Joined(tuple(shards[number] for number in sorted(shards)), pairs, of_pairs)
 
 
-def _encoder_digest(folder: ModelFolder) -> str:
+def _encoder_digest(folder: FolderFiles) -> str:
     """sha256 of the files that determine latents and tokens: those of the VAE and the tokenizers."""
     names = [name for name in COMPONENTS[folder.family] if name == "vae" or name.startswith("tokenizer")]
     parts = [models.folder_digest(files.as_uri(folder.path / name)) for name in names]

@@ -20,8 +20,6 @@ import numpy as np
 import ray.data
 from numpy.typing import NDArray
 
-from dde_core.models.folder import ModelFolder, encode_images
-from dde_core.models.policy import use_deterministic_kernels
 from services.api.records import ModelRecord
 from services.artifacts.models import fetch
 from services.ingest.committed import commit
@@ -94,7 +92,11 @@ class Encoder:
     """The VAE of one actor. It encodes a block in fixed slices, so results do not depend on scheduling."""
 
     def __init__(self, model: ModelRecord, settings: dict[str, Any], device: str) -> None:
+        from dde_core.models.folder import ModelFolder, encode_images
+        from dde_core.models.policy import use_deterministic_kernels
+
         use_deterministic_kernels()
+        self._encode_images = encode_images
         self._vae = ModelFolder(*fetch(model)).vae().to(device)
         self._size = settings["resolution"]
         self._is_sampled = settings["posterior"] == "sampled"
@@ -112,7 +114,7 @@ class Encoder:
         if not len(images):
             return b""
         digests = [sha256 for _, sha256, *_ in json.loads(metadata)]
-        return encode_images(self._vae, images, digests if self._is_sampled else None).tobytes()
+        return self._encode_images(self._vae, images, digests if self._is_sampled else None).tobytes()
 
 
 def join_shards(work: Iterable[ShardWork], actors: int, **shared: Any) -> Iterator[dict[str, Any]]:

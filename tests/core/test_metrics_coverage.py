@@ -32,6 +32,7 @@ MARGIN = 0.1
 AT_ONCE = 500
 
 sizes = pytest.mark.parametrize(("num_prompts", "num_images"), [*itertools.product(PROMPTS, IMAGES)])
+few_sizes = pytest.mark.parametrize(("num_prompts", "num_images"), [*zip(PROMPTS, IMAGES, strict=True)])
 
 
 def differences(rng, shape, evaluations, num_prompts, num_images):
@@ -86,7 +87,7 @@ def verdicts(effect, num_prompts, num_images, evaluations, comparisons=1, resamp
     ], effects
 
 
-@sizes
+@few_sizes
 @pytest.mark.parametrize("shape", ["normal", "skewed"])
 def test_intervals_of_a_mean_difference_hold_the_truth_in_95_of_100_evaluations(
     shape, num_prompts, num_images
@@ -95,7 +96,7 @@ def test_intervals_of_a_mean_difference_hold_the_truth_in_95_of_100_evaluations(
     assert covered == pytest.approx(0.95, abs=0.024)
 
 
-@sizes
+@few_sizes
 def test_intervals_of_a_beat_ratio_hold_the_truth_in_95_of_100_evaluations(num_prompts, num_images):
     covered = coverage_of_beat_ratios(0.4, 0.8, num_prompts, num_images, 1000)
     assert covered == pytest.approx(0.95, abs=0.024)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from peft import LoraConfig as PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
@@ -29,6 +28,7 @@ from dde_core.parallelism import Parameters, choose_parallelism, micro_batch_cou
 from dde_core.planning.cluster import Cluster, parallelism_on
 from dde_core.planning.estimate import parameters_of
 from dde_core.planning.facts import FACTS
+from tests.support.ranks import run_ranks
 from tests.support.tiny_folders import WIDTH, sd15_folder
 from tests.support.tiny_unet import TEXT_WIDTH, tiny_unet
 from tests.support.unet_configs import unet
@@ -164,7 +164,7 @@ def run(rank: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("parallel")
     sd15_folder(path / "model")
-    mp.spawn(run, args=(path,), nprocs=RANKS)
+    run_ranks(run, (path,), RANKS)
     return path
 
 

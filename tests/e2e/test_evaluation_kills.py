@@ -1,4 +1,8 @@
-"""Evaluations on a cluster: the number of actors and kills of actors and drivers change no byte."""
+"""Evaluations on a cluster: the number of actors and kills of actors and drivers change no byte.
+
+Without a cluster, tests/services/evaluation/test_evaluate.py holds the same for any order of chunks and for a
+kill at every write.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +70,7 @@ def same(runs: StageRuns, result: EvaluateResult, others: StageRuns, other: Eval
     assert files.read_bytes(result.grid) == files.read_bytes(other.grid)
 
 
+@pytest.mark.slow
 def test_one_actor_and_three_give_the_same_bytes(system: LocalSystem, tmp_path: Path):
     folder = sd15_folder(tmp_path / "random")
     env = cluster_environment(system)

@@ -24,10 +24,12 @@ from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
 from services.api.answers import JobView
 from services.api.images import ImageRequest
 from services.api.requests import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, ValidationConfig
+from services.artifacts import models
 from services.client.api import ApiError, Client
 from services.client.local import LocalSystem
 from services.storage import files
 from tests.support.pairs_file import pair_rows, write_pairs
+from tests.support.weights import WEIGHTS
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 12
@@ -132,6 +134,16 @@ def test_checkpoints_are_validated_and_the_best_one_becomes_the_model(client: Cl
     assert files.list_files(files.join(run, "tensorboard"), recursive=True)
 
 
+def test_the_model_records_its_lineage(client: Client, base: str, finished: JobView):
+    model = client.model(finished.aligned_model)
+    assert model.lineage["base_digest"] == client.model(base).digest
+    assert model.lineage["objective"]["noise"] == "independent"
+    assert model.digest == models.folder_digest(model.uri)
+    names = files.list_files(model.uri, recursive=True)
+    assert {"README.md", "lineage.json", "model_index.json", f"unet/{WEIGHTS}"} <= set(names)
+    assert not [name for name in names if name.endswith((".pt", ".pkl", ".bin"))]
+
+
 def test_events_report_the_transitions_in_order(client: Client, finished: JobView):
     messages = [event.message for event in client.events(finished.id)]
     moves = [message.split(":")[0] for message in messages if " -> " in message]
@@ -184,6 +196,7 @@ def test_diffusers_alone_loads_the_aligned_model(client: Client, finished: JobVi
     assert done.stdout.strip() == "(32, 32)", done.stderr
 
 
+@pytest.mark.slow
 def test_an_encoded_dataset_is_reused_by_the_next_job(
     client: Client, base: str, dataset: str, finished: JobView
 ):
@@ -194,6 +207,7 @@ def test_an_encoded_dataset_is_reused_by_the_next_job(
     assert again.result.encode.digest == finished.result.encode.digest
 
 
+@pytest.mark.slow
 def test_a_model_can_be_evaluated_again_with_the_same_scores(client: Client, finished: JobView):
     request = EvaluationCreate(
         models=["aligned", "shapes"],
@@ -210,6 +224,7 @@ def test_a_model_can_be_evaluated_again_with_the_same_scores(client: Client, fin
     assert done.result.images_drawn == 0, "the job's images are used again"
 
 
+@pytest.mark.slow
 def test_images_are_generated_without_scores_for_prompts_that_no_scorer_knows(
     client: Client, finished: JobView, tmp_path: Path
 ):
@@ -245,13 +260,14 @@ def processes(system: LocalSystem, *words: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.slow
 def test_a_job_whose_driver_dies_starts_again_and_frees_its_workers_when_it_is_cancelled(
-    client: Client, system: LocalSystem, base: str, dataset: str
+    client: Client, system: LocalSystem, base: str, dataset: str, finished: JobView
 ):
     training = TrainConfig(steps=5000, batch_size=32, checkpoint_every=5000)
-    job = client.create_job(job_request(base, dataset, training=training))
+    job = client.create_job(job_request(base, dataset, training=training, workers=1))
     wait_for(lambda: list(client.metrics(job.id, "train")))
+    encoded = client.job(job.id).result.encode
+    assert (encoded.reused, encoded.dataset) == (True, finished.result.encode.dataset)
     drivers = [
         each for each in processes(system, "-m services.training", job.id) if each.name().startswith("python")
     ]
@@ -268,6 +284,7 @@ def test_a_job_whose_driver_dies_starts_again_and_frees_its_workers_when_it_is_c
     assert client.wait(job.id, timeout_s=240).status == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_dataset_of_broken_images_fails_the_job_and_leaves_no_shards(
     client: Client, system: LocalSystem, base: str, tmp_path: Path
 ):

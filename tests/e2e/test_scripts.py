@@ -24,9 +24,9 @@ def files_of(script: str, out: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(
-    "script", ["pairs", pytest.param("train", marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
-)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_writes_the_same_bytes_from_the_same_seed(script: str, tmp_path: Path):
     first, second = (files_of(script, tmp_path / name) for name in "ab")
     assert first

@@ -15,9 +15,11 @@ import shutil
 import ssl
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from services.client.processes import Child
@@ -28,6 +30,10 @@ BASE_ARCHIVE = ROOT / "build" / "images" / "bookworm.tar"
 BASE_PACKAGES = "python3.11,python3-pip,ca-certificates,netbase,tzdata"
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu/torch/"
 NEEDED = ("buildah", "debootstrap", "unshare")
+PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")
+"""What runs a command whose mounts nobody else sees and which end with it."""
+FILES = ("/etc/hosts", "/etc/resolv.conf")
+"""What a container runtime takes from the machine."""
 
 
 def missing() -> list[str]:
@@ -68,31 +74,35 @@ class Image:
     ) -> list[str]:
         """The command that runs ``argv`` (by default the image's) in a container.
 
-        ``mounts`` are writable: a folder of this machine -> its place in the container. When the command is
-        killed, everything in the container ends, and its mounts are gone.
+        ``mounts`` are writable: a folder of this machine -> its place in the container, made if missing.
+        When the command is killed, everything in the container ends, and its mounts are gone.
         """
         root = shlex.quote(str(self.root))
-        places = {"/etc/hosts": "/etc/hosts", "/etc/resolv.conf": "/etc/resolv.conf"}
-        places |= {str(folder.resolve()): place for folder, place in (mounts or {}).items()}
-        for source, place in places.items():
-            self._make_place(Path(source), place)
+        folders = {
+            shlex.quote(str(folder.resolve())): shlex.quote(place) for folder, place in (mounts or {}).items()
+        }
         user, group = self.config["User"].split(":")
         variables = [f"{name}={value}" for name, value in (self.environment | dict(env or {})).items()]
         steps = [
             f"mount --bind {root} {root}",
+            f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp",
+            *(f"touch {root}{file}" for file in FILES),
+            *(f"chroot {root} mkdir -p {place}" for place in folders.values()),
             f"mount -o remount,bind,ro {root}",
             f"mount -t proc proc {root}/proc",
             f"mount --rbind /sys {root}/sys",
             f"mount --rbind /dev {root}/dev",
             f"mount -t tmpfs -o mode=1777 tmpfs {root}/dev/shm",
-            f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp",
-            *(f"mount --bind {shlex.quote(source)} {root}{place}" for source, place in places.items()),
+            *(f"mount --bind {file} {root}{file}" for file in FILES),
+            *(
+                f'mount --bind {folder} {root}"$(chroot {root} realpath {place})"'
+                for folder, place in folders.items()
+            ),
             f"exec env -i /usr/sbin/chroot --userspec={user}:{group} --groups= {root}"
             f" /usr/bin/setpriv --no-new-privs /usr/bin/env -C {shlex.quote(self.config['WorkingDir'])} "
             + shlex.join([*variables, *(argv or self.config["Cmd"])]),
         ]
-        return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private",
-                "sh", "-ec", "\n".join(steps)]  # fmt: skip
+        return [*PRIVATE_MOUNTS, "--pid", "--fork", "--kill-child", "sh", "-ec", "\n".join(steps)]
 
     def run(self, argv: Sequence[str], timeout_s: float = 300.0, **given: Any) -> str:
         """The output of a command in a container. Raises AssertionError with it if the command fails."""
@@ -106,22 +116,12 @@ class Image:
         """A container that goes on running; its output goes to ``log``."""
         return Child(name, self.command(argv, **given), log, dict(os.environ))
 
-    def _make_place(self, source: Path, place: str) -> None:
-        """What container runtimes do: make the place at which something is mounted."""
-        target = self.root / place.lstrip("/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            target.mkdir(exist_ok=True)
-        else:
-            target.touch()
-
 
 class ImageStore:
     """Images below ``folder``, and nowhere else on this machine."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._buildah("from", "--name", "base", "scratch")
         if not BASE_ARCHIVE.exists():
             make_base(BASE_ARCHIVE)
@@ -155,30 +155,49 @@ class ImageStore:
         return self._folder / "store" / "vfs" / "dir" / layer
 
     def _buildah(self, *words: str) -> str:
-        command = ["nice", "buildah", "--storage-driver", "vfs", "--root", str(self._folder / "store"),
-                   "--runroot", str(self._folder / "run"), *words]  # fmt: skip
+        command = ["buildah", "--storage-driver", "vfs", "--root", str(self._folder / "store"),
+                   "--runroot", str(self._folder / "run")]  # fmt: skip
         temporary = self._folder / "tmp"
         temporary.mkdir(exist_ok=True)
-        ended = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(temporary)}
-        )
-        assert ended.returncode == 0, f"{shlex.join(words)}:\n{ended.stdout[-4000:]}{ended.stderr[-4000:]}"
-        return ended.stdout
+        return output_of([*command, *words], {"TMPDIR": str(temporary)})
+
+
+@contextmanager
+def working_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in ``parent``, removed at the end.
+
+    An image has links to /proc and /sys. TemporaryDirectory of Python 3.11.7 and older may follow them and
+    change the rights of this machine's files (CVE-2023-6597).
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def output_of(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+    """A command's standard output. Raises AssertionError with the end of what it wrote if it fails."""
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
+    assert ended.returncode == 0, f"{shlex.join(command)}:\n{ended.stdout[-4000:]}{ended.stderr[-4000:]}"
+    return ended.stdout
 
 
 def make_base(archive: Path) -> None:
-    """Write the files of the stand-in base to a tar archive: about 200 MB, in a few minutes."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    folder = archive.with_suffix(".root")
-    subprocess.run(["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", folder],
-                   check=True, capture_output=True)  # fmt: skip
-    try:
+    """Write the files of the stand-in base to a tar archive: about 200 MB, in a few minutes.
+
+    If it fails, nothing is left behind.
+    """
+    with working_folder(archive.parent) as working:
+        folder = working / "root"
+        include = f"--include={BASE_PACKAGES}"
+        output_of([*PRIVATE_MOUNTS, "debootstrap", "--variant=minbase", include, "bookworm", str(folder)])
         (folder / "usr/bin/python").symlink_to("python3.11")
         (folder / "usr/lib/python3.11/EXTERNALLY-MANAGED").unlink()
-        for cache in (folder / "var/cache/apt/archives").glob("*.deb"):
-            cache.unlink()
-        unfinished = archive.with_suffix(".part")
-        subprocess.run(["tar", "-C", folder, "-cf", unfinished, "."], check=True)
+        for package in (folder / "var/cache/apt/archives").glob("*.deb"):
+            package.unlink()
+        shutil.rmtree(folder / "var/lib/apt/lists")
+        unfinished = working / archive.name
+        output_of(["tar", "-C", str(folder), "-cf", str(unfinished), "."])
         unfinished.rename(archive)
-    finally:
-        shutil.rmtree(folder)

@@ -46,6 +46,7 @@ def dde_variables(*settings: type) -> frozenset[str]:
 AWS = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION"})
 TOKEN = frozenset({"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"})
 OF_JOBS = frozenset({"RAY_JOB_STOP_SIGNAL", "RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_START_TIMEOUT_SECONDS"})
+OF_NODES = frozenset({"RAY_gcs_rpc_server_reconnect_timeout_s"})
 """Read by Ray: tests/test_k8s.py finds each name in its sources."""
 
 
@@ -65,7 +66,7 @@ def images() -> dict[str, Image]:
             rf"(\S+/)?dde-ray:{re.escape(version())}-ray{re.escape(ray_version())}{digest}",
             shell | {"python", "ray"},
             _user("ray"),
-            dde_variables(TrainingSettings, ServingSettings, TrackerSettings) | OF_JOBS | AWS,
+            dde_variables(TrainingSettings, ServingSettings, TrackerSettings) | OF_JOBS | OF_NODES | AWS,
         ),
     }
     others = {

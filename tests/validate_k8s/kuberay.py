@@ -19,6 +19,8 @@ JOB_STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "10"}
 """A stopped job has 10 s to leave its marker. Whatever starts drivers needs it."""
 JOB_START = {"RAY_JOB_START_TIMEOUT_SECONDS": f"{Settings.model_fields['max_wait_s'].default:.0f}"}
 """A driver on the shared cluster waits for room as long as its job may."""
+RECONNECT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+"""A node waits so long for a head that was lost. By Ray's default it ends after 60 s."""
 BUSY = {"serve": "ServeReplica", "train": "RayTrainWorker"}
 """The actors whose processes a pod waits for before it ends."""
 
@@ -199,6 +201,10 @@ def _variables(pod: Pod) -> Iterator[str]:
     places_drivers = pod.kind == "RayCluster" and pod.group == "head"
     if waits != (JOB_START if places_drivers else {}):
         yield f"a driver's wait is {waits}, not {JOB_START if places_drivers else 'unset'}"
+    reconnect = {name: value for name, value in given.items() if name.startswith("RAY_gcs_")}
+    has_recovery = pod.kind != "RayJob"
+    if reconnect != (RECONNECT if has_recovery else {}):
+        yield f"the wait for a lost head is {reconnect}, not {RECONNECT if has_recovery else 'unset'}"
 
 
 def _leaves(pod: Pod) -> Iterator[str]:

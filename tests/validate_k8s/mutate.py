@@ -42,7 +42,7 @@ WRITTEN_ELSEWHERE = {
     "ConfigMap": re.compile(r"^data\.rayjob\.yaml$"),  # a document of its own here: RayJob
     "RayService": re.compile(r"^spec\.serveConfigV2$"),  # the same: ServeConfig
     "RayJob": re.compile(
-        r"^(?!spec\.rayClusterSpec|spec\.ttl|kind$|apiVersion$).|\.(minReplicas|maxReplicas|replicas)$"
+        r"^(?!spec\.rayClusterSpec|spec\.ttl|kind$|apiVersion$).|\.(minReplicas|maxReplicas|replicas)$|\.labels\.dde-run$"
     ),
     "ServeConfig": re.compile(r"^kind$"),
 }

@@ -11,6 +11,9 @@ from typing import Any
 
 import yaml
 
+from services.control.launchers.contract import Run
+from services.control.launchers.rayjob import Options, Template
+
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 OVERLAYS = ("local", "gpu", "production")
@@ -164,20 +167,15 @@ def _inside(document: dict) -> Iterator[dict]:
 
 def filled_in(template: dict) -> dict:
     """The template with what the control plane writes into it."""
-    run = {
-        "entrypoint": "python -m services.training --spec s3://bucket/jobs/job/train/a1/spec.json",
-        "submissionMode": "HTTPMode",
-        "backoffLimit": 0,
-        "preRunningDeadlineSeconds": 3600,
-        "shutdownAfterJobFinishes": True,
-    }
-    name = f"ajob-{'0' * 24}-evaluate-a99"
-    document = {
-        **template,
-        "metadata": {"name": name, "namespace": "dde"},
-        "spec": {**run, **template["spec"]},
-    }
-    for group in at(document, "spec", "rayClusterSpec", "workerGroupSpecs", default=[]):
-        for number in ("replicas", "minReplicas", "maxReplicas"):
-            group.setdefault(number, 1)
+    job = f"ajob_{'0' * 24}"
+    prefix = "s3://bucket/jobs/job/evaluate/a99"
+    run = Run(
+        id=f"{job}_evaluate_a99",
+        command=f"python -m services.evaluation --spec {prefix}/spec.json",
+        prefix=prefix,
+        metadata={"job": job, "stage": "evaluate", "attempt": "99", "project": "default"},
+        starts_within_s=3600,
+    )
+    document = Template(template).rayjob(run, Options(installation="dde"))
+    document["metadata"]["namespace"] = "dde"
     return document

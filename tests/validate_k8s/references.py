@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from services.control.launchers import rayjob
 from tests.validate_k8s import facts
 from tests.validate_k8s.overlay import Overlay, Pod, at, title
 
 NEEDED_LABELS = {"dde-part", "release", "dde-capacity", "app.kubernetes.io/name"}
+OF_RUNS = {
+    *(rayjob.MANAGED_BY, rayjob.INSTALLATION, rayjob.JOB, rayjob.STAGE, rayjob.ATTEMPT, rayjob.PROJECT),
+    *(rayjob.RUN, rayjob.PREFIX, rayjob.DIGEST),
+}
+"""Labels and annotations of a run's RayJob and pods: the control plane writes and reads them."""
 PROVIDED_CONFIG = {"kube-root-ca.crt": ["ca.crt"]}
 """ConfigMaps that Kubernetes puts into every namespace."""
 
@@ -87,11 +93,12 @@ def _documents(overlay: Overlay) -> Iterator[str]:
         labels = {**at(document, "metadata", "labels")}
         if document["kind"] == "Namespace":
             labels = {}
-        if set(labels) - NEEDED_LABELS:
+        if set(labels) - NEEDED_LABELS - (OF_RUNS if document["kind"] == "RayJob" else set()):
             yield f"{title(document)}: nothing reads its labels {sorted(labels)}"
         if set(at(document, "metadata")) - {"name", "namespace", "labels", "annotations"}:
             yield f"{title(document)}: metadata has {sorted(document['metadata'])}"
-        if at(document, "metadata", "annotations"):
+        annotations = {*at(document, "metadata", "annotations")}
+        if annotations - (OF_RUNS if document["kind"] == "RayJob" else set()):
             yield f"{title(document)}: nothing reads its annotations"
     hashed = {re.sub(r"^(ConfigMap/dde-\w+)-\w+$", r"\1", t) for t in titles}
     expected = DOCUMENTS | MORE_DOCUMENTS.get(overlay.name, set())
@@ -107,7 +114,7 @@ def _pod(overlay: Overlay, pod: Pod) -> Iterator[str]:
     account = at(pod.spec, "serviceAccountName", default="")
     if not overlay.named("ServiceAccount", account):
         yield f"there is no ServiceAccount {account!r}"
-    if set(pod.labels) - {"dde-part", "ray.io/node-type"}:
+    if set(pod.labels) - {"dde-part", "ray.io/node-type"} - (OF_RUNS if pod.kind == "RayJob" else set()):
         yield f"nothing selects its labels {sorted(pod.labels)}"
     kept = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
     wanted = kept if (pod.kind, pod.group) == ("RayCluster", "head") else {}

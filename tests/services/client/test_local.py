@@ -219,29 +219,6 @@ def ray_head(tmp_path_factory) -> Iterator[RayHead]:
     assert not Path(ray.auth["RAY_AUTH_TOKEN_PATH"]).parent.exists()
 
 
-def test_nobody_without_the_token_submits_a_job(ray_head) -> None:
-    job = {"entrypoint": "echo hello", "submission_id": "intruder"}
-    assert httpx.post(f"{ray_head.url}/api/jobs/", json=job, timeout=120).status_code == 401
-    wrong = {"Authorization": f"Bearer {'0' * 64}"}
-    assert httpx.post(f"{ray_head.url}/api/jobs/", json=job, headers=wrong, timeout=120).status_code == 403
-    assert stat.S_IMODE(Path(ray_head.auth["RAY_AUTH_TOKEN_PATH"]).stat().st_mode) == 0o600
-
-
-def test_a_job_sees_the_token_file_and_the_threads_and_reaches_the_cluster(ray_head) -> None:
-    numbers = "ray.cluster_resources()['CPU'], os.environ['OMP_NUM_THREADS']"
-    code = f"import os, ray; ray.init(); print('cpus', {numbers})"
-    headers = {"Authorization": f"Bearer {ray_head.token}"}
-    with httpx.Client(base_url=ray_head.url, headers=headers, timeout=120) as http:
-        job = {"entrypoint": f'python -c "{code}"', "submission_id": "friend"}
-        assert http.post("/api/jobs/", json=job).status_code == 200
-        deadline = time.monotonic() + 240
-        while (status := http.get("/api/jobs/friend").json()["status"]) in ("PENDING", "RUNNING"):
-            assert time.monotonic() < deadline
-            time.sleep(0.3)
-        assert status == "SUCCEEDED"
-        assert "cpus 8.0 1" in http.get("/api/jobs/friend/logs").json()["logs"]
-
-
 def serve_config(tmp_path: Path, import_path: str) -> tuple[dict, int]:
     port = free_ports(1)[0]
     environment = {"env_vars": {"PYTHONPATH": str(APPS)}}
@@ -263,6 +240,7 @@ def wait_serving(ray: RayHead, name: str) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_an_application_is_deployed_and_a_failed_deployment_reports_its_cause(ray_head, tmp_path) -> None:
     config, port = serve_config(tmp_path, "small_app:build_app")
     ray_head.deploy(config)
@@ -316,6 +294,7 @@ def test_sigterm_leaves_no_process(script, tmp_path) -> None:
     assert marked(str(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_the_next_system_in_a_folder_kills_what_a_killed_one_left_running(script, tmp_path) -> None:
     _, *processes = family(script.pid)
     script.kill()
@@ -332,6 +311,7 @@ def test_the_next_system_in_a_folder_kills_what_a_killed_one_left_running(script
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_a_ray_that_cannot_start_is_reported_and_leaves_no_process(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("services.client.ray_head.OBJECT_STORE_BYTES", -5)
     with (

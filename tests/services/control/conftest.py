@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from services.control.app import build_app
+from services.control.database import Database
 from services.control.launchers.clusters import Clusters
 from services.control.reconciler import Reconciler
 from services.settings import Settings
@@ -78,15 +79,51 @@ def database_url(request, tmp_path):
     """An empty database of each kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/dde.db"
-    server, name = request.getfixturevalue("postgres"), f"t{uuid.uuid4().hex}"
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"{server}/{name}"
+    return new_database(request.getfixturevalue("postgres"))
 
 
 @pytest.fixture
 def sqlite_url(tmp_path):
+    """Where an empty database may be made."""
     return f"sqlite:///{tmp_path}/dde.db"
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory) -> Path:
+    """The file of a database with all tables and no row: a copy takes less time than a migration."""
+    path = tmp_path_factory.mktemp("migrated") / "dde.db"
+    migrate(f"sqlite:///{path}")
+    assert [each.name for each in path.parent.iterdir()] == [path.name], "nothing is left beside the file"
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres) -> str:
+    """The name of such a database on the server."""
+    url = new_database(postgres)
+    migrate(url)
+    return url.rpartition("/")[2]
+
+
+@pytest.fixture
+def migrated_url(tmp_path, migrated_sqlite) -> str:
+    """A SQLite database with all tables and no row."""
+    shutil.copyfile(migrated_sqlite, tmp_path / "dde.db")
+    return f"sqlite:///{tmp_path}/dde.db"
+
+
+def migrate(url: str) -> None:
+    database = Database(url)
+    database.migrate()
+    database.close()
+
+
+def new_database(server: str, template: str = "template1") -> str:
+    """The URL of a new database on a PostgreSQL server, with what ``template`` has."""
+    name = f"t{uuid.uuid4().hex}"
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    return f"{server}/{name}"
 
 
 class Clock:
@@ -178,14 +215,27 @@ class Plane:
 
 
 @pytest.fixture
-def plane(tmp_path, sqlite_url):
-    yield from make_plane(tmp_path, sqlite_url)
+def plane(tmp_path, migrated_url):
+    yield from make_plane(tmp_path, migrated_url)
 
 
-@pytest.fixture
-def any_plane(tmp_path, database_url):
-    """The same on each kind of database."""
-    yield from make_plane(tmp_path, database_url)
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def any_plane(request, tmp_path):
+    """The same on each kind of database; PostgreSQL is slow."""
+    yield from make_plane(tmp_path, url_of(request))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def each_plane(request, tmp_path):
+    """The same for tests of what the kinds do in ways of their own: locks, races, order, search in JSON."""
+    yield from make_plane(tmp_path, url_of(request))
+
+
+def url_of(request: pytest.FixtureRequest) -> str:
+    """A migrated database of the kind that the fixture has as its parameter."""
+    if request.param == "sqlite":
+        return request.getfixturevalue("migrated_url")
+    return new_database(request.getfixturevalue("postgres"), request.getfixturevalue("migrated_postgres"))
 
 
 def make_plane(tmp_path: Path, url: str):

@@ -202,8 +202,8 @@ def test_a_key_is_shown_once_and_stored_as_a_hash(any_plane):
         assert session.scalars(select(IdempotencyKey)).all() == []
 
 
-def test_a_revoked_key_is_refused_at_once_and_stays_listed(any_plane):
-    plane = any_plane
+def test_a_revoked_key_is_refused_at_once_and_stays_listed(each_plane):
+    plane = each_plane
     created = new_key(plane)
     assert plane.http.get("/v1/models", headers=bearer(created["key"])).status_code == 200
     revoked = plane.post(f"/v1/keys/{created['id']}/revoke", None)
@@ -368,8 +368,8 @@ def test_the_same_idempotency_key_means_another_request_in_another_project(any_p
     assert [each["id"] for each in plane.get("/v1/datasets", headers=team)["data"]] == [theirs["id"]]
 
 
-def test_the_metadata_status_and_page_of_a_list_stay_within_the_project(any_plane, team):
-    plane = any_plane
+def test_the_metadata_status_and_page_of_a_list_stay_within_the_project(each_plane, team):
+    plane = each_plane
     dataset = plane.post(
         "/v1/datasets", {"name": "d", "uri": write_pairs(plane.root / "pairs")}, headers=team
     )

@@ -238,8 +238,8 @@ def test_the_journal_of_every_attempt_is_read(plane):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
 
 
-def test_a_new_attempt_that_is_found_under_a_stale_token_is_not_started(any_plane):
-    plane = any_plane
+def test_a_new_attempt_that_is_found_under_a_stale_token_is_not_started(each_plane):
+    plane = each_plane
     plane.launcher.plays["encode"] = fakes.runs
     job = plane.job()["id"]
     plane.settle(8)

@@ -737,8 +737,8 @@ def test_sixteen_metadata_filters_are_as_many_as_a_job_may_have(plane):
     assert [found["id"] for found in plane.get(f"{JOBS}?{query}")["data"]] == [job["id"]]
 
 
-def test_text_that_no_database_keeps_is_refused_and_not_looked_up(any_plane):
-    plane = any_plane
+def test_text_that_no_database_keeps_is_refused_and_not_looked_up(each_plane):
+    plane = each_plane
     plane.get(f"{JOBS}?metadata[a]=%00", 400)
     plane.get(f"{JOBS}/%00", 404)
     plane.get("/v1/models/%00", 404)

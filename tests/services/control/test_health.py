@@ -42,8 +42,8 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def plane(quick, tmp_path, sqlite_url):
-    yield from make_plane(tmp_path, sqlite_url)
+def plane(quick, tmp_path, migrated_url):
+    yield from make_plane(tmp_path, migrated_url)
 
 
 def test_a_replica_is_ready_without_storage_ray_and_serve_and_names_them(plane):

@@ -72,10 +72,10 @@ def settings_in(folder: Path, database_url: str, serve_url: str) -> Settings:
 
 
 @pytest.fixture
-def front(tmp_path: Path, sqlite_url: str) -> Iterator[Front]:
+def front(tmp_path: Path, migrated_url: str) -> Iterator[Front]:
     base = write_base(tmp_path / "base")
     with replica(tmp_path / "store") as running:
-        settings = settings_in(tmp_path, sqlite_url, running.url)
+        settings = settings_in(tmp_path, migrated_url, running.url)
         app = build_app(settings, FakeLauncher(), reconcile=False)
         with listening(app) as url:
             started = Front(url, app, base)

@@ -29,8 +29,8 @@ def files_of(plane, job_id: str) -> list[str]:
     return files.list_files(layout.job_folder(plane.app_settings.storage_uri, job_id), recursive=True)
 
 
-def test_a_deleted_job_leaves_no_row_and_no_file(any_plane):
-    plane = any_plane
+def test_a_deleted_job_leaves_no_row_and_no_file(each_plane):
+    plane = each_plane
     job = finished_job(plane, metadata={"why": "test"})
     other = finished_job(plane)
     assert files_of(plane, job["id"])

@@ -372,3 +372,58 @@ def test_a_deleted_rayjob_whose_cluster_may_still_make_pods_goes_on(world):
     assert (status.state, status.reason) == ("running", "Terminating")
     store.delete("rayclusters", "default", world.operator.job(name)["status"]["rayClusterName"])
     assert world.launcher.status(run.id).state == "stopped"
+
+
+def test_a_run_without_a_deadline_waits_for_an_operator_however_long(world):
+    clock = Clock()
+    launcher = world.connected(clock)
+    run = world.run()
+    launcher.submit(run)
+    clock.ahead = 30 * 86400
+    status = launcher.status(run.id)
+    assert (status.state, status.reason) == ("pending", "NoOperator")
+
+
+def test_each_waiting_run_has_an_explanation_of_its_own(world):
+    launcher = world.connected(Clock())
+    runs = {"quota": world.run(), "webhook": world.run()}
+    for message, run in runs.items():
+        launcher.submit(run)
+        world.operator.see(world.name(run))
+        world.operator.event(world.name(run), "FailedToCreateRayCluster", message, "Warning")
+    for message, run in runs.items():
+        assert launcher.status(run.id).message.endswith(f"; FailedToCreateRayCluster: {message}")
+
+
+def test_the_runs_of_an_installation_are_told_apart_from_others_from_ended_and_from_deleted_ones(world):
+    launcher = world.connected(installation="alone")
+    waiting, ended, deleted, theirs = (world.run() for _ in range(4))
+    for run in (waiting, ended, deleted):
+        launcher.submit(run)
+    world.connected(installation="there").submit(theirs)
+    world.goes_on(ended)
+    world.ends(ended, 0)
+    launcher.stop(deleted.id)
+    assert launcher.runs() == {waiting.id: False, ended.id: True}
+
+
+def test_a_run_that_is_not_there_has_no_log_and_its_stop_does_nothing(world):
+    run = world.run()
+    world.launcher.stop(run.id)
+    assert world.launcher.log_tail(run.id) == ""
+    world.launcher.submit(run)
+    assert world.launcher.log_tail(run.id) == "", "its cluster has no dashboard yet"
+
+
+def test_a_rayjob_that_has_taken_a_deleted_ones_name_is_spared(world, monkeypatch):
+    run = world.run()
+    name = world.name(run)
+    world.launcher.submit(run)
+    found = world.launcher._find(name)
+    store = world.server.store
+    store.delete("rayjobs", "default", name, {"propagationPolicy": "Background"})
+    world.launcher.submit(run)
+    monkeypatch.setattr(world.launcher, "_find", lambda _: found)
+    with pytest.raises(Unavailable):
+        world.launcher.stop(run.id)
+    assert "deletionTimestamp" not in world.operator.job(name)["metadata"]

@@ -124,8 +124,8 @@ def test_a_driver_that_dies_is_followed_by_another_attempt(any_plane):
     assert specs[0].output == specs[1].output, "what is committed is kept"
 
 
-def test_a_run_can_be_cancelled_and_its_dataset_then_deleted(any_plane):
-    plane = any_plane
+def test_a_run_can_be_cancelled_and_its_dataset_then_deleted(each_plane):
+    plane = each_plane
     plane.launcher.plays["generate"] = runs
     made = plane.post(DATASETS, generate_body(plane))
     plane.settle()

@@ -406,8 +406,8 @@ def test_a_model_that_a_paused_job_needs_is_kept(plane):
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "in_use")
 
 
-def test_what_is_found_under_a_stale_token_neither_pauses_nor_undoes_a_resume(any_plane):
-    plane = any_plane
+def test_what_is_found_under_a_stale_token_neither_pauses_nor_undoes_a_resume(each_plane):
+    plane = each_plane
     job = training(plane)
     request(plane, "pause", job)
     plane.clock.now = max(plane.clock.now, time.time()) + 1

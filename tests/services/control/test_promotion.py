@@ -109,8 +109,8 @@ def test_a_model_that_fails_its_gate_is_kept_and_the_promoted_one_stays(any_plan
     assert any("gate: failed: taste" in message for message in plane.events(bad["id"]))
 
 
-def test_promoting_an_earlier_version_rolls_back_for_the_next_request(any_plane):
-    plane = any_plane
+def test_promoting_an_earlier_version_rolls_back_for_the_next_request(each_plane):
+    plane = each_plane
     first, second = aligned(plane)["aligned_model"], aligned(plane)["aligned_model"]
     plane.get("/v1/models/m@production", 404)
     for each in (second, first, second):

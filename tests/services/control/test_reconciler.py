@@ -31,8 +31,8 @@ def done(job: dict) -> list[str]:
     return [stage for stage, result in job["result"].items() if result]
 
 
-def test_a_job_goes_through_every_stage_to_a_served_model(any_plane):
-    plane = any_plane
+def test_a_job_goes_through_every_stage_to_a_served_model(each_plane):
+    plane = each_plane
     job = plane.job(name="aligned")
     assert (job["status"], job["aligned_model"], job["result"], job["started_at"]) == (
         "validating",
@@ -482,8 +482,8 @@ def test_a_name_means_the_model_that_got_it_last(any_plane):
     assert [plane.get(f"/v1/models/{model}")["current"] for model in aligned].count(True) == 1
 
 
-def test_what_is_found_under_a_stale_token_changes_nothing(any_plane):
-    plane = any_plane
+def test_what_is_found_under_a_stale_token_changes_nothing(each_plane):
+    plane = each_plane
     job = plane.job(name="aligned")
     slow, fast = plane.reconciler(), plane.reconciler()
     plane.clock.now = time.time()
@@ -505,8 +505,8 @@ def test_what_is_found_under_a_stale_token_changes_nothing(any_plane):
     assert not files.exists(f"{plane.settings.storage_uri}/models/model_{'0' * 24}.json")
 
 
-def test_two_reconcilers_on_one_database_submit_each_stage_once(any_plane):
-    plane = any_plane
+def test_two_reconcilers_on_one_database_submit_each_stage_once(each_plane):
+    plane = each_plane
     jobs = [plane.job()["id"] for _ in range(4)]
     failures: list[Exception] = []
 

@@ -242,8 +242,8 @@ def test_an_answer_repeats_the_request_with_every_default(plane):
     assert (job["model"], job["dataset"]) == (plane.get("/v1/models/shapes")["version"], plane.dataset["id"])
 
 
-def test_lists_are_newest_first_in_pages(any_plane):
-    plane = any_plane
+def test_lists_are_newest_first_in_pages(each_plane):
+    plane = each_plane
     made = [plane.job()["id"] for _ in range(5)][::-1]
     first = plane.get(f"{JOBS}?limit=2")
     assert ([job["id"] for job in first["data"]], first["has_more"]) == (made[:2], True)
@@ -255,8 +255,8 @@ def test_lists_are_newest_first_in_pages(any_plane):
     )
 
 
-def test_jobs_are_filtered_by_status_and_metadata_together(any_plane):
-    plane = any_plane
+def test_jobs_are_filtered_by_status_and_metadata_together(each_plane):
+    plane = each_plane
     a = plane.job(metadata={"team": "a", "run": "1"})["id"]
     b = plane.job(metadata={"team": "a", "run": "2"})["id"]
     plane.job(metadata={"team": "b"})
@@ -274,8 +274,8 @@ def test_jobs_are_filtered_by_status_and_metadata_together(any_plane):
     assert ids("metadata[team]=c") == ids("status=failed") == []
 
 
-def test_the_same_key_and_body_get_the_same_answer_and_make_one_thing(any_plane):
-    plane = any_plane
+def test_the_same_key_and_body_get_the_same_answer_and_make_one_thing(each_plane):
+    plane = each_plane
     plane.dataset  # noqa: B018
     bodies = {
         JOBS: plane.job_body(),
@@ -308,8 +308,8 @@ def test_a_refused_create_does_not_use_up_its_key(plane):
     plane.post(JOBS, plane.job_body(model="later"), headers=headers)
 
 
-def test_requests_at_once_under_one_key_make_one_job_and_none_is_a_conflict(any_plane):
-    plane = any_plane
+def test_requests_at_once_under_one_key_make_one_job_and_none_is_a_conflict(each_plane):
+    plane = each_plane
     body, answers = plane.job_body(), []
 
     def send() -> None:

@@ -296,8 +296,8 @@ def test_a_stream_that_ended_with_a_failure_continues_once_the_job_is_resumed(pl
     )
 
 
-def test_of_requests_to_resume_at_once_one_queues_the_job(any_plane):
-    plane = any_plane
+def test_of_requests_to_resume_at_once_one_queues_the_job(each_plane):
+    plane = each_plane
     job = failed_at(plane, "train")
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: plane.http.post(f"{JOBS}/{job}/resume").status_code, range(4)))

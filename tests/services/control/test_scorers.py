@@ -90,18 +90,18 @@ def test_a_scorer_is_registered_found_listed_and_deleted(any_plane, checkpoints)
     assert Path(request["uri"]).exists(), "its files stay"
 
 
-def test_lists_end_with_the_built_in_scorers_and_have_pages(any_plane):
-    made = [insert(any_plane, f"s{i}", "clip") for i in range(3)]
+def test_lists_end_with_the_built_in_scorers_and_have_pages(each_plane):
+    made = [insert(each_plane, f"s{i}", "clip") for i in range(3)]
     found = []
     after = ""
-    while page := any_plane.get(f"{SCORERS}?limit=2{after}")["data"]:
+    while page := each_plane.get(f"{SCORERS}?limit=2{after}")["data"]:
         found += page
         after = f"&after={page[-1]['id']}"
     assert [each["name"] for each in found] == ["s2", "s1", "s0", *NAMES]
-    assert any_plane.get(f"{SCORERS}?limit=6")["has_more"] is False
-    assert any_plane.get(f"{SCORERS}?limit=5")["has_more"] is True
-    assert any_plane.get(f"{SCORERS}/{made[0].id}")["name"] == "s0"
-    assert any_plane.get(f"{SCORERS}?after=nothing", 404)["error"]["param"] == "after"
+    assert each_plane.get(f"{SCORERS}?limit=6")["has_more"] is False
+    assert each_plane.get(f"{SCORERS}?limit=5")["has_more"] is True
+    assert each_plane.get(f"{SCORERS}/{made[0].id}")["name"] == "s0"
+    assert each_plane.get(f"{SCORERS}?after=nothing", 404)["error"]["param"] == "after"
 
 
 def test_the_built_in_scorers_are_in_every_project_and_cannot_be_deleted(any_plane):

@@ -674,8 +674,8 @@ def test_a_kill_after_every_transaction_loses_nothing_and_starts_nothing_twice(a
     assert len(seen) == len(set(seen)), seen
 
 
-def test_a_replica_whose_lock_has_expired_starts_no_cell(any_plane):
-    plane = any_plane
+def test_a_replica_whose_lock_has_expired_starts_no_cell(each_plane):
+    plane = each_plane
     study = plane.post(STUDIES, body(plane))
     plane.clock.now = time.time() + 1
     job = plane.reconciler().take()

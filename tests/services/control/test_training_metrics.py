@@ -43,12 +43,12 @@ def test_without_a_checkpoint_the_first_step_counts(any_plane):
     assert measured(any_plane, CHECKPOINT) == {job: 100.0}
 
 
-def test_the_newest_checkpoint_counts(any_plane):
+def test_the_newest_checkpoint_counts(each_plane):
     stored = {"loss": 1.0, CHECKPOINT_SECONDS: 2.5}
     steps = [(1, 100.0, {"loss": 1.0}), (2, 160.0, stored), (3, 220.0, stored), (4, 280.0, {"loss": 0.5})]
-    job = training(any_plane, *steps)
-    assert measured(any_plane, STEP) == {job: 280.0}
-    assert measured(any_plane, CHECKPOINT) == {job: 220.0}
+    job = training(each_plane, *steps)
+    assert measured(each_plane, STEP) == {job: 280.0}
+    assert measured(each_plane, CHECKPOINT) == {job: 220.0}
 
 
 @pytest.mark.parametrize("status", ["paused", "failed", "evaluating"])

@@ -303,8 +303,8 @@ def starting(plane: Plane) -> list[str]:
         return queueing.starting(session, plane.settings)
 
 
-def test_one_slot_goes_round_between_projects_whoever_queued_first(any_plane):
-    plane = any_plane
+def test_one_slot_goes_round_between_projects_whoever_queued_first(each_plane):
+    plane = each_plane
     limit(plane, max_active_jobs=1)
     greedy = add_queued(plane.database, greedy=5)["greedy"]
     modest = add_queued(plane.database, modest=2)["modest"]
@@ -344,8 +344,8 @@ def test_places_are_the_order_of_starts_while_no_job_ends(plane):
             assert queue.position(chosen, started[chosen]) == turn
 
 
-def test_a_project_has_no_more_active_jobs_than_its_limit_and_the_others_go_on(any_plane):
-    plane = any_plane
+def test_a_project_has_no_more_active_jobs_than_its_limit_and_the_others_go_on(each_plane):
+    plane = each_plane
     limit(plane, max_active_jobs=4, max_active_jobs_per_project=2)
     jobs = add_queued(plane.database, a=5, b=1)
     assert starting(plane) == [jobs["a"][0], jobs["b"][0], jobs["a"][1]], "one slot is left over"

@@ -149,6 +149,16 @@ def test_three_models_are_each_compared_with_the_base_that_the_request_names(
     assert grid.width > 3 * 4 * 128
 
 
+def test_images_of_prompts_that_no_scorer_knows_are_drawn_without_scores(
+    evaluate: EvaluateHere, shapes: ModelRecord, other: ModelRecord, tmp_path: Path
+):
+    (tmp_path / "own.txt").write_text("a photo of an astronaut\nan oil painting of a lighthouse\n")
+    own = (tmp_path / "own.txt").as_uri()
+    result = evaluate(shapes, other, prompts_uri=own, num_prompts=2, scorers=[])
+    assert (result.scores, result.images_drawn) == ({}, 4)
+    assert Image.open(io.BytesIO(files.read_bytes(result.grid))).format == "PNG"
+
+
 def test_categories_are_reported_with_the_difference_on_their_prompts(
     evaluate: EvaluateHere, shapes: ModelRecord, other: ModelRecord, tmp_path: Path
 ):

@@ -46,12 +46,17 @@ from tests.support.tiny_folders import FOLDERS
 
 PAIRS, PER_SHARD, BATCH = 20, 8, 7
 PREFERENCE = [name for name, method in METHODS.items() if method.has_reference]
-CASES = [(method, "expected", noise) for method in PREFERENCE for noise in ("independent", "shared")]
-CASES += [
-    ("dde", "sampled", "independent"),
+NOISES = ("independent", "shared")
+FAST = [
+    *((method, "expected", NOISES[number % 2]) for number, method in enumerate(PREFERENCE)),
     ("dde_step", "sampled", "shared"),
     ("dde", "mode", "independent"),
 ]
+"""Every method, noise mode and calibration point at least once."""
+
+ALL = [(method, "expected", noise) for method in PREFERENCE for noise in NOISES]
+ALL += [*FAST[-2:], ("dde", "sampled", "independent")]
+CASES = [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in ALL]
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -26,6 +25,7 @@ from dde_core.parallelism import num_micro_batches
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors, step_losses
 from services.training.worker.collectives import gather, gather_errors
+from tests.support.ranks import run_ranks
 from tests.support.tiny_unet import TEXT_WIDTH, tiny_unet
 
 STEPS, BATCH, MICRO, SHAPE = 20, 7, 2, (4, 8, 8)
@@ -111,7 +111,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the results of one worker and of three."""
     folder = tmp_path_factory.mktemp("trained")
     train(0, 1, f"{folder}/one", "none")
-    mp.spawn(three, args=(str(folder),), nprocs=3)
+    run_ranks(three, (str(folder),), 3)
     return folder
 
 

@@ -36,8 +36,9 @@ BATCH = 7
 PREFERENCE = [name for name, method in METHODS.items() if method.has_reference]
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+@pytest.fixture(scope="module", params=["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def model(request, tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """The fast suite has SDXL's inputs in tests/core, and trains it in services/ingest/test_ledger.py."""
     return ModelFolder(FOLDERS[request.param](tmp_path_factory.mktemp("models") / request.param))
 
 
