@@ -40,7 +40,7 @@ class SeedContrast:
 
 
 def seed_contrasts(
-    differences: Sequence[Float64[np.ndarray, "seeds prompts"]], resamples: int = RESAMPLES, seed: int = 0
+    differences: Sequence[Float64[np.ndarray, "_ prompts"]], resamples: int = RESAMPLES, seed: int = 0
 ) -> list[SeedContrast]:
     """A contrast from each table of differences: a row for each seed, a column for each prompt.
 
@@ -113,7 +113,7 @@ def _student(means: Float64[np.ndarray, " seeds"]) -> tuple[float, float]:
 
 
 def _drawn_means(
-    differences: Sequence[Float64[np.ndarray, "seeds prompts"]], num_prompts: int, resamples: int, seed: int
+    differences: Sequence[Float64[np.ndarray, "_ prompts"]], num_prompts: int, resamples: int, seed: int
 ) -> Float64[np.ndarray, "contrasts resamples"]:
     """The mean of each table over seeds and prompts that are drawn again."""
     random = np.random.default_rng(seed)

@@ -27,7 +27,9 @@ OBJECT_STORE_BYTES = 500_000_000
 STOP_TIMEOUT_S = 20.0
 APPLICATIONS = "/api/serve/applications/"
 START_TIMED_OUT = "The current node timed out during startup"
-"""Ray's message where its node took more than 30 s to start, which nothing can lengthen."""
+"""Ray's message where its node takes more than 30 s to start, or the node's dashboard agent more than 15 s.
+Nothing can lengthen either.
+"""
 RESTARTS = 2
 """A machine on which Ray starts too slowly twice has its files in memory by the third time."""
 

@@ -13,6 +13,7 @@ from services.control.launchers.contract import Launcher, RunState, RunStatus
 from services.control.tables import Job
 from services.errors import Unavailable
 from services.stages import layout
+from services.stages.driver_log import without_color
 from services.stages.journal import read_journal
 from services.stages.specs import JournalEvent, StageFailure, StageStopped, StopRequest
 from services.storage import files
@@ -110,10 +111,10 @@ class Attempt:
             unavailable = error
         stored = None if text else _read(layout.driver_log_uri(self.prefix))
         if stored:
-            return "\n".join(stored.decode(errors="replace").splitlines()[-TAIL_LINES:])
-        if unavailable is not None:
+            text = "\n".join(stored.decode(errors="replace").splitlines()[-TAIL_LINES:])
+        elif unavailable is not None:
             raise unavailable
-        return text
+        return without_color(text)
 
     def status(self) -> RunStatus | None:
         """The run's status; None while Ray is unreachable."""

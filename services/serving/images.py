@@ -6,8 +6,8 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,7 @@ from services.api.images import (
 )
 from services.api.records import ModelRecord
 from services.api.requests import DEFAULT_PROJECT
-from services.errors import BadRequest, ServiceError, ShuttingDown
+from services.errors import BadRequest, DeadlineExceeded, ServiceError, ShuttingDown
 from services.serving.admission import Admission, Limits, Ticket, Work
 from services.serving.contract import LoadedModels
 from services.serving.encoding import encode
@@ -93,7 +93,7 @@ class Images:
             message = "response_format: URLs come from the control plane; send the request there, got 'url'"
             raise BadRequest(message, param="response_format")
         caller = caller or Caller()
-        with await self._enter(request, caller) as ticket:
+        with self._counted(await self._enter(request, caller)) as ticket:
             return await ticket.wait_for(self._answer(request, caller, ticket, urls))
 
     async def stream(
@@ -102,7 +102,7 @@ class Images:
         """The events of a request with ``stream``."""
         request.check()
         caller = caller or Caller()
-        with await self._enter(request, caller) as ticket:
+        with self._counted(await self._enter(request, caller)) as ticket:
             async with aclosing(self._stream(request, caller, ticket)) as events:
                 while (event := await ticket.wait_for(anext(events, None))) is not None:
                     yield event
@@ -150,6 +150,19 @@ class Images:
         work = Work(width=width, height=height, steps=sample.steps, rows=rows, images=request.n)
         return self._admission.enter(caller.key, work, caller.timeout_s, native)
 
+    @contextmanager
+    def _counted(self, ticket: Ticket) -> Iterator[Ticket]:
+        """The accepted request, whose early end is counted: it may come before the engine has the request."""
+        with ticket:
+            try:
+                yield ticket
+            except DeadlineExceeded:
+                self._metrics.cancelled("deadline")
+                raise
+            except (asyncio.CancelledError, GeneratorExit):
+                self._metrics.cancelled("disconnected")
+                raise
+
     @asynccontextmanager
     async def _drawing(
         self, request: ImageRequest, caller: Caller, ticket: Ticket
@@ -180,8 +193,6 @@ class Images:
         try:
             yield _Drawing(request, loaded.record, wanted, reading, events)
         finally:
-            if not events.ended.is_set():
-                self._metrics.cancelled("disconnected" if ticket.remaining_s() > 0 else "deadline")
             generation.cancel()
 
     def _release_at_end(self, events: _Events, lease: AsyncExitStack) -> None:

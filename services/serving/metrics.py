@@ -35,7 +35,7 @@ class Metrics(Protocol):
         """A request was refused with this error code."""
 
     def cancelled(self, reason: str) -> None:
-        """An accepted request ended early: ``disconnected``, ``deadline`` or ``shutdown``."""
+        """An accepted request ended early: its caller ``disconnected``, or its ``deadline`` passed."""
 
 
 class Unmeasured:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import selectors
 import sys
 import termios
@@ -19,6 +20,12 @@ from services.storage import files
 KEPT_BYTES = 64 * 1024
 STORED_EVERY_S = 15.0
 """At most this much of the output is missing after a driver was killed."""
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def without_color(text: str) -> str:
+    """The text without the escape sequences by which Ray colors its output."""
+    return _COLOR.sub("", text)
 
 
 class DriverLog:

@@ -19,7 +19,7 @@ from dde_core.errors import ConfigError, DdeError
 from services.api.requests import Strict
 from services.errors import Overtaken, ServiceError, Stopped, Unavailable
 from services.stages import layout
-from services.stages.driver_log import DriverLog
+from services.stages.driver_log import DriverLog, without_color
 from services.stages.journal import Journal
 from services.stages.specs import Level, StageFailure, StageSpec, StageStopped
 from services.storage import files, sources
@@ -28,7 +28,6 @@ Spec = TypeVar("Spec", bound=StageSpec)
 TRANSIENT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 """Errors of a full or unreachable disk: another attempt of the stage may succeed."""
 MAX_MESSAGE_CHARS = 1000
-_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR_IN_TRACEBACK = re.compile(
     r"^(?:  File |.*\(pid=)[^\n]*\n(?: [^\n]*\n)*(?P<name>[\w.]+)(?:: ?(?P<message>[^\n]*))?$", re.MULTILINE
 )
@@ -153,7 +152,7 @@ def _class_and_message(error: BaseException) -> tuple[str, str]:
 
 
 def _text(error: BaseException) -> str:
-    return _COLOR.sub("", str(error)).strip()
+    return without_color(str(error)).strip()
 
 
 def _error_in(text: str) -> re.Match[str] | None:

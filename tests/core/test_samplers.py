@@ -185,7 +185,7 @@ def company_cases() -> Iterator[Any]:
         yield pytest.param(sampler, *kind, guidance_scale, marks=marks)
 
 
-@pytest.mark.parametrize(("sampler", "family", "prediction_type", "guidance_scale"), company_cases())
+@pytest.mark.parametrize(("sampler", "family", "prediction_type", "guidance_scale"), list(company_cases()))
 def test_an_image_in_company_equals_that_of_diffusers_pipeline_alone(
     root: Path, sampler, family, prediction_type, guidance_scale
 ):

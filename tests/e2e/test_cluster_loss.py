@@ -8,8 +8,9 @@ read, prints figures, and compares the trained weights with those of an undistur
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import httpx
@@ -23,7 +24,7 @@ from services.api.requests import TIMEOUT_HEADER, AlignmentJobCreate, Evaluation
 from services.client.api import Client
 from tests.support.pairs_file import pair_rows, write_pairs
 from tests.support.pod_cluster import PodCluster, pod_cluster
-from tests.support.probe import Outage, Probe
+from tests.support.probe import Probe
 from tests.support.weights import WEIGHTS, Weights, same_bits
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -31,6 +32,7 @@ STORE_AWAY_S = float(os.environ.get("STORE_AWAY_S", "60"))
 """How long the object store is away; 600 for the full test."""
 TRAINING = TrainConfig(steps=100, batch_size=16, learning_rate=1e-4, checkpoint_every=5)
 LOST_AT_STEP = 20
+STARTED = re.compile(r"training on \d+ workers \(\w+\) from step (\d+)")
 SETTINGS = {"DDE_UNREACHABLE_S": "3600"}
 RAY_ENV = {
     # Raylets wait this long for the head; KubeRay sets it for workers, too.
@@ -124,32 +126,47 @@ def reads(trial: Trial, job: str) -> httpx.Request:
 
 
 @dataclass(frozen=True)
-class Survived:
-    """What a loss cost. ``resumed``: the steps from which workers started."""
+class Loss:
+    """What is lost, for how long, and what that costs.
 
-    job: JobView
-    events: list[str]
-    attempts: int
-    resumed: list[int]
-    lost_steps: int
-    generations: Outage
-    reads: Outage
-    is_same: bool
+    ``how`` and ``back`` are methods of PodCluster. ``starts``: how often workers start; None: once or twice.
+    """
+
+    part: str
+    how: str
+    away_s: float
+    back: str | None
+    attempts: int = 1
+    starts: int | None = 1
+    images_may_fail: bool = False
+    reads_fail: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.part}-{self.how}-for-{self.away_s:g}-s"
 
 
-def survive(
-    trial: Trial,
-    undisturbed: Weights,
-    name: str,
-    lose: Callable[[], None],
-    bring_back: Callable[[], None],
-    away_s: float,
-) -> Survived:
-    """Lose something after ``LOST_AT_STEP``, bring it back ``away_s`` later, and wait for the job's end."""
+LOSSES = [
+    # Ray Train starts new workers, and the driver goes on.
+    Loss("worker-2", "lose", 10, "replace", starts=2, images_may_fail=True),
+    # Ray gives a node up only after a while; then it starts again as a new one.
+    Loss("worker-2", "cut", 10, "heal", starts=None, images_may_fail=True),
+    Loss("worker-2", "cut", 90, "heal", starts=None, images_may_fail=True),
+    # Drivers run on the head, and die with it.
+    Loss("head", "lose", 30, "recover", attempts=2, starts=2),
+    Loss("redis", "cut", 60, "heal"),
+    Loss("control", "kill", 1, None, images_may_fail=True, reads_fail=True),
+    Loss("s3", "cut", STORE_AWAY_S, "heal"),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_a_job_that_loses_a_part_of_its_installation_ends_in_the_weights_of_an_undisturbed_run(
+    trial: Trial, undisturbed: Weights, loss: Loss
+):
     cluster = trial.cluster
     whole_after_s = cluster.wait(cluster.is_whole, "the cluster is not whole", 600)
-    job_id = trial.begin(name)
-    cluster.wait(lambda: trial.steps(job_id) >= LOST_AT_STEP, f"{name} does not train", 600)
+    job_id = trial.begin(str(loss))
+    cluster.wait(lambda: trial.steps(job_id) >= LOST_AT_STEP, f"{loss} does not train", 600)
     with (
         Probe(lambda: images(trial)) as generations,
         Probe(lambda: reads(trial, job_id)) as job_reads,
@@ -157,39 +174,36 @@ def survive(
         time.sleep(3)
         lost_step = trial.steps(job_id)
         lost_at = time.monotonic()
-        lose()
-        time.sleep(away_s)
-        bring_back()
+        getattr(cluster, loss.how)(loss.part)
+        time.sleep(loss.away_s)
+        if loss.back:
+            getattr(cluster, loss.back)(loss.part)
         back_at = time.monotonic()
         job = wait_for_end(trial, job_id, 1800)
         ended_at = time.monotonic()
         cluster.wait(lambda: generations.good_since(back_at), "no image is drawn", 300)
+    images_report, reads_report = generations.report(lost_at), job_reads.report(lost_at)
     events = trial.events(job_id)
-    starts = [int(each.rpartition(" ")[2]) for each in events if "workers" in each and "from step" in each]
+    starts = [int(found[1]) for each in events if (found := STARTED.fullmatch(each))]
     attempts = 1 + sum("restarts as attempt" in each for each in events)
-    weights = trial.weights(job) if job.status == "succeeded" else {}
-    found = Survived(
-        job=job,
-        events=events,
-        attempts=attempts,
-        resumed=starts,
-        lost_steps=sum(max(0, lost_step - start) for start in starts[1:2]),
-        generations=generations.report(lost_at),
-        reads=job_reads.report(lost_at),
-        is_same=same_bits(undisturbed, weights),
-    )
+    is_same = same_bits(undisturbed, trial.weights(job) if job.status == "succeeded" else {})
     print(
-        f"\n{name} (the cluster was whole after {whole_after_s:.0f} s): away {away_s:g} s; lost at step "
-        f"{lost_step}, {job.status} {ended_at - lost_at:.0f} s later; attempts {attempts}, workers started "
-        f"from steps {starts}, lost steps {found.lost_steps}, weights "
-        f"{'equal' if found.is_same else 'differ'}"
-        f"\n  generations: {found.generations}\n  reads: {found.reads}"
+        f"\n{loss} (the cluster was whole after {whole_after_s:.0f} s): lost at step {lost_step}, "
+        f"{job.status} {ended_at - lost_at:.0f} s later; attempts {attempts}, "
+        f"workers started from steps {starts}, weights {'equal' if is_same else 'differ'}"
+        f"\n  generations: {images_report}\n  reads: {reads_report}"
         f"\n  replicas {cluster.replicas()}, starts {cluster.starts}"
     )
     print("\n".join(f"    {each[:300]}" for each in events))
     assert job.status == "succeeded", job.reason
-    assert found.is_same, "a resumed run ends in the weights of an undisturbed one"
-    return found
+    assert is_same, "a resumed run ends in the weights of an undisturbed one"
+    assert attempts == loss.attempts
+    assert len(starts) in ((1, 2) if loss.starts is None else (loss.starts,))
+    assert all(step > 0 for step in starts[1:]), "it goes on from a checkpoint"
+    assert loss.images_may_fail or not images_report.bad
+    assert bool(reads_report.bad) == loss.reads_fail
+    assert reads_report.again_after_s is not None
+    assert reads_report.again_after_s < 60
 
 
 def wait_for_end(trial: Trial, job_id: str, timeout_s: float) -> JobView:
@@ -205,97 +219,3 @@ def wait_for_end(trial: Trial, job_id: str, timeout_s: float) -> JobView:
             pass
         assert time.monotonic() < deadline, trial.events(job_id)
         time.sleep(1)
-
-
-def test_a_lost_worker_node_that_is_replaced_costs_the_steps_since_a_checkpoint(trial: Trial, undisturbed):
-    cluster = trial.cluster
-    found = survive(
-        trial,
-        undisturbed,
-        "worker-lost",
-        lose=lambda: cluster.lose("worker-2"),
-        bring_back=lambda: cluster.replace("worker-2"),
-        away_s=10,
-    )
-    assert found.attempts == 1, "Ray Train starts new workers, and the driver goes on"
-    assert len(found.resumed) == 2
-    assert found.resumed[1] > 0
-    assert not found.reads.bad
-
-
-@pytest.mark.parametrize("away_s", [10, 90])
-def test_a_worker_node_that_is_cut_off_for_a_while_costs_no_attempt(trial: Trial, undisturbed, away_s: float):
-    """After ten seconds it goes on; after 90 Ray has given it up, and it starts again as a new node."""
-    cluster = trial.cluster
-    found = survive(
-        trial,
-        undisturbed,
-        f"worker-cut-{away_s}",
-        lose=lambda: cluster.cut("worker-2"),
-        bring_back=lambda: cluster.heal("worker-2"),
-        away_s=away_s,
-    )
-    assert found.attempts == 1
-    assert not found.reads.bad
-
-
-def test_while_the_head_is_lost_images_are_drawn_and_its_return_costs_an_attempt(trial: Trial, undisturbed):
-    """Drivers run on the head, and die with it."""
-    cluster = trial.cluster
-    found = survive(
-        trial,
-        undisturbed,
-        "head-lost",
-        lose=lambda: cluster.lose("head"),
-        bring_back=lambda: cluster.recover("head"),
-        away_s=30,
-    )
-    assert found.attempts == 2
-    assert found.resumed[1] > 0
-    assert not found.generations.bad
-    assert not found.reads.bad
-
-
-def test_redis_may_be_away_for_a_minute(trial: Trial, undisturbed):
-    cluster = trial.cluster
-    found = survive(
-        trial,
-        undisturbed,
-        "redis-away",
-        lose=lambda: cluster.cut("redis"),
-        bring_back=lambda: cluster.heal("redis"),
-        away_s=60,
-    )
-    assert found.attempts == 1
-    assert len(found.resumed) == 1
-    assert not found.generations.bad
-    assert not found.reads.bad
-
-
-def test_a_killed_control_plane_goes_on_with_its_jobs(trial: Trial, undisturbed):
-    cluster = trial.cluster
-    found = survive(
-        trial,
-        undisturbed,
-        "control-killed",
-        lose=lambda: cluster.kill("control"),
-        bring_back=lambda: None,
-        away_s=1,
-    )
-    assert found.attempts == 1
-    assert len(found.resumed) == 1, "training goes on without a control plane"
-    assert found.reads.bad, "it was really away"
-    assert found.reads.again_after_s < 60
-
-
-def test_the_object_store_may_be_away_while_images_are_drawn(trial: Trial, undisturbed):
-    cluster = trial.cluster
-    found = survive(
-        trial,
-        undisturbed,
-        "store-away",
-        lose=lambda: cluster.cut("s3"),
-        bring_back=lambda: cluster.heal("s3"),
-        away_s=STORE_AWAY_S,
-    )
-    assert not found.reads.bad

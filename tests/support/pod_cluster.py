@@ -305,6 +305,8 @@ class PodCluster:
         config = fill_serve_config(read_serve_config(SERVE_CONFIG), SERVE_PORT, STORAGE_URI)
         config["applications"][0]["args"] |= args
         self._num_replicas = config["applications"][0]["args"]["min_replicas"]
+        # A lost node takes a replica with it, and its successor gets one.
+        config["applications"][0]["deployments"] = [{"name": "ImageServer", "max_replicas_per_node": 1}]
         config["proxy_location"] = "EveryNode"
         config["http_options"]["host"] = "0.0.0.0"
         answer = self._dashboard("PUT", json=config)

@@ -113,7 +113,7 @@ class FakeLauncher:
 
     def log_tail(self, run_id: str) -> str:
         self._answer()
-        return f"last words of {run_id}" if run_id in self.states else ""
+        return f"\x1b[36mlast words\x1b[0m of {run_id}" if run_id in self.states else ""
 
     def _answer(self) -> None:
         if self.down:

@@ -368,8 +368,8 @@ def test_the_same_idempotency_key_means_another_request_in_another_project(any_p
     assert [each["id"] for each in plane.get("/v1/datasets", headers=team)["data"]] == [theirs["id"]]
 
 
-def test_the_metadata_status_and_page_of_a_list_stay_within_the_project(each_plane, team):
-    plane = each_plane
+def test_the_metadata_status_and_page_of_a_list_stay_within_the_project(any_plane, team):
+    plane = any_plane
     dataset = plane.post(
         "/v1/datasets", {"name": "d", "uri": write_pairs(plane.root / "pairs")}, headers=team
     )

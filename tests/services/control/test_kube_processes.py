@@ -95,7 +95,9 @@ def test_a_rayjob_that_fails_says_why_and_one_that_is_deleted_stops(operator):
     operator.store.delete("rayjobs", "default", NAME, {"propagationPolicy": "Foreground"})
     wait_for_no(operator, "rayjobs")
     mark = operator.kubelet.folder / "stopped"
-    code = f"import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: open('{mark}', 'w').close()"
+    # A shell starts background processes with SIGINT ignored, and pods inherit that.
+    hears = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{hears}\ntry: time.sleep(600)\nexcept KeyboardInterrupt: open('{mark}', 'w').close()"
     operator.store.create("rayjobs", "default", small(script(code)))
     wait(operator, lambda status: status.get("jobStatus") == "RUNNING")
     time.sleep(3.0)

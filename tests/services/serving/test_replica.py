@@ -241,7 +241,14 @@ def test_a_deadline_ends_a_request(root: str):
         running.images()
         answer = running.post({TIMEOUT_HEADER: "0.5"}, steps=400, n=8)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
-        until(lambda: running.counts.ended == ["deadline"])
+        assert running.counts.ended == ["deadline"]
+        assert running.images()
+
+
+def test_a_deadline_while_the_model_is_loaded_is_counted_too(root: str):
+    with replica(root) as running:
+        assert running.post({TIMEOUT_HEADER: "0.01"}).status_code == 504
+        assert running.counts.ended == ["deadline"]
         assert running.images()
 
 
