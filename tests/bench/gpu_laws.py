@@ -30,7 +30,6 @@ from dde_core.latents.ledger import Ledger
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy, use_deterministic_kernels
-from dde_core.objectives import OBJECTIVES
 from dde_core.schedule import Schedule, add_noise, epsilon_from, x0_from
 from dde_core.shapes import MODEL_DIR
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
@@ -38,6 +37,7 @@ from tests.bench.gpu_speed import OBJECTIVE, Ours
 from tests.bench.gpu_step import gpu_parser, machine_of, record_results
 from tests.bench.measure import result
 from tests.bench.random_folder import RandomFolder, write_ledger, write_shard_of
+from tests.support.methods import OF_DATASETS
 from tests.support.unet_configs import SCHEDULER, random_pairs, schedule, unet
 
 CPU = torch.device("cpu")
@@ -76,12 +76,12 @@ class Laws:
         return worst
 
     def losses(self) -> float:
-        """Loss and gradient weight of every method."""
+        """Loss and gradient weight of every method that trains on a dataset."""
         worst = 0.0
         b = 256
         t = torch.linspace(1, 1000, b).round().long()
         w, loser, w_ref, l_ref, correction = torch.rand(5, b, generator=torch.Generator().manual_seed(0))
-        for method in OBJECTIVES:
+        for method in OF_DATASETS:
             config = ObjectiveConfig(method=method)
             errors = PairErrors(w, loser), PairErrors(w_ref, l_ref)
             on_cpu = step_losses(*errors, t, config, schedule(CPU), correction)

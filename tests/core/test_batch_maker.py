@@ -16,9 +16,10 @@ from dde_core.models.folder import ModelFolder
 from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
 from dde_core.noise import draw_caption_dropout, draw_evaluation_point, draw_noise
-from dde_core.objectives import OBJECTIVES, method_distribution
+from dde_core.objectives import method_distribution
 from dde_core.train_step import PairBatch
 from tests.support.encoded_pairs import SHAPE, SIZE_PX, batch_maker, write_encoded
+from tests.support.methods import OF_DATASETS
 from tests.support.tiny_folders import FOLDERS
 
 PAIRS, SEED = 16, 5
@@ -84,7 +85,7 @@ def test_draws_do_not_depend_on_the_runs_seed_and_begin_again_after_as_many_as_t
 
 
 def test_each_method_has_the_noise_of_its_own_source(model, encoded):
-    for name, method in METHODS.items():
+    for name, method in OF_DATASETS.items():
         batch = one_batch(model, encoded, ObjectiveConfig(method=name))
         if not method.has_loser:
             assert batch.noise_l is batch.latents_l is batch.conditioning_l is None, (
@@ -94,7 +95,7 @@ def test_each_method_has_the_noise_of_its_own_source(model, encoded):
             assert torch.equal(batch.noise_w, batch.noise_l) == (method.noise == "shared")
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", OF_DATASETS)
 @pytest.mark.parametrize("point", ["expected", "sampled", "mode"])
 def test_evaluation_points_are_drawn_where_they_are_read_and_nowhere_else(model, encoded, method, point):
     batch = one_batch(model, encoded, ObjectiveConfig(method=method, calibration_point=point))
@@ -123,7 +124,7 @@ def test_a_pairs_row_does_not_depend_on_the_number_of_workers(model, encoded):
 # ---- t
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", OF_DATASETS)
 def test_t_is_drawn_inside_of_the_range_alone_and_all_over_it(model, encoded, method):
     objective = ObjectiveConfig(method=method, t_min=200, t_max=209)
     t = one_batch(model, encoded, objective, batch_size=400).t

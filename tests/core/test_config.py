@@ -16,7 +16,8 @@ BAD = [
     (
         ObjectiveConfig,
         {"method": "ppo"},
-        "method must be one of 'dde', 'dde_single', 'dde_step', 'uniform', 'discounted', 'sft', got 'ppo'",
+        "method must be one of 'dde', 'dde_single', 'dde_step', 'uniform', 'discounted', 'sft', "
+        "'tailorpo', 'tailorpo_g', got 'ppo'",
     ),
     (ObjectiveConfig, {"label": "firm"}, "label must be one of 'hard', 'soft', got 'firm'"),
     (ObjectiveConfig, {"ema_rate": 1.5}, "ema_rate must be at most 1, got 1.5"),

@@ -86,11 +86,11 @@ def test_velocity_errors_are_refused_where_they_are_not_defined(schedule: Schedu
     for name, method in METHODS.items():
         if method.noise_errors_only:
             with pytest.raises(ConfigError, match="not defined") as error:
-                ObjectiveConfig(method=name, error="velocity")
+                ObjectiveConfig(method=name, beta=10.0, error="velocity")
             assert error.value.field == "error"
         else:
             with pytest.raises(ConfigError, match="v_prediction"):
-                weights(ObjectiveConfig(method=name, error="velocity"), schedule)
+                weights(ObjectiveConfig(method=name, beta=10.0, error="velocity"), schedule)
 
 
 # ---- sizes and dropped captions

@@ -12,6 +12,7 @@ from dde_core.objectives import gradient_weight, preference_logit
 from dde_core.schedule import Schedule
 from dde_core.step_metrics import bucket_of, bucket_span, step_metrics
 from dde_core.train_step import PairErrors, step_losses
+from tests.support.methods import OF_DATASETS
 
 CORRECTED = [name for name, method in METHODS.items() if method.corrected]
 SHOWN = [1, 50, 200, 500, 799, 1000]
@@ -120,7 +121,7 @@ def test_credit_is_the_same_whether_t_is_drawn_by_its_density_or_weighted_with_i
     assert weighted.gradient_weight.max() > 4 * drawn.gradient_weight.max()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_DATASETS)
 def test_within_a_range_all_credit_is_inside_and_the_density_grows(schedule, method):
     c = of(schedule, method, t_min=200, t_max=700)
     inside = (torch.arange(1, 1001) >= 200) & (torch.arange(1, 1001) <= 700)
@@ -131,7 +132,7 @@ def test_within_a_range_all_credit_is_inside_and_the_density_grows(schedule, met
     assert c.correction[700:].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_DATASETS)
 @pytest.mark.parametrize("margin", [-1e6, -1.0, 0.0, 1.0, 1e6])
 def test_no_margin_leaves_an_infinity(schedule, method, margin):
     c = curves(ObjectiveConfig(method=method, beta=1e300), schedule, margin)
@@ -205,7 +206,7 @@ def straight_run(schedule, config, steps=40, pairs=32):
     return [torch.cat(column) for column in zip(*rows, strict=True)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_DATASETS)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -16,11 +16,9 @@ from dde_core.methods import METHODS
 from dde_core.objectives import OBJECTIVES, importance, uniform_density
 from dde_core.schedule import add_noise
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
+from tests.support.methods import OF_DATASETS, PREFERENCE
 from tests.support.tiny_unet import TEXT_WIDTH, tiny_unet
 
-OF_DATASETS = {name: method for name, method in METHODS.items() if not method.on_policy}
-"""On-policy methods have laws of their own: test_transitions.py, test_rollouts.py."""
-PREFERENCE = [name for name, method in OF_DATASETS.items() if method.has_reference]
 POINTS = ("expected", "sampled", "mode")
 CASES = [
     (name, point)
@@ -164,7 +162,7 @@ def test_a_soft_label_loses_p_times_the_preference_and_1_minus_p_times_its_oppos
     assert (terms.loss[1:] - own[1:]).abs().min() > 1e-6
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_DATASETS)
 def test_a_whole_label_has_the_same_loss_and_gradient_soft_or_hard_to_the_bit(schedule, method):
     losers = METHODS[method].has_loser
     batch = pairs([1, 2, 500, 999, 1000], losers, dtype=torch.float32)
@@ -181,7 +179,7 @@ def test_a_whole_label_has_the_same_loss_and_gradient_soft_or_hard_to_the_bit(sc
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_DATASETS)
 def test_a_hard_label_and_sft_do_not_read_the_share(schedule, method):
     losers = METHODS[method].has_loser
     batch, nan = pairs([500], losers), torch.full((1,), float("nan"))

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
-from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy, use_deterministic_kernels
 from dde_core.models.text import TextEncoders
 from dde_core.models.tokens import tokenize
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
+from tests.support.methods import PREFERENCE
 from tests.support.tiny_folders import FOLDERS
 
-PREFERENCE = [name for name, method in METHODS.items() if method.has_reference]
 WAYS = {"whole": None, "lora": LoraConfig(rank=4)}
 
 

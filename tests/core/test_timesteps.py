@@ -11,9 +11,10 @@ from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
 from dde_core.methods import METHODS
 from dde_core.noise import draw_timestep
-from dde_core.objectives import OBJECTIVES, importance, method_distribution, sampling_distribution
+from dde_core.objectives import importance, method_distribution, sampling_distribution
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors, step_losses
+from tests.support.methods import OF_DATASETS
 
 EVERY_T = torch.arange(1, 1001)
 RANGES = [{}, {"t_min": 200, "t_max": 700}, {"t_min": 990}, {"t_max": 1}]
@@ -56,7 +57,7 @@ def test_the_discount_of_a_shorter_schedule_is_the_same_over_its_whole_length(sd
 
 @pytest.mark.parametrize("limits", RANGES, ids=str)
 @pytest.mark.parametrize("t_sampling", ["method", "uniform"])
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", OF_DATASETS)
 def test_a_range_keeps_the_density_inside_it_and_renormalises(schedule, method, t_sampling, limits):
     config = ObjectiveConfig(method=method, t_sampling=t_sampling, **limits)
     within, whole = inside(config), method_distribution(ObjectiveConfig(method=method), schedule)
@@ -93,7 +94,7 @@ def expected(config: ObjectiveConfig, schedule: Schedule) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("limits", RANGES, ids=str)
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", OF_DATASETS)
 def test_uniform_draws_that_are_weighted_have_the_expectation_of_drawing_by_the_density(
     schedule, method, limits
 ):
@@ -168,7 +169,7 @@ def test_coefficients_outside_of_the_range_stay_as_they_are(schedule, method, po
 
 
 @pytest.mark.parametrize("of", [method_distribution, sampling_distribution, importance])
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", OF_DATASETS)
 def test_a_range_that_the_schedule_does_not_have_is_refused_with_its_end(schedule, method, of):
     for end in ("t_min", "t_max"):
         with pytest.raises(ConfigError, match=f"{end} must be at most T = 1000, got 1001"):
@@ -182,7 +183,7 @@ def test_no_discount_is_so_small_that_a_range_is_empty(schedule):
     assert p[101:].sum() == p[0] == 0
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", OF_DATASETS)
 def test_an_empty_range_is_refused(method):
     with pytest.raises(ConfigError, match="t_max must be 0 or at least t_min = 700, got 699"):
         ObjectiveConfig(method=method, t_min=700, t_max=699)

@@ -17,6 +17,7 @@ from dde_core.objectives import weights
 from dde_core.schedule import Schedule
 from dde_core.step_metrics import logit_deviation
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
+from tests.support.methods import OF_DATASETS
 
 T = 1000
 
@@ -49,7 +50,7 @@ def v_model(scale: float, x, t) -> SimpleNamespace:
     return SimpleNamespace(sample=scale * torch.sin(x + t.view(-1, 1, 1, 1)))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_DATASETS)
 def test_every_method_has_a_finite_loss_at_every_t(zero: Schedule, method: str):
     config = ObjectiveConfig(method=method, max_weight=100.0)
     pairs = batch([1, 500, T - 1, T])

@@ -26,7 +26,6 @@ from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError, DataError, NonFiniteError
 from dde_core.latents.ledger import Ledger, LedgerRecord
 from dde_core.latents.reader import LatentReader
-from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy
 from dde_core.shapes import MODEL_DIR
@@ -42,10 +41,10 @@ from services.storage import files
 from services.training.driver.reference import lineage, resolve
 from services.training.worker import loop
 from tests.support.encoded_pairs import batch_maker, train_here, train_spec, write_encoded
+from tests.support.methods import PREFERENCE
 from tests.support.tiny_folders import FOLDERS
 
 PAIRS, PER_SHARD, BATCH = 20, 8, 7
-PREFERENCE = [name for name, method in METHODS.items() if method.has_reference]
 NOISES = ("independent", "shared")
 FAST = [
     *((method, "expected", NOISES[number % 2]) for number, method in enumerate(PREFERENCE)),

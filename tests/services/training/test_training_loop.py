@@ -14,7 +14,6 @@ from pyarrow import fs
 from dde_core.config import LoraConfig, ObjectiveConfig, SampleConfig
 from dde_core.generation import TextToImage
 from dde_core.latents.reader import LatentReader
-from dde_core.methods import METHODS
 from dde_core.models.folder import ModelFolder
 from dde_core.train_step import pair_errors
 from services.api.records import ScorerRecord, Validated
@@ -29,11 +28,11 @@ from services.training.train import log_soft_labels
 from services.training.validation.validate import validate
 from services.training.worker import loop
 from tests.support.encoded_pairs import batch_maker, train_here, train_spec, write_encoded
+from tests.support.methods import PREFERENCE
 from tests.support.scorers import write_tiny
 from tests.support.tiny_folders import FOLDERS
 
 BATCH = 7
-PREFERENCE = [name for name, method in METHODS.items() if method.has_reference]
 
 
 @pytest.fixture(scope="module", params=["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
