@@ -22,6 +22,7 @@ import ray
 import torch
 from pyarrow import fs
 
+from dde_core import train_step
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError, DataError, NonFiniteError
 from dde_core.latents.ledger import Ledger, LedgerRecord
@@ -39,7 +40,6 @@ from services.stages.journal import Journal, read_journal
 from services.stages.specs import LedgerSpec, TrainSpec
 from services.storage import files
 from services.training.driver.reference import lineage, resolve
-from services.training.worker import loop
 from tests.support.encoded_pairs import batch_maker, train_here, train_spec, write_encoded
 from tests.support.methods import PREFERENCE
 from tests.support.tiny_folders import FOLDERS
@@ -201,7 +201,7 @@ def test_a_unit_whose_errors_are_no_numbers_stops_the_pass_and_is_not_written(
     run = requested(tmp_path, small, encoded, ObjectiveConfig(), steps=1, batch_size=BATCH)
     real = ledger_stage.pair_errors
 
-    def broken(unet, schedule, batch):
+    def broken(unet, schedule, batch, error="noise"):
         errors = real(unet, schedule, batch)
         errors.l[[pair == "pair-9" for pair in batch.pair_ids]] = math.inf
         return errors
@@ -383,11 +383,11 @@ def test_one_draw_is_used_again_in_every_epoch(in_process, tmp_path, small, monk
     assert result.draws == 1
     seen: list[dict[str, int]] = []
 
-    def noting(unet, schedule, batch):
+    def noting(unet, schedule, batch, error="noise"):
         seen.append(dict(zip(batch.pair_ids, batch.t.tolist(), strict=True)))
         return pair_errors(unet, schedule, batch)
 
-    monkeypatch.setattr(loop, "pair_errors", noting)
+    monkeypatch.setattr(train_step, "pair_errors", noting)
     train_here(tmp_path / "cached", small, encoded, ObjectiveConfig(), ledger=result.ledger, **training)
     assert len(seen) == 4
     assert seen[0] == seen[1] == seen[2] == seen[3]

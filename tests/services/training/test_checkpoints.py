@@ -22,7 +22,7 @@ import torch
 import torch.distributed
 from safetensors.torch import load_file
 
-from dde_core import checkpoint
+from dde_core import checkpoint, train_step
 from dde_core.checkpoint import Snapshot
 from dde_core.config import LoraConfig, ObjectiveConfig
 from dde_core.errors import ConfigError, DataError, NonFiniteError
@@ -351,12 +351,12 @@ def test_weights_that_the_last_update_made_infinite_are_stored_nowhere_and_fail_
 def test_an_error_that_nobody_foresaw_is_final_when_it_has_come_three_times_without_progress(
     model, encoded, tmp_path, monkeypatch
 ):
-    def fail(*_):
+    def fail(*_, **__):
         raise KeyError("down_blocks")
 
     failed = tmp_path / "worker-failed.json"
     train_here(tmp_path, model, encoded, OBJECTIVE, steps=2, **TRAINING)
-    monkeypatch.setattr(loop, "pair_errors", fail)
+    monkeypatch.setattr(train_step, "pair_errors", fail)
     for number in (1, 2, 3):
         assert not failed.exists(), number
         with pytest.raises(KeyError):

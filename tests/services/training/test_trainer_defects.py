@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
+from dde_core import train_step
 from dde_core.config import ObjectiveConfig
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder, encode_images
@@ -23,7 +24,6 @@ from dde_core.models.tokens import tokenize
 from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
 from services.pairs.images import decode
 from services.storage import files
-from services.training.worker import loop
 from tests.support.encode_here import EncodeHere
 from tests.support.encoded_pairs import SIZE_PX, batch_maker, train_here, write_encoded
 from tests.support.pairs_file import png, write_pairs
@@ -84,7 +84,7 @@ def first_step(model: ModelFolder, encoded: Path, folder: Path, **training) -> d
 def on_reference(change: Callable[..., PairErrors]) -> Callable[..., PairErrors]:
     """``pair_errors`` with another function for the reference."""
 
-    def errors(unet, schedule, batch):
+    def errors(unet, schedule, batch, error="noise"):
         is_reference = getattr(unet, "__name__", "") == "reference"
         return (change if is_reference else pair_errors)(unet, schedule, batch)
 
@@ -122,7 +122,7 @@ def test_the_reference_sees_the_policys_noise_and_has_its_precision(
         *([in_half_precision] if precision == "fp32" else []),
     ]
     for defect in defects:
-        monkeypatch.setattr(loop, "pair_errors", on_reference(defect))
+        monkeypatch.setattr(train_step, "pair_errors", on_reference(defect))
         theirs = first_step(model, encoded, tmp_path / defect.__name__, precision=precision)
         assert not starts_as_its_reference(theirs), defect.__name__
         assert theirs["winner_error"] == ours["winner_error"], "the policy's own error does not show it"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyarrow import fs
 
+from dde_core import train_step
 from dde_core.config import LoraConfig, ObjectiveConfig, SampleConfig
 from dde_core.generation import TextToImage
 from dde_core.latents.reader import LatentReader
@@ -26,7 +27,6 @@ from services.training import pair_log
 from services.training.selection import best_step
 from services.training.train import log_soft_labels
 from services.training.validation.validate import validate
-from services.training.worker import loop
 from tests.support.encoded_pairs import batch_maker, train_here, train_spec, write_encoded
 from tests.support.methods import PREFERENCE
 from tests.support.scorers import write_tiny
@@ -53,7 +53,7 @@ class Calls:
         self.calls: list[tuple[str, tuple[str, ...], list[torch.Tensor]]] = []
         self.dtypes: set[torch.dtype] = set()
 
-    def __call__(self, unet, schedule, batch):
+    def __call__(self, unet, schedule, batch, error="noise"):
         def recording(x_t, timestep, **inputs):
             added = inputs.get("added_cond_kwargs") or {}
             self.calls.append(
@@ -72,7 +72,7 @@ def test_reference_and_policy_get_identical_inputs_part_by_part(
     model, encoded, tmp_path, monkeypatch, method
 ):
     seen, objective = Calls(), ObjectiveConfig(method=method)
-    monkeypatch.setattr(loop, "pair_errors", seen)
+    monkeypatch.setattr(train_step, "pair_errors", seen)
     training = {
         "steps": 2,
         "batch_size": BATCH,
