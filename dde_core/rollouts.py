@@ -199,7 +199,9 @@ class Trajectories:
         z_w = z[here, order.winner]
         if METHODS[self._objective.method].reward_gradient:
             x_w = drawn.view(len(x), count, *shape)[here, order.winner]
-            z_w = guided(z_w, self.gradient(x_w, t_next), self._objective.guidance_strength)
+            gradient = self.gradient(x_w, t_next)
+            finite &= gradient.isfinite().flatten(1).all(dim=1).cpu().numpy()
+            z_w = guided(z_w, gradient.nan_to_num(0.0, 0.0, 0.0), self._objective.guidance_strength)
         dz = z_w - z[here, order.loser]
         ranking = Ranking(
             transition=number,
@@ -231,7 +233,7 @@ class Trajectories:
             noise = self.noises(x, torch.full((len(x),), t), self.places)
             clean = look_ahead(self._roller.schedule, self.noises, x, noise, t, 1, self.places)
             reward = self._reward.differentiable(clean, self._captions).sum()
-            return torch.autograd.grad(reward, x)[0].nan_to_num(0.0, 0.0, 0.0)
+            return torch.autograd.grad(reward, x)[0]
 
     def _noises(self, unet: Callable[..., Any], x: Tensor, t: Tensor, places: Sequence[int]) -> Tensor:
         conditioning = {name: rows[list(places)] for name, rows in self._conditioning.items()}

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from dde_core.config import ObjectiveConfig, TrainConfig, check
 from dde_core.methods import METHODS
@@ -44,6 +44,7 @@ class Rounds:
     prompts_per_call: Annotated[int, Ge(1)]
     actors: Annotated[int, Ge(1)]
     reward_actors: Annotated[int, Ge(0)]
+    lag: Annotated[int, Ge(0), Le(1)] = 0
 
     def __post_init__(self) -> None:
         check(self)
@@ -126,7 +127,7 @@ def round_terms(
     flops_per_s: float,
     step_s: float,
 ) -> Iterator[Term]:
-    """Seconds of a strict round by part: trainers wait while actors draw, and actors while trainers train.
+    """Seconds of a round by part. Trainers and actors wait for each other, unless the next round is drawn early.
 
     ``flops_per_s`` is of one GPU.
     """
@@ -168,8 +169,13 @@ def round_terms(
     parts.append(Term("training", update, rounds.updates_per_round * step_s, "s"))
     yield from parts
 
-    round_s = sum(term.value for term in parts)
-    yield Term("round", "the sum: one after the other", round_s, "s")
+    drawing_s = sum(term.value for term in parts[:-1])
+    if rounds.lag:
+        round_s = max(drawing_s, parts[-1].value)
+        yield Term("round", "the longer of training and all other parts: at the same time", round_s, "s")
+    else:
+        round_s = drawing_s + parts[-1].value
+        yield Term("round", "the sum: one after the other", round_s, "s")
     yield Term("pace", f"{needed} pairs / round", needed / round_s, "pairs/s")
 
 

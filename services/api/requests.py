@@ -333,8 +333,9 @@ class Rollouts(Strict):
     its weight. A round draws ``prompts_per_round`` trajectories with the weights that the policy has at that
     moment, and again as many, up to ``max_blocks`` times, until it has the pairs of ``updates_per_round``
     batches. ``actors`` draw, ``prompts_per_call`` trajectories in one call of the U-Net; ``reward_actors``
-    decode and score, or with 0 the actors that draw do. A round fails if more than ``max_bad_fraction`` of
-    its rewards are not finite.
+    decode and score, or with 0 the actors that draw do. With ``lag`` 1 the next round is drawn while this one
+    is trained on, with the weights from before its first update; with 0 the two wait for each other. A round
+    fails if more than ``max_bad_fraction`` of its rewards are not finite.
 
     ``guard``: the largest fall of a validation scorer's mean below the base's. When validation finds a larger
     one while the reward's scorers have risen, training ends, and the best checkpoint before that becomes the
@@ -353,6 +354,7 @@ class Rollouts(Strict):
     prompts_per_call: Annotated[int, Field(ge=1, le=256)] = 8
     actors: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 1
     reward_actors: Annotated[int, Field(ge=0, le=MAX_WORKERS)] = 0
+    lag: Annotated[int, Field(ge=0, le=1)] = 0
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     allow_evaluation_prompts: bool = False
     guard: Annotated[

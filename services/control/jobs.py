@@ -61,9 +61,10 @@ def check_alignment(database: ProjectDatabase, held_out: HeldOut, request: Align
     with database.read() as session:
         used = scorers.of_names(session, request.evaluation.scorers, "evaluation.scorers")
         rewards = on_policy.rewards_of(session, request)
-        base = models.record_of(models.find(session, request.model, "model"))
     found = held_out.of_job(on_policy.with_rollouts(held_out, request, rewards))
     warnings = checks.check_alignment(found, used)
+    with database.read() as session:
+        base = models.record_of(models.find(session, request.model, "model"))
     checks.check_base(base, found)
     if found.rollouts is not None:
         digest, of_rollouts = on_policy.check_rollouts(found, found.rollouts, base, used, rewards)

@@ -84,9 +84,6 @@ def _unusable(request: AlignmentJobCreate, rollouts: Rollouts) -> Iterator[tuple
     if training.reference == "ledger":
         why = 'must be "auto", as no ledger has the errors of pairs that are drawn later,'
         yield "training.reference", why, training.reference
-    if training.checkpoint_every % rollouts.updates_per_round:
-        why = f"must be a multiple of rollouts.updates_per_round = {rollouts.updates_per_round}"
-        yield "training.checkpoint_every", why, training.checkpoint_every
     if METHODS[request.objective.method].reward_gradient and rollouts.reward_actors:
         why = "must be 0, as the gradient passes through scorer and U-Net in one process,"
         yield "rollouts.reward_actors", why, rollouts.reward_actors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -66,7 +67,10 @@ class RoundMaker:
         self._round: _Round | None = None
 
     def begin(self, round: int, weights: Mapping[str, Tensor]) -> None:
-        """Start a round with a policy's full weights on the host. One that is committed is taken as it is."""
+        """Start a round with a policy's full weights on the host. One that is committed is taken as it is.
+
+        With ``rollouts.lag`` the actors have all of their work at once and need no ``poll`` to go on.
+        """
         digest = weights_digest(weights)
         record = store.read(self._spec.run, round)
         if record and (record.weights, record.inputs) == (digest, self._inputs):
@@ -170,8 +174,10 @@ class RoundMaker:
             for start in range(first, first + size, self._rollouts.prompts_per_call)
         ]
         current.blocks += 1
-        for actor in self._actors:
-            self._give_chunk(current, actor)
+        turns = math.ceil(len(current.todo) / len(self._actors)) if self._rollouts.lag else 1
+        for _ in range(turns):
+            for actor in self._actors:
+                self._give_chunk(current, actor)
 
     def _give_chunk(self, current: _Round, actor: ActorHandle) -> None:
         if current.todo:
@@ -290,7 +296,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 def inputs_digest(spec: TrainSpec, prompts: Sequence[str]) -> str:
     """Of everything that a round's pairs depend on beside the policy's weights, its number, and the seed."""
     assert spec.rollouts
-    names = ("scorers", "prompts_per_round", "prompts_per_call", "max_blocks")
+    names = ("scorers", "prompts_per_round", "prompts_per_call", "max_blocks", "lag")
     values = {
         "rollouts": spec.rollouts.model_dump(include=set(names)),
         "prompts": prompts,

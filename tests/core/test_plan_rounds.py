@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,18 @@ from transformers import CLIPConfig, CLIPModel
 
 from dde_core.config import LoraConfig, ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError
+from dde_core.models.folder import ModelFolder
 from dde_core.planning import mfu
 from dde_core.planning.cluster import Cluster
 from dde_core.planning.estimate import Term, estimate
 from dde_core.planning.facts import FACTS, SCORER, VAE_PARAMETERS
 from dde_core.planning.plan import Plan, Run, plan, value
 from dde_core.planning.rounds import Rounds, actor_memory, objective_starts, prompt_terms, store_terms
+from dde_core.rollouts import Roller
 from dde_core.transitions import all_transitions, ranked_transitions
 from tests.support.activation_bytes import LiveBytes, like_a_gpu
+from tests.support.brightness import Brightness
+from tests.support.tiny_folders import sd15_folder
 from tests.support.unet_configs import SD15_VAE, TOKENS, conditioning, schedule, unet
 
 SD15 = FACTS["sd15"]
@@ -88,6 +93,46 @@ def test_what_is_not_run_costs_nothing():
     four = parts(dataclasses.replace(TAILORPO, candidates=4))
     assert four["decode"] == pytest.approx(2 * parts(TAILORPO)["decode"])
     assert four["training"] == parts(TAILORPO)["training"], "one pair of a transition all the same"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return ModelFolder(sd15_folder(tmp_path_factory.mktemp("sd15")))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"anchor": "round"},
+        {"lookahead": 3},
+        {"lookahead": 0, "t_min": 402, "t_max": 602},
+        {"candidates": 4, "t_max": 852},
+        {"guidance_scale": 1.0},
+    ],
+    ids=str,
+)
+def test_an_actor_runs_as_many_forwards_as_are_planned(folder: ModelFolder, change: dict[str, Any]):
+    objective = dataclasses.replace(TAILORPO, **{"t_min": 752, "t_max": 902, **change})
+    roller = Roller(folder, objective, TrainConfig())
+    rows = []
+
+    def count(_: object, inputs: tuple[torch.Tensor, ...], given: dict[str, torch.Tensor]) -> None:
+        rows.append(len(inputs[0] if inputs else given["sample"]))
+
+    for each in (roller.policy.unet, roller.policy._frozen_copy):
+        each.register_forward_pre_hook(count, with_kwargs=True)
+    captions = ["a red star", "a blue cross"]
+    roller((0, 0), [0, 1], captions, Brightness())
+    found = parts(objective)
+    assert sum(rows) == 2 * (found["rollout"] + found["lookahead"] + found["reference"])
+
+
+def test_a_round_that_is_drawn_early_takes_as_long_as_the_longer_part():
+    strict, early = (planned(dataclasses.replace(ROUNDS, lag=lag)).round for lag in (0, 1))
+    drawing = value(strict, "round") - value(strict, "training")
+    assert value(early, "round") == pytest.approx(max(value(strict, "training"), drawing))
+    assert value(early, "round") < value(strict, "round")
 
 
 @pytest.mark.parametrize("change", [{}, {"t_min": 500}, {"t_max": 752, "t_min": 2}, {"transitions": 50}])

@@ -20,6 +20,7 @@ from dde_core.rounds import RoundBatches, RoundRows, Tally, kept_pairs
 from dde_core.schedule import Schedule
 from dde_core.shapes.scorers import NAMES, ShapesScorer, score
 from dde_core.train_step import errors_of, step_losses
+from tests.support.brightness import Brightness
 from tests.support.tiny_folders import sd15_folder, sdxl_folder
 
 OBJECTIVE = ObjectiveConfig(
@@ -30,23 +31,6 @@ CAPTIONS = ["red circle", "small blue square", "", "green triangle"]
 SLOTS = [0, 1, 2, 3]
 KEY = (3, 5)
 TRANSITIONS = 4
-
-
-class Brightness:
-    """The mean of the clean latents' first channel: a reward whose gradient is known."""
-
-    def __init__(self, bad: Sequence[int] = ()) -> None:
-        self.bad = list(bad)
-        self.calls = 0
-
-    def __call__(self, latents: torch.Tensor, captions: Sequence[str]) -> np.ndarray:
-        self.calls += 1
-        found = latents[:, 0].double().mean(dim=(1, 2)).numpy().copy()
-        found[self.bad] = np.nan
-        return found
-
-    def differentiable(self, latents: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
-        return latents[:, 0].mean(dim=(1, 2))
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd15-v", "sdxl", "sdxl-v"])
@@ -293,6 +277,19 @@ def test_guided_winners_have_moved_along_the_rewards_gradient(sd15: ModelFolder)
     torch.testing.assert_close(
         difference.norm(dim=1), torch.full((4,), 0.5 * plain.dz[0].numel() ** 0.5), rtol=1e-4, atol=0
     )
+
+
+def test_a_winner_whose_gradient_is_not_finite_has_no_pair_and_is_counted(sd15: ModelFolder):
+    class Infinite(Brightness):
+        def differentiable(self, latents: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
+            scale = torch.tensor([1.0, float("inf"), 1.0, float("nan")])
+            return super().differentiable(latents, captions) * scale
+
+    objective = replace(OBJECTIVE, method="tailorpo_g")
+    rows, tally = kept_pairs(roll(sd15, objective, Infinite()), SLOTS, CAPTIONS, objective)
+    assert set(rows.slots) == {0, 2}
+    assert np.isfinite(rows.dz).all()
+    assert tally.metrics()["rollout_bad"] == 2 * TRANSITIONS
 
 
 def test_the_gradient_is_that_of_the_reward_through_u_net_and_sampler(sd15: ModelFolder):

@@ -97,6 +97,7 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
                 if recorder:
                     recorder.wait()
                 if stored_step < progress.step:
+                    pairs.settle()
                     snapshot = checkpoint.snapshot(policy, optimizer, calibration, progress, rank)
                     if recorder and snapshot:
                         recorder.store(snapshot, world_size)
@@ -153,6 +154,7 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
                 with timer.checkpoint_stall():
                     if recorder:
                         recorder.wait()
+                    pairs.settle()
                     snapshot = checkpoint.snapshot(policy, optimizer, calibration, progress, rank)
                     stored_step = progress.step
             elif is_due and recorder:

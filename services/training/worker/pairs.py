@@ -59,6 +59,10 @@ class PairSource(Protocol):
         """The reference's errors, if they are stored."""
         ...
 
+    def settle(self) -> None:
+        """Wait until what a run needs to resume from a checkpoint of now is stored. A collective."""
+        ...
+
     def report_to(self, recorder: Recorder) -> None:
         """On rank 0: where events go from now on."""
         ...
@@ -110,6 +114,9 @@ class ShardPairs:
     def stored_errors(self, part: Any) -> PairErrors | None:
         return self._ledger.errors(part) if self._ledger else None
 
+    def settle(self) -> None:
+        pass
+
     def report_to(self, recorder: Recorder) -> None:
         pass
 
@@ -127,7 +134,9 @@ class RoundPairs:
     """Pairs of rounds: before the first step of a round, the policy's weights go to the actors that draw it.
 
     Rank 0 has a ``RoundMaker``; the others read what it commits. A run that resumes within a round reads the
-    round again; one that resumes at its beginning has the same weights, so the same round.
+    round again; one that resumes at its beginning has the same weights, so the same round. With
+    ``rollouts.lag`` the weights of before round r draw round r + 1, which no later weights could draw again:
+    it is committed before a checkpoint is stored.
     """
 
     def __init__(
@@ -157,6 +166,9 @@ class RoundPairs:
         self._record: RoundRecord | None = None
         self._is_first = False
         self._shortage = ""
+        self._lag = spec.rollouts.lag
+        self._is_drawing = False
+        self._began = 0.0
         self.num_pairs = self._updates * spec.training.batch_size
 
     def identity(self) -> dict[str, Any]:
@@ -173,6 +185,8 @@ class RoundPairs:
             return True
         if update == 0 and not self._drawn(round):
             return False
+        if update == 0 and self._lag and step + self._updates < self._spec.training.steps:
+            self._begin(round + 1)
         record = store.read(self._spec.run, round)
         if record is None:
             raise Unavailable(f"round {round} of {self._spec.run!r} is gone, and step {step} needs it")
@@ -183,22 +197,36 @@ class RoundPairs:
         self._record = record
         return True
 
-    def _drawn(self, round: int) -> bool:
-        """Draw a round. False if somebody wants the run to stop first. Every worker waits for rank 0."""
+    def settle(self) -> None:
+        while self._is_drawing and self._lag and not self._polled():
+            pass
+
+    def _begin(self, round: int) -> None:
         weights = weights_on_host(self._policy, self._rank)
         if self._maker:
             self._maker.begin(round, weights)
-        began = time.monotonic()
-        while True:
-            is_done = self._maker is not None and self._maker.poll(POLL_S) is not None
+        self._is_drawing = True
+        self._began = time.monotonic()
+
+    def _drawn(self, round: int) -> bool:
+        """Draw a round. False if somebody wants the run to stop first. Every worker waits for rank 0."""
+        if not self._is_drawing and (round == 0 or not self._lag):
+            self._begin(round)
+        while self._is_drawing and not self._polled():
             self._preemption.poll()
-            if any_worker([is_done], self._device)[0]:
-                self._report_room("")
-                return True
             if self._preemption.stop_requested:
                 return False
-            if self._maker and time.monotonic() - began > ROOM_AFTER_S:
+            if self._maker and time.monotonic() - self._began > ROOM_AFTER_S:
                 self._report_room(self._maker.missing_room() or "")
+        return True
+
+    def _polled(self) -> bool:
+        """Whether the round that was begun is committed, after a short wait."""
+        is_done = self._maker is not None and self._maker.poll(POLL_S) is not None
+        self._is_drawing = not any_worker([is_done], self._device)[0]
+        if not self._is_drawing:
+            self._report_room("")
+        return not self._is_drawing
 
     def _report_room(self, shortage: str) -> None:
         """Say what the actors wait for, once, and when they have it."""

@@ -206,11 +206,6 @@ REFUSED = {
     "held-out pairs": ("training.held_out_pairs", "must be 0", {"training": {"held_out_pairs": 2}}),
     "dropped captions": ("training.caption_dropout", "must be 0", {"training": {"caption_dropout": 0.1}}),
     "a ledger": ("training.reference", 'must be "auto"', {"training": {"reference": "ledger"}}),
-    "a checkpoint within a round": (
-        "training.checkpoint_every",
-        "must be a multiple of rollouts.updates_per_round = 4 for method 'tailorpo', got 50",
-        {"rollouts": {"updates_per_round": 4}},
-    ),
     "a scorer beside the gradient": (
         "rollouts.reward_actors",
         "must be 0, as the gradient passes through scorer and U-Net in one process, for method 'tailorpo_g'",
@@ -532,8 +527,8 @@ def test_a_study_on_the_captions_of_a_dataset_has_one_file_for_all_cells(plane, 
 
 
 def test_a_study_names_the_cell_whose_rollouts_cannot_work(plane):
-    error = plane.error(STUDIES, study(plane, grid={"rollouts.updates_per_round": [1, 3]}))
-    assert error["param"] == "cells.updates_per_round3.training.checkpoint_every"
+    error = plane.error(STUDIES, study(plane, grid={"training.held_out_pairs": [0, 3]}))
+    assert error["param"] == "cells.held_out_pairs3.training.held_out_pairs"
     seen = plane.root / "seen.txt"
     seen.write_text("a large blue square\na red cross\n")
     given = study(plane)
