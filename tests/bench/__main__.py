@@ -26,7 +26,7 @@ from tests.bench.ingest_memory import ingest_memory
 from tests.bench.ingest_speed import ingest_speed
 from tests.bench.ledger_speed import ledger_speed
 from tests.bench.measure import Result
-from tests.bench.rollout_speed import rollout_speed, transition_training
+from tests.bench.rollout_speed import early_rounds, rollout_speed, transition_training
 from tests.bench.scorer_speed import scorer_speed
 from tests.bench.serve_speed import serve_in_process, serve_over_http
 from tests.bench.train_memory import train_memory
@@ -50,6 +50,7 @@ BENCHES: dict[str, Callable[[Path], dict[str, Result]]] = {
     "scorer_vs_bare": scorer_speed,
     "rollout_vs_bare": rollout_speed,
     "rollout_reward_share": rollout_speed,
+    "lag_vs_strict": early_rounds,
     "transition_vs_four_forwards": transition_training,
     "serve_vs_sequential": serve_in_process,
     "serve_vs_request_batching": serve_in_process,

@@ -20,7 +20,7 @@ from dde_core.models.policy import Policy, use_deterministic_kernels
 from dde_core.objectives import preference_loss
 from dde_core.reward import Reward
 from dde_core.rollouts import Roller
-from dde_core.rounds import RoundBatches, kept_pairs
+from dde_core.rounds import RoundBatches, RoundRows, kept_pairs
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
 from dde_core.shapes.scorers import ShapesScorer
 from dde_core.train_step import errors_of, step_losses
@@ -40,6 +40,8 @@ SLOTS = 24
 A_CALL = 8
 TRANSITIONS = 7
 PAIRS = 16
+UPDATES = 6
+ROUNDS = 3
 
 
 def rollout_speed(scratch: Path, rounds: int = 3) -> dict[str, Result]:
@@ -62,6 +64,33 @@ def rollout_speed(scratch: Path, rounds: int = 3) -> dict[str, Result]:
     }
 
 
+def early_rounds(scratch: Path, rounds: int = 3) -> dict[str, Result]:
+    """``lag_vs_strict``: rounds/s with ``rollouts.lag`` 1, where an actor draws while the trainer trains,
+    against rounds one after the other. Each side has one core for its actor and one for its trainer."""
+    bench = Bench(scratch)
+    training = Training(bench.rows())
+
+    def train() -> None:
+        for _ in range(UPDATES):
+            training.step(training.ours)
+
+    with bench.maker_of(lag=0) as strict, bench.maker_of(lag=1) as early:
+        sides = {
+            "early": lambda: bench.rounds(early, train, 1),
+            "strict": lambda: bench.rounds(strict, train, 0),
+        }
+        bench.rounds(early, train, 1)
+        bench.rounds(strict, train, 0)
+        found = in_turn(rounds, sides)
+    what = f"rounds one after the other, {SLOTS} prompts and {UPDATES} updates of {PAIRS} pairs each"
+    return {"lag_vs_strict": ratio(found, "early", "strict", "rounds/s", what)}
+
+
+def wait(maker: RoundMaker) -> None:
+    while maker.poll(1.0) is None:
+        pass
+
+
 class Bench:
     """Both sides on the shapes model, reward ``taste``."""
 
@@ -77,7 +106,7 @@ class Bench:
             prompts_per_round=SLOTS,
             prompts_per_call=A_CALL,
         )
-        spec = TrainSpec(
+        self._spec = TrainSpec(
             **runs.frame("rollouts"),
             rollouts=rollouts,
             rewards=[BUILT_IN["taste"]],
@@ -90,7 +119,7 @@ class Bench:
             run=files.join(runs.root, "run"),
             output=files.join(runs.root, "model"),
         )
-        self.maker = RoundMaker(spec, {"CPU": 1.0, "GPU": 0.0}, lambda: None)
+        self.maker = self.maker_of(lag=0)
         self._weights = {
             name: value.clone() for name, value in Policy(self._folder, TrainConfig()).weights().items()
         }
@@ -100,12 +129,33 @@ class Bench:
         self._reward = Reward(self._folder.vae(), {"taste": (ShapesScorer("taste"), 1.0)})
         self._roller = Roller(self._folder, OBJECTIVE, TrainConfig())
 
+    def maker_of(self, lag: int) -> RoundMaker:
+        assert self._spec.rollouts
+        rollouts = self._spec.rollouts.model_copy(update={"lag": lag})
+        spec = self._spec.model_copy(update={"rollouts": rollouts})
+        return RoundMaker(spec, {"CPU": 1.0, "GPU": 0.0}, lambda: None)
+
+    def rounds(self, maker: RoundMaker, train: Callable[[], None], lag: int) -> float:
+        """Rounds/s of drawing and training: one after the other, or at the same time with ``lag`` 1."""
+        numbers = [next(self._numbers) for _ in range(ROUNDS + lag)]
+        if lag:
+            maker.begin(numbers[0], self._weights)
+            wait(maker)
+        began = time.monotonic()
+        for number in numbers[lag:]:
+            maker.begin(number, self._weights)
+            if not lag:
+                wait(maker)
+            train()
+            if lag:
+                wait(maker)
+        return ROUNDS / (time.monotonic() - began)
+
     def stage(self) -> float:
         """Candidates/s of one round of one actor."""
         began = time.monotonic()
         self.maker.begin(next(self._numbers), self._weights)
-        while self.maker.poll(1.0) is None:
-            pass
+        wait(self.maker)
         return SLOTS * TRANSITIONS * OBJECTIVE.candidates / (time.monotonic() - began)
 
     @torch.no_grad()
@@ -148,6 +198,12 @@ class Bench:
             x = drawn[::count]
             noise = of_drawn[::count]
 
+    def rows(self) -> RoundRows:
+        """A few pairs."""
+        captions = self._captions[:A_CALL]
+        rankings = self._roller((0, 0), range(A_CALL), captions, self._reward)
+        return kept_pairs(rankings, range(A_CALL), captions, replace(OBJECTIVE, min_gap=0.0))[0]
+
     def parts(self) -> dict[str, float]:
         """Shares of a call's time: the policy's U-Net, the reference, decoding and scoring, the rest."""
         seconds = {"policy": 0.0, "reference": 0.0, "reward": 0.0}
@@ -175,6 +231,41 @@ class Bench:
         return shares | {"rest": 1 - sum(shares.values())}
 
 
+class Training:
+    """Forward and backward of one batch of these pairs, with either loss."""
+
+    def __init__(self, rows: RoundRows) -> None:
+        folder = ModelFolder(MODEL_DIR)
+        training = TrainConfig(batch_size=PAIRS, steps=1)
+        self._batches = RoundBatches(folder, OBJECTIVE, training, torch.device("cpu"))
+        self._batches.enter(0, rows)
+        self._part = self._batches.rows(0, 0, 1)
+        self._batch = self._batches.make(self._part)
+        self._schedule = folder.schedule()
+        self._policy = Policy(folder, training)
+        self._measure = errors_of(OBJECTIVE)
+
+    def step(self, loss_of: Callable[[], Tensor]) -> float:
+        """Pairs/s."""
+        began = time.monotonic()
+        self._policy.unet.zero_grad(set_to_none=True)
+        loss_of().mean().backward()  # type: ignore[no-untyped-call]
+        return PAIRS / (time.monotonic() - began)
+
+    def ours(self) -> Tensor:
+        batch = self._batch
+        theta = self._measure(self._policy.unet, self._schedule, batch)
+        ref = self._batches.anchors(self._part)
+        return step_losses(theta, ref, batch.t, OBJECTIVE, self._schedule, None, batch.share).loss
+
+    def four_forwards(self) -> Tensor:
+        with torch.no_grad():
+            ref = [self._measure(self._policy.reference, self._schedule, self._batch).w for _ in "wl"]
+        theta = [self._measure(self._policy.unet, self._schedule, self._batch).w for _ in "wl"]
+        margin = sum((r - e) / 2 for r, e in zip(ref, theta, strict=True))
+        return preference_loss(100.0 * margin)
+
+
 class _Timed:
     """A reward whose calls are timed."""
 
@@ -192,39 +283,13 @@ class _Timed:
 def transition_training(scratch: Path, rounds: int = 5) -> dict[str, Result]:
     """``transition_vs_four_forwards``: pairs/s of the one-forward loss with its stored reference, against
     both models on both samples, as SPO's published code has it. By FLOPs alone 16 / 6 = 2.67."""
-    folder = ModelFolder(MODEL_DIR)
-    training = TrainConfig(batch_size=PAIRS, steps=1)
-    captions = [line for line in PROMPTS_FILE.read_text().splitlines() if line][:8]
-    reward = Reward(folder.vae(), {"taste": (ShapesScorer("taste"), 1.0)})
-    rankings = Roller(folder, OBJECTIVE, training)((0, 0), range(8), captions, reward)
-    rows, _ = kept_pairs(rankings, range(8), captions, replace(OBJECTIVE, min_gap=0.0))
-    batches = RoundBatches(folder, OBJECTIVE, training, torch.device("cpu"))
-    batches.enter(0, rows)
-    part = batches.rows(0, 0, 1)
-    batch = batches.make(part)
-    schedule = folder.schedule()
-    policy = Policy(folder, training)
-    measure = errors_of(OBJECTIVE)
-
-    def step(loss_of: Callable[[], Tensor]) -> float:
-        began = time.monotonic()
-        policy.unet.zero_grad(set_to_none=True)
-        loss_of().mean().backward()  # type: ignore[no-untyped-call]
-        return PAIRS / (time.monotonic() - began)
-
-    def ours() -> Tensor:
-        theta = measure(policy.unet, schedule, batch)
-        return step_losses(theta, batches.anchors(part), batch.t, OBJECTIVE, schedule, None, batch.share).loss
-
-    def four_forwards() -> Tensor:
-        with torch.no_grad():
-            ref = [measure(policy.reference, schedule, batch).w for _ in "wl"]
-        theta = [measure(policy.unet, schedule, batch).w for _ in "wl"]
-        margin = sum((r - e) / 2 for r, e in zip(ref, theta, strict=True))
-        return preference_loss(100.0 * margin)
-
-    step(ours)
-    step(four_forwards)
-    found = in_turn(rounds, {"ours": lambda: step(ours), "four forwards": lambda: step(four_forwards)})
+    training = Training(Bench(scratch).rows())
+    training.step(training.ours)
+    training.step(training.four_forwards)
+    sides = {
+        "ours": lambda: training.step(training.ours),
+        "four forwards": lambda: training.step(training.four_forwards),
+    }
+    found = in_turn(rounds, sides)
     what = f"four guided forwards a pair, {PAIRS} pairs; by FLOPs alone the ratio is 2.67"
     return {"transition_vs_four_forwards": ratio(found, "ours", "four forwards", "pairs/s", what)}

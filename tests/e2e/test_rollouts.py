@@ -7,12 +7,14 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.shapes import PROMPTS_FILE
@@ -22,6 +24,7 @@ from services.artifacts.scorers import BUILT_IN
 from services.client.processes import environment, wait_until
 from services.client.ray_head import RayHead
 from services.rollout import store
+from services.rollout.maker import weights_digest
 from services.stages import layout
 from services.stages.specs import StageStopped, StopRequest, TrainSpec
 from services.storage import files
@@ -209,6 +212,59 @@ def test_a_pause_within_a_round_stops_at_once_and_changes_no_bit(
     again = trial.spec("paused", attempt=2)
     assert trial.start("train", again).process.wait(900) == 0
     assert same_bits(weights_of(again), undisturbed)
+
+
+# ---- rounds that are drawn early
+
+
+EARLY: dict[str, Any] = {
+    "rollouts": ROLLOUTS.model_copy(update={"lag": 1, "actors": 2}),
+    "training": replace(TRAINING, steps=6),
+}
+"""Three rounds of two updates; the checkpoint of step 3 is within the second."""
+
+
+@pytest.fixture(scope="module")
+def early(trial: Trial) -> dict[str, np.ndarray]:
+    spec = trial.spec("early", **EARLY)
+    trial.run(spec)
+    return weights_of(spec)
+
+
+def test_the_next_round_is_drawn_with_the_weights_of_before_this_one(
+    trial: Trial, early: dict[str, np.ndarray]
+):
+    run = trial.spec("early").run
+    second, third = (store.read(run, number) for number in (1, 2))
+    assert second
+    assert third
+    base = {name: torch.from_numpy(value) for name, value in base_weights().items()}
+    assert second.weights == weights_digest(base)
+    assert third.weights != second.weights
+
+
+def test_kills_change_no_bit_of_a_run_whose_rounds_are_drawn_early(
+    trial: Trial, early: dict[str, np.ndarray]
+):
+    spec = trial.spec("early-killed", **EARLY)
+    killer = Killer(trial, 5, 3)
+    trial.run(spec, killer)
+    assert len(killer.kills) == 5, "the run ended before all kills"
+    assert same_bits(weights_of(spec), early)
+
+
+def test_a_pause_stores_the_round_that_is_drawn_early(trial: Trial, early: dict[str, np.ndarray]):
+    spec = trial.spec("early-paused", **EARLY)
+    running = trial.start("train", spec)
+    wait_until(lambda: store.read(spec.run, 0) is not None, "no round is drawn", [], 240)
+    files.write_json(layout.stop_uri(spec.prefix), StopRequest(why="pause").model_dump())
+    assert running.process.wait(240) == 0, running.failure()
+    stopped = StageStopped.model_validate_json(files.read_bytes(layout.stopped_uri(spec.prefix)))
+    assert 0 < stopped.step < 6
+    assert store.read(spec.run, stopped.step // 2 + stopped.step % 2), "what its resumption trains on next"
+    again = trial.spec("early-paused", attempt=2, **EARLY)
+    assert trial.start("train", again).process.wait(900) == 0
+    assert same_bits(weights_of(again), early)
 
 
 def drawn_files(spec: TrainSpec) -> int:
