@@ -203,7 +203,7 @@ class ObjectiveConfig:
         if not method.has_loser:
             unread += ["beta", "noise", "max_weight", "label"]
         if method.on_policy:
-            unread += ["noise", "max_weight", "time_ids"]
+            unread += ["noise", "max_weight", "time_ids", "dropped_caption"]
         else:
             unread += ON_POLICY_FIELDS
         if not method.reward_gradient:

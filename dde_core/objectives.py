@@ -123,7 +123,8 @@ def weights(config: ObjectiveConfig, schedule: Schedule) -> Float[Tensor, " time
     if schedule.has_zero_terminal_snr:
         check_terminal_weight(config, schedule.T)
         w = torch.where(w.isposinf(), config.max_weight, w)
-    if config.max_weight and METHODS[config.method].has_loser:
+    method = METHODS[config.method]
+    if config.max_weight and method.has_loser and not method.on_policy:
         return w.clamp(max=config.max_weight)
     return w
 
@@ -208,13 +209,13 @@ def conventions(config: ObjectiveConfig, schedule: Schedule) -> dict[str, Any]:
         "loss": _LOSSES[config.label] if method.has_loser else "e_theta of the winner",
         "source": OBJECTIVES[config.method].source,
         "error": f"{config.reduction} over latent elements of {_SQUARES[config.error]}, reduced in float32",
-        "time_ids": _TIME_IDS[config.time_ids],
         "timesteps": f"{config.t_min}..{config.t_max or schedule.T} of 1..{schedule.T}; "
         "the U-Net is called with t - 1",
         "prediction_type": schedule.prediction_type,
     }
     if method.on_policy:
         return resolved | _rollout_conventions(config)
+    resolved["time_ids"] = _TIME_IDS[config.time_ids]
     if method.has_loser:
         resolved["noise"] = f"{config.noise_mode}; winner and loser share t"
     if method.corrected:
@@ -243,8 +244,11 @@ def _rollout_conventions(config: ObjectiveConfig) -> dict[str, Any]:
         "reward": f"of the clean sample that deterministic DDIM estimates in {passes} passes (1: our reading "
         "of the paper; more are ours)",
         "continue_from": f"{config.continue_from} candidate (random: as SPO's code)",
+        "time_ids": "the model's size and no crop (SDXL)",
         "anchor": "the base" if config.anchor == "base" else "the weights that drew the round (ours)",
     }
+    if config.label == "soft":
+        resolved["share"] = f"sigmoid(gap of rewards / {config.temperature:g}) (Bradley and Terry)"
     if METHODS[config.method].reward_gradient:
         resolved["guidance_of_winners"] = (
             f"z_w + {config.guidance_strength:g} sqrt(D) g, g the reward's unit gradient by x_t' (ours)"

@@ -132,8 +132,9 @@ class LedgerKey:
 
 
 def drops_to_zeros(objective: ObjectiveConfig, folder: ModelFolder) -> bool:
-    """Whether a dropped caption is encoded as zeros."""
-    return objective.dropped_caption == "model" and folder.no_caption_is_zeros
+    """Whether no caption is encoded as zeros. Rounds drop none, and always draw as the model does."""
+    as_model = METHODS[objective.method].on_policy or objective.dropped_caption == "model"
+    return as_model and folder.no_caption_is_zeros
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,7 +127,7 @@ def round_terms(
     flops_per_s: float,
     step_s: float,
 ) -> Iterator[Term]:
-    """Seconds of a round by part. Trainers and actors wait for each other, unless the next round is drawn early.
+    """Seconds of a round by part. Trainers and actors wait for each other, unless rounds are drawn early.
 
     ``flops_per_s`` is of one GPU.
     """

@@ -82,7 +82,7 @@ class Crop:
         size = [
             self.shortest if side == min(height, width) else int(side * scale) for side in (height, width)
         ]
-        pixels = _interpolated(images, size, antialias=True)
+        pixels = _product_resized(images, size)
         top, left = (self._margin(length) for length in size)
         return _normalize(pixels[:, :, top : top + self.side, left : left + self.side], self.mean, self.std)
 
@@ -150,6 +150,22 @@ def _interpolated(
     return torch.nn.functional.interpolate(
         pixels, size=size, mode="bicubic", align_corners=False, antialias=antialias
     )
+
+
+def _product_resized(
+    pixels: Float32[Tensor, "n 3 h w"], size: list[int]
+) -> Float32[Tensor, "n 3 height width"]:
+    """``_interpolated`` with antialiasing as a product with a matrix for each axis.
+
+    The gradient of torch's own has no deterministic kernel on CUDA.
+    """
+    for axis, length in zip((2, 3), size, strict=True):
+        before = pixels.shape[axis]
+        if before != length:
+            unit = torch.eye(before).expand(1, 3, before, before)
+            weights = _interpolated(unit, [length, before], antialias=True)[0, 0].to(pixels.device)
+            pixels = torch.tensordot(pixels, weights, dims=([axis], [1])).movedim(-1, axis)
+    return pixels
 
 
 def _normalize(pixels: Float32[Tensor, "n 3 h w"], mean: Numbers, std: Numbers) -> Float32[Tensor, "n 3 h w"]:

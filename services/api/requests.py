@@ -327,7 +327,7 @@ class Rollouts(Strict):
     """Where an on-policy method gets its pairs: the policy draws them in rounds, and scorers rank them.
 
     ``prompts_uri`` is a file of prompts, as of evaluations, or ``captions:DATASET``, the captions of a
-    registered dataset; the first ``num_prompts`` are used, in an order that the run's seed determines. None
+    registered dataset; the first ``num_prompts`` are used, in an order that ``draw_seed`` determines. None
     of them may be a prompt of the evaluation or of validation, unless you ``allow_evaluation_prompts``. The
     reward is the sum of ``scorers``' scores, each in its own unit, times
     its weight. A round draws ``prompts_per_round`` trajectories with the weights that the policy has at that
@@ -335,7 +335,7 @@ class Rollouts(Strict):
     batches. ``actors`` draw, ``prompts_per_call`` trajectories in one call of the U-Net; ``reward_actors``
     decode and score, or with 0 the actors that draw do. With ``lag`` 1 the next round is drawn while this one
     is trained on, with the weights from before its first update; with 0 the two wait for each other. A round
-    fails if more than ``max_bad_fraction`` of its rewards are not finite.
+    fails if more than ``max_bad_fraction`` of its rankings have a reward that is not finite.
 
     ``guard``: the largest fall of a validation scorer's mean below the base's. When validation finds a larger
     one while the reward's scorers have risen, training ends, and the best checkpoint before that becomes the

@@ -84,6 +84,9 @@ def _unusable(request: AlignmentJobCreate, rollouts: Rollouts) -> Iterator[tuple
     if training.reference == "ledger":
         why = 'must be "auto", as no ledger has the errors of pairs that are drawn later,'
         yield "training.reference", why, training.reference
+    if not isinstance(request.workers, int) and request.workers[0] != request.workers[1]:
+        why = "must be one number, as more workers would take the room of rollout actors,"
+        yield "workers", why, list(request.workers)
     if METHODS[request.objective.method].reward_gradient and rollouts.reward_actors:
         why = "must be 0, as the gradient passes through scorer and U-Net in one process,"
         yield "rollouts.reward_actors", why, rollouts.reward_actors

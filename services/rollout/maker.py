@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import ray
+from jaxtyping import Int
 from ray.actor import ActorHandle
 from torch import Tensor
 
@@ -65,11 +67,12 @@ class RoundMaker:
         self._actors: list[ActorHandle] = []
         self._rewards: list[ActorHandle] = []
         self._round: _Round | None = None
+        self._orders: dict[tuple[int, int], Int[np.ndarray, " prompts"]] = {}
 
     def begin(self, round: int, weights: Mapping[str, Tensor]) -> None:
         """Start a round with a policy's full weights on the host. One that is committed is taken as it is.
 
-        With ``rollouts.lag`` the actors have all of their work at once and need no ``poll`` to go on.
+        With ``rollouts.lag`` the actors have a whole block's work at once: they need no ``poll`` within it.
         """
         digest = weights_digest(weights)
         record = store.read(self._spec.run, round)
@@ -195,11 +198,20 @@ class RoundMaker:
         )
 
     def _prompt_of(self, round: int, slot: int) -> str:
-        """The run goes through all prompts in a new order each time."""
-        visit = round * self._rollouts.prompts_per_round + slot
-        epoch, place = divmod(visit, len(self._prompts))
-        order = permutation(self._spec.training.draw_seed, epoch, len(self._prompts))
-        return self._prompts[int(order[place])]
+        """First blocks go through all prompts, in a new order each time; so do second ones, and so on."""
+        block, place = divmod(slot, self._rollouts.prompts_per_round)
+        visit = round * self._rollouts.prompts_per_round + place
+        epoch, at = divmod(visit, len(self._prompts))
+        return self._prompts[int(self._order(block, epoch)[at])]
+
+    def _order(self, block: int, epoch: int) -> Int[np.ndarray, " prompts"]:
+        if (block, epoch) not in self._orders:
+            number = epoch * self._rollouts.max_blocks + block
+            self._orders = {} if len(self._orders) > 100 else self._orders
+            self._orders[block, epoch] = permutation(
+                self._spec.training.draw_seed, number, len(self._prompts)
+            )
+        return self._orders[block, epoch]
 
     def _check_bad(self, current: _Round) -> None:
         tally = current.tally

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from services.api.records import Validated
+from services.api.requests import Rollouts
 from services.artifacts import checkpoints
 from services.stages import layout
 from services.stages.specs import TrainSpec
@@ -24,10 +27,10 @@ def validated_steps(run: str) -> set[int]:
 
 
 def outcomes(run: str) -> dict[int, Validated]:
-    """What validation measured, by step, for the checkpoints that still exist."""
-    steps = validated_steps(run) & set(checkpoints.steps(run))
+    """What validation measured, by step: of the base as step 0, and of checkpoints, pruned ones too."""
     return {
-        step: Validated.model_validate_json(files.read_bytes(layout.outcome_uri(run, step))) for step in steps
+        step: Validated.model_validate_json(files.read_bytes(layout.outcome_uri(run, step)))
+        for step in validated_steps(run)
     }
 
 
@@ -45,55 +48,69 @@ def best_step(validated: dict[int, Validated], metric: str) -> int | None:
 def violation(spec: TrainSpec, validated: dict[int, Validated]) -> tuple[int, str] | None:
     """The first step where a guarded scorer has fallen too far while the reward rose, and this in words.
 
-    ``validated`` has the base as step 0; without it nothing can be compared. A scorer of the reward that
-    validation does not measure counts as risen: training follows it.
+    ``validated`` are all outcomes. What was not measured of the base or of a step is not compared
+    (``unguarded``). A reward of which a scorer was not measured counts as risen: training follows it.
     """
-    base = validated.get(0)
-    if not spec.rollouts or base is None:
+    if not spec.rollouts or 0 not in validated:
         return None
+    base = validated[0].metrics
     for step in sorted(validated.keys() - {0}):
         found = validated[step].metrics
-        risen = [
-            name
-            for name in spec.rollouts.scorers
-            if name not in found or found[name] > base.metrics.get(name, found[name])
-        ]
+        before, now = (_reward(spec.rollouts, metrics) for metrics in (base, found))
+        if before is not None and now is not None and now <= before:
+            continue
         for name, limit in spec.rollouts.guard.items():
-            fall = base.metrics.get(name, 0.0) - found.get(name, float("inf"))
-            if risen and fall > limit:
-                message = (
-                    f"{name} is {fall:.3g} below the base's, more than rollouts.guard allows ({limit:g})"
+            if name in base and name in found and base[name] - found[name] > limit:
+                fall = f"{name} is {base[name] - found[name]:.3g} below the base's"
+                risen = "" if before is None or now is None else f" from {before:.4g} to {now:.4g}"
+                return step, (
+                    f"{fall}, more than rollouts.guard allows ({limit:g}), while the reward has risen{risen}"
                 )
-                return step, f"{message}, while the reward has risen ({', '.join(risen)})"
     return None
 
 
-def with_base(run: str) -> dict[int, Validated]:
-    """``outcomes``, and that of the base as step 0 if validation has measured it."""
-    found = outcomes(run)
-    if 0 in validated_steps(run):
-        found[0] = Validated.model_validate_json(files.read_bytes(layout.outcome_uri(run, 0)))
-    return found
+def unguarded(spec: TrainSpec, validated: dict[int, Validated]) -> list[str]:
+    """Guarded scorers that validation has not measured of the base, though it has ended: no guard holds."""
+    if not spec.rollouts or 0 not in validated:
+        return []
+    return [name for name in spec.rollouts.guard if name not in validated[0].metrics]
+
+
+def _reward(rollouts: Rollouts, metrics: Mapping[str, float]) -> float | None:
+    """The weighted sum of mean scores, or None if one of them was not measured."""
+    if not rollouts.scorers.keys() <= metrics.keys():
+        return None
+    return sum(weight * metrics[name] for name, weight in rollouts.scorers.items())
 
 
 def chosen(spec: TrainSpec, validated: dict[int, Validated]) -> int | None:
     """The step that validation chooses, or None if it does not choose: then the last one becomes the model.
 
-    After a violation of the guard no later step is chosen, and without ``best_metric`` the last one before.
+    ``validated`` are all outcomes. After a violation of the guard no later step is chosen, and without
+    ``best_metric`` the last one before.
     """
-    ended = violation(spec, validated)
-    allowed = {step: each for step, each in validated.items() if 0 < step and (not ended or step < ended[0])}
+    allowed = _allowed(spec, validated)
     if spec.validation and spec.validation.best_metric:
         return best_step(allowed, spec.validation.best_metric)
-    return max(allowed, default=None) if ended else None
+    return max(allowed, default=None) if violation(spec, validated) else None
+
+
+def _allowed(spec: TrainSpec, validated: dict[int, Validated]) -> dict[int, Validated]:
+    """Outcomes of checkpoints that exist, from before a violation, with every guarded scorer measured."""
+    ended = violation(spec, validated)
+    guarded = spec.rollouts.guard.keys() if spec.rollouts else set()
+    return {
+        step: validated[step]
+        for step in sorted(validated.keys() & set(checkpoints.steps(spec.run)) - {0})
+        if (not ended or step < ended[0]) and guarded <= validated[step].metrics.keys()
+    }
 
 
 def _last_allowed(spec: TrainSpec, validated: dict[int, Validated]) -> int | None:
     """The last validated step, which a violation of the guard may make the model."""
     if not (spec.rollouts and spec.rollouts.guard):
         return None
-    ended = violation(spec, validated)
-    return max((step for step in validated if 0 < step and (not ended or step < ended[0])), default=None)
+    return max(_allowed(spec, validated), default=None)
 
 
 def prunable(spec: TrainSpec) -> list[int]:
@@ -102,6 +119,6 @@ def prunable(spec: TrainSpec) -> list[int]:
     validated = validated_steps(spec.run)
     kept = set(steps[-spec.training.keep_checkpoints :])
     kept |= {step for step in steps if is_due(spec, step) and step not in validated}
-    found = with_base(spec.run)
+    found = outcomes(spec.run)
     kept |= {step for step in (chosen(spec, found), _last_allowed(spec, found)) if step is not None}
     return [step for step in steps if step not in kept]

@@ -186,7 +186,7 @@ def _workers_summary(spec: TrainSpec) -> str:
 
 def _select_step(spec: TrainSpec, journal: Journal) -> tuple[int, dict[str, float]]:
     """The step whose weights become the model, and its metrics: the best one by validation, or the last."""
-    outcomes = selection.with_base(spec.run)
+    outcomes = selection.outcomes(spec.run)
     step = _last_step(spec)
     metric = spec.validation.best_metric if spec.validation else None
     best = selection.chosen(spec, outcomes)

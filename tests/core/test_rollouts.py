@@ -14,6 +14,7 @@ from dde_core.config import ObjectiveConfig, TrainConfig
 from dde_core.errors import ConfigError, DataError
 from dde_core.models.folder import ModelFolder
 from dde_core.models.policy import Policy
+from dde_core.noise import draw_candidate
 from dde_core.reward import Reward
 from dde_core.rollouts import Ranking, Roller, Trajectories, look_ahead
 from dde_core.rounds import RoundBatches, RoundRows, Tally, kept_pairs
@@ -185,6 +186,13 @@ def test_every_ranked_transition_gives_each_slot_a_pair(sd15: ModelFolder):
 def test_the_winner_has_the_greatest_reward_and_the_loser_the_least(sd15: ModelFolder):
     for ranking in roll(sd15):
         assert np.allclose(ranking.gap, ranking.rewards.max(1) - ranking.rewards.min(1))
+        for row, slot in enumerate(SLOTS):
+            shape = ranking.x_t.shape[1:]
+            z = [
+                draw_candidate(*KEY, slot, ranking.transition, k, shape) for k in range(OBJECTIVE.candidates)
+            ]
+            best, worst = ranking.rewards[row].argmax(), ranking.rewards[row].argmin()
+            torch.testing.assert_close(ranking.dz[row], z[best] - z[worst])
 
 
 def test_the_trajectory_goes_on_from_the_winner_only_if_asked(sd15: ModelFolder):

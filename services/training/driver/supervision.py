@@ -141,6 +141,7 @@ class StopRequests:
     def __init__(self, spec: TrainSpec) -> None:
         self._spec = spec
         self._ack_within_s = TrainingSettings().stop_ack_s
+        self._is_unguarded = False
         self._sigterm = threading.Event()
         self._requested_since: float | None = None
 
@@ -173,7 +174,15 @@ class StopRequests:
         """End training if validation has found a violation of the guard."""
         if not (self._spec.rollouts and self._spec.rollouts.guard) or self._why():
             return
-        found = selection.violation(self._spec, selection.with_base(self._spec.run))
+        outcomes = selection.outcomes(self._spec.run)
+        missing = selection.unguarded(self._spec, outcomes)
+        if missing and not self._is_unguarded:
+            self._is_unguarded = True
+            names = ", ".join(missing)
+            journal.event(
+                f"rollouts.guard does not hold: the base's {names} could not be measured", "warning"
+            )
+        found = selection.violation(self._spec, outcomes)
         if found:
             step, message = found
             request = StopRequest(why="guard").model_dump_json()

@@ -90,17 +90,23 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
                 break
             timer.begin()
 
-            # Get this worker's pairs of the global batch.
+            # Get this worker's pairs of the global batch. A checkpoint may be needed before they are there.
             with timer.data_wait():
                 is_ready = pairs.ready(step)
-            if not is_ready:
+            while not is_ready:
                 if recorder:
                     recorder.wait()
-                if stored_step < progress.step:
-                    pairs.settle()
+                if stored_step < progress.step and pairs.settle():
                     snapshot = checkpoint.snapshot(policy, optimizer, calibration, progress, rank)
+                    stored_step = progress.step
                     if recorder and snapshot:
                         recorder.store(snapshot, world_size)
+                if preemption.stop_requested:
+                    break
+                preemption.answered()
+                with timer.data_wait():
+                    is_ready = pairs.ready(step)
+            if not is_ready:
                 break
             with timer.data_wait():
                 rows = pairs.rows(step)
@@ -154,9 +160,10 @@ def _train(spec: TrainSpec, rank: int, world_size: int) -> None:
                 with timer.checkpoint_stall():
                     if recorder:
                         recorder.wait()
-                    pairs.settle()
-                    snapshot = checkpoint.snapshot(policy, optimizer, calibration, progress, rank)
-                    stored_step = progress.step
+                    if pairs.settle():
+                        snapshot = checkpoint.snapshot(policy, optimizer, calibration, progress, rank)
+                        stored_step = progress.step
+                        preemption.answered()
             elif is_due and recorder:
                 recorder.skip_checkpoint(progress.step)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import torch
 
 from dde_core.batches import BatchMaker
 from dde_core.checkpoint import weights_on_host
+from dde_core.errors import DataError
 from dde_core.latents.ledger import Ledger
 from dde_core.latents.reader import LatentReader
 from dde_core.models.folder import ModelFolder
@@ -16,7 +18,6 @@ from dde_core.models.policy import Policy
 from dde_core.rounds import RoundBatches, RoundRows
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairErrors
-from services.errors import Unavailable
 from services.rollout import store
 from services.rollout.maker import RoundMaker, inputs_digest, read_round_prompts
 from services.rollout.store import RoundRecord
@@ -44,7 +45,10 @@ class PairSource(Protocol):
         ...
 
     def ready(self, step: int) -> bool:
-        """Wait for the pairs of global batch ``step``. False if the run is to stop first. A collective."""
+        """Wait for the pairs of global batch ``step``. A collective.
+
+        False if a checkpoint is needed first: call it again after that, unless the run is to stop.
+        """
         ...
 
     def rows(self, step: int) -> Any:
@@ -59,8 +63,11 @@ class PairSource(Protocol):
         """The reference's errors, if they are stored."""
         ...
 
-    def settle(self) -> None:
-        """Wait until what a run needs to resume from a checkpoint of now is stored. A collective."""
+    def settle(self) -> bool:
+        """Wait until what a run needs to resume from a checkpoint of now is stored. A collective.
+
+        False if it cannot be, and the run is to stop: it resumes from the checkpoint before.
+        """
         ...
 
     def report_to(self, recorder: Recorder) -> None:
@@ -114,8 +121,8 @@ class ShardPairs:
     def stored_errors(self, part: Any) -> PairErrors | None:
         return self._ledger.errors(part) if self._ledger else None
 
-    def settle(self) -> None:
-        pass
+    def settle(self) -> bool:
+        return True
 
     def report_to(self, recorder: Recorder) -> None:
         pass
@@ -165,7 +172,7 @@ class RoundPairs:
             self._maker = RoundMaker(spec, capacity.needed(spec), fence.check)
         self._record: RoundRecord | None = None
         self._is_first = False
-        self._shortage = ""
+        self._shortage: str | None = None
         self._lag = spec.rollouts.lag
         self._is_drawing = False
         self._began = 0.0
@@ -182,6 +189,8 @@ class RoundPairs:
         round, update = divmod(step, self._updates)
         self._is_first = update == 0
         if self._record and self._record.round == round:
+            if self._maker and self._is_drawing:
+                self._maker.poll(0.0)  # hands out more work
             return True
         if update == 0 and not self._drawn(round):
             return False
@@ -189,7 +198,7 @@ class RoundPairs:
             self._begin(round + 1)
         record = store.read(self._spec.run, round)
         if record is None:
-            raise Unavailable(f"round {round} of {self._spec.run!r} is gone, and step {step} needs it")
+            raise DataError(f"round {round} of {self._spec.run!r} is gone, and step {step} needs it")
         parts = [
             RoundRows.from_parquet(store.read_pairs(self._spec.run, round, each)) for each in record.files
         ]
@@ -197,9 +206,10 @@ class RoundPairs:
         self._record = record
         return True
 
-    def settle(self) -> None:
-        while self._is_drawing and self._lag and not self._polled():
-            pass
+    def settle(self) -> bool:
+        return not self._lag or self._waited(
+            lambda lacks_room: lacks_room and self._preemption.stop_requested
+        )
 
     def _begin(self, round: int) -> None:
         weights = weights_on_host(self._policy, self._rank)
@@ -209,24 +219,30 @@ class RoundPairs:
         self._began = time.monotonic()
 
     def _drawn(self, round: int) -> bool:
-        """Draw a round. False if somebody wants the run to stop first. Every worker waits for rank 0."""
-        if not self._is_drawing and (round == 0 or not self._lag):
-            self._begin(round)
-        while self._is_drawing and not self._polled():
-            self._preemption.poll()
-            if self._preemption.stop_requested:
-                return False
-            if self._maker and time.monotonic() - self._began > ROOM_AFTER_S:
-                self._report_room(self._maker.missing_room() or "")
-        return True
+        """Draw a round. False if a checkpoint is needed first.
 
-    def _polled(self) -> bool:
-        """Whether the round that was begun is committed, after a short wait."""
-        is_done = self._maker is not None and self._maker.poll(POLL_S) is not None
-        self._is_drawing = not any_worker([is_done], self._device)[0]
-        if not self._is_drawing:
-            self._report_room("")
-        return not self._is_drawing
+        A round that was to be drawn early has a record by now, but in a run that has got more steps.
+        """
+        if not self._is_drawing and not (self._lag and store.read(self._spec.run, round)):
+            self._begin(round)
+        needs = self._preemption
+        return self._waited(lambda lacks_room: needs.stop_requested if self._lag else needs.checkpoint_needed)
+
+    def _waited(self, gives_up: Callable[[bool], bool]) -> bool:
+        """Whether the round that was begun is committed. Every worker waits for rank 0, unless ``gives_up``
+        says to stop, given whether actors lack room."""
+        while self._is_drawing:
+            is_done = self._maker is not None and self._maker.poll(POLL_S) is not None
+            shortage = ""
+            if self._maker and not is_done and time.monotonic() - self._began > ROOM_AFTER_S:
+                shortage = self._maker.missing_room() or ""
+            self._report_room(shortage)
+            is_done, lacks_room = any_worker([is_done, bool(shortage)], self._device)
+            self._preemption.poll()
+            self._is_drawing = not is_done
+            if self._is_drawing and gives_up(lacks_room):
+                return False
+        return True
 
     def _report_room(self, shortage: str) -> None:
         """Say what the actors wait for, once, and when they have it."""

@@ -24,12 +24,13 @@ POLL_NODES_EVERY_S = 5.0
 
 
 class Preemption:
-    """Polled by every worker after every step; all workers get the same answer.
+    """Polled by every worker after every step, and while it waits; all workers get the same answer.
 
     ``stop_requested``: somebody wants the run to stop, so it ends after a checkpoint. ``checkpoint_needed``:
     the run stops, or a node is about to leave (a spot machine, a pod that is moved), or a node has joined
-    with room for a missing worker. In the last two cases training continues after the checkpoint: Ray Train
-    restarts the workers once the node has left, or when it next looks for more workers.
+    with room for a missing worker. In the last two cases training continues after the checkpoint, which is
+    needed until it is ``answered``: Ray Train restarts the workers once the node has left,
+    or when it next looks for more workers.
     """
 
     def __init__(self, spec: TrainSpec, rank: int, world_size: int, device: torch.device) -> None:
@@ -48,7 +49,7 @@ class Preemption:
         is_requested = self._listener is not None and self._listener.requested
         is_time = time.monotonic() - self._polled_at >= POLL_NODES_EVERY_S
         self.stop_requested, is_time = any_worker([is_requested, is_time], self._device)
-        self.checkpoint_needed = self.stop_requested
+        self.checkpoint_needed |= self.stop_requested
         if is_time:
             self._poll_nodes()
 
@@ -65,6 +66,10 @@ class Preemption:
     def _has_room(self) -> bool:
         """Whether a worker is missing and the cluster has room for it; false on other ranks than 0."""
         return self._looks_for_room and capacity.missing(self._needs, ray.available_resources()) is None
+
+    def answered(self) -> None:
+        """A checkpoint of now is stored, or is being stored."""
+        self.checkpoint_needed = False
 
     def close(self) -> None:
         """Stop listening."""

@@ -233,8 +233,8 @@ class Recorder:
         for step in selection.prunable(self._spec):
             checkpoints.delete(self._spec.run, step)
         if self._spec.rollouts:
-            kept = checkpoints.steps(self._spec.run)[-self._spec.training.keep_checkpoints :]
-            rounds.prune(self._spec.run, min(kept, default=0) // self._spec.rollouts.updates_per_round)
+            first = min(checkpoints.steps(self._spec.run), default=0)
+            rounds.prune(self._spec.run, first // self._spec.rollouts.updates_per_round)
 
     def _record(self, progress: Progress, workers: int) -> CheckpointRecord:
         epoch, pair = divmod(progress.pairs_seen, self._num_pairs)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dde_core.errors import DataError
 from dde_core.scorers import load
-from dde_core.scorers.pixels import MEAN, STD, Crop, Pad, check_size, read_crop
+from dde_core.scorers.pixels import MEAN, STD, Crop, Pad, _product_resized, check_size, read_crop
 from tests.support import scorers as tiny
 
 MEANS = np.array([0.48145466, 0.4578275, 0.40821073])
@@ -182,3 +183,17 @@ def test_old_and_new_files_of_preprocessing_are_read(tmp_path: Path):
     (folder / "processor_config.json").write_text('{"image_processor": ' + path.read_text() + "}")
     path.unlink()
     assert read_crop(folder, 28) == old
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (300, 200), (32, 48)])
+def test_resizing_with_gradients_by_products_is_torchs_own_resizing(shape: tuple[int, int]):
+    images = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    size = [57, 91]
+    ours = _product_resized(images, size)
+    theirs = torch.nn.functional.interpolate(
+        images, size=size, mode="bicubic", align_corners=False, antialias=True
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    weights = torch.rand(ours.shape, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad((each * weights).sum(), images)[0] for each in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-4)
