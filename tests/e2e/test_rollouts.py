@@ -55,8 +55,8 @@ ROLLOUTS = Rollouts(
 
 
 class Trial(StageRuns):
-    """Runs one after another, each with its own name. As the control plane does, the next attempt starts after a driver's
-    death and after a failure that may pass."""
+    """Runs one after another, each with its own name. As in the control plane, the next attempt starts after
+    a driver's death and after a failure that may pass."""
 
     def __init__(self, head: RayHead, folder: Path, mark: str) -> None:
         address = f"127.0.0.1:{head.ports.gcs}"

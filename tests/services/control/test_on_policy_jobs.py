@@ -154,7 +154,7 @@ def test_a_job_whose_prompts_are_gone_before_it_starts_fails_by_name(plane):
 
 @pytest.mark.parametrize(
     ("fields", "least", "most"),
-    [({}, 2, 2), ({"actors": 3, "reward_actors": 2}, 6, 6), ({"workers": [1, 4], "actors": 2}, 3, 6)],
+    [({}, 2, 2), ({"actors": 3, "reward_actors": 2}, 6, 6), ({"workers": 3, "actors": 2}, 5, 5)],
 )
 def test_a_cluster_of_its_own_has_room_for_workers_and_for_the_actors_of_rollouts(
     steady, fields, least, most
@@ -206,6 +206,7 @@ REFUSED = {
     "held-out pairs": ("training.held_out_pairs", "must be 0", {"training": {"held_out_pairs": 2}}),
     "dropped captions": ("training.caption_dropout", "must be 0", {"training": {"caption_dropout": 0.1}}),
     "a ledger": ("training.reference", 'must be "auto"', {"training": {"reference": "ledger"}}),
+    "more workers where there is room": ("workers", "must be one number", {"workers": [1, 2]}),
     "a scorer beside the gradient": (
         "rollouts.reward_actors",
         "must be 0, as the gradient passes through scorer and U-Net in one process, for method 'tailorpo_g'",
