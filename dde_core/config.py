@@ -175,17 +175,25 @@ class ObjectiveConfig:
             return method.noise
         return self.noise or method.noise
 
+    def starts(self, timesteps: int) -> list[int]:
+        """Where all transitions of an on-policy method start, in falling order: DDIM's steps with "leading"
+        spacing and an offset of 1, as Stable Diffusion's, but the last, which has no noise.
+
+        Raises ConfigError if there are more ``transitions`` than half of a base's ``timesteps``.
+        """
+        stride = timesteps // self.transitions
+        if stride < 2:
+            reason = f"must be at most half of the schedule's {timesteps} timesteps"
+            raise ConfigError("transitions", self.transitions, reason)
+        return [2 + stride * step for step in range(self.transitions - 1, 0, -1)]
+
     def ranked_starts(self, timesteps: int) -> list[int]:
         """Where the transitions start that an on-policy method ranks and trains, in falling order.
 
         A base has so many ``timesteps``. Raises ConfigError if there are more ``transitions`` than half of
         them, or if none starts in t_min..t_max. (`dde_core/transitions.py` has their tables.)
         """
-        stride = timesteps // self.transitions
-        if stride < 2:
-            reason = f"must be at most half of the schedule's {timesteps} timesteps"
-            raise ConfigError("transitions", self.transitions, reason)
-        starts = [2 + stride * step for step in range(self.transitions - 1, 0, -1)]
+        starts = self.starts(timesteps)
         ranked = [t for t in starts if self.t_min <= t <= (self.t_max or timesteps)]
         if not ranked:
             reason = f"and t_max = {self.t_max} hold none of the transitions, which start at {starts}"

@@ -108,13 +108,8 @@ class Transitions:
 
 
 def all_transitions(config: ObjectiveConfig, schedule: Schedule) -> Transitions:
-    """The transitions of a rollout: DDIM's with "leading" spacing and an offset of 1, as Stable Diffusion's.
-
-    The last step of that sampler, to the clean sample, has no noise and is none of them.
-    """
-    stride = schedule.T // config.transitions
-    timesteps = [2 + stride * step for step in reversed(range(config.transitions))]
-    return Transitions.of(schedule, timesteps, config.eta)
+    """The transitions of a rollout (``ObjectiveConfig.starts``). The last one ends at timestep 2."""
+    return Transitions.of(schedule, [*config.starts(schedule.T), 2], config.eta)
 
 
 def ranked_transitions(config: ObjectiveConfig, schedule: Schedule) -> Transitions:
@@ -150,20 +145,6 @@ def projection(dz: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"]) ->
     """mean(dz e) of each row, in float32 or wider: all that the loss needs of a model's noise."""
     wide = torch.promote_types(noise.dtype, torch.float32)
     return (dz.to(wide) * noise.to(wide)).mean(dim=(1, 2, 3))
-
-
-def transition_logit(
-    beta: float,
-    a: Float64[Tensor, " b"],
-    theta: Float[Tensor, " b"],
-    ref: Float[Tensor, " b"],
-) -> Float64[Tensor, " b"]:
-    """-beta a (mean(dz e_theta) - mean(dz e_ref)): the log-odds that the winner is preferred.
-
-    ``theta`` and ``ref`` are the models' projections. Equal to beta times the difference of the two mean
-    Gaussian log-ratios of the module's transition.
-    """
-    return -beta * a * (theta.double() - ref.double())
 
 
 def soft_share(gap: Float64[Tensor, " b"], temperature: float) -> Float64[Tensor, " b"]:

@@ -66,7 +66,7 @@ class Rounds:
 def prompt_terms(facts: Facts, objective: ObjectiveConfig, training: TrainConfig) -> Iterator[Term]:
     """The parts of one trajectory and the training of its pairs, in F. The last term is their sum."""
     starts = objective.ranked_starts(TIMESTEPS)
-    every = objective_starts(objective)
+    every = objective.starts(TIMESTEPS)
     before = every.index(starts[0])
     ranked = len(starts)
     count = objective.candidates
@@ -108,12 +108,6 @@ def prompt_terms(facts: Facts, objective: ObjectiveConfig, training: TrainConfig
     yield Term(
         "prompt", f"the sum: {flops:.4g} TFLOP at {facts.forward_flops / 1e12:.3f} a forward", total, "F"
     )
-
-
-def objective_starts(objective: ObjectiveConfig) -> list[int]:
-    """Where all transitions of a trajectory start, ranked or not."""
-    stride = TIMESTEPS // objective.transitions
-    return [2 + stride * step for step in range(objective.transitions - 1, 0, -1)]
 
 
 # ---- a round

@@ -20,7 +20,7 @@ from dde_core.planning.cluster import Cluster
 from dde_core.planning.estimate import Term, estimate
 from dde_core.planning.facts import FACTS, SCORER, VAE_PARAMETERS
 from dde_core.planning.plan import Plan, Run, plan, value
-from dde_core.planning.rounds import Rounds, actor_memory, objective_starts, prompt_terms, store_terms
+from dde_core.planning.rounds import Rounds, actor_memory, prompt_terms, store_terms
 from dde_core.rollouts import Roller
 from dde_core.transitions import all_transitions, ranked_transitions
 from tests.support.activation_bytes import LiveBytes, like_a_gpu
@@ -139,7 +139,7 @@ def test_a_round_that_is_drawn_early_takes_as_long_as_the_longer_part():
 def test_the_planned_transitions_are_those_of_the_method(change):
     objective = dataclasses.replace(TAILORPO, **change)
     assert objective.ranked_starts(1000) == ranked_transitions(objective, schedule()).t.tolist()
-    assert objective_starts(objective) == all_transitions(objective, schedule()).t.tolist()
+    assert objective.starts(1000) == all_transitions(objective, schedule()).t.tolist()
 
 
 # ---- constants

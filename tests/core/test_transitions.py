@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from dde_core.config import ObjectiveConfig
 from dde_core.errors import ConfigError
-from dde_core.objectives import preference_loss
 from dde_core.schedule import Schedule, epsilon_from
-from dde_core.transitions import Transitions, guided, projection, rank, soft_share, transition_logit
+from dde_core.train_step import PairErrors, StepTerms, step_losses
+from dde_core.transitions import Transitions, guided, projection, rank, soft_share
 
 GRID = [1 + 50 * step + 1 for step in reversed(range(20))]
 """952, 902, ..., 2: the paper's timesteps of 20 DDIM steps of diffusers' "leading" spacing."""
@@ -19,6 +20,20 @@ BETA = 10.0
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def terms(
+    schedule: Schedule,
+    t: torch.Tensor,
+    dz: torch.Tensor,
+    theta: torch.Tensor,
+    ref: torch.Tensor,
+    eta: float = 1.0,
+) -> StepTerms:
+    """What is trained, of two models' noises."""
+    config = ObjectiveConfig(method="tailorpo", beta=BETA, eta=eta)
+    errors = [PairErrors(projection(dz, noise)) for noise in (theta, ref)]
+    return step_losses(*errors, t, config, schedule)
 
 
 def numbers(transitions: Transitions, rows: int) -> torch.Tensor:
@@ -48,8 +63,8 @@ def test_the_logit_is_beta_times_the_difference_of_two_gaussian_log_ratios(
     of_winner = log_probability(theta, winner) - log_probability(ref, winner)
     of_loser = log_probability(theta, loser) - log_probability(ref, loser)
     dz = z[:, 0] - z[:, 1]
-    ours = transition_logit(BETA, transitions.a[number], projection(dz, theta), projection(dz, ref))
-    torch.testing.assert_close(ours, BETA * (of_winner - of_loser), rtol=0, atol=1e-9)
+    logit = terms(schedule, t, dz, theta, ref, eta).logit
+    torch.testing.assert_close(logit, BETA * (of_winner - of_loser), rtol=0, atol=1e-9)
 
 
 def _mean_as_printed(schedule, transitions, number, x_t, noise):
@@ -65,8 +80,8 @@ def test_equal_candidates_cost_log_2_and_move_nothing(schedule):
     transitions = Transitions.of(schedule, GRID)
     theta = randn(3, *SHAPE).requires_grad_()
     dz = torch.zeros(3, *SHAPE, dtype=torch.float64)
-    a = transitions.a[numbers(transitions, 3)]
-    loss = preference_loss(transition_logit(BETA, a, projection(dz, theta), projection(dz, randn(3, *SHAPE))))
+    t = transitions.t[numbers(transitions, 3)]
+    loss = terms(schedule, t, dz, theta, randn(3, *SHAPE)).loss
     assert torch.equal(loss, torch.full((3,), 2.0, dtype=torch.float64).log())
     loss.sum().backward()
     assert theta.grad is not None
@@ -74,11 +89,10 @@ def test_equal_candidates_cost_log_2_and_move_nothing(schedule):
 
 
 def test_swapping_winner_and_loser_changes_the_loss_by_the_logit(schedule):
-    a = Transitions.of(schedule, GRID).a[:5]
+    t = Transitions.of(schedule, GRID).t[:5]
     dz, theta, ref = (randn(5, *SHAPE, seed=seed) for seed in (1, 2, 3))
-    logit = transition_logit(BETA, a, projection(dz, theta), projection(dz, ref))
-    swapped = transition_logit(BETA, a, projection(-dz, theta), projection(-dz, ref))
-    torch.testing.assert_close(preference_loss(logit) - preference_loss(swapped), -logit)
+    given = terms(schedule, t, dz, theta, ref)
+    torch.testing.assert_close(given.loss - terms(schedule, t, -dz, theta, ref).loss, -given.logit)
 
 
 def test_a_gradient_step_moves_the_mean_from_loser_to_winner(schedule):
@@ -87,10 +101,11 @@ def test_a_gradient_step_moves_the_mean_from_loser_to_winner(schedule):
     a = transitions.a[number]
     x_t, dz, ref = (randn(5, *SHAPE, seed=seed) for seed in (1, 2, 3))
     theta = randn(5, *SHAPE, seed=4).requires_grad_()
-    logit = transition_logit(BETA, a, projection(dz, theta), projection(dz, ref))
-    preference_loss(logit).sum().backward()
+    found = terms(schedule, transitions.t[number], dz, theta, ref)
+    found.loss.sum().backward()
     assert theta.grad is not None
-    expected = BETA * (a * torch.sigmoid(-logit)).view(-1, 1, 1, 1) * dz / dz[0].numel()
+    assert found.logit is not None
+    expected = BETA * (a * torch.sigmoid(-found.logit)).view(-1, 1, 1, 1) * dz / dz[0].numel()
     torch.testing.assert_close(theta.grad, expected.detach())
     moved = transitions.mean(number, x_t, theta - theta.grad) - transitions.mean(number, x_t, theta)
     cosine = torch.nn.functional.cosine_similarity(moved.flatten(1), dz.flatten(1))
@@ -99,8 +114,9 @@ def test_a_gradient_step_moves_the_mean_from_loser_to_winner(schedule):
 
 def test_a_policy_equal_to_its_reference_has_logit_zero(schedule):
     dz, noise = randn(4, *SHAPE, seed=1), randn(4, *SHAPE, seed=2)
-    a = Transitions.of(schedule, GRID).a[:4]
-    assert torch.count_nonzero(transition_logit(BETA, a, projection(dz, noise), projection(dz, noise))) == 0
+    logit = terms(schedule, Transitions.of(schedule, GRID).t[:4], dz, noise, noise).logit
+    assert logit is not None
+    assert torch.count_nonzero(logit) == 0
 
 
 def test_the_weights_that_drew_the_candidates_cancel(schedule):
