@@ -128,7 +128,7 @@ def test_adapters_of_an_sdxl_kind_follow_a_scorer_on_a_checkpoint(client: Client
     assert job.result.train is not None
     assert job.result.train.model.adapter_of is not None
     answer = client.generate(
-        ImageRequest(model="tiny-xl-aligned", prompt="a star", steps=2, height=SIDE_PX, width=SIDE_PX)
+        ImageRequest(model="tiny-xl-aligned", prompt="a star", steps=2, size=f"{SIDE_PX}x{SIDE_PX}")
     )
     assert answer.data[0].content.startswith(b"\x89PNG")
 
@@ -148,7 +148,7 @@ def test_a_reward_that_cannot_tell_candidates_apart_fails_the_job_by_name(
 def test_the_guard_ends_training_at_the_last_checkpoint_that_it_allows(
     client: Client, shapes: str, dataset: str
 ):
-    """A learning rate that ruins the model: fidelity falls at once, and no checkpoint is allowed."""
+    """A learning rate that ruins the model: fidelity falls at once. Taste counts as risen, unmeasured."""
     held = {"every": 2, "num_prompts": 16, "prompts_uri": PROMPTS_FILE.as_uri()}
     job = run(
         client,
@@ -159,6 +159,12 @@ def test_the_guard_ends_training_at_the_last_checkpoint_that_it_allows(
             rollouts={"guard": {"fidelity": 0.01}, "allow_evaluation_prompts": True},
             training={"steps": 40, "learning_rate": 3e-3, "checkpoint_every": 2, "keep_checkpoints": 2},
             validation=held,
+            evaluation={
+                "prompts_uri": PROMPTS_FILE.as_uri(),
+                "num_prompts": 8,
+                "scorers": ["fidelity"],
+                "sample": {"steps": 4, "guidance_scale": 3},
+            },
         ),
     )
     events = [event.message for event in client.events(job.id)]
