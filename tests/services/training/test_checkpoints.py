@@ -560,13 +560,11 @@ def test_the_last_the_best_and_what_validation_has_not_seen_are_kept(model, enco
     validated(run, 0, held_out_accuracy=0.9)
     validated(run, 20, held_out_accuracy=0.7)
     validated(run, 40, held_out_accuracy=0.7)
-    assert selection.best_step(selection.outcomes(run), "held_out_accuracy") == 20, (
-        "the first of equals, and never the base"
-    )
+    assert selection.chosen(spec, selection.outcomes(run)) == 20, "the first of equals, and never the base"
     assert selection.prunable(spec) == [10, 30, 40, 50]
     validated(run, 60, held_out_accuracy=0.8)
     validated(run, 70, held_out_accuracy=0.9)  # of a checkpoint that was put aside since
-    assert selection.best_step(selection.outcomes(run), "held_out_accuracy") == 60
+    assert selection.chosen(spec, selection.outcomes(run)) == 60
     assert selection.prunable(spec) == [10, 20, 30, 40, 50]
 
 
