@@ -177,7 +177,7 @@ class Killer:
             if not victims and kind != "driver":
                 time.sleep(0.5)
                 continue
-            time.sleep(self._random.uniform(1.0, 10.0))
+            time.sleep(self._random.uniform(0.5, 7.0))
             if running.process.poll() is not None:
                 return
             if kind == "driver":
@@ -200,7 +200,7 @@ def test_a_killed_rollout_actor_changes_no_bit(trial: Trial, undisturbed: dict[s
 
 
 def test_ten_random_kills_of_drivers_workers_and_actors_change_no_bit(trial: Trial):
-    training = replace(TRAINING, steps=16)
+    training = replace(TRAINING, steps=40)
     straight = trial.spec("straight", training=training)
     trial.run(straight)
     spec = trial.spec("killed", training=training, rollouts=with_actors(2, 1))
