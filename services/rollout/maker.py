@@ -7,11 +7,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Self
 
-import numpy as np
 import ray
-from jaxtyping import Int
 from ray.actor import ActorHandle
 from torch import Tensor
 
@@ -67,7 +66,6 @@ class RoundMaker:
         self._actors: list[ActorHandle] = []
         self._rewards: list[ActorHandle] = []
         self._round: _Round | None = None
-        self._orders: dict[tuple[int, int], Int[np.ndarray, " prompts"]] = {}
 
     def begin(self, round: int, weights: Mapping[str, Tensor]) -> None:
         """Start a round with a policy's full weights on the host. One that is committed is taken as it is.
@@ -202,16 +200,8 @@ class RoundMaker:
         block, place = divmod(slot, self._rollouts.prompts_per_round)
         visit = round * self._rollouts.prompts_per_round + place
         epoch, at = divmod(visit, len(self._prompts))
-        return self._prompts[int(self._order(block, epoch)[at])]
-
-    def _order(self, block: int, epoch: int) -> Int[np.ndarray, " prompts"]:
-        if (block, epoch) not in self._orders:
-            number = epoch * self._rollouts.max_blocks + block
-            self._orders = {} if len(self._orders) > 100 else self._orders
-            self._orders[block, epoch] = permutation(
-                self._spec.training.draw_seed, number, len(self._prompts)
-            )
-        return self._orders[block, epoch]
+        number = epoch * self._rollouts.max_blocks + block
+        return self._prompts[int(_order(self._spec.training.draw_seed, number, len(self._prompts))[at])]
 
     def _check_bad(self, current: _Round) -> None:
         tally = current.tally
@@ -294,6 +284,10 @@ class _Round:
         """Trajectories that were drawn so far."""
         ranked = self.tally.ranked
         return int(next(iter(ranked.values()), 0))
+
+
+_order = lru_cache(maxsize=4)(permutation)
+"""A chunk's prompts are of one order or two; a new one takes a draw for each of all prompts."""
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
