@@ -55,14 +55,14 @@ def check_images(folder: ImageFolder, names: Sequence[str]) -> tuple[int, int]:
     """
     size: tuple[int, int] | None = None
     first_name = ""
-    headers = sources.in_threads(partial(_header_size, folder), names, READ_THREADS)
-    for name, found in zip(names, headers, strict=True):
-        if size is None:
-            size = found
-            first_name = name
-        elif found != size:
-            sizes = f"{_px(size)} in {first_name} and {_px(found)} in {name}"
-            _refuse(folder, f"must have one size, got {sizes}", "image_sizes")
+    with sources.in_threads(partial(_header_size, folder), names, READ_THREADS) as headers:
+        for name, found in zip(names, headers, strict=True):
+            if size is None:
+                size = found
+                first_name = name
+            elif found != size:
+                sizes = f"{_px(size)} in {first_name} and {_px(found)} in {name}"
+                _refuse(folder, f"must have one size, got {sizes}", "image_sizes")
     assert size is not None
     return size
 

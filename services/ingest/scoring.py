@@ -138,7 +138,8 @@ def read_chunks(work: dict[str, Any], source: Source) -> Iterator[dict[str, Any]
         bad: Counter[str] = Counter()
         group = chunk.first
         for row in islice(rows, chunk.stop - chunk.start):
-            loaded = list(sources.in_threads(partial(_load, source), row.images, LOAD_THREADS))
+            with sources.in_threads(partial(_load, source), row.images, LOAD_THREADS) as images_read:
+                loaded = list(images_read)
             for preference in row.preferences:
                 pair, cause = _pair(row, preference, loaded)
                 images += [image | {"group": group} for image in pair]

@@ -198,8 +198,8 @@ def _rows(uri: str, visible: list[str], split: str | None) -> Detected:
     names, chosen = splits.choose(uri, by_format[found], split)
     if found == "arrow" and chosen is None:
         splits.check_one_dataset(uri, map(posixpath.dirname, names), "datasets")
-    found_formats = sources.in_threads(partial(formats.format_of, uri), names, FORMAT_THREADS)
-    actual = dict(zip(names, found_formats, strict=True))
+    with sources.in_threads(partial(formats.format_of, uri), names, FORMAT_THREADS) as found_formats:
+        actual = dict(zip(names, found_formats, strict=True))
     different = next((name for name, each in actual.items() if each != actual[names[0]]), None)
     if different is not None:
         message = (

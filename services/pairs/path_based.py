@@ -208,16 +208,16 @@ class WinLose:
     ) -> Iterator[Cells | Unreadable]:
         names = unit.names[start:stop]
         caption_files = [file for *_, one, other in names for file in (one, other)]
-        captions = sources.in_threads(self._caption, caption_files, CAPTION_THREADS)
-        for cause, detail, winner, loser, file, other in names:
-            caption, again = next(captions), next(captions)
-            if cause:
-                yield Unreadable(cause, detail)
-            elif other and again != caption:
-                yield Unreadable("captions_differ", f"{file} and {other} hold different captions")
-            else:
-                cells = {"caption": caption, "chosen": winner, "rejected": loser}
-                yield _bad_caption(file, caption) or cells
+        with sources.in_threads(self._caption, caption_files, CAPTION_THREADS) as captions:
+            for cause, detail, winner, loser, file, other in names:
+                caption, again = next(captions), next(captions)
+                if cause:
+                    yield Unreadable(cause, detail)
+                elif other and again != caption:
+                    yield Unreadable("captions_differ", f"{file} and {other} hold different captions")
+                else:
+                    cells = {"caption": caption, "chosen": winner, "rejected": loser}
+                    yield _bad_caption(file, caption) or cells
 
     def identity(self) -> Iterator[bytes]:
         for folder in ("", *self.sides):

@@ -93,15 +93,21 @@ def rules() -> SourceRules:
     return _request_rules.get() or _rules
 
 
-def in_threads(read: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """``read`` of each item, in order, on several threads that have the caller's rules and time limit."""
+@contextmanager
+def in_threads(
+    read: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> Iterator[Iterator[Result]]:
+    """``read`` of each item, in order, on several threads that have the caller's rules and time limit.
+
+    No reading begins after the block. It waits for none that has begun: the block may be within a generator
+    that ends when it is collected, which may be on one of these threads.
+    """
     pool = ThreadPoolExecutor(threads)
     try:
         calls = [pool.submit(copy_context().run, read, item) for item in items]
-        for call in calls:
-            yield call.result()
+        yield (call.result() for call in calls)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

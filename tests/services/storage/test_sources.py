@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
 
@@ -247,7 +248,8 @@ def test_two_requests_at_once_are_held_to_the_rules_of_their_own_projects(allowe
             except Forbidden as error:
                 return error.code
 
-        return list(sources.in_threads(read, [own, other], 2))
+        with sources.in_threads(read, [own, other], 2) as results:
+            return list(results)
 
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(copy_context().run, request, "one", "two")
@@ -258,6 +260,54 @@ def test_two_requests_at_once_are_held_to_the_rules_of_their_own_projects(allowe
 
 
 def test_threads_that_read_sources_have_the_callers_time_limit(allowed: Path):
-    with sources.time_limit(0), pytest.raises(BadRequest) as caught:
-        list(sources.in_threads(sources.entries, [str(allowed)], 2))
+    with (
+        sources.time_limit(0),
+        sources.in_threads(sources.entries, [str(allowed)], 2) as results,
+        pytest.raises(BadRequest) as caught,
+    ):
+        next(results)
     assert caught.value.code == "read_timeout"
+
+
+def test_nothing_more_is_read_after_the_block_of_threads():
+    begun: list[int] = []
+    threads: set[threading.Thread] = set()
+    go_on = threading.Event()
+
+    def read(number: int) -> int:
+        threads.add(threading.current_thread())
+        begun.append(number)
+        if number:
+            go_on.wait(10)
+        return number
+
+    with sources.in_threads(read, range(100), 1) as results:
+        assert next(results) == 0
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(begun) <= 2
+
+
+def test_a_block_of_threads_may_end_on_one_of_them():
+    """A generator that nobody goes on with ends where it is collected: on any thread."""
+    started = threading.Event()
+    ended: Future[None] = Future()
+
+    def read(number: int) -> int:
+        if number == 1:
+            started.wait(10)
+            try:
+                ended.set_result(unfinished.close())  # as the collector does
+            except RuntimeError as error:
+                ended.set_exception(error)
+        return number
+
+    def read_numbers() -> Generator[int, None, None]:
+        with sources.in_threads(read, [0, 1], 1) as results:
+            yield from results
+
+    unfinished = read_numbers()
+    assert next(unfinished) == 0
+    started.set()
+    ended.result(10)
