@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from dde_core.latents.writer import shard_table
 from services.stages import layout
-from services.storage import files
+from services.storage import files, sources
 
 READ_THREADS = 16
 NO_BAD_IMAGES = "{}"
@@ -73,8 +72,8 @@ def delete_uncommitted(folder: str, committed: set[int]) -> None:
 def bad_images(folder: str, blocks: set[int]) -> Iterator[tuple[int, str]]:
     """(block, ``bad`` as ``commit`` received it) of those of these blocks that have bad images."""
     numbers = sorted(_numbers(layout.bad_images_folder(folder)) & blocks)
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        contents = pool.map(lambda number: files.read_bytes(layout.bad_images_uri(folder, number)), numbers)
+    uris = [layout.bad_images_uri(folder, number) for number in numbers]
+    with sources.in_threads(files.read_bytes, uris, READ_THREADS) as contents:
         for number, content in zip(numbers, contents, strict=True):
             yield number, content.decode()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,7 @@ from services.pairs.columnar import Unit
 from services.pairs.images import BadImage, decode
 from services.pairs.row import Row
 from services.pairs.source import Source
+from services.storage import sources
 
 LOAD_THREADS = 8
 """Images in files of their own are fetched this many at a time."""
@@ -70,13 +71,14 @@ def _loaded(
     decided = (row for row in rows if row.kind == "decided")
     slots = (uid_and_image for row in decided for uid_and_image in zip(row.uids, row.images, strict=True))
     chosen = ((slot, uid, image) for slot, (uid, image) in enumerate(slots) if wanted[slot])
-    with ThreadPoolExecutor(LOAD_THREADS) as pool:
-        while group := list(islice(chosen, LOAD_THREADS)):
-            files = pool.map(lambda entry: _load(source, entry[2]), group)
-            yield from ((slot, uid, data) for (slot, uid, _), data in zip(group, files, strict=True))
+    while group := list(islice(chosen, LOAD_THREADS)):
+        images = (image for *_, image in group)
+        with sources.in_threads(partial(load, source), images, LOAD_THREADS) as loaded:
+            yield from ((slot, uid, data) for (slot, uid, _), data in zip(group, loaded, strict=True))
 
 
-def _load(source: Source, image: bytes | str | None) -> bytes | BadImage | None:
+def load(source: Source, image: bytes | str | None) -> bytes | BadImage | None:
+    """The contents of an image of a row, or why they cannot be had."""
     try:
         return source.load(image)
     except BadImage as error:

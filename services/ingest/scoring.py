@@ -32,6 +32,7 @@ from services.api.records import ScorerRecord
 from services.artifacts import scorers
 from services.artifacts.models import fetch
 from services.ingest import scored
+from services.ingest.reading import LOAD_THREADS, load
 from services.pairs.columnar import Unit
 from services.pairs.images import BadImage, decode_whole, to_png
 from services.pairs.row import Preference, Row
@@ -40,8 +41,6 @@ from services.stages.specs import GenerateSpec, RelabelSpec
 from services.storage import sources
 
 READERS_PER_ACTOR = 2
-LOAD_THREADS = 8
-"""Images in files of their own are fetched this many at a time."""
 BATCH_PIXELS = 1 << 24
 """Decoded pixels that are scored at once; one image may have more."""
 
@@ -138,7 +137,7 @@ def read_chunks(work: dict[str, Any], source: Source) -> Iterator[dict[str, Any]
         bad: Counter[str] = Counter()
         group = chunk.first
         for row in islice(rows, chunk.stop - chunk.start):
-            with sources.in_threads(partial(_load, source), row.images, LOAD_THREADS) as images_read:
+            with sources.in_threads(partial(load, source), row.images, LOAD_THREADS) as images_read:
                 loaded = list(images_read)
             for preference in row.preferences:
                 pair, cause = _pair(row, preference, loaded)
@@ -148,13 +147,6 @@ def read_chunks(work: dict[str, Any], source: Source) -> Iterator[dict[str, Any]
         table = _packed(pa.Table.from_pylist(images, scored.SCHEMA))
         yield {"number": chunk.number, "table": table, "bad": json.dumps(bad)}
         position = chunk.stop
-
-
-def _load(source: Source, image: bytes | str | None) -> bytes | BadImage | None:
-    try:
-        return source.load(image)
-    except BadImage as error:
-        return error
 
 
 def _pair(
