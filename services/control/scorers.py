@@ -132,11 +132,17 @@ def record_of(row: Scorer) -> ScorerRecord:
 def of_names(session: Session, names: list[str], field: str) -> list[ScorerRecord]:
     """The scorers that a request's ``field`` names.
 
-    Raises NotFound for one that the project does not have, BadRequest for one that is named twice.
+    Raises NotFound for one that the project does not have, BadRequest for one that is named twice or by its
+    id: results, gates and weights go by names.
     """
     if len(set(names)) < len(names):
         raise BadRequest(f"{field}: must not repeat, got {names}", param=field)
-    return [find(session, name, f"{field}.{i}") for i, name in enumerate(names)]
+    found = [find(session, name, f"{field}.{i}") for i, name in enumerate(names)]
+    for i, (name, record) in enumerate(zip(names, found, strict=True)):
+        if name != record.name:
+            message = f"{field}.{i}: must be the name of a scorer, got the id of {record.name!r}: {name!r}"
+            raise BadRequest(message, param=f"{field}.{i}")
+    return found
 
 
 def check_names(database: ProjectDatabase, names: list[str], field: str) -> None:

@@ -215,6 +215,22 @@ def evaluation(plane: Plane, *used: str, **fields) -> dict:
     }
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_request_names_its_scorers_by_name(steady, own):
+    made = insert(steady, new_id("named"), "clip") if own else BUILT_IN["taste"]
+    by_id = evaluation(steady, made.id)
+    gate = {"alias": "live", "scorer": made.id}
+    message = f"scorers.0: must be the name of a scorer, got the id of {made.name!r}: {made.id!r}"
+    for path, request, prefix in [
+        (JOBS, steady.job_body(evaluation=by_id, promote_if=gate), "evaluation."),
+        ("/v1/evaluations", steady.evaluation_body(scorers=[made.id]), ""),
+        ("/v1/scores", {"images": ["a"], "prompts": ["p"], "scorers": [made.id]}, ""),
+    ]:
+        error = steady.error(path, request)
+        assert error["param"] == f"{prefix}scorers.0"
+        assert error["message"] == prefix + message
+
+
 def test_a_job_keeps_the_scorers_it_was_created_with(any_plane):
     plane = any_plane
     made = insert(plane, "ours", "clip")
