@@ -33,8 +33,9 @@ bench: .venv/installed  ## ratios measured in one run, into tests/bench/results.
 golden: .venv/installed ## rewrite the golden loss curve
 	DDE_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/e2e/test_training.py -k golden
 
-settings: .venv/installed ## rewrite docs/settings.md from the code
+settings: .venv/installed ## rewrite docs/settings.md from the code, and the alerts of k8s/ from those of deploy/
 	$(BIN)/python -m tests.support.settings_page
+	$(BIN)/python -m tests.support.alerts_manifest
 
 check: .venv/installed  ## lint, format, types
 	$(BIN)/ruff check .

@@ -26,9 +26,9 @@ from services.control.app import build_app
 from services.settings import Settings
 from tests.services.control.fakes import FakeLauncher
 from tests.support.alert_cases import CASES, promtool_tests
+from tests.support.alerts_manifest import MANIFEST, RULES_FILE, manifest
 
 ROOT = Path(__file__).parents[1]
-RULES_FILE = ROOT / "deploy" / "prometheus" / "rules.yaml"
 RULES: dict[str, Any] = yaml.safe_load(RULES_FILE.read_text())
 ALERTS = {rule["alert"]: rule for group in RULES["groups"] for rule in group["rules"]}
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text())
@@ -75,6 +75,10 @@ def test_a_rule_that_always_fires_and_one_that_never_does_are_caught(alert: str,
         done = promtool("test", "rules", file)
         assert done.returncode != 0
         assert f"{alert} {caught}" in done.stdout + done.stderr
+
+
+def test_the_alerts_of_the_production_overlay_are_these():
+    assert MANIFEST.read_text() == manifest(), "run `make settings`"
 
 
 def test_every_alert_has_a_case_with_a_counter_case():

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+import yaml
+
+from tests.support.alerts_manifest import RULES_FILE
 from tests.validate_k8s import facts
 from tests.validate_k8s.overlay import Overlay, at, title
 from tests.validate_k8s.references import pods_with
@@ -37,6 +40,7 @@ def findings(overlay: Overlay) -> Iterator[str]:
     yield from _addresses(overlay)
     yield from _policies(overlay)
     yield from _monitors(overlay)
+    yield from _alerts(overlay)
     yield from _routes(overlay)
 
 
@@ -184,9 +188,7 @@ def _monitors(overlay: Overlay) -> Iterator[str]:
         return
     watched = set()
     for monitor in monitors:
-        release = at(monitor, "metadata", "labels", "release", default=None)
-        if release != overlay.config.get("PROMETHEUS_RELEASE"):
-            yield f"{title(monitor)}: label release {release!r} is not PROMETHEUS_RELEASE"
+        yield from _release(overlay, monitor)
         selector = at(monitor, "spec", "selector")
         endpoints = at(monitor, "spec", "endpoints", default=[]) or at(
             monitor, "spec", "podMetricsEndpoints", default=[]
@@ -208,6 +210,21 @@ def _monitors(overlay: Overlay) -> Iterator[str]:
                 yield f"{title(monitor)}: metrics are not labelled with the Ray cluster of their pod"
     if watched != {"control", "train", "align", "serve"}:
         yield f"monitors watch {sorted(watched)}, not every part with metrics"
+
+
+def _release(overlay: Overlay, document: dict) -> Iterator[str]:
+    """The operator reads what has the label of its release."""
+    release = at(document, "metadata", "labels", "release", default=None)
+    if release != overlay.config.get("PROMETHEUS_RELEASE"):
+        yield f"{title(document)}: label release {release!r} is not PROMETHEUS_RELEASE"
+
+
+def _alerts(overlay: Overlay) -> Iterator[str]:
+    """The alerts are those of deploy/, which promtool has tested."""
+    for document in overlay.of("PrometheusRule"):
+        yield from _release(overlay, document)
+        if document.get("spec") != yaml.safe_load(RULES_FILE.read_text()):
+            yield f"{title(document)}: its alerts are not those of deploy/prometheus/rules.yaml"
 
 
 def _targets(overlay: Overlay, kind: str, selector: dict) -> dict[str, set[str]]:

@@ -54,6 +54,7 @@ MORE_DOCUMENTS = {
         "HorizontalPodAutoscaler/dde-control",
         "PodDisruptionBudget/dde-serve",
         "PodMonitor/dde-ray",
+        "PrometheusRule/dde",
         "ResourceFlavor/dde-on-demand",
         "ResourceFlavor/dde-spot",
         "ResourceQuota/dde",

@@ -58,6 +58,8 @@ SELECTOR = fields(
 )
 RELABELING = fields(sourceLabels=items(TEXT), targetLabel=TEXT, regex=TEXT, action=TEXT, replacement=TEXT)
 ENDPOINT = fields("port", port=TEXT, interval=DURATION, path=TEXT, relabelings=items(RELABELING))
+ALERT = fields("alert", "expr", alert=TEXT, expr=TEXT, labels=TEXTS, annotations=TEXTS, **{"for": DURATION})
+ALERTS = fields("name", "rules", name=TEXT, rules=items(ALERT))
 QUOTA = fields("name", "nominalQuota", name=TEXT, nominalQuota=QUANTITY)
 FLAVOR = fields("name", "resources", name=NAME, resources=items(QUOTA))
 RESOURCES = fields("coveredResources", "flavors", coveredResources=items(TEXT), flavors=items(FLAVOR))
@@ -120,6 +122,12 @@ SCHEMAS = {
             "ServiceMonitor",
             "spec",
             spec=fields("selector", "endpoints", selector=SELECTOR, endpoints=items(ENDPOINT)),
+        ),
+        document(
+            "monitoring.coreos.com/v1",
+            "PrometheusRule",
+            "spec",
+            spec=fields("groups", groups=items(ALERTS)),
         ),
         document(
             "monitoring.coreos.com/v1",
