@@ -265,8 +265,10 @@ def _scale(where: str, name: str, rank: int, config: LoraConfig | None) -> float
         return 1.0
     ranks: dict[str, int] = config.rank_pattern or {}
     alphas: dict[str, float] = config.alpha_pattern or {}
-    told = ranks.get(get_pattern_key(list(ranks), name), config.r)
-    if told != rank:
-        raise ModelError(f"{where} are damaged: rank of {name!r} must be {told} as in its config, got {rank}")
+    configured = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    if configured != rank:
+        raise ModelError(
+            f"{where} are damaged: rank of {name!r} must be {configured} as in its config, got {rank}"
+        )
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
     return float(alpha / (sqrt(rank) if config.use_rslora else rank))

@@ -182,7 +182,8 @@ def _check_compare(config: EvaluationConfig, used: list[ScorerRecord], path: str
         for name in getattr(config.compare, field):
             if name not in known:
                 among = f"must be among the scorers {sorted(known)} of {path}scorers"
-                refuse(f"{path}compare.{field}", among, name)
+                none = f"must be empty: no scorer of {path}scorers can have such a limit"
+                refuse(f"{path}compare.{field}", among if known else none, name)
 
 
 def check_compared(

@@ -129,11 +129,11 @@ class JobReview:
 
     def _pass_gate(self) -> None:
         """Promote the model if the job has a gate and the evaluation passes it."""
-        asked = self.job.request.get("promote_if")
-        if asked is None:
+        requested = self.job.request.get("promote_if")
+        if requested is None:
             return
         results = self.update.values.get("results", self.job.results)
-        gate = PromoteIf.model_validate_json(json.dumps(asked))
+        gate = PromoteIf.model_validate_json(json.dumps(requested))
         evaluated = EvaluateResult.model_validate_json(json.dumps(results["evaluate"]))
         outcome = gates.judge(gate, evaluated, str(self.job.name))
         self.update.values["results"] = {**results, "gate": outcome.model_dump(mode="json")}

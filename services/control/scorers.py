@@ -180,13 +180,13 @@ def _used(inputs: dict[str, Any]) -> list[dict[str, Any]]:
 def delete(database: ProjectDatabase, root: str, name_or_id: str) -> DeletedView:
     """Delete a scorer's registration; its files stay.
 
-    Raises BadRequest for a built-in scorer, Conflict while an unfinished job or evaluation uses it.
+    Raises Conflict for a built-in scorer, and while an unfinished job or evaluation uses it.
     """
     with database.write(alone=True) as session:
         record = find(session, name_or_id, "id")
         if record.name in BUILT_IN:
             message = f"scorer {record.name!r} is built in and cannot be deleted"
-            raise BadRequest(message, param="id", code="built_in")
+            raise Conflict(message, param="id", code="built_in")
         unfinished = session.execute(select(Job.id, Job.inputs).where(Job.status.in_(UNFINISHED)))
         for job, inputs in unfinished:
             if any(used["id"] == record.id for used in _used(inputs)):

@@ -14,9 +14,17 @@ import pytest
 
 from dde_core.config import SampleConfig, TrainConfig
 from dde_core.shapes import MODEL_DIR, PROMPTS_FILE
-from services.api.requests import AlignmentJobCreate, EvaluationConfig, EvaluationCreate, KeyCreate
+from services.api.requests import (
+    AlignmentJobCreate,
+    EvaluationConfig,
+    EvaluationCreate,
+    KeyCreate,
+    StudyCreate,
+    StudyEvaluation,
+)
 from services.client.api import Client
 from services.client.local import LocalSystem
+from services.client.processes import wait_until
 from tests.support.pairs_file import pair_rows, write_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +35,7 @@ JOB = "/v1/alignment/jobs/{job_id}"
 NAMED = (
     *("/v1/models/{model_id}", "/v1/datasets/{dataset_id}", "/v1/evaluations/{evaluation_id}", JOB),
     "/v1/scorers/{scorer_id}",
+    *(f"/v1/studies/{{study_id}}{part}" for part in ("", "/events", "/report", "/report.json")),
     *(f"{JOB}/{part}" for part in ("events", "metrics", "checkpoints", "credit")),
 )
 """Paths that must have succeeded with the id of something that exists."""
@@ -86,11 +95,27 @@ def real_ids(client: Client, pairs: str) -> dict[str, str]:
     compared = EvaluationCreate(models=["shapes", job.name], base="shapes", **dict(evaluation))
     evaluated = client.create_evaluation(compared).id
     assert client.wait_evaluation(evaluated, timeout_s=300).status == "succeeded"
+    study = client.create_study(
+        StudyCreate(
+            name="tiny",
+            base={
+                "model": "shapes",
+                "dataset": dataset,
+                "training": {"steps": 1, "batch_size": 4},
+                "evaluation": evaluation.model_dump(mode="json"),
+            },
+            grid={"training.seed, training.draw_seed": [0]},
+            evaluation=StudyEvaluation(**dict(evaluation)),
+        )
+    )
+    wait_until(lambda: client.study(study.id).finished, "the study has no end", [], 600)
+    assert client.study(study.id).status == "succeeded"
     return {
         "model_id": "shapes",
         "dataset_id": dataset,
         "job_id": job.id,
         "evaluation_id": evaluated,
         "scorer_id": "match",
+        "study_id": study.id,
         "key_id": client.create_key(KeyCreate(name="fuzz")).id,
     }

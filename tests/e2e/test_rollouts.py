@@ -31,8 +31,9 @@ from services.rollout.maker import weights_digest
 from services.stages import layout
 from services.stages.specs import StageStopped, StopRequest, TrainSpec
 from services.storage import files
+from tests.support.ray_nodes import two_nodes
 from tests.support.stage_runs import Running, StageRuns, shapes_record
-from tests.support.weights import base_weights, same_bits, weights_of
+from tests.support.weights import base_weights, same_bits, update_distance, weights_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 OBJECTIVE = ObjectiveConfig(
@@ -227,6 +228,62 @@ def test_a_pause_within_a_round_stops_at_once_and_changes_no_bit(
     assert same_bits(weights_of(again), undisturbed)
 
 
+# ---- several training workers
+
+
+def test_two_training_workers_share_the_rounds_of_one(trial: Trial, undisturbed: dict[str, np.ndarray]):
+    spec = trial.spec("two-workers", workers=2)
+    trial.run(spec)
+    one, two = (store.read(trial.spec(name).run, 1) for name in ("undisturbed", "two-workers"))
+    assert one
+    assert two
+    assert (one.slots, one.pairs) == (two.slots, two.pairs)
+    distance = update_distance(weights_of(spec), undisturbed, base_weights())
+    print(f"relative L2 distance of the update, two workers against one: {distance:.1e}")
+    assert distance < 1e-3
+
+
+def test_kills_change_no_bit_of_a_run_of_two_workers(trial: Trial):
+    training = replace(TRAINING, steps=20)
+    straight = trial.spec("two-straight", workers=2, training=training)
+    trial.run(straight)
+    spec = trial.spec("two-killed", workers=2, training=training, rollouts=with_actors(2, 1))
+    killer = Killer(trial, 4, 5, ("RolloutActor", "RayTrainWorker", "driver"))
+    trial.run(spec, killer)
+    assert not killer.left, "the run ended before all kills"
+    assert same_bits(weights_of(spec), weights_of(straight))
+
+
+def test_a_drain_within_a_round_stores_a_checkpoint_while_the_round_goes_on(
+    tmp_path_factory: pytest.TempPathFactory,
+):
+    """Three workers and an actor fill two nodes of two CPUs; both have a worker."""
+    folder = tmp_path_factory.mktemp("drained")
+    long_rounds = {
+        "workers": 3,
+        "training": replace(TRAINING, checkpoint_every=1000),
+        "rollouts": ROLLOUTS.model_copy(update={"prompts_per_round": 192}),
+    }
+    with two_nodes(folder / "cluster", num_cpus=2) as nodes:
+        trial = Trial(nodes.head, folder / "runs", str(folder / "cluster"))
+        straight = trial.spec("straight", **long_rounds)
+        trial.run(straight)
+        spec = trial.spec("drained", **long_rounds)
+
+        def drain(running: Running) -> None:
+            wait_until(lambda: drawn_files(spec, 1) > 0, "round 1 is not drawn", [], 600)
+            nodes.drain()
+            wait_until(lambda: bool(checkpoints.steps(spec.run)), "no checkpoint is stored", [], 60)
+            assert checkpoints.steps(spec.run) == [2]
+            assert store.read(spec.run, 1) is None, "the round was still being drawn"
+            nodes.lose()
+            nodes.add()
+
+        trial.run(spec, drain)
+        # Three workers add gradients in another order after a restart.
+        assert update_distance(weights_of(spec), weights_of(straight), base_weights()) < 1e-4
+
+
 # ---- rounds that are drawn early
 
 
@@ -280,5 +337,5 @@ def test_a_pause_stores_the_round_that_is_drawn_early(trial: Trial, early: dict[
     assert same_bits(weights_of(again), early)
 
 
-def drawn_files(spec: TrainSpec) -> int:
-    return len(files.list_files(layout.round_folder(spec.run, 0)))
+def drawn_files(spec: TrainSpec, round: int = 0) -> int:
+    return len(files.list_files(layout.round_folder(spec.run, round)))

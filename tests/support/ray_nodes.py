@@ -17,14 +17,15 @@ OBJECT_STORE_BYTES = 100_000_000
 
 
 class Nodes:
-    """A head and a second node with one CPU each. ``env`` is the drivers' environment.
+    """A head and a second node with ``num_cpus`` CPUs each. ``env`` is the drivers' environment.
 
     Between ``add`` and ``lose`` a second node that has ended is started again, as an operator does with a
     pod: on a busy machine a raylet may give up while it starts.
     """
 
-    def __init__(self, head: RayHead, logs: Path, mark: str) -> None:
+    def __init__(self, head: RayHead, logs: Path, mark: str, num_cpus: int) -> None:
         self.head = head
+        self._num_cpus = num_cpus
         self._logs = logs
         self._mark = mark
         self.address = f"127.0.0.1:{head.ports.gcs}"
@@ -52,7 +53,7 @@ class Nodes:
                 "--disable-usage-stats",
                 f"--address={self.address}",
             ),
-            *("--num-cpus=1", f"--object-store-memory={OBJECT_STORE_BYTES}"),
+            *(f"--num-cpus={self._num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"),
             f"--dashboard-agent-listen-port={free_ports(1)[0]}",
         ]
         env = environment(self._mark, {**ray_environment(self.head.ports), **self.head.auth})
@@ -136,12 +137,12 @@ def _is_worker(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def two_nodes(folder: Path) -> Iterator[Nodes]:
+def two_nodes(folder: Path, num_cpus: int = 1) -> Iterator[Nodes]:
     """A head and a second node that has been started. Both are stopped after the block."""
     folder.mkdir(parents=True, exist_ok=True)
-    with RayHead(folder, str(folder), num_cpus=1) as head:
+    with RayHead(folder, str(folder), num_cpus=num_cpus) as head:
         wait_until(head.is_ready, "Ray's dashboard does not answer", [head.child], 120)
-        nodes = Nodes(head, folder, str(folder))
+        nodes = Nodes(head, folder, str(folder), num_cpus)
         nodes.add()
         try:
             yield nodes

@@ -4,7 +4,7 @@ JSON Schema has no such rules, and none on the prompts of a file, whose URI sche
 Requests that break one are refused with 400 and the field's name;
 tests/services/control/test_bad_input.py has them.
 
-The environment has REAL_IDS (JSON: a real id for each path parameter), REAL_FILES (JSON: a real ``uri`` for
+The environment has REAL_IDS (JSON: a real id for path parameters), REAL_FILES (JSON: a real ``uri`` for
 each path whose body has one) and SUCCESSES (a file, to which each operation that succeeds is appended).
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 
 from dde_core.shapes import PROMPTS_FILE
 from services.api.requests import DatasetCreate, DatasetSource, ModelCreate
+from services.control.idempotency import MAX_KEY_LENGTH
 
 REAL_IDS: dict[str, str] = json.loads(os.environ["REAL_IDS"])
 REAL_FILES: dict[str, str] = json.loads(os.environ["REAL_FILES"])
@@ -41,12 +43,14 @@ def map_path_parameters(context: schemathesis.HookContext, path_parameters: Any)
 
 def _real_id(name: str, value: Any) -> Any:
     is_invented = isinstance(value, str) and not _IS_ID.fullmatch(value)
-    return REAL_IDS[name] if is_invented and sum(value.encode(errors="replace")) % 4 else value
+    if name in REAL_IDS and is_invented and sum(value.encode(errors="replace")) % 4:
+        return REAL_IDS[name]
+    return value
 
 
 @schemathesis.hook
 def map_body(context: schemathesis.HookContext, body: Any) -> Any:
-    """Name files that exist in valid bodies."""
+    """Name files that exist in valid bodies, and what is registered by a new name."""
     path = context.operation.path
     if path not in REAL_FILES:
         return body
@@ -54,7 +58,16 @@ def map_body(context: schemathesis.HookContext, body: Any) -> Any:
         BODIES[path].model_validate(body)
     except ValidationError:
         return body
-    return {name: value for name, value in body.items() if name == "name"} | {"uri": REAL_FILES[path]}
+    return {"uri": REAL_FILES[path]} | ({"name": f"n{uuid.uuid4().hex}"} if "name" in body else {})
+
+
+@schemathesis.hook
+def map_headers(_context: schemathesis.HookContext, headers: Any) -> Any:
+    """Send each valid Idempotency-Key once."""
+    key = headers.get("Idempotency-Key") if headers else None
+    if not (isinstance(key, str) and 1 <= len(key) <= MAX_KEY_LENGTH):
+        return headers
+    return {**headers, "Idempotency-Key": uuid.uuid4().hex}
 
 
 @schemathesis.hook
@@ -81,11 +94,21 @@ def _has_one_origin(body: dict[str, Any]) -> bool:
 
 
 def _is_consistent(body: dict[str, Any]) -> bool:
+    if "own" in (part.get("cluster") for part in (body, *body.values()) if isinstance(part, dict)):
+        return False  # this installation starts no clusters
     workers = body.get("workers")
     if isinstance(workers, list) and len(workers) == 2 and _exceeds(workers[0], workers[1]):
         return False
+    if any(isinstance(part, dict) and _has_limits(part.get("compare")) for part in (body, *body.values())):
+        return False
     objective = body.get("objective")
     return not isinstance(objective, dict) or not _exceeds(objective.get("t_min", 1), objective.get("t_max"))
+
+
+def _has_limits(compare: Any) -> bool:
+    """Whether an evaluation has limits of scorers, which it must have among its own."""
+    fields = ("margins", "dead_zones", "drift_limits")
+    return isinstance(compare, dict) and any(compare.get(field) for field in fields)
 
 
 def _exceeds(least: Any, most: Any) -> bool:

@@ -76,8 +76,8 @@ def test_a_model_without_one_and_a_deleted_model_are_reported(plane, job):
 
 
 def test_an_evaluation_has_none_and_an_unknown_job_is_named(plane):
-    asked = plane.evaluation_body()
-    evaluation = plane.post("/v1/evaluations", asked)["id"]
+    request = plane.evaluation_body()
+    evaluation = plane.post("/v1/evaluations", request)["id"]
     unknown = "ajob_" + "0" * 24
     for job_id in (evaluation, unknown, "x"):
         error = refusal(plane, job_id)

@@ -103,8 +103,8 @@ def test_a_replica_that_ends_finishes_its_requests_hands_its_streams_on_and_exit
                 first = next(seen)
                 serve.wait_for(2)
                 control.terminate()
-                told = control.wait_for(lambda report: report["draining"], 5)
-                assert told["status"] == "not ready"
+                report = control.wait_for(lambda report: report["draining"], 5)
+                assert report["status"] == "not ready"
                 assert control.readiness()[0] == 503
                 late = httpx.get(f"{control.url}/v1/models", headers=HEADERS)
                 assert (late.status_code, late.headers["connection"]) == (200, "close")
@@ -147,7 +147,7 @@ def test_what_does_not_end_within_the_drain_is_told_to_be_sent_again(tmp_path, s
 
 
 class Load:
-    """Clients that send one request after the other until told to stop; what was not 200 is kept."""
+    """Clients that send one request after the other until report to stop; what was not 200 is kept."""
 
     def __init__(self, url: str, job: dict) -> None:
         self.url = url

@@ -478,13 +478,13 @@ def test_a_model_is_not_compared_on_held_out_captions_that_it_drew_pairs_for(pla
     plane.settle(60)
     assert plane.get(f"{JOBS}/{job['id']}")["status"] == "succeeded"
     held_out = {"prompts_uri": f"held-out:{dataset}?pairs=8", "num_prompts": 2, "scorers": []}
-    asked = {"models": ["shapes", "mine"], **held_out}
-    error = plane.error(EVALUATIONS, asked)
+    request = {"models": ["shapes", "mine"], **held_out}
+    error = plane.error(EVALUATIONS, request)
     assert (error["code"], error["param"]) == ("trained_on_prompts", "prompts_uri")
     words = f"model mine was trained by job {job['id']} on prompts of its rollouts: 1 of them are among the"
     assert words in error["message"]
     drawn.write_text("a red cross\na large red square\n")
-    assert "has changed since" in plane.error(EVALUATIONS, asked)["message"]
+    assert "has changed since" in plane.error(EVALUATIONS, request)["message"]
     other = plane.post(JOBS, body(plane, name="other"))
     plane.settle(60)
     assert plane.get(f"{JOBS}/{other['id']}")["status"] == "succeeded"

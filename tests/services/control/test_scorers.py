@@ -111,7 +111,7 @@ def test_the_built_in_scorers_are_in_every_project_and_cannot_be_deleted(any_pla
     assert (match["id"], match["uri"], match["kind"]) == ("scorer_match", None, "match")
     for name in ("match", "scorer_match"):
         error = any_plane.http.delete(f"{SCORERS}/{name}", headers=team)
-        assert (error.status_code, error.json()["error"]["code"]) == (400, "built_in")
+        assert (error.status_code, error.json()["error"]["code"]) == (409, "built_in")
         assert "scorer 'match' is built in and cannot be deleted" in error.json()["error"]["message"]
 
 
