@@ -45,6 +45,21 @@ FILTERS = {
     ]
 }
 """The OpenAPI entry of ``metadata_filter``."""
+_TEXT = {"type": "string"}
+EVENT_STREAM = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {
+                "event": _TEXT,
+                "data": {**_TEXT, "contentMediaType": "application/json"},
+                "id": _TEXT,
+                "retry": {"type": "integer", "minimum": 0},
+            },
+        }
+    }
+}
+"""The OpenAPI entry of an answer of server-sent events, of which ``itemSchema`` describes each."""
 _METADATA = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 
 

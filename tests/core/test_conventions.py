@@ -24,25 +24,10 @@ from dde_core.objectives import conventions, weights
 from dde_core.schedule import Schedule
 from dde_core.train_step import PairBatch, pair_errors
 from tests.support.encoded_pairs import batch_maker, write_encoded
+from tests.support.pair_batches import random_pairs
 from tests.support.tiny_folders import sd15_folder, sdxl_folder
 
 T = 1000
-
-
-def pairs(t: list[int]) -> PairBatch:
-    generator = torch.Generator().manual_seed(0)
-    sides = [torch.randn(len(t), 4, 8, 8, generator=generator, dtype=torch.float64) for _ in range(4)]
-    return PairBatch(
-        pair_ids=tuple(map(str, t)),
-        t=torch.tensor(t),
-        share=torch.ones(len(t)),
-        latents_w=sides[0],
-        noise_w=sides[1],
-        conditioning_w={},
-        latents_l=sides[2],
-        noise_l=sides[3],
-        conditioning_l={},
-    )
 
 
 def model(x: torch.Tensor, t: torch.Tensor) -> SimpleNamespace:
@@ -54,7 +39,7 @@ def model(x: torch.Tensor, t: torch.Tensor) -> SimpleNamespace:
 
 def test_velocity_errors_are_those_of_diffusers_target(sd_config: dict[str, Any]):
     schedule = Schedule.from_config(sd_config | {"prediction_type": "v_prediction"})
-    batch = pairs([1, 40, 500, T])
+    batch = random_pairs([1, 40, 500, T], torch.float64)
     theirs = DDPMScheduler(
         **{k: v for k, v in sd_config.items() if k not in ("set_alpha_to_one", "steps_offset")}
     )
@@ -67,7 +52,7 @@ def test_velocity_errors_are_those_of_diffusers_target(sd_config: dict[str, Any]
 
 def test_a_velocity_error_is_the_error_of_the_noise_over_alpha_bar(sd_config: dict[str, Any]):
     schedule = Schedule.from_config(sd_config | {"prediction_type": "v_prediction"})
-    batch = pairs([1, 40, 500, T])
+    batch = random_pairs([1, 40, 500, T], torch.float64)
     noise = pair_errors(model, schedule, batch)
     velocity = pair_errors(model, schedule, batch, "velocity")
     torch.testing.assert_close(velocity.l, noise.l / schedule.alpha_bar[batch.t])
@@ -77,7 +62,7 @@ def test_without_signal_only_the_velocity_tells_models_apart(sd_config: dict[str
     zero = Schedule.from_config(
         sd_config | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     )
-    batch = pairs([T])
+    batch = random_pairs([T], torch.float64)
     assert pair_errors(model, zero, batch).w.item() == pytest.approx(0, abs=1e-30)
     assert pair_errors(model, zero, batch, "velocity").w.item() > 0.1
 

@@ -16,8 +16,9 @@ from dde_core.methods import METHODS
 from dde_core.objectives import weights
 from dde_core.schedule import Schedule
 from dde_core.step_metrics import logit_deviation
-from dde_core.train_step import PairBatch, PairErrors, pair_errors, step_losses
+from dde_core.train_step import PairErrors, pair_errors, step_losses
 from tests.support.methods import OF_DATASETS
+from tests.support.pair_batches import random_pairs
 
 T = 1000
 
@@ -29,22 +30,6 @@ def zero(sd_config) -> Schedule:
     )
 
 
-def batch(t: list[int]) -> PairBatch:
-    draws = torch.Generator().manual_seed(0)
-    sides = [torch.randn(len(t), 4, 8, 8, generator=draws) for _ in range(4)]
-    return PairBatch(
-        pair_ids=tuple(map(str, t)),
-        t=torch.tensor(t),
-        share=torch.ones(len(t)),
-        latents_w=sides[0],
-        noise_w=sides[1],
-        conditioning_w={},
-        latents_l=sides[2],
-        noise_l=sides[3],
-        conditioning_l={},
-    )
-
-
 def v_model(scale: float, x, t) -> SimpleNamespace:
     """A model of v that is wrong everywhere."""
     return SimpleNamespace(sample=scale * torch.sin(x + t.view(-1, 1, 1, 1)))
@@ -53,7 +38,7 @@ def v_model(scale: float, x, t) -> SimpleNamespace:
 @pytest.mark.parametrize("method", OF_DATASETS)
 def test_every_method_has_a_finite_loss_at_every_t(zero: Schedule, method: str):
     config = ObjectiveConfig(method=method, max_weight=100.0)
-    pairs = batch([1, 500, T - 1, T])
+    pairs = random_pairs([1, 500, T - 1, T])
     scale = torch.tensor(1.0, requires_grad=True)
     theta = pair_errors(lambda x, t: v_model(scale, x, t), zero, pairs)
     ref = pair_errors(lambda x, t: v_model(0.9, x, t), zero, pairs)

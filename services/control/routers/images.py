@@ -10,13 +10,22 @@ from starlette.concurrency import run_in_threadpool
 from services.api.image_urls import URLS_HEADER
 from services.api.images import ImageRequest, ImagesResponse, ScoreRequest
 from services.control import image_files, inference, models, scorers
-from services.control.dependencies import BODY_BYTES, GENERATE, Db, TimeoutS, parse, read_body, takes
+from services.control.dependencies import (
+    BODY_BYTES,
+    EVENT_STREAM,
+    GENERATE,
+    Db,
+    TimeoutS,
+    parse,
+    read_body,
+    takes,
+)
 
 router = APIRouter(tags=["inference"])
 IMAGES = "/v1/images/generations"
 SCORES = "/v1/scores"
 ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"model": ImagesResponse, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"model": ImagesResponse, "content": EVENT_STREAM},
 }
 
 

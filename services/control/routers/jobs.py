@@ -20,6 +20,7 @@ from services.api.records import CreditRecord, JobStatus, Stage
 from services.api.requests import AlignmentJobCreate
 from services.control import job_deletion, jobs, journal, reports, stopping
 from services.control.dependencies import (
+    EVENT_STREAM,
     FILTERS,
     READ,
     STORED,
@@ -44,7 +45,7 @@ from services.control.reading import READ_S, reads_sources, reads_storage
 router = APIRouter(tags=["alignment"])
 PATH = "/v1/alignment/jobs"
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"content": EVENT_STREAM},
     204: {"description": "A finished job has no events after the last one that the client has."},
 }
 AfterStep = Annotated[int | None, Query(description="The last step already seen.", ge=-1, lt=2**63)]
