@@ -54,7 +54,7 @@ def test_schemathesis_finds_nothing_with_every_check(tmp_path: Path):
             f"{system.url}/openapi.json",
             *("--header", f"Authorization: Bearer {system.key}"),
             *("--checks", "all", "--phases", "examples,coverage,fuzzing,stateful"),
-            *("--max-examples", str(EXAMPLES), "--continue-on-failure"),
+            *("--max-examples", str(EXAMPLES), "--continue-on-failure", "--request-timeout", "60"),
         ]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         uris = {"/v1/datasets": pairs, "/v1/datasets/validate": pairs, "/v1/models": MODEL_DIR.as_uri()}
