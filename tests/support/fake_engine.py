@@ -50,12 +50,13 @@ def drawn(prompt: str, seed: int, sample: SampleConfig, negative_prompt: str = "
 
 @dataclass
 class FakeGeneration:
-    """A request of the fake; ``cancels`` counts the calls."""
+    """A request of the fake; ``cancels`` counts the calls, ``steps`` those that were taken."""
 
     model: Any
     request: GenerationRequest
     on_event: Callable[[Event], None]
     cancels: int = 0
+    steps: int = 0
     is_over: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -132,6 +133,7 @@ class FakeEngine:
                 failure = self.failure
                 self.failure = None
                 return Failed(failure)
+            generation.steps = step
             if step in shown:
                 for index, seed in enumerate(request.seeds):
                     image = drawn(request.prompt, seed, request.sample, request.negative_prompt, step)

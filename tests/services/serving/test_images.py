@@ -46,11 +46,12 @@ def test_a_cancelled_task_cancels_its_images_and_keeps_the_model_until_the_engin
         images = Images(engine, models, str(tmp_path))
         task = asyncio.create_task(images.answer(request(n=4)))
         await until(lambda: bool(engine.generations))
+        (generation,) = engine.generations
         engine.turn()
+        await until(lambda: generation.steps == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        (generation,) = engine.generations
         assert generation.cancels == 1
         assert not generation.is_over.is_set()
         assert models.leases == 1
