@@ -26,10 +26,9 @@ from services.control.app import build_app
 from services.settings import Settings
 from tests.services.control.fakes import FakeLauncher
 from tests.support.alert_cases import CASES, promtool_tests
-from tests.support.alerts_manifest import MANIFEST, RULES_FILE, manifest
+from tests.support.alerts_manifest import MANIFEST, RULES, RULES_FILE, manifest
 
 ROOT = Path(__file__).parents[1]
-RULES: dict[str, Any] = yaml.safe_load(RULES_FILE.read_text())
 ALERTS = {rule["alert"]: rule for group in RULES["groups"] for rule in group["rules"]}
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -25,7 +24,7 @@ from services.pairs.source import open_source
 from services.pairs.validation import inspect
 from services.stages import layout
 from services.stages.journal import Journal
-from services.storage import files
+from services.storage import files, sources
 
 READ_THREADS = 16
 WRITERS_PER_ACTOR = 2
@@ -109,9 +108,9 @@ def _measure(folder: str, numbers: Iterable[int]) -> tuple[np.ndarray, dict[str,
     groups: list[np.ndarray] = []
     scores: list[np.ndarray] = []
     preferred = 0
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        columns = ["group", "scores", "preferred"]
-        for table in pool.map(lambda number: scored.read(folder, number, columns), numbers):
+    read = partial(scored.read, folder, columns=["group", "scores", "preferred"])
+    with sources.in_threads(read, numbers, READ_THREADS) as tables:
+        for table in tables:
             bad += scored.bad_of(table)
             groups.append(table["group"].to_numpy())
             flat = table["scores"].combine_chunks().flatten().to_numpy()

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).parents[2]
 RULES_FILE = ROOT / "deploy" / "prometheus" / "rules.yaml"
+RULES: dict[str, Any] = yaml.safe_load(RULES_FILE.read_text())
 MANIFEST = ROOT / "k8s" / "overlays" / "production" / "alerts.yaml"
 HEAD = """\
 # Made of deploy/prometheus/rules.yaml by `make settings`.

@@ -96,12 +96,13 @@ def _has_one_origin(body: dict[str, Any]) -> bool:
 
 
 def _is_consistent(body: dict[str, Any]) -> bool:
-    if "own" in (part.get("cluster") for part in (body, *body.values()) if isinstance(part, dict)):
+    parts = [part for part in (body, *body.values()) if isinstance(part, dict)]
+    if any(part.get("cluster") == "own" for part in parts):
         return False  # this installation starts no clusters
     workers = body.get("workers")
     if isinstance(workers, list) and len(workers) == 2 and _exceeds(workers[0], workers[1]):
         return False
-    if any(isinstance(part, dict) and _has_limits(part.get("compare")) for part in (body, *body.values())):
+    if any(_has_limits(part.get("compare")) for part in parts):
         return False
     objective = body.get("objective")
     return not isinstance(objective, dict) or not _exceeds(objective.get("t_min", 1), objective.get("t_max"))

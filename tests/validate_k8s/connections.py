@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-import yaml
-
-from tests.support.alerts_manifest import RULES_FILE
+from tests.support.alerts_manifest import RULES
 from tests.validate_k8s import facts
 from tests.validate_k8s.overlay import Overlay, at, title
 from tests.validate_k8s.references import pods_with
@@ -223,7 +221,7 @@ def _alerts(overlay: Overlay) -> Iterator[str]:
     """The alerts are those of deploy/, which promtool has tested."""
     for document in overlay.of("PrometheusRule"):
         yield from _release(overlay, document)
-        if document.get("spec") != yaml.safe_load(RULES_FILE.read_text()):
+        if document.get("spec") != RULES:
             yield f"{title(document)}: its alerts are not those of deploy/prometheus/rules.yaml"
 
 
